@@ -1,0 +1,66 @@
+"""kvheap: a batched heap for KV-cache blocks.
+
+One flat buffer, a free list on the host that hands out addresses in batches, and kernels that
+move thousands of KV blocks into or out of the buffer with one launch.
+
+Names are loaded when first used, so that a process that only manages addresses (a scheduler)
+never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvheap.address_batch import AddressBatch as AddressBatch
+    from kvheap.address_manager import AddressManager as AddressManager
+    from kvheap.address_manager import HeapStats as HeapStats
+    from kvheap.errors import BlockInUseError as BlockInUseError
+    from kvheap.errors import DoubleFreeError as DoubleFreeError
+    from kvheap.errors import ForeignObjectError as ForeignObjectError
+    from kvheap.errors import HeapCorruptionError as HeapCorruptionError
+    from kvheap.errors import InvalidFreeError as InvalidFreeError
+    from kvheap.errors import LifetimeError as LifetimeError
+    from kvheap.errors import NegativeBatchSizeError as NegativeBatchSizeError
+    from kvheap.errors import OutOfMemoryError as OutOfMemoryError
+    from kvheap.memory_batch import MemoryBatch as MemoryBatch
+    from kvheap.memory_format import MemoryFormat as MemoryFormat
+    from kvheap.memory_object import MemoryObj as MemoryObj
+    from kvheap.tensor_allocator import AllocatorStats as AllocatorStats
+    from kvheap.tensor_allocator import TensorMemoryAllocator as TensorMemoryAllocator
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "AddressBatch": "address_batch",
+    "AddressManager": "address_manager",
+    "AllocatorStats": "tensor_allocator",
+    "BlockInUseError": "errors",
+    "DoubleFreeError": "errors",
+    "ForeignObjectError": "errors",
+    "HeapCorruptionError": "errors",
+    "HeapStats": "address_manager",
+    "InvalidFreeError": "errors",
+    "LifetimeError": "errors",
+    "MemoryBatch": "memory_batch",
+    "MemoryFormat": "memory_format",
+    "MemoryObj": "memory_object",
+    "NegativeBatchSizeError": "errors",
+    "OutOfMemoryError": "errors",
+    "TensorMemoryAllocator": "tensor_allocator",
+}
+
+__all__ = ["__version__", *_MODULE_OF]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'kvheap' has no attribute {name!r}")
+    value = getattr(import_module(f"kvheap.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,124 @@
+"""``AddressBatch``: what ``AddressManager.batched_allocate`` returns, N equal blocks as few runs.
+
+A run is a stretch of neighbouring blocks. N blocks in R runs are two arrays of R, so a batch
+costs the same whether it holds 64 or 64,000 blocks; the N addresses are made when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from typing import SupportsIndex, overload
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["AddressBatch"]
+
+Int64Array = npt.NDArray[np.int64]
+
+
+class AddressBatch(Sequence[tuple[int, int]]):
+    """N equal blocks, a sequence of ``(address, size)`` pairs in ascending address order.
+
+    Immutable. Compares equal to any sequence of the same pairs, and ``batch + list`` is a list,
+    so that code written for a list of pairs goes on working.
+
+    Attributes:
+        block_bytes: allocated bytes of each block, a multiple of the alignment.
+        run_starts: int64 ``[R]``, address of each run's first block, ascending, read-only.
+        run_counts: int64 ``[R]``, blocks in each run, all positive, read-only.
+
+    >>> batch = AddressBatch(4096, np.array([0, 16384]), np.array([2, 1]))
+    >>> list(batch)
+    [(0, 4096), (4096, 4096), (16384, 4096)]
+    >>> batch.num_runs, len(batch), batch.addresses
+    (2, 3, array([    0,  4096, 16384]))
+    """
+
+    __slots__ = ("_addresses", "_length", "block_bytes", "run_counts", "run_starts")
+
+    def __init__(self, block_bytes: int, run_starts: Int64Array, run_counts: Int64Array) -> None:
+        self.block_bytes = block_bytes
+        self.run_starts = run_starts
+        self.run_counts = run_counts
+        self._length = int(run_counts.sum())
+        self._addresses: Int64Array | None = None
+        run_starts.flags.writeable = False
+        run_counts.flags.writeable = False
+
+    @property
+    def num_runs(self) -> int:
+        """How many runs the blocks form; a copy of the batch pays per run."""
+        return len(self.run_starts)
+
+    @property
+    def addresses(self) -> Int64Array:
+        """The address of every block, int64 ``[N]``, ascending, read-only; O(N) once."""
+        if self._addresses is None:
+            offsets = np.arange(self._length, dtype=np.int64)
+            if self.num_runs > 1:
+                first_index = np.cumsum(self.run_counts) - self.run_counts
+                offsets -= np.repeat(first_index, self.run_counts)
+                offsets *= self.block_bytes
+                offsets += np.repeat(self.run_starts, self.run_counts)
+            elif self.num_runs == 1:
+                offsets *= self.block_bytes
+                offsets += self.run_starts[0]
+            offsets.flags.writeable = False
+            self._addresses = offsets
+        return self._addresses
+
+    def address(self, index: int) -> int:
+        """The address of block ``index`` (0 <= index < N)."""
+        if self.num_runs == 1:
+            return int(self.run_starts[0]) + index * self.block_bytes
+        return int(self.addresses[index])
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """The ``(address, size)`` pairs."""
+        return zip(self.addresses.tolist(), repeat(self.block_bytes))
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, int]]: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> tuple[int, int] | list[tuple[int, int]]:
+        """One ``(address, size)`` pair, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return list(zip(self.addresses[index].tolist(), repeat(self.block_bytes)))
+        return int(self.addresses[index]), self.block_bytes
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other sequence holds the same pairs in the same order."""
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __add__(self, other: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """A list of this batch's pairs and the other's."""
+        return [*self, *other]
+
+    def __radd__(self, other: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """A list of the other's pairs and this batch's."""
+        return [*other, *self]
+
+    def __reduce__(self) -> tuple[type[AddressBatch], tuple[int, Int64Array, Int64Array]]:
+        return type(self), (self.block_bytes, self.run_starts, self.run_counts)
+
+    def __repr__(self) -> str:
+        """Blocks, their size and the first runs."""
+        runs = [
+            f"{count} at {start}"
+            for start, count in zip(
+                self.run_starts[:8].tolist(), self.run_counts[:8].tolist(), strict=True
+            )
+        ]
+        more = ", ..." if self.num_runs > 8 else ""
+        return f"AddressBatch({len(self)} x {self.block_bytes} bytes: {', '.join(runs)}{more})"
