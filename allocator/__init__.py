@@ -51,7 +51,7 @@ _MODULE_OF = {
     "TensorMemoryAllocator": "tensor_allocator",
 }
 
-__all__ = ["__version__", *_MODULE_OF]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:

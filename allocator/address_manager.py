@@ -409,7 +409,9 @@ class AddressManager:
         if (start | size) & (self._align_bytes - 1):
             raise InvalidFreeError(f"cannot free {extent}: not aligned to {self._align_bytes}")
         if start < 0 or start + size > self._heap_bytes:
-            raise InvalidFreeError(f"cannot free {extent}: outside the heap [0, {self._heap_bytes})")
+            raise InvalidFreeError(
+                f"cannot free {extent}: outside the heap [0, {self._heap_bytes})"
+            )
         free = self._free_list.overlapping(start, start + size)
         if free is not None:
             raise DoubleFreeError(
@@ -466,7 +468,9 @@ def _extent_arrays(
     blocks: Iterable[tuple[int, int]] | npt.ArrayLike, sizes: npt.ArrayLike | None
 ) -> tuple[Int64Array, Int64Array]:
     """Starts and lengths, int64 ``[N]`` each, from pairs or from addresses with sizes."""
-    values = blocks if isinstance(blocks, (np.ndarray, Sequence)) else list(blocks)  # type: ignore[arg-type]
+    values: Any = blocks
+    if not isinstance(blocks, (np.ndarray, Sequence)):
+        values = list(values)
     if sizes is None:
         pairs = _integer_array("(address, size) pairs", values)
         if pairs.size == 0:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,12 @@ class ExtentKeys(SortedList[int]):
     Its own look-ups answer with positions, which need an index over the lengths of those lists;
     these answer with keys and need none.
     """
+
+    if TYPE_CHECKING:  # what sortedcontainers 2.4 documents as its implementation
+        _lists: list[list[int]]
+        _maxes: list[int]
+
+        def _check(self) -> None: ...
 
     def first_at_least(self, key: int) -> int | None:
         """The smallest key >= ``key``, or None. O(log F)."""
@@ -77,15 +84,12 @@ class ExtentKeys(SortedList[int]):
         keys = lists[position]
         index = bisect_left(keys, old)
         is_last = index + 1 == len(keys)
-        if index:
-            fits_below = keys[index - 1] < new
-        else:
-            fits_below = not position or maxes[position - 1] < new
+        below = keys[index - 1] if index else maxes[position - 1] if position else -1
         if not is_last:
             fits_above = new < keys[index + 1]
         else:
             fits_above = position + 1 == len(lists) or new < lists[position + 1][0]
-        if fits_below and fits_above:
+        if below < new and fits_above:
             keys[index] = new
             if is_last:
                 maxes[position] = new
@@ -111,7 +115,10 @@ class FreeList:
         self._size_of: dict[int, int] = dict(zip(start_list, size_list, strict=True))
         self._starts = ExtentKeys(start_list)
         self._by_size = ExtentKeys(
-            [size << ADDRESS_BITS | start for start, size in zip(start_list, size_list, strict=True)]
+            [
+                size << ADDRESS_BITS | start
+                for start, size in zip(start_list, size_list, strict=True)
+            ]
         )
         self.free_bytes: int = sum(size_list)
         self._log: list[tuple[int, int]] = []
@@ -225,9 +232,7 @@ class FreeList:
             else:
                 size_of.pop(start, None)
         self._starts = ExtentKeys(size_of)
-        self._by_size = ExtentKeys(
-            size << ADDRESS_BITS | start for start, size in size_of.items()
-        )
+        self._by_size = ExtentKeys(size << ADDRESS_BITS | start for start, size in size_of.items())
         self.free_bytes = sum(size_of.values())
         self._log.clear()
 
@@ -265,7 +270,9 @@ class FreeList:
             self._starts._check()
             self._by_size._check()
         except AssertionError as error:
-            raise HeapCorruptionError(f"a sorted order of the free list is broken: {self}") from error
+            raise HeapCorruptionError(
+                f"a sorted order of the free list is broken: {self}"
+            ) from error
         if list(self._starts) != sorted(self._size_of):
             raise HeapCorruptionError(f"the order by address misses or invents extents: {self}")
         keys = sorted(size << ADDRESS_BITS | start for start, size in self._size_of.items())

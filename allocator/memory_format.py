@@ -1,0 +1,46 @@
+"""What the bytes of an allocation mean: the layout of its logical shape.
+
+Names and values are those of LMCache 0.5.6's ``MemoryFormat``, so that metadata can be exchanged
+with it. ``token_dim()`` is too, but for KV_T2D and KV_2TD: LMCache 0.5.6 answers 1 and 0 there,
+the dimension of K and V in the shapes that its own comments give.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+__all__ = ["MemoryFormat"]
+
+
+class MemoryFormat(Enum):
+    """Layout of one chunk; T = tokens, L = layers, D = hidden dimension (heads x head dim)."""
+
+    UNDEFINED = 0
+    KV_2LTD = 1
+    """``[2, L, T, D]``: K and V of all layers."""
+    KV_T2D = 2
+    """``[T, 2, D]``: K and V of one layer, token by token."""
+    KV_2TD = 3
+    """``[2, T, D]``: K and V of one layer."""
+    BINARY = 4
+    """Compressed bytes in a tensor."""
+    BINARY_BUFFER = 5
+    """Bytes outside any tensor."""
+    KV_MLA_FMT = 6
+    """``[1, L, T, D]``: the latent vector of multi-head latent attention, all layers."""
+
+    def token_dim(self) -> int:
+        """The dimension that counts tokens; 0 for formats without tokens.
+
+        >>> MemoryFormat.KV_2LTD.token_dim()
+        2
+        """
+        return _TOKEN_DIM.get(self, 0)
+
+
+_TOKEN_DIM = {
+    MemoryFormat.KV_2LTD: 2,
+    MemoryFormat.KV_T2D: 0,
+    MemoryFormat.KV_2TD: 1,
+    MemoryFormat.KV_MLA_FMT: 2,
+}

@@ -1,0 +1,122 @@
+"""What launchers share: Triton where it exists, block addresses, their checks and their upload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton has wheels for Linux only; CPU tensors do not need it.
+    triton = None
+    tl = None
+
+__all__ = [
+    "Addresses",
+    "alignment_of",
+    "host_addresses",
+    "jit",
+    "require_disjoint",
+    "tl",
+    "triton",
+    "upload",
+]
+
+Int64Array = npt.NDArray[np.int64]
+
+Addresses: TypeAlias = "npt.NDArray[np.int64] | torch.Tensor | Sequence[int]"
+"""Byte offsets in a buffer, one for each block: a host array, or an int64 tensor on its device."""
+
+MAX_ACCESS_BYTES = 16
+"""The widest load or store of one thread on sm_80 to sm_100."""
+
+
+class _NoTriton:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: object) -> Callable[..., Any]:
+        raise RuntimeError(f"{self.function.__name__} needs the triton package, which is missing")
+
+
+def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """``triton.jit``, or where Triton is missing a kernel whose launch raises RuntimeError."""
+    if triton is None:
+        return _NoTriton
+    return triton.jit(**options)  # type: ignore[no-any-return]
+
+
+def alignment_of(*values: int) -> int:
+    """The largest power of two up to 16 that divides all ``values``.
+
+    >>> alignment_of(4096, 24), alignment_of(0)
+    (8, 16)
+    """
+    bits = MAX_ACCESS_BYTES
+    for value in values:
+        bits |= value
+    return bits & -bits
+
+
+def host_addresses(
+    name: str, addresses: Addresses, buffer_bytes: int, block_bytes: int
+) -> Int64Array:
+    """Addresses that the host can see, as int64 ``[N]``, each block inside the buffer.
+
+    Raises:
+        TypeError: they are not integers, or are on a device.
+        ValueError: they are not one-dimensional, or a block leaves the buffer.
+    """
+    if isinstance(addresses, torch.Tensor):
+        if addresses.device.type != "cpu":
+            raise TypeError(f"{name} must be on the host, got a tensor on {addresses.device}")
+        array = addresses.numpy()
+    else:
+        array = np.asarray(addresses)
+    if array.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {array.dtype} ({array.flat[0]!r}, ...)")
+    lowest, highest = int(array.min()), int(array.max())
+    if lowest < 0 or highest + block_bytes > buffer_bytes:
+        at = int(array.argmin() if lowest < 0 else array.argmax())
+        raise ValueError(
+            f"{name}[{at}] is {int(array[at])}: a block of {block_bytes} bytes there leaves the "
+            f"buffer of {buffer_bytes}"
+        )
+    return array.astype(np.int64, copy=False)
+
+
+def require_disjoint(name: str, addresses: Int64Array, block_bytes: int) -> None:
+    """Refuse blocks that overlap each other. O(N) for ascending addresses, else a sort.
+
+    Raises:
+        ValueError: names two that overlap.
+    """
+    if len(addresses) < 2:
+        return
+    gaps = np.diff(addresses)
+    if (gaps >= block_bytes).all():
+        return
+    ordered = np.sort(addresses)
+    overlap = np.diff(ordered) < block_bytes
+    if overlap.any():
+        at = int(np.argmax(overlap))
+        raise ValueError(
+            f"{name} overlap: blocks of {block_bytes} bytes at {ordered[at]} and {ordered[at + 1]}"
+        )
+
+
+def upload(array: Int64Array, device: torch.device) -> torch.Tensor:
+    """A host array on ``device``, in stream order and without waiting for the device."""
+    tensor = torch.from_numpy(np.array(array))  # owned and writable: the caller's may be neither
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
