@@ -470,8 +470,8 @@ def _tile_cols(words: int) -> int:
 def _launch_copy(source: _Side, target: _Side, num_blocks: int, block_bytes: int) -> None:
     plan = TilePlan.of(num_blocks, block_bytes, alignment_of(source.alignment, target.alignment))
     _copy_blocks_kernel[(plan.num_tiles,)](
-        source.tensor,
-        target.tensor,
+        _as_bytes(source.tensor),
+        _as_bytes(target.tensor),
         source.device_addresses(),
         target.device_addresses(),
         plan.num_blocks,
@@ -487,7 +487,7 @@ def _launch_copy(source: _Side, target: _Side, num_blocks: int, block_bytes: int
 def _launch_fill(target: _Scattered, block_bytes: int, value: int) -> None:
     plan = TilePlan.of(target.length, block_bytes, target.alignment)
     _fill_blocks_kernel[(plan.num_tiles,)](
-        target.tensor,
+        _as_bytes(target.tensor),
         target.device_addresses(),
         plan.num_blocks,
         plan.vectors,
@@ -496,6 +496,15 @@ def _launch_fill(target: _Scattered, block_bytes: int, value: int) -> None:
         **plan.constants(),
         num_warps=NUM_WARPS,
     )
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A uint8 tensor at the same address: Triton knows few dtypes, and compiles once for each."""
+    if tensor.dtype == torch.uint8:
+        return tensor
+    offset = int(tensor.storage_offset()) * tensor.element_size()
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return flat.set_(tensor.untyped_storage(), offset, (1,), (1,))
 
 
 # -- CPU, and the reference --------------------------------------------------------------------

@@ -1,0 +1,319 @@
+"""Block copy against a byte-wise NumPy model: the CPU path, the interpreted kernels, a GPU."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvheap.kernels import block_copy, fill_blocks, gather_blocks, move_blocks, scatter_blocks
+from kvheap.kernels.launch import triton
+
+POISON = 0xA5
+
+needs_triton = pytest.mark.skipif(triton is None, reason="needs the triton package")
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PATHS = [
+    "cpu",
+    pytest.param("interpreter", marks=needs_triton),
+    pytest.param("cuda", marks=needs_gpu),
+]
+
+
+@contextmanager
+def running(path: str) -> Iterator[torch.device]:
+    """The device on which launchers take this path; "interpreter" runs the Triton kernels."""
+    if path != "interpreter":
+        yield torch.device(path)
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    def launch_copy(source, target, block_bytes):
+        block_copy._launch_copy(source, target, len(source.starts()), block_bytes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_copy_blocks_kernel", "_fill_blocks_kernel"):
+            patch.setattr(block_copy, name, InterpretedFunction(getattr(block_copy, name).fn))
+        patch.setattr(block_copy, "_copy_on_cpu", launch_copy)
+        patch.setattr(block_copy, "_fill_on_cpu", block_copy._launch_fill)
+        yield torch.device("cpu")
+
+
+@dataclass
+class Case:
+    """Blocks, and places for them in a buffer that starts at any byte of its storage."""
+
+    buffer_bytes: int
+    buffer_offset: int
+    block_bytes: int
+    padding: int
+    dense_offset: int
+    addresses: np.ndarray
+    seed: int
+
+    def buffer(self, device: torch.device) -> torch.Tensor:
+        storage = torch.full((self.buffer_offset + self.buffer_bytes,), POISON, dtype=torch.uint8)
+        return storage.to(device)[self.buffer_offset :]
+
+    def random_buffer(self, device: torch.device) -> torch.Tensor:
+        generator = np.random.default_rng(self.seed)
+        data = generator.integers(0, 256, self.buffer_bytes, dtype=np.uint8)
+        buffer = self.buffer(device)
+        buffer.copy_(torch.from_numpy(data))
+        return buffer
+
+    def blocks(self, device: torch.device, fill: int | None = None) -> torch.Tensor:
+        """``[N, block_bytes]`` with ``padding`` bytes between the blocks."""
+        row = self.block_bytes + self.padding
+        size = self.dense_offset + len(self.addresses) * row
+        generator = np.random.default_rng(self.seed + 1)
+        data = generator.integers(0, 256, size, dtype=np.uint8)
+        if fill is not None:
+            data[:] = fill
+        flat = torch.from_numpy(data).to(device)[self.dense_offset :]
+        return flat.view(len(self.addresses), row)[:, : self.block_bytes]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    granule = draw(st.sampled_from([1, 2, 4, 8, 16, 64]))
+    block_bytes = granule * draw(st.integers(1, 40))
+    num_blocks = draw(st.integers(0, 12))
+    places = draw(st.permutations(range(num_blocks + 4)))[:num_blocks]
+    gap = granule * draw(st.integers(0, 2))
+    shift = draw(st.sampled_from([0, granule, 1]))
+    addresses = np.array(places, np.int64) * (block_bytes + gap) + shift
+    return Case(
+        buffer_bytes=(num_blocks + 4) * (block_bytes + gap) + shift + draw(st.integers(0, 3)),
+        buffer_offset=draw(st.sampled_from([0, 1, 8, 16])),
+        block_bytes=block_bytes,
+        padding=draw(st.sampled_from([0, granule, 1])),
+        dense_offset=draw(st.sampled_from([0, 1, 16])),
+        addresses=addresses,
+        seed=draw(st.integers(0, 2**32)),
+    )
+
+
+def model_scatter(case: Case, blocks: np.ndarray, buffer: np.ndarray) -> np.ndarray:
+    expected = buffer.copy()
+    for address, block in zip(case.addresses.tolist(), blocks, strict=True):
+        expected[address : address + case.block_bytes] = block
+    return expected
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_scatter_writes_the_blocks_and_nothing_else(path: str, case: Case) -> None:
+    with running(path) as device:
+        buffer, blocks = case.buffer(device), case.blocks(device)
+        expected = model_scatter(case, blocks.cpu().numpy(), buffer.cpu().numpy())
+        scatter_blocks(blocks, buffer, case.addresses)
+        np.testing.assert_array_equal(buffer.cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_gather_reads_the_blocks_and_writes_nothing_else(path: str, case: Case) -> None:
+    with running(path) as device:
+        buffer, out = case.random_buffer(device), case.blocks(device, fill=POISON)
+        before = buffer.clone()
+        assert gather_blocks(buffer, case.addresses, out) is out
+        expected = [
+            before.cpu().numpy()[address : address + case.block_bytes]
+            for address in case.addresses.tolist()
+        ]
+        if len(out):
+            np.testing.assert_array_equal(out.cpu().numpy(), np.stack(expected))
+            whole = torch.as_strided(out, (len(out), out.stride(0)), (out.stride(0), 1))
+            assert (whole[:, case.block_bytes :] == POISON).all()
+        assert torch.equal(buffer, before)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), data=st.data())
+def test_move_copies_to_disjoint_targets(path: str, case: Case, data: st.DataObject) -> None:
+    shuffled = data.draw(st.permutations(case.addresses.tolist()))
+    half = len(shuffled) // 2
+    targets, free_sources = shuffled[:half], shuffled[half:] or shuffled[:1]
+    sources = [data.draw(st.sampled_from(free_sources)) for _ in targets]
+    if data.draw(st.booleans()) and len(free_sources) > 1:  # a block onto itself, twice read
+        targets, sources = [*targets, free_sources[0]], [*sources, free_sources[0]]
+    with running(path) as device:
+        buffer = case.random_buffer(device)
+        expected = buffer.cpu().numpy().copy()
+        for source, target in zip(sources, targets, strict=True):
+            expected[target : target + case.block_bytes] = expected[
+                source : source + case.block_bytes
+            ].copy()
+        move_blocks(buffer, sources, targets, case.block_bytes)
+        np.testing.assert_array_equal(buffer.cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), value=st.integers(0, 255))
+def test_fill_sets_the_blocks_and_nothing_else(path: str, case: Case, value: int) -> None:
+    with running(path) as device:
+        buffer = case.random_buffer(device)
+        filled = np.full((len(case.addresses), case.block_bytes), value, np.uint8)
+        expected = model_scatter(case, filled, buffer.cpu().numpy())
+        fill_blocks(buffer, case.addresses, case.block_bytes, value)
+        np.testing.assert_array_equal(buffer.cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("block_bytes", [1, 132, 576, 656, 4096, 5000, 70_000])
+def test_sizes_around_a_tile_survive_a_round_trip(path: str, block_bytes: int) -> None:
+    num_blocks = 37
+    with running(path) as device:
+        blocks = torch.randint(0, 256, (num_blocks, block_bytes), dtype=torch.uint8, device=device)
+        addresses = np.random.default_rng(0).permutation(2 * num_blocks)[:num_blocks] * block_bytes
+        buffer = torch.full((2 * num_blocks * block_bytes,), POISON, dtype=torch.uint8).to(device)
+        scatter_blocks(blocks, buffer, addresses)
+        out = torch.full_like(blocks, POISON)
+        assert torch.equal(gather_blocks(buffer, addresses, out), blocks)
+        assert int((buffer.view(2 * num_blocks, -1) == POISON).all(1).sum()) >= (
+            num_blocks if block_bytes > 8 else 0
+        )
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.int64, torch.complex64],
+)
+def test_every_dtype_is_copied_bit_by_bit(path: str, dtype: torch.dtype) -> None:
+    with running(path) as device:
+        raw = torch.randint(0, 256, (6, 3, 8 * dtype.itemsize), dtype=torch.uint8)
+        blocks = raw.view(dtype).to(device)  # NaN patterns and odd bools included
+        buffer = torch.zeros(8 * raw[0].numel(), dtype=torch.uint8, device=device)
+        addresses = [i * raw[0].numel() for i in (7, 0, 3, 1, 6, 2)]
+        scatter_blocks(blocks, buffer, addresses)
+        out = gather_blocks(buffer, addresses, torch.zeros_like(blocks))
+        assert torch.equal(out.view(torch.uint8), blocks.view(torch.uint8))
+
+
+def test_long_runs_on_the_cpu_are_merged_and_right() -> None:
+    block_bytes = block_copy.LONG_RUN_BYTES // 2
+    addresses = np.array([6, 7, 8, 9, 0, 1, 2, 3], np.int64) * block_bytes
+    blocks = torch.randint(0, 256, (8, block_bytes), dtype=torch.uint8)
+    runs = block_copy._long_runs(np.arange(8) * block_bytes, addresses, block_bytes)
+    assert runs is not None
+    assert len(runs) == 2
+    buffer = torch.full((10 * block_bytes,), POISON, dtype=torch.uint8)
+    scatter_blocks(blocks, buffer, addresses)
+    assert torch.equal(gather_blocks(buffer, addresses, torch.empty_like(blocks)), blocks)
+    assert (buffer[4 * block_bytes : 6 * block_bytes] == POISON).all()
+    move_blocks(buffer, addresses[:2], np.array([4, 5]) * block_bytes, block_bytes)
+    assert torch.equal(buffer[4 * block_bytes : 6 * block_bytes], blocks[:2].reshape(-1))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_addresses_beyond_two_to_the_31(path: str) -> None:
+    size, block_bytes = (5 << 30) + 4096, 48
+    addresses = np.array([(5 << 30) + 16, (1 << 31) - 32, (1 << 32) + 64, 0], np.int64)
+    with running(path) as device:
+        if device.type == "cpu":  # only the pages that are touched become real
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            buffer = torch.frombuffer(pages, dtype=torch.uint8)
+        else:
+            buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        blocks = torch.randint(1, 256, (4, block_bytes), dtype=torch.uint8, device=device)
+        scatter_blocks(blocks, buffer, addresses)
+        for address, block in zip(addresses.tolist(), blocks, strict=True):
+            assert torch.equal(buffer[address : address + block_bytes], block)
+        assert torch.equal(gather_blocks(buffer, addresses, torch.zeros_like(blocks)), blocks)
+        move_blocks(buffer, addresses[:1], [(3 << 30) + 5], block_bytes)
+        start = (3 << 30) + 5
+        assert torch.equal(buffer[start : start + block_bytes], blocks[0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_to_copy_launches_nothing(path: str) -> None:
+    with running(path) as device:
+        buffer = torch.full((64,), POISON, dtype=torch.uint8, device=device)
+        scatter_blocks(torch.empty(0, 8, device=device), buffer, [])
+        gather_blocks(buffer, [], torch.empty(0, 8, device=device))
+        scatter_blocks(torch.empty(3, 0, device=device), buffer, [1, 1, 1])
+        move_blocks(buffer, [], [], 8)
+        move_blocks(buffer, [8], [8], 8)
+        fill_blocks(buffer, [], 8, 1)
+        assert (buffer == POISON).all()
+
+
+def scatter(addresses: object, blocks: torch.Tensor | None = None) -> Callable[..., None]:
+    dense = torch.zeros(2, 8, dtype=torch.uint8) if blocks is None else blocks
+    return lambda buffer: scatter_blocks(dense, buffer, addresses)  # type: ignore[arg-type]
+
+
+def move(sources: object, targets: object) -> Callable[..., None]:
+    return lambda buffer: move_blocks(buffer, sources, targets, 8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (scatter([0, 57]), ValueError, r"addresses\[1\] is 57"),
+        (scatter([-1, 8]), ValueError, r"addresses\[0\] is -1"),
+        (scatter([0]), ValueError, "1 addresses for 2 blocks"),
+        (scatter([0, 7]), ValueError, "overlap: blocks of 8 bytes at 0 and 7"),
+        (scatter([9, 2]), ValueError, "overlap: blocks of 8 bytes at 2 and 9"),
+        (scatter([0.0, 8.0]), TypeError, "must be integers, got float64"),
+        (scatter([[0, 8]]), ValueError, "one-dimensional"),
+        (scatter([0, 8], torch.zeros(8, 2).T), ValueError, "must be contiguous"),
+        (scatter([0], torch.tensor(1.0)), ValueError, "scalar"),
+        (scatter([0, 8], torch.zeros(2, 8, device="meta")), ValueError, "is on meta"),
+        (move([0], [4]), ValueError, "target block at 4 overlaps the source block at 0"),
+        (move([0, 16], [8, 0]), ValueError, "target block at 0 overlaps the source block at 0"),
+        (move([0, 0], [16, 20]), ValueError, "overlap: blocks of 8 bytes at 16 and 20"),
+        (move([16, 0], [16, 12]), ValueError, "overlap: blocks of 8 bytes at 12 and 16"),
+        (move([0], [57]), ValueError, r"target_addresses\[0\] is 57"),
+        (move([0, 8], [16]), ValueError, "2 source addresses but 1 target"),
+        (lambda buffer: fill_blocks(buffer, [0], 8, 256), ValueError, "got 256"),
+        (lambda buffer: fill_blocks(buffer, [0], 8, -1), ValueError, "got -1"),
+        (lambda buffer: fill_blocks(buffer, [0], -8, 1), ValueError, "got -8"),
+        (
+            lambda buffer: gather_blocks(buffer, [0, 8], torch.zeros(1, 8).expand(2, 8)),
+            ValueError,
+            "overlap",
+        ),
+        (lambda buffer: fill_blocks(buffer[::2], [0], 8, 1), ValueError, "contiguous"),
+    ],
+)
+def test_a_wrong_call_says_why_and_writes_nothing(
+    call: Callable[..., None], error: type[Exception], message: str
+) -> None:
+    buffer = torch.full((64,), POISON, dtype=torch.uint8)
+    with pytest.raises(error, match=message):
+        call(buffer)
+    assert (buffer == POISON).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_addresses_may_be_there_and_streams_are_honoured() -> None:
+    num_blocks, block_bytes = 50_000, 4096
+    blocks = torch.randint(0, 256, (num_blocks, block_bytes), dtype=torch.uint8, device="cuda")
+    buffer = torch.zeros(2 * num_blocks * block_bytes, dtype=torch.uint8, device="cuda")
+    addresses = torch.randperm(2 * num_blocks, device="cuda")[:num_blocks] * block_bytes
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        scatter_blocks(blocks, buffer, addresses, address_alignment=4096)
+        out = gather_blocks(buffer, addresses, torch.zeros_like(blocks), address_alignment=4096)
+    side.synchronize()
+    assert torch.equal(out, blocks)
+    with pytest.raises(TypeError, match="on the host"):
+        move_blocks(buffer, addresses, addresses, block_bytes)
