@@ -1,0 +1,253 @@
+"""``kvheap replay``: options in, a table and files out; the work is :mod:`kvheap.replay`'s."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import re
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kvheap import __version__
+from kvheap.cli import CommandError
+from kvheap.geometry import GEOMETRIES, Geometry
+from kvheap.prefix_store import RequestTooLargeError
+from kvheap.replay import Replay
+from kvheap.tensor_allocator import TensorMemoryAllocator
+from kvheap.trace import Request, TraceError, read_trace, synthetic_trace
+
+__all__ = ["parse_bytes", "run"]
+
+SYNTHETIC_REQUESTS = 2000
+PLOT_SAMPLES = 300
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4} | {
+    f"{prefix}i": 1024 ** (power + 1) for power, prefix in enumerate("kmgt")
+}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the options say; returns the exit status.
+
+    Raises:
+        CommandError: the options, the trace or the machine do not allow it.
+    """
+    geometry = _geometry(options.geometry)
+    device = _device(options.device)
+    heap_bytes = parse_bytes(options.heap)
+    _require_writable(options)
+    requests = _requests(options)
+    _require_room(requests, geometry, heap_bytes)
+    replay = Replay(_allocator(heap_bytes, device), geometry)
+    seconds = _replay(replay, requests, PLOT_SAMPLES if options.plot else 0)
+    name = options.trace.name if options.trace else f"made-up traffic, seed {options.seed}"
+    figures = _figures(replay, seconds, name)
+    Console().print(_table(figures))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if options.plot:
+        from kvheap.cli.replay_plot import draw
+
+        draw(options.plot, replay, figures)
+    return 1 if replay.mismatches else 0
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes with an optional unit: B, kB, MB, GB, TB, KiB, MiB, GiB or TiB.
+
+    >>> parse_bytes("4096"), parse_bytes("1.5 GiB"), parse_bytes("2kB")
+    (4096, 1610612736, 2000)
+
+    Raises:
+        CommandError: it is no positive number with a known unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
+    if size <= 0:
+        raise CommandError(f"--heap must be a positive number of bytes such as 64MiB, got {text!r}")
+    return size
+
+
+def _geometry(name: str) -> Geometry:
+    if name not in GEOMETRIES:
+        raise CommandError(f"unknown geometry {name!r}; known are {', '.join(GEOMETRIES)}")
+    return GEOMETRIES[name]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CommandError(f"unknown device {name!r}; try cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise CommandError("--device cuda: torch sees no CUDA device here")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise CommandError(f"--device {name}: there are {torch.cuda.device_count()} devices")
+    return device
+
+
+def _require_writable(options: argparse.Namespace) -> None:
+    """Find out before a long run, not after it, that a result could not be written."""
+    for path in (options.json, options.plot):
+        if path is None:
+            continue
+        try:
+            with path.open("ab"):
+                pass
+        except OSError as error:
+            raise CommandError(f"cannot write {path}: {error.strerror}") from None
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("--plot needs matplotlib: pip install 'kvheap[plot]'")
+
+
+def _requests(options: argparse.Namespace) -> Sequence[Request]:
+    limit: int | None = options.requests
+    if limit is not None and limit <= 0:
+        raise CommandError(f"--requests must be positive, got {limit}")
+    if options.trace is None:
+        return synthetic_trace(limit or SYNTHETIC_REQUESTS, options.seed)
+    try:
+        requests = read_trace(options.trace, limit)
+    except TraceError as error:
+        raise CommandError(str(error)) from None
+    except OSError as error:
+        raise CommandError(f"cannot read {options.trace}: {error.strerror}") from None
+    if not requests:
+        raise CommandError(f"{options.trace} holds no request")
+    return requests
+
+
+def _require_room(requests: Sequence[Request], geometry: Geometry, heap_bytes: int) -> None:
+    largest = max(requests, key=lambda request: len(set(request.hash_ids)))
+    needed = len(set(largest.hash_ids)) * geometry.chunk_bytes
+    if needed > heap_bytes:
+        raise CommandError(
+            f"a heap of {heap_bytes} bytes is smaller than the request at {largest.timestamp_ms} "
+            f"ms: {len(set(largest.hash_ids))} chunks of {geometry.chunk_bytes} bytes"
+        )
+
+
+def _allocator(heap_bytes: int, device: torch.device) -> TensorMemoryAllocator:
+    try:
+        buffer = torch.empty(heap_bytes, dtype=torch.uint8, device=device)
+    except RuntimeError as error:  # torch's out-of-memory errors
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"{device} has no room for {heap_bytes} bytes: {reason}") from None
+    return TensorMemoryAllocator(buffer)
+
+
+def _replay(replay: Replay, requests: Sequence[Request], num_samples: int) -> float:
+    """Replay under a progress bar; returns the seconds it took."""
+    console = Console(stderr=True)
+    columns = (TextColumn("replay"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    start = perf_counter()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("replay", total=len(requests))
+        try:
+            replay.run(requests, num_samples, lambda done: progress.update(task, completed=done))
+        except RequestTooLargeError as error:
+            raise CommandError(str(error)) from None
+    return perf_counter() - start
+
+
+def _figures(replay: Replay, seconds: float, trace: str) -> dict[str, Any]:
+    stats = replay.stats()
+    is_cuda = replay.store.allocator.buffer.device.type == "cuda"
+    store = replay.store
+    return {
+        "requests": replay.requests,
+        "block_refs": replay.block_refs,
+        "hits": replay.hits,
+        "hit_rate": replay.hits / replay.block_refs if replay.block_refs else 0.0,
+        "stored": replay.stored,
+        "resident": replay.resident,
+        "evicted": store.num_evicted,
+        "mismatches": replay.mismatches,
+        "utilization_peak": replay.utilization_peak,
+        "utilization_final": stats.utilization,
+        "free_extents": stats.free_extents,
+        "largest_free_bytes": stats.largest_free_bytes,
+        "batched_allocate_us": _percentiles(store.allocate_seconds),
+        "batched_free_us": _percentiles(store.free_seconds),
+        "gather_gbps": replay.gather_gbps(),
+        "scatter_gbps": replay.scatter_gbps(),
+        "seconds": seconds,
+        "device": torch.cuda.get_device_name() if is_cuda else f"cpu ({platform.machine()})",
+        "geometry": replay.geometry.name,
+        "chunk_bytes": replay.geometry.chunk_bytes,
+        "heap_bytes": stats.heap_bytes,
+        "trace": trace,
+        "versions": {
+            "kvheap": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def _percentiles(calls: Sequence[tuple[float, int]]) -> dict[str, float | None]:
+    """p50 and p99 in us, of the calls and of each call's share for one block."""
+    if not calls:
+        return {"p50": None, "p99": None, "p50_per_block": None, "p99_per_block": None}
+    seconds, blocks = np.array(calls).T
+    whole = np.percentile(seconds, (50, 99)) * 1e6
+    share = np.percentile(seconds / blocks, (50, 99)) * 1e6
+    return {
+        "p50": float(whole[0]),
+        "p99": float(whole[1]),
+        "p50_per_block": float(share[0]),
+        "p99_per_block": float(share[1]),
+    }
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    title = f"{figures['trace']}: {figures['geometry']} in {_bytes(figures['heap_bytes'])}"
+    table = Table(title=f"{title} on {figures['device']}", show_header=False)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name in ("requests", "block_refs"):
+        table.add_row(name.replace("block_refs", "block references"), f"{figures[name]:,}")
+    table.add_row("hits", f"{figures['hits']:,} ({figures['hit_rate']:.2%})")
+    for name in ("stored", "resident", "evicted"):
+        table.add_row(name, f"{figures[name]:,}")
+    style = "bold red" if figures["mismatches"] else "green"
+    table.add_row("mismatches", f"{figures['mismatches']:,}", style=style)
+    for name in ("batched_allocate", "batched_free"):
+        times = figures[f"{name}_us"]
+        table.add_row(f"{name} p50 / p99", _pair(times["p50"], times["p99"], "us"))
+        shares = _pair(times["p50_per_block"], times["p99_per_block"], "us")
+        table.add_row(f"{name} p50 / p99 a block", shares)
+    for name in ("gather", "scatter"):
+        speed = figures[f"{name}_gbps"]
+        table.add_row(f"{name}ed", "-" if speed is None else f"{speed:.2f} GB/s")
+    peak, final = figures["utilization_peak"], figures["utilization_final"]
+    table.add_row("utilisation peak / final", f"{peak:.2%} / {final:.2%}")
+    table.add_row("free extents", f"{figures['free_extents']:,}")
+    table.add_row("largest free extent", _bytes(figures["largest_free_bytes"]))
+    table.add_row("time", f"{figures['seconds']:.1f} s")
+    return table
+
+
+def _pair(first: float | None, second: float | None, unit: str) -> str:
+    return "-" if first is None or second is None else f"{first:,.2f} / {second:,.2f} {unit}"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:,.4g} {unit}"
+        size /= 1024
+    return f"{size:,.4g} TiB"

@@ -1,0 +1,147 @@
+"""Request traces: one JSON object a line, as published with Mooncake (FAST'25).
+
+``timestamp`` is in ms, ``input_length`` and ``output_length`` in tokens, ``hash_ids`` names the
+512-token chunks of the prompt in order; equal ids mean the same KV, prefix included.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CHUNK_TOKENS", "Request", "TraceError", "read_trace", "synthetic_trace"]
+
+CHUNK_TOKENS = 512
+"""Tokens that one hash id stands for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request of a trace: arrival in ms, lengths in tokens, and its chunks' hash ids."""
+
+    timestamp_ms: int
+    input_length: int
+    output_length: int
+    hash_ids: tuple[int, ...]
+
+
+class TraceError(ValueError):
+    """A line that is no request.
+
+    Attributes:
+        path: the file.
+        line_number: counted from 1.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: Path, line_number: int, reason: str) -> None:
+        super().__init__(f"{path}, line {line_number}: {reason}")
+        self.path = path
+        self.line_number = line_number
+        self.reason = reason
+
+
+def read_trace(path: Path, limit: int | None = None) -> list[Request]:
+    """Read the first ``limit`` requests of a file, or all.
+
+    Raises:
+        TraceError: a line is malformed.
+        OSError: the file cannot be read.
+    """
+    line_number = 0
+
+    def requests() -> Iterator[Request]:
+        nonlocal line_number
+        with path.open("rb") as lines:
+            for line in islice(lines, limit):
+                line_number += 1
+                yield _parse(line)
+
+    try:
+        return list(requests())
+    except ValueError as error:
+        raise TraceError(path, line_number, str(error)) from None
+
+
+def _parse(line: bytes) -> Request:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"not an object but {_shown(record)}")
+    hash_ids = _field(record, "hash_ids")
+    if not isinstance(hash_ids, list):
+        raise ValueError(f"hash_ids must be a list, got {_shown(hash_ids)}")
+    for hash_id in hash_ids:
+        if type(hash_id) is not int or not -(1 << 63) <= hash_id < 1 << 63:
+            raise ValueError(f"hash_ids must be 64-bit integers, got {_shown(hash_id)}")
+    return Request(
+        _non_negative(record, "timestamp"),
+        _non_negative(record, "input_length"),
+        _non_negative(record, "output_length"),
+        tuple(hash_ids),
+    )
+
+
+def _field(record: dict[str, Any], key: str) -> Any:
+    if key not in record:
+        raise ValueError(f"{key} is missing")
+    return record[key]
+
+
+def _non_negative(record: dict[str, Any], key: str) -> int:
+    value = _field(record, key)
+    if type(value) is not int:
+        raise ValueError(f"{key} must be an integer, got {_shown(value)}")
+    if value < 0:
+        raise ValueError(f"{key} must be non-negative, got {value}")
+    return value
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def synthetic_trace(num_requests: int, seed: int = 0) -> list[Request]:
+    """Chat traffic with shared prefixes, the same for the same seed.
+
+    Conversations start with one of 16 system prompts, the popular ones more often, and grow by a
+    few chunks a turn: the next turn's prompt is all that was said before and a new question. A
+    request continues one of the 200 conversations used last, or begins a new one (one in four).
+
+    >>> synthetic_trace(3) == synthetic_trace(3), len(synthetic_trace(3))
+    (True, 3)
+    """
+    random_source = random.Random(seed)
+    new_id = count()
+    prompts = [[next(new_id) for _ in range(random_source.randint(1, 4))] for _ in range(16)]
+    popularity = [1 / (rank + 1) for rank in range(len(prompts))]
+    conversations: list[list[int]] = []
+
+    def turns() -> Iterator[Request]:
+        timestamp_ms = 0
+        while True:
+            timestamp_ms += round(random_source.expovariate(1 / 300))
+            if not conversations or random_source.random() < 0.25:
+                chunks = list(random_source.choices(prompts, popularity)[0])
+            else:
+                chunks = conversations.pop(random_source.randrange(len(conversations)))
+            chunks = chunks + [next(new_id) for _ in range(random_source.randint(1, 6))]
+            conversations.append(chunks)
+            del conversations[:-200]
+            if len(chunks) > 64:
+                conversations.pop()
+            input_length = len(chunks) * CHUNK_TOKENS
+            output_length = random_source.randint(1, CHUNK_TOKENS)
+            yield Request(timestamp_ms, input_length, output_length, tuple(chunks))
+
+    return list(islice(turns(), num_requests))
