@@ -33,6 +33,7 @@ are checked; addresses that are already on the device are trusted, since to chec
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,9 +66,24 @@ MIN_COLS = 16
 MAX_WASTED_SHARE = 0.125
 """How much of a tile row may be masked off before a narrower one is taken."""
 
-LONG_RUN_BYTES = 256 << 10
-"""CPU: mean run from which on one ``copy_`` a run wins. Scatter of random blocks, 2 cores, GB/s
-read + write: 64 KiB blocks 13.6 by ``copy_`` and 14.1 by indexing, 1 MiB blocks 24.6 and 14.4."""
+CPU_WORDS = {
+    16: torch.complex128,
+    8: torch.int64,
+    4: torch.int32,
+    2: torch.int16,
+    1: torch.uint8,
+}
+"""CPU: the dtype that moves so many bytes as one element; complex ones are moved, not computed.
+Scatter of 16 MiB and more in random blocks of 64 KiB by ``index_copy_``, 2 cores, GB/s read +
+write: 24.8, 18.9, 18.7, 12.3 and 5.8; one ``copy_`` of as many bytes 26.1. Gather by
+``index_select``: 25.7, 25.8, 25.6, 12.4 and 18.9. For single bytes NumPy's indexing, on one core,
+is faster than ``index_copy_``: 13.6. Fill of as many bytes: ``index_fill_`` of int64 14.3, NumPy
+9.7, one ``fill_`` 16.1."""
+
+LONG_RUN_BYTES = 1 << 20
+"""CPU: mean run from which on one ``copy_`` a run wins. Scatter of random blocks, as above: 64 KiB
+blocks 13.3 by ``copy_`` and 26.9 by indexing, 256 KiB 19.8 and 25.4, 1 MiB 24.3 and 27.3; but one
+run of many 64-byte blocks 32.5 and 16.3."""
 
 
 @jit(do_not_specialize=["num_blocks", "vectors", "col_tiles", "src_stride", "dst_stride"])
@@ -88,9 +104,9 @@ def _copy_blocks_kernel(  # type: ignore[no-untyped-def]
     COLS: tl.constexpr,
 ):
     """Copy one tile of ROWS blocks by COLS words; strides and ``vectors`` count VECTOR words."""
-    tile = tl.program_id(0).to(tl.int64)
-    rows = (tile // col_tiles) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    cols = (tile % col_tiles) * COLS + tl.arange(0, COLS).to(tl.int64)
+    tile = tl.program_id(0)  # divided as 32 bits, which is cheaper, multiplied as 64
+    rows = (tile // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = (tile % col_tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
     is_block = rows < num_blocks
     if src_address_ptr is not None:
         src_address = tl.load(src_address_ptr + rows, mask=is_block, other=0)
@@ -102,7 +118,7 @@ def _copy_blocks_kernel(  # type: ignore[no-untyped-def]
         dst_row = tl.multiple_of(dst_address // WORD_BYTES, VECTOR)
     else:
         dst_row = rows * dst_stride * VECTOR
-    mask = is_block[:, None] & (cols < vectors * VECTOR)[None, :]
+    mask = is_block[:, None] & (cols < vectors.to(tl.int64) * VECTOR)[None, :]
     src = src_ptr.to(tl.pointer_type(WORD)) + src_row[:, None] + cols[None, :]
     dst = dst_ptr.to(tl.pointer_type(WORD)) + dst_row[:, None] + cols[None, :]
     tl.store(dst, tl.load(src, mask=mask), mask=mask)
@@ -123,18 +139,15 @@ def _fill_blocks_kernel(  # type: ignore[no-untyped-def]
     COLS: tl.constexpr,
 ):
     """Store ``value`` in one tile of ROWS blocks by COLS words."""
-    tile = tl.program_id(0).to(tl.int64)
-    rows = (tile // col_tiles) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    cols = (tile % col_tiles) * COLS + tl.arange(0, COLS).to(tl.int64)
+    tile = tl.program_id(0)  # divided as 32 bits, which is cheaper, multiplied as 64
+    rows = (tile // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = (tile % col_tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
     is_block = rows < num_blocks
     address = tl.load(dst_address_ptr + rows, mask=is_block, other=0)
     row = tl.multiple_of(address // WORD_BYTES, VECTOR)
-    mask = is_block[:, None] & (cols < vectors * VECTOR)[None, :]
+    mask = is_block[:, None] & (cols < vectors.to(tl.int64) * VECTOR)[None, :]
     dst = dst_ptr.to(tl.pointer_type(WORD)) + row[:, None] + cols[None, :]
     tl.store(dst, tl.full([ROWS, COLS], value, WORD), mask=mask)
-
-
-# -- launchers ---------------------------------------------------------------------------------
 
 
 def scatter_blocks(
@@ -216,7 +229,7 @@ def move_blocks(
         TypeError: addresses are not integers, or are on a GPU; nothing is moved.
     """
     _require_buffer(buffer)
-    _require_block_bytes(block_bytes)
+    block_bytes = _byte_count("block_bytes", block_bytes)
     buffer_bytes = buffer.numel() * buffer.element_size()
     sources = host_addresses("source_addresses", source_addresses, buffer_bytes, block_bytes)
     targets = host_addresses("target_addresses", target_addresses, buffer_bytes, block_bytes)
@@ -226,8 +239,8 @@ def move_blocks(
         return
     require_disjoint("target_addresses", targets, block_bytes)
     moving = sources != targets
-    _require_apart(sources, targets[moving], block_bytes)
     sources, targets = sources[moving], targets[moving]
+    _require_apart(sources, targets, block_bytes)
     _copy(
         _Scattered(buffer, sources, None, alignment_of(_bits_of(sources))),
         _Scattered(buffer, targets, None, alignment_of(_bits_of(targets))),
@@ -248,20 +261,23 @@ def fill_blocks(
 
     Args:
         buffer: contiguous, any dtype.
-        addresses: N byte offsets, as for :func:`scatter_blocks`; blocks may overlap.
+        addresses: N byte offsets, as for :func:`scatter_blocks`.
         block_bytes: bytes of each block.
         value: 0 to 255.
         address_alignment: as for :func:`scatter_blocks`.
 
     Raises:
-        ValueError: ``value`` is not a byte, or a block leaves the buffer; nothing is written.
-        TypeError: ``addresses`` are not integers; nothing is written.
+        ValueError: ``value`` is not a byte, a block leaves the buffer, or two overlap; nothing is
+            written.
+        TypeError: an argument that must be an integer is not; nothing is written.
     """
     _require_buffer(buffer)
-    _require_block_bytes(block_bytes)
+    block_bytes, value = _byte_count("block_bytes", block_bytes), operator.index(value)
     if not 0 <= value <= 255:
         raise ValueError(f"value must be a byte, 0 to 255, got {value}")
     target = _Scattered.of(buffer, "addresses", addresses, block_bytes, address_alignment)
+    if target.on_host is not None:
+        require_disjoint("addresses", target.on_host, block_bytes)
     if not target.length or not block_bytes:
         return
     if buffer.device.type == "cpu":
@@ -269,9 +285,6 @@ def fill_blocks(
     else:
         with torch.cuda.device(buffer.device):
             _launch_fill(target, block_bytes, value)
-
-
-# -- the two kinds of sides --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,10 +318,11 @@ class _Dense:
         """All bytes of the tensor's storage, on a CPU."""
         return torch.empty(0, dtype=torch.uint8).set_(self.tensor.untyped_storage())
 
-    def rows(self, block_bytes: int) -> torch.Tensor:
-        """The blocks as bytes, ``[N, block_bytes]``, on a CPU."""
-        size, stride = (len(self.tensor), block_bytes), (self.stride_bytes, 1)
-        return self.flat().as_strided(size, stride, self.offset_bytes)
+    def rows(self, block_bytes: int, word: torch.dtype) -> torch.Tensor:
+        """The blocks as words, ``[N, words of a block]``, on a CPU."""
+        size = (len(self.tensor), block_bytes // word.itemsize)
+        stride = (self.stride_bytes // word.itemsize, 1)
+        return _view_words(self.tensor, word, self.offset_bytes, size, stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,11 +344,11 @@ class _Scattered:
         address_alignment: int,
     ) -> _Scattered:
         _require_buffer(buffer)
+        if address_alignment <= 0 or address_alignment & (address_alignment - 1):
+            raise ValueError(
+                f"address_alignment must be a positive power of two, got {address_alignment}"
+            )
         if isinstance(addresses, torch.Tensor) and addresses.device.type != "cpu":
-            if address_alignment <= 0 or address_alignment & (address_alignment - 1):
-                raise ValueError(
-                    f"address_alignment must be a positive power of two, got {address_alignment}"
-                )
             if addresses.device != buffer.device or addresses.dtype != torch.int64:
                 raise ValueError(
                     f"{name} must be int64 on {buffer.device} or on the host, got "
@@ -379,15 +393,25 @@ class _Scattered:
         assert self.on_host is not None
         return self.on_host
 
+    @property
+    def offset_bytes(self) -> int:
+        return int(self.buffer.storage_offset()) * self.buffer.element_size()
+
     def flat(self) -> torch.Tensor:
         """All bytes of a CPU buffer."""
-        return self.buffer.detach().reshape(-1).view(torch.uint8)
+        num_bytes = self.buffer.numel() * self.buffer.element_size()
+        return _view_words(self.buffer, torch.uint8, self.offset_bytes, (num_bytes,), (1,))
 
-    def rows(self, block_bytes: int) -> torch.Tensor:
-        """Every block that a CPU buffer has, one for each start byte: they overlap."""
-        flat = self.flat()
-        size = (flat.numel() - block_bytes + 1, block_bytes)
-        return flat.as_strided(size, (1, 1), flat.storage_offset())
+    def rows(self, block_bytes: int, word: torch.dtype) -> torch.Tensor:
+        """Every block that a CPU buffer has, one for each word it can start at: they overlap."""
+        words = self.buffer.numel() * self.buffer.element_size() // word.itemsize
+        block_words = block_bytes // word.itemsize
+        size = (words - block_words + 1, block_words)
+        return _view_words(self.buffer, word, self.offset_bytes, size, (1, 1))
+
+    def row_numbers(self, word: torch.dtype) -> torch.Tensor:
+        """Where the blocks are in :meth:`rows`."""
+        return torch.from_numpy(self.starts() // word.itemsize)
 
 
 _Side = _Dense | _Scattered
@@ -401,9 +425,6 @@ def _copy(source: _Side, target: _Side, num_blocks: int, block_bytes: int) -> No
     else:
         with torch.cuda.device(target.tensor.device):
             _launch_copy(source, target, num_blocks, block_bytes)
-
-
-# -- GPU ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,7 +513,7 @@ def _launch_fill(target: _Scattered, block_bytes: int, value: int) -> None:
         plan.num_blocks,
         plan.vectors,
         plan.col_tiles,
-        int.from_bytes(bytes([value]) * plan.word_bytes, "little", signed=True),
+        _repeated(value, plan.word_bytes),
         **plan.constants(),
         num_warps=NUM_WARPS,
     )
@@ -502,12 +523,20 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A uint8 tensor at the same address: Triton knows few dtypes, and compiles once for each."""
     if tensor.dtype == torch.uint8:
         return tensor
-    offset = int(tensor.storage_offset()) * tensor.element_size()
-    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return flat.set_(tensor.untyped_storage(), offset, (1,), (1,))
+    offset_bytes = int(tensor.storage_offset()) * tensor.element_size()
+    return _view_words(tensor, torch.uint8, offset_bytes, (1,), (1,))
 
 
-# -- CPU, and the reference --------------------------------------------------------------------
+def _view_words(
+    tensor: torch.Tensor,
+    word: torch.dtype,
+    offset_bytes: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> torch.Tensor:
+    """The tensor's storage as words, from ``offset_bytes`` on; ``stride`` counts words."""
+    view = torch.empty(0, dtype=word, device=tensor.device)
+    return view.set_(tensor.untyped_storage(), offset_bytes // word.itemsize, size, stride)
 
 
 def _copy_on_cpu(source: _Side, target: _Side, block_bytes: int) -> None:
@@ -519,16 +548,26 @@ def _copy_on_cpu(source: _Side, target: _Side, block_bytes: int) -> None:
                 source_bytes[source_start : source_start + length]
             )
         return
-    blocks = source.rows(block_bytes)
+    word = _cpu_word(block_bytes, source, target)
+    blocks = source.rows(block_bytes, word)
+    if isinstance(target, _Dense):
+        assert isinstance(source, _Scattered)
+        out = target.rows(block_bytes, word)
+        torch.index_select(blocks, 0, source.row_numbers(word), out=out)
+        return
     if isinstance(source, _Scattered):
-        # Picks rows by all threads: 23 GB/s read + write where NumPy reached 5 (4 KiB blocks).
-        index = torch.from_numpy(np.array(source.starts()))
-        if isinstance(target, _Dense):
-            torch.index_select(blocks, 0, index, out=target.rows(block_bytes))
-            return
-        blocks = blocks.index_select(0, index)
-    # NumPy, on the same bytes: 12 GB/s where torch.Tensor.index_copy_ reached 6 (4 KiB blocks).
-    target.rows(block_bytes).numpy()[target.starts()] = blocks.numpy()
+        blocks = blocks.index_select(0, source.row_numbers(word))
+    places, rows = target.row_numbers(word), target.rows(block_bytes, word)
+    if word == torch.uint8:
+        rows.numpy()[places.numpy()] = blocks.numpy()
+    else:
+        rows.index_copy_(0, places, blocks)
+
+
+def _cpu_word(block_bytes: int, *sides: _Side) -> torch.dtype:
+    """The widest word that all blocks consist of, in their storage and in memory."""
+    alignments = [alignment_of(side.alignment, side.offset_bytes) for side in sides]
+    return CPU_WORDS[alignment_of(block_bytes, *alignments)]
 
 
 def _long_runs(
@@ -549,10 +588,18 @@ def _long_runs(
 
 
 def _fill_on_cpu(target: _Scattered, block_bytes: int, value: int) -> None:
-    target.rows(block_bytes).numpy()[target.starts()] = value
+    word = _cpu_word(block_bytes, target)
+    if word.itemsize >= 8:
+        rows = target.rows(block_bytes, torch.int64)
+        rows.index_fill_(0, target.row_numbers(torch.int64), _repeated(value, 8))
+    else:
+        rows = target.rows(block_bytes, torch.uint8)
+        rows.numpy()[target.starts()] = value
 
 
-# -- checks ------------------------------------------------------------------------------------
+def _repeated(byte: int, word_bytes: int) -> int:
+    """A signed word of which every byte is ``byte``."""
+    return int.from_bytes(bytes([byte]) * word_bytes, "little", signed=True)
 
 
 def _bits_of(addresses: Int64Array) -> int:
@@ -562,17 +609,22 @@ def _bits_of(addresses: Int64Array) -> int:
 def _require_buffer(buffer: torch.Tensor) -> None:
     if not buffer.is_contiguous():
         raise ValueError(f"buffer must be contiguous, got strides {buffer.stride()}")
+    if buffer.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"buffer must be on a CPU or a CUDA device, got {buffer.device}")
 
 
-def _require_block_bytes(block_bytes: int) -> None:
-    if block_bytes < 0:
-        raise ValueError(f"block_bytes must be non-negative, got {block_bytes}")
+def _byte_count(name: str, value: int) -> int:
+    if operator.index(value) < 0:
+        raise ValueError(f"{name} must be non-negative, got {value}")
+    return operator.index(value)
 
 
 def _require_blocks(name: str, blocks: torch.Tensor, buffer: torch.Tensor) -> int:
     """Bytes of one block of ``blocks``, which must be ``[N, ...]`` on the buffer's device."""
     if blocks.dim() == 0:
         raise ValueError(f"{name} must be [N, ...], got a scalar")
+    if blocks.is_conj() or blocks.is_neg():
+        raise ValueError(f"{name} is a lazy conj or neg view: its bytes are not its values")
     if blocks.device != buffer.device:
         raise ValueError(f"{name} is on {blocks.device}, the buffer on {buffer.device}")
     if len(blocks) and not blocks[0].is_contiguous():

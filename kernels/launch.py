@@ -75,7 +75,7 @@ def host_addresses(
     if isinstance(addresses, torch.Tensor):
         if addresses.device.type != "cpu":
             raise TypeError(f"{name} must be on the host, got a tensor on {addresses.device}")
-        array = addresses.numpy()
+        array = addresses.detach().numpy()
     else:
         array = np.asarray(addresses)
     if array.ndim != 1:
@@ -98,25 +98,27 @@ def require_disjoint(name: str, addresses: Int64Array, block_bytes: int) -> None
     """Refuse blocks that overlap each other. O(N) for ascending addresses, else a sort.
 
     Raises:
-        ValueError: names two that overlap.
+        ValueError: names two that overlap, and where they are in the list.
     """
     if len(addresses) < 2:
         return
     gaps = np.diff(addresses)
     if (gaps >= block_bytes).all():
         return
-    ordered = np.sort(addresses)
-    overlap = np.diff(ordered) < block_bytes
-    if overlap.any():
-        at = int(np.argmax(overlap))
-        raise ValueError(
-            f"{name} overlap: blocks of {block_bytes} bytes at {ordered[at]} and {ordered[at + 1]}"
-        )
+    if (np.diff(np.sort(addresses)) >= block_bytes).all():
+        return
+    order = np.argsort(addresses, kind="stable")
+    at = int(np.argmax(np.diff(addresses[order]) < block_bytes))
+    first, second = int(order[at]), int(order[at + 1])
+    raise ValueError(
+        f"{name} overlap: {name}[{first}] is {addresses[first]}, {name}[{second}] is "
+        f"{addresses[second]}, and blocks have {block_bytes} bytes"
+    )
 
 
 def upload(array: Int64Array, device: torch.device) -> torch.Tensor:
     """A host array on ``device``, in stream order and without waiting for the device."""
-    tensor = torch.from_numpy(np.array(array))  # owned and writable: the caller's may be neither
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    pinned = device.type != "cpu"
+    staging = torch.empty(len(array), dtype=torch.int64, pin_memory=pinned)
+    staging.numpy()[:] = array  # a copy: the caller may change its array before the device reads
+    return staging.to(device, non_blocking=True)

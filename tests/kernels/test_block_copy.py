@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvheap.kernels import block_copy, fill_blocks, gather_blocks, move_blocks, scatter_blocks
 from kvheap.kernels.launch import triton
 
@@ -221,9 +222,10 @@ def test_long_runs_on_the_cpu_are_merged_and_right() -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_addresses_beyond_two_to_the_31(path: str) -> None:
+@pytest.mark.parametrize("shift", [0, 1])  # words of 8 bytes, and of one
+def test_addresses_beyond_two_to_the_31(path: str, shift: int) -> None:
     size, block_bytes = (5 << 30) + 4096, 48
-    addresses = np.array([(5 << 30) + 16, (1 << 31) - 32, (1 << 32) + 64, 0], np.int64)
+    addresses = np.array([(5 << 30) + 16, (1 << 31) - 32, (1 << 32) + 64, 0], np.int64) + shift
     with running(path) as device:
         if device.type == "cpu":  # only the pages that are touched become real
             pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -238,6 +240,42 @@ def test_addresses_beyond_two_to_the_31(path: str) -> None:
         move_blocks(buffer, addresses[:1], [(3 << 30) + 5], block_bytes)
         start = (3 << 30) + 5
         assert torch.equal(buffer[start : start + block_bytes], blocks[0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_dense_strides_beyond_two_to_the_31(path: str, shift: int) -> None:
+    stride, block_bytes = (3 << 30) + 16 + shift, 48
+    with running(path) as device:
+        if device.type == "cpu":
+            pages = mmap.mmap(-1, stride + 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            storage = torch.frombuffer(pages, dtype=torch.uint8)
+        else:
+            storage = torch.zeros(stride + 4096, dtype=torch.uint8, device=device)
+        out = storage.as_strided((2, block_bytes), (stride, 1))
+        buffer = torch.randint(1, 256, (256,), dtype=torch.uint8, device=device)
+        gather_blocks(buffer, [64, 16], out)
+        assert torch.equal(storage[:block_bytes], buffer[64 : 64 + block_bytes])
+        assert torch.equal(storage[stride : stride + block_bytes], buffer[16 : 16 + block_bytes])
+        assert not storage[block_bytes:4096].any()
+        back = torch.zeros_like(buffer)
+        scatter_blocks(out, back, [64, 16])
+        assert torch.equal(back[16:112], buffer[16:112])
+
+
+@needs_triton
+@pytest.mark.parametrize("promise", [1, 2, 8, 4096])
+def test_promised_alignment_of_device_addresses_is_used(promise: int) -> None:
+    with running("interpreter"):
+        buffer = torch.full((40_000,), POISON, dtype=torch.uint8)
+        blocks = torch.randint(0, 256, (3, 4096), dtype=torch.uint8)
+        addresses = torch.tensor([20480, 0, 8192])
+        target = block_copy._Scattered(buffer, None, addresses, promise)
+        assert target.alignment == min(promise, 16)
+        block_copy._launch_copy(block_copy._Dense(blocks), target, 3, 4096)
+        for address, block in zip(addresses.tolist(), blocks, strict=True):
+            assert torch.equal(buffer[address : address + 4096], block)
+        assert (buffer == POISON).sum() >= len(buffer) - blocks.numel()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -268,22 +306,35 @@ def move(sources: object, targets: object) -> Callable[..., None]:
         (scatter([0, 57]), ValueError, r"addresses\[1\] is 57"),
         (scatter([-1, 8]), ValueError, r"addresses\[0\] is -1"),
         (scatter([0]), ValueError, "1 addresses for 2 blocks"),
-        (scatter([0, 7]), ValueError, "overlap: blocks of 8 bytes at 0 and 7"),
-        (scatter([9, 2]), ValueError, "overlap: blocks of 8 bytes at 2 and 9"),
+        (scatter([0, 7]), ValueError, r"addresses\[0\] is 0, addresses\[1\] is 7"),
+        (scatter([9, 2]), ValueError, r"addresses\[1\] is 2, addresses\[0\] is 9"),
         (scatter([0.0, 8.0]), TypeError, "must be integers, got float64"),
         (scatter([[0, 8]]), ValueError, "one-dimensional"),
+        (scatter([True, False]), TypeError, "must be integers, got bool"),
+        (scatter(torch.tensor([0.0, 8.0])), TypeError, "must be integers, got float32"),
+        (scatter([0, 1 << 70]), TypeError, "must be integers, got object"),
+        (scatter([0, 8], torch.zeros(2, dtype=torch.complex64).conj()), ValueError, "lazy conj"),
         (scatter([0, 8], torch.zeros(8, 2).T), ValueError, "must be contiguous"),
         (scatter([0], torch.tensor(1.0)), ValueError, "scalar"),
         (scatter([0, 8], torch.zeros(2, 8, device="meta")), ValueError, "is on meta"),
         (move([0], [4]), ValueError, "target block at 4 overlaps the source block at 0"),
         (move([0, 16], [8, 0]), ValueError, "target block at 0 overlaps the source block at 0"),
-        (move([0, 0], [16, 20]), ValueError, "overlap: blocks of 8 bytes at 16 and 20"),
-        (move([16, 0], [16, 12]), ValueError, "overlap: blocks of 8 bytes at 12 and 16"),
+        (move([0, 0], [16, 20]), ValueError, r"target_addresses\[1\] is 20, and blocks"),
+        (move([16, 0], [16, 12]), ValueError, r"\[1\] is 12, target_addresses\[0\] is 16"),
         (move([0], [57]), ValueError, r"target_addresses\[0\] is 57"),
         (move([0, 8], [16]), ValueError, "2 source addresses but 1 target"),
         (lambda buffer: fill_blocks(buffer, [0], 8, 256), ValueError, "got 256"),
         (lambda buffer: fill_blocks(buffer, [0], 8, -1), ValueError, "got -1"),
         (lambda buffer: fill_blocks(buffer, [0], -8, 1), ValueError, "got -8"),
+        (lambda buffer: fill_blocks(buffer, [0], 8, 1.5), TypeError, "integer"),
+        (lambda buffer: fill_blocks(buffer, [0], 8.0, 1), TypeError, "integer"),
+        (lambda buffer: fill_blocks(buffer, [4, 0], 8, 1), ValueError, r"addresses\[1\] is 0"),
+        (
+            lambda buffer: fill_blocks(buffer, [0], 8, 1, address_alignment=12),
+            ValueError,
+            "power of two, got 12",
+        ),
+        (lambda _: fill_blocks(torch.empty(8, device="meta"), [0], 8, 1), ValueError, "got meta"),
         (
             lambda buffer: gather_blocks(buffer, [0, 8], torch.zeros(1, 8).expand(2, 8)),
             ValueError,
@@ -315,5 +366,38 @@ def test_on_a_gpu_addresses_may_be_there_and_streams_are_honoured() -> None:
         out = gather_blocks(buffer, addresses, torch.zeros_like(blocks), address_alignment=4096)
     side.synchronize()
     assert torch.equal(out, blocks)
+    fill_blocks(buffer, addresses, block_bytes, POISON, address_alignment=4096)
+    assert int((buffer == POISON).sum()) >= blocks.numel()
     with pytest.raises(TypeError, match="on the host"):
         move_blocks(buffer, addresses, addresses, block_bytes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("block_bytes", [1, 48, 132])
+def test_on_a_gpu_millions_of_small_blocks_are_one_launch(block_bytes: int) -> None:
+    num_blocks = 2_000_003
+    blocks = torch.randint(0, 256, (num_blocks, block_bytes), dtype=torch.uint8, device="cuda")
+    addresses = torch.randperm(num_blocks) * block_bytes
+    buffer = torch.zeros(num_blocks * block_bytes, dtype=torch.uint8, device="cuda")
+    scatter_blocks(blocks, buffer, addresses)
+    assert torch.equal(gather_blocks(buffer, addresses, torch.zeros_like(blocks)), blocks)
+    expected = torch.zeros(num_blocks, block_bytes, dtype=torch.uint8, device="cuda")
+    expected[addresses.cuda() // block_bytes] = blocks
+    assert torch.equal(buffer, expected.view(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_launch_does_not_wait_for_the_device() -> None:
+    buffer = torch.zeros(1 << 20, dtype=torch.uint8, device="cuda")
+    blocks = torch.ones(64, 4096, dtype=torch.uint8, device="cuda")
+    addresses = np.arange(64) * 8192
+    scatter_blocks(blocks, buffer, addresses)  # compiled now
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second of cycles
+    scatter_blocks(blocks, buffer, addresses)
+    assert not torch.cuda.current_stream().query()
+    addresses[:] = 0  # already copied: the caller's array is its own again
+    torch.cuda.synchronize()
+    assert torch.equal(gather_blocks(buffer, np.arange(64) * 8192, blocks * 0), blocks)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
+
 from kvheap.kernels import block_copy
 from kvheap.kernels.block_copy import NUM_WARPS, TilePlan
 from kvheap.kernels.launch import triton
 
-pytestmark = pytest.mark.skipif(triton is None, reason="needs the triton package")
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin" if triton else Path()
+
+pytestmark = [
+    pytest.mark.skipif(triton is None, reason="needs the triton package"),
+    pytest.mark.skipif(not (NVIDIA_TOOLS / "ptxas").exists(), reason="needs triton's ptxas"),
+]
 
 CAPABILITIES = [80, 90, 100]
 ADDRESS_ARGUMENTS = ("src_address_ptr", "dst_address_ptr")
 
 
-def ptx_of(kernel, plan: TilePlan, unindexed: tuple[str, ...], capability: int) -> str:
-    """PTX of the specialization that the launcher asks for with this plan."""
+def compiled_for(kernel, plan: TilePlan, unindexed: tuple[str, ...], capability: int):
+    """The specialization that the launcher asks for with this plan."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -28,7 +36,9 @@ def ptx_of(kernel, plan: TilePlan, unindexed: tuple[str, ...], capability: int) 
         elif name in ADDRESS_ARGUMENTS:
             signature[name] = "*i64"
         else:
-            signature[name] = "*u8" if name.endswith("_ptr") else "i64" if name == "value" else "i32"
+            signature[name] = (
+                "*u8" if name.endswith("_ptr") else "i64" if name == "value" else "i32"
+            )
     aligned = plan.word_bytes * plan.words_per_vector == 16
     attributes = {
         (index,): [["tt.divisibility", 16]]
@@ -40,7 +50,23 @@ def ptx_of(kernel, plan: TilePlan, unindexed: tuple[str, ...], capability: int) 
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": NUM_WARPS}
     )
     assert compiled.asm["cubin"]
-    return compiled.asm["ptx"]
+    return compiled
+
+
+def require_lean(compiled, directory: Path) -> None:
+    """No spills, no stack, and registers for at least six programs of 128 threads at a time."""
+    assert ".local" not in compiled.asm["ptx"]
+    if not (NVIDIA_TOOLS / "cuobjdump").exists():
+        return
+    cubin = directory / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [NVIDIA_TOOLS / "cuobjdump", "-res-usage", cubin]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack_bytes, local_bytes = map(int, found.groups())
+    assert registers <= 80
+    assert (stack_bytes, local_bytes) == (0, 0)
 
 
 def widths(ptx: str, operation: str) -> set[int]:
@@ -53,29 +79,31 @@ def widths(ptx: str, operation: str) -> set[int]:
 @pytest.mark.parametrize("block_bytes", [576, 4096, 131072])
 @pytest.mark.parametrize("unindexed", [(a,) for a in ADDRESS_ARGUMENTS] + [()])
 def test_aligned_copies_use_16_byte_accesses(
-    capability: int, block_bytes: int, unindexed: tuple[str, ...]
+    capability: int, block_bytes: int, unindexed: tuple[str, ...], tmp_path: Path
 ) -> None:
     plan = TilePlan.of(1000, block_bytes, 4096)
-    ptx = ptx_of(block_copy._copy_blocks_kernel, plan, unindexed, capability)
-    assert 16 in widths(ptx, "ld")  # addresses are loaded with narrower ones
-    assert widths(ptx, "st") == {16}
-    assert ".local" not in ptx
+    compiled = compiled_for(block_copy._copy_blocks_kernel, plan, unindexed, capability)
+    assert 16 in widths(compiled.asm["ptx"], "ld")  # addresses are loaded with narrower ones
+    assert widths(compiled.asm["ptx"], "st") == {16}
+    require_lean(compiled, tmp_path)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_aligned_fills_use_16_byte_stores(capability: int) -> None:
+def test_aligned_fills_use_16_byte_stores(capability: int, tmp_path: Path) -> None:
     plan = TilePlan.of(1000, 4096, 4096)
-    ptx = ptx_of(block_copy._fill_blocks_kernel, plan, (), capability)
-    assert widths(ptx, "st") == {16}
-    assert ".local" not in ptx
+    compiled = compiled_for(block_copy._fill_blocks_kernel, plan, (), capability)
+    assert widths(compiled.asm["ptx"], "st") == {16}
+    require_lean(compiled, tmp_path)
 
 
 @pytest.mark.parametrize("alignment", [1, 2, 4, 8])
-def test_unaligned_copies_never_access_more_than_the_alignment(alignment: int) -> None:
+def test_unaligned_copies_never_access_more_than_the_alignment(
+    alignment: int, tmp_path: Path
+) -> None:
     plan = TilePlan.of(1000, 4096, alignment)
-    ptx = ptx_of(block_copy._copy_blocks_kernel, plan, ("src_address_ptr",), 90)
-    assert widths(ptx, "st") == {alignment}
-    assert ".local" not in ptx
+    compiled = compiled_for(block_copy._copy_blocks_kernel, plan, ("src_address_ptr",), 90)
+    assert widths(compiled.asm["ptx"], "st") == {alignment}
+    require_lean(compiled, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,341 @@
+"""Scatter and gather of equal blocks, against one plain ``copy_`` of as many bytes.
+
+A heap has twice as many slots as there are blocks. Blocks lie in random slots, or in runs of 32
+neighbours in random order. Every method moves the same bytes in the same round:
+
+=================  ===============================================================================
+method             what runs
+=================  ===============================================================================
+copy_              one contiguous ``Tensor.copy_``: the ceiling, and the peak that shares refer to
+kvheap             ``scatter_blocks`` or ``gather_blocks``; on a GPU, addresses are there already
+kvheap + upload    the same with host addresses, checked and uploaded by each call (GPU only)
+index              ``index_copy_`` or ``index_select``, on rows of int64
+loop               one ``copy_`` a block (on a GPU, of the first 4096 blocks only)
+=================  ===============================================================================
+
+Bytes count read + write, without addresses. On a GPU, ``kvheap``, ``copy_`` and ``index`` are
+replayed from a CUDA graph; the others include their submission, as a caller would see it. Sets of
+tensors rotate until one rotation moves at least four times the L2. The time that the host needs to
+submit one call is in a table of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from _report import (
+    Samples,
+    describe_machine,
+    in_a_graph,
+    make_console,
+    on_the_host,
+    on_the_stream,
+    parse_common,
+    pyplot,
+    size_label,
+    submission,
+    time_in_rounds,
+    write_json,
+)
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from kvheap.kernels import gather_blocks, scatter_blocks
+from kvheap.kernels.launch import upload
+
+TARGET_SHARE = 0.92
+TARGET_FROM_BYTES = 4096
+RUN_BLOCKS = 32
+LOOP_BLOCKS_ON_GPU = 4096
+GRAPH_METHODS = ("copy_", "kvheap", "index")
+SUBMITTED_BLOCK_BYTES = 1024
+
+Call = Callable[[], object]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured."""
+
+    block_bytes: tuple[int, ...]
+    side_bytes: int
+    rounds: int
+    submitted_blocks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, device: torch.device, quick: bool) -> Scale:
+        sizes = tuple(1 << shift for shift in ((10, 12, 16, 20) if quick else range(10, 23, 2)))
+        submitted = (64, 4096) if quick else (64, 1024, 16384, 131072)
+        if device.type == "cuda":
+            return cls(sizes, (128 if quick else 256) << 20, 7 if quick else 25, submitted)
+        return cls(sizes, (16 if quick else 64) << 20, 5 if quick else 15, ())
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One set of tensors: N dense blocks, and a heap of 2 N slots with a place for each."""
+
+    blocks: torch.Tensor
+    heap: torch.Tensor
+    slots: torch.Tensor
+    host_addresses: np.ndarray
+    addresses: np.ndarray | torch.Tensor
+
+    @classmethod
+    def make(
+        cls, device: torch.device, block_bytes: int, num_blocks: int, pattern: str, seed: int
+    ) -> Workload:
+        slots = slots_of(pattern, num_blocks, seed)
+        host_addresses = slots * block_bytes
+        on_gpu = device.type == "cuda"
+        return cls(
+            blocks=random_bytes((num_blocks, block_bytes), device),
+            heap=random_bytes((2 * num_blocks, block_bytes), device),
+            slots=torch.from_numpy(slots).to(device),
+            host_addresses=host_addresses,
+            addresses=torch.from_numpy(host_addresses).to(device) if on_gpu else host_addresses,
+        )
+
+    def scatter(self, addresses: np.ndarray | torch.Tensor, alignment: int) -> None:
+        scatter_blocks(self.blocks, self.heap.view(-1), addresses, address_alignment=alignment)
+
+    def gather(self, addresses: np.ndarray | torch.Tensor, alignment: int) -> None:
+        gather_blocks(self.heap.view(-1), addresses, self.blocks, address_alignment=alignment)
+
+    def calls(self, operation: str) -> dict[str, Call]:
+        """What each method calls to do the operation once."""
+        blocks, heap = self.blocks, self.heap
+        half = heap[: len(blocks)]
+        wide_blocks, wide_heap = blocks.view(torch.int64), heap.view(torch.int64)
+        looped = LOOP_BLOCKS_ON_GPU if heap.is_cuda else len(blocks)
+        places = self.slots[:looped].tolist()
+        alignment = blocks.shape[1] & -blocks.shape[1]
+        if operation == "scatter":
+            method, plain = self.scatter, partial(half.copy_, blocks)
+            index: Call = partial(wide_heap.index_copy_, 0, self.slots, wide_blocks)
+            loop: Call = lambda: [heap[slot].copy_(blocks[i]) for i, slot in enumerate(places)]  # noqa: E731
+        else:
+            method, plain = self.gather, partial(blocks.copy_, half)
+            index = partial(torch.index_select, wide_heap, 0, self.slots, out=wide_blocks)
+            loop = lambda: [blocks[i].copy_(heap[slot]) for i, slot in enumerate(places)]  # noqa: E731
+        calls: dict[str, Call] = {
+            "copy_": plain,
+            "kvheap": partial(method, self.addresses, alignment),
+            "index": index,
+            "loop": loop,
+        }
+        if heap.is_cuda:
+            calls["kvheap + upload"] = partial(method, self.host_addresses, 1)
+        return calls
+
+
+def random_bytes(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+    words = torch.randint(-(1 << 62), 1 << 62, (shape[0], shape[1] // 8), device=device)
+    return words.view(torch.uint8)
+
+
+def slots_of(pattern: str, num_blocks: int, seed: int) -> np.ndarray:
+    """``num_blocks`` of twice as many slots: any, or runs of neighbours."""
+    generator = np.random.default_rng(seed)
+    run = 1 if pattern == "random" else min(RUN_BLOCKS, num_blocks)
+    firsts = generator.permutation(2 * num_blocks // run)[: -(-num_blocks // run)] * run
+    return (firsts[:, None] + np.arange(run)).ravel()[:num_blocks]
+
+
+def measure_group(
+    device: torch.device, operation: str, pattern: str, block_bytes: int, scale: Scale
+) -> list[Row]:
+    """Time every method at one block size; a row for each."""
+    num_blocks = scale.side_bytes // block_bytes
+    num_sets = 2
+    if device.type == "cuda":
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        num_sets = max(2, -(-4 * l2_bytes // (2 * scale.side_bytes)))
+    sets = [Workload.make(device, block_bytes, num_blocks, pattern, i) for i in range(num_sets)]
+    of_each = [workload.calls(operation) for workload in sets]
+    check(sets[0], operation)
+    measures = {}
+    for method in of_each[0]:
+        calls = [calls_of_set[method] for calls_of_set in of_each]
+        if device.type != "cuda":
+            measures[method] = on_the_host(calls)
+        else:
+            timer = in_a_graph if method in GRAPH_METHODS else on_the_stream
+            measures[method] = timer(calls)
+    samples = time_in_rounds(measures, scale.rounds)
+    rows = []
+    for method, timing in samples.items():
+        moved = num_blocks
+        if method == "loop" and device.type == "cuda":
+            moved = min(num_blocks, LOOP_BLOCKS_ON_GPU)
+        group = {"operation": operation, "pattern": pattern, "method": method}
+        rows.append(group | figures(timing, samples["copy_"], block_bytes, moved, num_blocks))
+    return rows
+
+
+def figures(timing: Samples, peak: Samples, block_bytes: int, moved: int, num_blocks: int) -> Row:
+    bytes_moved = 2 * moved * block_bytes
+    return {
+        "block_bytes": block_bytes,
+        "num_blocks": moved,
+        "bytes_read_and_written": bytes_moved,
+        **timing.percentiles(),
+        "gb_per_s": round(bytes_moved / timing.percentile(50) / 1e3, 2),
+        "share_of_copy": round(timing.speed_against(peak, moved / num_blocks), 4),
+    }
+
+
+def check(workload: Workload, operation: str) -> None:
+    """A benchmark of wrong results is worth nothing."""
+    workload.calls(operation)["kvheap"]()
+    if not torch.equal(workload.heap[workload.slots], workload.blocks):
+        raise RuntimeError(f"{operation} moved wrong bytes")
+
+
+def measure_submission(device: torch.device, scale: Scale) -> list[Row]:
+    """Host time to submit one scatter of random blocks to an idle GPU."""
+    rows = []
+    for num_blocks in scale.submitted_blocks:
+        workload = Workload.make(device, SUBMITTED_BLOCK_BYTES, num_blocks, "random", 0)
+        calls = workload.calls("scatter")
+        measures = {name: submission(calls[name]) for name in ("copy_", "kvheap")}
+        measures["kvheap + upload"] = submission(calls["kvheap + upload"])
+        measures["upload alone"] = submission(partial(upload, workload.host_addresses, device))
+        for method, timing in time_in_rounds(measures, scale.rounds).items():
+            rows.append({"method": method, "num_blocks": num_blocks, **timing.percentiles()})
+    return rows
+
+
+def grouped(rows: list[Row]) -> dict[tuple[str, str, int], dict[str, Row]]:
+    groups: dict[tuple[str, str, int], dict[str, Row]] = {}
+    for row in rows:
+        key = (row["operation"], row["pattern"], row["block_bytes"])
+        groups.setdefault(key, {})[row["method"]] = row
+    return groups
+
+
+def print_shares(console: Console, rows: list[Row]) -> None:
+    others = [method for method in dict.fromkeys(r["method"] for r in rows) if method != "copy_"]
+    table = Table(title="GB/s read + write, and share of copy_ in the same rounds")
+    for title in ("operation", "slots", "block", "blocks"):
+        table.add_column(title, justify="right" if title.startswith("block") else "left")
+    for method in ("copy_", *others):
+        table.add_column(method, justify="right")
+    for (operation, pattern, block_bytes), group in grouped(rows).items():
+        peak = group["copy_"]
+        cells = [f"{group[m]['gb_per_s']:,.1f} {group[m]['share_of_copy']:6.1%}" for m in others]
+        label = (operation, pattern, size_label(block_bytes), f"{peak['num_blocks']:,}")
+        table.add_row(*label, f"{peak['gb_per_s']:,.1f}", *cells)
+    console.print(table)
+
+
+def print_submission(console: Console, rows: list[Row]) -> None:
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    table = Table(title="Host time to submit one scatter, us (p50)")
+    for title in ("blocks", *methods):
+        table.add_column(title, justify="right")
+    for num_blocks in dict.fromkeys(row["num_blocks"] for row in rows):
+        of_size = {row["method"]: row for row in rows if row["num_blocks"] == num_blocks}
+        table.add_row(f"{num_blocks:,}", *(f"{of_size[m]['p50_us']:,.1f}" for m in methods))
+    console.print(table)
+
+
+def print_target(console: Console, rows: list[Row]) -> None:
+    own = [r for r in rows if r["method"] == "kvheap" and r["block_bytes"] >= TARGET_FROM_BYTES]
+    worst = min(own, key=lambda row: row["share_of_copy"])
+    verdict = "reached" if worst["share_of_copy"] >= TARGET_SHARE else "NOT reached"
+    console.print(
+        f"target of {TARGET_SHARE} of copy_ from {size_label(TARGET_FROM_BYTES)} up: {verdict}; "
+        f"lowest {worst['share_of_copy']:.3f} ({worst['operation']}, {worst['pattern']} slots, "
+        f"{size_label(worst['block_bytes'])})"
+    )
+
+
+def draw(plt: ModuleType, rows: list[Row], machine: dict[str, Any], path: Path) -> None:
+    """Share of ``copy_`` over block size: a panel for each operation and pattern."""
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey=True)
+    groups = grouped(rows)
+    sizes = sorted({block_bytes for _, _, block_bytes in groups})
+    methods = [m for m in ("kvheap", "kvheap + upload", "index", "loop") if m in methods_of(rows)]
+    on_gpu = machine["driver"] is not None
+    for across, operation in zip(panels, ("scatter", "gather"), strict=True):
+        for panel, pattern in zip(across, ("random", "runs"), strict=True):
+            panel.axhline(1.0, color="black", linewidth=1)
+            if on_gpu:
+                panel.axhline(TARGET_SHARE, color="grey", linewidth=1, linestyle="--")
+            for method, marker in zip(methods, "os^vD", strict=False):
+                shares = [groups[operation, pattern, s][method]["share_of_copy"] for s in sizes]
+                panel.plot(sizes, shares, marker=marker, label=method)
+            panel.set_title(f"{operation}, {pattern} slots")
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(sizes, [size_label(size) for size in sizes], rotation=30)
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+            panel.set_ylim(bottom=0)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("speed / speed of one copy_")
+    for panel in panels[1]:
+        panel.set_xlabel("block size")
+    panels[0, 0].legend()
+    mark = f"; dashed: target {TARGET_SHARE}" if on_gpu else ""
+    title = f"Block copy, {machine['device']}, {machine['date'][:10]} (1.0 = copy_{mark})"
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def methods_of(rows: list[Row]) -> set[str]:
+    return {row["method"] for row in rows}
+
+
+def main() -> None:
+    arguments = parse_common(__doc__.splitlines()[0])
+    device, console = arguments.device, make_console()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    scale = Scale.of(device, arguments.quick)
+    machine = describe_machine(device)
+    console.print(f"{machine['device']}, driver {machine['driver']}, {machine['versions']}")
+    groups = [
+        (operation, pattern, block_bytes)
+        for operation in ("scatter", "gather")
+        for pattern in ("random", "runs")
+        for block_bytes in scale.block_bytes
+    ]
+    rows = []
+    for group in track(groups, "measuring", console=console, transient=True):
+        rows += measure_group(device, *group, scale)
+    submitted = measure_submission(device, scale) if device.type == "cuda" else []
+    print_shares(console, rows)
+    if submitted:
+        print_submission(console, submitted)
+        print_target(console, rows)
+    configuration = {
+        "quick": arguments.quick,
+        "side_bytes": scale.side_bytes,
+        "rounds": scale.rounds,
+        "run_blocks": RUN_BLOCKS,
+        "bytes": "read + write, without addresses",
+        "share_of_copy": "median over rounds of the speed over copy_'s in the same round",
+    }
+    tables = {"copies": rows, "submission": submitted}
+    path = write_json(arguments.out, "block_copy", machine, configuration, tables)
+    console.print(f"wrote {path}")
+    plt = pyplot(console)
+    if plt is not None:
+        draw(plt, rows, machine, path.with_suffix(".png"))
+        console.print(f"wrote {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""``kvheap replay``: the figures, the files, the exit status, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvheap import prefix_store
+from kvheap.cli import CommandError, main
+from kvheap.cli.replay import parse_bytes
+
+TRACE = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
+LINE = '{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}\n'
+
+
+def figures_of(tmp_path: Path, *arguments: object) -> dict[str, object]:
+    out = tmp_path / "out.json"
+    assert main(["replay", *map(str, arguments), "--json", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert figures["hits"] + figures["stored"] + figures["resident"] == figures["block_refs"]
+    assert figures["mismatches"] == 0
+    return figures
+
+
+@pytest.mark.skipif(not TRACE.exists(), reason="needs the conversation trace beside the checkout")
+class TestConversationTrace:
+    def test_a_heap_that_holds_all_finds_every_shared_prefix(self, tmp_path: Path) -> None:
+        figures = figures_of(tmp_path, TRACE, "--geometry", "tiny", "--heap", "1GiB")
+        assert figures["requests"] == 12_031
+        assert figures["block_refs"] == 288_500
+        assert figures["hits"] == 105_710
+        assert figures["stored"] == 182_790
+        assert figures["evicted"] == 0
+
+    def test_a_small_heap_evicts_and_stays_full(self, tmp_path: Path) -> None:
+        figures = figures_of(tmp_path, TRACE, "--heap", "64MiB", "--requests", "2000")
+        assert figures["evicted"] > 0
+        assert figures["utilization_peak"] > 0.99
+
+
+class TestMadeUpTraffic:
+    def test_the_json_has_every_figure(self, tmp_path: Path) -> None:
+        figures = figures_of(tmp_path, "--requests", "1000", "--heap", "4MiB")
+        assert figures["requests"] == 1000
+        assert figures["hits"] > 0
+        assert figures["evicted"] == figures["stored"] - 1024 * figures["utilization_final"]
+        for name in ("batched_allocate_us", "batched_free_us"):
+            assert 0 < figures[name]["p50"] <= figures[name]["p99"]
+        for name in ("gather_gbps", "scatter_gbps", "seconds", "utilization_peak"):
+            assert figures[name] > 0
+        for name in ("free_extents", "largest_free_bytes", "device", "versions"):
+            assert name in figures
+
+    def test_the_same_seed_is_the_same_traffic(self, tmp_path: Path) -> None:
+        runs = [figures_of(tmp_path, "--requests", "300", "--seed", seed) for seed in (1, 1, 2)]
+        counts = [(run["hits"], run["stored"]) for run in runs]
+        assert counts[0] == counts[1] != counts[2]
+
+    @pytest.mark.parametrize("geometry", ["gpt-oss-20b", "deepseek-v3"])
+    def test_a_real_geometry(self, tmp_path: Path, geometry: str) -> None:
+        arguments = ("--geometry", geometry, "--requests", "4", "--heap", "700MiB")
+        assert figures_of(tmp_path, *arguments)["stored"] > 0
+
+    def test_the_picture_is_drawn(self, tmp_path: Path) -> None:
+        picture = tmp_path / "heap.png"
+        figures_of(tmp_path, "--requests", "50", "--plot", picture)
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_size > 10_000
+
+    def test_a_wrong_byte_is_a_mismatch_and_status_1(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        store = prefix_store.PrefixStore.store
+
+        def store_and_spoil(self, hash_ids, source) -> None:
+            store(self, hash_ids, source)
+            if 7 in hash_ids:
+                tensor = self._chunks[7].tensor
+                tensor.view(torch.int16).reshape(-1)[-1] ^= 1
+
+        monkeypatch.setattr(prefix_store.PrefixStore, "store", store_and_spoil)
+        trace = tmp_path / "trace.jsonl"
+        trace.write_text(LINE.replace("[1, 2]", "[6, 7, 8]") * 3)
+        assert main(["replay", str(trace), "--json", str(tmp_path / "out.json")]) == 1
+        assert json.loads((tmp_path / "out.json").read_text())["mismatches"] == 2
+        assert "mismatches" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not an object"),
+        ('{"timestamp": 0, "input_length": 1, "output_length": 1}', "hash_ids is missing"),
+        (LINE.replace("600", "-1"), "input_length must be non-negative, got -1"),
+        (LINE.replace("600", "1.5"), "input_length must be an integer, got 1.5"),
+        (LINE.replace("600", "true"), "input_length must be an integer, got true"),
+        (LINE.replace("[1, 2]", "7"), "hash_ids must be a list, got 7"),
+        (LINE.replace("[1, 2]", '[1, "2"]'), 'must be 64-bit integers, got "2"'),
+        (LINE.replace("[1, 2]", f"[{1 << 63}]"), "must be 64-bit integers, got 9223"),
+        ("\xff", "not"),
+    ],
+)
+def test_a_malformed_line_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, reason: str
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_bytes((LINE + line + "\n").encode("latin-1"))
+    assert main(["replay", str(trace)]) == 2
+    error = capsys.readouterr().err
+    assert f"{trace}, line 2: " in error
+    assert reason in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.jsonl"], "cannot read nowhere.jsonl: No such file"),
+        (["--geometry", "gpt-5"], "unknown geometry 'gpt-5'; known are tiny, "),
+        (["--heap", "lots"], "got 'lots'"),
+        (["--heap", "0"], "got '0'"),
+        (["--heap", "4KiB"], "a heap of 4096 bytes is smaller than the request"),
+        (["--requests", "0"], "--requests must be positive, got 0"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--device", "meta"], "--device must be cpu or cuda, got 'meta'"),
+        (["--json", "/nowhere/out.json"], "cannot write /nowhere/out.json: No such file"),
+        (["--heap", "9999TiB"], "cpu has no room for"),
+        pytest.param(
+            ["--device", "cuda"],
+            "torch sees no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs to have no GPU"),
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["replay", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_empty_trace_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "trace.jsonl").touch()
+    assert main(["replay", str(tmp_path / "trace.jsonl")]) == 2
+    assert "holds no request" in capsys.readouterr().err
+
+
+def test_sizes_have_units() -> None:
+    sizes = {"1": 1, "2kB": 2000, "1.5KiB": 1536, "3 MiB": 3 << 20, "1g": 10**9, "1TiB": 1 << 40}
+    assert {text: parse_bytes(text) for text in sizes} == sizes
+    for text in ("", "-1", "1XB", "1..5MB"):
+        with pytest.raises(CommandError):
+            parse_bytes(text)
+
+
+def test_the_command_explains_itself_without_torch() -> None:
+    code = (
+        "import sys, kvheap.cli\n"
+        "try: kvheap.cli.main(['replay', '--help'])\n"
+        "except SystemExit as end: sys.exit(end.code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for word in ("--heap", "--plot", "llama-3-8b", "exit status"):
+        assert word in done.stdout
+
+
+def test_it_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "kvheap", "replay", "--requests", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "mismatches" in done.stdout
+    version = [sys.executable, "-m", "kvheap", "--version"]
+    assert (
+        "kvheap 0.1" in subprocess.run(version, capture_output=True, text=True, check=True).stdout
+    )
