@@ -73,6 +73,7 @@ class Scale:
 
     @classmethod
     def of(cls, device: torch.device, quick: bool) -> Scale:
+        """What fits a minute on this kind of device, or a few seconds."""
         sizes = tuple(1 << shift for shift in ((10, 12, 16, 20) if quick else range(10, 23, 2)))
         submitted = (64, 4096) if quick else (64, 1024, 16384, 131072)
         if device.type == "cuda":
@@ -94,6 +95,7 @@ class Workload:
     def make(
         cls, device: torch.device, block_bytes: int, num_blocks: int, pattern: str, seed: int
     ) -> Workload:
+        """Random bytes on both sides, and places for the blocks."""
         slots = slots_of(pattern, num_blocks, seed)
         host_addresses = slots * block_bytes
         on_gpu = device.type == "cuda"
@@ -106,9 +108,11 @@ class Workload:
         )
 
     def scatter(self, addresses: np.ndarray | torch.Tensor, alignment: int) -> None:
+        """Write the blocks to their places."""
         scatter_blocks(self.blocks, self.heap.view(-1), addresses, address_alignment=alignment)
 
     def gather(self, addresses: np.ndarray | torch.Tensor, alignment: int) -> None:
+        """Read the blocks from their places."""
         gather_blocks(self.heap.view(-1), addresses, self.blocks, address_alignment=alignment)
 
     def calls(self, operation: str) -> dict[str, Call]:
