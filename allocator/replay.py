@@ -78,7 +78,9 @@ class HeapSample:
     hits: int
     block_refs: int
     occupancy: Float64Array
-    """Allocated share of each of ``MAP_BINS`` equal address ranges, 0.0 to 1.0."""
+    """Allocated share of each of up to ``MAP_BINS`` equal address ranges, 0.0 to 1.0."""
+    age_ms: Float64Array
+    """Mean time since the chunks of each of those ranges were stored; NaN before the first."""
 
 
 @dataclass(slots=True)
@@ -141,6 +143,10 @@ class Replay:
         self.mismatches = 0
         self.utilization_peak = 0.0
         self.samples: list[HeapSample] = []
+        self._slot_bytes = allocator.address_manager.compute_aligned_size(geometry.chunk_bytes)
+        # When each place in the heap was last stored to; chunks of one size never straddle two.
+        num_slots = allocator.stats().heap_bytes // self._slot_bytes
+        self._stored_at_ms = np.full(num_slots, np.nan)
         self._contents = Contents(geometry, device)
         self._gather_time = _Stopwatch(device)
         self._scatter_time = _Stopwatch(device)
@@ -158,12 +164,12 @@ class Replay:
         """
         sample_at = set(np.linspace(0, len(requests) - 1, num_samples, dtype=int).tolist())
         for number, request in enumerate(requests):
-            self.serve(request.hash_ids)
+            self.serve(request.hash_ids, request.timestamp_ms)
             if number in sample_at:
                 self.samples.append(self._sample(request.timestamp_ms))
             on_progress(number + 1)
 
-    def serve(self, hash_ids: Sequence[int]) -> None:
+    def serve(self, hash_ids: Sequence[int], timestamp_ms: int = 0) -> None:
         """One request: check the hits, store the misses."""
         store = self.store
         num_hits = store.prefix_length(hash_ids)
@@ -174,6 +180,7 @@ class Replay:
                 source = self._contents.of(missing)
                 with self._scatter_time.measure():
                     store.store(missing, source)
+                self._stored_at_ms[store.addresses(missing) // self._slot_bytes] = timestamp_ms
         self.requests += 1
         self.block_refs += len(hash_ids)
         self.hits += num_hits
@@ -209,12 +216,14 @@ class Replay:
     def _sample(self, timestamp_ms: int) -> HeapSample:
         starts, sizes = self.store.allocator.free_extents()
         stats = self.stats()
+        num_bins = max(1, min(MAP_BINS, len(self._stored_at_ms)))
         return HeapSample(
             timestamp_ms=timestamp_ms,
             utilization=stats.utilization,
             hits=self.hits,
             block_refs=self.block_refs,
-            occupancy=occupancy(starts, sizes, stats.heap_bytes, MAP_BINS),
+            occupancy=occupancy(starts, sizes, stats.heap_bytes, num_bins),
+            age_ms=_mean_by_bin(timestamp_ms - self._stored_at_ms, num_bins),
         )
 
 
@@ -238,3 +247,14 @@ def occupancy(
         return np.ones(num_bins)
     free_in_bin = np.diff(np.interp(edges, corners, free_below))
     return 1.0 - free_in_bin / np.diff(edges)
+
+
+def _mean_by_bin(values: Float64Array, num_bins: int) -> Float64Array:
+    """Mean of the values that are not NaN in each of ``num_bins`` equal stretches, NaN if none."""
+    known = ~np.isnan(values)
+    bins = np.arange(len(values)) * num_bins // max(len(values), 1)
+    counts = np.bincount(bins[known], minlength=num_bins)
+    sums = np.bincount(bins[known], weights=values[known], minlength=num_bins)
+    means = np.full(num_bins, np.nan)
+    np.divide(sums, counts, out=means, where=counts > 0)
+    return means

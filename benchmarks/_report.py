@@ -211,6 +211,8 @@ def parse_common(description: str) -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
+    if arguments.device.type == "cuda" and arguments.device.index is None:
+        arguments.device = torch.device("cuda", torch.cuda.current_device())
     if arguments.out is None:
         arguments.out = REPOSITORY / "benchmarks/results" / slug(device_name(arguments.device))
     return arguments

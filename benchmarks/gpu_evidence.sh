@@ -109,7 +109,7 @@ elif [ -z "$sanitizer" ]; then
     skip "compute-sanitizer memcheck" "compute-sanitizer is not on this machine"
 else
     step "compute-sanitizer memcheck" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        "$sanitizer" --tool memcheck --error-exitcode 9 \
+        "$sanitizer" --tool memcheck --target-processes application-only --error-exitcode 9 \
         "$python" "$repository/tests/kernels/sanitizer_cases.py"
 fi
 

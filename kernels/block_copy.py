@@ -24,8 +24,9 @@ each other. A word has the largest of 8, 4, 2 and 1 bytes that divides both base
 the strides and the block size; where 16 does, words come in pairs and every access has 16 bytes.
 
 **On a CPU**, neighbouring blocks are merged into runs. A few long runs are copied one by one, by
-all threads; otherwise the buffer is viewed as overlapping rows, one for each start byte, and one
-indexing call picks the rows. That path is also the reference of the kernels.
+all threads; otherwise the buffer is viewed as overlapping rows, one for each word that a block
+can start at, and one indexing call picks the rows. Words have 16 bytes, or as many as divide
+everything. That path is also the reference of the kernels.
 
 Launches are on the current stream of the buffer's device and never synchronize. Host addresses
 are checked; addresses that are already on the device are trusted, since to check them is to wait.

@@ -1,4 +1,4 @@
-"""The picture of a replay: occupancy and hit rate, the heap's map over time, and at the end."""
+"""The picture of a replay: occupancy and hit rate, the heap's map over time and at the end."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kvheap.replay import Replay
 
 __all__ = ["draw"]
 
-FREE_TO_USED = "cividis"
-"""A colour map that reads the same with colour-blind eyes and in grey."""
+AGES = "cividis_r"
+"""A colour map that reads the same with colour-blind eyes and in grey: old is dark."""
 
 
 def draw(path: Path, replay: Replay, figures: dict[str, Any]) -> None:
@@ -47,26 +47,26 @@ def draw(path: Path, replay: Replay, figures: dict[str, Any]) -> None:
     top.grid(alpha=0.3)
     top.legend(loc="lower right", ncols=2)
 
+    # What is mostly free stays white; the rest is coloured by how long ago it was stored.
+    ages = np.array([sample.age_ms for sample in samples]) / 60_000
+    ages = np.where(occupancy > 0.5, ages, np.nan)
+    oldest = max(float(np.nanmax(ages, initial=0.0)), 1e-9)
     image = middle.pcolormesh(
         minutes,
-        np.linspace(0, heap_mib, occupancy.shape[1]),
-        occupancy.T,
-        cmap=FREE_TO_USED,
+        np.linspace(0, heap_mib, ages.shape[1]),
+        ages.T,
+        cmap=AGES,
         vmin=0,
-        vmax=1,
+        vmax=oldest,
         shading="nearest",
         rasterized=True,
     )
     middle.set(xlabel="trace time, minutes", ylabel="address, MiB")
-    figure.colorbar(image, ax=middle, label="allocated share", pad=0.01)
-
+    figure.colorbar(
+        image, ax=[middle, bottom], label="minutes since stored (white: free)", pad=0.01
+    )
     bottom.imshow(
-        occupancy[-1:],
-        aspect="auto",
-        cmap=FREE_TO_USED,
-        vmin=0,
-        vmax=1,
-        extent=(0, heap_mib, 0, 1),
+        ages[-1:], aspect="auto", cmap=AGES, vmin=0, vmax=oldest, extent=(0, heap_mib, 0, 1)
     )
     bottom.set(yticks=[], xlabel="address, MiB")
     bottom.set_title(
