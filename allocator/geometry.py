@@ -1,7 +1,9 @@
 """Named KV geometries: how many bytes of KV a model keeps for each chunk of 512 tokens.
 
 Layers, KV heads, head dimensions and dtypes are those of each model's published ``config.json``
-(Hugging Face); for MLA, ``kv_lora_rank + qk_rope_head_dim`` = 512 + 64 elements a token and layer.
+(Hugging Face: meta-llama/Meta-Llama-3-8B and -70B, mistralai/Mistral-7B-v0.1, Qwen/Qwen3-8B,
+openai/gpt-oss-20b, deepseek-ai/DeepSeek-V3); for MLA, ``kv_lora_rank + qk_rope_head_dim`` = 512 +
+64 elements a token and layer.
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ class PrefixStore:
             )
             if batch is not None:
                 self.allocate_seconds.append((perf_counter() - start, len(batch)))
-                self._chunks.update(zip(hash_ids, batch, strict=True))
+                # From lists, this update cannot be interrupted half-way.
+                self._chunks.update(zip(hash_ids, list(batch), strict=True))
                 return
             self._evict_for(len(hash_ids))
 

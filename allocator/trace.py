@@ -19,6 +19,9 @@ __all__ = ["CHUNK_TOKENS", "Request", "TraceError", "read_trace", "synthetic_tra
 CHUNK_TOKENS = 512
 """Tokens that one hash id stands for."""
 
+INT64_END = 1 << 63
+"""Ids and counts end up in int64 tensors and arrays."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -44,6 +47,9 @@ class TraceError(ValueError):
         self.path = path
         self.line_number = line_number
         self.reason = reason
+
+    def __reduce__(self) -> tuple[type[TraceError], tuple[Path, int, str]]:
+        return type(self), (self.path, self.line_number, self.reason)
 
 
 def read_trace(path: Path, limit: int | None = None) -> list[Request]:
@@ -75,13 +81,15 @@ def _parse(line: bytes) -> Request:
         raise ValueError("not UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"not an object but {_shown(record)}")
     hash_ids = _field(record, "hash_ids")
     if not isinstance(hash_ids, list):
         raise ValueError(f"hash_ids must be a list, got {_shown(hash_ids)}")
     for hash_id in hash_ids:
-        if type(hash_id) is not int or not -(1 << 63) <= hash_id < 1 << 63:
+        if type(hash_id) is not int or not -INT64_END <= hash_id < INT64_END:
             raise ValueError(f"hash_ids must be 64-bit integers, got {_shown(hash_id)}")
     return Request(
         _non_negative(record, "timestamp"),
@@ -102,7 +110,9 @@ def _non_negative(record: dict[str, Any], key: str) -> int:
     if type(value) is not int:
         raise ValueError(f"{key} must be an integer, got {_shown(value)}")
     if value < 0:
-        raise ValueError(f"{key} must be non-negative, got {value}")
+        raise ValueError(f"{key} must be non-negative, got {_shown(value)}")
+    if value >= INT64_END:
+        raise ValueError(f"{key} must be a 64-bit integer, got {_shown(value)}")
     return value
 
 

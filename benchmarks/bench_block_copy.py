@@ -55,6 +55,7 @@ TARGET_SHARE = 0.92
 TARGET_FROM_BYTES = 4096
 RUN_BLOCKS = 32
 LOOP_BLOCKS_ON_GPU = 4096
+SLOTS = {"random": "random slots", "runs": f"runs of {RUN_BLOCKS} slots"}
 GRAPH_METHODS = ("copy_", "kvheap", "index")
 SUBMITTED_BLOCK_BYTES = 1024
 
@@ -73,7 +74,7 @@ class Scale:
 
     @classmethod
     def of(cls, device: torch.device, quick: bool) -> Scale:
-        """What fits a minute on this kind of device, or a few seconds."""
+        """What takes a minute or two on this kind of device, or a few seconds."""
         sizes = tuple(1 << shift for shift in ((10, 12, 16, 20) if quick else range(10, 23, 2)))
         submitted = (64, 4096) if quick else (64, 1024, 16384, 131072)
         if device.type == "cuda":
@@ -259,7 +260,7 @@ def print_target(console: Console, rows: list[Row]) -> None:
     verdict = "reached" if worst["share_of_copy"] >= TARGET_SHARE else "NOT reached"
     console.print(
         f"target of {TARGET_SHARE} of copy_ from {size_label(TARGET_FROM_BYTES)} up: {verdict}; "
-        f"lowest {worst['share_of_copy']:.3f} ({worst['operation']}, {worst['pattern']} slots, "
+        f"lowest {worst['share_of_copy']:.3f} ({worst['operation']}, {SLOTS[worst['pattern']]}, "
         f"{size_label(worst['block_bytes'])})"
     )
 
@@ -279,7 +280,7 @@ def draw(plt: ModuleType, rows: list[Row], machine: dict[str, Any], path: Path) 
             for method, marker in zip(methods, "os^vD", strict=False):
                 shares = [groups[operation, pattern, s][method]["share_of_copy"] for s in sizes]
                 panel.plot(sizes, shares, marker=marker, label=method)
-            panel.set_title(f"{operation}, {pattern} slots")
+            panel.set_title(f"{operation}, {SLOTS[pattern]}")
             panel.set_xscale("log", base=2)
             panel.set_xticks(sizes, [size_label(size) for size in sizes], rotation=30)
             panel.minorticks_off()

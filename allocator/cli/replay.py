@@ -8,6 +8,9 @@ import json
 import platform
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
+from decimal import Decimal
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -29,6 +32,8 @@ __all__ = ["parse_bytes", "run"]
 
 SYNTHETIC_REQUESTS = 2000
 PLOT_SAMPLES = 300
+HEAP_BYTES_END = 1 << 63
+"""Sizes of tensors are int64."""
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4} | {
     f"{prefix}i": 1024 ** (power + 1) for power, prefix in enumerate("kmgt")
@@ -44,20 +49,17 @@ def run(options: argparse.Namespace) -> int:
     geometry = _geometry(options.geometry)
     device = _device(options.device)
     heap_bytes = parse_bytes(options.heap)
-    _require_writable(options)
+    _require_outputs(options)
     requests = _requests(options)
     _require_room(requests, geometry, heap_bytes)
-    replay = Replay(_allocator(heap_bytes, device), geometry)
-    seconds = _replay(replay, requests, PLOT_SAMPLES if options.plot else 0)
+    # The copies are timed by events on the current device.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        replay = Replay(_allocator(heap_bytes, device), geometry)
+        seconds = _replay(replay, requests, PLOT_SAMPLES if options.plot else 0)
     name = options.trace.name if options.trace else f"made-up traffic, seed {options.seed}"
     figures = _figures(replay, seconds, name)
     Console().print(_table(figures))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    if options.plot:
-        from kvheap.cli.replay_plot import draw
-
-        draw(options.plot, replay, figures)
+    _write(options, replay, figures)
     return 1 if replay.mismatches else 0
 
 
@@ -68,11 +70,11 @@ def parse_bytes(text: str) -> int:
     (4096, 1610612736, 2000)
 
     Raises:
-        CommandError: it is no positive number with a known unit.
+        CommandError: it is no positive number with a known unit, or beyond int64.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
-    if size <= 0:
+    size = int(Decimal(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
+    if not 0 < size < HEAP_BYTES_END:
         raise CommandError(f"--heap must be a positive number of bytes such as 64MiB, got {text!r}")
     return size
 
@@ -98,18 +100,46 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _require_outputs(options: argparse.Namespace) -> None:
+    """Find out before a long run, not after it, that a result could not be written."""
+    if options.plot:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise CommandError("--plot needs matplotlib: pip install 'kvheap[plot]'")
+        from kvheap.cli.replay_plot import SUFFIXES
+
+        if options.plot.suffix.lower() not in SUFFIXES:
+            raise CommandError(f"--plot {options.plot}: the name must end in {', '.join(SUFFIXES)}")
+    for path in (options.json, options.plot):
+        if path is not None:
+            _require_writable(path)
+
+
 def _require_writable(options: argparse.Namespace) -> None:
     """Find out before a long run, not after it, that a result could not be written."""
     for path in (options.json, options.plot):
-        if path is None:
-            continue
-        try:
-            with path.open("ab"):
-                pass
-        except OSError as error:
-            raise CommandError(f"cannot write {path}: {error.strerror}") from None
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        if path is not None:
+            _try_to_write(path)
+    if options.plot is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
         raise CommandError("--plot needs matplotlib: pip install 'kvheap[plot]'")
+    from kvheap.cli.replay_plot import FORMATS
+
+    if options.plot.suffix.lstrip(".").lower() not in FORMATS:
+        raise CommandError(
+            f"--plot must name a file ending in one of {', '.join(FORMATS)}, got {options.plot}"
+        )
+
+
+def _try_to_write(path: Path) -> None:
+    is_new = not path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from None
+    if is_new:
+        path.unlink()
 
 
 def _requests(options: argparse.Namespace) -> Sequence[Request]:
@@ -159,12 +189,16 @@ def _replay(replay: Replay, requests: Sequence[Request], num_samples: int) -> fl
             replay.run(requests, num_samples, lambda done: progress.update(task, completed=done))
         except RequestTooLargeError as error:
             raise CommandError(str(error)) from None
+        except torch.cuda.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            raise CommandError(f"no room beside the heap for a request: {reason}") from None
     return perf_counter() - start
 
 
 def _figures(replay: Replay, seconds: float, trace: str) -> dict[str, Any]:
     stats = replay.stats()
-    is_cuda = replay.store.allocator.buffer.device.type == "cuda"
+    device = replay.store.allocator.buffer.device
+    is_cuda = device.type == "cuda"
     store = replay.store
     return {
         "requests": replay.requests,
@@ -184,7 +218,7 @@ def _figures(replay: Replay, seconds: float, trace: str) -> dict[str, Any]:
         "gather_gbps": replay.gather_gbps(),
         "scatter_gbps": replay.scatter_gbps(),
         "seconds": seconds,
-        "device": torch.cuda.get_device_name() if is_cuda else f"cpu ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"cpu ({platform.machine()})",
         "geometry": replay.geometry.name,
         "chunk_bytes": replay.geometry.chunk_bytes,
         "heap_bytes": stats.heap_bytes,

@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 
 from kvheap.replay import Replay
 
-__all__ = ["draw"]
+__all__ = ["SUFFIXES", "draw"]
+
+SUFFIXES = (".png", ".svg", ".pdf")
 
 AGES = "cividis_r"
 """A colour map that reads the same with colour-blind eyes and in grey: old is dark."""
@@ -20,7 +22,8 @@ AGES = "cividis_r"
 def draw(path: Path, replay: Replay, figures: dict[str, Any]) -> None:
     """Draw the replay's samples to ``path``; the suffix chooses the format (PNG, SVG, PDF)."""
     samples = replay.samples
-    minutes = np.array([sample.timestamp_ms for sample in samples]) / 60_000
+    # Requests are served in the file's order: where its clock steps back, time stands still.
+    minutes = np.maximum.accumulate([sample.timestamp_ms for sample in samples]) / 60_000
     occupancy = np.array([sample.occupancy for sample in samples])
     heap_mib = figures["heap_bytes"] / 2**20
 

@@ -133,6 +133,7 @@ def test_a_malformed_line_is_named(
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--device", "meta"], "--device must be cpu or cuda, got 'meta'"),
         (["--json", "/nowhere/out.json"], "cannot write /nowhere/out.json: No such file"),
+        (["--plot", "heap.xyz"], "ending in one of png, svg, pdf, jpg, webp, got heap.xyz"),
         (["--heap", "9999TiB"], "cpu has no room for"),
         pytest.param(
             ["--device", "cuda"],
@@ -142,12 +143,18 @@ def test_a_malformed_line_is_named(
     ],
 )
 def test_what_cannot_be_done_is_one_clear_line(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["replay", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_trace_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
