@@ -1,8 +1,8 @@
 """Replay request traffic through a :class:`~kvheap.prefix_store.PrefixStore`, checking every byte.
 
 Contents derive from the hash id, so what is gathered on a hit can be compared with what was
-stored without keeping a copy: word ``w`` of chunk ``id`` is ``mix(id) + mix(w)`` in wrapping
-64-bit arithmetic, different for every id and every place.
+stored without keeping a copy: word ``w`` of chunk ``id`` is ``mix(id) + mix(~w)`` in wrapping
+64-bit arithmetic. At one place all ids differ, and in one chunk all places do.
 """
 
 from __future__ import annotations

@@ -23,10 +23,13 @@ large ones are split over many. The grid is one program a tile, tiles of the sam
 each other. A word has the largest of 8, 4, 2 and 1 bytes that divides both bases, all addresses,
 the strides and the block size; where 16 does, words come in pairs and every access has 16 bytes.
 
-**On a CPU**, neighbouring blocks are merged into runs. A few long runs are copied one by one, by
-all threads; otherwise the buffer is viewed as overlapping rows, one for each word that a block
-can start at, and one indexing call picks the rows. Words have 16 bytes, or as many as divide
-everything. That path is also the reference of the kernels.
+**On a CPU**, blocks that are neighbours on both sides, all in one run, are one ``copy_``. Otherwise
+the buffer is viewed as overlapping rows, one for each word that a block can start at, and one
+indexing call picks the rows. Words have 16 bytes, or as many as divide everything. That path is
+also the reference of the kernels. A ``copy_`` for each of several runs is not faster: on 2 cores,
+64 MiB in random blocks of 1 MiB are scattered at 24 GB/s read + write by ``copy_`` and at 27 by one
+indexing call; while another process computes, at 0.5 and 8, since every ``copy_`` waits for all
+threads.
 
 Launches are on the current stream of the buffer's device and never synchronize. Host addresses
 are checked; addresses that are already on the device are trusted, since to check them is to wait.
@@ -80,11 +83,6 @@ write: 24.8, 18.9, 18.7, 12.3 and 5.8; one ``copy_`` of as many bytes 26.1. Gath
 ``index_select``: 25.7, 25.8, 25.6, 12.4 and 18.9. For single bytes NumPy's indexing, on one core,
 is faster than ``index_copy_``: 13.6. Fill of as many bytes: ``index_fill_`` of int64 14.3, NumPy
 9.7, one ``fill_`` 16.1."""
-
-LONG_RUN_BYTES = 1 << 20
-"""CPU: mean run from which on one ``copy_`` a run wins. Scatter of random blocks, as above: 64 KiB
-blocks 13.3 by ``copy_`` and 26.9 by indexing, 256 KiB 19.8 and 25.4, 1 MiB 24.3 and 27.3; but one
-run of many 64-byte blocks 32.5 and 16.3."""
 
 
 @jit(do_not_specialize=["num_blocks", "vectors", "col_tiles", "src_stride", "dst_stride"])
@@ -541,13 +539,10 @@ def _view_words(
 
 
 def _copy_on_cpu(source: _Side, target: _Side, block_bytes: int) -> None:
-    runs = _long_runs(source.starts(), target.starts(), block_bytes)
-    if runs is not None:
-        source_bytes, target_bytes = source.flat(), target.flat()
-        for source_start, target_start, length in runs:
-            target_bytes[target_start : target_start + length].copy_(
-                source_bytes[source_start : source_start + length]
-            )
+    if _is_one_run(source.starts(), block_bytes) and _is_one_run(target.starts(), block_bytes):
+        whole = len(source.starts()) * block_bytes
+        first, place = int(source.starts()[0]), int(target.starts()[0])
+        target.flat()[place : place + whole].copy_(source.flat()[first : first + whole])
         return
     word = _cpu_word(block_bytes, source, target)
     blocks = source.rows(block_bytes, word)
@@ -571,21 +566,8 @@ def _cpu_word(block_bytes: int, *sides: _Side) -> torch.dtype:
     return CPU_WORDS[alignment_of(block_bytes, *alignments)]
 
 
-def _long_runs(
-    source_starts: Int64Array, target_starts: Int64Array, block_bytes: int
-) -> list[tuple[int, int, int]] | None:
-    """``(source, target, bytes)`` of each run of blocks that are neighbours on both sides.
-
-    None when the runs are short on average, so that one indexing call is faster.
-    """
-    breaks = (np.diff(source_starts) != block_bytes) | (np.diff(target_starts) != block_bytes)
-    num_runs = 1 + int(np.count_nonzero(breaks))
-    if len(source_starts) * block_bytes < num_runs * LONG_RUN_BYTES:
-        return None
-    firsts = np.append(0, np.flatnonzero(breaks) + 1)
-    counts = np.diff(np.append(firsts, len(source_starts)))
-    runs = zip(source_starts[firsts], target_starts[firsts], counts * block_bytes, strict=True)
-    return [(int(source), int(target), int(length)) for source, target, length in runs]
+def _is_one_run(starts: Int64Array, block_bytes: int) -> bool:
+    return bool((np.diff(starts) == block_bytes).all())
 
 
 def _fill_on_cpu(target: _Scattered, block_bytes: int, value: int) -> None:

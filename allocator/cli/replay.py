@@ -114,24 +114,7 @@ def _require_outputs(options: argparse.Namespace) -> None:
             _require_writable(path)
 
 
-def _require_writable(options: argparse.Namespace) -> None:
-    """Find out before a long run, not after it, that a result could not be written."""
-    for path in (options.json, options.plot):
-        if path is not None:
-            _try_to_write(path)
-    if options.plot is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("--plot needs matplotlib: pip install 'kvheap[plot]'")
-    from kvheap.cli.replay_plot import FORMATS
-
-    if options.plot.suffix.lstrip(".").lower() not in FORMATS:
-        raise CommandError(
-            f"--plot must name a file ending in one of {', '.join(FORMATS)}, got {options.plot}"
-        )
-
-
-def _try_to_write(path: Path) -> None:
+def _require_writable(path: Path) -> None:
     is_new = not path.exists()
     try:
         with path.open("ab"):
@@ -230,6 +213,15 @@ def _figures(replay: Replay, seconds: float, trace: str) -> dict[str, Any]:
             "numpy": np.__version__,
         },
     }
+
+
+def _write(options: argparse.Namespace, replay: Replay, figures: dict[str, Any]) -> None:
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if options.plot:
+        from kvheap.cli.replay_plot import draw
+
+        draw(options.plot, replay, figures)
 
 
 def _percentiles(calls: Sequence[tuple[float, int]]) -> dict[str, float | None]:

@@ -84,6 +84,43 @@ def test_an_id_is_stored_once(ids: list[int], message: str) -> None:
     assert store.allocator.stats().allocated_bytes == 2 * TINY.chunk_bytes
 
 
+def test_a_store_that_fails_registers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = PrefixStore(heap_of(4), TINY)
+    with pytest.raises(ValueError, match="source must have shape"):
+        store.store([1, 2], chunks_of(3))
+
+    def fail(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.allocator, "_scatter", fail)
+    with pytest.raises(KeyboardInterrupt):
+        store.store([1, 2], chunks_of(2))
+    assert len(store) == store.allocator.stats().allocated_bytes == 0
+    assert store.allocate_seconds == []
+
+
+def test_it_finds_the_longest_stored_prefix_and_where_it_is() -> None:
+    store = PrefixStore(heap_of(4), TINY)
+    store.store([1, 2, 3], chunks_of(3))
+    lengths = [store.prefix_length(ids) for ids in ([], [9, 1], [1, 2, 9, 3], [1, 2, 3, 3])]
+    assert lengths == [0, 0, 2, 4]
+    assert store.addresses([3, 1]).tolist() == [8192, 0]
+    assert 3 in store
+    assert 9 not in store
+    with pytest.raises(KeyError):
+        store.addresses([1, 9])
+
+
+def test_a_request_loses_its_tail_first_and_in_one_free() -> None:
+    store = PrefixStore(heap_of(4), TINY)
+    store.store([1, 2, 3, 4], chunks_of(4))
+    with store.in_flight([1, 2, 3, 4]):
+        pass
+    store.store([8, 9], chunks_of(2))
+    assert store.prefix_length([1, 2, 3, 4]) == 2
+    assert [blocks for _, blocks in store.free_seconds] == [2]
+
+
 def test_an_error_in_flight_unpins() -> None:
     store = PrefixStore(heap_of(4), TINY)
     store.store([1, 2, 3], chunks_of(3))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvheap import prefix_store
+from kvheap import prefix_store, replay
 from kvheap.cli import CommandError, main
 from kvheap.cli.replay import parse_bytes
 
@@ -72,6 +72,42 @@ class TestMadeUpTraffic:
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.stat().st_size > 10_000
 
+    def test_a_picture_of_a_clock_that_steps_back_and_of_requests_without_chunks(
+        self, tmp_path: Path
+    ) -> None:
+        trace, picture = tmp_path / "trace.jsonl", tmp_path / "heap.png"
+        lines = [LINE.replace('p": 0', f'p": {time_ms}') for time_ms in (5000, 9000, 100)]
+        for content in ("".join(lines), LINE.replace("[1, 2]", "[]")):
+            trace.write_text(content)
+            figures_of(tmp_path, trace, "--plot", picture)
+            assert picture.read_bytes().startswith(b"\x89PNG")
+
+    def test_what_is_stored_behind_a_gap_or_named_twice_is_resident(self, tmp_path: Path) -> None:
+        trace = tmp_path / "trace.jsonl"
+        ids = ("[1, 2, 3]", "[9, 2, 3]", "[1, 1, 7, 7]")
+        trace.write_text("".join(LINE.replace("[1, 2]", each) for each in ids))
+        figures = figures_of(tmp_path, trace)
+        # Hits: 1 and 1 of the last. Stored: 1 2 3, 9, 7. Resident: 2 3 behind 9, the second 7.
+        counts = [figures[name] for name in ("hits", "stored", "resident", "evicted")]
+        assert counts == [2, 5, 3, 0]
+
+    def test_hits_are_checked_in_pieces_of_bounded_size(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows = []
+        gather = replay.gather_blocks
+
+        def gather_and_count(buffer, addresses, out):
+            rows.append(len(out))
+            return gather(buffer, addresses, out)
+
+        monkeypatch.setattr(replay, "CHECK_BYTES", 3 * 4096)
+        monkeypatch.setattr(replay, "gather_blocks", gather_and_count)
+        trace = tmp_path / "trace.jsonl"
+        trace.write_text(LINE.replace("[1, 2]", "[1, 2, 3, 4, 5, 6, 7, 8]") * 2)
+        assert figures_of(tmp_path, trace)["hits"] == 8
+        assert rows == [3, 3, 2]
+
     def test_a_wrong_byte_is_a_mismatch_and_status_1(
         self,
         tmp_path: Path,
@@ -128,12 +164,17 @@ def test_a_malformed_line_is_named(
         (["--geometry", "gpt-5"], "unknown geometry 'gpt-5'; known are tiny, "),
         (["--heap", "lots"], "got 'lots'"),
         (["--heap", "0"], "got '0'"),
+        (["--heap", "9" * 400], "must be a positive number of bytes such as 64MiB, got '999"),
+        (["--heap", "99999999999TiB"], "got '99999999999TiB'"),
         (["--heap", "4KiB"], "a heap of 4096 bytes is smaller than the request"),
         (["--requests", "0"], "--requests must be positive, got 0"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--device", "meta"], "--device must be cpu or cuda, got 'meta'"),
         (["--json", "/nowhere/out.json"], "cannot write /nowhere/out.json: No such file"),
-        (["--plot", "heap.xyz"], "ending in one of png, svg, pdf, jpg, webp, got heap.xyz"),
+        (["--plot", "heap.xyz"], "--plot heap.xyz: the name must end in .png, .svg, .pdf"),
+        (["--plot", "/nowhere/heap.png"], "cannot write /nowhere/heap.png: No such file"),
+        (["--plot", "heap.bmp"], "--plot heap.bmp: the name must end in .png, .svg, .pdf"),
+        (["--plot", "heap"], "--plot heap: the name must end in .png, .svg, .pdf"),
         (["--heap", "9999TiB"], "cpu has no room for"),
         pytest.param(
             ["--device", "cuda"],
@@ -157,6 +198,33 @@ def test_what_cannot_be_done_is_one_clear_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_picture_without_matplotlib_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["replay", "nowhere.jsonl", "--plot", "heap.png"]) == 2
+    assert "--plot needs matplotlib: pip install" in capsys.readouterr().err
+
+
+def test_a_refused_replay_leaves_files_as_they_were(tmp_path: Path) -> None:
+    new, old = tmp_path / "new.json", tmp_path / "old.png"
+    old.write_text("kept")
+    assert main(["replay", "--heap", "4KiB", "--json", str(new), "--plot", str(old)]) == 2
+    assert not new.exists()
+    assert old.read_text() == "kept"
+
+
+def test_control_c_ends_with_one_line_and_status_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replay.Replay, "serve", interrupt)
+    assert main(["replay"]) == 130
+    assert capsys.readouterr().err == "kvheap replay: interrupted\n"
+
+
 def test_an_empty_trace_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "trace.jsonl").touch()
     assert main(["replay", str(tmp_path / "trace.jsonl")]) == 2
@@ -164,6 +232,7 @@ def test_an_empty_trace_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_sizes_have_units() -> None:
+    assert parse_bytes("9007199254740993") == 9007199254740993, "more than a float can tell apart"
     sizes = {"1": 1, "2kB": 2000, "1.5KiB": 1536, "3 MiB": 3 << 20, "1g": 10**9, "1TiB": 1 << 40}
     assert {text: parse_bytes(text) for text in sizes} == sizes
     for text in ("", "-1", "1XB", "1..5MB"):

@@ -206,19 +206,21 @@ def test_every_dtype_is_copied_bit_by_bit(path: str, dtype: torch.dtype) -> None
         assert torch.equal(out.view(torch.uint8), blocks.view(torch.uint8))
 
 
-def test_long_runs_on_the_cpu_are_merged_and_right() -> None:
-    block_bytes = block_copy.LONG_RUN_BYTES // 2
-    addresses = np.array([6, 7, 8, 9, 0, 1, 2, 3], np.int64) * block_bytes
-    blocks = torch.randint(0, 256, (8, block_bytes), dtype=torch.uint8)
-    runs = block_copy._long_runs(np.arange(8) * block_bytes, addresses, block_bytes)
-    assert runs is not None
-    assert len(runs) == 2
-    buffer = torch.full((10 * block_bytes,), POISON, dtype=torch.uint8)
-    scatter_blocks(blocks, buffer, addresses)
-    assert torch.equal(gather_blocks(buffer, addresses, torch.empty_like(blocks)), blocks)
-    assert (buffer[4 * block_bytes : 6 * block_bytes] == POISON).all()
-    move_blocks(buffer, addresses[:2], np.array([4, 5]) * block_bytes, block_bytes)
-    assert torch.equal(buffer[4 * block_bytes : 6 * block_bytes], blocks[:2].reshape(-1))
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("block_bytes", [16, 24, 4097])
+def test_one_run_of_neighbours_is_copied_whole(path: str, block_bytes: int) -> None:
+    with running(path) as device:
+        blocks = torch.randint(0, 256, (8, block_bytes), dtype=torch.uint8).to(device)
+        buffer = torch.full((20 * block_bytes,), POISON, dtype=torch.uint8, device=device)
+        addresses = np.arange(3, 11) * block_bytes
+        scatter_blocks(blocks, buffer, addresses)
+        assert torch.equal(buffer[addresses[0] :][: blocks.numel()], blocks.view(-1))
+        assert (buffer[: addresses[0]] == POISON).all()
+        assert (buffer[11 * block_bytes :] == POISON).all()
+        out = torch.zeros_like(blocks)
+        assert torch.equal(gather_blocks(buffer, addresses, out), blocks)
+        move_blocks(buffer, addresses, addresses + 8 * block_bytes, block_bytes)
+        assert torch.equal(buffer[11 * block_bytes : 19 * block_bytes], blocks.view(-1))
 
 
 @pytest.mark.parametrize("path", PATHS)
