@@ -136,12 +136,23 @@ class PrefixStore:
                 f"{stats.heap_bytes} bytes can hold beside the {len(self)} chunks stored, of which "
                 f"only {len(victims)} may be evicted"
             )
+        # Forgotten before they are freed: a lookup must never find bytes that others may own.
+        evicted = [(hash_id, self._chunks.pop(hash_id)) for hash_id in victims]
         start = perf_counter()
-        self.allocator.batched_free([self._chunks[hash_id] for hash_id in victims])
+        try:
+            self.allocator.batched_free([chunk for _, chunk in evicted])
+        except BaseException:
+            self._remember(evicted)
+            raise
         self.free_seconds.append((perf_counter() - start, len(victims)))
-        for hash_id in victims:
-            del self._chunks[hash_id]
         self.num_evicted += len(victims)
+
+    def _remember(self, evicted: list[tuple[int, MemoryObj]]) -> None:
+        """Put back, as the least recently used, what is not freed."""
+        for hash_id, chunk in reversed(evicted):
+            if chunk.is_valid():
+                self._chunks[hash_id] = chunk
+                self._chunks.move_to_end(hash_id, last=False)
 
     def _least_recently_used(self, count: int) -> list[int]:
         victims: list[int] = []

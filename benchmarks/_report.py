@@ -144,6 +144,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "driver": None,
         "cpu": f"{_cpu_model()}, {os.cpu_count()} cores",
         "torch_threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
         | {package: _version(package) for package in PACKAGES},

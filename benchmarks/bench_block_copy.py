@@ -79,7 +79,7 @@ class Scale:
         submitted = (64, 4096) if quick else (64, 1024, 16384, 131072)
         if device.type == "cuda":
             return cls(sizes, (128 if quick else 256) << 20, 7 if quick else 25, submitted)
-        return cls(sizes, (16 if quick else 64) << 20, 5 if quick else 15, ())
+        return cls(sizes, (16 if quick else 32) << 20, 5 if quick else 11, ())
 
 
 @dataclass(frozen=True, slots=True)

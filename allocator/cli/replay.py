@@ -59,7 +59,12 @@ def run(options: argparse.Namespace) -> int:
     name = options.trace.name if options.trace else f"made-up traffic, seed {options.seed}"
     figures = _figures(replay, seconds, name)
     Console().print(_table(figures))
-    _write(options, replay, figures)
+    try:
+        _write(options, replay, figures)
+    except OSError as error:
+        raise CommandError(
+            f"cannot write {error.filename or 'a result'}: {error.strerror}"
+        ) from None
     return 1 if replay.mismatches else 0
 
 
@@ -111,11 +116,13 @@ def _require_outputs(options: argparse.Namespace) -> None:
             raise CommandError(f"--plot {options.plot}: the name must end in {', '.join(SUFFIXES)}")
     for path in (options.json, options.plot):
         if path is not None:
+            if options.trace is not None and path.resolve() == options.trace.resolve():
+                raise CommandError(f"{path} is the trace itself: it would be overwritten")
             _require_writable(path)
 
 
 def _require_writable(path: Path) -> None:
-    is_new = not path.exists()
+    is_new = not path.exists() and not path.is_symlink()
     try:
         with path.open("ab"):
             pass

@@ -1,0 +1,73 @@
+"""Wrong calls of the block copies: each says what is wrong and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kvheap.kernels import fill_blocks, gather_blocks, move_blocks, scatter_blocks
+
+POISON = 0xA5
+
+
+def scatter(addresses: object, blocks: torch.Tensor | None = None) -> Callable[..., None]:
+    dense = torch.zeros(2, 8, dtype=torch.uint8) if blocks is None else blocks
+    return lambda buffer: scatter_blocks(dense, buffer, addresses)  # type: ignore[arg-type]
+
+
+def move(sources: object, targets: object) -> Callable[..., None]:
+    return lambda buffer: move_blocks(buffer, sources, targets, 8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (scatter([0, 57]), ValueError, r"addresses\[1\] is 57"),
+        (scatter([-1, 8]), ValueError, r"addresses\[0\] is -1"),
+        (scatter([0]), ValueError, "1 addresses for 2 blocks"),
+        (scatter([0, 7]), ValueError, r"addresses\[0\] is 0, addresses\[1\] is 7"),
+        (scatter([9, 2]), ValueError, r"addresses\[1\] is 2, addresses\[0\] is 9"),
+        (scatter([0.0, 8.0]), TypeError, "must be integers, got float64"),
+        (scatter([[0, 8]]), ValueError, "one-dimensional"),
+        (scatter([True, False]), TypeError, "must be integers, got bool"),
+        (scatter(torch.tensor([0.0, 8.0])), TypeError, "must be integers, got float32"),
+        (scatter([0, 1 << 70]), TypeError, "must be integers, got object"),
+        (scatter([0, 8], torch.zeros(2, dtype=torch.complex64).conj()), ValueError, "lazy conj"),
+        (scatter([0, 8], torch.zeros(8, 2).T), ValueError, "must be contiguous"),
+        (scatter([0], torch.tensor(1.0)), ValueError, "scalar"),
+        (scatter([0, 8], torch.zeros(2, 8, device="meta")), ValueError, "is on meta"),
+        (move([0], [4]), ValueError, "target block at 4 overlaps the source block at 0"),
+        (move([0, 16], [8, 0]), ValueError, "target block at 0 overlaps the source block at 0"),
+        (move([0, 0], [16, 20]), ValueError, r"target_addresses\[1\] is 20, and blocks"),
+        (move([16, 0], [16, 12]), ValueError, r"\[1\] is 12, target_addresses\[0\] is 16"),
+        (move([0], [57]), ValueError, r"target_addresses\[0\] is 57"),
+        (move([0, 8], [16]), ValueError, "2 source addresses but 1 target"),
+        (lambda buffer: fill_blocks(buffer, [0], 8, 256), ValueError, "got 256"),
+        (lambda buffer: fill_blocks(buffer, [0], 8, -1), ValueError, "got -1"),
+        (lambda buffer: fill_blocks(buffer, [0], -8, 1), ValueError, "got -8"),
+        (lambda buffer: fill_blocks(buffer, [0], 8, 1.5), TypeError, "integer"),
+        (lambda buffer: fill_blocks(buffer, [0], 8.0, 1), TypeError, "integer"),
+        (lambda buffer: fill_blocks(buffer, [4, 0], 8, 1), ValueError, r"addresses\[1\] is 0"),
+        (
+            lambda buffer: fill_blocks(buffer, [0], 8, 1, address_alignment=12),
+            ValueError,
+            "power of two, got 12",
+        ),
+        (lambda _: fill_blocks(torch.empty(8, device="meta"), [0], 8, 1), ValueError, "got meta"),
+        (
+            lambda buffer: gather_blocks(buffer, [0, 8], torch.zeros(1, 8).expand(2, 8)),
+            ValueError,
+            "overlap",
+        ),
+        (lambda buffer: fill_blocks(buffer[::2], [0], 8, 1), ValueError, "contiguous"),
+    ],
+)
+def test_a_wrong_call_says_why_and_writes_nothing(
+    call: Callable[..., None], error: type[Exception], message: str
+) -> None:
+    buffer = torch.full((64,), POISON, dtype=torch.uint8)
+    with pytest.raises(error, match=message):
+        call(buffer)
+    assert (buffer == POISON).all()
