@@ -2,7 +2,7 @@
 
 Contents derive from the hash id, so what is gathered on a hit can be compared with what was
 stored without keeping a copy: word ``w`` of chunk ``id`` is ``mix(id) + mix(~w)`` in wrapping
-64-bit arithmetic. At one place all ids differ, and in one chunk all places do.
+64-bit arithmetic. Two ids, or two places, that agree are as rare as a 64-bit hash makes them.
 """
 
 from __future__ import annotations

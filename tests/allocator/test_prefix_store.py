@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from kvheap import TensorMemoryAllocator
+from kvheap import MemoryObj, TensorMemoryAllocator
 from kvheap.geometry import GEOMETRIES
 from kvheap.prefix_store import PrefixStore, RequestTooLargeError
 from kvheap.replay import Replay
@@ -141,3 +141,23 @@ def test_geometries_have_the_published_sizes() -> None:
     assert sizes["llama-3-8b"] == 64 << 20
     assert sizes["llama-3-70b"] == 4 * sizes["llama-3-70b-tp4"] == 160 << 20
     assert sizes["deepseek-v3"] == 61 * 512 * 576 * 2
+
+
+@pytest.mark.parametrize(("is_freed", "left"), [(False, [1, 2, 3, 4]), (True, [3, 4])])
+def test_an_interrupted_eviction_leaves_no_stale_chunk(
+    monkeypatch: pytest.MonkeyPatch, is_freed: bool, left: list[int]
+) -> None:
+    store = PrefixStore(heap_of(4), TINY)
+    store.store([1, 2, 3, 4], chunks_of(4))
+    batched_free = store.allocator.batched_free
+
+    def interrupted_free(objs: list[MemoryObj]) -> None:
+        if is_freed:
+            batched_free(objs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.allocator, "batched_free", interrupted_free)
+    with pytest.raises(KeyboardInterrupt):
+        store.store([8, 9], chunks_of(2))
+    assert list(store._chunks) == left
+    assert all(chunk.is_valid() for chunk in store._chunks.values())

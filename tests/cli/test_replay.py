@@ -259,3 +259,11 @@ def test_it_runs_as_a_module() -> None:
     assert (
         "kvheap 0.1" in subprocess.run(version, capture_output=True, text=True, check=True).stdout
     )
+
+
+def test_the_trace_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(LINE)
+    assert main(["replay", str(trace), "--json", str(trace)]) == 2
+    assert "is the trace itself" in capsys.readouterr().err
+    assert trace.read_text() == LINE
