@@ -63,10 +63,15 @@ class Contents:
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finalizer (Steele, Lea, Flood 2014), with arithmetic shifts."""
-    values = (values ^ (values >> 30)) * -0x40A7B892E31B1A47
-    values = (values ^ (values >> 27)) * -0x6B2FB644ECCEEE15
-    return values ^ (values >> 31)
+    """SplitMix64's finalizer (Steele, Lea, Flood 2014), which maps no two values to one."""
+    values = (values ^ _shifted(values, 30)) * -0x40A7B892E31B1A47
+    values = (values ^ _shifted(values, 27)) * -0x6B2FB644ECCEEE15
+    return values ^ _shifted(values, 31)
+
+
+def _shifted(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """A right shift that brings in zeros; torch's own repeats the sign of int64."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
 @dataclass(frozen=True, slots=True)
