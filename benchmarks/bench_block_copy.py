@@ -285,7 +285,7 @@ def draw(plt: ModuleType, rows: list[Row], machine: dict[str, Any], path: Path) 
             panel.set_xticks(sizes, [size_label(size) for size in sizes], rotation=30)
             panel.minorticks_off()
             panel.grid(alpha=0.3)
-            panel.set_ylim(bottom=0)
+    panels[0, 0].set_ylim(0, 1.05 * max(1.0, *(row["share_of_copy"] for row in rows)))
     for panel in panels[:, 0]:
         panel.set_ylabel("speed / speed of one copy_")
     for panel in panels[1]:

@@ -26,10 +26,10 @@ the strides and the block size; where 16 does, words come in pairs and every acc
 **On a CPU**, blocks that are neighbours on both sides, all in one run, are one ``copy_``. Otherwise
 the buffer is viewed as overlapping rows, one for each word that a block can start at, and one
 indexing call picks the rows. Words have 16 bytes, or as many as divide everything. That path is
-also the reference of the kernels. A ``copy_`` for each of several runs is not faster: on 2 cores,
-64 MiB in random blocks of 1 MiB are scattered at 24 GB/s read + write by ``copy_`` and at 27 by one
-indexing call; while another process computes, at 0.5 and 8, since every ``copy_`` waits for all
-threads.
+also the reference of the kernels. A ``copy_`` for each of several runs gains little and risks
+much: on 2 cores, random blocks of 1 MiB are scattered at 24 to 33 GB/s read + write by ``copy_``
+and at 27 to 28 by one indexing call; while another process computes, at 0.5 and 8, since every
+``copy_`` waits for all threads.
 
 Launches are on the current stream of the buffer's device and never synchronize. Host addresses
 are checked; addresses that are already on the device are trusted, since to check them is to wait.
