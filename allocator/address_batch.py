@@ -11,11 +11,10 @@ from itertools import repeat
 from typing import SupportsIndex, overload
 
 import numpy as np
-import numpy.typing as npt
+
+from kvheap.extents import Int64Array
 
 __all__ = ["AddressBatch"]
-
-Int64Array = npt.NDArray[np.int64]
 
 
 class AddressBatch(Sequence[tuple[int, int]]):
@@ -26,8 +25,6 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     Attributes:
         block_bytes: allocated bytes of each block, a multiple of the alignment.
-        run_starts: int64 ``[R]``, address of each run's first block, ascending, read-only.
-        run_counts: int64 ``[R]``, blocks in each run, all positive, read-only.
 
     >>> batch = AddressBatch(4096, np.array([0, 16384]), np.array([2, 1]))
     >>> list(batch)
@@ -36,21 +33,42 @@ class AddressBatch(Sequence[tuple[int, int]]):
     (2, 3, array([    0,  4096, 16384]))
     """
 
-    __slots__ = ("_addresses", "_length", "block_bytes", "run_counts", "run_starts")
+    __slots__ = ("_addresses", "_counts", "_length", "_starts", "block_bytes")
 
-    def __init__(self, block_bytes: int, run_starts: Int64Array, run_counts: Int64Array) -> None:
+    def __init__(
+        self,
+        block_bytes: int,
+        run_starts: Int64Array | Sequence[int],
+        run_counts: Int64Array | Sequence[int],
+    ) -> None:
         self.block_bytes = block_bytes
-        self.run_starts = run_starts
-        self.run_counts = run_counts
-        self._length = int(run_counts.sum())
+        # Few runs stay lists: a batch that is freed whole never needs an array.
+        self._starts = run_starts
+        self._counts = run_counts
+        self._length = int(sum(run_counts) if len(run_counts) < 64 else np.sum(run_counts))
         self._addresses: Int64Array | None = None
-        run_starts.flags.writeable = False
-        run_counts.flags.writeable = False
+
+    @property
+    def run_starts(self) -> Int64Array:
+        """Address of each run's first block, int64 ``[R]``, ascending, read-only."""
+        self._starts = _read_only(self._starts)
+        return self._starts
+
+    @property
+    def run_counts(self) -> Int64Array:
+        """Blocks in each run, int64 ``[R]``, all positive, read-only."""
+        self._counts = _read_only(self._counts)
+        return self._counts
 
     @property
     def num_runs(self) -> int:
         """How many runs the blocks form; a copy of the batch pays per run."""
-        return len(self.run_starts)
+        return len(self._starts)
+
+    def run_pairs(self) -> list[tuple[int, int]]:
+        """Each run's first address and its bytes, as plain ints."""
+        size = self.block_bytes
+        return [(int(s), int(c) * size) for s, c in zip(self._starts, self._counts, strict=True)]
 
     @property
     def addresses(self) -> Int64Array:
@@ -64,7 +82,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
                 offsets += np.repeat(self.run_starts, self.run_counts)
             elif self.num_runs == 1:
                 offsets *= self.block_bytes
-                offsets += self.run_starts[0]
+                offsets += self._starts[0]
             offsets.flags.writeable = False
             self._addresses = offsets
         return self._addresses
@@ -72,7 +90,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
     def address(self, index: int) -> int:
         """The address of block ``index`` (0 <= index < N)."""
         if self.num_runs == 1:
-            return int(self.run_starts[0]) + index * self.block_bytes
+            return int(self._starts[0]) + index * self.block_bytes
         return int(self.addresses[index])
 
     def __len__(self) -> int:
@@ -114,11 +132,12 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     def __repr__(self) -> str:
         """Blocks, their size and the first runs."""
-        runs = [
-            f"{count} at {start}"
-            for start, count in zip(
-                self.run_starts[:8].tolist(), self.run_counts[:8].tolist(), strict=True
-            )
-        ]
+        runs = [f"{c} at {s}" for s, c in zip(self._starts[:8], self._counts[:8], strict=True)]
         more = ", ..." if self.num_runs > 8 else ""
         return f"AddressBatch({len(self)} x {self.block_bytes} bytes: {', '.join(runs)}{more})"
+
+
+def _read_only(values: Int64Array | Sequence[int]) -> Int64Array:
+    array = np.asarray(values, np.int64).view()
+    array.flags.writeable = False
+    return array

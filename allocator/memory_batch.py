@@ -1,7 +1,7 @@
 """``MemoryBatch``: N equal allocations made by one call, kept as arrays.
 
-Making a batch costs no Python work per block: it holds its runs, and a row of counts that is
-filled by the array type itself. A :class:`~kvheap.memory_object.MemoryObj` is a handle on one row
+Making a batch costs no work per block: it holds its runs, and one count for all blocks until one
+of them differs. A :class:`~kvheap.memory_object.MemoryObj` is a handle on one row
 (batch, index), made when asked for; handles on the same row share its counts, so it makes no
 difference through which of them a block is freed.
 
@@ -50,9 +50,11 @@ class MemoryBatch(Sequence[MemoryObj]):
 
     __slots__ = (
         "_address_batch",
+        "_length",
         "_lock",
         "_pin_counts",
         "_ref_counts",
+        "_uniform_ref_count",
         "allocator",
         "dtype",
         "fmt",
@@ -75,9 +77,11 @@ class MemoryBatch(Sequence[MemoryObj]):
         self.fmt = fmt
         self.size_bytes = size_bytes
         self._address_batch = address_batch
+        self._length = len(address_batch)
         self._lock = threading.Lock()
-        self._ref_counts = array("i", (1,)) * len(address_batch)
-        self._pin_counts = array("i", (0,)) * len(address_batch)
+        self._uniform_ref_count = 1
+        self._ref_counts: array[int] | None = None
+        self._pin_counts: array[int] | None = None
 
     # -- where the blocks are ------------------------------------------------------------------
 
@@ -107,25 +111,25 @@ class MemoryBatch(Sequence[MemoryObj]):
     def ref_counts(self) -> npt.NDArray[np.int32]:
         """A snapshot of the reference counts, int32 ``[N]``; 0 for freed blocks too."""
         with self._lock:
-            return np.maximum(_as_array(self._ref_counts), 0)
+            return np.maximum(self._ref_count_array(), 0)
 
     @property
     def pin_counts(self) -> npt.NDArray[np.int32]:
         """A snapshot of the pin counts, int32 ``[N]``."""
         with self._lock:
-            return _as_array(self._pin_counts).copy()
+            return self._pin_count_array().copy()
 
     @property
     def live(self) -> npt.NDArray[np.bool_]:
         """Which blocks are not freed, bool ``[N]``; a snapshot."""
         with self._lock:
-            return np.not_equal(_as_array(self._ref_counts), FREED)
+            return np.not_equal(self._ref_count_array(), FREED)
 
     # -- a sequence ----------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """The number of blocks, freed ones included."""
-        return len(self._ref_counts)
+        return self._length
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> MemoryObj: ...
@@ -133,12 +137,15 @@ class MemoryBatch(Sequence[MemoryObj]):
     def __getitem__(self, index: slice) -> list[MemoryObj]: ...
     def __getitem__(self, index: SupportsIndex | slice) -> MemoryObj | list[MemoryObj]:
         """A handle on one block, or a list of handles for a slice."""
+        length = self._length
+        if type(index) is int and 0 <= index < length:
+            return MemoryObj(self, index)
         if isinstance(index, slice):
-            return [MemoryObj(self, row) for row in range(*index.indices(len(self)))]
+            return [MemoryObj(self, row) for row in range(*index.indices(length))]
         row = index.__index__()
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"block {row} of a batch of {len(self)}")
-        return MemoryObj(self, row % len(self))
+        if not -length <= row < length:
+            raise IndexError(f"block {row} of a batch of {length}")
+        return MemoryObj(self, row % length)
 
     def __iter__(self) -> Iterator[MemoryObj]:
         """Handles on all blocks."""
@@ -153,28 +160,65 @@ class MemoryBatch(Sequence[MemoryObj]):
 
     # -- the life of a block, used by MemoryObj and the allocator ------------------------------
 
+    # Most batches are filled, read and freed whole, with every count as it was born. Counts are
+    # therefore kept as one number until one of them is changed: None stands for all equal.
+
+    def _ref_count(self, row: int) -> int:
+        counts = self._ref_counts
+        return self._uniform_ref_count if counts is None else counts[row]
+
+    def _pin_count(self, row: int) -> int:
+        counts = self._pin_counts
+        return 0 if counts is None else counts[row]
+
+    def _own_ref_counts(self) -> array[int]:
+        if self._ref_counts is None:
+            self._ref_counts = array("i", (self._uniform_ref_count,)) * len(self)
+        return self._ref_counts
+
+    def _own_pin_counts(self) -> array[int]:
+        if self._pin_counts is None:
+            self._pin_counts = array("i", (0,)) * len(self)
+        return self._pin_counts
+
+    def _set_all_ref_counts(self, count: int) -> None:
+        self._uniform_ref_count = count  # first: readers without the lock may look in between
+        self._ref_counts = None
+
+    def _is_untouched(self) -> bool:
+        is_uniform = self._ref_counts is None and self._pin_counts is None
+        return is_uniform and self._uniform_ref_count == 1
+
+    def _ref_count_array(self) -> npt.NDArray[np.int32]:
+        if self._ref_counts is None:
+            return np.full(len(self), self._uniform_ref_count, np.int32)
+        return _as_array(self._ref_counts)
+
+    def _pin_count_array(self) -> npt.NDArray[np.int32]:
+        if self._pin_counts is None:
+            return np.zeros(len(self), np.int32)
+        return _as_array(self._pin_counts)
+
     def _change_ref_count(self, row: int, change: int) -> bool:
         """Add ``change``; True when the block is now nobody's and the caller must release it."""
         with self._lock:
-            count = self._ref_counts[row]
+            count = self._ref_count(row)
             if count == FREED or count + change < 0:
                 raise self._count_error("reference", row, count, change)
-            if count + change == 0 and self._pin_counts[row] == 0:
-                self._ref_counts[row] = FREED
-                return True
-            self._ref_counts[row] = count + change
-            return False
+            is_nobodys = count + change == 0 and self._pin_count(row) == 0
+            self._own_ref_counts()[row] = FREED if is_nobodys else count + change
+            return is_nobodys
 
     def _change_pin_count(self, row: int, change: int) -> bool:
         """Add ``change``; True when the block is now nobody's and the caller must release it."""
         with self._lock:
-            count = self._pin_counts[row]
-            references = self._ref_counts[row]
+            count = self._pin_count(row)
+            references = self._ref_count(row)
             if references == FREED or count + change < 0:
                 raise self._count_error("pin", row, count, change)
-            self._pin_counts[row] = count + change
+            self._own_pin_counts()[row] = count + change
             if count + change == 0 and references == 0:
-                self._ref_counts[row] = FREED
+                self._own_ref_counts()[row] = FREED
                 return True
             return False
 
@@ -187,8 +231,9 @@ class MemoryBatch(Sequence[MemoryObj]):
         """
         with self._lock:
             if rows is None:
-                self._require_sole_owner(None)
-                self._ref_counts = array("i", (FREED,)) * len(self)
+                if not self._is_untouched():
+                    self._require_sole_owner(None)
+                self._set_all_ref_counts(FREED)
                 return
             row_array = np.asarray(rows, np.int64)
             self._require_sole_owner(row_array)
@@ -197,20 +242,20 @@ class MemoryBatch(Sequence[MemoryObj]):
             if repeated.any():
                 row = int(ordered[int(np.argmax(repeated))])
                 raise DoubleFreeError(f"{self._name(row)} is named twice in one call")
-            _as_array(self._ref_counts)[row_array] = FREED
+            _as_array(self._own_ref_counts())[row_array] = FREED
 
     def _unclaim(self, rows: Sequence[int] | None) -> None:
         """Undo :meth:`_claim` before the bytes were released."""
         with self._lock:
             if rows is None:
-                self._ref_counts = array("i", (1,)) * len(self)
+                self._set_all_ref_counts(1)
             else:
-                _as_array(self._ref_counts)[np.asarray(rows, np.int64)] = 1
+                _as_array(self._own_ref_counts())[np.asarray(rows, np.int64)] = 1
 
     def _require_sole_owner(self, rows: Int64Array | None) -> None:
         """Refuse rows (None: all) that are freed or that somebody else holds."""
-        references = _as_array(self._ref_counts)[slice(None) if rows is None else rows]
-        pins = _as_array(self._pin_counts)[slice(None) if rows is None else rows]
+        references = self._ref_count_array()[slice(None) if rows is None else rows]
+        pins = self._pin_count_array()[slice(None) if rows is None else rows]
         wrong = (references != 1) | (pins != 0)
         if not wrong.any():
             return
@@ -223,7 +268,7 @@ class MemoryBatch(Sequence[MemoryObj]):
         )
 
     def _count_error(self, kind: str, row: int, count: int, change: int) -> LifetimeError:
-        if self._ref_counts[row] == FREED:
+        if self._ref_count(row) == FREED:
             return LifetimeError(f"{self._name(row)} is freed: its {kind} count cannot change")
         return LifetimeError(
             f"the {kind} count of {self._name(row)} is {count}: it cannot change by {change}"

@@ -78,19 +78,19 @@ class MemoryObj:
 
     def is_valid(self) -> bool:
         """Whether the block is not freed."""
-        return self._batch._ref_counts[self._row] != FREED
+        return self._batch._ref_count(self._row) != FREED
 
     # -- who needs it --------------------------------------------------------------------------
 
     @property
     def ref_count(self) -> int:
         """Reference count; 0 once freed."""
-        return max(self._batch._ref_counts[self._row], 0)
+        return max(self._batch._ref_count(self._row), 0)
 
     @property
     def pin_count(self) -> int:
         """Pin count."""
-        return self._batch._pin_counts[self._row]
+        return self._batch._pin_count(self._row)
 
     def ref_count_up(self) -> None:
         """Add a reference.

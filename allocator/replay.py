@@ -219,7 +219,7 @@ class Replay:
         return self.stored * self.geometry.chunk_bytes / seconds / 1e9 if seconds else None
 
     def _sample(self, timestamp_ms: int) -> HeapSample:
-        starts, sizes = self.store.allocator.free_extents()
+        starts, sizes = self.store.allocator.snapshot().T
         stats = self.stats()
         num_bins = max(1, min(MAP_BINS, len(self._stored_at_ms)))
         return HeapSample(

@@ -118,8 +118,9 @@ class TensorMemoryAllocator:
         batch_size: int,
         fmt: MemoryFormat = MemoryFormat.KV_2LTD,
         source: torch.Tensor | None = None,
+        allow_partial: bool = False,
     ) -> MemoryBatch | None:
-        """Allocate ``batch_size`` equal blocks, all or none, and fill them.
+        """Allocate ``batch_size`` equal blocks, and fill them.
 
         No Python work per block.
 
@@ -131,9 +132,12 @@ class TensorMemoryAllocator:
             source: ``[N, *shape]`` of ``dtype``, on the buffer's device or the CPU, each block
                 contiguous: block ``i`` is filled from ``source[i]``, by one kernel on the current
                 stream. None leaves the contents undefined.
+            allow_partial: when they do not all fit, allocate as many as do, also none at all, and
+                fill them from as many of the first blocks of ``source``.
 
         Returns:
-            The batch, each block with one reference; None when the blocks do not all fit.
+            The batch, each block with one reference; None when the blocks do not all fit and
+            ``allow_partial`` is false.
 
         Raises:
             ValueError: an argument is wrong; nothing is allocated.
@@ -144,13 +148,15 @@ class TensorMemoryAllocator:
         if source is not None and batch_size >= 0:
             self._require_matching("source", source, batch_size, shape, dtype, cpu_is_fine=True)
         try:
-            address_batch = self.address_manager.batched_allocate(size_bytes, batch_size)
+            address_batch = self.address_manager.batched_allocate(
+                size_bytes, batch_size, allow_partial
+            )
         except OutOfMemoryError:
             return None
         try:
             batch = MemoryBatch(self, address_batch, shape, dtype, fmt, size_bytes)
-            if source is not None and batch_size:
-                self._scatter(source, address_batch)
+            if source is not None and len(batch):
+                self._scatter(source[: len(batch)], address_batch)
         except BaseException:
             self.address_manager.batched_free(address_batch)
             raise
@@ -245,9 +251,17 @@ class TensorMemoryAllocator:
             align_bytes=self.address_manager.align_bytes,
         )
 
-    def free_extents(self) -> tuple[Int64Array, Int64Array]:
-        """Starts and sizes of all free extents, int64 ``[F]`` each, in address order. O(F)."""
-        return self.address_manager.free_extents()
+    def max_batch(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """How many blocks of this shape and dtype one ``batched_allocate`` could have now.
+
+        Raises:
+            ValueError: as for :meth:`allocate`.
+        """
+        return self.address_manager.max_batch(self._size_bytes(torch.Size(shape), dtype))
+
+    def snapshot(self) -> Int64Array:
+        """Start and size of all free extents, int64 ``[F, 2]``, in address order. O(F)."""
+        return self.address_manager.snapshot()
 
     def memcheck(self) -> bool:
         """Whether every invariant of the heap holds; ``address_manager.check()`` says which not."""

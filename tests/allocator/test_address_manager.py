@@ -1,20 +1,13 @@
-"""AddressManager: results, errors, and a state machine against a bitmap."""
+"""AddressManager: results and errors, one operation at a time."""
 
 from __future__ import annotations
 
-import linecache
 import pickle
-import random
 import subprocess
 import sys
-import threading
-from types import FrameType
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvheap import (
     AddressBatch,
@@ -25,6 +18,7 @@ from kvheap import (
     NegativeBatchSizeError,
     OutOfMemoryError,
 )
+from kvheap.extents import Extents
 from kvheap.free_list import FreeList
 
 PAGE = 4096
@@ -43,7 +37,7 @@ def heap_with_holes(hole_pages: list[int]) -> AddressManager:
 
 
 def state(heap: AddressManager) -> tuple[object, list[int], list[int]]:
-    starts, sizes = heap.free_extents()
+    starts, sizes = heap.snapshot().T
     return heap.stats(), starts.tolist(), sizes.tolist()
 
 
@@ -160,6 +154,44 @@ class TestBatchedAllocate:
         heap.check()
 
 
+class TestPartialBatches:
+    def test_the_largest_prefix_that_fits_is_allocated(self) -> None:
+        heap = heap_with_holes([3, 1, 5])
+        batch = heap.batched_allocate(2 * PAGE, 9, allow_partial=True)
+        assert list(batch) == [(0, 2 * PAGE), (6 * PAGE, 2 * PAGE), (8 * PAGE, 2 * PAGE)]
+        heap.check()
+        assert heap.get_free_size() == 3 * PAGE
+
+    def test_what_fits_whole_is_allocated_whole(self) -> None:
+        heap = heap_with_holes([3, 1, 5])
+        assert len(heap.batched_allocate(PAGE, 9, allow_partial=True)) == 9
+        assert heap.get_free_size() == 0
+
+    def test_none_at_all_is_an_empty_batch(self) -> None:
+        heap = heap_with_holes([3, 1, 5])
+        batch = heap.batched_allocate(6 * PAGE, 2, allow_partial=True)
+        assert (len(batch), batch.num_runs, batch.addresses.tolist()) == (0, 0, [])
+        heap.batched_free(batch)
+        assert heap.get_free_size() == 9 * PAGE
+
+    def test_very_many_holes_give_a_prefix_too(self) -> None:
+        heap = heap_with_holes([1, 2] * 500)
+        assert len(heap.batched_allocate(2 * PAGE, 501, allow_partial=True)) == 500
+        assert len(heap.batched_allocate(PAGE, 10**9, allow_partial=True)) == 500
+        assert heap.get_free_size() == 0
+        heap.check()
+
+    def test_max_batch_is_what_a_batch_gets(self) -> None:
+        heap = heap_with_holes([1, 2, 7] * 100)
+        for pages, expected in [(1, 1000), (2, 400), (3, 200), (7, 100), (8, 0)]:
+            assert heap.max_batch(pages * PAGE) == expected
+        with pytest.raises(OutOfMemoryError):
+            heap.batched_allocate(3 * PAGE, 201)
+        assert len(heap.batched_allocate(3 * PAGE, 200)) == 200
+        with pytest.raises(ValueError, match="greater than 0, got 0"):
+            heap.max_batch(0)
+
+
 class TestAddressBatch:
     def batch(self) -> AddressBatch:
         return AddressBatch(8, np.array([0, 32, 80]), np.array([2, 3, 1]))
@@ -176,6 +208,23 @@ class TestAddressBatch:
         assert [batch.address(i) for i in range(6)] == [address for address, _ in pairs]
         with pytest.raises(IndexError):
             batch[6]
+
+    def test_the_caller_keeps_his_arrays(self) -> None:
+        starts, counts = np.array([0, 32]), np.array([2, 3])
+        AddressBatch(8, starts, counts).addresses  # noqa: B018
+        assert starts.flags.writeable
+        assert counts.flags.writeable
+
+    def test_a_batch_made_by_hand_is_checked_when_it_is_freed(self) -> None:
+        heap = AddressManager(16 * PAGE)
+        heap.allocate(16 * PAGE)
+        before = state(heap)
+        for starts, counts in ([0, PAGE], [2, 2]), ([0], [17]), ([0], [0]), ([8], [1]):
+            with pytest.raises(InvalidFreeError):
+                heap.batched_free(AddressBatch(PAGE, starts, counts))
+        assert state(heap) == before
+        heap.batched_free(AddressBatch(PAGE, [5 * PAGE, 0], [1, 2]))
+        assert state(heap)[1:] == ([0, 5 * PAGE], [2 * PAGE, PAGE])
 
     def test_it_cannot_be_changed_and_travels(self) -> None:
         batch = self.batch()
@@ -253,8 +302,12 @@ class TestFree:
         [
             ([(0, PAGE), (0, PAGE)], None, DoubleFreeError, "in the same call"),
             ([(0, 2 * PAGE), (PAGE, PAGE)], None, DoubleFreeError, "in the same call"),
-            ([(0.5, PAGE)], None, TypeError, "must be integers, got float64"),
-            ([0, PAGE], None, ValueError, "pairs, got shape"),
+            ([(0.5, PAGE)], None, TypeError, "must be integers: 'float' object"),
+            ([0, PAGE], None, ValueError, "pairs, got 0"),
+            ([(0, PAGE), (PAGE, PAGE, PAGE)], None, ValueError, "pairs, got"),
+            (np.arange(4), None, ValueError, r"pairs, got shape \(4,\)"),
+            (np.array([[0.5, PAGE]]), None, TypeError, "must be integers, got float64"),
+            ([(1 << 70, PAGE)], None, InvalidFreeError, f"below .*, got {1 << 70}"),
             ([0, PAGE], [PAGE], ValueError, "2 addresses but 1 sizes"),
             ([(1 << 62, 1 << 62), (0, PAGE)], None, InvalidFreeError, "beyond any heap"),
         ],
@@ -304,16 +357,88 @@ class TestSbrk:
         assert heap.get_heap_size() == heap.get_free_size() == 2 * PAGE
 
 
+class TestTrim:
+    def test_a_free_tail_is_given_back(self) -> None:
+        heap = heap_with_holes([2, 3])
+        heap.sbrk(4 * PAGE)
+        assert heap.trim() == 4 * PAGE
+        assert heap.get_heap_size() == 7 * PAGE
+        assert heap.trim() == 0
+        heap.check()
+        heap.free(6 * PAGE, PAGE)
+        assert heap.trim() == 4 * PAGE
+        assert state(heap)[1:] == ([0], [2 * PAGE])
+        heap.check()
+
+    def test_a_heap_may_vanish_and_come_back(self) -> None:
+        heap = AddressManager(3 * PAGE)
+        assert (heap.trim(), heap.trim()) == (3 * PAGE, 0)
+        assert heap.get_heap_size() == heap.get_free_size() == 0
+        with pytest.raises(OutOfMemoryError):
+            heap.allocate(1)
+        heap.sbrk(PAGE)
+        assert heap.allocate(1) == (0, PAGE)
+
+    def test_bytes_that_were_trimmed_cannot_be_freed(self) -> None:
+        heap = AddressManager(3 * PAGE)
+        heap.allocate(PAGE)
+        heap.trim()
+        with pytest.raises(InvalidFreeError, match="outside the heap"):
+            heap.free(PAGE, PAGE)
+
+
+class TestSnapshot:
+    def test_it_is_all_free_extents_in_bytes(self) -> None:
+        heap = heap_with_holes([2, 1, 3])
+        table = heap.snapshot()
+        assert table.dtype == np.int64
+        assert table.tolist() == [[0, 2 * PAGE], [3 * PAGE, PAGE], [5 * PAGE, 3 * PAGE]]
+        table[:] = 0  # the caller's own
+        assert heap.snapshot().tolist() != table.tolist()
+
+    def test_of_a_full_heap_it_is_empty(self) -> None:
+        assert AddressManager(0).snapshot().shape == (0, 2)
+
+
+class TestWideHeap:
+    """Heaps of 2**31 units and more, whose extents do not fit into an int64."""
+
+    def test_the_largest_heap_works(self) -> None:
+        heap = AddressManager((1 << 63) - 1, align_bytes=1)
+        batch = heap.batched_allocate(1 << 40, 1000)
+        heap.batched_free(batch.addresses[::2], 1 << 40)
+        heap.check()
+        assert heap.stats().free_extents == 501
+        assert heap.max_batch(1 << 40) == 500 + ((1 << 63) - 1 - (1000 << 40) >> 40)
+        odd = heap.batched_allocate(1 << 40, 400)
+        assert odd.num_runs == 1
+        heap.batched_free(odd)
+        heap.batched_free(batch.addresses[1::2], 1 << 40)
+        assert heap.snapshot().tolist() == [[0, (1 << 63) - 1]]
+
+    def test_a_heap_may_grow_wide(self) -> None:
+        heap = AddressManager((1 << 31) - 1, align_bytes=1)
+        heap.allocate(7)
+        heap.allocate(10)
+        heap.free(0, 7)
+        heap.sbrk(1 << 40)
+        heap.check()
+        assert heap.snapshot().tolist() == [[0, 7], [17, (1 << 40) + (1 << 31) - 18]]
+        assert heap.allocate(1 << 39) == (17, 1 << 39)
+        assert heap.allocate(7) == (0, 7)
+
+
 class TestCheck:
     @pytest.mark.parametrize(
         ("break_it", "message"),
         [
-            (lambda f: f._size_of.update({0: 2 * PAGE}), "order by size"),
-            (lambda f: f._starts.add(7 * PAGE), "order by address"),
+            (lambda f: f._by_start.add(7 << f._bits | 1), "order by size"),
             (lambda f: f._by_size.clear(), "order by size"),
-            (lambda f: setattr(f, "free_bytes", 1), "the counter says 1"),
-            (lambda f: f.insert(100 * PAGE, PAGE), "beyond the heap"),
-            (lambda f: f.insert(4 * PAGE + 1, 1), "not aligned"),
+            (lambda f: f._by_start._lists[0].reverse(), "a sorted order"),
+            (lambda f: setattr(f, "free_units", 1), "the counter says 1"),
+            (lambda f: f.insert(100, 1), "beyond the heap"),
+            (lambda f: f._add(1 << f._bits, 1), "is empty"),
+            (lambda f: f._add(2 << f._bits | 2, 2 << f._bits | 2), "counter"),
         ],
     )
     def test_a_broken_invariant_is_named(self, break_it: object, message: str) -> None:
@@ -324,241 +449,17 @@ class TestCheck:
             heap.check()
         assert not heap.check_consistency()
 
-    @pytest.mark.parametrize(("second", "message"), [(0, "overlaps"), (PAGE, "touches")])
+    @pytest.mark.parametrize(("second", "message"), [(1, "overlaps"), (2, "touches")])
     def test_extents_must_be_apart(self, second: int, message: str) -> None:
-        starts, sizes = np.array([0, PAGE + second]), np.array([2 * PAGE, PAGE])
-        free_list = FreeList(starts, sizes)
+        free_list = FreeList(Extents(np.array([0, second]), np.array([2, 1])), 8)
         with pytest.raises(HeapCorruptionError, match=message):
-            free_list.check(8 * PAGE, PAGE)
+            free_list.check(8)
 
-
-class TestInterrupted:
-    """An exception inside a change, wherever it strikes, undoes the change."""
-
-    OPERATIONS = (
-        lambda heap: heap.allocate(PAGE),
-        lambda heap: heap.allocate(3 * PAGE),
-        lambda heap: heap.batched_allocate(PAGE, 7),
-        lambda heap: heap.free(2 * PAGE, PAGE),
-        lambda heap: heap.free(0, PAGE),
-        lambda heap: heap.batched_free([(2 * PAGE, PAGE), (5 * PAGE, PAGE), (14 * PAGE, PAGE)]),
-        lambda heap: heap.sbrk(4 * PAGE),
-    )
-
-    @pytest.mark.parametrize("operation", OPERATIONS)
-    @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-    def test_at_every_line(self, operation: object, error: type[BaseException]) -> None:
-        line, done = 0, False
-        while not done:
-            line += 1
-            heap = AddressManager(16 * PAGE)
-            heap.batched_allocate(PAGE, 15)
-            heap.batched_free([(1 * PAGE, PAGE), (3 * PAGE, 2 * PAGE), (7 * PAGE, 4 * PAGE)])
-            before = state(heap)
-            done = not self.interrupt(heap, operation, error, line)
+    def test_a_heap_is_whole_units(self) -> None:
+        heap = AddressManager(4 * PAGE)
+        heap._heap_bytes += 1
+        with pytest.raises(HeapCorruptionError, match="not aligned"):
             heap.check()
-            if not done:
-                # The very last line may come after the change was committed.
-                assert state(heap) in (before, self.after(operation))
-        assert line > 5
-
-    def is_safe_from_signals(self, frame: FrameType) -> bool:
-        """A line before which a trace function runs but never a signal handler.
-
-        CPython looks for signals after calls and jumps, so neither between the end of a ``with``
-        block and the release of its lock, nor at a ``try``, which no exception table covers.
-        """
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        return line == "try:" or line.startswith("with self._lock")
-
-    def after(self, operation: object) -> object:
-        heap = AddressManager(16 * PAGE)
-        heap.batched_allocate(PAGE, 15)
-        heap.batched_free([(1 * PAGE, PAGE), (3 * PAGE, 2 * PAGE), (7 * PAGE, 4 * PAGE)])
-        operation(heap)  # type: ignore[operator]
-        return state(heap)
-
-    def interrupt(
-        self, heap: AddressManager, operation: object, error: type[BaseException], at_line: int
-    ) -> bool:
-        """Raise ``error`` before the ``at_line``-th line run in kvheap; False if it ended first."""
-        lines = 0
-
-        def trace(frame: FrameType, event: str, argument: object) -> object:
-            nonlocal lines
-            if "kvheap" not in frame.f_globals.get("__name__", ""):
-                return None
-            if event == "line" and not self.is_safe_from_signals(frame):
-                lines += 1
-                if lines == at_line:
-                    raise error
-            return trace
-
-        sys.settrace(trace)
-        try:
-            operation(heap)  # type: ignore[operator]
-        except error:
-            return True
-        finally:
-            sys.settrace(None)
-        return False
-
-
-class HeapMachine(RuleBasedStateMachine):
-    """Random operations on a small heap, each checked against one bool a page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heap = AddressManager(24 * PAGE)
-        self.used = [False] * 24
-
-    def holes(self) -> list[tuple[int, int]]:
-        """(pages, first page) of each free extent."""
-        found, start = [], None
-        for page, used in enumerate([*self.used, True]):
-            if not used and start is None:
-                start = page
-            elif used and start is not None:
-                found.append((page - start, start))
-                start = None
-        return found
-
-    def mark(self, first: int, pages: int, used: bool) -> None:
-        assert all(self.used[page] is not used for page in range(first, first + pages))
-        self.used[first : first + pages] = [used] * pages
-
-    @rule(pages=st.integers(1, 8))
-    def allocate(self, pages: int) -> None:
-        fitting = [hole for hole in self.holes() if hole[0] >= pages]
-        if not fitting:
-            with pytest.raises(OutOfMemoryError):
-                self.heap.allocate(pages * PAGE)
-            return
-        assert self.heap.allocate(pages * PAGE - 1) == (min(fitting)[1] * PAGE, pages * PAGE)
-        self.mark(min(fitting)[1], pages, True)
-
-    @rule(pages=st.integers(1, 3), count=st.integers(0, 12))
-    def batched_allocate(self, pages: int, count: int) -> None:
-        fitting = sorted((size // pages for size, _ in self.holes()), reverse=True)
-        if sum(fitting) < count:
-            with pytest.raises(OutOfMemoryError):
-                self.heap.batched_allocate(pages * PAGE, count)
-            return
-        batch = self.heap.batched_allocate(pages * PAGE, count)
-        fewest = next(n for n in range(len(fitting) + 1) if sum(fitting[:n]) >= count)
-        assert batch.num_runs == fewest
-        assert len(batch) == count
-        assert batch.addresses.tolist() == sorted(batch.addresses.tolist())
-        for address, size in batch:
-            assert size == pages * PAGE
-            self.mark(address // PAGE, pages, True)
-
-    @precondition(lambda self: any(self.used))
-    @rule(data=st.data())
-    def free_part(self, data: st.DataObject) -> None:
-        first = data.draw(st.sampled_from([p for p, used in enumerate(self.used) if used]))
-        pages = 1
-        while first + pages < len(self.used) and self.used[first + pages] and pages < 3:
-            pages += 1
-        self.heap.free(first * PAGE, pages * PAGE)
-        self.mark(first, pages, False)
-
-    @precondition(lambda self: any(self.used))
-    @rule(data=st.data())
-    def free_a_random_subset(self, data: st.DataObject) -> None:
-        used = [page for page, is_used in enumerate(self.used) if is_used]
-        chosen = data.draw(st.lists(st.sampled_from(used), unique=True))
-        self.heap.batched_free([(page * PAGE, PAGE) for page in chosen])
-        for page in chosen:
-            self.mark(page, 1, False)
-
-    @rule(first=st.integers(-2, 30), pages=st.integers(0, 4), skew=st.sampled_from([0, 0, 8]))
-    def wrong_free(self, first: int, pages: int, skew: int) -> None:
-        inside = first >= 0 and first + pages <= len(self.used)
-        if skew or not pages or not inside or not all(self.used[first : first + pages]):
-            for free in (
-                lambda: self.heap.free(first * PAGE + skew, pages * PAGE),
-                lambda: self.heap.batched_free([(first * PAGE + skew, pages * PAGE)]),
-            ):
-                with pytest.raises(InvalidFreeError):
-                    free()
-
-    @precondition(lambda self: len(self.used) < 40)
-    @rule(pages=st.integers(0, 4))
-    def sbrk(self, pages: int) -> None:
-        self.heap.sbrk(pages * PAGE)
-        self.used += [False] * pages
-
-    @invariant()
-    def agrees(self) -> None:
-        self.heap.check()
-        starts, sizes = self.heap.free_extents()
-        pairs = zip(sizes.tolist(), starts.tolist(), strict=True)
-        assert [(z // PAGE, a // PAGE) for z, a in pairs] == self.holes()
-        assert self.heap.total_allocated_size == sum(self.used) * PAGE
-        assert self.heap.get_heap_size() == len(self.used) * PAGE
-
-
-HeapMachine.TestCase.settings = settings(max_examples=250, stateful_step_count=100, deadline=None)
-
-
-class TestStateMachine(HeapMachine.TestCase):  # type: ignore[name-defined,misc]
-    pass
-
-
-class TestStateMachineRebuilding(HeapMachine.TestCase):  # type: ignore[name-defined,misc]
-    @pytest.fixture(autouse=True)
-    def _always_rebuild(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvheap.address_manager._max_steps", lambda free_list: 0)
-
-
-def test_eight_threads_lose_no_byte() -> None:
-    heap = AddressManager(4096 * PAGE)
-    owner: dict[int, int] = {}
-    failures: list[BaseException] = []
-
-    def release(blocks: list[tuple[int, int]], seed: int) -> None:
-        for address, size in blocks:
-            for page in range(address, address + size, PAGE):
-                assert owner.pop(page) == seed
-        heap.batched_free(blocks)
-
-    def work(seed: int) -> None:
-        source = random.Random(seed)
-        mine: list[tuple[int, int]] = []
-        for _ in range(400):
-            if source.random() < 0.5:
-                source.shuffle(mine)
-                release(mine[:8], seed)
-                del mine[:8]
-                continue
-            try:
-                batch = heap.batched_allocate(source.randint(1, 4) * PAGE, source.randint(0, 20))
-            except OutOfMemoryError:
-                release(mine, seed)
-                mine.clear()
-                continue
-            for address, size in batch:
-                mine.append((address, size))
-                for page in range(address, address + size, PAGE):
-                    assert owner.setdefault(page, seed) == seed
-        release(mine, seed)
-
-    def guarded(seed: int) -> None:
-        try:
-            work(seed)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    assert not owner
-    heap.check()
-    assert state(heap)[1:] == ([0], [4096 * PAGE])
 
 
 def test_it_needs_neither_torch_nor_triton() -> None:

@@ -122,6 +122,38 @@ class TestAllocate:
         assert heap.stats().allocated_bytes == 0
 
 
+class TestPartialBatches:
+    def test_the_first_blocks_of_the_source_are_stored(self) -> None:
+        heap = heap_of(5)
+        keep = heap.batched_allocate([PAGE], torch.uint8, 5)
+        assert keep is not None
+        heap.batched_free([keep[0], keep[2], keep[4]])
+        source = random_blocks(9)
+        assert heap.batched_allocate(SHAPE, torch.float32, 9, source=source) is None
+        batch = heap.batched_allocate(SHAPE, torch.float32, 9, source=source, allow_partial=True)
+        assert batch is not None
+        assert (len(batch), batch.num_runs) == (3, 3)
+        out = torch.empty(3, *SHAPE)
+        heap.batched_free(batch, out=out)
+        assert torch.equal(out, source[:3])
+
+    def test_none_at_all_is_an_empty_batch(self) -> None:
+        heap = heap_of(1)
+        heap.allocate([1], torch.uint8)
+        batch = heap.batched_allocate([1], torch.uint8, 4, allow_partial=True)
+        assert batch is not None
+        assert (len(batch), list(batch)) == (0, [])
+        heap.batched_free(batch)
+
+    def test_max_batch_counts_blocks_of_a_shape(self) -> None:
+        heap = heap_of(5)
+        assert heap.max_batch(SHAPE, torch.float32) == 5
+        assert heap.max_batch([PAGE + 1], torch.uint8) == 2
+        assert heap.max_batch([6 * PAGE], torch.uint8) == 0
+        with pytest.raises(ValueError, match="at least one element"):
+            heap.max_batch([0], torch.uint8)
+
+
 class TestContents:
     @given(
         holes=st.lists(st.integers(1, 5), min_size=1, max_size=6),
