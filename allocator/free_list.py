@@ -49,8 +49,8 @@ class ExtentKeys(SortedList[int]):
     A ``SortedList`` is a list of short sorted lists (``_lists``) with their maxima (``_maxes``).
     Its own look-ups answer with positions, which need an index over the lengths of those lists;
     these answer with keys and need none. An allocate+free pair at F = 1 / 1,000 / 50,000 /
-    1,000,000 took 1.7 / 2.4 / 3.0 / 2.9 us with it, and 3.6 / 4.4 / 10.2 / 15.0 us on plain
-    ``SortedList`` with positional look-ups (same run, CPython 3.11, 2-core x86-64).
+    1,000,000 took 3.7 / 4.1 / 4.0 / 4.4 us with it, and 5.1 / 6.3 / 12.6 / 18.5 us on plain
+    ``SortedList`` with positional look-ups (same run, CPython 3.11, 2-core AMD EPYC).
     """
 
     if TYPE_CHECKING:  # what sortedcontainers 2.4 documents as its implementation

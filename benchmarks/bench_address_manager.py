@@ -1,0 +1,531 @@
+"""AddressManager and TensorMemoryAllocator: what allocating and freeing costs the host.
+
+Peer: LMCache's classes of the same names, in the same rounds (``pip install --no-deps
+lmcache==0.5.6`` and the modules that its import asks for). Without it, kvheap's figures stand
+alone. The cases:
+
+============  ====================================================================================
+case          what is timed
+============  ====================================================================================
+pair          allocate two pages and free them again, beside F - 1 free extents of one page each,
+              all of them at lower addresses than the one extent that fits
+batch         ``TensorMemoryAllocator``: N blocks of 64 KiB from a fresh heap in one call, and the
+              free of all of them in one call, after one such pair of calls that is not timed
+holes         ``AddressManager``: a batch that takes 65,536 free extents of one block each; then
+              the same blocks freed in random order: in one call, as an array of addresses and as a
+              list of pairs; by LMCache, whose AddressManager has no such call, one by one
+objects       ``MemoryObj`` from a batch, by index; LMCache makes them all in ``batched_allocate``
+memory        bytes of Python and NumPy memory for each block of a live batch (tracemalloc)
+runs          how many runs a batch of N pages has in a heap fragmented by random traffic
+============  ====================================================================================
+
+Times are of the host, in microseconds; ratios are medians over rounds, peer over kvheap.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from _report import (
+    Measure,
+    Samples,
+    describe_machine,
+    make_console,
+    parse_common,
+    pyplot,
+    time_in_rounds,
+    write_json,
+)
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from kvheap import AddressManager, TensorMemoryAllocator
+
+PAGE = 4096
+BLOCK_BYTES = 64 << 10
+SPARE_PAGES = 64
+PEER = "LMCache"
+
+PAIR_TARGETS = {1: 1.5, 1_000: 5.0, 10_000: 25.0, 50_000: 150.0}
+FLATNESS_TARGET = 3.0
+BATCH_TARGET_US = 40.0
+HOLES_TARGET = 10.0
+SHUFFLED_FREE_TARGET = 50.0
+OBJECT_TARGET_US = 1.0
+MEMORY_TARGET_BYTES = 48.0
+
+Row = dict[str, Any]
+Pairs = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The two classes of LMCache, where it can be imported."""
+
+    address_manager: Any
+    tensor_allocator: Any
+    version: str
+
+    @classmethod
+    def find(cls) -> Peer | None:
+        """None where LMCache, or a module that its import asks for, is missing."""
+        try:
+            from importlib.metadata import version
+
+            from lmcache.v1.memory_allocators.tensor_memory_allocator import (
+                TensorMemoryAllocator as PeerTensorMemoryAllocator,
+            )
+            from lmcache.v1.memory_management import AddressManager as PeerAddressManager
+        except ImportError:
+            return None
+        return cls(PeerAddressManager, PeerTensorMemoryAllocator, version("lmcache"))
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured."""
+
+    extents: tuple[int, ...]
+    peer_extents: int
+    blocks: tuple[int, ...]
+    holes: int
+    rounds: int
+
+    @classmethod
+    def of(cls, quick: bool) -> Scale:
+        """What takes half a minute, or a few seconds."""
+        if quick:
+            return cls((1, 1_000, 10_000), 10_000, (64, 1_024, 4_096), 8_192, 5)
+        extents = (1, 1_000, 10_000, 50_000, 1_000_000)
+        return cls(extents, 50_000, (64, 1_024, 4_096, 16_384), 65_536, 15)
+
+
+def full_heap(kind: Any, num_pages: int) -> Any:
+    """A heap of which every page is allocated."""
+    heap = kind(num_pages * PAGE)
+    heap.allocate(num_pages * PAGE)
+    return heap
+
+
+def free_all(heap: Any, extents: Pairs) -> None:
+    """One call where there is one; LMCache's free list grows page by page."""
+    if isinstance(heap, AddressManager):
+        heap.batched_free(extents)
+    else:
+        for address, size in extents:
+            heap.free(address, size)
+
+
+# -- pair ------------------------------------------------------------------------------------------
+
+
+def heap_with_small_holes(kind: Any, num_extents: int) -> Any:
+    """``num_extents`` free extents, of which only the last holds two pages."""
+    heap = full_heap(kind, 2 * num_extents + SPARE_PAGES)
+    free_all(heap, [(2 * i * PAGE, PAGE) for i in range(num_extents - 1)])
+    heap.free(2 * num_extents * PAGE, SPARE_PAGES * PAGE)
+    return heap
+
+
+def time_pairs(heap: Any, num_pairs: int) -> Measure:
+    allocate, free = heap.allocate, heap.free
+
+    def measure() -> float:
+        start = time.perf_counter()
+        for _ in range(num_pairs):
+            address, size = allocate(2 * PAGE)
+            free(address, size)
+        return (time.perf_counter() - start) * 1e6 / num_pairs
+
+    return measure
+
+
+def measure_pairs(scale: Scale, peer: Peer | None, num_extents: int) -> Row:
+    measures = {"kvheap": time_pairs(heap_with_small_holes(AddressManager, num_extents), 2000)}
+    if peer is not None and num_extents <= scale.peer_extents:
+        heap = heap_with_small_holes(peer.address_manager, num_extents)
+        measures[PEER] = time_pairs(heap, max(10, 10_000 // num_extents))
+    return {"extents": num_extents} | compared(time_in_rounds(measures, scale.rounds))
+
+
+# -- batch -----------------------------------------------------------------------------------------
+
+
+class BatchTimer:
+    """Allocates a batch from a fresh heap and frees it; both times, each in its own measure."""
+
+    def __init__(self, kind: Any, num_blocks: int) -> None:
+        self.kind = kind
+        self.num_blocks = num_blocks
+        self.buffer = torch.empty(num_blocks * BLOCK_BYTES, dtype=torch.uint8)
+        self.shape = torch.Size([BLOCK_BYTES])
+        self.free_us = 0.0
+
+    def allocate(self) -> float:
+        """Time of the allocation, the second of two."""
+        for _ in range(2):
+            heap = self.kind(self.buffer)
+            start = time.perf_counter()
+            batch = heap.batched_allocate(self.shape, torch.uint8, self.num_blocks)
+            allocated = time.perf_counter()
+            heap.batched_free(batch)
+            self.free_us = (time.perf_counter() - allocated) * 1e6
+        return (allocated - start) * 1e6
+
+    def free(self) -> float:
+        """Of the last :meth:`allocate`, which each round calls before."""
+        return self.free_us
+
+
+def measure_batches(scale: Scale, peer: Peer | None, num_blocks: int) -> list[Row]:
+    timers = {"kvheap": BatchTimer(TensorMemoryAllocator, num_blocks)}
+    if peer is not None:
+        timers[PEER] = BatchTimer(peer.tensor_allocator, num_blocks)
+    measures: dict[str, Measure] = {}
+    for name, timer in timers.items():
+        measures[name] = timer.allocate
+        measures[f"{name} free"] = timer.free
+    samples = time_in_rounds(measures, scale.rounds)
+    rows = []
+    for operation, suffix in (("batched_allocate", ""), ("batched_free", " free")):
+        own = {name: samples[name + suffix] for name in timers}
+        rows.append({"operation": operation, "blocks": num_blocks} | compared(own))
+    return rows
+
+
+# -- holes -----------------------------------------------------------------------------------------
+
+
+class HolesTimer:
+    """Takes all one-block holes of a heap with one batch, then frees the blocks shuffled."""
+
+    def __init__(self, kind: Any, num_holes: int, as_pairs: bool, seed: int) -> None:
+        self.heap = full_heap(kind, 2 * num_holes)
+        free_all(self.heap, [(2 * i * PAGE, PAGE) for i in range(num_holes)])
+        self.num_holes = num_holes
+        self.as_pairs = as_pairs
+        self.generator = np.random.default_rng(seed)
+        self.free_us = 0.0
+
+    def allocate(self) -> float:
+        """Time of the allocation; frees the blocks again, and keeps the time of that."""
+        start = time.perf_counter()
+        batch = self.heap.batched_allocate(PAGE, self.num_holes)
+        taken_us = (time.perf_counter() - start) * 1e6
+        addresses = self.generator.permutation(np.array([address for address, _ in batch]))
+        del batch
+        self.free_us = self._free(addresses)
+        return taken_us
+
+    def _free(self, addresses: np.ndarray) -> float:
+        if not self.as_pairs:
+            start = time.perf_counter()
+            self.heap.batched_free(addresses, PAGE)
+            return (time.perf_counter() - start) * 1e6
+        pairs = [(address, PAGE) for address in addresses.tolist()]
+        start = time.perf_counter()
+        free_all(self.heap, pairs)
+        return (time.perf_counter() - start) * 1e6
+
+    def free(self) -> float:
+        """Of the last :meth:`allocate`, which each round calls before."""
+        return self.free_us
+
+
+def measure_holes(scale: Scale, peer: Peer | None) -> list[Row]:
+    timers = {
+        "kvheap": HolesTimer(AddressManager, scale.holes, False, 1),
+        "kvheap, pairs": HolesTimer(AddressManager, scale.holes, True, 1),
+    }
+    if peer is not None:
+        timers[PEER] = HolesTimer(peer.address_manager, scale.holes, True, 1)
+    measures: dict[str, Measure] = {}
+    for name, timer in timers.items():
+        measures[name] = timer.allocate
+        measures[f"{name} free"] = timer.free
+    samples = time_in_rounds(measures, max(3, scale.rounds // 2))
+    names = ("kvheap", PEER) if peer else ("kvheap",)
+    rows = [{"operation": "batched_allocate"} | compared({n: samples[n] for n in names})]
+    for own in ("kvheap", "kvheap, pairs"):
+        of_free = {"kvheap": samples[f"{own} free"]}
+        if peer is not None:
+            of_free[PEER] = samples[f"{PEER} free"]
+        title = "free, as pairs" if own.endswith("pairs") else "free, as an array"
+        rows.append({"operation": title} | compared(of_free))
+    return [{"blocks": scale.holes} | row for row in rows]
+
+
+# -- objects and memory ----------------------------------------------------------------------------
+
+
+def allocate_batch(kind: Any, num_blocks: int) -> tuple[Any, Any]:
+    """A heap that is full with one batch, and the batch."""
+    heap = kind(torch.empty(num_blocks * BLOCK_BYTES, dtype=torch.uint8))
+    return heap, heap.batched_allocate(torch.Size([BLOCK_BYTES]), torch.uint8, num_blocks)
+
+
+def measure_objects(scale: Scale, peer: Peer | None) -> Row:
+    num_blocks = scale.blocks[-1]
+    _, batch = allocate_batch(TensorMemoryAllocator, num_blocks)
+
+    def by_index() -> float:
+        start = time.perf_counter()
+        for row in range(num_blocks):
+            batch[row]
+        return (time.perf_counter() - start) * 1e6 / num_blocks
+
+    measures: dict[str, Measure] = {"kvheap": by_index}
+    if peer is not None:
+        timer = BatchTimer(peer.tensor_allocator, 1024)
+        measures[PEER] = lambda: timer.allocate() / 1024
+    return {"blocks": num_blocks} | compared(time_in_rounds(measures, scale.rounds))
+
+
+def bytes_per_block(make: Callable[[], object], num_blocks: int) -> float:
+    """Memory that what ``make`` returns keeps, over the blocks."""
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    kept = make()
+    gc.collect()
+    after = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    del kept
+    return (after - before) / num_blocks
+
+
+def measure_memory(scale: Scale, peer: Peer | None) -> list[Row]:
+    num_blocks = scale.blocks[-1]
+
+    def touched() -> object:
+        heap, batch = allocate_batch(TensorMemoryAllocator, num_blocks)
+        batch[0].pin()
+        batch[0].ref_count_up()
+        return heap, batch, batch.addresses
+
+    def handles() -> object:
+        heap, batch = allocate_batch(TensorMemoryAllocator, num_blocks)
+        return heap, list(batch)
+
+    cases: dict[str, Callable[[], object]] = {
+        "kvheap: the batch": lambda: allocate_batch(TensorMemoryAllocator, num_blocks),
+        "kvheap: its counts and addresses too": touched,
+        "kvheap: and a MemoryObj held for each": handles,
+    }
+    if peer is not None:
+        cases[f"{PEER}: its list of objects"] = lambda: allocate_batch(
+            peer.tensor_allocator, num_blocks
+        )
+    rows = []
+    for case, make in cases.items():
+        size = round(bytes_per_block(make, num_blocks), 2)
+        rows.append({"case": case, "blocks": num_blocks, "bytes_per_block": size})
+    return rows
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def fragmented_heap(kind: Any, seed: int) -> Any:
+    """A heap of 65,536 pages, half of it free after random traffic of 1 to 64 pages."""
+    source, heap, live, used = random.Random(seed), kind(65_536 * PAGE), [], 0
+    while used < 60_000:
+        extent = heap.allocate(source.randint(1, 64) * PAGE)
+        live.append(extent)
+        used += extent[1] // PAGE
+    for _ in range(20_000):
+        place = source.randrange(len(live))
+        live[place], live[-1] = live[-1], live[place]
+        heap.free(*live.pop())
+        try:
+            live.append(heap.allocate(source.randint(1, 64) * PAGE))
+        except RuntimeError:  # full for this size: the next step frees another
+            continue
+    source.shuffle(live)
+    while heap.get_free_size() < 32_768 * PAGE:
+        heap.free(*live.pop())
+    return heap
+
+
+def count_runs(blocks: Pairs) -> int:
+    starts = sorted(address for address, _ in blocks)
+    return 1 + sum(after - before != PAGE for before, after in pairwise(starts))
+
+
+def measure_runs(peer: Peer | None) -> list[Row]:
+    kinds = {"kvheap": AddressManager} | ({PEER: peer.address_manager} if peer else {})
+    heaps = {name: fragmented_heap(kind, 1) for name, kind in kinds.items()}
+    rows = []
+    for num_blocks in (16, 64, 256, 1_024, 4_096, 16_384):
+        row: Row = {"blocks": num_blocks}
+        for name, heap in heaps.items():
+            batch = heap.batched_allocate(PAGE, num_blocks)
+            row[name] = count_runs(list(batch))
+            free_all(heap, list(batch))
+        rows.append(row)
+    return rows
+
+
+# -- report ----------------------------------------------------------------------------------------
+
+
+def compared(samples: dict[str, Samples]) -> Row:
+    """Percentiles of each, and the peer's time over kvheap's where there is a peer."""
+    row: Row = {name: timing.percentiles() for name, timing in samples.items()}
+    if PEER in samples:
+        row["times_as_fast"] = round(samples["kvheap"].speed_against(samples[PEER]), 2)
+    return row
+
+
+def print_times(console: Console, title: str, rows: list[Row]) -> None:
+    labels = [key for key in rows[0] if key not in ("kvheap", PEER, "times_as_fast")]
+    table = Table(title=title)
+    for name in (*labels, "kvheap", PEER, "ratio"):
+        table.add_column(name, justify="left" if name == "operation" else "right")
+    for row in rows:
+        cells = [f"{row[k]:,}" if isinstance(row[k], int) else row[k] for k in labels]
+        cells.append(f"{row['kvheap']['p50_us']:,.2f}")
+        cells.append(f"{row[PEER]['p50_us']:,.2f}" if PEER in row else "")
+        cells.append(f"{row['times_as_fast']:,.1f}x" if PEER in row else "")
+        table.add_row(*cells)
+    console.print(table)
+
+
+def print_plain(console: Console, title: str, rows: list[Row]) -> None:
+    table = Table(title=title)
+    for key in rows[0]:
+        table.add_column(key, justify="left" if key == "case" else "right")
+    for row in rows:
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+    console.print(table)
+
+
+def verdicts(tables: dict[str, Any]) -> list[Row]:
+    """Every target with what was measured, and whether it is reached."""
+    found: list[Row] = []
+
+    def add(target: str, measured: float, bound: float, at_least: bool) -> None:
+        reached = measured >= bound if at_least else measured <= bound
+        found.append({"target": target, "measured": round(measured, 2), "reached": reached})
+
+    pairs = {row["extents"]: row for row in tables["pair"]}
+    for extents, ratio in PAIR_TARGETS.items():
+        if "times_as_fast" in pairs.get(extents, {}):
+            measured = pairs[extents]["times_as_fast"]
+            add(f"pair, F = {extents:,}: >= {ratio:g}x", measured, ratio, True)
+    widest = max(pairs)
+    growth = pairs[widest]["kvheap"]["p50_us"] / pairs[1]["kvheap"]["p50_us"]
+    title = f"pair, F = {widest:,} over F = 1: <= {FLATNESS_TARGET:g}x"
+    add(title, growth, FLATNESS_TARGET, False)
+    for operation in ("batched_allocate", "batched_free"):
+        rows = [row for row in tables["batch"] if row["operation"] == operation]
+        slowest = max(row["kvheap"]["p50_us"] for row in rows)
+        add(f"{operation}, any N: <= {BATCH_TARGET_US:g} us", slowest, BATCH_TARGET_US, False)
+    for row in tables["holes"]:
+        if "times_as_fast" in row and row["operation"] != "free, as pairs":
+            bound = HOLES_TARGET if row["operation"] == "batched_allocate" else SHUFFLED_FREE_TARGET
+            title = f"{row['blocks']:,} holes, {row['operation']}: >= {bound:g}x"
+            add(title, row["times_as_fast"], bound, True)
+    per_object = tables["objects"][0]["kvheap"]["p50_us"]
+    add(f"a MemoryObj: <= {OBJECT_TARGET_US:g} us", per_object, OBJECT_TARGET_US, False)
+    memory = tables["memory"][1]["bytes_per_block"]
+    title = f"memory of a batch: <= {MEMORY_TARGET_BYTES:g} B a block"
+    add(title, memory, MEMORY_TARGET_BYTES, False)
+    return found
+
+
+def print_verdicts(console: Console, found: list[Row]) -> None:
+    for row in found:
+        word = "reached" if row["reached"] else "NOT reached"
+        console.print(f"{row['target']}: {row['measured']:,} - {word}")
+
+
+def draw(plt: ModuleType, tables: dict[str, Any], machine: dict[str, Any], path: Path) -> None:
+    """Cost over free extents, and cost over blocks of a batch; both axes logarithmic."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
+    colors = {"kvheap": "tab:blue", PEER: "tab:orange"}
+    for name, color in colors.items():
+        points = [(row["extents"], row[name]["p50_us"]) for row in tables["pair"] if name in row]
+        if points:
+            left.plot(*zip(*points, strict=True), marker="o", color=color, label=name)
+        for operation, style in (("batched_allocate", "-"), ("batched_free", "--")):
+            rows = [row for row in tables["batch"] if row["operation"] == operation]
+            points = [(row["blocks"], row[name]["p50_us"]) for row in rows if name in row]
+            if points:
+                label = f"{name}: {operation}"
+                right.plot(*zip(*points, strict=True), style, marker="o", color=color, label=label)
+    left.set_title("allocate + free, beside F free extents that are too small")
+    left.set_xlabel("free extents F")
+    right.set_title("one batch of blocks of 64 KiB, from a fresh heap")
+    right.set_xlabel("blocks in the batch")
+    for panel in (left, right):
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_ylabel("microseconds of the host")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(f"Address management, {machine['device']}, {machine['date'][:10]}", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    arguments = parse_common(__doc__.splitlines()[0])
+    console, scale, peer = make_console(), Scale.of(arguments.quick), Peer.find()
+    logging.disable(logging.WARNING)  # LMCache logs a line for every allocation that fails
+    machine = describe_machine(torch.device("cpu"))
+    machine["versions"]["lmcache"] = peer.version if peer else None
+    console.print(f"{machine['device']}, {machine['versions']}")
+    if peer is None:
+        console.print("lmcache is not installed: kvheap's figures stand alone")
+    cases: list[tuple[str, Callable[[], list[Row]]]] = [
+        *(("pair", lambda n=n: [measure_pairs(scale, peer, n)]) for n in scale.extents),
+        *(("batch", lambda n=n: measure_batches(scale, peer, n)) for n in scale.blocks),
+        ("holes", lambda: measure_holes(scale, peer)),
+        ("objects", lambda: [measure_objects(scale, peer)]),
+        ("memory", lambda: measure_memory(scale, peer)),
+        ("runs", lambda: measure_runs(peer)),
+    ]
+    tables: dict[str, Any] = {}
+    for name, measure in track(cases, "measuring", console=console, transient=True):
+        tables.setdefault(name, []).extend(measure())
+        gc.collect()
+    print_times(console, "allocate + free beside F free extents, us", tables["pair"])
+    print_times(console, "N blocks of 64 KiB, fresh heap, us", tables["batch"])
+    print_times(console, "one-block holes, us of the whole batch", tables["holes"])
+    print_times(console, "one MemoryObj of a batch, us", tables["objects"])
+    print_plain(console, "memory of a live batch", tables["memory"])
+    print_plain(console, "runs of a batch of pages in a fragmented heap", tables["runs"])
+    tables["targets"] = verdicts(tables)
+    print_verdicts(console, tables["targets"])
+    configuration = {
+        "quick": arguments.quick,
+        "rounds": scale.rounds,
+        "page_bytes": PAGE,
+        "block_bytes": BLOCK_BYTES,
+        "times_as_fast": "median over rounds of the peer's time over kvheap's",
+    }
+    path = write_json(arguments.out, "address_manager", machine, configuration, tables)
+    console.print(f"wrote {path}")
+    plt = pyplot(console)
+    if plt is not None:
+        draw(plt, tables, machine, path.with_suffix(".png"))
+        console.print(f"wrote {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
