@@ -62,7 +62,7 @@ REBUILD_SHARE = 32
 """A batch rebuilds the free list when its runs are more than 64 and more than a 32nd of the
 extents. To free R lone pages among F extents took, walking and rebuilding: R = 64, F = 64, 162 and
 123 us; R = 64, F = 1,024, 202 and 156; R = 256, F = 8,192, 772 and 707; R = 1,024, F = 65,536,
-3.6 and 5.7 ms; R = 4,096, F = 65,536, 14.1 and 6.4 ms (2-core AMD EPYC, CPython 3.11, NumPy 2.4)."""
+3.6 and 5.7 ms; R = 4,096, F = 65,536, 14.1 and 6.4 ms (2-core AMD EPYC, CPython 3.11)."""
 
 
 @dataclass(frozen=True, slots=True)
