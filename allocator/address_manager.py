@@ -107,19 +107,46 @@ class AddressManager:
     ALIGN_BYTES = 4096
 
     def __init__(self, size: int, align_bytes: int = ALIGN_BYTES) -> None:
-        size = _integer("size", size)
-        align_bytes = _integer("align_bytes", align_bytes)
+        size = as_integer("size", size)
+        align_bytes = as_integer("align_bytes", align_bytes)
         if align_bytes <= 0 or align_bytes & (align_bytes - 1):
             raise ValueError(f"align_bytes must be a positive power of two, got {align_bytes}")
         if size < 0:
             raise ValueError(f"size must be non-negative, got {size}")
         _require_addressable(size)
-        self._align_bytes = align_bytes
-        self._misaligned = align_bytes - 1
-        self._unit_shift = align_bytes.bit_length() - 1
-        self._heap_bytes = size & -align_bytes
+        self._set_up(size // align_bytes, align_bytes)
+
+    @classmethod
+    def of_pages(cls, num_pages: int, page_bytes: int) -> AddressManager:
+        """An address space of whole pages, whose size need not be a power of two.
+
+        Args:
+            num_pages: how many, 0 is legal.
+            page_bytes: bytes of each, the alignment of every address and allocated size.
+
+        Raises:
+            ValueError: ``num_pages`` is negative, ``page_bytes`` not positive, or the address
+                space would end at 2**63 or beyond.
+
+        >>> AddressManager.of_pages(10, page_bytes=576).batched_allocate(500, 2)[1]
+        (576, 576)
+        """
+        num_pages = as_integer("num_pages", num_pages)
+        page_bytes = as_integer("page_bytes", page_bytes)
+        if num_pages < 0 or page_bytes <= 0:
+            raise ValueError(
+                f"num_pages must be non-negative and page_bytes positive, got {num_pages} "
+                f"and {page_bytes}"
+            )
+        _require_addressable(num_pages * page_bytes)
+        manager = cls.__new__(cls)
+        manager._set_up(num_pages, page_bytes)
+        return manager
+
+    def _set_up(self, heap_units: int, unit_bytes: int) -> None:
+        self._unit = unit_bytes
+        self._heap_bytes = heap_units * unit_bytes
         self._lock = threading.Lock()
-        heap_units = self._heap_bytes >> self._unit_shift
         self._free_list = FreeList(Extents.of(0, heap_units), heap_units)
 
     # -- sizes ---------------------------------------------------------------------------------
@@ -127,11 +154,11 @@ class AddressManager:
     @property
     def align_bytes(self) -> int:
         """The alignment of every address and allocated size."""
-        return self._align_bytes
+        return self._unit
 
     def compute_aligned_size(self, size: int) -> int:
         """``size`` rounded up to the alignment, in bytes."""
-        return (size + self._align_bytes - 1) & -self._align_bytes
+        return -(-size // self._unit) * self._unit
 
     def get_heap_size(self) -> int:
         """Bytes of the address space."""
@@ -149,13 +176,13 @@ class AddressManager:
     def stats(self) -> HeapStats:
         """A consistent snapshot of the counters. O(1)."""
         with self._lock:
-            free_list, shift = self._settled_free_list(), self._unit_shift
-            free_bytes = free_list.free_units << shift
+            free_list, unit = self._settled_free_list(), self._unit
+            free_bytes = free_list.free_units * unit
             return HeapStats(
                 heap_bytes=self._heap_bytes,
                 allocated_bytes=self._heap_bytes - free_bytes,
                 free_bytes=free_bytes,
-                largest_free_bytes=free_list.largest << shift,
+                largest_free_bytes=free_list.largest * unit,
                 free_extents=len(free_list),
             )
 
@@ -167,7 +194,7 @@ class AddressManager:
         """
         with self._lock:
             extents = self._settled_free_list().extents()
-        return np.stack(extents, axis=1) << self._unit_shift
+        return np.stack(extents, axis=1) * self._unit
 
     def max_batch(self, size: int) -> int:
         """How many blocks of ``size`` bytes one ``batched_allocate`` could have now.
@@ -202,7 +229,7 @@ class AddressManager:
             OutOfMemoryError: no free extent is large enough; nothing changes.
         """
         units = self._units_of_request(size)
-        shift = self._unit_shift
+        unit = self._unit
         with self._lock:
             free_list = self._free_list
             if free_list.pending:
@@ -215,7 +242,7 @@ class AddressManager:
                 raise
             if start is None:
                 raise self._out_of_memory(units)
-        return start << shift, units << shift
+        return start * unit, units * unit
 
     def batched_allocate(
         self, size: int, batch_size: int, allow_partial: bool = False
@@ -242,11 +269,11 @@ class AddressManager:
         """
         units = self._units_of_request(size)
         if type(batch_size) is not int:
-            batch_size = _integer("batch_size", batch_size)
+            batch_size = as_integer("batch_size", batch_size)
         if batch_size < 0:
             raise NegativeBatchSizeError(batch_size)
         if batch_size == 0:
-            return AddressBatch(units << self._unit_shift, [], [])
+            return AddressBatch(units * self._unit, [], [])
         with self._lock:
             free_list = self._settled_free_list()
             try:
@@ -261,10 +288,10 @@ class AddressManager:
     def _take_batch(
         self, free_list: FreeList, units: int, batch_size: int, allow_partial: bool
     ) -> AddressBatch:
-        shift = self._unit_shift
+        unit = self._unit
         start = free_list.take(units * batch_size)
         if start is not None:
-            return AddressBatch(units << shift, [start << shift], [batch_size])
+            return AddressBatch(units * unit, [start * unit], [batch_size])
         if units * batch_size > free_list.free_units and not allow_partial:
             raise self._out_of_memory(units * batch_size)
         runs = free_list.fewest_runs(units, batch_size, _max_steps(free_list))
@@ -272,8 +299,8 @@ class AddressManager:
             starts, counts, left = place_blocks(free_list.extents(), units, batch_size)
             if not allow_partial and counts.sum() < batch_size:
                 raise self._out_of_memory(units * batch_size)
-            batch = AddressBatch(units << shift, starts << shift, counts)
-            self._free_list = FreeList(left, self._heap_bytes >> shift)
+            batch = AddressBatch(units * unit, starts * unit, counts)
+            self._free_list = FreeList(left, self._heap_bytes // unit, free_list.walls)
             return batch
         if not allow_partial and sum(count for _, count in runs) < batch_size:
             raise self._out_of_memory(units * batch_size)
@@ -281,7 +308,7 @@ class AddressManager:
             free_list.carve(start, count * units)
         runs.sort()
         return AddressBatch(
-            units << shift, [start << shift for start, _ in runs], [count for _, count in runs]
+            units * unit, [start * unit for start, _ in runs], [count for _, count in runs]
         )
 
     # -- free ----------------------------------------------------------------------------------
@@ -298,8 +325,8 @@ class AddressManager:
             InvalidFreeError: it is empty, misaligned or outside the heap; nothing changes.
         """
         if type(address) is not int or type(size) is not int:
-            address, size = _integer("address", address), _integer("size", size)
-        shift = self._unit_shift
+            address, size = as_integer("address", address), as_integer("size", size)
+        unit = self._unit
         with self._lock:
             free_list = self._free_list
             if free_list.pending:
@@ -307,12 +334,14 @@ class AddressManager:
             if (
                 size <= 0
                 or address < 0
-                or (address | size) & self._misaligned
+                or address % unit
+                or size % unit
                 or address + size > self._heap_bytes
+                or (free_list.walls and self._has_wall(address, size))
             ):
                 raise self._not_freeable(address, size)
             try:
-                overlapping = free_list.insert(address >> shift, size >> shift)
+                overlapping = free_list.insert(address // unit, size // unit)
                 free_list.commit()
             except BaseException:
                 free_list.rollback()
@@ -348,13 +377,14 @@ class AddressManager:
             extents = Extents(blocks.run_starts, blocks.run_counts * blocks.block_bytes)
         else:
             extents = as_extents(blocks, sizes)
-        extents = merged(extents)
+        # Blocks of a segment exist only after its wall: to look before the lock misses none.
+        extents = merged(extents, self._free_list.wall_array * self._unit)
         if not len(extents.starts):
             return
         with self._lock:
             free_list = self._settled_free_list()
             self._require_inside(extents)
-            runs = Extents(extents.starts >> self._unit_shift, extents.sizes >> self._unit_shift)
+            runs = Extents(extents.starts // self._unit, extents.sizes // self._unit)
             if len(runs.starts) > _max_steps(free_list):
                 self._free_by_rebuilding(free_list, runs)
                 return
@@ -362,9 +392,7 @@ class AddressManager:
             for start, size in pairs:
                 overlapping = free_list.overlapping(start, start + size)
                 if overlapping is not None:
-                    raise self._double_free(
-                        start << self._unit_shift, size << self._unit_shift, overlapping
-                    )
+                    raise self._double_free(start * self._unit, size * self._unit, overlapping)
             try:
                 for start, size in pairs:
                     free_list.insert(start, size)
@@ -375,51 +403,56 @@ class AddressManager:
 
     def _free_by_rebuilding(self, free_list: FreeList, runs: Extents) -> None:
         """``insert`` for very many disjoint runs, as array operations on all extents."""
-        free, shift = free_list.extents(), self._unit_shift
+        free, unit = free_list.extents(), self._unit
         overlap = overlap_of(free, runs)
         if overlap is not None:
             extent, run = overlap
             raise self._double_free(
-                int(runs.starts[run]) << shift,
-                int(runs.sizes[run]) << shift,
+                int(runs.starts[run]) * unit,
+                int(runs.sizes[run]) * unit,
                 (int(free.starts[extent]), int(free.ends[extent])),
             )
         starts = np.concatenate((free.starts, runs.starts))
         order = np.argsort(starts, kind="stable")  # finds the two sorted halves and merges them
         sizes = np.concatenate((free.sizes, runs.sizes))
-        extents = joined(Extents(starts[order], sizes[order]))
-        self._free_list = FreeList(extents, self._heap_bytes >> shift)
+        extents = joined(Extents(starts[order], sizes[order]), free_list.wall_array)
+        self._free_list = FreeList(extents, self._heap_bytes // unit, free_list.walls)
 
     # -- the heap's end ------------------------------------------------------------------------
 
-    def sbrk(self, size: int) -> None:
+    def sbrk(self, size: int, new_segment: bool = False) -> None:
         """Grow the address space at its end. O(log F).
 
         Args:
             size: bytes to add, a multiple of the alignment; 0 adds nothing.
+            new_segment: the new bytes live elsewhere than those before: nothing is ever
+                allocated across the boundary.
 
         Raises:
             ValueError: ``size`` is negative or not a multiple of the alignment, or the heap
                 would end at 2**63 or beyond.
         """
-        size = _integer("size", size)
-        if size < 0 or size & self._misaligned:
+        size = as_integer("size", size)
+        unit = self._unit
+        if size < 0 or size % unit:
             raise ValueError(
-                f"size must be a non-negative multiple of align_bytes "
-                f"({self._align_bytes}), got {size}"
+                f"size must be a non-negative multiple of align_bytes ({unit}), got {size}"
             )
         if size == 0:
             return
-        shift = self._unit_shift
         with self._lock:
             free_list, before = self._settled_free_list(), self._heap_bytes
             after = before + size
             _require_addressable(after)
-            if not free_list.can_hold(after >> shift):
-                free_list = FreeList(free_list.extents(), after >> shift)
+            # What was trimmed took its walls with it.
+            walls = frozenset(wall for wall in free_list.walls if wall * unit < before)
+            if new_segment and before:
+                walls |= {before // unit}
+            if walls != free_list.walls or not free_list.can_hold(after // unit):
+                free_list = FreeList(free_list.extents(), after // unit, walls)
                 self._free_list = free_list
             try:
-                free_list.insert(before >> shift, size >> shift)
+                free_list.insert(before // unit, size // unit)
                 self._heap_bytes = after
                 free_list.commit()
             except BaseException:
@@ -430,23 +463,25 @@ class AddressManager:
     def trim(self) -> int:
         """Give back the free tail of the address space, the opposite of :meth:`sbrk`. O(log F).
 
+        Of several segments, at most the last.
+
         Returns:
             How many bytes the heap lost: 0 when its last byte is allocated.
         """
         with self._lock:
             free_list, before = self._settled_free_list(), self._heap_bytes
-            units = free_list.tail(before >> self._unit_shift)
+            units = free_list.tail(before // self._unit)
             if not units:
                 return 0
             try:
                 free_list.cut_tail(units)
-                self._heap_bytes = before - (units << self._unit_shift)
+                self._heap_bytes = before - units * self._unit
                 free_list.commit()
             except BaseException:
                 self._heap_bytes = before
                 free_list.rollback()
                 raise
-        return units << self._unit_shift
+        return units * self._unit
 
     # -- invariants ----------------------------------------------------------------------------
 
@@ -457,11 +492,11 @@ class AddressManager:
             HeapCorruptionError: names the broken invariant and shows the state.
         """
         with self._lock:
-            if self._heap_bytes & self._misaligned:
+            if self._heap_bytes % self._unit:
                 raise HeapCorruptionError(
-                    f"the heap's {self._heap_bytes} bytes are not aligned to {self._align_bytes}"
+                    f"the heap's {self._heap_bytes} bytes are not aligned to {self._unit}"
                 )
-            self._settled_free_list().check(self._heap_bytes >> self._unit_shift)
+            self._settled_free_list().check(self._heap_bytes // self._unit)
 
     def check_consistency(self) -> bool:
         """Whether :meth:`check` finds every invariant holding."""
@@ -473,7 +508,7 @@ class AddressManager:
 
     def __repr__(self) -> str:
         """The counters and the alignment."""
-        return f"AddressManager({self.stats()}, align_bytes={self._align_bytes})"
+        return f"AddressManager({self.stats()}, align_bytes={self._unit})"
 
     # -- helpers, called with the lock held ----------------------------------------------------
 
@@ -484,15 +519,18 @@ class AddressManager:
         return free_list
 
     def _out_of_memory(self, units: int) -> OutOfMemoryError:
-        free_list, shift = self._free_list, self._unit_shift
-        return OutOfMemoryError(
-            units << shift, free_list.free_units << shift, free_list.largest << shift
-        )
+        free_list, unit = self._free_list, self._unit
+        return OutOfMemoryError(units * unit, free_list.free_units * unit, free_list.largest * unit)
+
+    def _has_wall(self, address: int, size: int) -> bool:
+        walls = self._free_list.wall_array * self._unit
+        after = int(np.searchsorted(walls, address, side="right"))
+        return after < len(walls) and int(walls[after]) < address + size
 
     def _require_inside(self, extents: Extents) -> None:
         """Refuse extents in address order that are misaligned or leave the heap."""
         starts, sizes = extents
-        misaligned = (starts | sizes) & self._misaligned != 0
+        misaligned = (starts % self._unit != 0) | (sizes % self._unit != 0)
         if misaligned.any():
             at = int(np.argmax(misaligned))
         elif starts[0] < 0:
@@ -507,25 +545,27 @@ class AddressManager:
         extent = f"[{start}, {start + size})"
         if size <= 0:
             return InvalidFreeError(f"cannot free {size} bytes at {start}: size must be positive")
-        if (start | size) & self._misaligned:
-            return InvalidFreeError(f"cannot free {extent}: not aligned to {self._align_bytes}")
+        if start % self._unit or size % self._unit:
+            return InvalidFreeError(f"cannot free {extent}: not aligned to {self._unit}")
+        if start >= 0 and start + size <= self._heap_bytes:
+            return InvalidFreeError(f"cannot free {extent}: it spans two segments of the heap")
         return InvalidFreeError(f"cannot free {extent}: outside the heap [0, {self._heap_bytes})")
 
     def _double_free(self, start: int, size: int, overlapping: tuple[int, int]) -> DoubleFreeError:
-        shift = self._unit_shift
+        unit = self._unit
         return DoubleFreeError(
             f"cannot free [{start}, {start + size}): "
-            f"[{overlapping[0] << shift}, {overlapping[1] << shift}) is free already"
+            f"[{overlapping[0] * unit}, {overlapping[1] * unit}) is free already"
         )
 
     # -- helpers without state -----------------------------------------------------------------
 
     def _units_of_request(self, size: int) -> int:
         if type(size) is not int:
-            size = _integer("size", size)
+            size = as_integer("size", size)
         if size <= 0:
             raise ValueError(f"size must be greater than 0, got {size}")
-        return (size + self._misaligned) >> self._unit_shift
+        return -(-size // self._unit)
 
 
 def _max_steps(free_list: FreeList) -> int:
@@ -533,7 +573,7 @@ def _max_steps(free_list: FreeList) -> int:
     return max(MIN_REBUILD_RUNS, len(free_list) // REBUILD_SHARE)
 
 
-def _integer(name: str, value: Any) -> int:
+def as_integer(name: str, value: Any) -> int:
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     try:

@@ -21,6 +21,8 @@ __all__ = ["Extents", "Int64Array", "as_extents", "joined", "merged", "overlap_o
 
 Int64Array = npt.NDArray[np.int64]
 
+NO_WALLS = np.empty(0, np.int64)
+
 
 class Extents(NamedTuple):
     """Extents ``[starts[i], starts[i] + sizes[i])``."""
@@ -120,12 +122,16 @@ def _integer_array(name: str, values: npt.ArrayLike) -> Int64Array:
     return array.astype(np.int64, copy=False)
 
 
-def merged(extents: Extents) -> Extents:
+def merged(extents: Extents, walls: Int64Array = NO_WALLS) -> Extents:
     """The extents in address order, those that touch made one. O(N log N).
+
+    Args:
+        extents: in any order.
+        walls: places, in ascending order, where extents that touch stay apart.
 
     Raises:
         DoubleFreeError: two overlap.
-        InvalidFreeError: one is empty, or ends beyond 2**63.
+        InvalidFreeError: one is empty, has a wall within, or ends beyond 2**63.
     """
     starts, sizes = extents
     if len(starts) > 1 and not (starts[1:] > starts[:-1]).all():
@@ -150,11 +156,20 @@ def merged(extents: Extents) -> Extents:
             f"cannot free [{starts[at + 1]}, {ends[at + 1]}): "
             f"[{starts[at]}, {ends[at]}) is freed in the same call"
         )
-    return joined(Extents(starts, sizes))
+    if len(walls) and len(starts):
+        holder = np.searchsorted(starts, walls) - 1  # the extent that begins before each wall
+        inside = (holder >= 0) & (ends[holder] > walls)
+        if inside.any():
+            wall = int(walls[np.argmax(inside)])
+            at = int(holder[np.argmax(inside)])
+            raise InvalidFreeError(
+                f"cannot free [{starts[at]}, {ends[at]}): a segment of the heap begins at {wall}"
+            )
+    return joined(Extents(starts, sizes), walls)
 
 
-def joined(extents: Extents) -> Extents:
-    """Disjoint extents in address order with those that touch made one. O(N).
+def joined(extents: Extents, walls: Int64Array = NO_WALLS) -> Extents:
+    """Disjoint extents in address order with those that touch made one, but at walls. O(N).
 
     >>> joined(Extents(np.array([0, 4, 9]), np.array([4, 2, 1])))
     Extents(starts=array([0, 9]), sizes=array([6, 1]))
@@ -162,6 +177,8 @@ def joined(extents: Extents) -> Extents:
     starts, ends = extents.starts, extents.ends
     is_first = np.ones(len(starts), np.bool_)
     np.not_equal(starts[1:], ends[:-1], out=is_first[1:])
+    if len(walls):
+        is_first |= np.isin(starts, walls)
     firsts = np.flatnonzero(is_first)
     if len(firsts) == len(starts):
         return extents

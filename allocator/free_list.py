@@ -123,15 +123,22 @@ class FreeList:
         "commit",
         "free_units",
         "pending",
+        "wall_array",
+        "walls",
     )
 
-    def __init__(self, extents: Extents, heap_units: int) -> None:
+    def __init__(
+        self, extents: Extents, heap_units: int, walls: frozenset[int] = frozenset()
+    ) -> None:
         """Take extents in address order that are disjoint, non-empty and do not touch.
 
         Args:
             extents: starts and sizes in units.
             heap_units: where the heap ends; :meth:`can_hold` tells if it may grow further.
+            walls: where segments of the heap begin: extents that touch there stay apart.
         """
+        self.walls = walls
+        self.wall_array = np.sort(np.fromiter(walls, np.int64, len(walls)))
         self._bits = WIDE_BITS if heap_units >> NARROW_BITS else NARROW_BITS
         self._mask = (1 << self._bits) - 1
         self._by_start = ExtentKeys(_packed(extents.starts, extents.sizes, self._bits))
@@ -284,13 +291,13 @@ class FreeList:
             before_start, before_size = before >> bits, before & mask
             if before_start + before_size > start:
                 return before_start, before_start + before_size
-            if before_start + before_size == start:
+            if before_start + before_size == start and start not in self.walls:
                 new_start, new_size = before_start, before_size + size
         if after is not None:
             after_start, after_size = after >> bits, after & mask
             if after_start < end:
                 return after_start, after_start + after_size
-            if after_start == end:
+            if after_start == end and end not in self.walls:
                 new_size += after_size
                 if new_start == start:
                     self._reshape(
@@ -397,7 +404,7 @@ class FreeList:
                 raise HeapCorruptionError(f"{extent} is empty: {self}")
             if start < previous_end:
                 raise HeapCorruptionError(f"{extent} overlaps its predecessor: {self}")
-            if start == previous_end:
+            if start == previous_end and start not in self.walls:
                 raise HeapCorruptionError(f"{extent} touches its predecessor: {self}")
             previous_end = start + size
         if previous_end > heap_units:

@@ -387,6 +387,67 @@ class TestTrim:
             heap.free(PAGE, PAGE)
 
 
+class TestSegments:
+    @pytest.fixture
+    def heap(self) -> AddressManager:
+        """Segments of four and of three pages."""
+        heap = AddressManager(4 * PAGE)
+        heap.sbrk(3 * PAGE, new_segment=True)
+        return heap
+
+    def test_nothing_straddles_two(self, heap: AddressManager) -> None:
+        with pytest.raises(OutOfMemoryError) as caught:
+            heap.allocate(5 * PAGE)
+        assert caught.value.free_bytes == 7 * PAGE
+        batch = heap.batched_allocate(2 * PAGE, 3)
+        assert batch.addresses.tolist() == [0, 2 * PAGE, 4 * PAGE]
+        heap.batched_free(batch)
+        assert heap.snapshot().tolist() == [[0, 4 * PAGE], [4 * PAGE, 3 * PAGE]]
+        heap.check()
+
+    def test_a_free_across_the_boundary_is_refused(self, heap: AddressManager) -> None:
+        heap.batched_allocate(PAGE, 7)
+        with pytest.raises(InvalidFreeError, match="spans two segments"):
+            heap.free(3 * PAGE, 2 * PAGE)
+        with pytest.raises(InvalidFreeError, match=f"a segment of the heap begins at {4 * PAGE}"):
+            heap.batched_free([(0, PAGE), (3 * PAGE, 2 * PAGE)])
+        heap.batched_free([(4 * PAGE, PAGE), (3 * PAGE, PAGE)])
+        assert heap.snapshot().tolist() == [[3 * PAGE, PAGE], [4 * PAGE, PAGE]]
+
+    def test_very_many_blocks_are_freed_up_to_it(self) -> None:
+        heap = AddressManager(300 * PAGE)
+        heap.sbrk(300 * PAGE, new_segment=True)
+        batch = heap.batched_allocate(PAGE, 600)
+        heap.batched_free(batch.addresses[::2], PAGE)
+        heap.batched_free(batch.addresses[1::2], PAGE)
+        heap.check()
+        assert heap.snapshot().tolist() == [[0, 300 * PAGE], [300 * PAGE, 300 * PAGE]]
+
+    def test_the_first_bytes_of_an_empty_heap_are_no_second_segment(self) -> None:
+        heap = AddressManager(0)
+        heap.sbrk(PAGE, new_segment=True)
+        heap.sbrk(PAGE)
+        assert heap.allocate(2 * PAGE) == (0, 2 * PAGE)
+
+
+class TestPages:
+    def test_a_page_has_any_size(self) -> None:
+        heap = AddressManager.of_pages(10, 656)
+        batch = heap.batched_allocate(656, 4)
+        assert batch.addresses.tolist() == [0, 656, 1312, 1968]
+        assert heap.allocate(657) == (4 * 656, 2 * 656)
+        heap.free(656, 656)
+        with pytest.raises(InvalidFreeError, match="not aligned to 656"):
+            heap.free(64, 656)
+        assert heap.snapshot().tolist() == [[656, 656], [6 * 656, 4 * 656]]
+        heap.check()
+
+    @pytest.mark.parametrize(("num_pages", "page_bytes"), [(-1, 8), (1, 0), (1 << 62, 4)])
+    def test_wrong_sizes_are_refused(self, num_pages: int, page_bytes: int) -> None:
+        with pytest.raises(ValueError, match=r"num_pages|below"):
+            AddressManager.of_pages(num_pages, page_bytes)
+
+
 class TestSnapshot:
     def test_it_is_all_free_extents_in_bytes(self) -> None:
         heap = heap_with_holes([2, 1, 3])

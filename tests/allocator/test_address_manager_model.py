@@ -26,16 +26,17 @@ class HeapMachine(RuleBasedStateMachine):
         super().__init__()
         self.heap = AddressManager(24 * PAGE)
         self.used = [False] * 24
+        self.walls: set[int] = set()
 
     def holes(self) -> list[tuple[int, int]]:
         """(pages, first page) of each free extent."""
         found, start = [], None
         for page, used in enumerate([*self.used, True]):
-            if not used and start is None:
-                start = page
-            elif used and start is not None:
+            if start is not None and (used or page in self.walls):
                 found.append((page - start, start))
                 start = None
+            if not used and start is None:
+                start = page
         return found
 
     def mark(self, first: int, pages: int, used: bool) -> None:
@@ -75,7 +76,12 @@ class HeapMachine(RuleBasedStateMachine):
     def free_part(self, data: st.DataObject) -> None:
         first = data.draw(st.sampled_from([p for p, used in enumerate(self.used) if used]))
         pages = 1
-        while first + pages < len(self.used) and self.used[first + pages] and pages < 3:
+        while (
+            first + pages < len(self.used)
+            and self.used[first + pages]
+            and first + pages not in self.walls
+            and pages < 3
+        ):
             pages += 1
         self.heap.free(first * PAGE, pages * PAGE)
         self.mark(first, pages, False)
@@ -97,7 +103,9 @@ class HeapMachine(RuleBasedStateMachine):
     )
     def wrong_free(self, first: int, pages: int, skew: int, data: st.DataObject) -> None:
         inside = first >= 0 and first + pages <= len(self.used)
-        if pages > 0 and inside and not skew and all(self.used[first : first + pages]):
+        is_used = inside and all(self.used[first : first + pages])
+        crosses = any(wall in self.walls for wall in range(first + 1, first + pages))
+        if pages > 0 and is_used and not crosses and not skew:
             return
         extent = (first * PAGE + skew, pages * PAGE)
         with pytest.raises(InvalidFreeError):
@@ -117,9 +125,13 @@ class HeapMachine(RuleBasedStateMachine):
             self.heap.batched_free(np.array(twice) * PAGE, PAGE)
 
     @precondition(lambda self: len(self.used) < 40)
-    @rule(pages=st.integers(0, 4))
-    def sbrk(self, pages: int) -> None:
-        self.heap.sbrk(pages * PAGE)
+    @rule(pages=st.integers(0, 4), new_segment=st.sampled_from([False, False, True]))
+    def sbrk(self, pages: int, new_segment: bool) -> None:
+        self.heap.sbrk(pages * PAGE, new_segment)
+        if pages:
+            self.walls = {wall for wall in self.walls if wall < len(self.used)}
+        if new_segment and pages and self.used:
+            self.walls.add(len(self.used))
         self.used += [False] * pages
 
     @rule()
@@ -127,6 +139,8 @@ class HeapMachine(RuleBasedStateMachine):
         kept = len(self.used)
         while kept and not self.used[kept - 1]:
             kept -= 1
+            if kept in self.walls:
+                break
         assert self.heap.trim() == (len(self.used) - kept) * PAGE
         del self.used[kept:]
 
