@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from kvheap.address_batch import AddressBatch as AddressBatch
     from kvheap.address_manager import AddressManager as AddressManager
     from kvheap.address_manager import HeapStats as HeapStats
+    from kvheap.block_layout import BlockLayout as BlockLayout
     from kvheap.errors import BlockInUseError as BlockInUseError
+    from kvheap.errors import ClosedError as ClosedError
     from kvheap.errors import DoubleFreeError as DoubleFreeError
     from kvheap.errors import ForeignObjectError as ForeignObjectError
     from kvheap.errors import HeapCorruptionError as HeapCorruptionError
@@ -24,8 +26,17 @@ if TYPE_CHECKING:
     from kvheap.errors import LifetimeError as LifetimeError
     from kvheap.errors import NegativeBatchSizeError as NegativeBatchSizeError
     from kvheap.errors import OutOfMemoryError as OutOfMemoryError
+    from kvheap.errors import WriteAfterFreeError as WriteAfterFreeError
+    from kvheap.lifetime import FullReport as FullReport
+    from kvheap.lifetime import Lease as Lease
+    from kvheap.lifetime import LiveBlocks as LiveBlocks
+    from kvheap.memory_allocator import HeapOptions as HeapOptions
+    from kvheap.memory_allocator import MemoryAllocatorInterface as MemoryAllocatorInterface
     from kvheap.memory_batch import MemoryBatch as MemoryBatch
     from kvheap.memory_format import MemoryFormat as MemoryFormat
+    from kvheap.memory_metadata import MemoryBatchMetadata as MemoryBatchMetadata
+    from kvheap.memory_metadata import MemoryObjMetadata as MemoryObjMetadata
+    from kvheap.memory_object import BytesBufferMemoryObj as BytesBufferMemoryObj
     from kvheap.memory_object import MemoryObj as MemoryObj
     from kvheap.tensor_allocator import AllocatorStats as AllocatorStats
     from kvheap.tensor_allocator import TensorMemoryAllocator as TensorMemoryAllocator
@@ -37,18 +48,29 @@ _MODULE_OF = {
     "AddressManager": "address_manager",
     "AllocatorStats": "tensor_allocator",
     "BlockInUseError": "errors",
+    "BlockLayout": "block_layout",
+    "BytesBufferMemoryObj": "memory_object",
+    "ClosedError": "errors",
     "DoubleFreeError": "errors",
     "ForeignObjectError": "errors",
+    "FullReport": "lifetime",
     "HeapCorruptionError": "errors",
+    "HeapOptions": "memory_allocator",
     "HeapStats": "address_manager",
     "InvalidFreeError": "errors",
+    "Lease": "lifetime",
     "LifetimeError": "errors",
+    "LiveBlocks": "lifetime",
+    "MemoryAllocatorInterface": "memory_allocator",
     "MemoryBatch": "memory_batch",
+    "MemoryBatchMetadata": "memory_metadata",
     "MemoryFormat": "memory_format",
     "MemoryObj": "memory_object",
+    "MemoryObjMetadata": "memory_metadata",
     "NegativeBatchSizeError": "errors",
     "OutOfMemoryError": "errors",
     "TensorMemoryAllocator": "tensor_allocator",
+    "WriteAfterFreeError": "errors",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

@@ -48,6 +48,27 @@ class AddressBatch(Sequence[tuple[int, int]]):
         self._length = int(sum(run_counts) if len(run_counts) < 64 else np.sum(run_counts))
         self._addresses: Int64Array | None = None
 
+    @classmethod
+    def of_addresses(cls, addresses: Int64Array, block_bytes: int) -> AddressBatch:
+        """Blocks at ``addresses``, int64 ``[N]``, neighbours made one run.
+
+        Raises:
+            ValueError: the addresses are not in ascending order, or blocks overlap.
+
+        >>> AddressBatch.of_addresses(np.array([0, 8, 32]), 8).run_counts
+        array([2, 1])
+        """
+        gaps = np.diff(addresses)
+        if (gaps < block_bytes).any():
+            at = int(np.argmax(gaps < block_bytes))
+            raise ValueError(
+                f"addresses must ascend by at least the {block_bytes} bytes of a block, got "
+                f"{addresses[at]} before {addresses[at + 1]}"
+            )
+        firsts = np.flatnonzero(np.append(True, gaps != block_bytes))[: len(addresses)]
+        counts = np.diff(np.append(firsts, len(addresses)))
+        return cls(block_bytes, addresses[firsts], counts)
+
     @property
     def run_starts(self) -> Int64Array:
         """Address of each run's first block, int64 ``[R]``, ascending, read-only."""

@@ -11,6 +11,8 @@ ForeignObjectError        an allocator is handed the object of another one
 LifetimeError             a reference or pin count would go below zero, or a freed
                           object is used
 BlockInUseError           a block is freed that somebody else still holds
+WriteAfterFreeError       debug mode finds freed bytes changed
+ClosedError               a closed allocator is used
 HeapCorruptionError       ``check()`` finds an invariant broken: a bug in kvheap
 ========================  ==========================================================
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 __all__ = [
     "BlockInUseError",
+    "ClosedError",
     "DoubleFreeError",
     "ForeignObjectError",
     "HeapCorruptionError",
@@ -26,6 +29,7 @@ __all__ = [
     "LifetimeError",
     "NegativeBatchSizeError",
     "OutOfMemoryError",
+    "WriteAfterFreeError",
 ]
 
 
@@ -86,6 +90,14 @@ class LifetimeError(RuntimeError):
 
 class BlockInUseError(LifetimeError):
     """A block that others still hold (reference count above one, or pinned) cannot be freed."""
+
+
+class WriteAfterFreeError(LifetimeError):
+    """Somebody wrote to bytes that were free; found in debug mode. Nothing was allocated."""
+
+
+class ClosedError(RuntimeError):
+    """An allocator that was closed is used."""
 
 
 class HeapCorruptionError(RuntimeError):

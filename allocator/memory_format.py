@@ -28,6 +28,10 @@ class MemoryFormat(Enum):
     """Bytes outside any tensor."""
     KV_MLA_FMT = 6
     """``[1, L, T, D]``: the latent vector of multi-head latent attention, all layers."""
+    EC_TD = 7
+    """``[T, D]``: entries of an encoder cache."""
+    HS_TD = 8
+    """``[T, D]``: hidden states."""
 
     def token_dim(self) -> int:
         """The dimension that counts tokens; 0 for formats without tokens.
