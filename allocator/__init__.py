@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvheap.address_manager import AddressManager as AddressManager
     from kvheap.address_manager import HeapStats as HeapStats
     from kvheap.block_layout import BlockLayout as BlockLayout
+    from kvheap.device_allocators import GPUMemoryAllocator as GPUMemoryAllocator
     from kvheap.errors import BlockInUseError as BlockInUseError
     from kvheap.errors import ClosedError as ClosedError
     from kvheap.errors import DoubleFreeError as DoubleFreeError
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from kvheap.errors import NegativeBatchSizeError as NegativeBatchSizeError
     from kvheap.errors import OutOfMemoryError as OutOfMemoryError
     from kvheap.errors import WriteAfterFreeError as WriteAfterFreeError
+    from kvheap.growth import GrowthProgress as GrowthProgress
+    from kvheap.host_allocators import HostMemoryAllocator as HostMemoryAllocator
+    from kvheap.host_allocators import MixedMemoryAllocator as MixedMemoryAllocator
+    from kvheap.host_allocators import PinMemoryAllocator as PinMemoryAllocator
+    from kvheap.host_memory import HostBuffer as HostBuffer
+    from kvheap.host_memory import numa_node_of_gpu as numa_node_of_gpu
+    from kvheap.lazy_allocator import LazyMemoryAllocator as LazyMemoryAllocator
     from kvheap.lifetime import FullReport as FullReport
     from kvheap.lifetime import Lease as Lease
     from kvheap.lifetime import LiveBlocks as LiveBlocks
@@ -38,26 +46,36 @@ if TYPE_CHECKING:
     from kvheap.memory_metadata import MemoryObjMetadata as MemoryObjMetadata
     from kvheap.memory_object import BytesBufferMemoryObj as BytesBufferMemoryObj
     from kvheap.memory_object import MemoryObj as MemoryObj
+    from kvheap.paged_allocator import PagedTensorMemoryAllocator as PagedTensorMemoryAllocator
+    from kvheap.plain_allocators import AdHocMemoryAllocator as AdHocMemoryAllocator
+    from kvheap.plain_allocators import BufferAllocator as BufferAllocator
     from kvheap.tensor_allocator import AllocatorStats as AllocatorStats
     from kvheap.tensor_allocator import TensorMemoryAllocator as TensorMemoryAllocator
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "AdHocMemoryAllocator": "plain_allocators",
     "AddressBatch": "address_batch",
     "AddressManager": "address_manager",
     "AllocatorStats": "tensor_allocator",
     "BlockInUseError": "errors",
     "BlockLayout": "block_layout",
+    "BufferAllocator": "plain_allocators",
     "BytesBufferMemoryObj": "memory_object",
     "ClosedError": "errors",
     "DoubleFreeError": "errors",
     "ForeignObjectError": "errors",
     "FullReport": "lifetime",
+    "GPUMemoryAllocator": "device_allocators",
+    "GrowthProgress": "growth",
     "HeapCorruptionError": "errors",
     "HeapOptions": "memory_allocator",
     "HeapStats": "address_manager",
+    "HostBuffer": "host_memory",
+    "HostMemoryAllocator": "host_allocators",
     "InvalidFreeError": "errors",
+    "LazyMemoryAllocator": "lazy_allocator",
     "Lease": "lifetime",
     "LifetimeError": "errors",
     "LiveBlocks": "lifetime",
@@ -67,10 +85,14 @@ _MODULE_OF = {
     "MemoryFormat": "memory_format",
     "MemoryObj": "memory_object",
     "MemoryObjMetadata": "memory_metadata",
+    "MixedMemoryAllocator": "host_allocators",
     "NegativeBatchSizeError": "errors",
     "OutOfMemoryError": "errors",
+    "PagedTensorMemoryAllocator": "paged_allocator",
+    "PinMemoryAllocator": "host_allocators",
     "TensorMemoryAllocator": "tensor_allocator",
     "WriteAfterFreeError": "errors",
+    "numa_node_of_gpu": "host_memory",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

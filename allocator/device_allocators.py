@@ -53,9 +53,7 @@ class GPUMemoryAllocator(TensorMemoryAllocator):
                     f"into host memory"
                 )
             device = torch.device("cpu")
-        manager = AddressManager(size, align_bytes)
-        buffer = aligned_tensor(manager.get_heap_size(), device, align_bytes)
-        super().__init__(buffer, address_manager=manager, **options)
+        super().__init__(aligned_tensor(size, device, align_bytes), align_bytes, **options)
 
 
 def aligned_tensor(size: int, device: torch.device, align_bytes: int) -> torch.Tensor:
@@ -64,7 +62,11 @@ def aligned_tensor(size: int, device: torch.device, align_bytes: int) -> torch.T
     Torch aligns to 512 bytes on a GPU and 64 on a CPU; so ``align_bytes`` more are allocated and
     the first of them skipped.
     """
-    size = as_integer("size", size)
+    size, align_bytes = as_integer("size", size), as_integer("align_bytes", align_bytes)
+    if size < 0 or align_bytes <= 0:
+        raise ValueError(
+            f"size must be non-negative and align_bytes positive, got {size} and {align_bytes}"
+        )
     whole = torch.empty(size + align_bytes, dtype=torch.uint8, device=device)
     skipped = -whole.data_ptr() % align_bytes
     return whole[skipped : skipped + size]

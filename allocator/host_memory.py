@@ -20,7 +20,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -291,14 +290,7 @@ class HostBuffer:
             raise ValueError(f"threads must be positive, got {threads}")
         first, last = start // PAGE_BYTES * PAGE_BYTES, round_up(end, PAGE_BYTES)
         slices = _cut(first, last, POPULATE_SLICE_BYTES) if start < end else []
-        if threads == 1 or len(slices) < 2:
-            for piece in slices:
-                self._populate_slice(mapping, piece)
-            return
-        with ThreadPoolExecutor(min(threads, len(slices)), "kvheap-populate") as pool:
-            # The first error cancels the slices that have not begun.
-            for _ in pool.map(lambda piece: self._populate_slice(mapping, piece), slices):
-                pass
+        _share_out(lambda piece: self._populate_slice(mapping, piece), slices, threads)
 
     def _populate_slice(self, mapping: _Mapping, piece: tuple[int, int]) -> None:
         start, end = piece
@@ -569,6 +561,49 @@ def _bind_to_node(pointer: int, num_bytes: int, numa_node: int) -> None:
         raise OSError(
             code, f"cannot bind {num_bytes} bytes to NUMA node {numa_node}: {os.strerror(code)}"
         )
+
+
+def _share_out(
+    task: Callable[[tuple[int, int]], None], pieces: list[tuple[int, int]], threads: int
+) -> None:
+    """Do every piece, on this thread and on ``threads - 1`` others; an error ends them all.
+
+    A thread pool would not do: it takes no work once the interpreter is exiting, and a daemon
+    thread that populates then would fail. Where no thread can be started, this one does it all.
+    """
+    remaining = iter(pieces)  # shared: each piece comes out once
+    ended = threading.Event()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for piece in remaining:
+                if ended.is_set():
+                    return
+                task(piece)
+        except BaseException as error:
+            ended.set()
+            errors.append(error)
+
+    helpers: list[threading.Thread] = []
+    try:
+        for _ in range(min(threads, len(pieces)) - 1):
+            helper = threading.Thread(target=work, name="kvheap-populate", daemon=True)
+            try:
+                helper.start()
+            except RuntimeError:
+                break
+            helpers.append(helper)
+        work()
+        for helper in helpers:
+            helper.join()
+    except BaseException:
+        ended.set()
+        raise
+    if errors:
+        # Popped: an error holds the frames it went through, which must not hold it.
+        del errors[1:]
+        raise errors.pop()
 
 
 def _cut(start: int, end: int, piece_bytes: int) -> list[tuple[int, int]]:

@@ -319,8 +319,12 @@ class Worker(threading.Thread):
             BaseException: what the task raised, or what interrupted the wait.
         """
         try:
-            self.start()
-            self.join()
+            try:
+                self.start()
+            except RuntimeError:  # no more threads: at exit, or at the system's limit
+                self.run()
+            else:
+                self.join()
         except BaseException:
             self._cancelled.set()
             raise

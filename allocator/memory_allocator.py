@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from kvheap.block_layout import Dtypes, Shapes
+from kvheap.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.errors import ClosedError, ForeignObjectError
 from kvheap.extents import Int64Array
 from kvheap.lifetime import FullReport, Lease, Lifetime, LiveBlocks
@@ -31,6 +31,7 @@ DEBUG_TRACE_FRAMES = 4
 class HeapOptions(TypedDict, total=False):
     """What every allocator over a heap takes by keyword; see ``TensorMemoryAllocator``."""
 
+    page_layout: BlockLayout | None
     idempotent_free: bool
     scrub: bool
     debug: bool | None

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvheap.address_manager import AddressManager
 from kvheap.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.memory_format import MemoryFormat
 from kvheap.tensor_allocator import TensorMemoryAllocator
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from kvheap.memory_allocator import HeapOptions
 
-__all__ = ["PagedTensorMemoryAllocator", "pages_of"]
+__all__ = ["PagedTensorMemoryAllocator"]
 
 
 class PagedTensorMemoryAllocator(TensorMemoryAllocator):
@@ -54,31 +53,15 @@ class PagedTensorMemoryAllocator(TensorMemoryAllocator):
         fmt: MemoryFormat = MemoryFormat.KV_2LTD,
         **options: Unpack[HeapOptions],
     ) -> None:
-        self.page_layout = BlockLayout.of(shapes, dtypes, fmt)
-        """What a page holds."""
-        num_bytes = tensor.numel() * tensor.element_size()
-        manager = pages_of(num_bytes, self.page_layout)
-        super().__init__(tensor, address_manager=manager, **options)
+        options["page_layout"] = BlockLayout.of(shapes, dtypes, fmt)
+        super().__init__(tensor, **options)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of a page."""
-        return self.page_layout.size_bytes
+        return self.address_manager.align_bytes
 
     @property
     def num_pages(self) -> int:
         """How many pages there are, free or not."""
         return self.address_manager.get_heap_size() // self.page_bytes
-
-    def _layout(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
-        layout = super()._layout(shape, dtype, fmt)
-        if layout.size_bytes > self.page_bytes:
-            raise ValueError(
-                f"{layout} has {layout.size_bytes} bytes, more than a page of {self.page_bytes}"
-            )
-        return layout
-
-
-def pages_of(num_bytes: int, layout: BlockLayout) -> AddressManager:
-    """An address space of as many pages of ``layout`` as ``num_bytes`` hold."""
-    return AddressManager.of_pages(num_bytes // layout.size_bytes, layout.size_bytes)

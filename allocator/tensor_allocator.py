@@ -72,6 +72,8 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         tensor: the buffer: contiguous, any dtype and shape, CPU or GPU. It is used as bytes, and
             kept alive. Bytes beyond the last whole ``align_bytes`` stay unused.
         align_bytes: a power of two; every block starts at a multiple of it.
+        page_layout: cut the buffer into pages that hold one block of this layout each; smaller
+            blocks take a page too. Instead of ``align_bytes``.
         address_manager: an address space of your own, no larger than the buffer, of which nothing
             is allocated; ``align_bytes`` is then its own.
         idempotent_free: to free a block again is no error, and does nothing.
@@ -106,6 +108,7 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         tensor: torch.Tensor,
         align_bytes: int = AddressManager.ALIGN_BYTES,
         *,
+        page_layout: BlockLayout | None = None,
         address_manager: AddressManager | None = None,
         idempotent_free: bool = False,
         scrub: bool = False,
@@ -116,7 +119,10 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         on_full_interval_s: float = 60.0,
     ) -> None:
         buffer = _as_buffer(tensor)
-        if address_manager is None:
+        if address_manager is None and page_layout is not None:
+            page_bytes = page_layout.size_bytes
+            address_manager = AddressManager.of_pages(buffer.numel() // page_bytes, page_bytes)
+        elif address_manager is None:
             address_manager = AddressManager(buffer.numel(), align_bytes)
         elif address_manager.get_heap_size() > buffer.numel():
             raise ValueError(
@@ -125,6 +131,8 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
             )
         self.address_manager = address_manager
         """What is free; use it to look, not to free what objects hold."""
+        self.page_layout = page_layout
+        """What a page holds; None where there are no pages."""
         self._segments = [buffer]
         self._segment_starts = [0]
         self._grow_lock = threading.Lock()
@@ -497,6 +505,11 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
 
     def _layout(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
         layout = BlockLayout.of(shape, dtype, fmt)
+        page = self.page_layout
+        if page is not None and layout.size_bytes > page.size_bytes:
+            raise ValueError(
+                f"{layout} has {layout.size_bytes} bytes, more than a page of {page.size_bytes}"
+            )
         item_bytes = layout.alignment
         for buffer in self._segments:
             offset_bytes = int(buffer.storage_offset())

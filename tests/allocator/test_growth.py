@@ -1,4 +1,4 @@
-"""BackgroundGrowth: nothing is published before it is committed, nothing is lost, all of it ends."""
+"""BackgroundGrowth: what is committed is published, in order, until it is told to end."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def growth_of(
 
 class TestGrow:
     def test_each_piece_is_committed_then_published(self) -> None:
-        heap, seen = Heap(), []
+        heap = Heap()
+        seen: list[GrowthProgress] = []
         heap.usable = 5
         growth = BackgroundGrowth(
             heap.commit,
@@ -90,7 +91,8 @@ class TestGrow:
         assert growth.callback_error is None
 
     def test_nothing_to_grow(self) -> None:
-        heap, seen = Heap(), []
+        heap = Heap()
+        seen: list[GrowthProgress] = []
         growth = growth_of(heap, on_progress=seen.append, final_bytes=0)
         assert growth.start().wait(TIMEOUT)
         assert (heap.log, seen) == ([], [GrowthProgress(0, 0, done=True)])
@@ -172,7 +174,8 @@ class TestErrors:
     def test_an_error_ends_growth_and_is_kept(
         self, failing: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        heap, seen = Heap(), []
+        heap = Heap()
+        seen: list[GrowthProgress] = []
         error = MemoryError("no memory")
 
         def commit(start: int, end: int) -> None:
@@ -235,7 +238,8 @@ class TestErrors:
 
 class TestStop:
     def test_a_piece_in_progress_is_awaited_and_not_published(self) -> None:
-        heap, seen = Heap(), []
+        heap = Heap()
+        seen: list[GrowthProgress] = []
         gate = Gate(heap, closed_at=20)
         growth = growth_of(heap, gate.commit, seen.append).start()
         assert gate.entered.wait(TIMEOUT)

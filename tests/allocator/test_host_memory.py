@@ -7,6 +7,7 @@ import errno
 import gc
 import mmap
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -220,7 +221,7 @@ class TestNuma:
             HostBuffer(PAGE, numa_node=1023)
 
     def test_an_unknown_machine_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(host_memory.platform, "machine", lambda: "abacus")
+        monkeypatch.setattr(platform, "machine", lambda: "abacus")
         with pytest.raises(OSError, match="not supported on abacus"):
             HostBuffer(PAGE, numa_node=0)
 
@@ -314,8 +315,35 @@ class TestPopulateErrors:
         buffer = HostBuffer.shared(64 << 20)
         assert buffer.fd is not None
         os.ftruncate(buffer.fd, 0)
-        with pytest.raises(OSError, match=r"cannot commit bytes \[0, 16777216\)"):
+        with pytest.raises(OSError, match=r"cannot commit bytes \[\d+, \d+\) of .*Bad addr"):
             buffer.populate(0, 64 << 20, threads=threads)
+
+    @pytest.mark.parametrize("threads", [1, 4])
+    def test_the_first_error_ends_it(self, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also an error that nobody foresaw, whichever thread meets it."""
+        calls: list[int] = []
+
+        def refuse(pointer: int, num_bytes: int, advice: int) -> None:
+            calls.append(pointer)
+            if len(calls) > 5:
+                raise IndexError("a bug")
+
+        monkeypatch.setattr(host_memory, "_madvise", refuse)
+        with pytest.raises(IndexError, match="a bug"):
+            HostBuffer(1 << 40).populate(0, 1 << 40, threads=threads)
+        assert 6 <= len(calls) <= 5 + threads
+
+    def test_without_another_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As when the interpreter is exiting."""
+
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        buffer, registrar = HostBuffer(64 << 20), FakeRegistrar()
+        buffer.populate(0, 64 << 20, threads=8)
+        assert all(resident_pages(buffer))
+        assert buffer.pin(0, 64 << 20, registrar=registrar) == 64 << 20
 
     def test_interrupted_calls_are_made_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         answers = [errno.EINTR, errno.EAGAIN, 0]

@@ -1,0 +1,145 @@
+"""``LazyMemoryAllocator``: a host heap that starts small and grows to its size in the background.
+
+The whole address range is reserved at once, which costs nothing. The first bytes are committed
+and pinned before the constructor returns; the rest piece by piece on a thread
+(:class:`~kvheap.growth.BackgroundGrowth`), and each piece joins the heap when it really is usable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from kvheap.address_manager import AddressManager, as_integer
+from kvheap.growth import BackgroundGrowth, GrowthProgress
+from kvheap.host_allocators import empty_address_space
+from kvheap.host_memory import HostBuffer, HugePages
+from kvheap.host_registration import HostRegistrar
+from kvheap.tensor_allocator import TensorMemoryAllocator
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kvheap.memory_allocator import HeapOptions
+
+__all__ = ["LazyMemoryAllocator"]
+
+PIECE_BYTES = 1 << 30
+"""Bytes of a piece. Pinned pieces are registered apart, and blocks do not straddle two of them: a
+block of 64 MiB wastes 3 % on average. Closing waits for one: 0.4 s to populate (2-core AMD EPYC)."""
+
+Pinning = Literal["required", "if possible", "no"]
+
+
+class LazyMemoryAllocator(TensorMemoryAllocator):
+    """A heap in host memory that grows to ``final_size`` by itself.
+
+    Args:
+        init_size: bytes to begin with; rounded up to the alignment and to pages of memory.
+        final_size: bytes in the end; rounded down to the alignment.
+        align_bytes: a power of two, also of the memory's address; at least the page size.
+        pin: ``"required"``: page-locked for CUDA, or an error; ``"if possible"``: what cannot be
+            pinned stays unpinned, visible in ``stats().pinned_bytes``; ``"no"``: plain memory.
+        huge_pages: ``"none"``, ``"transparent"`` or ``"explicit"``; see ``HostBuffer``.
+        numa_node: take memory of this node only.
+        piece_bytes: bytes by which the heap grows at a time; rounded as ``init_size``.
+        on_progress: called on the growing thread after each piece.
+        registrar: who pins; None: CUDA.
+        options: see :class:`~kvheap.tensor_allocator.TensorMemoryAllocator`.
+
+    Raises:
+        ValueError: an argument is wrong.
+        OSError: the memory cannot be had.
+        RuntimeError: the first bytes cannot be pinned. Later failures end growth, and are in
+            ``progress.error``.
+
+    >>> with LazyMemoryAllocator(1 << 20, 64 << 20, pin="no") as heap:
+    ...     heap.wait_until_grown(), heap.stats().heap_bytes >> 20
+    (True, 64)
+    """
+
+    def __init__(
+        self,
+        init_size: int,
+        final_size: int,
+        align_bytes: int = AddressManager.ALIGN_BYTES,
+        *,
+        pin: Pinning = "required",
+        huge_pages: HugePages = "none",
+        numa_node: int | None = None,
+        piece_bytes: int = PIECE_BYTES,
+        on_progress: Callable[[GrowthProgress], None] | None = None,
+        registrar: HostRegistrar | None = None,
+        **options: Unpack[HeapOptions],
+    ) -> None:
+        if pin not in ("required", "if possible", "no"):
+            raise ValueError(f"pin must be 'required', 'if possible' or 'no', got {pin!r}")
+        manager, granule = empty_address_space(align_bytes, options.get("page_layout"))
+        init_size = -(-as_integer("init_size", init_size) // granule) * granule
+        unit = manager.align_bytes
+        final_size = as_integer("final_size", final_size) // unit * unit
+        if not 0 <= init_size <= final_size or not final_size:
+            raise ValueError(
+                f"init_size must be between 0 and final_size, got {init_size} and {final_size}"
+            )
+        if piece_bytes <= 0:
+            raise ValueError(f"piece_bytes must be positive, got {piece_bytes}")
+        piece_bytes = max(piece_bytes // granule, 1) * granule
+        self._pin = pin
+        self._registrar = registrar
+        self.host_buffer = HostBuffer(
+            final_size, align_bytes=align_bytes, huge_pages=huge_pages, numa_node=numa_node
+        )
+        """Where the bytes are."""
+        try:
+            self._commit(0, init_size)
+            manager.sbrk(init_size)
+            super().__init__(self.host_buffer.tensor, address_manager=manager, **options)
+            self._growth = BackgroundGrowth(
+                self._commit,
+                self._publish,
+                start_bytes=init_size,
+                final_bytes=final_size,
+                piece_bytes=piece_bytes,
+                on_progress=on_progress,
+            ).start()
+        except BaseException:
+            self.host_buffer.close()
+            raise
+
+    @property
+    def progress(self) -> GrowthProgress:
+        """How far growth is now; never waits."""
+        return self._growth.progress
+
+    def wait_until_grown(self, timeout: float | None = None) -> bool:
+        """Wait until growth has ended; whether it has within ``timeout`` seconds.
+
+        Raises:
+            BaseException: what ended growth before its time.
+        """
+        return self._growth.wait(timeout)
+
+    def _commit(self, start: int, end: int) -> None:
+        if start == end:
+            return
+        if self._pin == "no":
+            self.host_buffer.populate(start, end)
+            return
+        pinned = self.host_buffer.pin(
+            start, end, registrar=self._registrar, allow_unpinned=self._pin == "if possible"
+        )
+        if pinned < end - start:
+            self.host_buffer.populate(start, end)
+
+    def _publish(self, num_bytes: int) -> None:
+        # Apart from the piece before: CUDA copies no range that straddles two registrations.
+        self.address_manager.sbrk(num_bytes, new_segment=self._pin != "no")
+
+    def _pinned_bytes(self) -> int:
+        return self.host_buffer.pinned_bytes
+
+    def _close(self) -> None:
+        self._growth.stop()
+        super()._close()
+        self.host_buffer.close()
