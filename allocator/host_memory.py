@@ -383,7 +383,8 @@ class HostBuffer:
 
         Raises:
             RuntimeError: something could not be unpinned: the first such error, after all were
-                tried. That memory then stays mapped.
+                tried. It is tried once more when the last tensor goes; what fails again stays
+                mapped.
         """
         self._tensor = None
         mapping, self._mapping = self._mapping, None

@@ -189,7 +189,7 @@ class HostRegistrations:
             done_bytes = self.num_bytes - bytes_before
             if failure is None and not cancelled.is_set():
                 return done_bytes
-            undo_errors = self._unregister(list(self._pieces.values())[num_before:])
+            undo_errors = [*map(str, self._unregister(list(self._pieces.values())[num_before:]))]
             done_bytes -= self.num_bytes - bytes_before
             if failure is None:
                 return 0
@@ -206,7 +206,7 @@ class HostRegistrations:
         index: int,
         cause: RuntimeError,
         undone_bytes: int,
-        undo_errors: list[RuntimeError],
+        undo_errors: list[str],
     ) -> RuntimeError:
         start, end = pieces[index]
         error = RuntimeError(
@@ -258,8 +258,7 @@ class HostRegistrations:
                 return
             self._closed = True
             errors = self._unregister(list(self._pieces.values()))
-        if errors:
-            raise errors[0]
+        _raise_first(errors)
 
     def close_unshared(self) -> None:
         """:meth:`close` for a finalizer: takes no lock, as nobody else can be using this.
@@ -271,8 +270,7 @@ class HostRegistrations:
         """
         self._closed = True
         errors = self._unregister(list(self._pieces.values()))
-        if errors:
-            raise errors[0]
+        _raise_first(errors)
 
     def _unregister(self, pieces: list[_Piece]) -> list[RuntimeError]:
         if os.getpid() != self._pid:
@@ -288,6 +286,13 @@ class HostRegistrations:
             return error
         del self._pieces[piece.start]
         return None
+
+
+def _raise_first(errors: list[RuntimeError]) -> None:
+    # Popped: an error holds the frames it went through, which must not hold it.
+    if errors:
+        del errors[1:]
+        raise errors.pop()
 
 
 class Worker(threading.Thread):

@@ -27,7 +27,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import TYPE_CHECKING, Protocol
 
@@ -249,7 +249,7 @@ class Lifetime:
         self._give_back = give_back
         self._trace_frames = trace_frames
         self._live: dict[int, weakref.ref[MemoryBatch]] = {}
-        self._dropped: deque[Release] = deque()
+        self._dropped: deque[tuple[Release, tuple[Stream, ...]]] = deque()
         self._pending: deque[Release] = deque()
         self._leases: list[tuple[float, int, Lease]] = []
         self._lease_number = itertools.count()
@@ -273,9 +273,9 @@ class Lifetime:
         """Strike a batch that is being finalized. Takes no lock."""
         self._live.pop(id(batch), None)
 
-    def drop(self, release: Release) -> None:
-        """Queue what a finalized batch still held. Takes no lock."""
-        self._dropped.append(release)
+    def drop(self, release: Release, streams: tuple[Stream, ...]) -> None:
+        """Queue what a finalized batch still held, and the streams on it. Takes no lock."""
+        self._dropped.append((release, streams))
 
     def release(self, release: Release) -> None:
         """Give blocks back, now or when their events have passed."""
@@ -309,10 +309,18 @@ class Lifetime:
     def _reclaim_dropped(self) -> bool:
         found = False
         while self._dropped:
-            release = self._dropped.popleft()
+            release, streams = self._dropped.popleft()
             self.dropped_blocks += len(release.blocks)
             # Should this raise, the bytes are lost to the heap, never handed out twice.
-            self.release(release)
+            try:
+                events = tuple(stream.record_event() for stream in streams)
+            except Exception:
+                logging.getLogger("kvheap").exception(
+                    "%d dropped bytes stay allocated: a stream that used them cannot be asked",
+                    release.num_bytes,
+                )
+                continue
+            self.release(replace(release, events=events))
             found = True
         return found
 

@@ -122,7 +122,8 @@ class MemoryBatch(Sequence[MemoryObj]):
                 rows = np.flatnonzero(self._ref_count_array() != FREED)
                 if len(rows):
                     whole = len(rows) == self._length
-                    lifetime.drop(self._release_of(None if whole else rows))
+                    rows = None if whole else rows
+                    lifetime.drop(self._release_of(rows, ()), self._streams_of(rows))
 
     # -- what the blocks are -------------------------------------------------------------------
 
@@ -452,10 +453,13 @@ class MemoryBatch(Sequence[MemoryObj]):
             raise
         self.allocator.lifetime.release(release)
 
-    def _release_of(self, rows: Int64Array | None) -> Release:
+    def _release_of(
+        self, rows: Int64Array | None, events: tuple[Event, ...] | None = None
+    ) -> Release:
         """The release of rows (None: all), with events on the streams that were recorded."""
         blocks = self._address_batch if rows is None else self._address_batch.addresses[rows]
-        events = self._record_events(rows) if self._streams else ()
+        if events is None:
+            events = tuple(stream.record_event() for stream in self._streams_of(rows))
         return Release(blocks, self.allocated_bytes, _Owner(self.layout, self.site), events)
 
     def _record_stream(self, stream: Stream, row: int | None) -> None:
@@ -470,15 +474,16 @@ class MemoryBatch(Sequence[MemoryObj]):
             if entry not in self._streams:
                 self._streams.append(entry)
 
-    def _record_events(self, rows: Int64Array | None) -> tuple[Event, ...]:
-        assert self._streams is not None
+    def _streams_of(self, rows: Int64Array | None) -> tuple[Stream, ...]:
+        if not self._streams:
+            return ()
         wanted = None if rows is None else set(rows.tolist())
         streams = {
             id(stream): stream
             for row, stream in self._streams
             if row is None or wanted is None or row in wanted
         }
-        return tuple(stream.record_event() for stream in streams.values())
+        return tuple(streams.values())
 
     # -- bytes and names -----------------------------------------------------------------------
 
