@@ -122,8 +122,8 @@ class MemoryBatch(Sequence[MemoryObj]):
                 rows = np.flatnonzero(self._ref_count_array() != FREED)
                 if len(rows):
                     whole = len(rows) == self._length
-                    rows = None if whole else rows
-                    lifetime.drop(self._release_of(rows, ()), self._streams_of(rows))
+                    dropped = None if whole else rows
+                    lifetime.drop(self._release_of(dropped, ()), self._streams_of(dropped))
 
     # -- what the blocks are -------------------------------------------------------------------
 
