@@ -239,8 +239,8 @@ class Lifetime:
     Args:
         give_back: puts the bytes of a release into the free list.
         trace_frames: how many callers of each allocation to remember; 0 turns tracing off.
-            Measured on a 2-core AMD EPYC, CPython 3.11, a batched_allocate + free pair: 8.2 us
-            without, 10.6 us with 4 frames.
+            A batched_allocate + batched_free pair took 11.3 us without and 13.2 us with 4 frames
+            (median of 15 alternating runs of 500, 2-core AMD EPYC, CPython 3.11).
     """
 
     def __init__(self, give_back: Callable[[Release], None], trace_frames: int) -> None:

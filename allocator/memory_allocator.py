@@ -195,7 +195,10 @@ class MemoryAllocatorInterface(ABC):
                     raise TypeError(f"only a MemoryObj can be freed, got {obj!r}")
                 batch = obj._batch
                 rows_of.setdefault(id(batch), (batch, []))[1].append(obj._row)
-            parts = [Rows(batch, np.array(rows, np.int64)) for batch, rows in rows_of.values()]
+            parts = [
+                Rows(batch, None if len(rows) == len(batch) == 1 else np.array(rows, np.int64))
+                for batch, rows in rows_of.values()
+            ]
         for part in parts:
             if part.batch.allocator is not self:
                 raise ForeignObjectError(f"{part.batch!r} belongs to another allocator")

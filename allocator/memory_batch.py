@@ -123,7 +123,10 @@ class MemoryBatch(Sequence[MemoryObj]):
                 if len(rows):
                     whole = len(rows) == self._length
                     dropped = None if whole else rows
-                    lifetime.drop(self._release_of(dropped, ()), self._streams_of(dropped))
+                    release = self._release_of(dropped, ())
+                    # In a cycle, another finalizer may still hold a handle: it finds it freed.
+                    self._set_all_ref_counts(FREED)
+                    lifetime.drop(release, self._streams_of(dropped))
 
     # -- what the blocks are -------------------------------------------------------------------
 
@@ -457,7 +460,14 @@ class MemoryBatch(Sequence[MemoryObj]):
         self, rows: Int64Array | None, events: tuple[Event, ...] | None = None
     ) -> Release:
         """The release of rows (None: all), with events on the streams that were recorded."""
-        blocks = self._address_batch if rows is None else self._address_batch.addresses[rows]
+        blocks: AddressBatch | Int64Array
+        if rows is None:
+            blocks = self._address_batch
+        elif len(rows) == 1:
+            address = self._address_batch.address(int(rows[0]))
+            blocks = AddressBatch(self.allocated_bytes, [address], [1])
+        else:
+            blocks = self._address_batch.addresses[rows]
         if events is None:
             events = tuple(stream.record_event() for stream in self._streams_of(rows))
         return Release(blocks, self.allocated_bytes, _Owner(self.layout, self.site), events)

@@ -218,11 +218,13 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         if lifetime.has_work:
             lifetime.settle()
         deadline = None
+        requested_bytes = 0
         while True:
             try:
                 addresses = manager.batched_allocate(size_bytes, batch_size, allow_partial)
             except OutOfMemoryError as error:
-                addresses, full = None, error
+                # Not the error itself: it holds the frames of all callers, and they would hold it.
+                addresses, requested_bytes = None, error.requested_bytes
             if addresses is not None and len(addresses) == batch_size:
                 return addresses
             # The deadline is one for the whole call: many small releases do not prolong it.
@@ -230,7 +232,7 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
             deadline = now + self._stream_wait_s if deadline is None else deadline
             if not lifetime.settle() and not lifetime.wait_for_streams(deadline - now):
                 if addresses is None:
-                    self._report_full(full, batch_size)
+                    self._report_full(requested_bytes, batch_size)
                 return addresses
             if addresses is not None:
                 manager.batched_free(addresses)
@@ -335,12 +337,19 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         at_once = [release for release in releases if not release.events]
         if len(at_once) < 2 or self._poison is not None:  # which tells owners apart
             return releases
-        addresses, sizes = [], []
+        starts: list[int] = []
+        sizes: list[int] = []
         for release in at_once:
             blocks, size = release.blocks, release.sizes
-            addresses.append(blocks.addresses if isinstance(blocks, AddressBatch) else blocks)
-            sizes.append(np.full(len(blocks), size, np.int64))
-        together = Release(np.concatenate(addresses), np.concatenate(sizes), at_once[0].owner)
+            if isinstance(blocks, AddressBatch):
+                for start, num_bytes in blocks.run_pairs():
+                    starts.append(start)
+                    sizes.append(num_bytes)
+            else:
+                starts += blocks.tolist()
+                sizes += np.broadcast_to(size, len(blocks)).tolist()
+        owner = at_once[0].owner
+        together = Release(np.array(starts, np.int64), np.array(sizes, np.int64), owner)
         return [together, *(release for release in releases if release.events)]
 
     def _give_back(self, release: Release) -> None:
@@ -437,13 +446,13 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
             failures=self._failures,
         )
 
-    def _report_full(self, full: OutOfMemoryError, num_blocks: int) -> None:
+    def _report_full(self, requested_bytes: int, num_blocks: int) -> None:
         self._failures += 1
         now = time.monotonic()
         if self._on_full is None or now < self._next_report:
             return
         self._next_report = now + self._on_full_interval_s
-        report = self.full_report(num_blocks, full.requested_bytes)
+        report = self.full_report(num_blocks, requested_bytes)
         self._failures = 0
         self._on_full(report)
 

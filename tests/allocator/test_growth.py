@@ -347,6 +347,33 @@ class TestLifetime:
         assert growth.wait(TIMEOUT)
         assert dropped() is None
 
+    def test_no_piece_is_begun_at_exit(self) -> None:
+        program = textwrap.dedent("""
+            import atexit, threading, time
+            from kvheap.growth import BackgroundGrowth
+            begun = []
+
+            def commit(start, end):
+                begun.append(start)
+                time.sleep(0.001)
+
+            def at_exit():
+                before = len(begun)
+                time.sleep(0.2)
+                print(len(begun) - before <= 1)
+
+            atexit.register(at_exit)
+            BackgroundGrowth(
+                commit, lambda num_bytes: None,
+                start_bytes=0, final_bytes=1 << 40, piece_bytes=4096,
+            ).start()
+            time.sleep(0.05)
+        """)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
     @pytest.mark.parametrize("body", ["time.sleep(0.01)", "time.sleep(3600)"])
     def test_the_interpreter_exits_and_says_nothing(self, body: str) -> None:
         program = textwrap.dedent(f"""

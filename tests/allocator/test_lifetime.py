@@ -7,6 +7,7 @@ import logging
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -229,6 +230,34 @@ class TestDropped:
         assert (allocated_pages(heap), heap.stats().dropped_blocks) == (0, 0)
         assert heap.memcheck()
 
+    def test_a_handle_that_outlives_its_batch_in_a_cycle_finds_its_block_freed(self) -> None:
+        heap = heap_of(1)
+        kept: list[MemoryObj] = []
+
+        class Keeper:
+            def __init__(self, obj: MemoryObj) -> None:
+                self.obj = obj
+                self.itself = self
+
+            def __del__(self) -> None:
+                kept.append(self.obj)
+
+        for _ in range(20):  # in which order the two are finalized is the collector's choice
+            keepers = [Keeper(take(heap, 1)[0])]
+            del keepers
+            gc.collect()
+            (obj,) = kept
+            if not obj.is_valid():
+                assert obj.tensor is None
+                with pytest.raises(LifetimeError):
+                    obj.ref_count_up()
+            else:
+                heap.free(obj)
+            kept.clear()
+            new = take(heap, 1)
+            heap.batched_free(new)
+        assert heap.memcheck()
+
     def test_cycles_collected_inside_an_allocation_do_not_deadlock(self) -> None:
         """Every allocation runs the collector, on eight threads, over cycles that hold batches."""
         heap = heap_of(256)
@@ -359,6 +388,22 @@ class TestFull:
         heap._next_report = 0.0
         assert heap.allocate([9 * PAGE], torch.uint8) is None
         assert reports[1].failures == 1000
+
+    def test_a_full_answer_keeps_nothing_of_its_callers(self) -> None:
+        class Local:
+            pass
+
+        def ask() -> weakref.ref[Local]:
+            local = Local()
+            assert heap.allocate([2 * PAGE], torch.uint8) is None
+            return weakref.ref(local)
+
+        heap = heap_of(1, on_full=None)
+        gc.disable()
+        try:
+            assert ask()() is None
+        finally:
+            gc.enable()
 
     def test_it_is_logged_where_nobody_listens(self, caplog: pytest.LogCaptureFixture) -> None:
         heap = heap_of(1)

@@ -1,0 +1,334 @@
+"""``KVHeapMemoryAllocator``: a kvheap heap that LMCache takes for one of its own allocators.
+
+Its objects are LMCache's ``TensorMemoryObj``, with LMCache's counts, pins and monitors; only their
+bytes are kvheap's. LMCache decides when an object has come to its end; this module sees to it that
+its block then goes back to the heap once.
+
+An object that is dropped comes to its end in a finalizer: anywhere, under any lock. What frees
+under a lock there can wait for itself; so the finalizer only takes the block out of one dict and
+puts it into one queue, both atomic, and the next call frees it. That dict is the allocator's: an
+object only has a number. Were the object to hold its block, the garbage collector could finalize
+the block's batch before the object, and the bytes would have two owners.
+
+Importing this module does not import LMCache; :func:`lmcache_classes` does. Written for 0.5.6.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvheap.block_layout import Dtypes, Shapes
+from kvheap.errors import ClosedError, ForeignObjectError
+from kvheap.memory_format import MemoryFormat
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvheap.address_manager import AddressManager
+    from kvheap.memory_batch import MemoryBatch
+    from kvheap.memory_object import MemoryObj
+    from kvheap.tensor_allocator import TensorMemoryAllocator
+
+__all__ = ["LMCacheClasses", "lmcache_classes"]
+
+
+class LMCacheClasses(NamedTuple):
+    """Classes that exist only where LMCache does.
+
+    Attributes:
+        allocator: ``KVHeapMemoryAllocator``, a ``MemoryAllocatorInterface`` of LMCache; see
+            :class:`HeapCalls` for its methods.
+        memory_obj: the class of its objects, a ``TensorMemoryObj`` of LMCache.
+    """
+
+    allocator: type[Any]
+    memory_obj: type[Any]
+
+
+class BlockEnd:
+    """The part of ``KVHeapMemoryObj`` that is not LMCache's: how it ends."""
+
+    number: int
+    """Names its block; unique among all objects of its allocator."""
+
+    home: HeapCalls
+    """Who has its block. ``parent_allocator`` is LMCache's to change."""
+
+    def __del__(self) -> None:
+        # Runs anywhere, even inside a lock on this thread: takes none.
+        home = getattr(self, "home", None)  # an object whose making failed has none
+        if home is not None:
+            home._drop(self.number)
+
+
+class HeapCalls:
+    """The calls of LMCache's ``MemoryAllocatorInterface``, answered by a kvheap heap.
+
+    For example ``LocalCPUBackend(config, metadata, memory_allocator=KVHeapMemoryAllocator(heap))``.
+    Where LMCache insists on its ``MixedMemoryAllocator`` (batches that evict, 0.5.6), make one of
+    0 bytes and set its ``pin_allocator`` to a ``KVHeapMemoryAllocator``.
+
+    Args:
+        heap: where blocks come from; any kvheap allocator over a heap. Closed with this object.
+    """
+
+    _classes: LMCacheClasses
+    _metadata_type: type[Any]
+    _format_type: type[Any]
+    _monitor: Any
+    _bytes_allocator: Any
+    _bytes_type: type[Any]
+
+    def __init__(self, heap: TensorMemoryAllocator) -> None:
+        self.heap = heap
+        self.dropped_objects = 0
+        """How many objects were dropped without being freed, so far."""
+        self._numbers = itertools.count()
+        self._held: dict[int, MemoryObj] = {}
+        self._freed: deque[MemoryObj] = deque()
+        self._dropped: deque[MemoryObj] = deque()
+        self._count_lock = threading.Lock()
+        self._thread = threading.local()
+
+    # -- allocate ------------------------------------------------------------------------------
+
+    def allocate(
+        self,
+        shapes: Shapes,
+        dtypes: Dtypes,
+        fmt: Any = MemoryFormat.KV_2LTD,
+        allocator_type: str | None = None,
+    ) -> Any:
+        """Allocate one object; None when it does not fit.
+
+        Args:
+            shapes: logical shape, or a list of them, one for each group.
+            dtypes: logical dtype, or a list of them; unused for plain bytes.
+            fmt: LMCache's ``MemoryFormat``, or kvheap's. ``BINARY_BUFFER`` are bytes outside the
+                heap.
+            allocator_type: unused.
+        """
+        objs = self.batched_allocate(shapes, dtypes, 1, fmt)
+        return None if objs is None else objs[0]
+
+    def batched_allocate(
+        self,
+        shapes: Shapes,
+        dtypes: Dtypes,
+        batch_size: int,
+        fmt: Any = MemoryFormat.KV_2LTD,
+        allocator_type: str | None = None,
+    ) -> list[Any] | None:
+        """Allocate ``batch_size`` equal objects, all or none; None when they do not all fit.
+
+        O(N): LMCache's objects are made one by one.
+
+        Raises:
+            ValueError: the shape has no element.
+            NegativeBatchSizeError: a ``RuntimeError``: ``batch_size`` is negative.
+            ClosedError: the heap is closed.
+        """
+        fmt = self._format_type(fmt.value)
+        if fmt is self._format_type.BINARY_BUFFER:
+            objs: list[Any] = self._bytes_allocator.batched_allocate(
+                shapes, dtypes, batch_size, fmt
+            )
+            return objs
+        is_outermost = self._enter()
+        try:
+            if is_outermost:
+                self._settle()
+            batch = self.heap.batched_allocate(shapes, dtypes, batch_size, MemoryFormat(fmt.value))
+            objs = [] if batch is None else self._objects_of(batch, fmt)
+            if is_outermost and objs:
+                self._report()
+        finally:
+            self._leave(is_outermost)
+        return None if batch is None else objs
+
+    def _objects_of(self, batch: MemoryBatch, fmt: Any) -> list[Any]:
+        layout, size = batch.layout, batch.allocated_bytes
+        shapes, dtypes = list(layout.shapes), list(layout.dtypes)
+        objs = []
+        for block, address in zip(batch, batch.addresses.tolist(), strict=True):
+            metadata = self._metadata_type(
+                shapes[0], dtypes[0], address, size, 1, 0, fmt, shapes=shapes, dtypes=dtypes
+            )
+            obj = self._classes.memory_obj(block.raw_tensor, metadata, self)
+            obj.number = next(self._numbers)
+            obj.home = self
+            # Last: whatever was interrupted before leaves the block to its batch's finalizer.
+            self._held[obj.number] = block
+            objs.append(obj)
+        return objs
+
+    # -- free ----------------------------------------------------------------------------------
+
+    def free(self, memory_obj: Any, allocator_type: str | None = None) -> None:
+        """Free one object, whatever its counts; nothing happens if it is freed already.
+
+        LMCache calls it when the counts have come down.
+
+        Raises:
+            ForeignObjectError: it belongs to another allocator.
+        """
+        self.batched_free([memory_obj])
+
+    def batched_free(
+        self,
+        memory_objs: Iterable[Any],
+        allocator_type: str | None = None,
+        update_stats: bool = True,
+    ) -> None:
+        """Free many objects, whatever their counts, but for those that are freed already.
+
+        Args:
+            memory_objs: objects of this allocator; plain bytes among them stay as they are.
+            allocator_type: unused.
+            update_stats: whether to tell LMCache's monitor.
+
+        Raises:
+            ForeignObjectError: one belongs to another allocator; nothing is freed.
+        """
+        objs = [obj for obj in memory_objs if not isinstance(obj, self._bytes_type)]
+        for obj in objs:
+            if getattr(obj, "home", None) is not self:
+                raise ForeignObjectError(f"{obj!r} belongs to another allocator")
+        for obj in objs:
+            obj.invalidate()
+            block = self._held.pop(obj.number, None)  # of two that free, one finds it
+            if block is not None:
+                self._freed.append(block)
+        is_outermost = self._enter()
+        try:
+            if is_outermost:
+                self._settle()
+                if update_stats:
+                    self._report()
+        finally:
+            self._leave(is_outermost)
+
+    def _drop(self, number: int) -> None:
+        """Queue the block of an object that is being finalized, if it has one. Takes no lock."""
+        block = self._held.pop(number, None)
+        if block is not None:
+            self._dropped.append(block)
+
+    def _settle(self) -> None:
+        """Give the heap what has ended."""
+        dropped = _take_all(self._dropped)
+        if dropped:
+            with self._count_lock:
+                self.dropped_objects += len(dropped)
+        blocks = _take_all(self._freed) + dropped
+        # A closed heap has no use for them: LMCache closes first, then clears.
+        with suppress(ClosedError):
+            if blocks and not self.heap.closed:
+                self.heap.batched_free(blocks)
+
+    # A finalizer of somebody else's may free in the middle of a call on the same thread, inside
+    # the heap's locks or the monitor's: such a call only queues.
+
+    def _enter(self) -> bool:
+        """Whether this is the outermost call on this thread."""
+        if getattr(self._thread, "is_inside", False):
+            return False
+        self._thread.is_inside = True
+        return True
+
+    def _leave(self, is_outermost: bool) -> None:
+        if is_outermost:
+            self._thread.is_inside = False
+
+    # -- look ----------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        self._monitor.update_local_cache_usage(self.total_allocated_size)
+        self._monitor.update_active_memory_objs_count(self.num_active_allocations)
+
+    @property
+    def address_manager(self) -> AddressManager:
+        """What is free; has LMCache's ``get_heap_size`` and ``get_free_size``."""
+        return self.heap.address_manager
+
+    @property
+    def align_bytes(self) -> int:
+        """Every object starts at a multiple of it."""
+        return self.heap.address_manager.align_bytes
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The heap's bytes, uint8."""
+        return self.heap.buffer
+
+    @property
+    def total_allocated_size(self) -> int:
+        """Allocated bytes, those of objects that were just dropped included."""
+        return self.heap.total_allocated_size
+
+    @property
+    def num_active_allocations(self) -> int:
+        """How many objects live."""
+        return len(self._held)
+
+    def get_memory_usage(self) -> tuple[int, int]:
+        """Allocated bytes, and bytes of the heap."""
+        return self.total_allocated_size, self.address_manager.get_heap_size()
+
+    def memcheck(self) -> bool:
+        """Whether every invariant of the heap holds."""
+        return self.heap.memcheck()
+
+    def close(self) -> None:
+        """Close the heap. Objects may be freed and dropped afterwards; that does nothing."""
+        self.heap.close()
+
+    def __str__(self) -> str:
+        """The name of the class."""
+        return type(self).__name__
+
+    def __repr__(self) -> str:
+        """The class and its heap."""
+        return f"{type(self).__name__}({self.heap!r})"
+
+
+def _take_all(queue: deque[MemoryObj]) -> list[MemoryObj]:
+    """Empty a queue that others fill and empty at the same time."""
+    blocks: list[MemoryObj] = []
+    with suppress(IndexError):
+        while queue:
+            blocks.append(queue.popleft())
+    return blocks
+
+
+@cache
+def lmcache_classes() -> LMCacheClasses:
+    """Make the classes; imports LMCache.
+
+    Raises:
+        ImportError: LMCache cannot be imported.
+    """
+    from lmcache.observability import LMCStatsMonitor
+    from lmcache.v1 import memory_management as lmcache
+    from lmcache.v1.memory_allocators.buffer_allocator import BufferAllocator
+
+    class KVHeapMemoryObj(BlockEnd, lmcache.TensorMemoryObj):  # type: ignore[misc]
+        """A ``TensorMemoryObj`` whose bytes are a block of a kvheap heap."""
+
+    class KVHeapMemoryAllocator(HeapCalls, lmcache.MemoryAllocatorInterface):  # type: ignore[misc]
+        __doc__ = HeapCalls.__doc__
+        _metadata_type = lmcache.MemoryObjMetadata
+        _format_type = lmcache.MemoryFormat
+        _monitor = LMCStatsMonitor.GetOrCreate()
+        _bytes_allocator = BufferAllocator()
+        _bytes_type = lmcache.BytesBufferMemoryObj
+
+    classes = LMCacheClasses(KVHeapMemoryAllocator, KVHeapMemoryObj)
+    KVHeapMemoryAllocator._classes = classes
+    return classes
