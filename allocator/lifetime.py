@@ -35,6 +35,7 @@ from kvheap.address_batch import AddressBatch
 from kvheap.extents import Int64Array
 
 if TYPE_CHECKING:
+    from kvheap.block_layout import BlockLayout
     from kvheap.memory_batch import MemoryBatch
 
 __all__ = [
@@ -384,7 +385,7 @@ class Lifetime:
 
     def live(self) -> tuple[LiveBlocks, ...]:
         """All live blocks, those of one place and layout together, the oldest first."""
-        groups: dict[tuple[str, Site], list[tuple[int, int, int, float]]] = {}
+        groups: dict[tuple[BlockLayout, Site], list[tuple[int, int, int, float]]] = {}
         now = time.monotonic()
         for reference in self._live.copy().values():
             batch = reference()
@@ -393,10 +394,10 @@ class Lifetime:
             live, pinned = batch._count_live()
             if live:
                 row = (live, pinned, batch.allocated_bytes, now - batch.born)
-                groups.setdefault((str(batch.layout), batch.site), []).append(row)
+                groups.setdefault((batch.layout, batch.site), []).append(row)
         found = [
             LiveBlocks(
-                layout=layout,
+                layout=str(layout),
                 site=site_lines(site),
                 num_blocks=sum(live for live, _, _, _ in rows),
                 num_bytes=sum(live * size for live, _, size, _ in rows),

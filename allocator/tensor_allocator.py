@@ -194,20 +194,23 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         addresses = self._allocate_addresses(layout.size_bytes, batch_size, allow_partial)
         if addresses is None:
             return None
-        try:
-            if self._poison is not None:
-                self._poison.take(addresses, self._address_bytes)
-            batch = MemoryBatch(self, addresses, layout)
-        except BaseException:
-            self.address_manager.batched_free(addresses)
-            raise
-        if source is not None and len(batch):
+        if self._poison is not None:
             try:
-                self._scatter(source[: len(batch)], addresses)
-            except BaseException:
-                batch._set_all_ref_counts(FREED)
+                self._poison.take(addresses, self._address_bytes)
+            except BaseException:  # what was looked at is still poisoned
                 self.address_manager.batched_free(addresses)
                 raise
+        batch = None
+        try:
+            batch = MemoryBatch(self, addresses, layout)
+            if source is not None and len(batch):
+                self._scatter(source[: len(batch)], addresses)
+        except BaseException:
+            if batch is not None:
+                batch._set_all_ref_counts(FREED)
+            # Part of the source may have been written: as with any free, it is wiped.
+            self._give_back(Release(addresses, 0, layout.__str__))
+            raise
         return batch
 
     def _allocate_addresses(

@@ -485,6 +485,18 @@ class TestScrub:
         assert heap.buffer[: 4 * PAGE].eq(0).all()
         assert heap.buffer[6 * PAGE :].eq(9).all()
 
+    def test_what_a_failed_scatter_wrote_is_zeroed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def write_and_fail(blocks: object, buffer: torch.Tensor, addresses: object) -> None:
+            buffer[: 2 * PAGE].fill_(5)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("kvheap.tensor_allocator.scatter_blocks", write_and_fail)
+        heap = heap_of(4, scrub=True)
+        with pytest.raises(KeyboardInterrupt):
+            heap.batched_allocate([PAGE], torch.uint8, 2, source=torch.zeros(2, PAGE).byte())
+        assert heap.buffer.eq(0).all()
+        assert allocated_pages(heap) == 0
+
     def test_one_launch_a_batch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[int] = []
 
