@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from kvheap.address_manager import AddressManager, as_integer
 from kvheap.growth import BackgroundGrowth, GrowthProgress
 from kvheap.host_allocators import empty_address_space
 from kvheap.host_memory import HostBuffer, HugePages
-from kvheap.host_registration import HostRegistrar
+from kvheap.host_registration import CudaHostRegistrar, HostRegistrar
 from kvheap.tensor_allocator import TensorMemoryAllocator
 
 if TYPE_CHECKING:
@@ -96,6 +98,8 @@ class LazyMemoryAllocator(TensorMemoryAllocator):
             raise ValueError(f"piece_bytes must be positive, got {piece_bytes}")
         piece_bytes = max(piece_bytes // granule, 1) * granule
         self._pin = pin
+        if registrar is None and pin != "no" and torch.cuda.is_available():
+            registrar = CudaHostRegistrar()  # for this thread's device, not the growing one's
         self._registrar = registrar
         self.host_buffer = HostBuffer(
             final_size, align_bytes=align_bytes, huge_pages=huge_pages, numa_node=numa_node
