@@ -194,7 +194,8 @@ class MemoryBatch(Sequence[MemoryObj]):
         """Give the blocks up: only their addresses are left, for who frees them by address.
 
         Afterwards every block counts as freed here. The bytes stay allocated until
-        ``allocator.address_manager.batched_free`` gets the result.
+        ``allocator.address_manager.batched_free`` gets the result, which waits for no stream and
+        wipes nothing.
 
         Raises:
             DoubleFreeError, BlockInUseError: a block is freed already, or somebody else's too.

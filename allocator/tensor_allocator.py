@@ -233,7 +233,7 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
             # The deadline is one for the whole call: many small releases do not prolong it.
             now = time.monotonic()
             deadline = now + self._stream_wait_s if deadline is None else deadline
-            if not lifetime.settle() and not lifetime.wait_for_streams(deadline - now):
+            if not lifetime.wait_for_streams(deadline - now):
                 if addresses is None:
                     self._report_full(requested_bytes, batch_size)
                 return addresses

@@ -1,30 +1,42 @@
-"""The allocator family: what each costs the host to make, use and close, and what options add.
+"""The allocators: what making, using and closing each costs the host, and what its options cost.
 
-Peer: LMCache's classes of the same names, in the same rounds, where it can be imported (see
-``bench_address_manager.py``). Memory is on the CPU, and no block is written but where an option
-does it. The tables:
+Peer: LMCache's classes of the same names, in the same rounds (``pip install --no-deps
+lmcache==0.5.6`` and the modules that its import asks for). Without it, kvheap's figures stand
+alone. Blocks have 4 KiB, so that time is not spent in copying. The tables:
 
-============  ====================================================================================
-table         what is timed, in microseconds of the host
-============  ====================================================================================
-construct     making an allocator of 64 MiB (``PagedTensorMemoryAllocator``: of 100,000 pages of
-              4 KiB); ``LazyMemoryAllocator`` starts with 16 MiB
-single        ``allocate`` and ``free`` of one block of 4 KiB
-allocate,     ``batched_allocate`` and ``batched_free`` of N such blocks, after one such pair of
-free          calls that is not timed
-options       ``batched_allocate`` and ``batched_free`` of 64 blocks of 4 KiB with each option;
-              ``scrub`` and ``debug`` write all 256 KiB, ``debug`` reads them, too
-leaks         ``leaks()`` with 10,000 live batches
-============  ====================================================================================
+==========  ======================================================================================
+table       what is timed
+==========  ======================================================================================
+life        an allocator from construction to close: the constructor; ``allocate`` + ``free`` of
+            one block, the mean of many; ``batched_allocate`` and ``batched_free`` of N blocks;
+            ``close``. Each round makes one anew. The paged ones have 100,000 pages, the others
+            room for the largest batch. GPUMemoryAllocator lies in host memory where there is no
+            GPU. LMCache's LazyMemoryAllocator needs memory that can be pinned, and its
+            AdHocMemoryAllocator has no batches
+options     ``allocate`` + ``free`` of one block and of a batch of 64, 256 KiB, from
+            ``TensorMemoryAllocator`` without options, with four frames of tracing, with ``scrub``
+            (which zeroes what is freed) and with ``debug`` (which fills it, looks at it when it is
+            handed out again, and traces)
+streams     ``record_stream`` alone; the pair of calls on a batch of 64 with a stream recorded, that
+            has ended; and without one, while other freed batches wait for a stream
+leaks       ``leaks()`` over live batches of 8 blocks, without and with tracing
+==========  ======================================================================================
+
+Times are of the host, in microseconds; streams are stand-ins, whose events cost nothing. Ratios are
+medians over rounds.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import importlib.metadata
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,20 +44,22 @@ from typing import Any
 import torch
 from _report import (
     Measure,
+    Samples,
     describe_machine,
     make_console,
-    on_the_host,
     parse_common,
     pyplot,
     time_in_rounds,
     write_json,
 )
-from bench_address_manager import PEER, Row, compared, print_times
+from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from kvheap import (
     AdHocMemoryAllocator,
     GPUMemoryAllocator,
+    HeapOptions,
     HostMemoryAllocator,
     LazyMemoryAllocator,
     MixedMemoryAllocator,
@@ -54,270 +68,518 @@ from kvheap import (
     TensorMemoryAllocator,
 )
 
+PEER = "LMCache"
+BLOCK = torch.Size([4096])
 BLOCK_BYTES = 4096
-SHAPE = torch.Size([BLOCK_BYTES])
-HEAP_BYTES = 64 << 20
-PAGES = 100_000
-OPTION_BLOCKS = 64
-LIVE_BATCHES = 10_000
+BATCH = 64
+TRACE_FRAMES = 4
+LEAK_BLOCKS = 8
 
+Row = dict[str, Any]
 Make = Callable[[], Any]
 
 
-class PassedStream:
-    """A stream whose work has always ended."""
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured."""
 
-    def record_event(self) -> PassedStream:
-        """Itself: it is its own event."""
+    blocks: tuple[int, ...]
+    pages: int
+    pairs: int
+    waiting: tuple[int, ...]
+    batches: int
+    rounds: int
+    slow_rounds: int
+    """Of the paged allocators, of which LMCache makes one object for each page."""
+
+    @classmethod
+    def of(cls, quick: bool) -> Scale:
+        """What takes a minute, or a few seconds."""
+        if quick:
+            return cls((64, 1_024), 10_000, 100, (0, 100), 1_000, 3, 3)
+        return cls((64, 1_024, 16_384), 100_000, 500, (0, 100, 1_000), 10_000, 15, 5)
+
+
+# -- life ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One allocator by kvheap, and by LMCache where it has one that can be made here."""
+
+    name: str
+    make: Make
+    peer: Make | None
+
+    def rounds(self, scale: Scale) -> int:
+        """How many lives of it are timed."""
+        return scale.slow_rounds if self.name.startswith("Paged") else scale.rounds
+
+
+def find_peer(name: str, module: str) -> Any | None:
+    """LMCache's class; None where LMCache, or a module that its import asks for, is missing."""
+    try:
+        return getattr(importlib.import_module(f"lmcache.v1.memory_allocators.{module}"), name)
+    except ImportError:
+        return None
+
+
+def peer_version() -> str | None:
+    if find_peer("TensorMemoryAllocator", "tensor_memory_allocator") is None:
+        return None
+    return importlib.metadata.version("lmcache")
+
+
+def subject(name: str, module: str, make: Make, *peer_arguments: Any) -> Subject:
+    """An allocator, with a peer only where that runs on this machine."""
+    peer = find_peer(name, module)
+    if peer is None:
+        return Subject(name, make, None)
+    peer_make = partial(peer, *peer_arguments)
+    try:
+        peer_make().close()
+    except RuntimeError:  # it needs a device that is not there
+        return Subject(name, make, None)
+    return Subject(name, make, peer_make)
+
+
+def find_subjects(scale: Scale) -> list[Subject]:
+    """All allocators."""
+    size = scale.blocks[-1] * BLOCK_BYTES
+    buffer = torch.empty(size, dtype=torch.uint8)
+    pages = torch.empty(scale.pages * BLOCK_BYTES, dtype=torch.uint8)
+    page = (pages, [BLOCK], [torch.uint8])
+    return [
+        subject(
+            "TensorMemoryAllocator",
+            "tensor_memory_allocator",
+            lambda: TensorMemoryAllocator(buffer),
+            buffer,
+        ),
+        subject(
+            "PagedTensorMemoryAllocator",
+            "paged_tensor_memory_allocator",
+            lambda: PagedTensorMemoryAllocator(*page),
+            *page,
+        ),
+        subject(
+            "GPUMemoryAllocator",
+            "gpu_memory_allocator",
+            lambda: GPUMemoryAllocator(size, allow_cpu=True),
+            size,
+        ),
+        subject(
+            "HostMemoryAllocator",
+            "host_memory_allocator",
+            lambda: HostMemoryAllocator(size),
+            size,
+        ),
+        subject(
+            "PinMemoryAllocator",
+            "pin_memory_allocator",
+            lambda: PinMemoryAllocator(size, allow_unpinned=True),
+            size,
+        ),
+        subject(
+            "MixedMemoryAllocator",
+            "mixed_memory_allocator",
+            lambda: MixedMemoryAllocator(PinMemoryAllocator(size, allow_unpinned=True)),
+            size,
+        ),
+        subject(
+            "LazyMemoryAllocator",
+            "lazy_memory_allocator",
+            lambda: LazyMemoryAllocator(size, 2 * size, pin="no"),
+            size,
+            2 * size,
+        ),
+        subject("AdHocMemoryAllocator", "ad_hoc_memory_allocator", AdHocMemoryAllocator),
+    ]
+
+
+class Life:
+    """Lives of one allocator: each round makes one, uses it and closes it."""
+
+    def __init__(self, make: Make, scale: Scale) -> None:
+        self.make = make
+        self.scale = scale
+        self.microseconds: dict[str, float] = {}
+
+    def live(self) -> None:
+        """Take the times of one life."""
+        allocator = self._timed("construct", self.make)
+        self._pairs(allocator)
+        for num_blocks in self.scale.blocks:
+            with suppress(NotImplementedError):
+                self._batch(allocator, num_blocks)
+        self._timed("close", allocator.close)
+
+    def _pairs(self, allocator: Any) -> None:
+        allocate, free = allocator.allocate, allocator.free
+        free(allocate(BLOCK, torch.uint8))
+        start = time.perf_counter()
+        for _ in range(self.scale.pairs):
+            free(allocate(BLOCK, torch.uint8))
+        elapsed = (time.perf_counter() - start) * 1e6
+        self.microseconds["allocate + free"] = elapsed / self.scale.pairs
+
+    def _batch(self, allocator: Any, num_blocks: int) -> None:
+        """The second of two: the first also pays for what any batch pays for once."""
+        for _ in range(2):
+            batch = self._timed(
+                f"batched_allocate {num_blocks:,}",
+                lambda: allocator.batched_allocate(BLOCK, torch.uint8, num_blocks),
+            )
+            self._timed(
+                f"batched_free {num_blocks:,}", lambda batch=batch: allocator.batched_free(batch)
+            )
+            del batch
+
+    def _timed(self, operation: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = call()
+        self.microseconds[operation] = (time.perf_counter() - start) * 1e6
+        return result
+
+
+def measure_life(scale: Scale, subject: Subject) -> list[Row]:
+    lives = {"kvheap": Life(subject.make, scale)}
+    if subject.peer is not None:
+        lives[PEER] = Life(subject.peer, scale)
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in lives}
+    for round_number in range(subject.rounds(scale) + 1):
+        for name, life in lives.items():
+            life.live()
+            if round_number:
+                taken[name].append(dict(life.microseconds))
+    rows = []
+    for operation in taken["kvheap"][0]:
+        of_operation = {
+            name: Samples(tuple(times[operation] for times in rounds))
+            for name, rounds in taken.items()
+            if operation in rounds[0]
+        }
+        rows.append({"allocator": subject.name, "operation": operation} | compared(of_operation))
+    return rows
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+OPTIONS: dict[str, HeapOptions] = {
+    "plain": {"debug": False},
+    f"trace_frames={TRACE_FRAMES}": {"debug": False, "trace_frames": TRACE_FRAMES},
+    "scrub": {"debug": False, "scrub": True},
+    "debug": {"debug": True},
+}
+
+
+def small_heap(options: HeapOptions) -> TensorMemoryAllocator:
+    """Room for two batches, in memory that is touched already."""
+    return TensorMemoryAllocator(torch.zeros(2 * BATCH * BLOCK_BYTES, dtype=torch.uint8), **options)
+
+
+def one_block(heap: TensorMemoryAllocator) -> None:
+    obj = heap.allocate(BLOCK, torch.uint8)
+    assert obj is not None
+    heap.free(obj)
+
+
+def one_batch(heap: TensorMemoryAllocator) -> None:
+    batch = heap.batched_allocate(BLOCK, torch.uint8, BATCH)
+    assert batch is not None
+    heap.batched_free(batch)
+
+
+def repeated(call: Callable[[], object], times: int) -> Measure:
+    """Wall-clock time of the mean call."""
+
+    def measure() -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - start) * 1e6 / times
+
+    return measure
+
+
+def measure_options(scale: Scale) -> list[Row]:
+    rows = []
+    for title, pair in (("one block", one_block), (f"a batch of {BATCH}", one_batch)):
+        measures = {
+            name: repeated(partial(pair, small_heap(options)), scale.pairs)
+            for name, options in OPTIONS.items()
+        }
+        samples = time_in_rounds(measures, scale.rounds)
+        rows += against_first({"allocate + free": title}, samples)
+    return rows
+
+
+# -- streams and leaks -----------------------------------------------------------------------------
+
+
+class FakeStream:
+    """A stream and its only event."""
+
+    def __init__(self, has_ended: bool) -> None:
+        self.has_ended = has_ended
+
+    def record_event(self) -> FakeStream:
+        """The event."""
         return self
 
     def query(self) -> bool:
         """Whether the work has ended."""
-        return True
+        return self.has_ended
 
 
-def makers(num_bytes: int) -> dict[str, Make]:
-    """How each of kvheap's allocators is made; without CUDA where torch sees none."""
-    buffer = torch.empty(num_bytes, dtype=torch.uint8)
-    return {
-        "TensorMemoryAllocator": lambda: TensorMemoryAllocator(buffer),
-        "PagedTensorMemoryAllocator": lambda: PagedTensorMemoryAllocator(
-            buffer, SHAPE, torch.uint8
-        ),
-        "GPUMemoryAllocator": lambda: GPUMemoryAllocator(num_bytes, "cpu"),
-        "HostMemoryAllocator": lambda: HostMemoryAllocator(num_bytes),
-        "PinMemoryAllocator": lambda: PinMemoryAllocator(num_bytes, allow_unpinned=True),
-        "MixedMemoryAllocator": lambda: MixedMemoryAllocator(HostMemoryAllocator(num_bytes)),
-        "LazyMemoryAllocator": lambda: LazyMemoryAllocator(16 << 20, num_bytes, pin="no"),
-        "AdHocMemoryAllocator": AdHocMemoryAllocator,
-    }
+def heap_with_waiting(num_waiting: int, stream: FakeStream) -> TensorMemoryAllocator:
+    """A heap in which so many freed blocks, each a release of its own, wait for a stream."""
+    size = (num_waiting + 2 * BATCH) * BLOCK_BYTES
+    heap = TensorMemoryAllocator(torch.empty(size, dtype=torch.uint8), debug=False)
+    blocks = [heap.allocate(BLOCK, torch.uint8) for _ in range(num_waiting)]
+    for block in blocks:
+        assert block is not None
+        block.record_stream(stream)
+        heap.free(block)
+    return heap
 
 
-def peer_makers(num_bytes: int) -> dict[str, Make]:
-    """The same of LMCache's: those that can be made on a CPU. Empty without LMCache."""
-    try:
-        folder = "lmcache.v1.memory_allocators"
-        kinds = {
-            name: getattr(importlib.import_module(f"{folder}.{module}"), name)
-            for name, module in {
-                "TensorMemoryAllocator": "tensor_memory_allocator",
-                "PagedTensorMemoryAllocator": "paged_tensor_memory_allocator",
-                "HostMemoryAllocator": "host_memory_allocator",
-                "PinMemoryAllocator": "pin_memory_allocator",
-                "MixedMemoryAllocator": "mixed_memory_allocator",
-            }.items()
-        }
-    except ImportError:
-        return {}
-    buffer = torch.empty(num_bytes, dtype=torch.uint8)
-    found: dict[str, Make] = {
-        "TensorMemoryAllocator": lambda: kinds["TensorMemoryAllocator"](buffer),
-        "PagedTensorMemoryAllocator": lambda: kinds["PagedTensorMemoryAllocator"](
-            buffer, [SHAPE], [torch.uint8]
-        ),
-    }
-    for name in ("HostMemoryAllocator", "PinMemoryAllocator", "MixedMemoryAllocator"):
-        found[name] = lambda name=name: kinds[name](num_bytes)
-    return {name: make for name, make in found.items() if can_be_made(make)}
+def measure_streams(scale: Scale) -> list[Row]:
+    ended, working = FakeStream(True), FakeStream(False)
+    heap = small_heap(OPTIONS["plain"])
 
-
-def can_be_made(make: Make) -> bool:
-    try:
-        make().close()
-    except Exception:
-        return False
-    return True
-
-
-def sides(name: str, num_bytes: int) -> dict[str, Make]:
-    """Makers, kvheap's and LMCache's, of allocator; LMCache's where there is one."""
-    found = {"kvheap": makers(num_bytes)[name]}
-    peer = peer_makers(num_bytes).get(name)
-    return found | ({PEER: peer} if peer is not None else {})
-
-
-def measure_construct(name: str, rounds: int) -> list[Row]:
-    is_paged = name.startswith("Paged")
-    num_bytes = PAGES * BLOCK_BYTES if is_paged else HEAP_BYTES
-
-    def timed(make: Make) -> Measure:
-        def measure() -> float:
-            start = time.perf_counter()
-            allocator = make()
-            spent = time.perf_counter() - start
-            allocator.close()
-            return spent * 1e6
-
-        return measure
-
-    measures = {side: timed(make) for side, make in sides(name, num_bytes).items()}
-    times = compared(time_in_rounds(measures, 3 if is_paged else rounds))
-    return [{"operation": name, "MiB": num_bytes >> 20} | times]
-
-
-def measure_single(name: str, rounds: int) -> list[Row]:
-    def pair(allocator: Any) -> Callable[[], object]:
-        return lambda: allocator.free(allocator.allocate(SHAPE, torch.uint8))
-
-    made = {side: make() for side, make in sides(name, HEAP_BYTES).items()}
-    measures = {side: on_the_host([pair(allocator)] * 200) for side, allocator in made.items()}
-    row = {"operation": name} | compared(time_in_rounds(measures, rounds))
-    for allocator in made.values():
-        allocator.close()
-    return [row]
-
-
-class BatchTimer:
-    """Allocates a batch and frees it; both times, each in its own measure."""
-
-    def __init__(self, make: Make, num_blocks: int) -> None:
-        self.allocator = make()
-        self.num_blocks = num_blocks
-        self.free_us = 0.0
-
-    def allocate(self) -> float:
-        """Time of the allocation, the second of two."""
-        for _ in range(2):
-            start = time.perf_counter()
-            batch = self.allocator.batched_allocate(SHAPE, torch.uint8, self.num_blocks)
-            allocated = time.perf_counter()
-            self.allocator.batched_free(batch)
-            self.free_us = (time.perf_counter() - allocated) * 1e6
-        return (allocated - start) * 1e6
-
-    def free(self) -> float:
-        """Of the last :meth:`allocate`, which each round calls before."""
-        return self.free_us
-
-
-def measure_batch(name: str, num_blocks: int, rounds: int) -> tuple[list[Row], list[Row]]:
-    timers = {side: BatchTimer(make, num_blocks) for side, make in sides(name, HEAP_BYTES).items()}
-    measures: dict[str, Measure] = {}
-    for side, timer in timers.items():
-        if name.startswith("Lazy"):
-            timer.allocator.wait_until_grown()
-        measures[side] = timer.allocate
-        measures[f"{side} free"] = timer.free
-    samples = time_in_rounds(measures, rounds)
-    label: Row = {"operation": name, "blocks": num_blocks}
-    allocated = compared({side: samples[side] for side in timers})
-    freed = compared({side: samples[f"{side} free"] for side in timers})
-    for timer in timers.values():
-        timer.allocator.close()
-    return [label | allocated], [label | freed]
-
-
-def measure_options(rounds: int) -> list[Row]:
-    buffers = [torch.zeros(OPTION_BLOCKS * BLOCK_BYTES, dtype=torch.uint8) for _ in range(5)]
-    heaps = {
-        "none": TensorMemoryAllocator(buffers[0]),
-        "trace_frames=4": TensorMemoryAllocator(buffers[1], trace_frames=4),
-        "record_stream": TensorMemoryAllocator(buffers[2]),
-        "scrub": TensorMemoryAllocator(buffers[3], scrub=True),
-        "debug": TensorMemoryAllocator(buffers[4], debug=True),
-    }
-    stream = PassedStream()
-
-    def pair(option: str, heap: TensorMemoryAllocator) -> None:
-        batch = heap.batched_allocate(SHAPE, torch.uint8, OPTION_BLOCKS)
+    def recorded_batch() -> None:
+        batch = heap.batched_allocate(BLOCK, torch.uint8, BATCH)
         assert batch is not None
-        if option == "record_stream":
-            batch.record_stream(stream)
+        batch.record_stream(ended)
         heap.batched_free(batch)
 
     measures = {
-        option: on_the_host([lambda option=option, heap=heap: pair(option, heap)] * 100)
-        for option, heap in heaps.items()
+        f"a batch of {BATCH}": repeated(lambda: one_batch(heap), scale.pairs),
+        "the same, with a stream that has ended": repeated(recorded_batch, scale.pairs),
     }
-    samples = time_in_rounds(measures, rounds)
+    for count in scale.waiting[1:]:
+        busy = heap_with_waiting(count, working)
+        name = f"no stream, while {count:,} others wait"
+        measures[name] = repeated(lambda busy=busy: one_batch(busy), scale.pairs // 10)
+    rows = against_first({}, time_in_rounds(measures, scale.rounds))
+    return [*measure_recording(scale), *rows]
+
+
+def measure_recording(scale: Scale) -> list[Row]:
+    """``record_stream`` alone, each call the first on its block or batch."""
+    heap = TensorMemoryAllocator(
+        torch.empty(scale.pairs * BLOCK_BYTES, dtype=torch.uint8), debug=False
+    )
+    stream = FakeStream(True)
+
+    def record(size: int) -> Measure:
+        def measure() -> float:
+            batches = [
+                heap.batched_allocate(BLOCK, torch.uint8, size) for _ in range(scale.pairs // size)
+            ]
+            start = time.perf_counter()
+            for batch in batches:
+                batch.record_stream(stream)  # type: ignore[union-attr]  # all fit
+            elapsed = (time.perf_counter() - start) * 1e6
+            for batch in batches:
+                heap.batched_free(batch)  # type: ignore[arg-type]
+            return elapsed / len(batches)
+
+        return measure
+
+    measures = {f"record_stream alone, a batch of {size}": record(size) for size in (1, BATCH)}
+    samples = time_in_rounds(measures, scale.rounds)
+    return [{"case": name} | {"kvheap": timing.percentiles()} for name, timing in samples.items()]
+
+
+def heap_with_batches(num_batches: int, trace_frames: int) -> tuple[TensorMemoryAllocator, Any]:
+    size = num_batches * LEAK_BLOCKS * BLOCK_BYTES
+    heap = TensorMemoryAllocator(
+        torch.empty(size, dtype=torch.uint8), debug=False, trace_frames=trace_frames
+    )
+    batches = [heap.batched_allocate(BLOCK, torch.uint8, LEAK_BLOCKS) for _ in range(num_batches)]
+    return heap, batches
+
+
+def measure_leaks(scale: Scale) -> list[Row]:
+    heaps = {
+        f"leaks() of {scale.batches:,} live batches{title}": heap_with_batches(
+            scale.batches, frames
+        )
+        for title, frames in (("", 0), (f", trace_frames={TRACE_FRAMES}", TRACE_FRAMES))
+    }
+    measures = {name: repeated(heap.leaks, 1) for name, (heap, _) in heaps.items()}
+    return against_first({}, time_in_rounds(measures, scale.rounds))
+
+
+# -- report ----------------------------------------------------------------------------------------
+
+
+def compared(samples: Mapping[str, Samples]) -> Row:
+    """Percentiles of each, and the peer's time over kvheap's where there is a peer."""
+    row: Row = {name: timing.percentiles() for name, timing in samples.items()}
+    if PEER in samples:
+        row["times_as_fast"] = round(samples["kvheap"].speed_against(samples[PEER]), 2)
+    return row
+
+
+def against_first(labels: Row, samples: Mapping[str, Samples]) -> list[Row]:
+    """One row for each, with its time over that of the first."""
+    first = next(iter(samples.values()))
     return [
-        {
-            "operation": option,
+        labels
+        | {
+            "case": name,
             "kvheap": timing.percentiles(),
-            "times_as_slow": round(1 / timing.speed_against(samples["none"]), 2),
+            "times_the_first": round(first.speed_against(timing), 2),
         }
-        for option, timing in samples.items()
+        for name, timing in samples.items()
     ]
 
 
-def measure_leaks(rounds: int) -> list[Row]:
-    heap = TensorMemoryAllocator(torch.empty(HEAP_BYTES, dtype=torch.uint8), trace_frames=4)
-    held = [heap.allocate(SHAPE, torch.uint8) for _ in range(LIVE_BATCHES)]
-    samples = time_in_rounds({"kvheap": on_the_host([heap.leaks])}, rounds)
-    return [{"operation": "leaks", "blocks": len(held)} | compared(samples)]
+def per_page(rows: list[Row]) -> list[Row]:
+    """The paged allocator's batches, by page."""
+    found = []
+    for row in rows:
+        name, _, count = row["operation"].partition(" ")
+        if row["allocator"].startswith("Paged") and name.startswith("batched"):
+            pages = int(count.replace(",", ""))
+            values = {
+                who: round(row[who]["p50_us"] / pages, 4) for who in ("kvheap", PEER) if who in row
+            }
+            found.append({"operation": name, "pages": pages} | values)
+    return found
 
 
-def draw(plt: ModuleType, tables: dict[str, list[Row]], machine: Row, path: Path) -> None:
-    """Bars of a single block, and lines over the blocks of a batch; logarithmic."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
-    names = [row["operation"] for row in tables["single"]]
-    for offset, side, color in ((-0.2, "kvheap", "tab:blue"), (0.2, PEER, "tab:orange")):
-        found = [(i, row[side]["p50_us"]) for i, row in enumerate(tables["single"]) if side in row]
-        places = [i + offset for i, _ in found]
-        left.barh(places, [us for _, us in found], height=0.38, color=color, label=side)
-        for table, style in (("allocate", "-"), ("free", "--")):
-            for number, name in enumerate(("TensorMemoryAllocator", "PagedTensorMemoryAllocator")):
-                rows = [r for r in tables[table] if r["operation"] == name and side in r]
-                label = f"{side}: {name.removesuffix('MemoryAllocator')} {table}"
-                points = [(row["blocks"], row[side]["p50_us"]) for row in rows]
-                if points:
-                    marker = "os"[number]
-                    xs, ys = zip(*points, strict=True)
-                    right.plot(xs, ys, style, marker=marker, color=color, label=label)
-    left.set_yticks(range(len(names)), [name.removesuffix("MemoryAllocator") for name in names])
-    left.invert_yaxis()
-    left.set_title("allocate + free of one block")
-    left.set_xlabel("microseconds of the host")
-    left.legend()
-    right.set_title("one batch")
-    right.set_xscale("log")
-    right.set_yscale("log")
-    right.set_xlabel("blocks in the batch")
-    right.set_ylabel("microseconds of the host")
-    right.legend(fontsize=7)
+def print_life(console: Console, rows: list[Row]) -> None:
+    table = Table(title="An allocator's life, us")
+    for name in ("allocator", "operation", "kvheap", PEER, "ratio"):
+        table.add_column(name, justify="left" if name in ("allocator", "operation") else "right")
+    last = None
+    for row in rows:
+        cells = [row["allocator"] if row["allocator"] != last else "", row["operation"]]
+        cells.append(f"{row['kvheap']['p50_us']:,.2f}")
+        cells.append(f"{row[PEER]['p50_us']:,.2f}" if PEER in row else "")
+        cells.append(f"{row['times_as_fast']:,.1f}x" if PEER in row else "")
+        if last is not None and row["allocator"] != last:
+            table.add_section()
+        table.add_row(*cells)
+        last = row["allocator"]
+    console.print(table)
+
+
+def print_plain(console: Console, title: str, rows: list[Row]) -> None:
+    """Any rows; of percentiles the median, in us."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title)
+    for key in keys:
+        is_text = isinstance(rows[0].get(key), str)
+        table.add_column(key.replace("_", " "), justify="left" if is_text else "right")
+    for row in rows:
+        cells = [row.get(key, "") for key in keys]
+        table.add_row(*(cell if isinstance(cell, str) else figure(cell) for cell in cells))
+    console.print(table)
+
+
+def figure(value: Any) -> str:
+    return f"{value['p50_us']:,.2f}" if isinstance(value, dict) else f"{value:,}"
+
+
+def draw(plt: ModuleType, tables: dict[str, Any], machine: dict[str, Any], path: Path) -> None:
+    """One life of each allocator, by operation; and the pairs of calls under each option."""
+    picture, (left, right) = plt.subplots(1, 2, figsize=(14, 6), width_ratios=(3, 1))
+    draw_life(left, tables["life"])
+    draw_options(right, tables["options"])
     for panel in (left, right):
-        panel.grid(alpha=0.3)
-    figure.suptitle(f"Allocators, {machine['device']}, {machine['date'][:10]}", fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        panel.set_yscale("log")
+        panel.set_ylim(bottom=1)
+        panel.set_ylabel("microseconds of the host")
+        panel.grid(alpha=0.3, axis="y")
+        panel.legend()
+    picture.suptitle(f"Allocators, {machine['device']}, {machine['date'][:10]}", fontsize=11)
+    picture.tight_layout()
+    picture.savefig(path, dpi=120)
+    plt.close(picture)
+
+
+def draw_life(panel: Any, rows: list[Row]) -> None:
+    """Construction, and the largest batch in and out, side by side for each allocator."""
+    operations = [row["operation"] for row in rows if row["operation"].startswith("batched")]
+    size = operations[-1].partition(" ")[2]
+    shown = {
+        "construct": "construct",
+        f"batched_allocate {size}": f"allocate {size}",
+        f"batched_free {size}": f"free {size}",
+    }
+    names = list(dict.fromkeys(row["allocator"] for row in rows))
+    labels: dict[float, str] = {}
+    for row in rows:
+        if row["operation"] not in shown:
+            continue
+        place = 4.0 * names.index(row["allocator"]) + list(shown).index(row["operation"])
+        labels[place] = shown[row["operation"]]
+        for who, color, shift in (("kvheap", "tab:blue", -0.2), (PEER, "tab:orange", 0.2)):
+            if who in row:
+                panel.bar(place + shift, row[who]["p50_us"], 0.4, color=color)
+    for who, color in (("kvheap", "tab:blue"), (PEER, "tab:orange")):
+        if any(who in row for row in rows):
+            panel.bar(0, 0, color=color, label=who)
+    panel.set_xticks(list(labels), list(labels.values()), rotation=90, fontsize=8)
+    for number, name in enumerate(names):
+        title = name.removesuffix("MemoryAllocator")
+        panel.text(
+            4.0 * number + 1, 1.01, title, transform=panel.get_xaxis_transform(), ha="center"
+        )
+
+
+def draw_options(panel: Any, rows: list[Row]) -> None:
+    titles = list(dict.fromkeys(row["allocate + free"] for row in rows))
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    looks = zip(titles, (-0.2, 0.2), ("tab:blue", "tab:cyan"), strict=True)
+    for title, shift, color in looks:
+        heights = [row["kvheap"]["p50_us"] for row in rows if row["allocate + free"] == title]
+        places = [number + shift for number in range(len(names))]
+        bars = panel.bar(places, heights, 0.4, label=title, color=color)
+        panel.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=8)
+    panel.set_xticks(range(len(names)), names, rotation=30, fontsize=8)
+    panel.set_title("TensorMemoryAllocator: allocate + free\nof blocks of 4 KiB", fontsize=10)
 
 
 def main() -> None:
     arguments = parse_common(__doc__.splitlines()[0])
-    logging.disable(logging.WARNING)  # LMCache logs a line for much of what it does
-    console, rounds = make_console(), 5 if arguments.quick else 11
-    batches = (64, 1_024) if arguments.quick else (64, 1_024, 16_384)
+    console, scale = make_console(), Scale.of(arguments.quick)
+    logging.disable(logging.WARNING)  # LMCache logs a line for every allocator
+    version = peer_version()
     machine = describe_machine(torch.device("cpu"))
-    has_peer = bool(peer_makers(1 << 20))
+    machine["versions"]["lmcache"] = version
     console.print(f"{machine['device']}, {machine['versions']}")
-    if not has_peer:
+    if version is None:
         console.print("lmcache is not installed: kvheap's figures stand alone")
-    tables: dict[str, list[Row]] = {"construct": [], "single": [], "allocate": [], "free": []}
-    for name in track(makers(1 << 20), "measuring", console=console, transient=True):
-        tables["construct"] += measure_construct(name, rounds)
-        tables["single"] += measure_single(name, rounds)
-        for num_blocks in batches:
-            allocated, freed = measure_batch(name, num_blocks, rounds)
-            tables["allocate"] += allocated
-            tables["free"] += freed
+    cases: list[tuple[str, Callable[[], list[Row]]]] = [
+        *(("life", lambda s=s: measure_life(scale, s)) for s in find_subjects(scale)),
+        ("options", lambda: measure_options(scale)),
+        ("streams", lambda: measure_streams(scale)),
+        ("leaks", lambda: measure_leaks(scale)),
+    ]
+    tables: dict[str, Any] = {}
+    for name, measure in track(cases, "measuring", console=console, transient=True):
+        tables.setdefault(name, []).extend(measure())
         gc.collect()
-    tables["options"] = measure_options(rounds)
-    tables["leaks"] = measure_leaks(rounds)
-    print_times(console, "make an allocator, us", tables["construct"])
-    print_times(console, "allocate + free one block of 4 KiB, us", tables["single"])
-    print_times(console, "batched_allocate of N blocks of 4 KiB, us", tables["allocate"])
-    print_times(console, "batched_free of the same, us", tables["free"])
-    for row in tables["options"]:
-        microseconds, factor = row["kvheap"]["p50_us"], row["times_as_slow"]
-        console.print(f"{OPTION_BLOCKS} blocks, {row['operation']}: {microseconds} us, {factor}x")
-    print_times(console, "leaks(), us", tables["leaks"])
+    tables["per_page"] = per_page(tables["life"])
+    print_life(console, tables["life"])
+    print_plain(console, f"us for each of {scale.pages:,} pages", tables["per_page"])
+    print_plain(console, "allocate + free with options, blocks of 4 KiB, us", tables["options"])
+    print_plain(console, "streams: allocate + free, us", tables["streams"])
+    print_plain(console, "leaks, us", tables["leaks"])
     configuration = {
         "quick": arguments.quick,
-        "rounds": rounds,
+        "rounds": scale.rounds,
+        "rounds_paged": scale.slow_rounds,
         "block_bytes": BLOCK_BYTES,
+        "pages": scale.pages,
         "times_as_fast": "median over rounds of the peer's time over kvheap's",
-        "times_as_slow": "median over rounds of the time over that without options",
+        "times_the_first": "median over rounds of the time over that of the table's first row",
     }
     path = write_json(arguments.out, "allocators", machine, configuration, tables)
     console.print(f"wrote {path}")

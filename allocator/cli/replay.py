@@ -165,7 +165,7 @@ def _allocator(heap_bytes: int, device: torch.device) -> TensorMemoryAllocator:
     except RuntimeError as error:  # torch's out-of-memory errors
         reason = str(error).splitlines()[0]
         raise CommandError(f"{device} has no room for {heap_bytes} bytes: {reason}") from None
-    return TensorMemoryAllocator(buffer)
+    return TensorMemoryAllocator(buffer, on_full=None)  # full is what a cache is
 
 
 def _replay(replay: Replay, requests: Sequence[Request], num_samples: int) -> float:

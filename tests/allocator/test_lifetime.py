@@ -368,6 +368,17 @@ class TestLeaks:
         obj.unpin()
         heap.free(obj)
 
+    def test_a_lease_that_has_ended_keeps_nothing(self) -> None:
+        heap = heap_of(4)
+        for _ in range(300):
+            batch = take(heap, 4)
+            lease = batch[0].pin(ttl=3600)
+            assert lease.release()
+            del batch
+            gc.collect(0)
+        assert allocated_pages(heap) == 0
+        assert len(heap.lifetime._leases) < 200
+
 
 class TestFull:
     def test_one_report_says_who_holds_what(self) -> None:
@@ -558,6 +569,76 @@ class TestStreams:
         assert heap.allocate([PAGE], torch.uint8) is None
         assert time.monotonic() - start >= 0.2
         threading.Timer(0.05, stream.finish).start()
+        assert heap.allocate([PAGE], torch.uint8) is not None
+
+    def test_who_finds_another_thread_reclaiming_waits_for_it(self) -> None:
+        heap = heap_of(1, stream_wait_s=10.0)
+        asked, answer = threading.Event(), threading.Event()
+
+        class SlowEvent(FakeEvent):
+            def query(self) -> bool:
+                asked.set()
+                return answer.wait(10)
+
+        class SlowStream(FakeStream):
+            def record_event(self) -> FakeEvent:
+                return SlowEvent(self)
+
+        batch = take(heap, 1)
+        batch.record_stream(SlowStream())
+        heap.batched_free(batch)
+        settler = threading.Thread(target=heap.stats)
+        settler.start()
+        assert asked.wait(10)
+        assert heap.lifetime.pending_bytes == PAGE
+        threading.Timer(0.05, answer.set).start()
+        assert heap.allocate([PAGE], torch.uint8) is not None
+        settler.join()
+
+    def test_operations_look_at_few_of_many_pending_frees(self) -> None:
+        queries = 0
+
+        class CountedEvent(FakeEvent):
+            def query(self) -> bool:
+                nonlocal queries
+                queries += 1
+                return super().query()
+
+        class CountedStream(FakeStream):
+            def record_event(self) -> FakeEvent:
+                return CountedEvent(self)
+
+        heap = heap_of(512, stream_wait_s=0.0)
+        stream = CountedStream()
+        stream.submit()
+        for _ in range(200):
+            batch = take(heap, 1)
+            batch.record_stream(stream)
+            heap.batched_free(batch)
+        queries = 0
+        heap.batched_free(take(heap, 1))
+        assert queries <= 16
+        stream.finish()
+        assert len(take(heap, 512)) == 512  # needs them all, and asks them all
+
+    def test_an_event_that_cannot_be_asked_keeps_its_bytes_in_sight(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class BrokenEvent(FakeEvent):
+            def query(self) -> bool:
+                raise RuntimeError("device lost")
+
+        class LostStream(FakeStream):
+            def record_event(self) -> FakeEvent:
+                return BrokenEvent(self)
+
+        heap = heap_of(2, stream_wait_s=0.0)
+        batch = take(heap, 1)
+        batch.record_stream(LostStream())
+        heap.batched_free(batch)
+        assert heap.stats().pending_bytes == PAGE
+        assert "device lost" in caplog.text
+        assert heap.allocate([2 * PAGE], torch.uint8) is None
         assert heap.allocate([PAGE], torch.uint8) is not None
 
     def test_a_stream_that_is_gone_frees_nothing(self) -> None:
