@@ -60,14 +60,14 @@ class BlockLayout:
             return _single(_size(shapes), dtypes, fmt)
         if not isinstance(dtypes, Sequence):
             raise TypeError(f"dtype must be a torch.dtype or a list of them, got {dtypes!r}")
-        if isinstance(shapes, torch.Size):
-            shapes = [shapes]
-        if len(shapes) != len(dtypes) or not len(dtypes):
+        is_one_shape = len(shapes) and not isinstance(shapes[0], Sequence)
+        sizes = [_size(shapes)] if is_one_shape else [_size(shape) for shape in shapes]
+        if len(sizes) != len(dtypes) or not len(dtypes):
             raise ValueError(
                 f"a block needs as many shapes as dtypes, and at least one, got "
-                f"{len(shapes)} and {len(dtypes)}"
+                f"{len(sizes)} and {len(dtypes)}"
             )
-        return _several(tuple(map(_size, shapes)), tuple(dtypes), fmt)
+        return _several(tuple(sizes), tuple(dtypes), fmt)
 
     @property
     def size_bytes(self) -> int:
