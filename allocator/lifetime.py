@@ -262,6 +262,7 @@ class Lifetime:
         self._dropped: deque[tuple[Release, tuple[Stream, ...]]] = deque()
         self._pending: deque[Release] = deque()
         self._in_hand: Release | None = None
+        self._told_of_lost_events = False
         self._leases: list[tuple[float, int, Lease]] = []
         self._prune_leases_at = 64
         self._lease_number = itertools.count()
@@ -354,19 +355,22 @@ class Lifetime:
             finally:
                 if not ended:
                     self._pending.append(release)
+                    self._in_hand = None
             if ended:
                 self._give_back(release)
+                self._in_hand = None
                 found = True
-            self._in_hand = None
         return found
 
     def _has_ended(self, release: Release) -> bool:
         try:
             return release.ended
-        except Exception:  # bytes of which nobody knows are nobody's
-            logging.getLogger("kvheap").exception(
-                "cannot tell whether a stream has done with %d freed bytes", release.num_bytes
-            )
+        except Exception:  # bytes of which nobody knows are nobody's; said once, not at every look
+            if not self._told_of_lost_events:
+                self._told_of_lost_events = True
+                logging.getLogger("kvheap").exception(
+                    "cannot tell whether a stream has done with %d freed bytes", release.num_bytes
+                )
             return False
 
     def _expire_leases(self) -> bool:
