@@ -37,7 +37,21 @@ PIECE_BYTES = 64 << 30
 last block before a boundary wastes is nothing."""
 
 
-class HostMemoryAllocator(TensorMemoryAllocator):
+class HostHeap(TensorMemoryAllocator):
+    """A heap whose bytes are a :class:`~kvheap.host_memory.HostBuffer`; the base of those here."""
+
+    host_buffer: HostBuffer
+    """Where the bytes are; closed with the heap."""
+
+    def _pinned_bytes(self) -> int:
+        return self.host_buffer.pinned_bytes
+
+    def _close(self) -> None:
+        super()._close()
+        self.host_buffer.close()
+
+
+class HostMemoryAllocator(HostHeap):
     """A heap in host memory that is not pinned, or shared with other processes.
 
     Args:
@@ -75,7 +89,6 @@ class HostMemoryAllocator(TensorMemoryAllocator):
         if host_buffer is None:
             host_buffer = _reserve(size, align_bytes, huge_pages, numa_node, shared)
         self.host_buffer = host_buffer
-        """Where the bytes are."""
         try:
             if populate:
                 host_buffer.populate(0, size)
@@ -84,15 +97,8 @@ class HostMemoryAllocator(TensorMemoryAllocator):
             host_buffer.close()
             raise
 
-    def _pinned_bytes(self) -> int:
-        return self.host_buffer.pinned_bytes
 
-    def _close(self) -> None:
-        super()._close()
-        self.host_buffer.close()
-
-
-class PinMemoryAllocator(TensorMemoryAllocator):
+class PinMemoryAllocator(HostHeap):
     """A heap in pinned host memory.
 
     Args:
@@ -129,7 +135,6 @@ class PinMemoryAllocator(TensorMemoryAllocator):
         **options: Unpack[HeapOptions],
     ) -> None:
         self.host_buffer = _reserve(size, align_bytes, huge_pages, numa_node, shared=False)
-        """Where the bytes are."""
         try:
             manager, granule = empty_address_space(align_bytes, options.get("page_layout"))
             piece_bytes = max(piece_bytes // granule, 1) * granule
@@ -147,13 +152,6 @@ class PinMemoryAllocator(TensorMemoryAllocator):
         except BaseException:
             self.host_buffer.close()
             raise
-
-    def _pinned_bytes(self) -> int:
-        return self.host_buffer.pinned_bytes
-
-    def _close(self) -> None:
-        super()._close()
-        self.host_buffer.close()
 
 
 class MixedMemoryAllocator(MemoryAllocatorInterface):

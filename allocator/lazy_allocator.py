@@ -14,10 +14,9 @@ import torch
 
 from kvheap.address_manager import AddressManager, as_integer
 from kvheap.growth import BackgroundGrowth, GrowthProgress
-from kvheap.host_allocators import empty_address_space
+from kvheap.host_allocators import HostHeap, empty_address_space
 from kvheap.host_memory import HostBuffer, HugePages
 from kvheap.host_registration import CudaHostRegistrar, HostRegistrar
-from kvheap.tensor_allocator import TensorMemoryAllocator
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,7 +39,7 @@ two threads, by how much the hypervisor had to find (2-core AMD EPYC)."""
 Pinning = Literal["required", "if possible", "no"]
 
 
-class LazyMemoryAllocator(TensorMemoryAllocator):
+class LazyMemoryAllocator(HostHeap):
     """A heap in host memory that grows to ``final_size`` by itself.
 
     Args:
@@ -104,7 +103,6 @@ class LazyMemoryAllocator(TensorMemoryAllocator):
         self.host_buffer = HostBuffer(
             final_size, align_bytes=align_bytes, huge_pages=huge_pages, numa_node=numa_node
         )
-        """Where the bytes are."""
         try:
             self._commit(0, init_size)
             manager.sbrk(init_size)
@@ -149,10 +147,6 @@ class LazyMemoryAllocator(TensorMemoryAllocator):
         # Apart from the piece before: CUDA copies no range that straddles two registrations.
         self.address_manager.sbrk(num_bytes, new_segment=self._pin != "no")
 
-    def _pinned_bytes(self) -> int:
-        return self.host_buffer.pinned_bytes
-
     def _close(self) -> None:
         self._growth.stop()
         super()._close()
-        self.host_buffer.close()
