@@ -506,10 +506,11 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
     def _close(self) -> None:
         while self.lifetime.wait_for_streams(CLOSE_WAIT_S):
             continue
-        if self.lifetime.pending_bytes:
+        if self.lifetime.pending_bytes or not self.lifetime.wait_for_live(CLOSE_WAIT_S):
             raise RuntimeError(
-                f"a stream has not ended its work on {self.lifetime.pending_bytes} freed bytes in "
-                f"{CLOSE_WAIT_S:g} s: the buffers are not released"
+                f"a stream has not ended its work on this heap in {CLOSE_WAIT_S:g} s "
+                f"({self.lifetime.pending_bytes} of its bytes are freed): the buffers are not "
+                f"released"
             )
         self._segments = []
 

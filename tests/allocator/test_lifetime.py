@@ -356,6 +356,20 @@ class TestLeaks:
         assert heap.allocate([PAGE], torch.uint8) is not None
         assert not obj.is_valid()
 
+    def test_an_expired_lease_on_a_stream_that_is_gone_disturbs_nobody(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        heap = heap_of(2)
+        batch = take(heap, 1)
+        batch[0].record_stream(BrokenStream())
+        batch[0].pin(ttl=0.001)
+        batch[0].ref_count_down()
+        time.sleep(0.01)
+        assert heap.allocate([PAGE], torch.uint8) is not None
+        assert heap.stats().expired_leases == 1
+        assert "stays allocated" in caplog.text
+        assert heap.leaks()[0].num_blocks == 1
+
     def test_a_lease_may_end_early(self) -> None:
         heap = heap_of(1)
         obj = take(heap, 1)[0]
@@ -681,6 +695,24 @@ class TestStreams:
         heap.batched_free(batch)
         threading.Timer(0.05, stream.finish).start()
         heap.close()
+        assert stream.done == 1
+
+    def test_closing_waits_for_streams_on_live_blocks_too(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stream = FakeStream()
+        stream.submit()
+        heaps = [heap_of(2), heap_of(2)]
+        batches = [take(heap, 2) for heap in heaps]
+        for batch in batches:
+            batch[1].record_stream(stream)
+        monkeypatch.setattr("kvheap.tensor_allocator.CLOSE_WAIT_S", 0.05)
+        with pytest.raises(RuntimeError, match="the buffers are not released"):
+            heaps[0].close()
+        assert heaps[0]._segments
+        threading.Timer(0.02, stream.finish).start()
+        monkeypatch.setattr("kvheap.tensor_allocator.CLOSE_WAIT_S", 10.0)
+        heaps[1].close()
         assert stream.done == 1
 
     @pytest.mark.gpu
