@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from kvheap.host_allocators import PinMemoryAllocator as PinMemoryAllocator
     from kvheap.host_memory import HostBuffer as HostBuffer
     from kvheap.host_memory import numa_node_of_gpu as numa_node_of_gpu
+    from kvheap.kernels.paged_layout import LayoutError as LayoutError
+    from kvheap.kernels.paged_layout import PagedKVCache as PagedKVCache
+    from kvheap.kernels.paged_plan import BlockIds as BlockIds
     from kvheap.lazy_allocator import LazyMemoryAllocator as LazyMemoryAllocator
     from kvheap.lifetime import FullReport as FullReport
     from kvheap.lifetime import Lease as Lease
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
     from kvheap.memory_object import BytesBufferMemoryObj as BytesBufferMemoryObj
     from kvheap.memory_object import MemoryObj as MemoryObj
     from kvheap.paged_allocator import PagedTensorMemoryAllocator as PagedTensorMemoryAllocator
+    from kvheap.paged_batches import load as load
+    from kvheap.paged_batches import store as store
     from kvheap.plain_allocators import AdHocMemoryAllocator as AdHocMemoryAllocator
     from kvheap.plain_allocators import BufferAllocator as BufferAllocator
     from kvheap.tensor_allocator import AllocatorStats as AllocatorStats
@@ -59,6 +64,7 @@ _MODULE_OF = {
     "AddressBatch": "address_batch",
     "AddressManager": "address_manager",
     "AllocatorStats": "tensor_allocator",
+    "BlockIds": "kernels.paged_plan",
     "BlockInUseError": "errors",
     "BlockLayout": "block_layout",
     "BufferAllocator": "plain_allocators",
@@ -75,6 +81,7 @@ _MODULE_OF = {
     "HostBuffer": "host_memory",
     "HostMemoryAllocator": "host_allocators",
     "InvalidFreeError": "errors",
+    "LayoutError": "kernels.paged_layout",
     "LazyMemoryAllocator": "lazy_allocator",
     "Lease": "lifetime",
     "LifetimeError": "errors",
@@ -88,11 +95,14 @@ _MODULE_OF = {
     "MixedMemoryAllocator": "host_allocators",
     "NegativeBatchSizeError": "errors",
     "OutOfMemoryError": "errors",
+    "PagedKVCache": "kernels.paged_layout",
     "PagedTensorMemoryAllocator": "paged_allocator",
     "PinMemoryAllocator": "host_allocators",
     "TensorMemoryAllocator": "tensor_allocator",
     "WriteAfterFreeError": "errors",
+    "load": "paged_batches",
     "numa_node_of_gpu": "host_memory",
+    "store": "paged_batches",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

@@ -2,7 +2,8 @@
 
 Names and values are those of LMCache 0.5.6's ``MemoryFormat``, so that metadata can be exchanged
 with it. ``token_dim()`` is too, but for KV_T2D and KV_2TD: LMCache 0.5.6 answers 1 and 0 there,
-the dimension of K and V in the shapes that its own comments give.
+the dimension of K and V in the shapes that its own comments give. The formats from 101 on are not
+in LMCache: they are the page-first orders of host tiers.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class MemoryFormat(Enum):
     """``[T, D]``: entries of an encoder cache."""
     HS_TD = 8
     """``[T, D]``: hidden states."""
+    KV_2TLD = 101
+    """``[2, T, L, D]``: K and V, token by token with all layers: SGLang's ``page_first``."""
+    KV_PL2TD = 102
+    """``[P, L, 2, T, D]``: P pages of T tokens, each with all layers and K and V."""
 
     def token_dim(self) -> int:
         """The dimension that counts tokens; 0 for formats without tokens.
@@ -47,4 +52,6 @@ _TOKEN_DIM = {
     MemoryFormat.KV_T2D: 0,
     MemoryFormat.KV_2TD: 1,
     MemoryFormat.KV_MLA_FMT: 2,
+    MemoryFormat.KV_2TLD: 1,
+    MemoryFormat.KV_PL2TD: 3,
 }

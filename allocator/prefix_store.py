@@ -8,17 +8,23 @@ evict when the heap is full. Not thread-safe: it belongs to one scheduler.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from kvheap.geometry import Geometry
+from kvheap.memory_batch import MemoryBatch
 from kvheap.memory_object import MemoryObj
 from kvheap.tensor_allocator import TensorMemoryAllocator
+
+if TYPE_CHECKING:
+    from kvheap.kernels.paged_copy import BlockIds
+    from kvheap.kernels.paged_layout import PagedKVCache
 
 __all__ = ["PrefixStore", "RequestTooLargeError"]
 
@@ -37,7 +43,7 @@ class PrefixStore:
     Attributes:
         num_evicted: chunks evicted so far.
         allocate_seconds: host time and number of blocks of each successful ``batched_allocate``,
-            the launch of the scatter included.
+            or ``batched_store``, the launch of the copy included.
         free_seconds: the same of each ``batched_free``.
     """
 
@@ -73,6 +79,14 @@ class PrefixStore:
         chunks = self._chunks
         return np.array([chunks[hash_id].address for hash_id in hash_ids], np.int64)
 
+    def chunks(self, hash_ids: Sequence[int]) -> list[MemoryObj]:
+        """Stored chunks, in the order of the ids.
+
+        Raises:
+            KeyError: one of them is not stored.
+        """
+        return [self._chunks[hash_id] for hash_id in hash_ids]
+
     @contextmanager
     def in_flight(self, hash_ids: Sequence[int]) -> Iterator[None]:
         """Keep stored chunks from eviction inside the block, and then mark all as just used.
@@ -105,23 +119,49 @@ class PrefixStore:
             ValueError: an id is stored already or named twice; nothing is stored.
             RequestTooLargeError: the chunks do not fit; nothing is stored.
         """
-        if len(set(hash_ids)) != len(hash_ids):
-            raise ValueError(f"an id is named twice in {list(hash_ids)}")
-        for hash_id in hash_ids:
-            if hash_id in self._chunks:
-                raise ValueError(f"chunk {hash_id} is stored already")
         geometry = self.geometry
+        self._store(
+            hash_ids,
+            lambda: self.allocator.batched_allocate(
+                geometry.shape, geometry.dtype, len(hash_ids), geometry.fmt, source=source
+            ),
+        )
+
+    def store_paged(self, hash_ids: Sequence[int], cache: PagedKVCache, slots: BlockIds) -> None:
+        """The same, with the contents read where an engine keeps them.
+
+        Args:
+            hash_ids: N distinct ids, none of them stored.
+            cache: the engine's KV cache.
+            slots: the chunks' blocks, chunk after chunk.
+
+        Raises:
+            ValueError: an id is stored already or named twice, or the slots are not those of N
+                chunks; nothing is stored.
+            RequestTooLargeError: the chunks do not fit; nothing is stored.
+        """
+        chunk_tokens = self.geometry.shape[2]
+        self._store(hash_ids, lambda: self.allocator.batched_store(cache, slots, chunk_tokens))
+
+    def _store(self, hash_ids: Sequence[int], make_batch: Callable[[], MemoryBatch | None]) -> None:
+        """Make the batch of new chunks, evicting others as long as there is no room (None)."""
+        self._require_new(hash_ids)
         while True:
             start = perf_counter()
-            batch = self.allocator.batched_allocate(
-                geometry.shape, geometry.dtype, len(hash_ids), geometry.fmt, source=source
-            )
+            batch = make_batch()
             if batch is not None:
                 self.allocate_seconds.append((perf_counter() - start, len(batch)))
                 # From lists, this update cannot be interrupted half-way.
                 self._chunks.update(zip(hash_ids, list(batch), strict=True))
                 return
             self._evict_for(len(hash_ids))
+
+    def _require_new(self, hash_ids: Sequence[int]) -> None:
+        if len(set(hash_ids)) != len(hash_ids):
+            raise ValueError(f"an id is named twice in {list(hash_ids)}")
+        for hash_id in hash_ids:
+            if hash_id in self._chunks:
+                raise ValueError(f"chunk {hash_id} is stored already")
 
     def _evict_for(self, num_chunks: int) -> None:
         """Free as many of the least recently used chunks as ``num_chunks`` more need."""

@@ -153,8 +153,8 @@ class Replay:
         num_slots = allocator.stats().heap_bytes // self._slot_bytes
         self._stored_at_ms = np.full(num_slots, np.nan)
         self._contents = Contents(geometry, device)
-        self._gather_time = _Stopwatch(device)
-        self._scatter_time = _Stopwatch(device)
+        self._read_time = _Stopwatch(device)
+        self._write_time = _Stopwatch(device)
 
     def run(
         self,
@@ -182,9 +182,7 @@ class Replay:
         with store.in_flight(hash_ids):
             self._check(hash_ids[:num_hits])
             if missing:
-                source = self._contents.of(missing)
-                with self._scatter_time.measure():
-                    store.store(missing, source)
+                self._store(missing)
                 self._stored_at_ms[store.addresses(missing) // self._slot_bytes] = timestamp_ms
         self.requests += 1
         self.block_refs += len(hash_ids)
@@ -193,14 +191,21 @@ class Replay:
         self.resident += len(hash_ids) - num_hits - len(missing)
         self.utilization_peak = max(self.utilization_peak, self.stats().utilization)
 
+    def _store(self, hash_ids: Sequence[int]) -> None:
+        """Store chunks that are missing."""
+        source = self._contents.of(hash_ids)
+        with self._write_time.measure():
+            self.store.store(hash_ids, source)
+
     def _check(self, hash_ids: Sequence[int]) -> None:
+        """Read chunks that are stored, and count those that are wrong."""
         geometry, buffer = self.geometry, self.store.allocator.buffer
         step = max(1, CHECK_BYTES // geometry.chunk_bytes)
         for begin in range(0, len(hash_ids), step):
             piece = hash_ids[begin : begin + step]
             shape = (len(piece), *geometry.shape)
             out = torch.empty(shape, dtype=geometry.dtype, device=buffer.device)
-            with self._gather_time.measure():
+            with self._read_time.measure():
                 gather_blocks(buffer, self.store.addresses(piece), out)
             self.mismatches += self._contents.count_mismatches(piece, out)
 
@@ -208,14 +213,20 @@ class Replay:
         """The heap now."""
         return self.store.allocator.stats()
 
-    def gather_gbps(self) -> float | None:
-        """GB/s of KV gathered on hits, each byte counted once; None when there were no hits."""
-        seconds = self._gather_time.total_seconds()
+    def speeds_gbps(self) -> dict[str, float | None]:
+        """GB/s of KV by the name of the copy, each byte counted once; None where there was none.
+
+        ``gather`` is what reads hits; ``scatter`` stores, and includes the time for allocation
+        and eviction.
+        """
+        return {"gather": self._read_gbps(), "scatter": self._write_gbps()}
+
+    def _read_gbps(self) -> float | None:
+        seconds = self._read_time.total_seconds()
         return self.hits * self.geometry.chunk_bytes / seconds / 1e9 if seconds else None
 
-    def scatter_gbps(self) -> float | None:
-        """GB/s of KV stored, counted once, time for allocation and eviction included."""
-        seconds = self._scatter_time.total_seconds()
+    def _write_gbps(self) -> float | None:
+        seconds = self._write_time.total_seconds()
         return self.stored * self.geometry.chunk_bytes / seconds / 1e9 if seconds else None
 
     def _sample(self, timestamp_ms: int) -> HeapSample:

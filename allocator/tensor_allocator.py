@@ -19,12 +19,16 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from kvheap import paged_batches
 from kvheap.address_batch import AddressBatch
 from kvheap.address_manager import AddressManager, HeapStats
 from kvheap.block_layout import BlockLayout, Dtypes, Shapes
-from kvheap.errors import OutOfMemoryError
+from kvheap.errors import ForeignObjectError, OutOfMemoryError
 from kvheap.extents import Int64Array
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
+from kvheap.kernels.launch import alignment_of
+from kvheap.kernels.paged_layout import PagedKVCache
+from kvheap.kernels.paged_plan import Slots
 from kvheap.lifetime import FullReport, Lifetime, Release, log_full_report
 from kvheap.memory_allocator import (
     DEBUG_TRACE_FRAMES,
@@ -371,6 +375,79 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         else:
             self.address_manager.batched_free(release.blocks, release.sizes)
 
+    # -- paged caches --------------------------------------------------------------------------
+
+    def batched_store(
+        self,
+        cache: PagedKVCache,
+        slots: Slots,
+        chunk_tokens: int = 256,
+        fmt: MemoryFormat | None = None,
+        *,
+        layers: range | None = None,
+        allow_partial: bool = False,
+    ) -> MemoryBatch | None:
+        """Allocate chunks for the KV of tokens, and fill them from an engine's cache.
+
+        Args:
+            cache: where from.
+            slots: the slot of each token, or :class:`~kvheap.BlockIds`; see :func:`kvheap.store`.
+            chunk_tokens: tokens of a chunk; the last chunk may be filled in part.
+            fmt: what is where in a chunk; None: KV_2LTD, and KV_MLA_FMT for caches that do not
+                keep K and V. Formats of one layer give as many chunks for each layer.
+            layers: only these layers, of which the chunks then consist.
+            allow_partial: when not all chunks fit, store the first tokens, as many as do.
+
+        Returns:
+            The chunks; None when they do not fit.
+
+        Raises:
+            ValueError, TypeError: as :func:`kvheap.store`; nothing is allocated.
+            ClosedError: the allocator is closed.
+        """
+        return paged_batches.batched_store(
+            self, cache, slots, chunk_tokens, fmt, layers, allow_partial
+        )
+
+    def batched_load(
+        self,
+        batch: MemoryBatch | Sequence[MemoryObj],
+        cache: PagedKVCache,
+        slots: Slots,
+        *,
+        layers: range | None = None,
+        heads: slice | None = None,
+    ) -> None:
+        """Fill an engine's cache from chunks: :func:`kvheap.load`, which see.
+
+        Raises:
+            ForeignObjectError: the chunks are of another allocator; nothing is loaded.
+        """
+        self._require_open()
+        owner = batch.allocator if isinstance(batch, MemoryBatch) else None
+        if owner not in (None, self):
+            raise ForeignObjectError(f"{batch!r} is of another allocator")
+        paged_batches.load(batch, cache, slots, layers=layers, heads=heads)
+
+    def batched_evict(
+        self, batch: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Collect the contents of chunks for the next tier, and free them.
+
+        Args:
+            batch: chunks of one layout that nobody else holds.
+            out: ``[N, *shape]`` of their dtype, on the heap's device or the host. None: a new
+                tensor on the host, pinned where the heap is on a GPU. From a GPU to the host the
+                copy is on the current stream: wait for it before you read.
+
+        Returns:
+            ``out``.
+
+        Raises:
+            As :meth:`batched_free`; nothing is freed.
+        """
+        return paged_batches.batched_evict(self, batch, out)
+
     # -- look ----------------------------------------------------------------------------------
 
     @property
@@ -397,6 +474,11 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         """Where the buffers are."""
         self._require_open()
         return self._segments[0].device
+
+    @property
+    def debug(self) -> bool:
+        """Whether freed bytes are poisoned and arguments on a device are looked at."""
+        return self._poison is not None
 
     @property
     def total_allocated_size(self) -> int:
@@ -544,6 +626,17 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
             number = bisect_right(self._segment_starts, address) - 1
             address -= self._segment_starts[number]
         return self._segments[number][address : address + size_bytes]
+
+    def _absolute(self, addresses: Int64Array) -> tuple[Int64Array, int]:
+        """Where blocks are in memory, and a power of two up to 16 that divides all of that."""
+        self._require_open()
+        bases = [buffer.data_ptr() for buffer in self._segments]
+        alignment = alignment_of(self.address_manager.align_bytes, *bases, *self._segment_starts)
+        if len(bases) == 1:
+            return addresses + bases[0], alignment
+        numbers = np.searchsorted(self._segment_starts, addresses, side="right") - 1
+        shifts = np.array(bases, np.int64) - np.array(self._segment_starts, np.int64)
+        return addresses + shifts[numbers], alignment
 
     def _by_segment(
         self, addresses: Int64Array

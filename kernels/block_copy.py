@@ -45,6 +45,7 @@ import numpy.typing as npt
 import torch
 
 from kvheap.kernels.launch import (
+    CPU_WORDS,
     Addresses,
     alignment_of,
     host_addresses,
@@ -53,36 +54,11 @@ from kvheap.kernels.launch import (
     tl,
     upload,
 )
+from kvheap.kernels.tiles import NUM_WARPS, TilePlan
 
 __all__ = ["fill_blocks", "gather_blocks", "move_blocks", "scatter_blocks"]
 
 Int64Array = npt.NDArray[np.int64]
-
-TILE_WORDS = 2048
-"""Words of one program's tile: 16 KiB of 8-byte words, eight 16-byte loads in flight for each of
-128 threads. Chosen by counting bytes in flight; not yet measured on a GPU."""
-
-NUM_WARPS = 4
-
-MIN_COLS = 16
-"""Words of the narrowest tile row that is worth its waste: 128 bytes of 8-byte words, one line."""
-
-MAX_WASTED_SHARE = 0.125
-"""How much of a tile row may be masked off before a narrower one is taken."""
-
-CPU_WORDS = {
-    16: torch.complex128,
-    8: torch.int64,
-    4: torch.int32,
-    2: torch.int16,
-    1: torch.uint8,
-}
-"""CPU: the dtype that moves so many bytes as one element; complex ones are moved, not computed.
-Scatter of 16 MiB and more in random blocks of 64 KiB by ``index_copy_``, 2 cores, GB/s read +
-write: 24.8, 18.9, 18.7, 12.3 and 5.8; one ``copy_`` of as many bytes 26.1. Gather by
-``index_select``: 25.7, 25.8, 25.6, 12.4 and 18.9. For single bytes NumPy's indexing, on one core,
-is faster than ``index_copy_``: 13.6. Fill of as many bytes: ``index_fill_`` of int64 14.3, NumPy
-9.7, one ``fill_`` 16.1."""
 
 
 @jit(do_not_specialize=["num_blocks", "vectors", "col_tiles", "src_stride", "dst_stride"])
@@ -424,67 +400,6 @@ def _copy(source: _Side, target: _Side, num_blocks: int, block_bytes: int) -> No
     else:
         with torch.cuda.device(target.tensor.device):
             _launch_copy(source, target, num_blocks, block_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class TilePlan:
-    """How blocks are cut into words and tiles; the constants that a kernel is compiled for."""
-
-    word_bytes: int
-    words_per_vector: int
-    rows: int
-    cols: int
-    num_blocks: int
-    vectors: int
-    col_tiles: int
-    num_tiles: int
-
-    @classmethod
-    def of(cls, num_blocks: int, block_bytes: int, alignment: int) -> TilePlan:
-        """Plan for blocks whose sizes, strides, bases and addresses share ``alignment``."""
-        access_bytes = alignment_of(alignment, block_bytes)
-        word_bytes = min(access_bytes, 8)
-        words = block_bytes // word_bytes
-        cols = _tile_cols(words)
-        rows = TILE_WORDS // cols
-        col_tiles = -(-words // cols)
-        return cls(
-            word_bytes=word_bytes,
-            words_per_vector=access_bytes // word_bytes,
-            rows=rows,
-            cols=cols,
-            num_blocks=num_blocks,
-            vectors=block_bytes // access_bytes,
-            col_tiles=col_tiles,
-            num_tiles=-(-num_blocks // rows) * col_tiles,
-        )
-
-    def constants(self) -> dict[str, object]:
-        """The kernels' constexpr arguments."""
-        word = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[self.word_bytes]
-        return {
-            "WORD": word,
-            "WORD_BYTES": self.word_bytes,
-            "VECTOR": self.words_per_vector,
-            "ROWS": self.rows,
-            "COLS": self.cols,
-        }
-
-    def strides(self, stride_bytes: int) -> int:
-        """A stride in vectors."""
-        return stride_bytes // (self.word_bytes * self.words_per_vector)
-
-
-def _tile_cols(words: int) -> int:
-    """The widest power of two that wastes little of a row of ``words``.
-
-    >>> [_tile_cols(words) for words in (1, 72, 512, 5000)]
-    [1, 16, 512, 1024]
-    """
-    cols = min(TILE_WORDS, 1 << (words - 1).bit_length())
-    while cols > MIN_COLS and -(-words // cols) * cols > words * (1 + MAX_WASTED_SHARE):
-        cols //= 2
-    return cols
 
 
 def _launch_copy(source: _Side, target: _Side, num_blocks: int, block_bytes: int) -> None:

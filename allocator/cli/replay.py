@@ -22,6 +22,8 @@ from rich.table import Table
 
 from kvheap import __version__
 from kvheap.cli import CommandError
+from kvheap.engine_cache import ENGINE_LAYOUTS, EngineCache
+from kvheap.engine_replay import EngineReplay
 from kvheap.geometry import GEOMETRIES, Geometry
 from kvheap.prefix_store import RequestTooLargeError
 from kvheap.replay import Replay
@@ -35,6 +37,22 @@ PLOT_SAMPLES = 300
 HEAP_BYTES_END = 1 << 63
 """Sizes of tensors are int64."""
 
+_DEFAULT_GEOMETRIES = {
+    "attention": "small",
+    "latent": "small-mla",
+    "indexer": "small-indexer",
+    "opaque": "small-opaque",
+}
+"""With an engine layout, by what it keeps."""
+
+_COPIES = {
+    "gather": "gathered",
+    "scatter": "scattered",
+    "load": "loaded into the engine",
+    "store": "stored from the engine",
+}
+"""What the table calls their speeds."""
+
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4} | {
     f"{prefix}i": 1024 ** (power + 1) for power, prefix in enumerate("kmgt")
 }
@@ -46,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CommandError: the options, the trace or the machine do not allow it.
     """
-    geometry = _geometry(options.geometry)
+    geometry = _geometry(options.geometry, options.engine_layout)
     device = _device(options.device)
     heap_bytes = parse_bytes(options.heap)
     _require_outputs(options)
@@ -54,10 +72,14 @@ def run(options: argparse.Namespace) -> int:
     _require_room(requests, geometry, heap_bytes)
     # The copies are timed by events on the current device.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        replay = Replay(_allocator(heap_bytes, device), geometry)
+        allocator = _allocator(heap_bytes, device)
+        if options.engine_layout is None:
+            replay = Replay(allocator, geometry)
+        else:
+            replay = EngineReplay(allocator, geometry, _engine(options, geometry, device))
         seconds = _replay(replay, requests, PLOT_SAMPLES if options.plot else 0)
     name = options.trace.name if options.trace else f"made-up traffic, seed {options.seed}"
-    figures = _figures(replay, seconds, name)
+    figures = _figures(replay, seconds, name, options.engine_layout)
     Console().print(_table(figures))
     try:
         _write(options, replay, figures)
@@ -84,10 +106,23 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def _geometry(name: str) -> Geometry:
-    if name not in GEOMETRIES:
+def _geometry(name: str | None, engine_layout: str | None) -> Geometry:
+    if name is not None and name not in GEOMETRIES:
         raise CommandError(f"unknown geometry {name!r}; known are {', '.join(GEOMETRIES)}")
-    return GEOMETRIES[name]
+    if engine_layout is None:
+        return GEOMETRIES[name or "tiny"]
+    if engine_layout not in ENGINE_LAYOUTS:
+        known = ", ".join(ENGINE_LAYOUTS)
+        raise CommandError(f"unknown engine layout {engine_layout!r}; known are {known}")
+    kind = ENGINE_LAYOUTS[engine_layout].kind
+    geometry = GEOMETRIES[name or _DEFAULT_GEOMETRIES[kind]]
+    if geometry.kind != kind:
+        fitting = [each.name for each in GEOMETRIES.values() if each.kind == kind]
+        raise CommandError(
+            f"geometry {name} does not fit engine layout {engine_layout}; those that do are "
+            f"{', '.join(fitting)}"
+        )
+    return geometry
 
 
 def _device(name: str) -> torch.device:
@@ -168,6 +203,14 @@ def _allocator(heap_bytes: int, device: torch.device) -> TensorMemoryAllocator:
     return TensorMemoryAllocator(buffer, on_full=None)  # full is what a cache is
 
 
+def _engine(options: argparse.Namespace, geometry: Geometry, device: torch.device) -> EngineCache:
+    try:
+        return EngineCache(options.engine_layout, geometry, device, seed=options.seed)
+    except RuntimeError as error:  # torch's out-of-memory errors
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"{device} has no room for the engine's KV cache: {reason}") from None
+
+
 def _replay(replay: Replay, requests: Sequence[Request], num_samples: int) -> float:
     """Replay under a progress bar; returns the seconds it took."""
     console = Console(stderr=True)
@@ -185,7 +228,9 @@ def _replay(replay: Replay, requests: Sequence[Request], num_samples: int) -> fl
     return perf_counter() - start
 
 
-def _figures(replay: Replay, seconds: float, trace: str) -> dict[str, Any]:
+def _figures(
+    replay: Replay, seconds: float, trace: str, engine_layout: str | None
+) -> dict[str, Any]:
     stats = replay.stats()
     device = replay.store.allocator.buffer.device
     is_cuda = device.type == "cuda"
@@ -205,12 +250,12 @@ def _figures(replay: Replay, seconds: float, trace: str) -> dict[str, Any]:
         "largest_free_bytes": stats.largest_free_bytes,
         "batched_allocate_us": _percentiles(store.allocate_seconds),
         "batched_free_us": _percentiles(store.free_seconds),
-        "gather_gbps": replay.gather_gbps(),
-        "scatter_gbps": replay.scatter_gbps(),
+        **{f"{name}_gbps": speed for name, speed in replay.speeds_gbps().items()},
         "seconds": seconds,
         "device": torch.cuda.get_device_name(device) if is_cuda else f"cpu ({platform.machine()})",
         "geometry": replay.geometry.name,
         "chunk_bytes": replay.geometry.chunk_bytes,
+        "engine_layout": engine_layout,
         "heap_bytes": stats.heap_bytes,
         "trace": trace,
         "versions": {
@@ -251,6 +296,8 @@ def _table(figures: dict[str, Any]) -> Table:
     table = Table(title=f"{title} on {figures['device']}", show_header=False)
     table.add_column("figure")
     table.add_column("value", justify="right")
+    if figures["engine_layout"]:
+        table.add_row("engine layout", figures["engine_layout"])
     for name in ("requests", "block_refs"):
         table.add_row(name.replace("block_refs", "block references"), f"{figures[name]:,}")
     table.add_row("hits", f"{figures['hits']:,} ({figures['hit_rate']:.2%})")
@@ -263,9 +310,10 @@ def _table(figures: dict[str, Any]) -> Table:
         table.add_row(f"{name} p50 / p99", _pair(times["p50"], times["p99"], "us"))
         shares = _pair(times["p50_per_block"], times["p99_per_block"], "us")
         table.add_row(f"{name} p50 / p99 a block", shares)
-    for name in ("gather", "scatter"):
-        speed = figures[f"{name}_gbps"]
-        table.add_row(f"{name}ed", "-" if speed is None else f"{speed:.2f} GB/s")
+    for name, words in _COPIES.items():
+        if f"{name}_gbps" in figures:
+            speed = figures[f"{name}_gbps"]
+            table.add_row(words, "-" if speed is None else f"{speed:.2f} GB/s")
     peak, final = figures["utilization_peak"], figures["utilization_final"]
     table.add_row("utilisation peak / final", f"{peak:.2%} / {final:.2%}")
     table.add_row("free extents", f"{figures['free_extents']:,}")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvheap.kernels import block_copy
-from kvheap.kernels.block_copy import NUM_WARPS, TilePlan
 from kvheap.kernels.launch import triton
+from kvheap.kernels.tiles import NUM_WARPS, TILE_WORDS, TilePlan
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin" if triton else Path()
 
@@ -124,6 +124,6 @@ def test_tiles_cover_every_word_once(num_blocks: int, block_bytes: int) -> None:
     words = plan.vectors * plan.words_per_vector
     assert words * plan.word_bytes == block_bytes
     assert (plan.col_tiles - 1) * plan.cols < words <= plan.col_tiles * plan.cols
-    assert plan.rows * plan.cols == block_copy.TILE_WORDS
+    assert plan.rows * plan.cols == TILE_WORDS
     row_tiles = plan.num_tiles // plan.col_tiles
     assert (row_tiles - 1) * plan.rows < num_blocks <= row_tiles * plan.rows

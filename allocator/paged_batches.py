@@ -1,0 +1,262 @@
+"""KV between an engine's paged cache and the chunks of a heap: ``store`` and ``load``.
+
+What is where in a chunk follows from the batch's format and shape; the copying is
+:mod:`kvheap.kernels.paged_copy`'s.
+
+>>> from kvheap import PagedKVCache, TensorMemoryAllocator
+>>> layers = [torch.randn(2, 64, 16, 2, 8).half() for _ in range(3)]
+>>> cache = PagedKVCache.of("vllm-flash-nhd", layers)
+>>> heap = TensorMemoryAllocator(torch.empty(1 << 20, dtype=torch.uint8))
+>>> slots = torch.randperm(cache.num_slots)[:600]
+>>> batch = heap.batched_store(cache, slots)
+>>> batch
+MemoryBatch(3 x (2, 3, 256, 16) torch.float16 KV_2LTD, 1 runs of 49152-byte blocks)
+>>> layers[1].zero_()[0, 0, 0, 0, 0]
+tensor(0., dtype=torch.float16)
+>>> heap.batched_load(batch, cache, slots)
+>>> block, offset = divmod(int(slots[300]), 16)
+>>> torch.equal(batch[1].tensor[1, 1, 300 - 256], layers[1][1, block, offset].reshape(-1))
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kvheap.block_layout import BlockLayout
+from kvheap.errors import ForeignObjectError, LifetimeError
+from kvheap.extents import Int64Array
+from kvheap.kernels.paged_copy import Chunks, load_tokens, store_tokens
+from kvheap.kernels.paged_layout import PagedKVCache
+from kvheap.kernels.paged_plan import ChunkLayout, Slots, count_tokens, first_tokens
+from kvheap.memory_batch import FREED, MemoryBatch
+from kvheap.memory_format import MemoryFormat
+from kvheap.memory_object import MemoryObj
+
+if TYPE_CHECKING:
+    from kvheap.tensor_allocator import TensorMemoryAllocator
+
+__all__ = ["ChunkObjects", "load", "store"]
+
+ChunkObjects = MemoryBatch | Sequence[MemoryObj]
+"""The chunks of consecutive tokens: a batch, or objects of one heap and layout."""
+
+_ORDERS = {
+    MemoryFormat.KV_2LTD: "PLTD",
+    MemoryFormat.KV_MLA_FMT: "PLTD",
+    MemoryFormat.KV_T2D: "TPD",
+    MemoryFormat.KV_2TD: "PTD",
+    MemoryFormat.KV_2TLD: "PTLD",
+    MemoryFormat.KV_PL2TD: "GLPTD",
+}
+"""Letters as in :meth:`ChunkLayout.of`."""
+
+
+def store(
+    cache: PagedKVCache,
+    slots: Slots,
+    batch: ChunkObjects,
+    *,
+    layers: range | None = None,
+    heads: slice | None = None,
+) -> None:
+    """Copy the KV of tokens from an engine's cache into a batch, bit by bit, in one launch.
+
+    On the current stream, without waiting. What the chunks hold beyond the tokens stays.
+
+    Args:
+        cache: where from.
+        slots: the slot of each token, integers ``[T]`` on the host or the cache's device, -1
+            skips one; or :class:`~kvheap.BlockIds`.
+        batch: chunk ``i`` gets tokens ``[i * n, (i + 1) * n)``, where ``n`` is how many its shape
+            holds; as many chunks as T tokens take, the last one may be filled in part. Formats
+            of one layer (KV_2TD, KV_T2D) take as many chunks for each layer, those of the first
+            layer first. A chunk of one plane takes K then V of each head.
+        layers: only these layers, for pipelines that follow the computation; the chunks hold all
+            layers of the cache, or just these.
+        heads: only these heads, counted on the side that has more; the other has just these, or
+            the same.
+
+    Raises:
+        ValueError: a slot is out of range, the two sides do not hold the same, or their memory
+            cannot be reached from one device; nothing is written. Slots that are on a device are
+            only looked at in debug mode; else those out of range are skipped, and
+            ``cache.synchronize()`` names one.
+        TypeError: slots are not integers, or the batch is of no heap; nothing is written.
+        LifetimeError: a chunk is freed; nothing is written.
+    """
+    chunks = _chunks(batch, cache)
+    store_tokens(cache, slots, chunks, layers=layers, heads=heads, eager=_heap_of(batch).debug)
+
+
+def load(
+    batch: ChunkObjects,
+    cache: PagedKVCache,
+    slots: Slots,
+    *,
+    layers: range | None = None,
+    heads: slice | None = None,
+) -> None:
+    """Copy the KV of tokens from a batch into an engine's cache: the opposite of :func:`store`.
+
+    Arguments and errors are those of :func:`store`. Two tokens must not have the same slot.
+    """
+    chunks = _chunks(batch, cache)
+    load_tokens(chunks, cache, slots, layers=layers, heads=heads, eager=_heap_of(batch).debug)
+
+
+def batched_store(
+    heap: TensorMemoryAllocator,
+    cache: PagedKVCache,
+    slots: Slots,
+    chunk_tokens: int,
+    fmt: MemoryFormat | None,
+    layers: range | None,
+    allow_partial: bool,
+) -> MemoryBatch | None:
+    """Allocate chunks for the tokens, and store them; see the heap's method."""
+    num_layers = cache.num_layers if layers is None else len(layers)
+    fmt = fmt or (MemoryFormat.KV_2LTD if cache.is_key_value else MemoryFormat.KV_MLA_FMT)
+    shape = chunk_shape(cache, fmt, chunk_tokens, num_layers)
+    layout = ChunkLayout.of(_ORDERS[fmt], shape, cache.dtype.itemsize)
+    num_tokens = count_tokens(slots, cache.block_size)
+    num_chunks = layout.num_chunks(num_tokens, num_layers)
+    if allow_partial and layout.is_per_layer:
+        raise ValueError(f"{fmt.name} has a chunk for each layer: it is stored whole or not at all")
+    batch = heap.batched_allocate(shape, cache.dtype, num_chunks, fmt, allow_partial=allow_partial)
+    if batch is None:
+        return None
+    try:
+        if len(batch) < num_chunks:
+            slots = first_tokens(slots, len(batch) * chunk_tokens, cache.block_size)
+        store(cache, slots, batch, layers=layers)
+    except BaseException:
+        heap.batched_free(batch)
+        raise
+    return batch
+
+
+def batched_evict(
+    heap: TensorMemoryAllocator, batch: ChunkObjects, out: torch.Tensor | None
+) -> torch.Tensor:
+    """Collect contents and free; see the heap's method."""
+    objs = batch if isinstance(batch, MemoryBatch) else list(batch)
+    if not len(objs):
+        raise ValueError("there is no chunk to evict")
+    layout = objs.layout if isinstance(objs, MemoryBatch) else objs[0]._batch.layout
+    shape, dtype = tuple(layout.shapes[0]), layout.dtypes[0]
+    if len(layout.shapes) > 1:
+        shape, dtype = (layout.size_bytes,), torch.uint8
+    expected = (len(objs), *shape)
+    if out is None:
+        pinned = heap.device.type == "cuda"
+        out = torch.empty(expected, dtype=dtype, pin_memory=pinned)
+    if out.device == heap.device:
+        heap.batched_free(objs, out=out)
+        return out
+    if tuple(out.shape) != expected or out.dtype != dtype:
+        raise ValueError(
+            f"out must be {expected} of {dtype}, got {tuple(out.shape)} of {out.dtype}"
+        )
+    staging = torch.empty(expected, dtype=dtype, device=heap.device)
+    heap.batched_free(objs, out=staging)
+    out.copy_(staging, non_blocking=True)
+    return out
+
+
+def chunk_shape(
+    cache: PagedKVCache, fmt: MemoryFormat, chunk_tokens: int, num_layers: int
+) -> tuple[int, ...]:
+    """The shape of a chunk of so many tokens of a cache.
+
+    Raises:
+        ValueError: the format holds no such cache, or the tokens are not whole pages.
+    """
+    if fmt not in _ORDERS:
+        raise ValueError(f"{fmt.name} is no format for tokens of a paged cache")
+    if chunk_tokens <= 0:
+        raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
+    planes = 1 if fmt is MemoryFormat.KV_MLA_FMT else 2
+    row_bytes = sum(plane.row_bytes for plane in cache.planes) * cache.num_heads
+    elements = row_bytes // planes // cache.dtype.itemsize
+    if planes == 2 and not cache.is_key_value:
+        raise ValueError(f"{fmt.name} holds K and V; {cache.layout.name} has no such planes")
+    pages, left = divmod(chunk_tokens, cache.block_size)
+    if fmt is MemoryFormat.KV_PL2TD and left:
+        raise ValueError(f"{chunk_tokens} tokens are not whole pages of {cache.block_size} tokens")
+    return {
+        MemoryFormat.KV_2LTD: (2, num_layers, chunk_tokens, elements),
+        MemoryFormat.KV_MLA_FMT: (1, num_layers, chunk_tokens, elements),
+        MemoryFormat.KV_T2D: (chunk_tokens, 2, elements),
+        MemoryFormat.KV_2TD: (2, chunk_tokens, elements),
+        MemoryFormat.KV_2TLD: (2, chunk_tokens, num_layers, elements),
+        MemoryFormat.KV_PL2TD: (pages, num_layers, 2, cache.block_size, elements),
+    }[fmt]
+
+
+def _heap_of(objs: ChunkObjects) -> TensorMemoryAllocator:
+    from kvheap.tensor_allocator import TensorMemoryAllocator
+
+    batch = objs if isinstance(objs, MemoryBatch) else objs[0]._batch
+    heap = batch.allocator
+    if not isinstance(heap, TensorMemoryAllocator):
+        raise TypeError(f"chunks of a heap are needed, got some of {type(heap).__name__}")
+    return heap
+
+
+def _chunks(objs: ChunkObjects, cache: PagedKVCache) -> Chunks:
+    """The chunks as the kernels know them."""
+    if isinstance(objs, MemoryBatch):
+        counts = objs._ref_counts
+        is_live = objs._uniform_ref_count != FREED if counts is None else bool(objs.live.all())
+        if not is_live:
+            raise LifetimeError(f"a block of {objs!r} is freed")
+        layout, addresses = objs.layout, objs.addresses
+    else:
+        layout, addresses = _addresses_of(objs)
+    heap = _heap_of(objs)
+    absolute, alignment = heap._absolute(addresses)
+    return Chunks(
+        heap.segments[0][1],
+        absolute,
+        layout.size_bytes,
+        alignment,
+        _chunk_layout(layout, cache.dtype),
+    )
+
+
+def _addresses_of(objs: Sequence[MemoryObj]) -> tuple[BlockLayout, Int64Array]:
+    if not len(objs):
+        raise ValueError("there is no chunk: an empty batch says what a chunk is, a list does not")
+    first = objs[0]._batch
+    for obj in objs:
+        if not obj.is_valid():
+            raise LifetimeError(f"{obj!r} is freed")
+        if obj._batch.allocator is not first.allocator:
+            raise ForeignObjectError(f"{obj!r} is of another heap than {objs[0]!r}")
+        if obj._batch.layout != first.layout:
+            raise ValueError(
+                f"chunks must have one layout, got {first.layout}, {obj._batch.layout}"
+            )
+    addresses = np.array([obj.address for obj in objs], np.int64)
+    if len(np.unique(addresses)) < len(objs):
+        raise ValueError("a chunk is named twice")
+    return first.layout, addresses
+
+
+@lru_cache(maxsize=256)
+def _chunk_layout(layout: BlockLayout, dtype: torch.dtype) -> ChunkLayout:
+    """What is where in a block, for a cache of ``dtype``."""
+    if len(layout.shapes) != 1:
+        raise ValueError(f"chunks of one group are copied bit by bit, got {layout}")
+    if layout.fmt not in _ORDERS:
+        raise ValueError(f"{layout} does not say where its tokens are")
+    found = layout.dtypes[0]
+    if found != dtype and torch.uint8 not in (found, dtype):
+        raise ValueError(f"the chunks hold {found}, the cache {dtype}")
+    return ChunkLayout.of(_ORDERS[layout.fmt], layout.shapes[0], found.itemsize)
