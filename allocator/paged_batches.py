@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kvheap.block_layout import BlockLayout
+from kvheap.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.errors import ForeignObjectError, LifetimeError
 from kvheap.extents import Int64Array
+from kvheap.kernels.paged_convert import load_converted, store_converted
 from kvheap.kernels.paged_copy import Chunks, load_tokens, store_tokens
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import ChunkLayout, Slots, count_tokens, first_tokens
@@ -64,6 +65,7 @@ def store(
     *,
     layers: range | None = None,
     heads: slice | None = None,
+    convert: bool = False,
 ) -> None:
     """Copy the KV of tokens from an engine's cache into a batch, bit by bit, in one launch.
 
@@ -81,6 +83,9 @@ def store(
             layers of the cache, or just these.
         heads: only these heads, counted on the side that has more; the other has just these, or
             the same.
+        convert: the cache is of bfloat16 or float16, the chunks are of float8_e4m3fn with a
+            second group, float32 ``[planes, layers, heads]``, for their scales: convert on the
+            way; see :mod:`kvheap.kernels.paged_convert` for how far off an element may come back.
 
     Raises:
         ValueError: a slot is out of range, the two sides do not hold the same, or their memory
@@ -90,8 +95,12 @@ def store(
         TypeError: slots are not integers, or the batch is of no heap; nothing is written.
         LifetimeError: a chunk is freed; nothing is written.
     """
-    chunks = _chunks(batch, cache)
-    store_tokens(cache, slots, chunks, layers=layers, heads=heads, eager=_heap_of(batch).debug)
+    eager = _heap_of(batch).debug
+    chunks, scale_offset = _chunks(batch, cache, convert)
+    if convert:
+        store_converted(cache, slots, chunks, scale_offset, layers=layers, heads=heads, eager=eager)
+    else:
+        store_tokens(cache, slots, chunks, layers=layers, heads=heads, eager=eager)
 
 
 def load(
@@ -101,13 +110,18 @@ def load(
     *,
     layers: range | None = None,
     heads: slice | None = None,
+    convert: bool = False,
 ) -> None:
     """Copy the KV of tokens from a batch into an engine's cache: the opposite of :func:`store`.
 
     Arguments and errors are those of :func:`store`. Two tokens must not have the same slot.
     """
-    chunks = _chunks(batch, cache)
-    load_tokens(chunks, cache, slots, layers=layers, heads=heads, eager=_heap_of(batch).debug)
+    eager = _heap_of(batch).debug
+    chunks, scale_offset = _chunks(batch, cache, convert)
+    if convert:
+        load_converted(chunks, cache, slots, scale_offset, layers=layers, heads=heads, eager=eager)
+    else:
+        load_tokens(chunks, cache, slots, layers=layers, heads=heads, eager=eager)
 
 
 def batched_store(
@@ -118,6 +132,7 @@ def batched_store(
     fmt: MemoryFormat | None,
     layers: range | None,
     allow_partial: bool,
+    convert: bool,
 ) -> MemoryBatch | None:
     """Allocate chunks for the tokens, and store them; see the heap's method."""
     num_layers = cache.num_layers if layers is None else len(layers)
@@ -128,13 +143,18 @@ def batched_store(
     num_chunks = layout.num_chunks(num_tokens, num_layers)
     if allow_partial and layout.is_per_layer:
         raise ValueError(f"{fmt.name} has a chunk for each layer: it is stored whole or not at all")
-    batch = heap.batched_allocate(shape, cache.dtype, num_chunks, fmt, allow_partial=allow_partial)
+    shapes: Shapes = shape
+    dtypes: Dtypes = cache.dtype
+    if convert:
+        scales = (layout.num_planes, layout.num_layers, cache.num_heads)
+        shapes, dtypes = [shape, scales], [torch.float8_e4m3fn, torch.float32]
+    batch = heap.batched_allocate(shapes, dtypes, num_chunks, fmt, allow_partial=allow_partial)
     if batch is None:
         return None
     try:
         if len(batch) < num_chunks:
             slots = first_tokens(slots, len(batch) * chunk_tokens, cache.block_size)
-        store(cache, slots, batch, layers=layers)
+        store(cache, slots, batch, layers=layers, convert=convert)
     except BaseException:
         heap.batched_free(batch)
         raise
@@ -209,8 +229,8 @@ def _heap_of(objs: ChunkObjects) -> TensorMemoryAllocator:
     return heap
 
 
-def _chunks(objs: ChunkObjects, cache: PagedKVCache) -> Chunks:
-    """The chunks as the kernels know them."""
+def _chunks(objs: ChunkObjects, cache: PagedKVCache, convert: bool) -> tuple[Chunks, int]:
+    """The chunks as the kernels know them, and where in each its scales are."""
     if isinstance(objs, MemoryBatch):
         counts = objs._ref_counts
         is_live = objs._uniform_ref_count != FREED if counts is None else bool(objs.live.all())
@@ -221,13 +241,11 @@ def _chunks(objs: ChunkObjects, cache: PagedKVCache) -> Chunks:
         layout, addresses = _addresses_of(objs)
     heap = _heap_of(objs)
     absolute, alignment = heap._absolute(addresses)
-    return Chunks(
-        heap.segments[0][1],
-        absolute,
-        layout.size_bytes,
-        alignment,
-        _chunk_layout(layout, cache.dtype),
-    )
+    parts = _converted_layout if convert else _chunk_layout
+    chunk_layout, scale_offset = parts(layout, cache.dtype, cache.head_dim)
+    first_buffer = heap.segments[0][1]
+    chunks = Chunks(first_buffer, absolute, layout.size_bytes, alignment, chunk_layout)
+    return chunks, scale_offset
 
 
 def _addresses_of(objs: Sequence[MemoryObj]) -> tuple[BlockLayout, Int64Array]:
@@ -250,13 +268,33 @@ def _addresses_of(objs: Sequence[MemoryObj]) -> tuple[BlockLayout, Int64Array]:
 
 
 @lru_cache(maxsize=256)
-def _chunk_layout(layout: BlockLayout, dtype: torch.dtype) -> ChunkLayout:
-    """What is where in a block, for a cache of ``dtype``."""
+def _chunk_layout(
+    layout: BlockLayout, dtype: torch.dtype, head_dim: int
+) -> tuple[ChunkLayout, int]:
+    """What is where in a block, for a cache of ``dtype``; it has no scales."""
     if len(layout.shapes) != 1:
         raise ValueError(f"chunks of one group are copied bit by bit, got {layout}")
     if layout.fmt not in _ORDERS:
         raise ValueError(f"{layout} does not say where its tokens are")
     found = layout.dtypes[0]
     if found != dtype and torch.uint8 not in (found, dtype):
-        raise ValueError(f"the chunks hold {found}, the cache {dtype}")
-    return ChunkLayout.of(_ORDERS[layout.fmt], layout.shapes[0], found.itemsize)
+        raise ValueError(
+            f"the chunks hold {found}, the cache {dtype}: only with convert=True, and scales "
+            f"beside float8_e4m3fn, is one made of the other"
+        )
+    return ChunkLayout.of(_ORDERS[layout.fmt], layout.shapes[0], found.itemsize), 0
+
+
+@lru_cache(maxsize=256)
+def _converted_layout(
+    layout: BlockLayout, dtype: torch.dtype, head_dim: int
+) -> tuple[ChunkLayout, int]:
+    """What is where in a block of fp8, and where its scales are."""
+    expected = (torch.float8_e4m3fn, torch.float32)
+    if layout.dtypes != expected or layout.fmt not in _ORDERS:
+        raise ValueError(f"to convert, chunks need two groups {expected}, got {layout}")
+    chunk = ChunkLayout.of(_ORDERS[layout.fmt], layout.shapes[0], 1)
+    scales = (chunk.num_planes, chunk.num_layers, chunk.row_bytes // head_dim)
+    if tuple(layout.shapes[1]) != scales:
+        raise ValueError(f"the scales must have shape {scales}, got {tuple(layout.shapes[1])}")
+    return chunk, layout.offsets[1]

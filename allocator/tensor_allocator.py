@@ -386,6 +386,7 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         *,
         layers: range | None = None,
         allow_partial: bool = False,
+        convert: bool = False,
     ) -> MemoryBatch | None:
         """Allocate chunks for the KV of tokens, and fill them from an engine's cache.
 
@@ -397,6 +398,8 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
                 keep K and V. Formats of one layer give as many chunks for each layer.
             layers: only these layers, of which the chunks then consist.
             allow_partial: when not all chunks fit, store the first tokens, as many as do.
+            convert: keep a cache of bfloat16 or float16 as float8_e4m3fn, with float32 scales in
+                a second group; not bit by bit.
 
         Returns:
             The chunks; None when they do not fit.
@@ -406,7 +409,7 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
             ClosedError: the allocator is closed.
         """
         return paged_batches.batched_store(
-            self, cache, slots, chunk_tokens, fmt, layers, allow_partial
+            self, cache, slots, chunk_tokens, fmt, layers, allow_partial, convert
         )
 
     def batched_load(
@@ -417,6 +420,7 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         *,
         layers: range | None = None,
         heads: slice | None = None,
+        convert: bool = False,
     ) -> None:
         """Fill an engine's cache from chunks: :func:`kvheap.load`, which see.
 
@@ -427,7 +431,7 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         owner = batch.allocator if isinstance(batch, MemoryBatch) else None
         if owner not in (None, self):
             raise ForeignObjectError(f"{batch!r} is of another allocator")
-        paged_batches.load(batch, cache, slots, layers=layers, heads=heads)
+        paged_batches.load(batch, cache, slots, layers=layers, heads=heads, convert=convert)
 
     def batched_evict(
         self, batch: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor | None = None

@@ -239,13 +239,8 @@ def _copy(
 ) -> None:
     pairing = pairing_of(cache, chunks.layout, layers, heads)
     places = Places.of(slots, pairing, eager, distinct=not to_heap)
-    needed = chunks.layout.num_chunks(places.num_tokens, pairing.num_layers)
-    if len(chunks.addresses) != needed:
-        raise ValueError(
-            f"{places.num_tokens} tokens of {pairing.num_layers} layers take {needed} chunks of "
-            f"{chunks.layout.num_tokens} tokens, got {len(chunks.addresses)}"
-        )
-    _require_reachable(cache, chunks.buffer)
+    require_chunks(pairing, places.num_tokens, chunks)
+    require_reachable(cache, chunks.buffer)
     if not places.num_tokens:
         return
     copy = TokenCopy(pairing, places, chunks, to_heap)
@@ -268,7 +263,18 @@ def pairing_of(
     return found
 
 
-def _require_reachable(cache: PagedKVCache, buffer: torch.Tensor) -> None:
+def require_chunks(pairing: Pairing, num_tokens: int, chunks: Chunks) -> None:
+    """Refuse another number of chunks than the tokens take."""
+    needed = chunks.layout.num_chunks(num_tokens, pairing.num_layers)
+    if len(chunks.addresses) != needed:
+        raise ValueError(
+            f"{num_tokens} tokens of {pairing.num_layers} layers take {needed} chunks of "
+            f"{chunks.layout.num_tokens} tokens, got {len(chunks.addresses)}"
+        )
+
+
+def require_reachable(cache: PagedKVCache, buffer: torch.Tensor) -> None:
+    """Refuse chunks that the cache's device cannot address."""
     if buffer.device == cache.device:
         return
     if cache.device.type == "cuda" and buffer.device.type == "cpu" and buffer.is_pinned():
@@ -304,8 +310,8 @@ def _copy_on_gpu(copy: TokenCopy) -> None:
     if num_programs >= INT32_END:
         raise ValueError(f"{places.num_tokens} tokens need {num_programs} programs: split them")
     _copy_tokens_kernel[(num_programs,)](
-        _as_bytes(anchor),
-        _as_bytes(chunks.buffer),
+        bytes_of(anchor),
+        bytes_of(chunks.buffer),
         _table(pairing, access_bytes),
         place_table,
         chunk_table,
@@ -353,8 +359,8 @@ def _table(pairing: Pairing, access_bytes: int) -> torch.Tensor:
     return found
 
 
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A uint8 tensor at the same address, so that a kernel is compiled once for all dtypes."""
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A uint8 tensor at the same address: a kernel is compiled once for all dtypes."""
     view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     offset_bytes = int(tensor.storage_offset()) * tensor.element_size()
     return view.set_(tensor.untyped_storage(), offset_bytes, (1,), (1,))

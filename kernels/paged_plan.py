@@ -117,6 +117,36 @@ class ChunkLayout:
             layer_stride=strides.get("L", 0),
         )
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of a chunk."""
+        return self.num_planes * self.num_layers * self.num_tokens * self.row_bytes
+
+    def with_item_bytes(self, item_bytes: int) -> ChunkLayout:
+        """The same order with wider elements; this one's have one byte."""
+        return ChunkLayout(
+            self.num_tokens,
+            self.page_tokens,
+            self.num_planes,
+            self.num_layers,
+            self.row_bytes * item_bytes,
+            self.is_per_layer,
+            self.page_stride * item_bytes,
+            self.token_stride * item_bytes,
+            self.plane_stride * item_bytes,
+            self.layer_stride * item_bytes,
+        )
+
+    def view(self, elements: torch.Tensor, num_heads: int) -> torch.Tensor:
+        """A chunk's elements as ``[planes, layers, tokens, heads, dims]``, without a copy."""
+        item_bytes = elements.element_size()
+        head_dim = self.row_bytes // item_bytes // num_heads
+        sizes = (self.num_planes, self.num_layers, self.num_tokens, num_heads, head_dim)
+        strides = (self.plane_stride, self.layer_stride, self.token_stride, head_dim * item_bytes)
+        return elements.as_strided(
+            sizes, (*(s // item_bytes for s in strides), 1), elements.storage_offset()
+        )
+
     def num_chunks(self, num_tokens: int, num_layers: int) -> int:
         """How many chunks so many tokens of so many layers take."""
         chunks = -(-num_tokens // self.num_tokens)
@@ -144,6 +174,10 @@ class Pairing:
 
     Attributes:
         cache, chunk: the two sides.
+        layers, heads: which are copied, as given.
+        chunk_layers: the same layers as the chunk numbers them.
+        chunk_head: the first of the heads in the chunk.
+        num_heads: how many heads.
         entries: for each plane, one for each layer.
         pieces: runs of one token in one (layer, plane): its heads, or 1 where they lie together.
         chunk_head_stride: from a piece to the next, in the chunk.
@@ -154,6 +188,11 @@ class Pairing:
 
     cache: PagedKVCache
     chunk: ChunkLayout
+    layers: range
+    heads: slice | None
+    chunk_layers: Sequence[int]
+    chunk_head: int
+    num_heads: int
     entries: tuple[tuple[Entry, ...], ...]
     pieces: int
     chunk_head_stride: int
@@ -240,6 +279,11 @@ class Pairing:
         return cls(
             cache,
             chunk,
+            cache_layers,
+            heads,
+            chunk_layers,
+            chunk_head,
+            num_heads,
             entries,
             pieces,
             chunk_head_bytes,
@@ -415,6 +459,13 @@ class Places:
         starts = np.where(ids[:, None] < 0, SKIPPED, ids[:, None] * block_size + offsets)
         num_units = -(-self.num_tokens // self.unit_tokens)
         return Places(starts.reshape(-1)[:num_units], False, self.unit_tokens, self.num_tokens)
+
+    def as_mapping(self) -> Int64Array:
+        """Slots on the host, one for each token."""
+        starts = self.on_host()
+        offsets = np.arange(self.unit_tokens, dtype=np.int64)
+        slots = np.where(starts[:, None] < 0, SKIPPED, starts[:, None] + offsets)
+        return slots.reshape(-1)[: self.num_tokens]
 
     def merged(self, pairing: Pairing) -> Places:
         """Slots on the host with units as long as all of them allow. O(units), in arrays.

@@ -1,0 +1,274 @@
+"""Conversion to fp8 and back: its error bound, its scales, and what it must not touch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kvheap
+from kvheap import BlockIds, MemoryFormat, PagedKVCache, TensorMemoryAllocator
+from kvheap.kernels.launch import triton
+
+LAYERS, BLOCKS, BLOCK_SIZE, HEADS, HEAD_DIM = 3, 24, 16, 2, 24
+CHUNK_TOKENS = 64
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+def make(dtype=torch.float16, device="cpu"):
+    """A cache of numbers whose size varies by layer, and a heap."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (2, BLOCKS, BLOCK_SIZE, HEADS, HEAD_DIM)
+    sizes = (1e-3, 1.0, 30.0)
+    tensors = [
+        (torch.randn(shape, generator=generator) * size).to(dtype).to(device) for size in sizes
+    ]
+    heap = TensorMemoryAllocator(torch.zeros(1 << 20, dtype=torch.uint8, device=device))
+    return PagedKVCache.of("vllm-flash-nhd", tensors), tensors, heap
+
+
+def rows(tensors, slots):
+    """The tokens as ``[layers, 2, tokens, heads, dims]``."""
+    flat = [t.reshape(2, BLOCKS * BLOCK_SIZE, HEADS, HEAD_DIM)[:, slots] for t in tensors]
+    return torch.stack(flat).float().cpu()
+
+
+def error_bound(original, scales, dtype):
+    """How far off an element may be; ``scales`` like ``original`` or broadcast to it."""
+    bound = torch.maximum(original.abs() / 16, scales / 1024) * (1 + 2**-20)
+    half_step = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    smallest = {torch.bfloat16: 2**-133, torch.float16: 2**-24}[dtype]
+    return bound + (original.abs() + bound) * half_step + smallest
+
+
+def scales_of(batch, num_tokens):
+    """The scale of each element, ``[layers, 2, tokens, heads, 1]``."""
+    chunks = torch.stack([obj.get_tensor(1) for obj in batch]).cpu()  # [N, 2, layers, heads]
+    by_token = chunks[torch.arange(num_tokens) // CHUNK_TOKENS]
+    return by_token.permute(2, 1, 0, 3)[..., None]
+
+
+@DEVICES
+@DTYPES
+def test_elements_come_back_within_the_stated_bound(dtype, device):
+    cache, tensors, heap = make(dtype, device)
+    slots = torch.randperm(cache.num_slots)[:150]
+    before = rows(tensors, slots)
+    batch = heap.batched_store(cache, slots, CHUNK_TOKENS, convert=True)
+    for tensor in tensors:
+        tensor.zero_()
+    heap.batched_load(batch, cache, slots, convert=True)
+    after = rows(tensors, slots)
+    bound = error_bound(before, scales_of(batch, 150), dtype)
+    assert ((after - before).abs() <= bound).all()
+    assert not torch.equal(after, before)  # fp8 cannot hold all of it
+    untouched = torch.ones(cache.num_slots, dtype=torch.bool)
+    untouched[slots] = False
+    assert (rows(tensors, untouched.nonzero().flatten()) == 0).all()
+
+
+@DEVICES
+def test_the_scale_is_the_largest_magnitude_over_448(device):
+    cache, tensors, heap = make(torch.float16, device)
+    slots = torch.arange(40)
+    batch = heap.batched_store(cache, slots, CHUNK_TOKENS, convert=True)
+    found = batch[0].get_tensor(1).cpu()
+    expected = rows(tensors, slots).abs().amax(dim=(2, 4)) / 448  # [layers, 2, heads]
+    torch.testing.assert_close(found, expected.permute(1, 0, 2), rtol=1e-6, atol=0)
+
+
+def test_numbers_of_fp8_come_back_exactly():
+    cache, tensors, heap = make(torch.float16)
+    codes = torch.randint(0, 127, tensors[0].shape, dtype=torch.uint8)
+    for tensor in tensors:
+        tensor.copy_(codes.view(torch.float8_e4m3fn).float())
+        tensor[..., 0] = 448.0  # so that the scale is 1
+    slots = torch.arange(100)
+    before = rows(tensors, slots)
+    batch = heap.batched_store(cache, slots, CHUNK_TOKENS, convert=True)
+    for tensor in tensors:
+        tensor.zero_()
+    heap.batched_load(batch, cache, slots, convert=True)
+    assert torch.equal(rows(tensors, slots), before)
+
+
+@DEVICES
+def test_nan_stays_nan_infinity_becomes_the_largest_and_zeros_stay_zeros(device):
+    cache, tensors, heap = make(torch.float16, device)
+    tensors[0].zero_()
+    head = tensors[1].view(2, -1, HEADS, HEAD_DIM)[0]
+    head[0, 0, 0], head[0, 0, 1], head[0, 0, 2] = float("nan"), float("inf"), -float("inf")
+    slots = torch.arange(32)
+    largest = head[:32, 0].isfinite() * head[:32, 0].abs().nan_to_num()
+    batch = heap.batched_store(cache, slots, CHUNK_TOKENS, convert=True)
+    heap.batched_load(batch, cache, slots, convert=True)
+    assert (tensors[0] == 0).all()
+    assert head[0, 0, 0].isnan()
+    size = float(largest.nan_to_num(posinf=0).max())
+    assert float(head[0, 0, 1]) == pytest.approx(size, rel=1e-3)
+    assert float(head[0, 0, 2]) == pytest.approx(-size, rel=1e-3)
+
+
+def test_skipped_tokens_touch_neither_bytes_nor_scale():
+    cache, tensors, heap = make()
+    slots = torch.arange(CHUNK_TOKENS)
+    batch = heap.batched_store(cache, slots, CHUNK_TOKENS, convert=True)
+    before = batch[0].raw_tensor.clone()
+    kvheap.store(cache, torch.full((CHUNK_TOKENS,), -1), batch, convert=True)
+    assert torch.equal(batch[0].raw_tensor, before)
+    tensors[0].view(2, -1, HEADS, HEAD_DIM)[:, 0] = 1e4  # the largest by far, and skipped
+    skipping = slots.clone()
+    skipping[0] = -1
+    kvheap.store(cache, skipping, batch, convert=True)
+    expected = rows(tensors, slots[1:]).abs().amax(dim=(2, 4)) / 448
+    torch.testing.assert_close(batch[0].get_tensor(1), expected.permute(1, 0, 2), rtol=1e-6, atol=0)
+
+
+def test_layers_and_heads_can_be_stored_one_by_one():
+    cache, _, heap = make()
+    slots = torch.arange(70)
+    whole = heap.batched_store(cache, slots, CHUNK_TOKENS, convert=True)
+    parts = heap.batched_store(cache, slots, CHUNK_TOKENS, convert=True)
+    for obj in parts:
+        obj.raw_tensor.zero_()
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            kvheap.store(
+                cache,
+                slots,
+                parts,
+                layers=range(layer, layer + 1),
+                heads=slice(head, head + 1),
+                convert=True,
+            )
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.get_tensor(1), other.get_tensor(1))
+    codes = [batch[0].get_tensor(0).view(torch.uint8) for batch in (whole, parts)]
+    assert torch.equal(*codes)
+
+
+@pytest.mark.parametrize("fmt", [MemoryFormat.KV_2TLD, MemoryFormat.KV_2TD, MemoryFormat.KV_T2D])
+def test_other_chunk_orders_give_the_same_numbers(fmt):
+    cache, tensors, heap = make()
+    blocks = BlockIds(torch.randperm(BLOCKS)[:9])
+    slots = (blocks.ids[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()
+    results = []
+    original = [tensor.clone() for tensor in tensors]
+    for order in (MemoryFormat.KV_2LTD, fmt):
+        batch = heap.batched_store(cache, blocks, CHUNK_TOKENS, order, convert=True)
+        for tensor in tensors:
+            tensor.zero_()
+        heap.batched_load(batch, cache, blocks, convert=True)
+        results.append(rows(tensors, slots))
+        for tensor, saved in zip(tensors, original, strict=True):
+            tensor.copy_(saved)
+    assert torch.equal(*results)
+
+
+def test_nothing_is_converted_unless_asked_for():
+    cache, _, heap = make()
+    shape = (2, LAYERS, CHUNK_TOKENS, HEADS * HEAD_DIM)
+    fp8 = heap.batched_allocate(shape, torch.float8_e4m3fn, 1)
+    with pytest.raises(ValueError, match="convert=True"):
+        kvheap.store(cache, torch.arange(10), fp8)
+    with pytest.raises(ValueError, match="two groups"):
+        kvheap.store(cache, torch.arange(10), fp8, convert=True)
+    exact = heap.batched_store(cache, torch.arange(10), CHUNK_TOKENS)
+    with pytest.raises(ValueError, match="two groups"):
+        kvheap.load(exact, cache, torch.arange(10), convert=True)
+    wrong = heap.batched_allocate([shape, (2, LAYERS, 1)], [torch.float8_e4m3fn, torch.float32], 1)
+    with pytest.raises(ValueError, match="scales must have shape"):
+        kvheap.store(cache, torch.arange(10), wrong, convert=True)
+    converted = heap.batched_store(cache, torch.arange(10), CHUNK_TOKENS, convert=True)
+    with pytest.raises(ValueError, match="one group"):
+        kvheap.load(converted, cache, torch.arange(10))
+
+
+def test_other_dtypes_and_paged_orders_are_refused_and_nothing_stays_allocated():
+    tensors = [torch.zeros(2, 4, 16, 2, 8) for _ in range(2)]
+    heap = TensorMemoryAllocator(torch.zeros(1 << 20, dtype=torch.uint8))
+    float_cache = PagedKVCache.of("vllm-flash-nhd", tensors)
+    with pytest.raises(ValueError, match="bfloat16 or float16"):
+        heap.batched_store(float_cache, torch.arange(10), CHUNK_TOKENS, convert=True)
+    half_cache = PagedKVCache.of("vllm-flash-nhd", [tensor.half() for tensor in tensors])
+    with pytest.raises(ValueError, match="pages"):
+        heap.batched_store(half_cache, torch.arange(64), 64, MemoryFormat.KV_PL2TD, convert=True)
+    assert heap.total_allocated_size == 0
+
+
+INTERPRETED = """
+import sys
+import torch
+from kvheap.kernels import paged_convert
+from kvheap import PagedKVCache, TensorMemoryAllocator
+
+torch.manual_seed(3)
+# The interpreter cuts bfloat16 off where hardware rounds: what comes back is compared in fp16.
+tensors = [(torch.randn(2, 8, 4, 2, 24) * 10.0**i).half() for i in (-2, 0, 2)]
+tensors[1][0, 0, 0, 0, 0] = float("nan")
+cache = PagedKVCache.of("vllm-flash-nhd", tensors)
+original = [tensor.clone() for tensor in tensors]
+slots = torch.randperm(32)[:19]
+slots[4] = -1
+results = []
+on_cpu = paged_convert._convert_on_cpu
+for path in (on_cpu, paged_convert._convert_on_gpu):
+    paged_convert._convert_on_cpu = path
+    heap = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8))
+    batch = heap.batched_store(cache, slots, 8, convert=True)
+    stored = heap.buffer.clone()
+    for tensor in tensors:
+        tensor.zero_()
+    heap.batched_load(batch, cache, slots, convert=True)
+    results.append((stored, [tensor.clone() for tensor in tensors]))
+    for tensor, saved in zip(tensors, original):
+        tensor.copy_(saved)
+(stored, loaded), (kernel_stored, kernel_loaded) = results
+assert stored.any()
+assert torch.equal(stored, kernel_stored)
+for one, other in zip(loaded, kernel_loaded):
+    assert torch.equal(one.view(torch.int16), other.view(torch.int16))
+
+import triton
+import triton.language as tl
+
+@triton.jit
+def encode(x_ptr, out_ptr, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out_ptr + i, paged_convert._to_e4m3(tl.load(x_ptr + i)))
+
+@triton.jit
+def decode(x_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, paged_convert._from_e4m3(tl.load(x_ptr + i)))
+
+x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+x = torch.cat((x, torch.randn(65536) * 100)).clamp(-448, 448)
+codes = torch.empty(len(x), dtype=torch.uint8)
+encode[(len(x) // 4096,)](x, codes, 4096)
+assert torch.equal(codes, x.to(torch.float8_e4m3fn).view(torch.uint8))
+every = torch.arange(256, dtype=torch.uint8)
+numbers = torch.empty(256)
+decode[(1,)](every, numbers, 256)
+expected = every.view(torch.float8_e4m3fn).float()
+assert ((numbers == expected) | (numbers.isnan() & expected.isnan())).all()
+print("equal")
+"""
+
+
+@pytest.mark.skipif(triton is None, reason="needs the triton package")
+def test_the_kernel_gives_the_same_bytes_as_the_cpu_path_and_rounds_as_torch_does():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "equal"
