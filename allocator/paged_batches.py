@@ -166,8 +166,8 @@ def batched_evict(
 ) -> torch.Tensor:
     """Collect contents and free; see the heap's method."""
     objs = batch if isinstance(batch, MemoryBatch) else list(batch)
-    if not len(objs):
-        raise ValueError("there is no chunk to evict")
+    if not len(objs) and not isinstance(objs, MemoryBatch):
+        raise ValueError("no chunk: an empty batch says what a chunk is, an empty list does not")
     layout = objs.layout if isinstance(objs, MemoryBatch) else objs[0]._batch.layout
     shape, dtype = tuple(layout.shapes[0]), layout.dtypes[0]
     if len(layout.shapes) > 1:

@@ -357,7 +357,8 @@ def _has_instruction(device: torch.device) -> bool:
 
 def _cache_alignment(exact: Pairing) -> int:
     heads = (entries[0].head_stride for entries in exact.entries)
-    return alignment_of(exact.alignment, *(heads if exact.num_heads > 1 else ()))
+    anchor = exact.cache.tensors[0].data_ptr()
+    return alignment_of(exact.alignment, anchor, *(heads if exact.num_heads > 1 else ()))
 
 
 def _chunk_alignment(chunks: Chunks, head_dim: int) -> int:

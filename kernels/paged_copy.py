@@ -297,7 +297,8 @@ def _copy_on_gpu(copy: TokenCopy) -> None:
         places = places.merged(pairing)
     num_entries = len(pairing.entries) * pairing.num_layers
     anchor = cache.tensors[0]
-    alignment = alignment_of(pairing.alignment, chunks.alignment)
+    # Bases are counted from the anchor, which need not be among the layers that are copied.
+    alignment = alignment_of(pairing.alignment, chunks.alignment, anchor.data_ptr())
     plan = _tile_plan(pairing, places, alignment, num_entries)
     access_bytes = plan.word_bytes * plan.words_per_vector
     chunk_numbers = (chunks.addresses - chunks.buffer.data_ptr()) // access_bytes

@@ -63,9 +63,14 @@ def copy_on_cpu(
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """All memory from the lowest address to the highest, as words."""
+    """All memory from the lowest address to the highest, as words.
 
-    words: torch.Tensor
+    Twice, since torch lets no call read and write one tensor: rows of the cache and views of
+    chunks never share a byte, but torch only sees that they might.
+    """
+
+    for_rows: torch.Tensor
+    for_views: torch.Tensor
     start: int
     word_bytes: int
 
@@ -73,21 +78,23 @@ class _Memory:
     def over(cls, pairing: Pairing, chunk_addresses: Int64Array, chunk_bytes: int) -> _Memory:
         word_bits = int(np.bitwise_or.reduce(chunk_addresses))
         word = CPU_WORDS[alignment_of(pairing.alignment, word_bits)]
-        tensors = pairing.cache.tensors
-        start = min(int(chunk_addresses.min()), *(tensor.data_ptr() for tensor in tensors))
-        end = max(int(chunk_addresses.max()) + chunk_bytes, *map(_end_of, tensors))
+        bases = (entry.cache_base for entries in pairing.entries for entry in entries)
+        start = min(int(chunk_addresses.min()), *bases)
+        end = max(int(chunk_addresses.max()) + chunk_bytes, *map(_end_of, pairing.cache.tensors))
         size_bytes = (end - start) // word.itemsize * word.itemsize
         raw = (ctypes.c_char * size_bytes).from_address(start)
-        return cls(torch.frombuffer(raw, dtype=word), start, word.itemsize)
+        first, second = (torch.frombuffer(raw, dtype=word) for _ in range(2))
+        return cls(first, second, start, word.itemsize)
 
     def rows(self, row_words: int) -> torch.Tensor:
         """Every row of so many words: they overlap."""
-        return self.words.as_strided((len(self.words) - row_words + 1, row_words), (1, 1))
+        num_rows = len(self.for_rows) - row_words + 1
+        return self.for_rows.as_strided((num_rows, row_words), (1, 1))
 
     def view(self, address: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
         """A strided view; strides in bytes but for the last dimension, which is contiguous."""
         in_words = (*(stride // self.word_bytes for stride in strides), 1)
-        return self.words.as_strided(sizes, in_words, (address - self.start) // self.word_bytes)
+        return self.for_views.as_strided(sizes, in_words, (address - self.start) // self.word_bytes)
 
 
 def _end_of(tensor: torch.Tensor) -> int:

@@ -390,7 +390,7 @@ class _Dims:
     @classmethod
     def of(cls, layout: KVLayout, tensor: Any, label: str) -> _Dims:
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{label} of {layout.name} must be a tensor, got {tensor!r}")
+            raise TypeError(f"{label} of {layout.name} must be a tensor, got {_kind(tensor)}")
         if tensor.device.type not in ("cpu", "cuda"):
             raise LayoutError(f"{label} is on {tensor.device}: a CPU or CUDA device is needed")
         dims = layout.dims
