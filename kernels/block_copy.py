@@ -48,6 +48,7 @@ from kvheap.kernels.launch import (
     CPU_WORDS,
     Addresses,
     alignment_of,
+    bytes_of,
     host_addresses,
     jit,
     require_disjoint,
@@ -405,8 +406,8 @@ def _copy(source: _Side, target: _Side, num_blocks: int, block_bytes: int) -> No
 def _launch_copy(source: _Side, target: _Side, num_blocks: int, block_bytes: int) -> None:
     plan = TilePlan.of(num_blocks, block_bytes, alignment_of(source.alignment, target.alignment))
     _copy_blocks_kernel[(plan.num_tiles,)](
-        _as_bytes(source.tensor),
-        _as_bytes(target.tensor),
+        bytes_of(source.tensor),
+        bytes_of(target.tensor),
         source.device_addresses(),
         target.device_addresses(),
         plan.num_blocks,
@@ -422,7 +423,7 @@ def _launch_copy(source: _Side, target: _Side, num_blocks: int, block_bytes: int
 def _launch_fill(target: _Scattered, block_bytes: int, value: int) -> None:
     plan = TilePlan.of(target.length, block_bytes, target.alignment)
     _fill_blocks_kernel[(plan.num_tiles,)](
-        _as_bytes(target.tensor),
+        bytes_of(target.tensor),
         target.device_addresses(),
         plan.num_blocks,
         plan.vectors,
@@ -431,14 +432,6 @@ def _launch_fill(target: _Scattered, block_bytes: int, value: int) -> None:
         **plan.constants(),
         num_warps=NUM_WARPS,
     )
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A uint8 tensor at the same address: Triton knows few dtypes, and compiles once for each."""
-    if tensor.dtype == torch.uint8:
-        return tensor
-    offset_bytes = int(tensor.storage_offset()) * tensor.element_size()
-    return _view_words(tensor, torch.uint8, offset_bytes, (1,), (1,))
 
 
 def _view_words(

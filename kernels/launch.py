@@ -20,6 +20,7 @@ __all__ = [
     "CPU_WORDS",
     "Addresses",
     "alignment_of",
+    "bytes_of",
     "host_addresses",
     "jit",
     "require_disjoint",
@@ -137,3 +138,12 @@ def upload(array: Int64Array, device: torch.device) -> torch.Tensor:
     staging = torch.empty(len(array), dtype=torch.int64, pin_memory=pinned)
     staging.numpy()[:] = array  # a copy: the caller may change its array before the device reads
     return staging.to(device, non_blocking=True)
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A uint8 tensor at the same address: Triton knows few dtypes, and compiles once for each."""
+    if tensor.dtype == torch.uint8:
+        return tensor
+    view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    offset_bytes = int(tensor.storage_offset()) * tensor.element_size()
+    return view.set_(tensor.untyped_storage(), offset_bytes, (1,), (1,))

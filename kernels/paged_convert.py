@@ -37,10 +37,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvheap.kernels.launch import alignment_of, jit, tl, triton, upload
+from kvheap.kernels.launch import alignment_of, bytes_of, jit, tl, triton, upload
 from kvheap.kernels.paged_copy import (
     Chunks,
-    bytes_of,
     load_tokens,
     require_chunks,
     require_reachable,

@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvheap.kernels.launch import alignment_of, jit, tl, upload
+from kvheap.kernels.launch import alignment_of, bytes_of, jit, tl, upload
 from kvheap.kernels.paged_copy_cpu import copy_on_cpu
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import BlockIds, ChunkLayout, Pairing, Places, Slots
@@ -301,7 +301,8 @@ def _copy_on_gpu(copy: TokenCopy) -> None:
     alignment = alignment_of(pairing.alignment, chunks.alignment, anchor.data_ptr())
     plan = _tile_plan(pairing, places, alignment, num_entries)
     access_bytes = plan.word_bytes * plan.words_per_vector
-    chunk_numbers = (chunks.addresses - chunks.buffer.data_ptr()) // access_bytes
+    shift = access_bytes.bit_length() - 1
+    chunk_numbers = (chunks.addresses - chunks.buffer.data_ptr()) >> shift
     if isinstance(places.values, torch.Tensor):
         chunk_table, place_table = upload(chunk_numbers, cache.device), places.values
     else:
@@ -311,7 +312,7 @@ def _copy_on_gpu(copy: TokenCopy) -> None:
     if num_programs >= INT32_END:
         raise ValueError(f"{places.num_tokens} tokens need {num_programs} programs: split them")
     _copy_tokens_kernel[(num_programs,)](
-        bytes_of(anchor),
+        _anchor_bytes(cache),
         bytes_of(chunks.buffer),
         _table(pairing, access_bytes),
         place_table,
@@ -360,8 +361,8 @@ def _table(pairing: Pairing, access_bytes: int) -> torch.Tensor:
     return found
 
 
-def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A uint8 tensor at the same address: a kernel is compiled once for all dtypes."""
-    view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    offset_bytes = int(tensor.storage_offset()) * tensor.element_size()
-    return view.set_(tensor.untyped_storage(), offset_bytes, (1,), (1,))
+def _anchor_bytes(cache: PagedKVCache) -> torch.Tensor:
+    found: torch.Tensor | None = cache.kept.get("anchor")
+    if found is None:
+        found = cache.kept["anchor"] = bytes_of(cache.tensors[0])
+    return found
