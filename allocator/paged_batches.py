@@ -69,7 +69,9 @@ def store(
 ) -> None:
     """Copy the KV of tokens from an engine's cache into a batch, bit by bit, in one launch.
 
-    On the current stream, without waiting. What the chunks hold beyond the tokens stays.
+    On the current stream, without waiting. What the chunks hold beyond the tokens stays. Chunks
+    that are freed while another stream than that of the next allocation still copies need
+    ``batch.record_stream``.
 
     Args:
         cache: where from.
