@@ -99,6 +99,8 @@ def store(
     """
     eager = _heap_of(batch).debug
     chunks, scale_offset = _chunks(batch, cache, convert)
+    if not isinstance(batch, MemoryBatch) and len(np.unique(chunks.addresses)) < len(batch):
+        raise ValueError("a chunk is named twice: it cannot be stored to twice")
     if convert:
         store_converted(cache, slots, chunks, scale_offset, layers=layers, heads=heads, eager=eager)
     else:
@@ -263,10 +265,7 @@ def _addresses_of(objs: Sequence[MemoryObj]) -> tuple[BlockLayout, Int64Array]:
             raise ValueError(
                 f"chunks must have one layout, got {first.layout}, {obj._batch.layout}"
             )
-    addresses = np.array([obj.address for obj in objs], np.int64)
-    if len(np.unique(addresses)) < len(objs):
-        raise ValueError("a chunk is named twice")
-    return first.layout, addresses
+    return first.layout, np.array([obj.address for obj in objs], np.int64)
 
 
 @lru_cache(maxsize=256)

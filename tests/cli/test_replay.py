@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from kvheap import prefix_store, replay
-from kvheap.cli import CommandError, main
+from kvheap.cli import REPLAY_NOTES, CommandError, main
 from kvheap.cli.replay import parse_bytes
+from kvheap.engine_cache import ENGINE_LAYOUTS, EngineCache
 
 TRACE = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
 LINE = '{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}\n'
@@ -130,6 +131,55 @@ class TestMadeUpTraffic:
         assert "mismatches" in capsys.readouterr().out
 
 
+class TestEngineLayouts:
+    @pytest.mark.parametrize("layout", ENGINE_LAYOUTS)
+    def test_made_up_traffic_comes_back_right(self, tmp_path: Path, layout: str) -> None:
+        arguments = ("--engine-layout", layout, "--requests", "150", "--heap", "12MiB")
+        figures = figures_of(tmp_path, *arguments)
+        assert figures["engine_layout"] == layout
+        assert figures["hits"] > 100
+        assert figures["load_gbps"] > 0
+        assert figures["store_gbps"] > 0
+        assert "gather_gbps" not in figures
+        plain = figures_of(tmp_path, "--requests", "150", "--geometry", figures["geometry"])
+        assert "load_gbps" not in plain
+        assert plain["engine_layout"] is None
+
+    def test_the_traffic_is_the_same_as_without_an_engine(self, tmp_path: Path) -> None:
+        arguments = ("--requests", "300", "--heap", "3MiB", "--geometry", "small")
+        runs = [
+            figures_of(tmp_path, *arguments, *more)
+            for more in ((), ("--engine-layout", "vllm-flash-hnd"))
+        ]
+        assert runs[0]["evicted"] > 0
+        for name in ("hits", "stored", "resident", "evicted", "utilization_final"):
+            assert runs[0][name] == runs[1][name]
+
+    def test_a_real_geometry(self, tmp_path: Path) -> None:
+        arguments = ("--geometry", "gpt-oss-20b", "--requests", "2", "--heap", "400MiB")
+        figures = figures_of(tmp_path, *arguments, "--engine-layout", "vllm-flashinfer-hnd")
+        assert figures["stored"] > 0
+
+    def test_the_help_lists_all(self) -> None:
+        words = REPLAY_NOTES.replace(",", " ").split()
+        assert not set(ENGINE_LAYOUTS) - set(words)
+
+    def test_a_wrong_byte_in_the_engine_is_status_1_and_the_layout_is_shown(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write = EngineCache.write
+
+        def write_and_spoil(self, block_ids, chunks) -> None:
+            write(self, block_ids, chunks)
+            self.tensors[1].view(torch.uint8)[block_ids[0, 0]] ^= 1
+
+        monkeypatch.setattr(EngineCache, "write", write_and_spoil)
+        assert main(["replay", "--engine-layout", "mla", "--requests", "20"]) == 1
+        shown = capsys.readouterr().out
+        assert "mla" in shown
+        assert "loaded into the engine" in shown
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -162,6 +212,15 @@ def test_a_malformed_line_is_named(
     [
         (["nowhere.jsonl"], "cannot read nowhere.jsonl: No such file"),
         (["--geometry", "gpt-5"], "unknown geometry 'gpt-5'; known are tiny, "),
+        (["--engine-layout", "x"], "unknown engine layout 'x'; known are vllm-flash-nhd, "),
+        (
+            ["--engine-layout", "mla", "--geometry", "tiny"],
+            "geometry tiny does not fit engine layout mla; those that do are small-mla, deepseek",
+        ),
+        (
+            ["--engine-layout", "indexer", "--geometry", "small-mla"],
+            "small-mla does not fit engine layout indexer; those that do are small-indexer",
+        ),
         (["--heap", "lots"], "got 'lots'"),
         (["--heap", "0"], "got '0'"),
         (["--heap", "9" * 400], "must be a positive number of bytes such as 64MiB, got '999"),

@@ -9,10 +9,25 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+import kvheap
+from kvheap import BlockIds, MemoryFormat, PagedKVCache, TensorMemoryAllocator
 from kvheap.kernels import fill_blocks, gather_blocks, move_blocks, scatter_blocks
 
 # Words of 16, 8, 4, 2 and 1 bytes; less than a tile, several tiles, tiles with ragged ends.
 BLOCK_BYTES = (4096, 16, 8, 132, 6, 7, 656, 70_000)
+
+CHUNK_TOKENS = 24
+"""No whole number of blocks, and the last chunk is filled in part."""
+
+# Layout, shape of one layer's tensor, dtype; heads of 160 and 33 bytes, rows of 1152 and 656.
+PAGED_CASES = (
+    ("vllm-flash-nhd", (2, 5, 16, 3, 80), torch.bfloat16),
+    ("vllm-flash-nhd", (2, 5, 16, 3, 33), torch.uint8),
+    ("vllm-flash-hnd", (2, 5, 3, 16, 80), torch.bfloat16),
+    ("vllm-flash-hnd", (2, 5, 3, 16, 33), torch.uint8),
+    ("mla", (5, 16, 576), torch.bfloat16),
+    ("mla", (5, 16, 656), torch.uint8),
+)
 
 
 def copy_and_check(block_bytes: int, num_blocks: int) -> None:
@@ -32,12 +47,48 @@ def copy_and_check(block_bytes: int, num_blocks: int) -> None:
     assert torch.equal(gather_blocks(buffer, there, torch.empty_like(blocks)), blocks)
 
 
+def round_trip(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Store all slots of a cache and load them back, by slots and by blocks, two layers."""
+    raw = [byte_tensor(shape, dtype) for _ in range(2)]
+    cache = PagedKVCache.of(name, [layer.view(dtype) for layer in raw])
+    is_mla = name == "mla"
+    fmt = MemoryFormat.KV_MLA_FMT if is_mla else MemoryFormat.KV_2LTD
+    chunk = (cache.num_planes, 2, CHUNK_TOKENS, cache.num_heads * cache.head_dim)
+    num_chunks = -(-cache.num_slots // CHUNK_TOKENS)
+    chunk_bytes = torch.Size(chunk).numel() * dtype.itemsize
+    buffer = torch.zeros(num_chunks * chunk_bytes, dtype=torch.uint8, device="cuda")
+    alignment = chunk_bytes & -chunk_bytes
+    heap = TensorMemoryAllocator(buffer, min(alignment, 4096), debug=False)
+    batch = heap.batched_allocate(chunk, dtype, num_chunks, fmt)
+    assert batch is not None
+    generator = np.random.default_rng(cache.head_dim)
+    blocks = generator.permutation(cache.num_blocks)
+    slots = generator.permutation(cache.num_slots)
+    before = [layer.clone() for layer in raw]
+    on_device = (torch.from_numpy(slots).cuda(), BlockIds(torch.from_numpy(blocks).cuda()))
+    for places in (*on_device, slots, BlockIds(blocks)):
+        kvheap.store(cache, places, batch)
+        for layer in raw:
+            layer.zero_()
+        kvheap.load(batch, cache, places)
+        cache.synchronize()
+        assert all(map(torch.equal, raw, before))
+
+
+def byte_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Random bytes for a tensor of that shape and dtype."""
+    sizes = (*shape[:-1], shape[-1] * dtype.itemsize)
+    return torch.randint(0, 256, sizes, dtype=torch.uint8, device="cuda")
+
+
 def main() -> None:
     """Run every case; the sanitizer reports what they touch."""
     for block_bytes in BLOCK_BYTES:
         copy_and_check(block_bytes, num_blocks=5)
+    for case in PAGED_CASES:
+        round_trip(*case)
     torch.cuda.synchronize()
-    print(f"{len(BLOCK_BYTES)} block sizes passed")
+    print(f"{len(BLOCK_BYTES)} block sizes and {len(PAGED_CASES)} paged caches passed")
 
 
 if __name__ == "__main__":
