@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from kvheap.host_memory import numa_node_of_gpu as numa_node_of_gpu
     from kvheap.kernels.paged_layout import LayoutError as LayoutError
     from kvheap.kernels.paged_layout import PagedKVCache as PagedKVCache
-    from kvheap.kernels.paged_plan import BlockIds as BlockIds
+    from kvheap.kernels.paged_slots import BlockIds as BlockIds
     from kvheap.lazy_allocator import LazyMemoryAllocator as LazyMemoryAllocator
     from kvheap.lifetime import FullReport as FullReport
     from kvheap.lifetime import Lease as Lease
@@ -64,7 +64,7 @@ _MODULE_OF = {
     "AddressBatch": "address_batch",
     "AddressManager": "address_manager",
     "AllocatorStats": "tensor_allocator",
-    "BlockIds": "kernels.paged_plan",
+    "BlockIds": "kernels.paged_slots",
     "BlockInUseError": "errors",
     "BlockLayout": "block_layout",
     "BufferAllocator": "plain_allocators",

@@ -34,7 +34,8 @@ from kvheap.extents import Int64Array
 from kvheap.kernels.paged_convert import load_converted, store_converted
 from kvheap.kernels.paged_copy import Chunks, load_tokens, store_tokens
 from kvheap.kernels.paged_layout import PagedKVCache
-from kvheap.kernels.paged_plan import ChunkLayout, Slots, count_tokens, first_tokens
+from kvheap.kernels.paged_plan import ChunkLayout
+from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
 from kvheap.memory_batch import FREED, MemoryBatch
 from kvheap.memory_format import MemoryFormat
 from kvheap.memory_object import MemoryObj

@@ -28,7 +28,7 @@ from kvheap.extents import Int64Array
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
 from kvheap.kernels.launch import alignment_of
 from kvheap.kernels.paged_layout import PagedKVCache
-from kvheap.kernels.paged_plan import Slots
+from kvheap.kernels.paged_slots import Slots
 from kvheap.lifetime import FullReport, Lifetime, Release, log_full_report
 from kvheap.memory_allocator import (
     DEBUG_TRACE_FRAMES,

@@ -46,7 +46,8 @@ from kvheap.kernels.paged_copy import (
     store_tokens,
 )
 from kvheap.kernels.paged_layout import PagedKVCache
-from kvheap.kernels.paged_plan import Pairing, Places, Slots
+from kvheap.kernels.paged_plan import Pairing
+from kvheap.kernels.paged_slots import Places, Slots
 
 __all__ = ["LARGEST_E4M3", "load_converted", "store_converted"]
 

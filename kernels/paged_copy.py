@@ -39,7 +39,8 @@ import torch
 from kvheap.kernels.launch import alignment_of, bytes_of, jit, tl, upload
 from kvheap.kernels.paged_copy_cpu import copy_on_cpu
 from kvheap.kernels.paged_layout import PagedKVCache
-from kvheap.kernels.paged_plan import BlockIds, ChunkLayout, Pairing, Places, Slots
+from kvheap.kernels.paged_plan import ChunkLayout, Pairing
+from kvheap.kernels.paged_slots import BlockIds, Places, Slots
 from kvheap.kernels.tiles import NUM_WARPS, TILE_WORDS, TilePlan
 
 __all__ = ["BlockIds", "Chunks", "TokenCopy", "load_tokens", "pairing_of", "store_tokens"]

@@ -25,7 +25,8 @@ import numpy.typing as npt
 import torch
 
 from kvheap.kernels.launch import CPU_WORDS, alignment_of
-from kvheap.kernels.paged_plan import Entry, Pairing, Places
+from kvheap.kernels.paged_plan import Entry, Pairing
+from kvheap.kernels.paged_slots import Places
 
 __all__ = ["copy_on_cpu"]
 
@@ -165,7 +166,7 @@ class _Step:
 
     def _are_small_and_scattered(self, addresses: Int64Array) -> bool:
         """Whether calls for single chunks would cost more than one copy in between."""
-        num_runs = 1 + np.count_nonzero(np.diff(np.diff(addresses)))
+        num_runs = 1 + int(np.count_nonzero(np.diff(np.diff(addresses))))
         chunk = self.pairing.chunk
         copied = min(chunk.num_tokens, len(self.slots) * self.unit_tokens) * chunk.row_bytes
         layers = 1 if chunk.is_per_layer else self.pairing.num_layers

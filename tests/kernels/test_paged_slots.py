@@ -10,7 +10,7 @@ from kvheap import BlockIds, PagedKVCache, TensorMemoryAllocator
 from kvheap.kernels import paged_copy
 from kvheap.kernels.launch import triton
 from kvheap.kernels.paged_copy import TokenCopy, pairing_of
-from kvheap.kernels.paged_plan import Places
+from kvheap.kernels.paged_slots import Places
 
 needs_triton = pytest.mark.skipif(triton is None, reason="needs the triton package")
 DEVICES = pytest.mark.parametrize(
