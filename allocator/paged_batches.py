@@ -98,7 +98,7 @@ def store(
         TypeError: slots are not integers, or the batch is of no heap; nothing is written.
         LifetimeError: a chunk is freed; nothing is written.
     """
-    eager = _heap_of(batch).debug
+    eager = heap_of(batch).debug
     chunks, scale_offset = _chunks(batch, cache, convert)
     if not isinstance(batch, MemoryBatch) and len(np.unique(chunks.addresses)) < len(batch):
         raise ValueError("a chunk is named twice: it cannot be stored to twice")
@@ -121,7 +121,7 @@ def load(
 
     Arguments and errors are those of :func:`store`. Two tokens must not have the same slot.
     """
-    eager = _heap_of(batch).debug
+    eager = heap_of(batch).debug
     chunks, scale_offset = _chunks(batch, cache, convert)
     if convert:
         load_converted(chunks, cache, slots, scale_offset, layers=layers, heads=heads, eager=eager)
@@ -171,8 +171,8 @@ def batched_evict(
 ) -> torch.Tensor:
     """Collect contents and free; see the heap's method."""
     objs = batch if isinstance(batch, MemoryBatch) else list(batch)
-    if not len(objs) and not isinstance(objs, MemoryBatch):
-        raise ValueError("no chunk: an empty batch says what a chunk is, an empty list does not")
+    if heap_of(objs) is not heap:
+        raise ForeignObjectError("the chunks are of another allocator")
     layout = objs.layout if isinstance(objs, MemoryBatch) else objs[0]._batch.layout
     shape, dtype = tuple(layout.shapes[0]), layout.dtypes[0]
     if len(layout.shapes) > 1:
@@ -224,9 +224,12 @@ def chunk_shape(
     }[fmt]
 
 
-def _heap_of(objs: ChunkObjects) -> TensorMemoryAllocator:
+def heap_of(objs: ChunkObjects) -> TensorMemoryAllocator:
+    """The heap that chunks are of."""
     from kvheap.tensor_allocator import TensorMemoryAllocator
 
+    if not isinstance(objs, MemoryBatch) and not len(objs):
+        raise ValueError("no chunk: an empty batch says what a chunk is, an empty list does not")
     batch = objs if isinstance(objs, MemoryBatch) else objs[0]._batch
     heap = batch.allocator
     if not isinstance(heap, TensorMemoryAllocator):
@@ -244,7 +247,7 @@ def _chunks(objs: ChunkObjects, cache: PagedKVCache, convert: bool) -> tuple[Chu
         layout, addresses = objs.layout, objs.addresses
     else:
         layout, addresses = _addresses_of(objs)
-    heap = _heap_of(objs)
+    heap = heap_of(objs)
     absolute, alignment = heap._absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset = parts(layout, cache.dtype, cache.head_dim)
@@ -254,8 +257,6 @@ def _chunks(objs: ChunkObjects, cache: PagedKVCache, convert: bool) -> tuple[Chu
 
 
 def _addresses_of(objs: Sequence[MemoryObj]) -> tuple[BlockLayout, Int64Array]:
-    if not len(objs):
-        raise ValueError("there is no chunk: an empty batch says what a chunk is, a list does not")
     first = objs[0]._batch
     for obj in objs:
         if not obj.is_valid():

@@ -428,9 +428,8 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
             ForeignObjectError: the chunks are of another allocator; nothing is loaded.
         """
         self._require_open()
-        owner = batch.allocator if isinstance(batch, MemoryBatch) else None
-        if owner not in (None, self):
-            raise ForeignObjectError(f"{batch!r} is of another allocator")
+        if paged_batches.heap_of(batch) is not self:
+            raise ForeignObjectError("the chunks are of another allocator")
         paged_batches.load(batch, cache, slots, layers=layers, heads=heads, convert=convert)
 
     def batched_evict(

@@ -15,6 +15,7 @@ set -u
 # A benchmark with GPU support is a line here: its file, and its time limit in seconds.
 BENCHMARKS=(
     "bench_block_copy.py 120"
+    "bench_paged_copy.py 120"
 )
 TOTAL_SECONDS=460
 
