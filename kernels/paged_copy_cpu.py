@@ -63,6 +63,11 @@ def copy_on_cpu(
             step.run(chunk_addresses)
 
 
+DENSE_BYTES = 256 << 10
+"""Bytes of one plane of a chunk, all its layers, from which ``index_select`` is called for each
+chunk where they lie together: 7.1 GB/s of KV for heads of 256 bytes and 17.9 for blocks of 32 KiB,
+where one call with an output for all chunks has 2.1 and 16.3; tokens of 2 KiB 7.3 and 7.4."""
+
 FEW_RUNS = 8
 
 SMALL_BYTES = 64 << 10
@@ -205,10 +210,14 @@ class _Step:
             )
             view = memory.view(part.address + entries[0].chunk_offset, (*sizes, row_words), strides)
             where = torch.from_numpy(index.reshape(sizes))
-            if self.to_heap:
-                torch.ops.aten.index.Tensor_out(rows, [where], out=view)
-            else:
+            if not self.to_heap:
                 rows.index_put_((where,), view)
+            elif view[:, 0].is_contiguous() and view[:, 0].nbytes >= DENSE_BYTES:
+                for number in range(part.chunks):
+                    flat = where[:, number].reshape(-1)
+                    torch.index_select(rows, 0, flat, out=view[:, number].view(-1, row_words))
+            else:
+                torch.ops.aten.index.Tensor_out(rows, [where], out=view)
 
     def _rectangles(self, addresses: Int64Array) -> Iterator[_Rectangle]:
         """All units, from the first token of the first chunk on."""
