@@ -101,6 +101,11 @@ class _Memory:
         first, second = (torch.frombuffer(raw, dtype=word) for _ in range(2))
         return cls(first, second, start, word.itemsize)
 
+    @property
+    def shift(self) -> int:
+        """Bytes to words."""
+        return self.word_bytes.bit_length() - 1
+
     def rows(self, row_words: int) -> torch.Tensor:
         """Every row of so many words: they overlap."""
         num_rows = len(self.for_rows) - row_words + 1
@@ -199,7 +204,7 @@ class _Step:
         bases = np.array([entry.cache_base for entry in entries], np.int64) - memory.start
         for part in self._rectangles(addresses):
             picked = offsets[part.first_unit : part.first_unit + part.num_units]
-            index = (bases[:, None, None] + picked[None]) // memory.word_bytes
+            index = (bases[:, None, None] + picked[None]) >> memory.shift
             sizes = (len(entries), part.chunks, part.pages, part.units, pairing.pieces)
             strides = (
                 chunk.layer_stride,
@@ -263,7 +268,7 @@ class _Step:
 
         def row_numbers(bases: list[int], starts: Int64Array) -> torch.Tensor:
             by_layer = np.array(bases, np.int64)[:, None, None] + starts[None]
-            return torch.from_numpy(by_layer.reshape(-1) // memory.word_bytes)
+            return torch.from_numpy(by_layer.reshape(-1) >> memory.shift)
 
         heap_rows = row_numbers([entry.chunk_offset for entry in entries], in_chunks)
         cache_rows = row_numbers([entry.cache_base for entry in entries], in_cache)
