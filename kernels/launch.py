@@ -133,8 +133,18 @@ def require_disjoint(name: str, addresses: Int64Array, block_bytes: int) -> None
 
 
 def upload(array: Int64Array, device: torch.device) -> torch.Tensor:
-    """A host array on ``device``, in stream order and without waiting for the device."""
+    """A host array on ``device``, in stream order and without waiting for the device.
+
+    Raises:
+        RuntimeError: the current stream is being captured: a graph would copy the array again
+            with each replay, when its memory is long somebody else's.
+    """
     pinned = device.type != "cpu"
+    if pinned and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "addresses on the host cannot be captured in a CUDA graph: a replay would read them "
+            "again; copy before or after the capture"
+        )
     staging = torch.empty(len(array), dtype=torch.int64, pin_memory=pinned)
     staging.numpy()[:] = array  # a copy: the caller may change its array before the device reads
     return staging.to(device, non_blocking=True)

@@ -313,7 +313,7 @@ def _convert_on_gpu(conversion: Conversion) -> None:
     exact, places, chunks = conversion.exact, conversion.places, conversion.chunks
     cache, layout = exact.cache, chunks.layout
     chunk_numbers = chunks.addresses - chunks.buffer.data_ptr()
-    table = torch.from_numpy(_table(conversion).reshape(-1)).to(cache.device)
+    table = upload(_table(conversion).reshape(-1), cache.device)
     num_chunks = -(-places.num_tokens // layout.num_tokens)
     dims: int = triton.next_power_of_2(cache.head_dim)
     tokens = max(1, min(TILE_ELEMENTS // dims, triton.next_power_of_2(layout.num_tokens)))

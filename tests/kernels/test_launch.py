@@ -22,6 +22,12 @@ from kvheap.kernels import block_copy
 buffer = torch.zeros(32, dtype=torch.uint8)
 block_copy.scatter_blocks(torch.ones(1, 8, dtype=torch.uint8), buffer, [16])
 assert buffer.nonzero().flatten().tolist() == list(range(16, 24))
+import kvheap
+cache = kvheap.PagedKVCache.of("mla", [torch.arange(64).reshape(4, 4, 4).half()])
+heap = kvheap.TensorMemoryAllocator(torch.zeros(8192, dtype=torch.uint8))
+for convert in (False, True):
+    batch = heap.batched_store(cache, [7, 2], 2, convert=convert)
+    assert batch is not None
 try:
     block_copy._copy_blocks_kernel[(1,)]()
 except RuntimeError as error:
@@ -83,3 +89,10 @@ def test_without_triton_cpu_tensors_work_and_a_launch_says_what_is_missing() -> 
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "_copy_blocks_kernel needs the triton package, which is missing"
+
+
+def test_host_addresses_are_refused_in_a_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        launch.upload(np.zeros(3, np.int64), torch.device("cuda"))
+    assert len(launch.upload(np.zeros(3, np.int64), torch.device("cpu"))) == 3
