@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -98,14 +98,16 @@ def store(
         TypeError: slots are not integers, or the batch is of no heap; nothing is written.
         LifetimeError: a chunk is freed; nothing is written.
     """
-    eager = heap_of(batch).debug
-    chunks, scale_offset = _chunks(batch, cache, convert)
+    heap = heap_of(batch)
+    chunks, scale_offset = _chunks(heap, batch, cache, convert)
     if not isinstance(batch, MemoryBatch) and len(np.unique(chunks.addresses)) < len(batch):
         raise ValueError("a chunk is named twice: it cannot be stored to twice")
     if convert:
-        store_converted(cache, slots, chunks, scale_offset, layers=layers, heads=heads, eager=eager)
+        store_converted(
+            cache, slots, chunks, scale_offset, layers=layers, heads=heads, eager=heap.debug
+        )
     else:
-        store_tokens(cache, slots, chunks, layers=layers, heads=heads, eager=eager)
+        store_tokens(cache, slots, chunks, layers=layers, heads=heads, eager=heap.debug)
 
 
 def load(
@@ -121,12 +123,14 @@ def load(
 
     Arguments and errors are those of :func:`store`. Two tokens must not have the same slot.
     """
-    eager = heap_of(batch).debug
-    chunks, scale_offset = _chunks(batch, cache, convert)
+    heap = heap_of(batch)
+    chunks, scale_offset = _chunks(heap, batch, cache, convert)
     if convert:
-        load_converted(chunks, cache, slots, scale_offset, layers=layers, heads=heads, eager=eager)
+        load_converted(
+            chunks, cache, slots, scale_offset, layers=layers, heads=heads, eager=heap.debug
+        )
     else:
-        load_tokens(chunks, cache, slots, layers=layers, heads=heads, eager=eager)
+        load_tokens(chunks, cache, slots, layers=layers, heads=heads, eager=heap.debug)
 
 
 def batched_store(
@@ -226,18 +230,18 @@ def chunk_shape(
 
 def heap_of(objs: ChunkObjects) -> TensorMemoryAllocator:
     """The heap that chunks are of."""
-    from kvheap.tensor_allocator import TensorMemoryAllocator
-
     if not isinstance(objs, MemoryBatch) and not len(objs):
         raise ValueError("no chunk: an empty batch says what a chunk is, an empty list does not")
     batch = objs if isinstance(objs, MemoryBatch) else objs[0]._batch
     heap = batch.allocator
-    if not isinstance(heap, TensorMemoryAllocator):
+    if not hasattr(heap, "_absolute"):
         raise TypeError(f"chunks of a heap are needed, got some of {type(heap).__name__}")
-    return heap
+    return cast("TensorMemoryAllocator", heap)
 
 
-def _chunks(objs: ChunkObjects, cache: PagedKVCache, convert: bool) -> tuple[Chunks, int]:
+def _chunks(
+    heap: TensorMemoryAllocator, objs: ChunkObjects, cache: PagedKVCache, convert: bool
+) -> tuple[Chunks, int]:
     """The chunks as the kernels know them, and where in each its scales are."""
     if isinstance(objs, MemoryBatch):
         counts = objs._ref_counts
@@ -247,11 +251,10 @@ def _chunks(objs: ChunkObjects, cache: PagedKVCache, convert: bool) -> tuple[Chu
         layout, addresses = objs.layout, objs.addresses
     else:
         layout, addresses = _addresses_of(objs)
-    heap = heap_of(objs)
     absolute, alignment = heap._absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset = parts(layout, cache.dtype, cache.head_dim)
-    first_buffer = heap.segments[0][1]
+    first_buffer = heap._segments[0]
     chunks = Chunks(first_buffer, absolute, layout.size_bytes, alignment, chunk_layout)
     return chunks, scale_offset
 

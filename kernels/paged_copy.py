@@ -31,6 +31,7 @@ link. Launches are on the current stream and never synchronize.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -300,7 +301,7 @@ def _copy_on_gpu(copy: TokenCopy) -> None:
     anchor = cache.tensors[0]
     # Bases are counted from the anchor, which need not be among the layers that are copied.
     alignment = alignment_of(pairing.alignment, chunks.alignment, anchor.data_ptr())
-    plan = _tile_plan(pairing, places, alignment, num_entries)
+    plan, constants = _tile_plan(pairing, places, alignment, num_entries)
     access_bytes = plan.word_bytes * plan.words_per_vector
     shift = access_bytes.bit_length() - 1
     chunk_numbers = (chunks.addresses - chunks.buffer.data_ptr()) >> shift
@@ -334,18 +335,28 @@ def _copy_on_gpu(copy: TokenCopy) -> None:
         BLOCK_SIZE=cache.block_size,
         CHUNK_TOKENS=layout.num_tokens,
         PAGE_TOKENS=layout.page_tokens,
-        **plan.constants(),
+        **constants,
         num_warps=NUM_WARPS,
     )
 
 
-def _tile_plan(pairing: Pairing, places: Places, alignment: int, num_entries: int) -> TilePlan:
+def _tile_plan(
+    pairing: Pairing, places: Places, alignment: int, num_entries: int
+) -> tuple[TilePlan, dict[str, object]]:
     num_rows = -(-places.num_tokens // places.unit_tokens) * pairing.pieces
     run_bytes = pairing.max_run_bytes * places.unit_tokens
+    return _planned(num_rows, run_bytes, alignment, num_entries)
+
+
+@lru_cache(maxsize=1024)
+def _planned(
+    num_rows: int, run_bytes: int, alignment: int, num_entries: int
+) -> tuple[TilePlan, dict[str, object]]:
+    """The tiles of every entry, and the kernel's constants for them."""
     plan = TilePlan.of(num_rows, run_bytes, alignment, TILE_WORDS)
     if plan.num_tiles * num_entries < MANY_TILES:
         plan = TilePlan.of(num_rows, run_bytes, alignment, SMALL_TILE_WORDS)
-    return plan
+    return plan, plan.constants()
 
 
 def _table(pairing: Pairing, access_bytes: int) -> torch.Tensor:
