@@ -188,13 +188,15 @@ def batched_evict(
     if out.device == heap.device:
         heap.batched_free(objs, out=out)
         return out
+    if out.device.type != "cpu":
+        raise ValueError(f"out must be on {heap.device} or the host, got {out.device}")
     if tuple(out.shape) != expected or out.dtype != dtype:
         raise ValueError(
             f"out must be {expected} of {dtype}, got {tuple(out.shape)} of {out.dtype}"
         )
-    staging = torch.empty(expected, dtype=dtype, device=heap.device)
-    heap.batched_free(objs, out=staging)
-    out.copy_(staging, non_blocking=True)
+    staging = heap._collect(objs, torch.empty(expected, dtype=dtype, device=heap.device))
+    out.copy_(staging, non_blocking=True)  # before the free: what fails here loses nothing
+    heap.batched_free(objs)
     return out
 
 

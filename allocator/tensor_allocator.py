@@ -447,7 +447,8 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
             ``out``.
 
         Raises:
-            As :meth:`batched_free`; nothing is freed.
+            As :meth:`batched_free`, and ValueError for ``out`` on another device; nothing is
+            freed, but ``out`` may have been written.
         """
         return paged_batches.batched_evict(self, batch, out)
 
@@ -660,6 +661,13 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         blocks = source.detach().to(self.device)
         for buffer, local, positions in self._by_segment(addresses.addresses):
             scatter_blocks(blocks[positions], buffer, local)
+
+    def _collect(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> torch.Tensor:
+        """Gather blocks into ``out``, and free nothing."""
+        self._require_gatherable(self._rows_by_batch(objs), out)
+        if len(out):
+            self._gather(objs, out)
+        return out
 
     def _gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
         if isinstance(objs, MemoryBatch):

@@ -41,6 +41,7 @@ from kvheap.kernels.launch import alignment_of, bytes_of, jit, tl, triton, uploa
 from kvheap.kernels.paged_copy import (
     Chunks,
     load_tokens,
+    pairing_of,
     require_chunks,
     require_reachable,
     store_tokens,
@@ -293,7 +294,7 @@ def _convert(
         )
     if layout.page_tokens < layout.num_tokens:
         raise ValueError("chunks of several pages are copied bit by bit only")
-    exact = Pairing.of(cache, layout.with_item_bytes(cache.dtype.itemsize), layers, heads)
+    exact = pairing_of(cache, layout.with_item_bytes(cache.dtype.itemsize), layers, heads)
     places = Places.of(slots, exact, eager, distinct=not to_heap)
     require_chunks(exact, places.num_tokens, chunks)
     require_reachable(cache, chunks.buffer)

@@ -257,6 +257,10 @@ def pairing_of(
     cache: PagedKVCache, layout: ChunkLayout, layers: range | None, heads: slice | None
 ) -> Pairing:
     """The pairing of a cache and a chunk, made once: a server uses few, each again and again."""
+    if layers is not None and not isinstance(layers, range):
+        raise TypeError(f"layers must be a range, got {layers!r}")
+    if heads is not None and not isinstance(heads, slice):
+        raise TypeError(f"heads must be a slice, got {heads!r}")
     key = (layout, layers, None if heads is None else (heads.start, heads.stop, heads.step))
     found: Pairing | None = cache.kept.get(key)
     if found is None:

@@ -35,6 +35,18 @@ Int64Array = npt.NDArray[np.int64]
 MAX_ROWS = 1 << 20
 """Rows of one call, which is 8 MiB of index: beyond, layers are copied one group after another."""
 
+DENSE_BYTES = 256 << 10
+"""Bytes of one plane of a chunk, all its layers, from which ``index_select`` is called for each
+chunk where they lie together: 7.1 GB/s of KV for heads of 256 bytes and 17.9 for blocks of 32 KiB,
+where one call with an output for all chunks has 2.1 and 16.3; tokens of 2 KiB 7.3 and 7.4."""
+
+FEW_RUNS = 8
+
+SMALL_BYTES = 64 << 10
+"""Runs of chunks, and bytes of a chunk's plane, from which on both sides are indexed over a copy:
+a call for each chunk and plane costs about 25 us here, as long as 64 KiB take to copy once more.
+2,000 scattered chunks of 32 KiB: loaded in 75 ms instead of 127, stored in 40 instead of 109."""
+
 
 def copy_on_cpu(
     pairing: Pairing, places: Places, chunk_addresses: Int64Array, chunk_bytes: int, to_heap: bool
@@ -61,19 +73,6 @@ def copy_on_cpu(
         if len(slots):
             step = _Step(pairing, memory, slots, first_token, unit_tokens, to_heap)
             step.run(chunk_addresses)
-
-
-DENSE_BYTES = 256 << 10
-"""Bytes of one plane of a chunk, all its layers, from which ``index_select`` is called for each
-chunk where they lie together: 7.1 GB/s of KV for heads of 256 bytes and 17.9 for blocks of 32 KiB,
-where one call with an output for all chunks has 2.1 and 16.3; tokens of 2 KiB 7.3 and 7.4."""
-
-FEW_RUNS = 8
-
-SMALL_BYTES = 64 << 10
-"""Runs of chunks, and bytes of a chunk's plane, from which on both sides are indexed over a copy:
-a call for each chunk and plane costs about 25 us here, as long as 64 KiB take to copy once more.
-2,000 scattered chunks of 32 KiB: loaded in 75 ms instead of 127, stored in 40 instead of 109."""
 
 
 @dataclass(frozen=True, slots=True)

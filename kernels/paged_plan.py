@@ -332,8 +332,6 @@ def _layers(
 ) -> tuple[range, range | list[int]]:
     """The layers to copy, as the cache and as the chunk number them."""
     wanted = range(cache_layers) if layers is None else layers
-    if not isinstance(wanted, range):
-        raise TypeError(f"layers must be a range, got {wanted!r}")
     if wanted.step != 1 or not 0 <= wanted.start < wanted.stop <= cache_layers:
         raise ValueError(
             f"layers must be a range in steps of 1 of the {cache_layers} layers, got {wanted}"

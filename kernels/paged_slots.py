@@ -174,6 +174,8 @@ def _integers(name: str, given: SlotMapping, device: torch.device) -> Int64Array
         return np.empty(0, np.int64)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype} ({array.flat[0]!r}, ...)")
+    if int(array.max()) > np.iinfo(np.int64).max:  # it would wrap, perhaps to -1
+        raise ValueError(f"{name} must be 64-bit integers with a sign, got {int(array.max())}")
     return array.astype(np.int64, copy=False)
 
 

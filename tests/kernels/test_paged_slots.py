@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,3 +156,48 @@ def test_chunks_may_lie_in_pinned_host_memory_only(is_pinned):
     heap.batched_load(batch, cache, slots)
     cache.synchronize()
     assert all(torch.equal(now, then) for now, then in zip(tensors, original, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"layers": [0]}, r"layers must be a range, got \[0\]"),
+        ({"layers": 1}, "layers must be a range, got 1"),
+        ({"heads": range(1)}, r"heads must be a slice, got range\(0, 1\)"),
+    ],
+)
+@pytest.mark.parametrize("convert", [False, True])
+def test_parts_of_another_type_are_refused(kept, message, convert):
+    tensors = [torch.zeros(2, BLOCKS, BLOCK_SIZE, 2, 16).half() for _ in range(2)]
+    cache = PagedKVCache.of("vllm-flash-nhd", tensors)
+    heap = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8))
+    batch = heap.batched_store(cache, range(15), 8, convert=convert)
+    with pytest.raises(TypeError, match=message):
+        kvheap.store(cache, range(15), batch, convert=convert, **kept)
+
+
+@pytest.mark.parametrize("bad", [2**64 - 1, 2**63])
+def test_unsigned_slots_do_not_wrap_to_skipped_ones(bad):
+    cache, _, batch = make("cpu")
+    slots = np.arange(15, dtype=np.uint64)
+    slots[3] = bad
+    with pytest.raises(ValueError, match=str(bad)):
+        kvheap.store(cache, slots, batch)
+
+
+def test_what_cannot_be_written_out_is_not_evicted(monkeypatch):
+    cache, _, batch = make("cpu")
+    heap = batch.allocator
+    kvheap.store(cache, range(15), batch)
+    expected = torch.stack([obj.tensor.clone() for obj in batch])
+    with pytest.raises(ValueError, match="or the host, got meta"):
+        heap.batched_evict(batch, out=torch.empty(expected.shape, device="meta"))
+    # A heap that is elsewhere than ``out``, whose copy fails.
+    monkeypatch.setattr(type(heap), "device", torch.device("cpu", 0))
+    monkeypatch.setattr(heap, "_require_gatherable", lambda parts, out: None)
+    with pytest.raises(RuntimeError):
+        heap.batched_evict(batch, out=torch.empty(CHUNK).expand(expected.shape))
+    assert batch.live.all()
+    out = torch.empty(expected.shape)
+    assert torch.equal(heap.batched_evict(batch, out=out), expected)
+    assert not batch.live.any()
