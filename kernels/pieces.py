@@ -1,0 +1,350 @@
+"""``Pieces``: what a transfer moves, as arrays: N ranges of bytes from here to there.
+
+All that is done to pieces before they are copied is done here, in array operations: neighbours on
+both sides are made one run, runs are split where one call could not copy them whole, and what
+would be copied to one place twice is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvheap.kernels.launch import alignment_of
+
+__all__ = ["Pieces", "first_outside"]
+
+Int64Array = npt.NDArray[np.int64]
+
+ADDRESS_END = 1 << 63
+"""Behind the last address: user space ends far below on every system that CUDA runs on."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """N ranges of bytes to copy, each from an address to an address, in this order.
+
+    Attributes:
+        sources: absolute address of the first byte of each, int64 ``[N]``.
+        targets: absolute address of where it goes, int64 ``[N]``.
+        sizes: bytes of each, all positive: int64 ``[N]``, or one int where all are equal.
+
+    >>> pieces = Pieces.of([4096, 4160, 8192], [64, 128, 1024], 64)
+    >>> pieces.merged()
+    Pieces(2 x 64 to 128 bytes, 192 bytes)
+    >>> pieces.merged().sizes
+    array([128,  64])
+    """
+
+    sources: Int64Array
+    targets: Int64Array
+    sizes: Int64Array | int
+
+    @classmethod
+    def of(
+        cls,
+        sources: npt.ArrayLike,
+        targets: npt.ArrayLike,
+        sizes: npt.ArrayLike,
+    ) -> Pieces:
+        """Check a caller's arrays; pieces of no bytes are left out.
+
+        Args:
+            sources: absolute addresses, integers ``[N]``.
+            targets: as many.
+            sizes: bytes of each, as many; or one integer for all.
+
+        Raises:
+            TypeError: they are not integers.
+            ValueError: lengths differ, an array is not one-dimensional, a size is negative, or an
+                address is null or no address; the message names it.
+        """
+        source_array, target_array = _integers("sources", sources), _integers("targets", targets)
+        size_array = _integers("sizes", sizes, scalar=True)
+        lengths = (len(source_array), len(target_array))
+        if size_array.ndim == 0:
+            if lengths[0] != lengths[1]:
+                raise ValueError(f"got {lengths[0]} sources but {lengths[1]} targets")
+        elif not lengths[0] == lengths[1] == len(size_array):
+            raise ValueError(
+                f"got {lengths[0]} sources, {lengths[1]} targets and {len(size_array)} sizes"
+            )
+        _require_all("sizes", size_array, size_array >= 0, "must not be negative")
+        if size_array.ndim == 0:
+            kept = slice(0, 0) if int(size_array) == 0 else slice(None)
+            source_array, target_array = source_array[kept], target_array[kept]
+            pieces = cls(source_array, target_array, max(int(size_array), 1))
+        elif (size_array == 0).any():
+            some = np.flatnonzero(size_array)
+            pieces = cls(source_array[some], target_array[some], size_array[some])
+        else:
+            pieces = cls(source_array, target_array, size_array)
+        for name, starts in (("sources", pieces.sources), ("targets", pieces.targets)):
+            _require_all(name, starts, starts > 0, "must be positive addresses")
+            _require_all(name, starts, starts <= ADDRESS_END - 1 - pieces.sizes, "wrap around")
+        return pieces
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pieces]) -> Pieces:
+        """All pieces of ``parts``, one part after another."""
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            return cls(np.empty(0, np.int64), np.empty(0, np.int64), 1)
+        sizes = {part.sizes for part in parts if isinstance(part.sizes, int)}
+        all_sizes: Int64Array | int
+        if len(sizes) == 1 and all(isinstance(part.sizes, int) for part in parts):
+            all_sizes = sizes.pop()
+        else:
+            all_sizes = np.concatenate([part.size_array() for part in parts])
+        return cls(
+            np.concatenate([part.sources for part in parts]),
+            np.concatenate([part.targets for part in parts]),
+            all_sizes,
+        )
+
+    def __len__(self) -> int:
+        """How many pieces there are."""
+        return len(self.sources)
+
+    def __repr__(self) -> str:
+        """How many, how large."""
+        if isinstance(self.sizes, int) or not len(self):
+            size = f"{self.sizes if isinstance(self.sizes, int) else 0}"
+        else:
+            size = f"{self.sizes.min()} to {self.sizes.max()}"
+        return f"Pieces({len(self)} x {size} bytes, {self.num_bytes} bytes)"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pieces."""
+        if isinstance(self.sizes, int):
+            return len(self) * self.sizes
+        return int(self.sizes.sum())
+
+    @property
+    def alignment(self) -> int:
+        """The largest power of two up to 16 that divides all addresses and sizes."""
+        sizes = self.sizes
+        bits = sizes if isinstance(sizes, int) else int(np.bitwise_or.reduce(sizes, initial=0))
+        bits |= int(np.bitwise_or.reduce(self.sources, initial=0))
+        return alignment_of(bits | int(np.bitwise_or.reduce(self.targets, initial=0)))
+
+    def size_array(self) -> Int64Array:
+        """The size of each piece, int64 ``[N]``, also where all are equal."""
+        if isinstance(self.sizes, int):
+            return np.full(len(self), self.sizes, np.int64)
+        return self.sizes
+
+    def __getitem__(self, part: slice | Int64Array | npt.NDArray[np.bool_]) -> Pieces:
+        """Some of the pieces."""
+        sizes = self.sizes
+        return Pieces(
+            self.sources[part],
+            self.targets[part],
+            sizes if isinstance(sizes, int) else sizes[part],
+        )
+
+    def merged(self) -> Pieces:
+        """The same bytes, pieces that are neighbours in this order on both sides made one."""
+        if len(self) < 2:
+            return self
+        sizes = self.sizes
+        steps = sizes if isinstance(sizes, int) else sizes[:-1]
+        follows = np.diff(self.sources) == steps
+        follows &= np.diff(self.targets) == steps
+        if not follows.any():
+            return self
+        firsts = np.flatnonzero(~follows) + 1
+        firsts = np.concatenate((np.zeros(1, np.int64), firsts))
+        if isinstance(sizes, int):
+            total = np.diff(np.append(firsts, len(self))) * sizes
+        else:
+            total = np.add.reduceat(sizes, firsts)
+        return Pieces(self.sources[firsts], self.targets[firsts], _plain(total))
+
+    def split(self, source_walls: Int64Array, target_walls: Int64Array) -> Pieces:
+        """The same bytes, no piece on both sides of a wall.
+
+        Args:
+            source_walls: absolute addresses that no piece may straddle on the source's side,
+                int64, ascending.
+            target_walls: the same for the target's side.
+        """
+        pieces = self
+        if len(source_walls):
+            pieces = pieces._split_side(pieces.sources, source_walls)
+        if len(target_walls):
+            pieces = pieces._split_side(pieces.targets, target_walls)
+        return pieces
+
+    def _split_side(self, starts: Int64Array, walls: Int64Array) -> Pieces:
+        sizes = self.size_array()
+        # Walls strictly inside: behind the first byte, before the end.
+        first = np.searchsorted(walls, starts, side="right")
+        last = np.searchsorted(walls, starts + sizes, side="left")
+        counts = np.maximum(last - first, 0)
+        if not counts.any():
+            return self
+        extra = np.repeat(np.arange(len(self)), counts)
+        within = np.arange(len(extra)) - np.repeat(np.cumsum(counts) - counts, counts)
+        cuts = walls[first[extra] + within] - starts[extra]
+        return self._cut_at(extra, cuts)
+
+    def cut(self, max_bytes: int) -> Pieces:
+        """The same bytes, in pieces of at most ``max_bytes``, each cut from its start."""
+        sizes = self.sizes
+        if not len(self) or (sizes if isinstance(sizes, int) else int(sizes.max())) <= max_bytes:
+            return self
+        counts = -(-self.size_array() // max_bytes) - 1
+        extra = np.repeat(np.arange(len(self)), counts)
+        within = np.arange(len(extra)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self._cut_at(extra, (within + 1) * max_bytes)
+
+    def _cut_at(self, rows: Int64Array, cuts: Int64Array) -> Pieces:
+        """Cut piece ``rows[i]`` at byte ``cuts[i]``; both ascending, cuts inside their pieces."""
+        sizes = self.size_array()
+        all_rows = np.concatenate((np.arange(len(self)), rows))
+        offsets = np.concatenate((np.zeros(len(self), np.int64), cuts))
+        order = np.lexsort((offsets, all_rows))
+        all_rows, offsets = all_rows[order], offsets[order]
+        ends = np.append(offsets[1:], 0)
+        is_last = np.append(all_rows[1:] != all_rows[:-1], True)
+        ends[is_last] = sizes[all_rows[is_last]]
+        return Pieces(
+            self.sources[all_rows] + offsets,
+            self.targets[all_rows] + offsets,
+            _plain(ends - offsets),
+        )
+
+    def by_bytes(self, max_bytes: int) -> Iterator[Pieces]:
+        """The pieces in groups of ``max_bytes`` bytes each, the last of what is left.
+
+        Pieces are cut where a group ends inside them. Array operations for each group.
+        """
+        if not len(self):
+            return
+        ends = np.cumsum(self.size_array())
+        walls = np.arange(max_bytes, int(ends[-1]), max_bytes)
+        starts = ends - self.size_array()
+        whole = self._split_side(starts, walls)
+        group_ends = np.cumsum(whole.size_array())
+        limits = np.searchsorted(group_ends, np.append(walls, group_ends[-1])) + 1
+        begin = 0
+        for end in limits.tolist():
+            yield whole[begin:end]
+            begin = end
+
+    def require_distinct_targets(self) -> None:
+        """Refuse targets that overlap each other. O(N) for ascending ones, else a sort.
+
+        Raises:
+            ValueError: names two that overlap.
+        """
+        if len(self) < 2:
+            return
+        starts, sizes = self.targets, self.sizes
+        steps = sizes if isinstance(sizes, int) else sizes[:-1]
+        if (np.diff(starts) >= steps).all():
+            return
+        # A sixth of the time of the argsort that sizes of their own, or an error, need.
+        if isinstance(sizes, int) and (np.diff(np.sort(starts)) >= sizes).all():
+            return
+        order = np.argsort(starts, kind="stable")
+        ordered = starts[order]
+        steps = sizes if isinstance(sizes, int) else sizes[order][:-1]
+        overlaps = np.diff(ordered) < steps
+        if overlaps.any():
+            at = int(np.argmax(overlaps))
+            first, second = int(order[at]), int(order[at + 1])
+            raise ValueError(
+                f"targets overlap: piece {first} ends at address "
+                f"{starts[first] + self._size(first)}, piece {second} starts at {starts[second]}"
+            )
+
+    def require_apart(self) -> None:
+        """Refuse a source that a target overlaps, which would change while it is read.
+
+        Raises:
+            ValueError: names a target, and the source that it overlaps.
+        """
+        if not len(self):
+            return
+        sizes = self.sizes
+        source_ends, target_ends = self.sources + sizes, self.targets + sizes
+        if (
+            self.sources.min() >= target_ends.max() or self.targets.min() >= source_ends.max()
+        ):  # which is all there is to see between two buffers
+            return
+        order = np.argsort(self.sources, kind="stable")
+        starts = self.sources[order]
+        # Sources may overlap each other: the furthest end of those that start before counts.
+        furthest = np.maximum.accumulate(source_ends[order])
+        before_end = np.searchsorted(starts, target_ends, side="left")
+        reached = np.append(np.int64(-1), furthest)[before_end]
+        overlaps = reached > self.targets
+        if overlaps.any():
+            target = int(np.argmax(overlaps))
+            inside = (self.sources < target_ends[target]) & (source_ends > self.targets[target])
+            source = int(np.argmax(inside))
+            raise ValueError(
+                f"the target of piece {target}, [{self.targets[target]}, {target_ends[target]}), "
+                f"overlaps the source of piece {source}, [{self.sources[source]}, "
+                f"{source_ends[source]})"
+            )
+
+    def _size(self, row: int) -> int:
+        return self.sizes if isinstance(self.sizes, int) else int(self.sizes[row])
+
+
+def first_outside(starts: Int64Array, ends: Int64Array, ranges: Int64Array) -> int | None:
+    """The first row ``[start, end)`` that is not inside the union of ``ranges``, or None.
+
+    Args:
+        starts: first bytes, int64 ``[N]``.
+        ends: ends, int64 ``[N]``.
+        ranges: disjoint ``[start, end)``, int64 ``[R, 2]``, ascending; those that touch are one.
+    """
+    if not len(starts):
+        return None
+    if not len(ranges):
+        return 0
+    apart = np.flatnonzero(ranges[1:, 0] != ranges[:-1, 1])
+    range_starts = ranges[np.append(0, apart + 1), 0]
+    range_ends = ranges[np.append(apart, len(ranges) - 1), 1]
+    number = np.searchsorted(range_starts, starts, side="right") - 1
+    outside = (number < 0) | (ends > range_ends[number])
+    return int(np.argmax(outside)) if outside.any() else None
+
+
+def _plain(sizes: Int64Array) -> Int64Array | int:
+    """One int where all sizes are equal."""
+    return int(sizes[0]) if len(sizes) and (sizes == sizes[0]).all() else sizes
+
+
+def _integers(name: str, values: npt.ArrayLike, scalar: bool = False) -> Int64Array:
+    """Integers as int64, one-dimensional or, where that is allowed, one alone."""
+    array = np.asarray(values)
+    if array.ndim != 1 and not (scalar and array.ndim == 0):
+        raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {array.dtype} ({array.flat[0]!r}, ...)")
+    if array.dtype == np.uint64:
+        _require_all(name, array, array < ADDRESS_END, "must be below 2**63")
+    return array.astype(np.int64, copy=False)
+
+
+def _require_all(
+    name: str, values: npt.NDArray[np.integer], is_right: npt.NDArray[np.bool_], rule: str
+) -> None:
+    if np.all(is_right):
+        return
+    if values.ndim == 0:
+        raise ValueError(f"{name} {rule}, got {int(values)}")
+    at = int(np.argmin(is_right))
+    raise ValueError(f"{name} {rule}: {name}[{at}] is {int(values[at])}")
