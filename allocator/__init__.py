@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvheap.address_manager import AddressManager as AddressManager
     from kvheap.address_manager import HeapStats as HeapStats
     from kvheap.block_layout import BlockLayout as BlockLayout
+    from kvheap.copy_plan import CopyPlan as CopyPlan
     from kvheap.device_allocators import GPUMemoryAllocator as GPUMemoryAllocator
     from kvheap.errors import BlockInUseError as BlockInUseError
     from kvheap.errors import ClosedError as ClosedError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kvheap.errors import LifetimeError as LifetimeError
     from kvheap.errors import NegativeBatchSizeError as NegativeBatchSizeError
     from kvheap.errors import OutOfMemoryError as OutOfMemoryError
+    from kvheap.errors import TransferError as TransferError
     from kvheap.errors import WriteAfterFreeError as WriteAfterFreeError
     from kvheap.growth import GrowthProgress as GrowthProgress
     from kvheap.host_allocators import HostMemoryAllocator as HostMemoryAllocator
@@ -56,6 +58,9 @@ if TYPE_CHECKING:
     from kvheap.plain_allocators import BufferAllocator as BufferAllocator
     from kvheap.tensor_allocator import AllocatorStats as AllocatorStats
     from kvheap.tensor_allocator import TensorMemoryAllocator as TensorMemoryAllocator
+    from kvheap.transfer import Transfer as Transfer
+    from kvheap.transfer import offload as offload
+    from kvheap.transfer import restore as restore
 
 __version__ = "0.1.0"
 
@@ -70,6 +75,7 @@ _MODULE_OF = {
     "BufferAllocator": "plain_allocators",
     "BytesBufferMemoryObj": "memory_object",
     "ClosedError": "errors",
+    "CopyPlan": "copy_plan",
     "DoubleFreeError": "errors",
     "ForeignObjectError": "errors",
     "FullReport": "lifetime",
@@ -99,9 +105,13 @@ _MODULE_OF = {
     "PagedTensorMemoryAllocator": "paged_allocator",
     "PinMemoryAllocator": "host_allocators",
     "TensorMemoryAllocator": "tensor_allocator",
+    "Transfer": "transfer",
+    "TransferError": "errors",
     "WriteAfterFreeError": "errors",
     "load": "paged_batches",
     "numa_node_of_gpu": "host_memory",
+    "offload": "transfer",
+    "restore": "transfer",
     "store": "paged_batches",
 }
 

@@ -13,6 +13,7 @@ LifetimeError             a reference or pin count would go below zero, or a fre
 BlockInUseError           a block is freed that somebody else still holds
 WriteAfterFreeError       debug mode finds freed bytes changed
 ClosedError               a closed allocator is used
+TransferError             a transfer was begun and did not come to its end
 HeapCorruptionError       ``check()`` finds an invariant broken: a bug in kvheap
 ========================  ==========================================================
 """
@@ -29,6 +30,7 @@ __all__ = [
     "LifetimeError",
     "NegativeBatchSizeError",
     "OutOfMemoryError",
+    "TransferError",
     "WriteAfterFreeError",
 ]
 
@@ -98,6 +100,13 @@ class WriteAfterFreeError(LifetimeError):
 
 class ClosedError(RuntimeError):
     """An allocator that was closed is used."""
+
+
+class TransferError(RuntimeError):
+    """A transfer was begun and did not come to its end; the target's bytes are undefined.
+
+    Raised by its ``result()``. The cause is chained where there is one.
+    """
 
 
 class HeapCorruptionError(RuntimeError):

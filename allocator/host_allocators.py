@@ -15,6 +15,7 @@ import torch
 from kvheap.address_manager import AddressManager, as_integer
 from kvheap.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.errors import ForeignObjectError
+from kvheap.extents import Int64Array
 from kvheap.host_memory import HostBuffer, HugePages
 from kvheap.host_registration import PAGE_BYTES, HostRegistrar
 from kvheap.lifetime import LiveBlocks
@@ -28,6 +29,7 @@ from kvheap.tensor_allocator import AllocatorStats, TensorMemoryAllocator
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from kvheap.copy_device import CopyDevice
     from kvheap.memory_allocator import HeapOptions
 
 __all__ = ["HostMemoryAllocator", "MixedMemoryAllocator", "PinMemoryAllocator"]
@@ -45,6 +47,10 @@ class HostHeap(TensorMemoryAllocator):
 
     def _pinned_bytes(self) -> int:
         return self.host_buffer.pinned_bytes
+
+    def _pinned_addresses(self, device: CopyDevice) -> Int64Array:
+        ranges = self.host_buffer.pinned_addresses
+        return ranges if len(ranges) else super()._pinned_addresses(device)
 
     def _close(self) -> None:
         super()._close()

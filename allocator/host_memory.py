@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import torch
 
+from kvheap.extents import Int64Array
 from kvheap.host_registration import (
     PAGE_BYTES,
     CudaHostRegistrar,
@@ -250,6 +251,11 @@ class HostBuffer:
     def pinned_ranges(self) -> list[tuple[int, int]]:
         """What is pinned: ``(start, end)`` in bytes of each registration, in address order."""
         return self._registrations.ranges
+
+    @property
+    def pinned_addresses(self) -> Int64Array:
+        """The same as absolute addresses, int64 ``[R, 2]``."""
+        return self._registrations.absolute_ranges
 
     @property
     def pinned_bytes(self) -> int:

@@ -18,7 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+
+from kvheap.extents import Int64Array
 
 __all__ = ["CudaHostRegistrar", "HostRegistrar", "HostRegistrations"]
 
@@ -138,6 +141,8 @@ class HostRegistrations:
         # By start, in order of registration. Read through one list() each, which is atomic, so
         # that looking never waits for a registration.
         self._pieces: dict[int, _Piece] = {}
+        self._known: tuple[tuple[int, int], Int64Array] = ((0, 0), np.empty((0, 2), np.int64))
+        self._changes = 0
         self._closed = False
         self._pid = os.getpid()
 
@@ -145,6 +150,16 @@ class HostRegistrations:
     def ranges(self) -> list[tuple[int, int]]:
         """The registered pieces, ``(start, end)`` in bytes of the range, in address order."""
         return sorted((piece.start, piece.end) for piece in list(self._pieces.values()))
+
+    @property
+    def absolute_ranges(self) -> Int64Array:
+        """The same as absolute addresses, int64 ``[R, 2]``; made anew when pieces have changed."""
+        changes = (self._changes, len(self._pieces))
+        known_changes, found = self._known
+        if known_changes != changes:
+            found = np.array(self.ranges, np.int64).reshape(-1, 2) + self._pointer
+            self._known = (changes, found)
+        return found
 
     @property
     def num_bytes(self) -> int:
@@ -243,6 +258,7 @@ class HostRegistrations:
                 if not allow_unpinned:
                     return index, error
             else:
+                self._changes += 1
                 self._pieces[start] = _Piece(start, end, registrar)
         return None
 
@@ -284,6 +300,7 @@ class HostRegistrations:
             piece.registrar.unregister(self._pointer + piece.start)
         except RuntimeError as error:
             return error
+        self._changes += 1
         del self._pieces[piece.start]
         return None
 

@@ -32,6 +32,7 @@ from types import CodeType
 from typing import TYPE_CHECKING, Protocol
 
 from kvheap.address_batch import AddressBatch
+from kvheap.errors import TransferError
 from kvheap.extents import Int64Array
 
 if TYPE_CHECKING:
@@ -87,12 +88,16 @@ class Release:
             whole batch.
         owner: who held them last, for messages.
         events: their bytes may be reused when all of these have passed.
+        take_back: called when an event says, by a TransferError, that the copy for which they
+            were given up has failed: it makes them live again, and the release is void. None: they
+            are nobody's whatever happened.
     """
 
     blocks: AddressBatch | Int64Array
     sizes: int | Int64Array
     owner: Callable[[], str]
     events: tuple[Event, ...] = ()
+    take_back: Callable[[], None] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -349,29 +354,36 @@ class Lifetime:
         count = len(self._pending)
         for _ in range(count if limit is None else min(count, limit)):
             self._in_hand = release = self._pending.popleft()
-            ended = False
+            state = "pending"
             try:
-                ended = self._has_ended(release)
+                state = self._state_of(release)
             finally:
-                if not ended:
+                if state == "pending":
                     self._pending.append(release)
                     self._in_hand = None
-            if ended:
+            if state == "ended":
                 self._give_back(release)
-                self._in_hand = None
                 found = True
+            elif state == "failed":
+                assert release.take_back is not None
+                release.take_back()
+            self._in_hand = None
         return found
 
-    def _has_ended(self, release: Release) -> bool:
+    def _state_of(self, release: Release) -> str:
+        """``pending``, ``ended``, or ``failed`` for what can be taken back."""
         try:
-            return release.ended
-        except Exception:  # bytes of which nobody knows are nobody's; said once, not at every look
+            return "ended" if release.ended else "pending"
+        except Exception as error:
+            if release.take_back is not None and isinstance(error, TransferError):
+                return "failed"
+            # Bytes of which nobody knows are nobody's; said once, not at every look.
             if not self._told_of_lost_events:
                 self._told_of_lost_events = True
                 logging.getLogger("kvheap").exception(
                     "cannot tell whether a stream has done with %d freed bytes", release.num_bytes
                 )
-            return False
+            return "pending"
 
     def _expire_leases(self) -> bool:
         found = False

@@ -20,7 +20,7 @@ import threading
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol, SupportsIndex, overload
+from typing import TYPE_CHECKING, Protocol, SupportsIndex, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,9 @@ from kvheap.lifetime import Event, Lease, Lifetime, Release, Site, Stream, site_
 from kvheap.memory_format import MemoryFormat
 from kvheap.memory_metadata import MemoryBatchMetadata
 from kvheap.memory_object import MemoryObj
+
+if TYPE_CHECKING:
+    from kvheap.transfer import Transfer
 
 __all__ = ["BlockOwner", "MemoryBatch"]
 
@@ -64,6 +67,8 @@ class MemoryBatch(Sequence[MemoryObj]):
         layout: what each block holds.
         born: when it was allocated, by the clock of ``time.monotonic``.
         site: where it was allocated, when tracing was on.
+        transfer: the transfer that fills it, for a batch that ``offload`` or ``restore`` made;
+            else None.
     """
 
     __slots__ = (
@@ -83,6 +88,7 @@ class MemoryBatch(Sequence[MemoryObj]):
         "born",
         "layout",
         "site",
+        "transfer",
     )
 
     def __init__(
@@ -99,6 +105,7 @@ class MemoryBatch(Sequence[MemoryObj]):
         self.layout = layout
         self.born = 0.0
         self.site: Site = ()
+        self.transfer: Transfer | None = None
         self._address_batch = address_batch
         self._length = len(address_batch)
         self._lock = threading.Lock()
@@ -107,7 +114,7 @@ class MemoryBatch(Sequence[MemoryObj]):
         self._pin_counts: array[int] | None = None
         self._lease_counts: dict[int, int] | None = None
         self._used_sizes = _NO_SIZES
-        self._streams: list[tuple[int | None, Stream]] | None = None
+        self._streams: list[tuple[frozenset[int] | None, Stream]] | None = None
         self._storage = storage
         if owned:
             allocator.lifetime.begin(self)
@@ -473,17 +480,30 @@ class MemoryBatch(Sequence[MemoryObj]):
             events = tuple(stream.record_event() for stream in self._streams_of(rows))
         return Release(blocks, self.allocated_bytes, _Owner(self.layout, self.site), events)
 
-    def _record_stream(self, stream: Stream, row: int | None) -> None:
+    def _record_stream(self, stream: Stream, rows: Int64Array | None) -> None:
         with self._lock:
-            if row is None and (self._ref_count_array() == FREED).any():
-                raise LifetimeError(f"a block of {self!r} is freed: no stream can be recorded")
-            if row is not None:
-                self._require_live("stream", row)
-            entry = (row, stream)
+            self._require_all_live(rows)
+            entry = (None if rows is None else frozenset(rows.tolist()), stream)
             if self._streams is None:
                 self._streams = []
+            # Transfers are streams that end: looked for each time their number has doubled.
+            count = len(self._streams)
+            if count >= 8 and not count & (count - 1):
+                self._streams = [
+                    kept for kept in self._streams if not getattr(kept[1], "has_ended", False)
+                ]
             if entry not in self._streams:
                 self._streams.append(entry)
+
+    def _require_all_live(self, rows: Int64Array | None) -> None:
+        if self._ref_counts is None and self._uniform_ref_count != FREED:
+            return
+        freed = self._ref_count_array() == FREED
+        freed = freed if rows is None else freed[rows]
+        if freed.any():
+            at = int(np.argmax(freed))
+            name = self._name(at if rows is None else int(rows[at]))
+            raise LifetimeError(f"{name} is freed: it can be no part of a copy, on no stream")
 
     def _streams_of(self, rows: Int64Array | None) -> tuple[Stream, ...]:
         if not self._streams:
@@ -491,8 +511,8 @@ class MemoryBatch(Sequence[MemoryObj]):
         wanted = None if rows is None else set(rows.tolist())
         streams = {
             id(stream): stream
-            for row, stream in self._streams
-            if row is None or wanted is None or row in wanted
+            for used, stream in self._streams
+            if used is None or wanted is None or not used.isdisjoint(wanted)
         }
         return tuple(streams.values())
 

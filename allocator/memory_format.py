@@ -46,6 +46,26 @@ class MemoryFormat(Enum):
         """
         return _TOKEN_DIM.get(self, 0)
 
+    @property
+    def dim_order(self) -> str | None:
+        """A letter for each dimension, outermost first, for formats of a paged cache's tokens.
+
+        P planes (K and V), L layers, T tokens, D hidden dimension, G pages of T tokens.
+
+        >>> MemoryFormat.KV_2LTD.dim_order
+        'PLTD'
+        """
+        return _DIM_ORDER.get(self)
+
+
+_DIM_ORDER = {
+    MemoryFormat.KV_2LTD: "PLTD",
+    MemoryFormat.KV_MLA_FMT: "PLTD",
+    MemoryFormat.KV_T2D: "TPD",
+    MemoryFormat.KV_2TD: "PTD",
+    MemoryFormat.KV_2TLD: "PTLD",
+    MemoryFormat.KV_PL2TD: "GLPTD",
+}
 
 _TOKEN_DIM = {
     MemoryFormat.KV_2LTD: 2,

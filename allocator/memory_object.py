@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, overload
 
+import numpy as np
 import torch
 
 from kvheap.errors import LifetimeError
@@ -177,7 +178,7 @@ class MemoryObj(LMCacheNames):
         Raises:
             LifetimeError: the block is freed.
         """
-        self._batch._record_stream(stream, self._row)
+        self._batch._record_stream(stream, np.array([self._row], np.int64))
 
     # -- what travels --------------------------------------------------------------------------
 

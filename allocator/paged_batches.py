@@ -21,42 +21,30 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from kvheap.block_layout import BlockLayout, Dtypes, Shapes
-from kvheap.errors import ForeignObjectError, LifetimeError
-from kvheap.extents import Int64Array
+from kvheap.errors import ForeignObjectError
+from kvheap.heap_blocks import BlockObjects, heap_of, layout_and_addresses
 from kvheap.kernels.paged_convert import load_converted, store_converted
 from kvheap.kernels.paged_copy import Chunks, load_tokens, store_tokens
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import ChunkLayout
 from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
-from kvheap.memory_batch import FREED, MemoryBatch
+from kvheap.memory_batch import MemoryBatch
 from kvheap.memory_format import MemoryFormat
-from kvheap.memory_object import MemoryObj
 
 if TYPE_CHECKING:
     from kvheap.tensor_allocator import TensorMemoryAllocator
 
 __all__ = ["ChunkObjects", "load", "store"]
 
-ChunkObjects = MemoryBatch | Sequence[MemoryObj]
-"""The chunks of consecutive tokens: a batch, or objects of one heap and layout."""
-
-_ORDERS = {
-    MemoryFormat.KV_2LTD: "PLTD",
-    MemoryFormat.KV_MLA_FMT: "PLTD",
-    MemoryFormat.KV_T2D: "TPD",
-    MemoryFormat.KV_2TD: "PTD",
-    MemoryFormat.KV_2TLD: "PTLD",
-    MemoryFormat.KV_PL2TD: "GLPTD",
-}
-"""Letters as in :meth:`ChunkLayout.of`."""
+ChunkObjects = BlockObjects
+"""The chunks of consecutive tokens."""
 
 
 def store(
@@ -147,7 +135,7 @@ def batched_store(
     num_layers = cache.num_layers if layers is None else len(layers)
     fmt = fmt or (MemoryFormat.KV_2LTD if cache.is_key_value else MemoryFormat.KV_MLA_FMT)
     shape = chunk_shape(cache, fmt, chunk_tokens, num_layers)
-    layout = ChunkLayout.of(_ORDERS[fmt], shape, cache.dtype.itemsize)
+    layout = ChunkLayout.of(dim_order_of(fmt), shape, cache.dtype.itemsize)
     num_tokens = count_tokens(slots, cache.block_size)
     num_chunks = layout.num_chunks(num_tokens, num_layers)
     if allow_partial and layout.is_per_layer:
@@ -200,6 +188,17 @@ def batched_evict(
     return out
 
 
+def dim_order_of(fmt: MemoryFormat) -> str:
+    """The order of a chunk's dimensions.
+
+    Raises:
+        ValueError: the format holds no tokens of a paged cache.
+    """
+    if fmt.dim_order is None:
+        raise ValueError(f"{fmt.name} is no format for tokens of a paged cache")
+    return fmt.dim_order
+
+
 def chunk_shape(
     cache: PagedKVCache, fmt: MemoryFormat, chunk_tokens: int, num_layers: int
 ) -> tuple[int, ...]:
@@ -208,8 +207,7 @@ def chunk_shape(
     Raises:
         ValueError: the format holds no such cache, or the tokens are not whole pages.
     """
-    if fmt not in _ORDERS:
-        raise ValueError(f"{fmt.name} is no format for tokens of a paged cache")
+    dim_order_of(fmt)
     if chunk_tokens <= 0:
         raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
     planes = 1 if fmt is MemoryFormat.KV_MLA_FMT else 2
@@ -230,49 +228,17 @@ def chunk_shape(
     }[fmt]
 
 
-def heap_of(objs: ChunkObjects) -> TensorMemoryAllocator:
-    """The heap that chunks are of."""
-    if not isinstance(objs, MemoryBatch) and not len(objs):
-        raise ValueError("no chunk: an empty batch says what a chunk is, an empty list does not")
-    batch = objs if isinstance(objs, MemoryBatch) else objs[0]._batch
-    heap = batch.allocator
-    if not hasattr(heap, "_absolute"):
-        raise TypeError(f"chunks of a heap are needed, got some of {type(heap).__name__}")
-    return cast("TensorMemoryAllocator", heap)
-
-
 def _chunks(
     heap: TensorMemoryAllocator, objs: ChunkObjects, cache: PagedKVCache, convert: bool
 ) -> tuple[Chunks, int]:
     """The chunks as the kernels know them, and where in each its scales are."""
-    if isinstance(objs, MemoryBatch):
-        counts = objs._ref_counts
-        is_live = objs._uniform_ref_count != FREED if counts is None else bool(objs.live.all())
-        if not is_live:
-            raise LifetimeError(f"a block of {objs!r} is freed")
-        layout, addresses = objs.layout, objs.addresses
-    else:
-        layout, addresses = _addresses_of(objs)
+    layout, addresses = layout_and_addresses(objs)
     absolute, alignment = heap._absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset = parts(layout, cache.dtype, cache.head_dim)
     first_buffer = heap._segments[0]
     chunks = Chunks(first_buffer, absolute, layout.size_bytes, alignment, chunk_layout)
     return chunks, scale_offset
-
-
-def _addresses_of(objs: Sequence[MemoryObj]) -> tuple[BlockLayout, Int64Array]:
-    first = objs[0]._batch
-    for obj in objs:
-        if not obj.is_valid():
-            raise LifetimeError(f"{obj!r} is freed")
-        if obj._batch.allocator is not first.allocator:
-            raise ForeignObjectError(f"{obj!r} is of another heap than {objs[0]!r}")
-        if obj._batch.layout != first.layout:
-            raise ValueError(
-                f"chunks must have one layout, got {first.layout}, {obj._batch.layout}"
-            )
-    return first.layout, np.array([obj.address for obj in objs], np.int64)
 
 
 @lru_cache(maxsize=256)
@@ -282,7 +248,8 @@ def _chunk_layout(
     """What is where in a block, for a cache of ``dtype``; it has no scales."""
     if len(layout.shapes) != 1:
         raise ValueError(f"chunks of one group are copied bit by bit, got {layout}")
-    if layout.fmt not in _ORDERS:
+    order = layout.fmt.dim_order
+    if order is None:
         raise ValueError(f"{layout} does not say where its tokens are")
     found = layout.dtypes[0]
     if found != dtype and torch.uint8 not in (found, dtype):
@@ -290,7 +257,7 @@ def _chunk_layout(
             f"the chunks hold {found}, the cache {dtype}: only with convert=True, and scales "
             f"beside float8_e4m3fn, is one made of the other"
         )
-    return ChunkLayout.of(_ORDERS[layout.fmt], layout.shapes[0], found.itemsize), 0
+    return ChunkLayout.of(order, layout.shapes[0], found.itemsize), 0
 
 
 @lru_cache(maxsize=256)
@@ -299,9 +266,10 @@ def _converted_layout(
 ) -> tuple[ChunkLayout, int]:
     """What is where in a block of fp8, and where its scales are."""
     expected = (torch.float8_e4m3fn, torch.float32)
-    if layout.dtypes != expected or layout.fmt not in _ORDERS:
+    order = layout.fmt.dim_order
+    if layout.dtypes != expected or order is None:
         raise ValueError(f"to convert, chunks need two groups {expected}, got {layout}")
-    chunk = ChunkLayout.of(_ORDERS[layout.fmt], layout.shapes[0], 1)
+    chunk = ChunkLayout.of(order, layout.shapes[0], 1)
     scales = (chunk.num_planes, chunk.num_layers, chunk.row_bytes // head_dim)
     if tuple(layout.shapes[1]) != scales:
         raise ValueError(f"the scales must have shape {scales}, got {tuple(layout.shapes[1])}")

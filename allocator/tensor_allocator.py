@@ -23,8 +23,10 @@ from kvheap import paged_batches
 from kvheap.address_batch import AddressBatch
 from kvheap.address_manager import AddressManager, HeapStats
 from kvheap.block_layout import BlockLayout, Dtypes, Shapes
+from kvheap.copy_device import CopyDevice, known_ranges
 from kvheap.errors import ForeignObjectError, OutOfMemoryError
 from kvheap.extents import Int64Array
+from kvheap.heap_blocks import heap_of
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
 from kvheap.kernels.launch import alignment_of
 from kvheap.kernels.paged_layout import PagedKVCache
@@ -428,7 +430,7 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
             ForeignObjectError: the chunks are of another allocator; nothing is loaded.
         """
         self._require_open()
-        if paged_batches.heap_of(batch) is not self:
+        if heap_of(batch) is not self:
             raise ForeignObjectError("the chunks are of another allocator")
         paged_batches.load(batch, cache, slots, layers=layers, heads=heads, convert=convert)
 
@@ -641,6 +643,16 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
         numbers = np.searchsorted(self._segment_starts, addresses, side="right") - 1
         shifts = np.array(bases, np.int64) - np.array(self._segment_starts, np.int64)
         return addresses + shifts[numbers], alignment
+
+    def _pinned_addresses(self, device: CopyDevice) -> Int64Array:
+        """What ``device`` can reach of a heap in host memory, absolute, int64 ``[R, 2]``."""
+        ranges = [
+            known_ranges(device, np.array([start]), np.array([end]), on_device=False)
+            for start, end in sorted(
+                (buffer.data_ptr(), buffer.data_ptr() + len(buffer)) for buffer in self._segments
+            )
+        ]
+        return np.concatenate(ranges)
 
     def _by_segment(
         self, addresses: Int64Array

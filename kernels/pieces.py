@@ -72,19 +72,25 @@ class Pieces:
             raise ValueError(
                 f"got {lengths[0]} sources, {lengths[1]} targets and {len(size_array)} sizes"
             )
-        _require_all("sizes", size_array, size_array >= 0, "must not be negative")
+        if size_array.size and size_array.min() < 0:
+            _require_all("sizes", size_array, size_array >= 0, "must not be negative")
         if size_array.ndim == 0:
             kept = slice(0, 0) if int(size_array) == 0 else slice(None)
             source_array, target_array = source_array[kept], target_array[kept]
             pieces = cls(source_array, target_array, max(int(size_array), 1))
-        elif (size_array == 0).any():
+        elif size_array.size and size_array.min() == 0:
             some = np.flatnonzero(size_array)
             pieces = cls(source_array[some], target_array[some], size_array[some])
         else:
             pieces = cls(source_array, target_array, size_array)
         for name, starts in (("sources", pieces.sources), ("targets", pieces.targets)):
-            _require_all(name, starts, starts > 0, "must be positive addresses")
-            _require_all(name, starts, starts <= ADDRESS_END - 1 - pieces.sizes, "wrap around")
+            if not len(starts):
+                continue
+            largest = pieces.sizes if isinstance(pieces.sizes, int) else int(pieces.sizes.max())
+            if starts.min() <= 0 or int(starts.max()) + largest >= ADDRESS_END:
+                _require_all(name, starts, starts > 0, "must be positive addresses")
+                ends_in = starts < ADDRESS_END - pieces.sizes
+                _require_all(name, starts, ends_in, "must not wrap around")
         return pieces
 
     @classmethod
@@ -312,6 +318,8 @@ def first_outside(starts: Int64Array, ends: Int64Array, ranges: Int64Array) -> i
         return None
     if not len(ranges):
         return 0
+    if len(ranges) == 1 and starts.min() >= ranges[0, 0] and ends.max() <= ranges[0, 1]:
+        return None
     apart = np.flatnonzero(ranges[1:, 0] != ranges[:-1, 1])
     range_starts = ranges[np.append(0, apart + 1), 0]
     range_ends = ranges[np.append(apart, len(ranges) - 1), 1]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from kvheap import __version__
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
 __all__ = ["CommandError", "main"]
 
@@ -61,6 +66,57 @@ batched_store) includes the copy (its launch, on a GPU). GB/s count each byte of
 exit status: 0 all bytes were right, 1 some were not, 2 the replay could not be done.
 """
 
+CALIBRATE_HELP = """\
+Measure which path of a copy is the fastest on a GPU, and store it for kvheap.transfer.
+
+Copies of scattered pieces of KV, between the device and pinned host memory or within the device,
+can take three paths. Which is the fastest depends on the device, the direction, and the number
+and size of the pieces; kvheap.transfer asks the stored table for every copy. Without one it goes
+by figures that others published of an H100, H200 or A30, and by a cautious rule elsewhere.
+"""
+
+CALIBRATE_NOTES = """\
+paths:
+  kernel        an SM kernel over a list of pointers
+  copy_engine   cuMemcpyBatchAsync, or an asynchronous copy for each piece
+  staged        gathered on the device, and large copies of what was gathered (h2d and d2h)
+
+directions:
+  h2d           pinned host memory to the device
+  d2h           the device to pinned host memory
+  d2d           within the device
+
+what is measured:
+  pieces of 1, 4, 8, 16, 32, 64, 128, 256 KiB, 1 and 4 MiB, times 1, 4, 16, ... 65,536 pieces, up
+  to 1 GiB in all, less where memory is short; by every path, in every direction. The device's
+  pieces are scattered, the host's contiguous. Where time jumps between two sizes, sizes between
+  them are measured too. Noisy cells (the middle half of their times spreads over more than 5 % of
+  the median) are measured again; what stays noisy is marked. Larger copies are extrapolated.
+
+  a time is what a caller waits for on an idle stream, the submission by the host included. Let
+  nothing else run on the GPU meanwhile.
+
+where it is stored:
+  in $KVHEAP_CACHE_DIR, else $XDG_CACHE_HOME/kvheap, else ~/.cache/kvheap, in a file for each
+  device name and driver version. Interrupted, nothing is stored. Another driver: calibrate again.
+
+the table and the map:
+  the table says which path is taken from how many pieces on: "engine, kernel 31+" is the copy
+  engine up to 30 pieces, and the kernel from 31 on. The map's colour is the fastest path,
+  its strength and the numbers are how many times as fast it is as the second; noisy cells are
+  hatched, bars are crossovers that others published. The map needs matplotlib:
+  pip install 'kvheap[plot]'.
+
+examples:
+  kvheap calibrate                                     measure cuda:0 for about a minute
+  kvheap calibrate --device cuda:1 --budget 20 --json table.json
+  kvheap calibrate --show                              the table that copies here go by
+  kvheap calibrate --show --device-name "NVIDIA H100 80GB HBM3" --plot h100.png
+  kvheap calibrate --show --table table.json           one from another machine
+
+exit status: 0 done, 2 it could not be done, 130 interrupted.
+"""
+
 
 class CommandError(Exception):
     """What the user must change; printed as one line, exit status 2."""
@@ -70,9 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        from kvheap.cli import replay
-
-        return replay.run(options)
+        command = importlib.import_module(f"kvheap.cli.{options.command}")
+        status: int = command.run(options)
+        return status
     except CommandError as error:
         print(f"kvheap {options.command}: {error}", file=sys.stderr)
         return 2
@@ -89,6 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kvheap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_replay(commands)
+    _add_calibrate(commands)
+    return parser
+
+
+def _add_replay(commands: Commands) -> None:
     replay = commands.add_parser(
         "replay",
         help="replay request traffic through a heap and check every byte",
@@ -139,4 +201,47 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="draw occupancy, hit rate and the heap's map there",
     )
-    return parser
+
+
+def _add_calibrate(commands: Commands) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure which path of a copy is the fastest on this GPU",
+        description=CALIBRATE_HELP,
+        epilog=CALIBRATE_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    calibrate.add_argument(
+        "--device", default="cuda:0", help="the GPU to measure (default: %(default)s)"
+    )
+    calibrate.add_argument(
+        "--budget",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to measure; the largest copies are left out first (default: %(default)g)",
+    )
+    calibrate.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    calibrate.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the map there: .png, .svg or .pdf (with --show, default: "
+        "kvheap-calibration.png)",
+    )
+    calibrate.add_argument(
+        "--show",
+        action="store_true",
+        help="measure nothing: print and draw the stored table, or what is used without one",
+    )
+    calibrate.add_argument(
+        "--device-name",
+        metavar="NAME",
+        help="with --show: the table of a device of this name; needs no GPU",
+    )
+    calibrate.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="with --show: a table that --json wrote; needs no GPU",
+    )

@@ -12,6 +12,8 @@ import torch
 import kvheap
 from kvheap import BlockIds, MemoryFormat, PagedKVCache, TensorMemoryAllocator
 from kvheap.kernels import fill_blocks, gather_blocks, move_blocks, scatter_blocks
+from kvheap.kernels.pieces import Pieces
+from kvheap.kernels.pointer_copy import copy_pieces
 
 # Words of 16, 8, 4, 2 and 1 bytes; less than a tile, several tiles, tiles with ragged ends.
 BLOCK_BYTES = (4096, 16, 8, 132, 6, 7, 656, 70_000)
@@ -27,6 +29,19 @@ PAGED_CASES = (
     ("vllm-flash-hnd", (2, 5, 3, 16, 33), torch.uint8),
     ("mla", (5, 16, 576), torch.bfloat16),
     ("mla", (5, 16, 656), torch.uint8),
+)
+
+# First byte of the source and of the target, and sizes: every width of access, heads and tails.
+PIECE_CASES = (
+    (0, 0, (4096, 4096, 4096)),
+    (8, 0, (70_000, 24, 8)),
+    (0, 0, (132, 132, 132)),
+    (3, 19, (1000, 16, 70_001)),
+    (3, 11, (1000, 200)),
+    (3, 7, (1000, 200)),
+    (3, 5, (1000, 200)),
+    (3, 4, (1000, 1, 200)),
+    (1, 0, (5, 7, 1)),
 )
 
 
@@ -75,6 +90,26 @@ def round_trip(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert all(map(torch.equal, raw, before))
 
 
+def copy_by_pointers(source_start: int, target_start: int, sizes: tuple[int, ...]) -> None:
+    """Copy pieces that lie one behind another, last piece first, up to the ends of both sides."""
+    num_bytes = sum(sizes)
+    starts = np.cumsum((0, *sizes))[:-1]
+    for memory in ("cuda", "pinned"):
+        source = byte_tensor((source_start + num_bytes,), torch.uint8)
+        target = torch.zeros(target_start + num_bytes, dtype=torch.uint8, device="cuda")
+        if memory == "pinned":
+            source = source.cpu().pin_memory()
+        sources = source.data_ptr() + source_start + starts
+        targets = target.data_ptr() + target_start + starts
+        for max_sms in (1, None):
+            target.zero_()
+            copy_pieces(
+                Pieces.of(sources[::-1], targets[::-1], sizes[::-1]), target.device, max_sms
+            )
+            assert torch.equal(target[target_start:], source[source_start:].cuda())
+            assert not target[:target_start].any()
+
+
 def byte_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Random bytes for a tensor of that shape and dtype."""
     sizes = (*shape[:-1], shape[-1] * dtype.itemsize)
@@ -87,8 +122,13 @@ def main() -> None:
         copy_and_check(block_bytes, num_blocks=5)
     for case in PAGED_CASES:
         round_trip(*case)
+    for start_and_sizes in PIECE_CASES:
+        copy_by_pointers(*start_and_sizes)
     torch.cuda.synchronize()
-    print(f"{len(BLOCK_BYTES)} block sizes and {len(PAGED_CASES)} paged caches passed")
+    print(
+        f"{len(BLOCK_BYTES)} block sizes, {len(PAGED_CASES)} paged caches and "
+        f"{len(PIECE_CASES)} lists of pieces passed"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,269 @@
+"""Which path a transfer takes, and how it is queued.
+
+A run is made before anything is protected or queued, and making it refuses what cannot be done.
+Starting it queues the parts one after another, with an event behind each. A failure in the middle
+is the transfer's, not the caller's: what was queued may still run, and an event behind it tells
+when it has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvheap import planner
+from kvheap.completion import Completion, DeviceEvent, host_queue
+from kvheap.errors import TransferError
+from kvheap.kernels.host_copy import copy_on_host
+from kvheap.staging import copy_staged
+
+if TYPE_CHECKING:
+    from kvheap.copy_device import CopyDevice
+    from kvheap.copy_plan import CopyPlan
+    from kvheap.kernels.pieces import Pieces
+    from kvheap.transfer import Transfer
+
+__all__ = ["PATHS", "DeviceRun", "HostRun", "Path"]
+
+Path = Literal["kernel", "copy_engine", "staged", "host"]
+
+PATHS: tuple[Path, ...] = ("kernel", "copy_engine", "staged", "host")
+
+LINK_SMS = 8
+"""SMs that the kernel may take between a device and the host, where the caller says nothing: the
+link, not the SMs, is the limit. SGLang #40278 reaches 91 to 95 % of a GB300's link with 4."""
+
+FEW_RUNS = 8
+"""So many runs are copied one by one as well as by one call, also on the legacy default stream."""
+
+SMALL_BYTES = 256 << 10
+"""Copies within host memory of less are made by the caller itself, if nothing is queued."""
+
+MIN_RUNS_STAGED = 8
+"""Staging makes sense where the host side has at least so many times fewer runs."""
+
+
+class HostRun:
+    """A copy within host memory: by the queue's thread, or here and now where it is small."""
+
+    path: Path = "host"
+    is_captured = False
+
+    def __init__(
+        self, plan: CopyPlan, stream: Any, path: Path | None, before: Sequence[Transfer]
+    ) -> None:
+        if stream is not None:
+            raise ValueError(f"a copy within host memory is on no stream, got {stream!r}")
+        if path not in (None, "host"):
+            raise ValueError(f"a copy within host memory cannot take the path {path!r}")
+        self._plan = plan
+        self._before = before
+
+    def capture(self) -> None:
+        """Never: the host is not captured."""
+        raise NotImplementedError
+
+    def start(self, completion: Completion) -> Sequence[DeviceEvent]:
+        """Queue the parts; an event for each."""
+        works = [partial(copy_on_host, part) for part in self._plan.parts]
+        waits = [transfer.result for transfer in self._before]
+        is_small = not waits and self._plan.num_bytes < SMALL_BYTES
+        events = host_queue.run([*waits, *works], is_small)
+        if events:
+            completion.queued(events[-1])
+        else:
+            completion.nothing_queued()
+        return events[len(waits) :]
+
+
+class DeviceRun:
+    """A copy by a device, on a stream.
+
+    Raises:
+        ValueError, TypeError: the stream or the path cannot be taken.
+        RuntimeError: a graph is being captured, and this cannot be.
+    """
+
+    def __init__(
+        self,
+        plan: CopyPlan,
+        device: CopyDevice,
+        stream: Any,
+        path: Path | None,
+        max_sms: int | None,
+        before: Sequence[Transfer],
+        is_new_target: bool,
+    ) -> None:
+        self._plan = plan
+        self._device = device
+        self._current = device.require_stream(None)
+        self._stream = device.require_stream(stream)
+        self._before = before
+        self._is_new_target = is_new_target
+        self.is_captured = device.is_capturing(self._stream)
+        direction = plan.direction
+        self._max_sms = LINK_SMS if max_sms is None and direction in ("h2d", "d2h") else max_sms
+        self._is_single = self.is_captured or (
+            not device.has_batch or device.is_legacy(self._stream)
+        )
+        if self.is_captured and before:
+            raise RuntimeError("a transfer that fills one of the sides is in flight: wait for it")
+        self.path: Path = self._choose() if path is None else self._forced(path)
+
+    # -- which path ----------------------------------------------------------------------------
+
+    def _obstacle(self, path: Path) -> str | None:
+        """Why a path cannot be taken; None when it can."""
+        plan, device = self._plan, self._device
+        direction = plan.direction
+        if path == "host":
+            return f"the copy is {direction}"
+        if path == "copy_engine":
+            return None
+        if direction == "p2p":
+            return "the kernel runs on one device, and the sides are on two"
+        if not device.has_kernel:
+            return "the kernel needs the triton package"
+        if path == "kernel":
+            if self.is_captured and plan.prepared is None:
+                return "a graph capture takes a plan that was prepared before it"
+            return None
+        if direction == "d2d":
+            return "staging is for copies between a device and the host"
+        if self.is_captured:
+            return "staging cannot be captured"
+        if plan.num_host_runs * MIN_RUNS_STAGED > plan.num_runs:
+            return (
+                f"the host side has {plan.num_host_runs} runs of its own for {plan.num_runs} "
+                f"pieces: nothing is gained by gathering them"
+            )
+        return None
+
+    def _falls_back(self, max_runs: int) -> bool:
+        """Whether the copy engine would copy more runs than that one by one for its stream."""
+        if self.is_captured or not self._device.has_batch:
+            return False
+        is_many = any(len(part) > max_runs for part in self._plan.parts)
+        return is_many and self._device.is_legacy(self._stream)
+
+    def _forced(self, path: Path) -> Path:
+        reason = self._obstacle(path)
+        if reason is None and path == "copy_engine" and self._falls_back(1):
+            reason = "cuMemcpyBatchAsync takes no legacy default stream: pass a stream of your own"
+        if reason is not None:
+            kind = RuntimeError if self.is_captured else ValueError
+            raise kind(f"path {path!r} cannot be taken: {reason}")
+        return path
+
+    def _choose(self) -> Path:
+        plan, device = self._plan, self._device
+        if self.is_captured:
+            return self._choose_captured()
+        allowed: list[planner.Path] = [
+            path for path in planner.PATHS if self._obstacle(path) is None
+        ]
+        if self._falls_back(FEW_RUNS):
+            _tell_of_legacy_stream(device.name)
+            if len(allowed) > 1:
+                allowed.remove("copy_engine")
+        if len(allowed) == 1:
+            return allowed[0]
+        direction = plan.direction
+        assert direction in ("h2d", "d2h", "d2d")
+        table = planner.table_for(device.name, device.driver_version)
+        return table.choose(direction, plan.num_runs, plan.num_bytes, tuple(allowed))
+
+    def _choose_captured(self) -> Path:
+        if self._obstacle("kernel") is None:
+            return "kernel"
+        if self._plan.num_runs > FEW_RUNS:
+            raise RuntimeError(
+                f"{self._plan.num_runs} runs cannot be captured in a CUDA graph as they are: call "
+                f"prepare() on the plan before the capture, or take path='copy_engine', a node for "
+                f"each"
+            )
+        return "copy_engine"
+
+    # -- carry it out --------------------------------------------------------------------------
+
+    def capture(self) -> None:
+        """Queue the copy into the graph that is being captured."""
+        with self._device.using(self._stream):
+            for index, part in enumerate(self._plan.parts):
+                self._queue(index, part, Completion())
+
+    def start(self, completion: Completion) -> Sequence[DeviceEvent]:
+        """Queue the parts; an event for each that was. What fails is the completion's."""
+        device, stream = self._device, self._stream
+        events: list[DeviceEvent] = []
+        try:
+            if self._is_new_target and stream != self._current:
+                # A heap hands out bytes to work on the current stream, which may still use them.
+                device.wait_event(stream, device.record_event(self._current))
+            for transfer in self._before:
+                transfer.wait_stream(stream)
+            with device.using(stream):
+                for index, part in enumerate(self._plan.parts):
+                    self._queue(index, part, completion)
+                    events.append(device.record_event(stream))
+        except BaseException as cause:
+            self._abandon(completion, cause)
+            if not isinstance(cause, Exception):
+                raise
+            return events
+        if events:
+            completion.queued(events[-1])
+        else:
+            completion.nothing_queued()
+        return events
+
+    def _queue(self, index: int, part: Pieces, completion: Completion) -> None:
+        device, plan = self._device, self._plan
+        if not len(part):
+            return
+        completion.keep(part)  # nowhere is it said how long the driver reads the arrays
+        if self.path == "kernel":
+            prepared = plan.prepared[index] if plan.prepared else device.prepare(part)
+            completion.keep(prepared)
+            prepared.run(self._max_sms)
+        elif self.path == "copy_engine":
+            if self._is_single or len(part) == 1:
+                device.copy_each(part, self._stream)
+            else:
+                assert plan.direction != "h2h"
+                device.copy_batch(part, self._stream, plan.direction)
+        else:
+            copy_staged(plan, part, device, self._stream, self._current, self._max_sms, completion)
+
+    def _abandon(self, completion: Completion, cause: BaseException) -> None:
+        """Nothing more is queued; what was may still run."""
+        plan = self._plan
+        error = TransferError(
+            f"a transfer {plan.direction} of {plan.num_bytes} bytes in {plan.num_runs} runs by "
+            f"{self.path} failed: {cause}"
+        )
+        error.__cause__ = cause
+        completion.failed(error)
+        if completion.is_lost:
+            return
+        try:
+            event = self._device.record_event(self._stream)
+        except Exception as lost:
+            completion.lose(lost)
+        else:
+            completion.queued(event)
+
+
+_told_of: set[str] = set()
+
+
+def _tell_of_legacy_stream(device_name: str) -> None:
+    if device_name not in _told_of:
+        _told_of.add(device_name)
+        logging.getLogger("kvheap").warning(
+            "copies on the legacy default stream of %s do without the copy engine's batch call, "
+            "which does not take it: pass a stream of your own",
+            device_name,
+        )
