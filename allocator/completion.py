@@ -80,8 +80,9 @@ class Completion:
             return True
         event = self._event
         if self._state == "lost":
-            assert self._error is not None
-            raise self._error
+            error = self.error
+            assert error is not None
+            raise error
         if event is None or not self.ask(event.query):
             return False
         self._end()
@@ -96,7 +97,10 @@ class Completion:
         try:
             return question()
         except Exception as cause:
-            raise self.lose(cause) from cause
+            self.lose(cause)
+            error = self.error
+            assert error is not None
+            raise error from cause
 
     @property
     def is_lost(self) -> bool:
@@ -139,13 +143,11 @@ class Completion:
             cause.__traceback__ = None
         self._error = error
 
-    def lose(self, cause: BaseException) -> TransferError:
-        """The device cannot say when it has done with the bytes; returns the error."""
+    def lose(self, cause: BaseException) -> None:
+        """The device cannot say when it has done with the bytes."""
         if self._error is None:
             self._error = TransferError(f"the device cannot be asked about a transfer: {cause}")
-            self._error.__cause__ = cause
         self._state = "lost"
-        return self._error
 
     def _end(self) -> None:
         self._error = self.error
@@ -157,11 +159,19 @@ class Completion:
 
     @property
     def error(self) -> TransferError | None:
-        """Why it failed, as far as is known; None while all is well."""
+        """Why it failed, as far as is known; None while all is well.
+
+        Made anew for each who asks: an error that is raised keeps the frames it went through, and
+        they would be kept as long as the copy is known.
+        """
         event = self._event
         if self._error is None and isinstance(event, FutureEvent):
             self._error = event.error()
-        return self._error
+        if self._error is None:
+            return None
+        error = TransferError(*self._error.args)
+        error.__cause__ = self._error.__cause__
+        return error
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until it has ended or is lost; whether it has within ``timeout_s`` seconds."""

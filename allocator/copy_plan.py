@@ -275,8 +275,11 @@ class CopyPlan:
 
         Raises:
             LifetimeError: a block is freed.
+            ClosedError: a heap is closed.
         """
         for side in (self.source, self.target):
+            if side.heap is not None:
+                side.heap._require_open()
             for rows in side.blocks:
                 rows.batch._record_stream(completion, rows.rows)
 

@@ -55,6 +55,7 @@ from kvheap.transfer_paths import PATHS, DeviceRun, HostRun, Path
 if TYPE_CHECKING:
     import torch
 
+    from kvheap.copy_device import CopyDevice
     from kvheap.lifetime import Lifetime, Release
     from kvheap.memory_allocator import MemoryAllocatorInterface
 
@@ -67,12 +68,15 @@ FIRST_POLL_S, LAST_POLL_S = 50e-6, 2e-3
 class Part:
     """One part of a transfer; parts end in order, and each speaks for itself only."""
 
-    __slots__ = ("_event", "_index", "_transfer")
+    __slots__ = ("_completion", "_device", "_event", "_index")
 
-    def __init__(self, transfer: Transfer, index: int, event: DeviceEvent) -> None:
-        self._transfer = transfer
+    def __init__(
+        self, index: int, event: DeviceEvent, completion: Completion, device: CopyDevice | None
+    ) -> None:
         self._index = index
         self._event = event
+        self._completion = completion
+        self._device = device
 
     def done(self) -> bool:
         """Whether the part's bytes are where they should be. Does not wait.
@@ -96,15 +100,14 @@ class Part:
         Raises:
             TransferError: as for :meth:`done`.
         """
-        device = self._transfer._device
+        device = self._device
         if device is None:
             self.wait()
         else:
-            wait = partial(device.wait_event, device.require_stream(stream), self._event)
-            self._transfer._completion.ask(wait)
+            device.wait_event(device.require_stream(stream), self._event)
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
-        answer = self._transfer._completion.ask(question)
+        answer = self._completion.ask(question)
         if isinstance(self._event, FutureEvent):
             error = self._event.error()
             if error is not None:
@@ -112,8 +115,8 @@ class Part:
         return answer
 
     def __repr__(self) -> str:
-        """Which part of what."""
-        return f"Part({self._index} of {self._transfer!r})"
+        """Which part."""
+        return f"Part({self._index})"
 
 
 class Transfer:
@@ -320,7 +323,9 @@ def offload(
         DoubleFreeError, BlockInUseError: with ``free``, a block is freed already, or somebody
             else's too; nothing is allocated or freed.
         LifetimeError: a block is freed; nothing is allocated.
-        TransferError: the copy failed when it was begun; nothing is allocated or freed.
+        RuntimeError: a graph is being captured; nothing is allocated or freed.
+        TransferError: the copy failed when it was begun, or one that fills the blocks has failed;
+            nothing is allocated or freed.
     """
     return _move(batch, into, stream, free, allow_partial, by_layer, path, max_sms)
 
@@ -363,14 +368,10 @@ def _move(
             moved = target  # of no blocks, which an empty list could not say
         given_up = heap._rows_by_batch(moved) if free and len(target) else []
         plan = CopyPlan.between(moved, target, by_layer=by_layer)
-        transfer = _start(plan, stream, path, max_sms, given_up, is_new_target=True)
-        error = transfer._completion.error
-        if error is not None and transfer.direction != "h2h":
-            raise error
+        target.transfer = _start(plan, stream, path, max_sms, _Move(given_up))
     except BaseException:
         into.batched_free(target)
         raise
-    target.transfer = transfer
     return target
 
 
@@ -379,10 +380,9 @@ def _start(
     stream: Any,
     path: Path | None,
     max_sms: int | None,
-    given_up: Sequence[Rows] = (),
-    is_new_target: bool = False,
+    move: _Move | None = None,
 ) -> Transfer:
-    """Protect both sides, claim what is given up, and queue the copy."""
+    """Protect both sides, claim what a move gives up, and queue the copy."""
     if path is not None and path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
     if max_sms is not None and max_sms < 1:
@@ -393,10 +393,14 @@ def _start(
     if device is None:
         run = HostRun(plan, stream, path, before)
     else:
-        run = DeviceRun(plan, device, stream, path, max_sms, before, is_new_target)
+        is_new = move is not None
+        run = DeviceRun(plan, device, stream, path, max_sms, before, is_new_target=is_new)
+    if run.is_captured and move is not None:
+        raise RuntimeError(
+            "blocks are not moved in a graph capture: allocate before it, and capture a copy"
+        )
     completion = Completion(plan.memory)
     transfer = Transfer(plan, run.path, completion)
-    claims = _Claims(given_up)
     try:
         plan.protect(completion)
         if run.is_captured:
@@ -404,35 +408,38 @@ def _start(
             run.capture()
             completion.nothing_queued()
             return transfer
-        claims.take()
+        if move is not None:
+            move.claim()
         in_flight.add(completion)
         events = run.start(completion)
+        error = completion.error
+        if error is not None and move is not None:
+            raise error
     except BaseException:
         completion.nothing_queued()
-        claims.take_back()
+        if move is not None:
+            move.take_back()
         raise
-    transfer.parts = tuple(Part(transfer, index, event) for index, event in enumerate(events))
-    if completion.error is None or device is None:
-        transfer._lifetime = claims.release(completion)
-    else:
-        claims.take_back()
+    transfer.parts = tuple(Part(i, event, completion, device) for i, event in enumerate(events))
+    if move is not None:
+        transfer._lifetime = move.release(completion)
     return transfer
 
 
-class _Claims:
-    """Blocks that are given up once the copy has been done."""
+class _Move:
+    """A copy to new blocks, and the old ones, which are given up once it has been done."""
 
-    def __init__(self, parts: Sequence[Rows]) -> None:
-        self._parts = parts
+    def __init__(self, given_up: Sequence[Rows]) -> None:
+        self._given_up = given_up
         self._taken: list[tuple[Rows, Release]] = []
 
-    def take(self) -> None:
+    def claim(self) -> None:
         """Make them freed for everybody else; all or none.
 
         Raises:
             DoubleFreeError, BlockInUseError: one is freed already, or somebody else's too.
         """
-        for part in self._parts:
+        for part in self._given_up:
             rows = Rows(part.batch, part.batch._claim(part.rows))
             try:
                 release = part.batch._release_of(rows.rows)

@@ -72,11 +72,14 @@ CLASS_BITS = 1
 FEW = 24
 """Pieces that are moved one by one rather than as rows of a class of their own."""
 
-THREAD_BYTES = 1 << 20
+THREAD_BYTES = 4 << 20
 """Bytes for each thread below which fewer threads copy."""
 
 MAX_THREADS = 8
 """Threads that copy unless the caller asks for more."""
+
+SHARE_BYTES = MIN_ROWS * ROW_BYTES
+"""The least share."""
 
 SHARES = 4
 """Shares of each thread: where one is held up, others take over what it has not begun."""
@@ -120,11 +123,13 @@ def copy_on_host(pieces: Pieces, threads: int | None = None) -> None:
     if threads == 1 and len(pieces) <= FEW:
         _move_each(pieces)
         return
-    share_bytes = num_bytes if threads == 1 else -(-num_bytes // (threads * SHARES))
+    share_bytes = num_bytes
+    if threads > 1:
+        share_bytes = max(SHARE_BYTES, -(-num_bytes // (threads * SHARES)))
     one_by_one, classes = _classified(pieces)
     tasks: list[Callable[[], None]] = [
         partial(_move_each, share)
-        for share in _shares(one_by_one.cut(max(share_bytes, LARGE_BYTES)), share_bytes)
+        for share in _shares(one_by_one.cut(share_bytes), share_bytes)
     ]
     tasks += [
         partial(_copy_rows, share) for group in classes for share in _shares(group, share_bytes)

@@ -2,6 +2,7 @@
 
 Nothing that is queued is done before :meth:`FakeDevice.run_one`, ``drain``, or a wait on an event
 asks for it, so a test decides what is in flight. Every call of the device can be made to fail.
+What a real one would refuse, or do wrong without a word, is kept in ``violations``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class DriverError(RuntimeError):
 class FakeEvent:
     def __init__(self, stream: FakeStream) -> None:
         self.stream = stream
+        self.captured = stream.capturing
         self.passed = False
 
     def query(self) -> bool:
@@ -46,7 +48,14 @@ class FakeStream:
         self.name = name
         self.legacy = legacy
         self.capturing = False
+        self.destroyed = False
         self.queue: deque[tuple[str, Callable[[], None] | FakeEvent]] = deque()
+        self.graph: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        """Do what was captured."""
+        for work in self.graph:
+            work()
 
     def record_event(self) -> FakeEvent:
         return self.device.record_event(self)
@@ -74,11 +83,15 @@ class FakeDevice:
 
     Attributes:
         calls: what was asked of it, in order, with arguments.
-        most: how many copies were in flight at once, at most.
+        violations: what a real device would not have done as it was asked to.
+        peers: devices whose memory it reaches.
     """
 
-    def __init__(self, name: str = "Fake GPU", *, has_batch: bool = True) -> None:
+    def __init__(self, name: str = "Fake GPU", *, has_batch: bool = True, index: int = 0) -> None:
         self.name = name
+        self.index = index
+        self.peers: list[FakeDevice] = []
+        self.violations: list[str] = []
         self.driver_version = "13.0"
         self.has_kernel = True
         self.has_batch = has_batch
@@ -89,7 +102,7 @@ class FakeDevice:
         self.pinned: list[tuple[int, int]] = []
         self.calls: list[tuple[object, ...]] = []
         self.counts: Counter[str] = Counter()
-        self.faults: dict[tuple[str, int], tuple[Exception, int]] = {}
+        self.faults: dict[tuple[str, int], tuple[BaseException, int]] = {}
         self.is_lost = False
         self.staging: list[torch.Tensor] = []
         self._using = threading.local()
@@ -101,6 +114,7 @@ class FakeDevice:
         """Bytes of the device."""
         found = torch.zeros(num_bytes, dtype=torch.uint8)
         self.own.append((found.data_ptr(), found.data_ptr() + num_bytes))
+        self._make_room(found)
         return found
 
     def pinned_tensor(self, num_bytes: int, cuts: tuple[int, ...] = ()) -> torch.Tensor:
@@ -109,7 +123,21 @@ class FakeDevice:
         bounds = [0, *cuts, num_bytes]
         for start, end in zip(bounds[:-1], bounds[1:], strict=True):
             self.pinned.append((found.data_ptr() + start, found.data_ptr() + end))
+        self._make_room(found)
         return found
+
+    def _make_room(self, tensor: torch.Tensor) -> None:
+        """Forget what memory was before it was given back, and now is ``tensor``'s."""
+        first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        for device in (self, *self.peers):
+            for kept in (device.own, device.pinned):
+                kept[:] = [
+                    (a, b)
+                    for a, b in kept
+                    if b <= first
+                    or end <= a
+                    or (first <= a and b <= end and device is self and kept is not None)
+                ]
 
     def device_of(self, tensor: torch.Tensor) -> FakeDevice | None:
         """Stands in for ``kvheap.copy_device.device_of``."""

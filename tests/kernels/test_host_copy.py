@@ -94,6 +94,7 @@ def aligned(num_bytes: int, offset: int = 0) -> np.ndarray:
 def many_threads(monkeypatch):
     """Threads are used for few bytes as well."""
     monkeypatch.setattr(host_copy, "THREAD_BYTES", 1)
+    monkeypatch.setattr(host_copy, "SHARE_BYTES", 1)
 
 
 @pytest.fixture
@@ -196,6 +197,7 @@ def test_a_hundred_thousand_pieces(size):
 def test_any_pieces(data, sizes, align, threads):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_copy, "THREAD_BYTES", data.draw(st.sampled_from([1, THREAD_BYTES])))
+        patch.setattr(host_copy, "SHARE_BYTES", 1)
         patch.setattr(host_copy, "FEW", data.draw(st.integers(0, 3)))
         patch.setattr(host_copy, "LARGE_BYTES", data.draw(st.sampled_from([4096, LARGE_BYTES])))
         patch.setattr(host_copy, "MIN_ROWS", data.draw(st.integers(1, 100)))
