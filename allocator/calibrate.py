@@ -307,7 +307,8 @@ class CudaMeasure:
         self._device = torch.device(device)
         self._random = np.random.default_rng(0)
         self._stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._first, self._second, self._host = self._buffers(max_bytes)
+        with torch.cuda.device(self._device):  # else memory is pinned for the current one
+            self._first, self._second, self._host = self._buffers(max_bytes)
         self.max_bytes = self._host.nbytes
 
     def __call__(
@@ -319,21 +320,23 @@ class CudaMeasure:
         if num_pieces * piece_bytes > self.max_bytes:
             return None
         try:
-            first = self._time(direction, path, num_pieces, piece_bytes)  # it may compile
-            if first is None:
-                return None
-            repetitions = min(
-                max(round(TIMED_S / max(first, 1e-6)), MIN_REPETITIONS), MAX_REPETITIONS
-            )
-            some = [
-                self._time(direction, path, num_pieces, piece_bytes) for _ in range(repetitions)
-            ]
+            with torch.cuda.device(self._device):
+                return self._repeat(direction, path, num_pieces, piece_bytes)
         except torch.cuda.OutOfMemoryError:
             return None
         except TransferError as error:
             if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):
                 return None
             raise
+
+    def _repeat(
+        self, direction: Direction, path: Path, num_pieces: int, piece_bytes: int
+    ) -> list[float] | None:
+        first = self._time(direction, path, num_pieces, piece_bytes)  # it may compile
+        if first is None:
+            return None
+        repetitions = min(max(round(TIMED_S / max(first, 1e-6)), MIN_REPETITIONS), MAX_REPETITIONS)
+        some = [self._time(direction, path, num_pieces, piece_bytes) for _ in range(repetitions)]
         return [seconds for seconds in some if seconds is not None]
 
     def _buffers(self, max_bytes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

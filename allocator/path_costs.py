@@ -170,15 +170,13 @@ def _filled(times: Float64Array, x: Float64Array) -> Float64Array:
 def _grown(times: Float64Array, x: Float64Array, to: float) -> Float64Array:
     """The next column: time grows as between the last two, between not at all and in proportion."""
     last: Float64Array = times[:, -1]
-    if len(x) == 1:
-        grown: Float64Array = last + (to - x[-1])
-        return grown
-    before, after = 2.0 ** times[:, -2], 2.0**last
-    steps = (2.0**to - 2.0 ** x[-1]) / (2.0 ** x[-1] - 2.0 ** x[-2])
-    growth = np.log2(np.maximum(1 + (after - before) * steps / after, 1.0))
-    growth = np.fmin(growth, to - x[-1])  # which it also is where only one of both is known
-    grown = last + growth
-    return grown
+    growth: Float64Array = np.full(len(last), to - x[-1])
+    if len(x) > 1:
+        before, after = 2.0 ** times[:, -2], 2.0**last
+        steps = (2.0**to - 2.0 ** x[-1]) / (2.0 ** x[-1] - 2.0 ** x[-2])
+        linear = np.log2(np.maximum(1 + (after - before) * steps / after, 1.0))
+        growth = np.fmin(growth, linear)  # in proportion where only one of both is known
+    return last + growth
 
 
 def _extended(x: Float64Array, times: Float64Array) -> tuple[Float64Array, Float64Array]:

@@ -1,7 +1,7 @@
 """The planner: which path moves N pieces fastest, by a table of what each path costs on a device.
 
 A copy of scattered pieces can be made by an SM kernel, by the copy engine, or staged: gathered on
-the device into one extent that one large copy moves. Which of them is fastest depends on device,
+the device into extents that large copies move. Which of them is fastest depends on device,
 direction, and the number and size of the pieces. :class:`CopyTable` knows what each costs:
 
 * measured on this device, when somebody ran ``kvheap calibrate``;

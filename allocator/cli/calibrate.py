@@ -125,10 +125,7 @@ def _calibrated(name: str, driver_version: str, index: int, budget_s: float) -> 
         TextColumn("{task.description}"),
     )
     versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    with (
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-        torch.cuda.device(index),
-    ):
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("buffers", total=1)
 
         def tell(done: int, total: int, what: str) -> None:

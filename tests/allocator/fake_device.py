@@ -2,7 +2,7 @@
 
 Nothing that is queued is done before :meth:`FakeDevice.run_one`, ``drain``, or a wait on an event
 asks for it, so a test decides what is in flight. Every call of the device can be made to fail.
-What a real one would refuse, or do wrong without a word, is kept in ``violations``.
+What a real device would not have done as it was asked is kept in ``violations``.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ from __future__ import annotations
 import ctypes
 import random
 import threading
+import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
+from kvheap import MemoryBatch, MemoryObj, TensorMemoryAllocator
 from kvheap.kernels.copy_engine import Location
 from kvheap.kernels.pieces import Pieces
+
+POISON = 0xA5
 
 
 class DriverError(RuntimeError):
@@ -52,13 +57,13 @@ class FakeStream:
         self.queue: deque[tuple[str, Callable[[], None] | FakeEvent]] = deque()
         self.graph: list[Callable[[], None]] = []
 
-    def replay(self) -> None:
-        """Do what was captured."""
-        for work in self.graph:
-            work()
-
     def record_event(self) -> FakeEvent:
         return self.device.record_event(self)
+
+    def replay(self) -> None:
+        """Do what was captured on it."""
+        for work in self.graph:
+            work()
 
     def __repr__(self) -> str:
         return f"FakeStream({self.name})"
@@ -71,11 +76,25 @@ class FakePrepared:
 
     def run(self, max_sms: int | None = None) -> None:
         device, stream = self.device, self.device.current
-        done = device.call("run", ("run", self.pieces, stream, max_sms))
-        device.enqueue(stream, self.pieces, done)
+        device.call("run", ("run", self.pieces, stream, max_sms))
+        device.enqueue(stream, self.pieces)
 
-    def warm_up(self) -> None:
-        self.device.call("warm_up")
+
+class Move:
+    """Pieces that are copied when the stream comes to it."""
+
+    def __init__(self, device: FakeDevice, pieces: Pieces) -> None:
+        self.device = device
+        self.pieces = pieces
+
+    def __call__(self) -> None:
+        pieces = self.pieces
+        sources, targets = pieces.sources.tolist(), pieces.targets.tolist()
+        self.device.require_held(sources + targets)
+        for source, target, size in zip(
+            sources, targets, pieces.size_array().tolist(), strict=True
+        ):
+            ctypes.memmove(target, source, size)
 
 
 class FakeDevice:
@@ -83,15 +102,13 @@ class FakeDevice:
 
     Attributes:
         calls: what was asked of it, in order, with arguments.
-        violations: what a real device would not have done as it was asked to.
+        violations: what a real device would have refused, or done wrong without a word.
         peers: devices whose memory it reaches.
     """
 
     def __init__(self, name: str = "Fake GPU", *, has_batch: bool = True, index: int = 0) -> None:
         self.name = name
         self.index = index
-        self.peers: list[FakeDevice] = []
-        self.violations: list[str] = []
         self.driver_version = "13.0"
         self.has_kernel = True
         self.has_batch = has_batch
@@ -100,11 +117,15 @@ class FakeDevice:
         self.streams = [self.default, self.side]
         self.own: list[tuple[int, int]] = []
         self.pinned: list[tuple[int, int]] = []
+        self.peers: list[FakeDevice] = []
         self.calls: list[tuple[object, ...]] = []
+        self.violations: list[str] = []
         self.counts: Counter[str] = Counter()
         self.faults: dict[tuple[str, int], tuple[BaseException, int]] = {}
         self.is_lost = False
-        self.staging: list[torch.Tensor] = []
+        self.lost_at: int | None = None
+        self.staging: list[tuple[int, int, weakref.ref[object]]] = []
+        self._memory: list[object] = []
         self._using = threading.local()
         self._lock = threading.RLock()
 
@@ -112,74 +133,88 @@ class FakeDevice:
 
     def tensor(self, num_bytes: int) -> torch.Tensor:
         """Bytes of the device."""
-        found = torch.zeros(num_bytes, dtype=torch.uint8)
+        found = torch.full((num_bytes,), POISON, dtype=torch.uint8)
+        self._memory.append(found)  # so that no other memory ever has its addresses
         self.own.append((found.data_ptr(), found.data_ptr() + num_bytes))
-        self._make_room(found)
         return found
 
     def pinned_tensor(self, num_bytes: int, cuts: tuple[int, ...] = ()) -> torch.Tensor:
         """Host memory that is pinned, in several registrations where there are ``cuts``."""
-        found = torch.zeros(num_bytes, dtype=torch.uint8)
-        bounds = [0, *cuts, num_bytes]
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-            self.pinned.append((found.data_ptr() + start, found.data_ptr() + end))
-        self._make_room(found)
+        found = torch.full((num_bytes,), POISON, dtype=torch.uint8)
+        self._memory.append(found)
+        self.pin(found, cuts)
         return found
 
-    def _make_room(self, tensor: torch.Tensor) -> None:
-        """Forget what memory was before it was given back, and now is ``tensor``'s."""
-        first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        for device in (self, *self.peers):
-            for kept in (device.own, device.pinned):
-                kept[:] = [
-                    (a, b)
-                    for a, b in kept
-                    if b <= first
-                    or end <= a
-                    or (first <= a and b <= end and device is self and kept is not None)
-                ]
+    def pin(self, tensor: torch.Tensor, cuts: tuple[int, ...] = ()) -> None:
+        """Register memory of the host."""
+        bounds = [0, *cuts, tensor.nbytes]
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            self.pinned.append((tensor.data_ptr() + start, tensor.data_ptr() + end))
 
     def device_of(self, tensor: torch.Tensor) -> FakeDevice | None:
         """Stands in for ``kvheap.copy_device.device_of``."""
         address = tensor.data_ptr()
-        return self if any(start <= address < end for start, end in self.own) else None
+        for device in (self, *self.peers):
+            if any(start <= address < end for start, end in device.own):
+                return device
+        return None
 
     def locate(self, address: int) -> Location | None:
         self.call("locate")
-        for kind, ranges in (("device", self.own), ("pinned", self.pinned)):
-            for start, end in ranges:
+        for device in (self, *self.peers):
+            for start, end in device.own:
                 if start <= address < end:
-                    return Location(kind, 0, start, end)  # type: ignore[arg-type]
+                    return Location("device", device.index, start, end)
+        for start, end in self.pinned:
+            if start <= address < end:
+                return Location("pinned", 0, start, end)
         return None
 
     def is_own(self, location: Location) -> bool:
-        return location.kind == "device"
+        return location.kind == "device" and location.device == self.index
 
     # -- faults --------------------------------------------------------------------------------
 
-    def fail(self, call: str, number: int = 1, after: int = 0, error: str = "fault") -> None:
+    def fail(
+        self,
+        call: str,
+        number: int = 1,
+        after: int = 0,
+        error: str | BaseException = "fault",
+    ) -> None:
         """Let the ``number``-th next call of this kind fail, once ``after`` pieces are queued."""
-        self.faults[call, self.counts[call] + number] = (DriverError(error), after)
+        raised = error if isinstance(error, BaseException) else DriverError(error)
+        self.faults[call, self.counts[call] + number] = (raised, after)
 
     def lose(self) -> None:
         """Let every call fail from now on, as a device does that is gone."""
         self.is_lost = True
 
-    def call(self, name: str, record: tuple[object, ...] | None = None) -> int | None:
-        """Count a call; raise if it shall fail. How many pieces are done of one that fails late."""
+    def call(self, name: str, record: tuple[object, ...] | None = None) -> None:
+        """Count a call; raise if it shall fail."""
         with self._lock:
             self.counts[name] += 1
+            if sum(self.counts.values()) == self.lost_at:
+                self.lose()
             if record is not None:
                 self.calls.append(record)
             if self.is_lost:
                 raise DriverError("the device is lost")
             error, after = self.faults.pop((name, self.counts[name]), (None, 0))
-            if error is not None and record is not None and after:
+            if error is None:
+                return
+            if record is not None and after:
                 pieces, stream = record[1], record[2]
-                self.enqueue(stream, pieces[:after], None)
-            if error is not None:
-                raise error
-        return None
+                assert isinstance(pieces, Pieces)
+                assert isinstance(stream, FakeStream)
+                self.enqueue(stream, pieces[:after])
+            raise error
+
+    def require(self, condition: object, violation: str) -> None:
+        """Note what a real device would not do; here it fails too."""
+        if not condition:
+            self.violations.append(violation)
+            raise AssertionError(violation)
 
     # -- streams and events --------------------------------------------------------------------
 
@@ -220,17 +255,23 @@ class FakeDevice:
 
     def record_event(self, stream: FakeStream) -> FakeEvent:
         self.call("record_event")
+        self.require(stream.device is self, "an event of another device's stream")
+        if stream.destroyed:
+            raise DriverError("the stream is destroyed")
         event = FakeEvent(stream)
 
         def passes() -> None:
             event.passed = True
 
         with self._lock:
-            stream.queue.append(("work", passes))
+            (stream.graph.append(passes) if stream.capturing else self._put(stream, passes))
         return event
 
     def wait_event(self, stream: FakeStream, event: FakeEvent) -> None:
         self.call("wait_event")
+        self.require(stream.device is self, "a wait of another device's stream")
+        self.require(not event.captured, "the stream would join a capture")
+        self.require(not stream.capturing, "a capture waits for work outside of it")
         with self._lock:
             stream.queue.append(("wait", event))
 
@@ -239,47 +280,81 @@ class FakeDevice:
 
     def empty(self, num_bytes: int) -> torch.Tensor:
         self.call("empty")
-        found = self.tensor(num_bytes)
-        self.staging.append(found)
-        return found
+        memory = np.full(num_bytes, POISON, np.uint8)
+        self._memory.append(memory)
+        self.own.append((memory.ctypes.data, memory.ctypes.data + num_bytes))
+        view = memory[:]  # whose life shows who holds the tensor
+        self.staging.append((*self.own[-1], weakref.ref(view)))
+        return torch.from_numpy(view)
+
+    @property
+    def held_staging(self) -> int:
+        """How many of the tensors that ``empty`` made are still held by somebody."""
+        return sum(view() is not None for _, _, view in self.staging)
 
     # -- copies --------------------------------------------------------------------------------
 
     def prepare(self, pieces: Pieces) -> FakePrepared:
         self.call("prepare")
+        self.require(not self.current.capturing, "an upload in a capture")
         return FakePrepared(self, pieces)
 
     def copy_batch(self, pieces: Pieces, stream: FakeStream, direction: str) -> None:
-        assert not stream.legacy, "cuMemcpyBatchAsync takes no legacy default stream"
-        assert not stream.capturing, "a captured batch is silently missing"
-        done = self.call("copy_batch", ("copy_batch", pieces, stream, direction))
-        self.enqueue(stream, pieces, done)
+        self.require(not stream.legacy, "cuMemcpyBatchAsync takes no legacy default stream")
+        self.require(not stream.capturing, "a captured batch is silently missing")
+        self.require(self.has_batch, "the driver has no cuMemcpyBatchAsync")
+        self._require_in_one_range(pieces)
+        self.call("copy_batch", ("copy_batch", pieces, stream, direction))
+        self.enqueue(stream, pieces)
 
     def copy_each(self, pieces: Pieces, stream: FakeStream) -> None:
-        done = self.call("copy_each", ("copy_each", pieces, stream))
-        self.enqueue(stream, pieces, done)
+        self._require_in_one_range(pieces)
+        self.call("copy_each", ("copy_each", pieces, stream))
+        self.enqueue(stream, pieces)
 
-    def enqueue(self, stream: FakeStream, pieces: Pieces, _: int | None) -> None:
+    def enqueue(self, stream: FakeStream, pieces: Pieces) -> None:
         """Queue the copy: bytes are read and written when it runs."""
-        self.require_within(pieces)
-        sources, targets = pieces.sources.tolist(), pieces.targets.tolist()
-        sizes = pieces.size_array().tolist()
-
-        def move() -> None:
-            # As a GPU does: in no order, and all sources as they are now.
-            for source, target, size in zip(sources, targets, sizes, strict=True):
-                ctypes.memmove(target, source, size)
-
+        self._require_reachable(pieces)
+        self.require(stream.device is self, "a copy on another device's stream")
+        move = Move(self, pieces)
         with self._lock:
-            stream.queue.append(("work", move))
+            (stream.graph.append(move) if stream.capturing else self._put(stream, move))
 
-    def require_within(self, pieces: Pieces) -> None:
-        """A GPU faults where memory is not its own nor pinned; so does this, before it writes."""
-        ranges = np.array(sorted(self.own + self.pinned), np.int64)
+    def _put(self, stream: FakeStream, work: Callable[[], None]) -> None:
+        stream.queue.append(("work", work))
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        peers = [both for peer in self.peers for both in peer.own]
+        return sorted({*self.own, *peers, *self.pinned})
+
+    def _require_reachable(self, pieces: Pieces) -> None:
+        """A GPU faults where memory is neither a device's nor pinned; so does this."""
+        joined: list[list[int]] = []
+        for start, end in self._ranges():
+            if joined and joined[-1][1] >= start:
+                joined[-1][1] = max(end, joined[-1][1])
+            else:
+                joined.append([start, end])
+        self._require_within(pieces, np.array(joined, np.int64), "memory that it cannot reach")
+
+    def _require_in_one_range(self, pieces: Pieces) -> None:
+        """A copy engine takes no piece of no bytes, and none across two registrations."""
+        self.require((pieces.size_array() > 0).all(), "a piece of no bytes")
+        ranges = np.array(self._ranges(), np.int64)
+        self._require_within(pieces, ranges, "a piece across two registrations")
+
+    def _require_within(self, pieces: Pieces, ranges: np.ndarray, violation: str) -> None:
+        sizes = pieces.size_array()
         for starts in (pieces.sources, pieces.targets):
             number = np.searchsorted(ranges[:, 0], starts, side="right") - 1
-            assert (number >= 0).all(), "an address below all memory"
-            assert (starts < ranges[number, 1]).all(), "an address outside of all memory"
+            is_inside = (number >= 0) & (starts + sizes <= ranges[number, 1])
+            self.require(is_inside.all(), violation)
+
+    def require_held(self, addresses: list[int]) -> None:
+        """Refuse to touch extents that nobody holds any more."""
+        for start, end, view in self.staging:
+            is_used = any(start <= address < end for address in addresses)
+            self.require(not is_used or view() is not None, "an extent that was let go")
 
     # -- time ----------------------------------------------------------------------------------
 
@@ -288,27 +363,130 @@ class FakeDevice:
         with self._lock:
             if not stream.queue:
                 return False
-            kind, work = stream.queue.popleft()
+            kind, work = stream.queue[0]
             if kind == "wait":
                 assert isinstance(work, FakeEvent)
-                self.run_until(work)
+                work.stream.device.run_until(work)
             else:
                 assert not isinstance(work, FakeEvent)
                 work()
+            stream.queue.popleft()
             return True
 
     def run_until(self, event: FakeEvent) -> None:
         with self._lock:
             while not event.passed:
-                assert self.run_one(event.stream), "waiting for an event that never comes"
+                self.require(self.run_one(event.stream), "waiting for what never comes")
+
+    def pending_ranges(self) -> list[tuple[int, int]]:
+        """Memory that queued copies will read or write."""
+        with self._lock:
+            moves = [
+                work
+                for stream in self.streams
+                for _, work in stream.queue
+                if isinstance(work, Move)
+            ]
+        return [
+            (start, start + size)
+            for move in moves
+            for starts in (move.pieces.sources, move.pieces.targets)
+            for start, size in zip(starts.tolist(), move.pieces.size_array().tolist(), strict=True)
+        ]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is queued."""
+        return not any(stream.queue for stream in self.streams)
 
     def drain(self) -> None:
         """Do all work that is queued."""
-        for stream in self.streams:
-            while self.run_one(stream):
-                pass
+        while not self.is_idle:
+            for stream in self.streams:
+                while self.run_one(stream):
+                    pass
 
     def run_some(self, rng: random.Random, steps: int) -> None:
         """Do some work of streams in a random order."""
         for _ in range(steps):
             self.run_one(rng.choice(self.streams))
+
+
+DIRECTIONS = {
+    "h2d": ("host", "device"),
+    "d2h": ("device", "host"),
+    "d2d": ("device", "device"),
+    "p2p": ("device", "peer"),
+    "h2h": ("host", "host"),
+}
+"""Where a copy of each direction comes from and goes to."""
+
+PATHS_OF = {
+    "h2d": ("kernel", "copy_engine", "staged"),
+    "d2h": ("kernel", "copy_engine", "staged"),
+    "d2d": ("kernel", "copy_engine"),
+    "p2p": ("copy_engine",),
+    "h2h": ("host",),
+}
+"""What can be forced in each direction."""
+
+WAYS = [(direction, path) for direction, paths in PATHS_OF.items() for path in paths]
+
+
+def memory_of(device: FakeDevice, kind: str, num_bytes: int) -> torch.Tensor:
+    """Poisoned bytes on the device, its peer, or pinned on the host."""
+    if kind == "host":
+        return device.pinned_tensor(num_bytes)
+    return (device if kind == "device" else device.peers[0]).tensor(num_bytes)
+
+
+def heap_on(device: FakeDevice, kind: str, num_bytes: int, **options: Any) -> TensorMemoryAllocator:
+    """A heap there, that does not wait for anybody."""
+    memory = memory_of(device, kind, num_bytes)
+    return TensorMemoryAllocator(memory, **{"stream_wait_s": 0.0, "on_full": None, **options})
+
+
+def random_bytes(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+
+
+def filled(
+    heap: TensorMemoryAllocator, count: int, block_bytes: int = 4096, seed: int = 0
+) -> MemoryBatch:
+    """Blocks of random bytes."""
+    batch = heap.batched_allocate([block_bytes], torch.uint8, count)
+    assert batch is not None
+    write(batch, random_bytes(count * block_bytes, seed).view(count, block_bytes))
+    return batch
+
+
+def write(blocks: Iterable[MemoryObj], rows: torch.Tensor) -> None:
+    for block, row in zip(blocks, rows, strict=True):
+        assert block.tensor is not None
+        block.tensor.copy_(row)
+
+
+def read(blocks: Iterable[MemoryObj]) -> torch.Tensor:
+    """The bytes of live blocks, ``[N, size_bytes]``."""
+    rows = [block.tensor for block in blocks]
+    assert all(row is not None for row in rows)
+    return torch.stack([row.reshape(-1).view(torch.uint8) for row in rows if row is not None])
+
+
+def free_all(heap: TensorMemoryAllocator, blocks: Iterable[MemoryObj]) -> None:
+    """Free what of the blocks is live."""
+    heap.batched_free([block for block in blocks if block.is_valid()])
+
+
+def require_sound(device: FakeDevice, *heaps: TensorMemoryAllocator) -> None:
+    """Nothing that a queued copy will touch is free, and every heap is in order."""
+    queued = device.pending_ranges() + device.peers[0].pending_ranges()
+    for heap in heaps:
+        heap.address_manager.check()
+        assert heap.memcheck()
+        starts = heap.snapshot()[:, 0] + heap.segments[0][1].data_ptr()
+        ends = starts + heap.snapshot()[:, 1]
+        for start, end in queued:
+            overlaps = (starts < end) & (start < ends)
+            assert not overlaps.any(), "bytes are free that a queued copy touches"
