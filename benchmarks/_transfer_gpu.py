@@ -25,7 +25,6 @@ from _transfer_peers import (
     Buffers,
     Call,
     Case,
-    Pattern,
     batch_of_holes,
     batch_unmerged,
     bindings_lists,

@@ -1,4 +1,4 @@
-"""What transfers are compared on and with: pieces, peers, and stand-ins for a GPU that is not there.
+"""What transfers are compared on and with: pieces, peers, and stand-ins for a missing GPU.
 
 :class:`Case` says what is copied. Peers are functions of a case that return a call. A
 :class:`HostOnlyDevice` lets a whole transfer be submitted on a machine without a GPU: the host does

@@ -43,7 +43,6 @@ from typing import Any
 
 import torch
 from _report import (
-    Samples,
     describe_machine,
     make_console,
     on_the_host,
@@ -204,7 +203,7 @@ def host_parts(device: HostOnlyDevice, count: int) -> dict[str, Call]:
     def submit(make: Any, path: Any) -> Call:
         return lambda: copy(device.plan_of(make().parts), path=path)
 
-    return {
+    parts = {
         "arrays to copy engine": submit(case.plan, "copy_engine"),
         "batches to copy engine": submit(between, "copy_engine"),
         "arrays to kernel": submit(case.plan, "kernel"),
@@ -216,10 +215,12 @@ def host_parts(device: HostOnlyDevice, count: int) -> dict[str, Call]:
         "choose": partial(table.choose, "h2d", *size, ("kernel", "copy_engine")),
         "descriptors": partial(PointerCopy.prepare, pieces, torch.device("cpu")),
         "copy engine call": partial(device.copy_batch, pieces, device.stream, "h2d"),
-        "a call each": partial(device.copy_each, pieces, device.stream),
         "plan by kernel": partial(copy, plan, path="kernel"),
         "plan by copy engine": partial(copy, plan, path="copy_engine"),
     }
+    if count <= SUBMITTED:
+        parts["a call each"] = partial(device.copy_each, pieces, device.stream)
+    return parts
 
 
 def measure_host(scale: Scale, console: Console) -> list[Row]:
@@ -229,7 +230,7 @@ def measure_host(scale: Scale, console: Console) -> list[Row]:
     for count in track(scale.counts, "measuring the host", console=console, transient=True):
         parts = host_parts(device, count)
         # Few pieces take microseconds, of which one sample is the mean of several calls.
-        repeats = max(1, min(100, 20_000 // count))
+        repeats = max(1, min(100, 100_000 // count))
         measures = {name: on_the_host([call] * repeats) for name, call in parts.items()}
         for part, timing in time_in_rounds(measures, scale.rounds).items():
             rows.append(
