@@ -52,7 +52,7 @@ from _report import (
     time_in_rounds,
     write_json,
 )
-from _transfer_gpu import measure_gpu
+from _transfer_gpu import SM_BUDGETS, measure_gpu
 from _transfer_peers import (
     RUN_PIECES,
     Buffers,
@@ -84,6 +84,9 @@ LINEAR_FROM = 65_536
 TARGET_LINEAR = 1.5
 """Times the microseconds a piece, from 65,536 pieces, which leave the caches, to the most."""
 
+MORE_SMS = 2 * SM_BUDGETS[-1]
+"""Stands for more than were tried."""
+
 HOST_ONLY = "host only, no GPU"
 HOST_BLOCK_BYTES = 256
 LOOP_COPIES_ON_CPU = 4096
@@ -93,6 +96,17 @@ PATTERNS: dict[Pattern, str] = {
     "from a run": "from one run to anywhere",
     "into a run": "from anywhere into one run",
     "ragged": "scattered, sizes 0.5 to 1.5 of it",
+}
+METHOD_MARKERS = {
+    "kvheap": "o",
+    "plan made": "s",
+    "loop": "^",
+    "prepared": "D",
+    "copy engine": "v",
+    "unmerged": "P",
+    "list": "X",
+    "staged": "*",
+    "bindings": "<",
 }
 TOTALS = ("arrays to copy engine", "batches to copy engine", "arrays to kernel")
 GROWTH_SHOWN = (
@@ -250,17 +264,16 @@ def measure_host(scale: Scale, console: Console) -> list[Row]:
 
 def judged(target: str, asked: float, rows: list[Row], figure: str, least: bool, where: Any) -> Row:
     """A target beside the worst row; ``least``: figures must be at least what is asked."""
-    rows = [row for row in rows if row.get(figure) is not None]
+    found = {"target": target, "asked": asked, "worst": None, "where": "", "reached": None}
     if not rows:
-        return {"target": target, "asked": asked, "worst": None, "where": "", "reached": None}
+        return found
     worst = (min if least else max)(rows, key=lambda row: row[figure])
-    reached = worst[figure] >= asked if least else worst[figure] <= asked
-    return {
-        "target": target,
-        "asked": asked,
+    reaching = [row for row in rows if (row[figure] >= asked if least else row[figure] <= asked)]
+    return found | {
         "worst": worst[figure],
         "where": where(worst),
-        "reached": reached,
+        "reached": len(reaching) == len(rows),
+        "cells_that_reach": f"{len(reaching)} of {len(rows)}",
     }
 
 
@@ -333,7 +346,14 @@ def gpu_targets(found: dict[str, Any]) -> list[Row]:
         )
     ]
     targets.append(
-        judged("SMs for 0.9 of the link", TARGET_SMS, sms_needed(link), "sms", False, cell_words)
+        judged(
+            f"SMs for 0.9 of the link ({MORE_SMS}: more than {SM_BUDGETS[-1]})",
+            TARGET_SMS,
+            sms_needed(link),
+            "sms",
+            False,
+            cell_words,
+        )
     )
     targets += [
         judged(
@@ -382,7 +402,7 @@ def sms_needed(link: list[Row]) -> list[Row]:
         cell = cells.get(key)
         if cell is None or cell["num_pieces"] < row["num_pieces"]:
             cell = cells[key] = {k: row[k] for k in ("direction", "piece_bytes", "num_pieces")}
-            cell["sms"] = float("inf")
+            cell["sms"] = MORE_SMS
         if row["share_of_copy_by_events"] >= TARGET_LINK:
             cell["sms"] = min(cell["sms"], int(row["method"].split()[0]))
     return list(cells.values())
@@ -393,12 +413,13 @@ def sms_needed(link: list[Row]) -> list[Row]:
 
 def print_targets(console: Console, targets: list[Row]) -> None:
     table = Table(title="Targets, and the worst figure beside each")
-    for title in ("target", "asked", "worst", "", "where"):
+    for title in ("target", "asked", "worst", "", "of all", "where"):
         table.add_column(title, justify="right" if title in ("asked", "worst") else "left")
     for row in targets:
         verdict = {True: "reached", False: "NOT reached", None: "not measured"}[row["reached"]]
         worst = "" if row["worst"] is None else f"{row['worst']:g}"
-        table.add_row(row["target"], f"{row['asked']:g}", worst, verdict, row["where"])
+        share = row.get("cells_that_reach", "")
+        table.add_row(row["target"], f"{row['asked']:g}", worst, verdict, share, row["where"])
     console.print(table)
 
 
@@ -448,8 +469,14 @@ def print_over_counts(console: Console, title: str, rows: list[Row], name: str) 
 
 
 def print_link(console: Console, rows: list[Row]) -> None:
-    methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "copy_"]
-    for clock, figure in (("the host's clock", ""), ("events", "_by_events")):
+    budgets = [m for m in dict.fromkeys(row["method"] for row in rows) if m.endswith(" SM")]
+    others = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "copy_"]
+    others = [m for m in others if m not in budgets]
+    for methods, clock, figure in (
+        (others, "the host's clock", ""),
+        (others, "events", "_by_events"),
+        (["prepared", *budgets], "events", "_by_events"),
+    ):
         table = Table(title=f"Share of one contiguous copy, by {clock}; copy_ in GB/s")
         for title in ("", "pieces", "number", "size", "copy_", *methods):
             table.add_column(title, justify="left" if title in ("", "pieces") else "right")
@@ -459,7 +486,8 @@ def print_link(console: Console, rows: list[Row]) -> None:
                 f"{group[m]['share_of_copy' + figure]:.2f}" if m in group else "" for m in methods
             ]
             label = (direction, pattern, f"{count:,}", size_label(piece))
-            table.add_row(*label, f"{group['copy_']['gb_per_s']:.1f}", *cells)
+            if methods[-1] in group:
+                table.add_row(*label, f"{group['copy_']['gb_per_s']:.1f}", *cells)
         console.print(table)
 
 
@@ -538,69 +566,69 @@ def draw_cpu(plt: ModuleType, found: dict[str, Any], title: str, path: Path) -> 
     """Above, speed over the size of pieces; below, the host's time over their number."""
     figure = plt.figure(figsize=(15, 9))
     grid = figure.add_gridspec(2, 4, height_ratios=(1, 1.15))
-    first = None
+    panels = [figure.add_subplot(grid[0, number]) for number in range(len(PATTERNS))]
     top = 1.05 * max(1.0, *(row["share_of_copy"] for row in found["copies"]))
-    for number, pattern in enumerate(PATTERNS):
-        panel = figure.add_subplot(grid[0, number], sharey=first)
-        first = first or panel
-        draw_shares(panel, [r for r in found["copies"] if r["pattern"] == pattern], "piece_bytes")
+    for panel, pattern in zip(panels, PATTERNS, strict=True):
+        draw_shares(panel, [r for r in found["copies"] if r["pattern"] == pattern])
         panel.set_title(PATTERNS[pattern], fontsize=10)
         panel.set_ylim(0, top)
         panel.set_xlabel("piece")
-    first.set_ylabel("speed / speed of one copy_")
-    first.legend(fontsize=9)
-    draw_growth(
-        figure.add_subplot(grid[1, :2]), figure.add_subplot(grid[1, 2:]), found["host"], "part"
-    )
+    panels[0].set_ylabel("speed / speed of one copy_")
+    panels[0].legend(fontsize=9)
+    below = [figure.add_subplot(place) for place in (grid[1, :2], grid[1, 2:])]
+    draw_growth(*below, found["host"])
     figure.suptitle(title, fontsize=12)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def draw_shares(panel: Any, rows: list[Row], over: str, figure: str = "share_of_copy") -> None:
-    """A line for each method but the ceiling."""
-    methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "copy_"]
-    for method, marker in zip(methods, "os^vDPX*<>hd+x1234", strict=False):
+def draw_shares(panel: Any, rows: list[Row]) -> None:
+    """Shares of one contiguous copy over the size of pieces: a line for each method."""
+    for number, (method, marker) in enumerate(METHOD_MARKERS.items()):
         line = [row for row in rows if row["method"] == method]
+        if not line:
+            continue
+        is_own = method in ("kvheap", "plan made", "prepared")
         panel.plot(
-            [row[over] for row in line],
-            [row[figure] for row in line],
+            [row["piece_bytes"] for row in line],
+            [row["share_of_copy"] for row in line],
+            color=f"C{number}",
             marker=marker,
-            markersize=4,
-            linewidth=1.8 if method in ("kvheap", "plan made", "prepared") else 1,
-            linestyle="-" if method in ("kvheap", "plan made", "prepared") else "--",
+            markersize=5,
+            linewidth=2 if is_own else 1,
+            linestyle="-" if is_own else "--",
             label=method,
         )
     panel.axhline(1.0, color="black", linewidth=1)
-    ticks = sorted({row[over] for row in rows})
-    label = size_label if over == "piece_bytes" else "{:,}".format
+    ticks = sorted({row["piece_bytes"] for row in rows})
     panel.set_xscale("log", base=2)
-    panel.set_xticks(ticks, [label(tick) for tick in ticks], rotation=30, fontsize=8)
+    panel.set_xticks(ticks, [size_label(tick) for tick in ticks], rotation=30, fontsize=8)
     panel.minorticks_off()
+    panel.set_ylim(0, 1.05 * max(1.0, *(row["share_of_copy"] for row in rows)))
     panel.grid(alpha=0.3)
 
 
-def draw_growth(times: Any, each: Any, rows: list[Row], name: str) -> None:
+def draw_growth(times: Any, each: Any, rows: list[Row]) -> None:
     """Microseconds over the number of pieces, and nanoseconds of one piece."""
-    parts = [p for p in dict.fromkeys(row[name] for row in rows) if p in GROWTH_SHOWN]
-    for part, marker in zip(parts, "os^vDPX*<>", strict=False):
-        line = [row for row in rows if row[name] == part]
+    for number, part in enumerate(GROWTH_SHOWN):
+        line = [row for row in rows if row["part"] == part]
         counts = [row["num_pieces"] for row in line]
-        look = {"marker": marker, "markersize": 5, "linestyle": "-" if part in TOTALS else "--"}
+        is_whole = part in TOTALS
+        look: dict[str, Any] = {
+            "color": f"C{number}",
+            "marker": "o" if is_whole else ".",
+            "linewidth": 2 if is_whole else 1,
+            "linestyle": "-" if is_whole else "--",
+        }
         times.plot(counts, [row["p50_us"] for row in line], label=part, **look)
         each.plot(counts, [1e3 * row["p50_us"] / row["num_pieces"] for row in line], **look)
-    times.plot(
-        [SUBMITTED],
-        [TARGET_SUBMISSION_US],
-        "k*",
-        markersize=14,
-        label="target, all of it, on a GPU",
-    )
+    star = {"color": "black", "marker": "*", "markersize": 14, "linestyle": ""}
+    times.plot([SUBMITTED], [TARGET_SUBMISSION_US], **star, label="target on a GPU, all of it")
     times.set_ylabel("us of the host")
     each.set_ylabel("ns of the host for each piece")
-    each.set_title("the same, for each piece: level is linear", fontsize=10)
     times.set_title(f"planning and submission: {HOST_ONLY}", fontsize=10)
+    each.set_title("the same, for each piece: level is linear", fontsize=10)
     ticks = sorted({row["num_pieces"] for row in rows})
     for panel in (times, each):
         panel.set_xscale("log")
@@ -609,7 +637,7 @@ def draw_growth(times: Any, each: Any, rows: list[Row], name: str) -> None:
         panel.minorticks_off()
         panel.set_xlabel("pieces")
         panel.grid(alpha=0.3)
-    times.legend(fontsize=8)
+    each.legend(*times.get_legend_handles_labels(), fontsize=8)
 
 
 def draw_gpu(plt: ModuleType, found: dict[str, Any], title: str, path: Path) -> None:
@@ -626,7 +654,7 @@ def draw_gpu(plt: ModuleType, found: dict[str, Any], title: str, path: Path) -> 
         some = [r for r in some if r["num_pieces"] == most and not r["method"].endswith(" SM")]
         if not some:
             continue
-        draw_shares(panel, some, "piece_bytes")
+        draw_shares(panel, some)
         panel.axhline(TARGET_LINK, color="grey", linestyle=":")
         panel.set_title(f"{direction}, {pattern}, {most:,} pieces: share of one copy", fontsize=10)
     panels[0, 0].legend(fontsize=8)
@@ -663,6 +691,8 @@ def draw_sms(panel: Any, link: list[Row]) -> None:
     panel.axhline(TARGET_LINK, color="grey", linestyle=":")
     panel.axvline(TARGET_SMS, color="grey", linestyle=":")
     panel.set_xscale("log", base=2)
+    panel.set_xticks(SM_BUDGETS, [str(budget) for budget in SM_BUDGETS])
+    panel.set_ylim(bottom=0)
     panel.set_title("share of the link over SMs, descriptors there, by events", fontsize=10)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
@@ -678,6 +708,8 @@ def draw_planner(panel: Any, rows: list[Row]) -> None:
     panel.axhline(TARGET_PLANNER, color="grey", linestyle=":")
     panel.axhline(1.0, color="black", linewidth=1)
     panel.set_xscale("log", base=2)
+    ticks = [1 << shift for shift in range(14, 29, 2)]
+    panel.set_xticks(ticks, [size_label(tick) for tick in ticks], rotation=30, fontsize=8)
     panel.set_title("planner's speed / the best path's, over bytes of a copy", fontsize=10)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)

@@ -16,6 +16,7 @@ set -u
 BENCHMARKS=(
     "bench_block_copy.py 120"
     "bench_paged_copy.py 120"
+    "bench_transfer.py 120"
 )
 TOTAL_SECONDS=560
 

@@ -8,6 +8,7 @@ What a real device would not have done as it was asked is kept in ``violations``
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 import threading
 import weakref
@@ -148,7 +149,7 @@ class FakeDevice:
     def pin(self, tensor: torch.Tensor, cuts: tuple[int, ...] = ()) -> None:
         """Register memory of the host."""
         bounds = [0, *cuts, tensor.nbytes]
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in itertools.pairwise(bounds):
             self.pinned.append((tensor.data_ptr() + start, tensor.data_ptr() + end))
 
     def device_of(self, tensor: torch.Tensor) -> FakeDevice | None:
