@@ -31,6 +31,9 @@ RUN_PIECES = 8
 LOOP_COPIES = 512
 """Of the loop on a GPU: each takes microseconds of the host, whatever its size."""
 
+BATCH_PIECES = 32_768
+"""Of one call of the copy engine: 51,828 crashed a driver (vLLM #49276)."""
+
 LIST_PROGRAMS = 12
 LIST_WORDS = 1024
 
@@ -187,7 +190,18 @@ def loop(case: Case, count: int | None) -> Call:
 
 def batch_unmerged(case: Case, direction: Any, stream: int) -> Call:
     """The copy engine's batch call, all pieces as they are."""
-    return partial(driver().copy_batch, case.pieces, stream, direction)
+    groups = [case.pieces[part] for part in batches_of(len(case.pieces))]
+
+    def call() -> None:
+        for group in groups:
+            driver().copy_batch(group, stream, direction)
+
+    return call
+
+
+def batches_of(num_pieces: int) -> list[slice]:
+    """Parts of pieces for one call each."""
+    return [slice(first, first + BATCH_PIECES) for first in range(0, num_pieces, BATCH_PIECES)]
 
 
 @jit(do_not_specialize=["num_pieces"])
@@ -243,14 +257,15 @@ def bindings_lists(case: Case, stream: int) -> Call | None:
     handle, pieces = cuda.CUstream(stream), case.pieces
 
     def call() -> None:
-        targets = [cuda.CUdeviceptr(address) for address in pieces.targets.tolist()]
-        sources = [cuda.CUdeviceptr(address) for address in pieces.sources.tolist()]
-        sizes = pieces.size_array().tolist()
-        status, *_ = cuda.cuMemcpyBatchAsync(
-            targets, sources, sizes, len(sizes), [attributes], [0], 1, handle
-        )
-        if status != cuda.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"cuMemcpyBatchAsync: {status}")
+        for part in batches_of(len(pieces)):
+            targets = [cuda.CUdeviceptr(address) for address in pieces.targets[part].tolist()]
+            sources = [cuda.CUdeviceptr(address) for address in pieces.sources[part].tolist()]
+            sizes = pieces[part].size_array().tolist()
+            status, *_ = cuda.cuMemcpyBatchAsync(
+                targets, sources, sizes, len(sizes), [attributes], [0], 1, handle
+            )
+            if status != cuda.CUresult.CUDA_SUCCESS:
+                raise RuntimeError(f"cuMemcpyBatchAsync: {status}")
 
     return call
 

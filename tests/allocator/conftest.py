@@ -18,7 +18,9 @@ from kvheap import copy_device, planner, staging, transfer_paths  # noqa: E402
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDevice]:
+def device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[FakeDevice]:
     """A stand-in for a GPU, and its peer ``device.peers[0]``; extents for staging are small."""
     found, peer = FakeDevice(), FakeDevice("Fake peer", index=1)
     found.peers, peer.peers = [peer], [found]
@@ -32,10 +34,13 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDevi
     monkeypatch.setattr(transfer_paths, "_told_of", set())
     monkeypatch.setattr(staging, "MIN_EXTENT_BYTES", 8 << 10)
     monkeypatch.setattr(staging, "MAX_EXTENT_BYTES", 16 << 10)
-    monkeypatch.setenv("KVHEAP_CACHE_DIR", str(tmp_path))  # nobody's calibration counts here
-    planner.forget_tables()
+    monkeypatch.setenv(
+        "KVHEAP_CACHE_DIR", str(tmp_path_factory.getbasetemp())
+    )  # nobody's calibration counts here
+    forget = planner.table_for.cache_clear
+    forget()
     yield found
-    planner.forget_tables()
+    forget()
     found.drain()
     peer.drain()
     assert found.violations + peer.violations == []

@@ -75,6 +75,11 @@ class FakePrepared:
         self.device = device
         self.pieces = pieces
 
+    def warm_up(self) -> None:
+        device = self.device
+        device.call("warm_up")
+        device.require(not device.current.capturing, "a kernel is loaded in a capture")
+
     def run(self, max_sms: int | None = None) -> None:
         device, stream = self.device, self.device.current
         device.call("run", ("run", self.pieces, stream, max_sms))
@@ -134,14 +139,14 @@ class FakeDevice:
 
     def tensor(self, num_bytes: int) -> torch.Tensor:
         """Bytes of the device."""
-        found = torch.full((num_bytes,), POISON, dtype=torch.uint8)
+        found = torch.from_numpy(np.full(num_bytes, POISON, np.uint8))
         self._memory.append(found)  # so that no other memory ever has its addresses
         self.own.append((found.data_ptr(), found.data_ptr() + num_bytes))
         return found
 
     def pinned_tensor(self, num_bytes: int, cuts: tuple[int, ...] = ()) -> torch.Tensor:
         """Host memory that is pinned, in several registrations where there are ``cuts``."""
-        found = torch.full((num_bytes,), POISON, dtype=torch.uint8)
+        found = torch.from_numpy(np.full(num_bytes, POISON, np.uint8))
         self._memory.append(found)
         self.pin(found, cuts)
         return found
@@ -154,7 +159,7 @@ class FakeDevice:
 
     def device_of(self, tensor: torch.Tensor) -> FakeDevice | None:
         """Stands in for ``kvheap.copy_device.device_of``."""
-        address = tensor.data_ptr()
+        address = tensor.data_ptr() or tensor.untyped_storage().data_ptr()
         for device in (self, *self.peers):
             if any(start <= address < end for start, end in device.own):
                 return device
@@ -448,8 +453,7 @@ def heap_on(device: FakeDevice, kind: str, num_bytes: int, **options: Any) -> Te
 
 
 def random_bytes(count: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, count, np.uint8))
 
 
 def filled(
@@ -458,7 +462,12 @@ def filled(
     """Blocks of random bytes."""
     batch = heap.batched_allocate([block_bytes], torch.uint8, count)
     assert batch is not None
-    write(batch, random_bytes(count * block_bytes, seed).view(count, block_bytes))
+    rows = random_bytes(count * block_bytes, seed).view(count, block_bytes)
+    size = batch.allocated_bytes
+    if len(heap.segments) > 1 or heap.buffer.numel() % size or (batch.addresses % size).any():
+        write(batch, rows)
+    else:
+        heap.buffer.numpy().reshape(-1, size)[batch.addresses // size, :block_bytes] = rows
     return batch
 
 
