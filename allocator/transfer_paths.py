@@ -161,19 +161,24 @@ class DeviceRun:
         plan, device = self._plan, self._device
         if self.is_captured:
             return self._choose_captured()
+        # Staging comes last: that it can be done takes longer to see than that it is not chosen.
         allowed: list[planner.Path] = [
-            path for path in planner.PATHS if self._obstacle(path) is None
+            path for path in ("kernel", "copy_engine") if self._obstacle(path) is None
         ]
         if self._falls_back(FEW_RUNS):
             _tell_of_legacy_stream(device.name)
             if len(allowed) > 1:
                 allowed.remove("copy_engine")
-        if len(allowed) == 1:
-            return allowed[0]
         direction = plan.direction
-        assert direction in ("h2d", "d2h", "d2d")
+        if direction == "p2p" or direction == "h2h" or not plan.num_runs:
+            return allowed[0]
         table = planner.table_for(device.name, device.driver_version)
-        return table.choose(direction, plan.num_runs, plan.num_bytes, tuple(allowed))
+        choose = partial(table.choose, direction, plan.num_runs, plan.num_bytes)
+        if direction != "d2d" and device.has_kernel:
+            chosen = choose((*allowed, "staged"))
+            if chosen != "staged" or self._obstacle("staged") is None:
+                return chosen
+        return choose(tuple(allowed))
 
     def _choose_captured(self) -> Path:
         if self._obstacle("kernel") is None:

@@ -24,6 +24,7 @@ __all__ = [
     "host_addresses",
     "jit",
     "require_disjoint",
+    "staging",
     "tl",
     "triton",
     "upload",
@@ -136,8 +137,21 @@ def upload(array: Int64Array, device: torch.device) -> torch.Tensor:
     """A host array on ``device``, in stream order and without waiting for the device.
 
     Raises:
-        RuntimeError: the current stream is being captured: a graph would copy the array again
-            with each replay, when its memory is long somebody else's.
+        RuntimeError: as :func:`staging`.
+    """
+    words = staging(len(array), device)
+    words.numpy()[:] = array  # a copy: the caller may change its array before the device reads
+    return words.to(device, non_blocking=True)
+
+
+def staging(num_words: int, device: torch.device) -> torch.Tensor:
+    """Host memory to write words to that are on their way to ``device``, int64 ``[num_words]``.
+
+    ``to(device, non_blocking=True)`` takes them there, in stream order.
+
+    Raises:
+        RuntimeError: the current stream is being captured: a graph would copy the words again with
+            each replay, when their memory is long somebody else's.
     """
     pinned = device.type != "cpu"
     if pinned and torch.cuda.is_current_stream_capturing():
@@ -145,9 +159,7 @@ def upload(array: Int64Array, device: torch.device) -> torch.Tensor:
             "addresses on the host cannot be captured in a CUDA graph: a replay would read them "
             "again; copy before or after the capture"
         )
-    staging = torch.empty(len(array), dtype=torch.int64, pin_memory=pinned)
-    staging.numpy()[:] = array  # a copy: the caller may change its array before the device reads
-    return staging.to(device, non_blocking=True)
+    return torch.empty(num_words, dtype=torch.int64, pin_memory=pinned)
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

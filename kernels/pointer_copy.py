@@ -43,7 +43,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvheap.kernels.launch import jit, tl, upload
+from kvheap.kernels.launch import jit, staging, tl
 from kvheap.kernels.pieces import Pieces
 from kvheap.kernels.tiles import TilePlan
 
@@ -177,11 +177,11 @@ class PointerCopy:
         lengths = [-(-rows.num_words // 2) * 2 for rows in plans]
         ends = np.cumsum(lengths).tolist()
         parts = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
-        descriptors = np.empty(ends[-1], np.int64)
-        for rows, part in zip(plans, parts, strict=True):
-            rows.write(descriptors[part])
         with _current(device):
-            uploaded = upload(descriptors, device)
+            descriptors = staging(ends[-1], device)
+            for rows, part in zip(plans, parts, strict=True):
+                rows.write(descriptors.numpy()[part])
+            uploaded = descriptors.to(device, non_blocking=True)
         if uploaded.data_ptr() % 16:
             raise RuntimeError(f"descriptors are at {uploaded.data_ptr()}, no multiple of 16")
         launches = [
@@ -199,8 +199,9 @@ class PointerCopy:
         """Copy all pieces, on the current stream of the device.
 
         Nothing is allocated or uploaded, so a run can be captured in a CUDA graph, once
-        :meth:`warm_up` or a run like it has loaded the kernel. On another stream than that of :meth:`prepare`, which it must
-        wait for, this object must be kept until the device is done; in a graph, as long as that.
+        :meth:`warm_up` or a run like it has loaded the kernel. On another stream than that of
+        :meth:`prepare`, which it must wait for, this object must be kept until the device is done;
+        in a graph, as long as that.
 
         Args:
             max_sms: how many multiprocessors may be used; None for all.

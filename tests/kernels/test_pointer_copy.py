@@ -251,7 +251,7 @@ def test_many_tiny_pieces_take_one_launch(path, max_sms):
 
 @ON_ALL_PATHS
 def test_nothing_to_copy_launches_and_uploads_nothing(path, monkeypatch):
-    monkeypatch.setattr(pointer_copy, "upload", lambda *_: pytest.fail("uploaded"))
+    monkeypatch.setattr(pointer_copy, "staging", lambda *_: pytest.fail("uploaded"))
     for sizes in ([], [0, 0], 0):
         offsets = [0, 32] if sizes != [] else []
         ready = World(path, offsets, offsets, sizes).check(None)
