@@ -241,30 +241,24 @@ def walls_of(
     """
     if device is None or not len(starts):
         return NOWHERE
-    ends = starts + sizes
-    if side.device is not None:
-        if side.is_unknown:
-            ranges = known_ranges(side.device, starts, ends, on_device=True)
-            at = first_outside(starts, ends, ranges)
-            if at is not None:
-                raise ValueError(
-                    f"piece {at} at [{int(starts[at]):#x}, {int(ends[at]):#x}) is not in memory of "
-                    f"{side.device.name} that CUDA knows"
-                )
-            return ranges[1:, 0]
+    if side.device is not None and not side.is_unknown:
         bases = [segment.data_ptr() for segment in side.memory]
         return np.sort(np.array(bases, np.int64)) if len(bases) > 1 else NOWHERE
+    ends = starts + sizes
+    on_device = side.device is not None
     if side.heap is not None:
         ranges = side.heap._pinned_addresses(device)
     elif side.is_unknown:
-        ranges = known_ranges(device, starts, ends, on_device=False)
+        ranges = known_ranges(side.device or device, starts, ends, on_device)
     else:
         lowest, highest = np.array([starts.min()]), np.array([ends.max()])
-        ranges = known_ranges(device, lowest, highest, on_device=False)
+        ranges = known_ranges(device, lowest, highest, on_device)
     at = first_outside(starts, ends, ranges)
     if at is not None:
+        place = f"piece {at} at [{int(starts[at]):#x}, {int(ends[at]):#x})"
+        if on_device:
+            raise ValueError(f"{place} is not in memory of {device.name} that CUDA knows")
         raise ValueError(
-            f"piece {at} is in host memory at [{int(starts[at]):#x}, {int(ends[at]):#x}), which "
-            f"is not pinned: {device.name} cannot reach it"
+            f"{place} is in host memory that is not pinned: {device.name} cannot reach it"
         )
     return ranges[1:, 0] if len(ranges) > 1 else NOWHERE

@@ -411,13 +411,13 @@ def test_a_budget_of_no_multiprocessor_is_refused(recorder, pieces, max_sms):
 
 def test_all_launches_share_one_upload(monkeypatch):
     uploads = []
-    upload = pointer_copy.upload
+    staging = pointer_copy.staging
 
-    def counted(array, device):
-        uploads.append(array.nbytes)
-        return upload(array, device)
+    def counted(num_words, device):
+        uploads.append(8 * num_words)
+        return staging(num_words, device)
 
-    monkeypatch.setattr(pointer_copy, "upload", counted)
+    monkeypatch.setattr(pointer_copy, "staging", counted)
     # Three pieces of each width, of three sizes: descriptors of an odd length each.
     sources = (1 << 40) + 4096 * np.arange(15)
     targets = (1 << 50) + 4096 * np.arange(15) + np.repeat([16, 8, 4, 2, 1], 3)
@@ -429,10 +429,10 @@ def test_all_launches_share_one_upload(monkeypatch):
 
 
 def test_descriptors_that_are_not_aligned_are_refused(monkeypatch):
-    def misplaced(array, device):
-        return torch.empty(len(array) + 1, dtype=torch.int64)[1:]
+    def misplaced(num_words, device):
+        return torch.empty(num_words + 1, dtype=torch.int64)[1:]
 
-    monkeypatch.setattr(pointer_copy, "upload", misplaced)
+    monkeypatch.setattr(pointer_copy, "staging", misplaced)
     with pytest.raises(RuntimeError, match="no multiple of 16"):
         PointerCopy.prepare(imagined(64), CPU)
 
