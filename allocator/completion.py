@@ -27,9 +27,17 @@ from concurrent.futures import wait as wait_for_futures
 from typing import Protocol, TypeVar
 
 from kvheap.errors import TransferError
-from kvheap.lifetime import POLL_SECONDS
+from kvheap.lifetime import POLL_SECONDS, ReleaseVoidError
 
-__all__ = ["Answer", "Completion", "DeviceEvent", "FutureEvent", "HostQueue", "Success"]
+__all__ = [
+    "Answer",
+    "Completion",
+    "DeviceEvent",
+    "FutureEvent",
+    "HostQueue",
+    "NotAllQueuedError",
+    "Success",
+]
 
 Answer = TypeVar("Answer")
 
@@ -98,14 +106,23 @@ class Completion:
             return question()
         except Exception as cause:
             self.lose(cause)
-            error = self.error
-            assert error is not None
+            error = self.error or TransferError(f"the device cannot be asked: {cause}")
             raise error from cause
 
     @property
     def is_lost(self) -> bool:
         """Whether the device cannot say when it has done with the bytes."""
         return self._state == "lost"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of the copy is known to have been done. Asks nobody."""
+        return self._state == "ended" and self._error is None
+
+    @property
+    def has_let_go(self) -> bool:
+        """Whether the copy is known to read and write no more."""
+        return self.has_ended and not self.is_lost
 
     @property
     def has_ended(self) -> bool:
@@ -145,6 +162,8 @@ class Completion:
 
     def lose(self, cause: BaseException) -> None:
         """The device cannot say when it has done with the bytes."""
+        if self._state == "ended":
+            return
         if self._error is None:
             self._error = TransferError(f"the device cannot be asked about a transfer: {cause}")
         self._state = "lost"
@@ -203,12 +222,12 @@ class Success:
         """Whether the copy was done.
 
         Raises:
-            TransferError: it has failed.
+            ReleaseVoidError: it has failed.
         """
         completion = self._completion
-        ended = completion.query()
+        ended = completion.has_ended
         if ended and completion.error is not None:
-            raise completion.error
+            raise ReleaseVoidError("the copy for which the blocks were given up has failed")
         return ended
 
 
@@ -271,6 +290,18 @@ class FutureEvent:
         return error
 
 
+class NotAllQueuedError(Exception):
+    """Some works could not be queued, which its cause tells; the others are not done either.
+
+    Attributes:
+        events: of those that were at work already.
+    """
+
+    def __init__(self, events: list[FutureEvent]) -> None:
+        super().__init__(f"{len(events)} works were at work already")
+        self.events = events
+
+
 class HostQueue:
     """Copies within host memory, one after another on one thread, as a stream runs them."""
 
@@ -281,11 +312,17 @@ class HostQueue:
         self._pid = 0
 
     def run(self, works: Sequence[Callable[[], None]], is_small: bool) -> list[FutureEvent]:
-        """Queue ``works`` in order; an event for each. One that fails fails those behind it.
+        """Queue ``works`` in order. One that fails fails those behind it.
 
         Args:
             works: what to do; each waits for nothing but the one before.
             is_small: do it here and now, unless the queue is at work.
+
+        Returns:
+            An event for each.
+
+        Raises:
+            NotAllQueuedError: some could not be queued.
         """
         with self._lock:
             if self._pid != os.getpid():  # a forked child has the books, but not the thread
@@ -296,15 +333,18 @@ class HostQueue:
         return self._run_here(works)
 
     def _queue(self, works: Sequence[Callable[[], None]]) -> list[FutureEvent]:
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvheap-copy")
-        before: Future[None] | None = None
-        events = []
-        for work in works:
-            before = self._executor.submit(_after, before, work)
-            self._last = before
-            events.append(FutureEvent(before))
-        return events
+        futures: list[Future[None]] = []
+        try:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvheap-copy")
+            for work in works:
+                before = futures[-1] if futures else None
+                futures.append(self._executor.submit(_after, before, work))
+                self._last = futures[-1]
+        except BaseException as error:  # no more threads, an interpreter that exits, an interrupt
+            at_work = [future for future in futures if not future.cancel()]
+            raise NotAllQueuedError([FutureEvent(future) for future in at_work]) from error
+        return [FutureEvent(future) for future in futures]
 
     def _run_here(self, works: Sequence[Callable[[], None]]) -> list[FutureEvent]:
         events: list[FutureEvent] = []

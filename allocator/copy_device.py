@@ -74,6 +74,10 @@ class CopyDevice(Protocol):
         """Whether the driver copies many pieces by one call."""
         ...
 
+    def current_stream(self) -> Any:
+        """The current stream of this thread."""
+        ...
+
     def require_stream(self, stream: Any) -> Any:
         """The stream to use; None is the current one. Raises ValueError, TypeError."""
         ...
@@ -95,7 +99,7 @@ class CopyDevice(Protocol):
         ...
 
     def wait_event(self, stream: Any, event: DeviceEvent) -> None:
-        """Let its further work wait for an event."""
+        """Let its further work wait for an event; either may be another device's."""
         ...
 
     def side_stream(self) -> Any:
@@ -168,10 +172,14 @@ class CudaDevice:
             self._threads.is_bound = True
         return self._driver
 
+    def current_stream(self) -> torch.cuda.Stream:
+        """See :meth:`CopyDevice.current_stream`."""
+        return torch.cuda.current_stream(self.torch_device)
+
     def require_stream(self, stream: Any) -> torch.cuda.Stream:
         """See :meth:`CopyDevice.require_stream`."""
         if stream is None:
-            return torch.cuda.current_stream(self.torch_device)
+            return self.current_stream()
         if not isinstance(stream, torch.cuda.Stream):
             raise TypeError(f"stream must be a torch.cuda.Stream, got {stream!r}")
         if stream.device != self.torch_device:
@@ -197,6 +205,8 @@ class CudaDevice:
 
     def wait_event(self, stream: torch.cuda.Stream, event: DeviceEvent) -> None:
         """See :meth:`CopyDevice.wait_event`."""
+        if not isinstance(stream, torch.cuda.Stream):
+            raise TypeError(f"stream must be a torch.cuda.Stream, got {stream!r}")
         assert isinstance(event, torch.cuda.Event)
         stream.wait_event(event)
 

@@ -182,6 +182,8 @@ class CopyPlan:
         if parts is None:
             return cls._checked(source, target, [Pieces.of(sources, targets, sizes)])
         sources, targets = np.asarray(sources), np.asarray(targets)
+        if len(targets) != len(sources) or (sizes.ndim and len(sizes) != len(sources)):
+            Pieces.of(sources, targets, sizes)  # which says what differs
         if any(count < 0 for count in parts) or sum(parts) != len(sources):
             raise ValueError(f"parts must add up to {len(sources)} pieces, got {list(parts)}")
         sizes = np.broadcast_to(sizes, len(sources)) if sizes.ndim == 0 else sizes

@@ -245,19 +245,21 @@ def walls_of(
         bases = [segment.data_ptr() for segment in side.memory]
         return np.sort(np.array(bases, np.int64)) if len(bases) > 1 else NOWHERE
     ends = starts + sizes
-    on_device = side.device is not None
+    on_device, owner = side.device is not None, side.device or device
     if side.heap is not None:
         ranges = side.heap._pinned_addresses(device)
     elif side.is_unknown:
-        ranges = known_ranges(side.device or device, starts, ends, on_device)
+        ranges = known_ranges(owner, starts, ends, on_device)
     else:
         lowest, highest = np.array([starts.min()]), np.array([ends.max()])
         ranges = known_ranges(device, lowest, highest, on_device)
+        if first_outside(lowest, highest, ranges) is not None:  # with holes, but maybe nowhere here
+            ranges = known_ranges(device, starts, ends, on_device)
     at = first_outside(starts, ends, ranges)
     if at is not None:
         place = f"piece {at} at [{int(starts[at]):#x}, {int(ends[at]):#x})"
         if on_device:
-            raise ValueError(f"{place} is not in memory of {device.name} that CUDA knows")
+            raise ValueError(f"{place} is not in memory of {owner.name} that CUDA knows")
         raise ValueError(
             f"{place} is in host memory that is not pinned: {device.name} cannot reach it"
         )

@@ -32,7 +32,6 @@ from types import CodeType
 from typing import TYPE_CHECKING, Protocol
 
 from kvheap.address_batch import AddressBatch
-from kvheap.errors import TransferError
 from kvheap.extents import Int64Array
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ __all__ = [
     "Lifetime",
     "LiveBlocks",
     "Release",
+    "ReleaseVoidError",
     "Stream",
     "log_full_report",
 ]
@@ -60,6 +60,10 @@ POLL_SECONDS = 50e-6
 SETTLED_AT_ONCE = 8
 """How many pending releases an operation looks at in passing. All of them is for when bytes are
 needed: with 1,000 pending, to look at each took 1.0 ms an operation, 100 times its own time."""
+
+
+class ReleaseVoidError(Exception):
+    """What an event raises when that has failed for which blocks were given up."""
 
 
 class Event(Protocol):
@@ -88,9 +92,8 @@ class Release:
             whole batch.
         owner: who held them last, for messages.
         events: their bytes may be reused when all of these have passed.
-        take_back: called when an event says, by a TransferError, that the copy for which they
-            were given up has failed: it makes them live again, and the release is void. None: they
-            are nobody's whatever happened.
+        take_back: called when an event raises ReleaseVoidError: it makes them live again, and
+            the release is void. None: they are nobody's whatever happens.
     """
 
     blocks: AddressBatch | Int64Array
@@ -375,7 +378,7 @@ class Lifetime:
         try:
             return "ended" if release.ended else "pending"
         except Exception as error:
-            if release.take_back is not None and isinstance(error, TransferError):
+            if release.take_back is not None and isinstance(error, ReleaseVoidError):
                 return "failed"
             # Bytes of which nobody knows are nobody's; said once, not at every look.
             if not self._told_of_lost_events:

@@ -490,7 +490,7 @@ class MemoryBatch(Sequence[MemoryObj]):
             count = len(self._streams)
             if count >= 8 and not count & (count - 1):
                 self._streams = [
-                    kept for kept in self._streams if not getattr(kept[1], "has_ended", False)
+                    kept for kept in self._streams if not getattr(kept[1], "has_let_go", False)
                 ]
             if entry not in self._streams:
                 self._streams.append(entry)

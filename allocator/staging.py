@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvheap.completion import Completion, DeviceEvent
     from kvheap.copy_device import CopyDevice
     from kvheap.copy_plan import CopyPlan
+    from kvheap.tensor_allocator import TensorMemoryAllocator
 
 __all__ = ["copy_staged"]
 
@@ -98,6 +99,13 @@ def _copy_by_kernel(
     prepared.run(max_sms)
 
 
+def _has_room(heap: TensorMemoryAllocator, extent_bytes: int) -> bool:
+    page = heap.page_layout
+    if page is not None and page.size_bytes < extent_bytes:
+        return False
+    return heap.max_batch([extent_bytes], torch.uint8) >= 2
+
+
 def _extents(
     plan: CopyPlan,
     device: CopyDevice,
@@ -111,7 +119,8 @@ def _extents(
     Of the device's heap, where it has room; else of torch.
     """
     heap = (plan.target if plan.source.device is None else plan.source).heap
-    if heap is not None and heap.max_batch([extent_bytes], torch.uint8) >= 2:
+    is_ordered = stream == current or not device.is_capturing(current)
+    if heap is not None and is_ordered and _has_room(heap, extent_bytes):
         batch = heap.batched_allocate([extent_bytes], torch.uint8, 2, MemoryFormat.BINARY)
         if batch is not None:
             batch.record_stream(completion)

@@ -652,7 +652,7 @@ class TensorMemoryAllocator(MemoryAllocatorInterface):
                 (buffer.data_ptr(), buffer.data_ptr() + len(buffer)) for buffer in self._segments
             )
         ]
-        return np.concatenate(ranges)
+        return np.unique(np.concatenate(ranges), axis=0)  # buffers may share a registration
 
     def _by_segment(
         self, addresses: Int64Array

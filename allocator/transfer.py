@@ -38,6 +38,7 @@ all else is refused before anything is queued.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -84,6 +85,8 @@ class Part:
         Raises:
             TransferError: they never will be.
         """
+        if self._completion.is_done:  # which stays so, whatever becomes of the device
+            return True
         return self._ask(self._event.query)
 
     def wait(self) -> None:
@@ -92,7 +95,8 @@ class Part:
         Raises:
             TransferError: as for :meth:`done`.
         """
-        self._ask(self._event.synchronize)
+        if not self._completion.is_done:
+            self._ask(self._event.synchronize)
 
     def wait_stream(self, stream: torch.cuda.Stream) -> None:
         """Let further work on ``stream`` wait for them; a copy within the host is waited for here.
@@ -104,7 +108,7 @@ class Part:
         if device is None:
             self.wait()
         else:
-            device.wait_event(device.require_stream(stream), self._event)
+            device.wait_event(device.current_stream() if stream is None else stream, self._event)
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         answer = self._completion.ask(question)
@@ -155,7 +159,7 @@ class Transfer:
         self._device = plan.device
         self._completion = completion
         self._is_captured = False
-        self._lifetime: Lifetime | None = None
+        self._lifetime: weakref.ref[Lifetime] | None = None
 
     def done(self) -> bool:
         """Whether the copy has ended, well or not. Does not wait.
@@ -203,11 +207,13 @@ class Transfer:
             TimeoutError: it has not ended in ``timeout_s`` seconds, and goes on.
             RuntimeError: as for :meth:`done`.
         """
-        if not self.wait(timeout_s):
-            raise TimeoutError(f"{self!r} has not ended in {timeout_s:g} s")
+        ended = self.wait(timeout_s)
         error = self._completion.error
-        if self._lifetime is not None:
-            self._lifetime.settle(wait_s=1.0, limit=None)  # frees the source, or takes it back
+        if not ended and error is None:
+            raise TimeoutError(f"{self!r} has not ended in {timeout_s:g} s")
+        lifetime = None if self._lifetime is None else self._lifetime()
+        if lifetime is not None:
+            lifetime.settle(wait_s=1.0, limit=None)  # frees the source, or takes it back
         if error is not None:
             raise error
 
@@ -363,9 +369,10 @@ def _move(
     if target is None:
         return None
     try:
-        moved = objs if len(target) == len(objs) else objs[: len(target)]
-        if not len(moved):
-            moved = target  # of no blocks, which an empty list could not say
+        moved: BlockObjects | None = objs if len(target) == len(objs) else objs[: len(target)]
+        if not len(target):  # an empty batch says what it is of, an empty list does not
+            moved = heap.batched_allocate(list(layout.shapes), list(layout.dtypes), 0, layout.fmt)
+        assert moved is not None
         given_up = heap._rows_by_batch(moved) if free and len(target) else []
         plan = CopyPlan.between(moved, target, by_layer=by_layer)
         target.transfer = _start(plan, stream, path, max_sms, _Move(given_up))
@@ -454,19 +461,19 @@ class _Move:
             rows.batch._unclaim(rows.rows)
         self._taken = []
 
-    def release(self, completion: Completion) -> Lifetime | None:
+    def release(self, completion: Completion) -> weakref.ref[Lifetime] | None:
         """Free their bytes when the copy has been done; should it fail, they live again."""
-        lifetime = None
+        lifetime: Lifetime | None = None
         for rows, release in self._taken:
             lifetime = rows.batch.allocator.lifetime
             lifetime.release(
                 replace(
                     release,
-                    events=(*release.events, Success(completion)),
+                    events=(Success(completion), *release.events),
                     take_back=partial(rows.batch._unclaim, rows.rows),
                 )
             )
-        return lifetime
+        return None if lifetime is None else weakref.ref(lifetime)
 
 
 def _filling(plan: CopyPlan) -> list[Transfer]:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvheap import planner
-from kvheap.completion import Completion, DeviceEvent, host_queue
+from kvheap.completion import Completion, DeviceEvent, NotAllQueuedError, host_queue
 from kvheap.errors import TransferError
 from kvheap.kernels.host_copy import copy_on_host
 from kvheap.staging import copy_staged
@@ -70,11 +70,18 @@ class HostRun:
         works = [partial(copy_on_host, part) for part in self._plan.parts]
         waits = [transfer.result for transfer in self._before]
         is_small = not waits and self._plan.num_bytes < SMALL_BYTES
-        events = host_queue.run([*waits, *works], is_small)
+        cause = None
+        try:
+            events = host_queue.run([*waits, *works], is_small)
+        except NotAllQueuedError as error:
+            events, cause = error.events, error.__cause__
+            completion.failed(failure_of(self._plan, self.path, cause))
         if events:
             completion.queued(events[-1])
         else:
             completion.nothing_queued()
+        if cause is not None and not isinstance(cause, Exception):
+            raise cause
         return events[len(waits) :]
 
 
@@ -98,10 +105,21 @@ class DeviceRun:
     ) -> None:
         self._plan = plan
         self._device = device
-        self._current = device.require_stream(None)
+        self._current = device.current_stream()
         self._stream = device.require_stream(stream)
         self._before = before
-        self._is_new_target = is_new_target
+        # A heap hands out bytes to work on the current stream, which may still use them.
+        self._fences: list[tuple[CopyDevice, Any]] = []
+        if is_new_target:
+            devices = {id(each): each for each in (device, plan.target.device) if each is not None}
+            currents = [(each, each.current_stream()) for each in devices.values()]
+            self._fences = [pair for pair in currents if pair[1] != self._stream]
+        for other, current in self._fences:
+            if other.is_capturing(current):
+                raise RuntimeError(
+                    "the current stream is being captured, and new blocks may be in use on it: "
+                    "move blocks before the capture"
+                )
         self.is_captured = device.is_capturing(self._stream)
         direction = plan.direction
         self._max_sms = LINK_SMS if max_sms is None and direction in ("h2d", "d2h") else max_sms
@@ -204,9 +222,8 @@ class DeviceRun:
         device, stream = self._device, self._stream
         events: list[DeviceEvent] = []
         try:
-            if self._is_new_target and stream != self._current:
-                # A heap hands out bytes to work on the current stream, which may still use them.
-                device.wait_event(stream, device.record_event(self._current))
+            for other, current in self._fences:
+                device.wait_event(stream, other.record_event(current))
             for transfer in self._before:
                 transfer.wait_stream(stream)
             with device.using(stream):
@@ -244,13 +261,7 @@ class DeviceRun:
 
     def _abandon(self, completion: Completion, cause: BaseException) -> None:
         """Nothing more is queued; what was may still run."""
-        plan = self._plan
-        error = TransferError(
-            f"a transfer {plan.direction} of {plan.num_bytes} bytes in {plan.num_runs} runs by "
-            f"{self.path} failed: {cause}"
-        )
-        error.__cause__ = cause
-        completion.failed(error)
+        completion.failed(failure_of(self._plan, self.path, cause))
         if completion.is_lost:
             return
         try:
@@ -259,6 +270,16 @@ class DeviceRun:
             completion.lose(lost)
         else:
             completion.queued(event)
+
+
+def failure_of(plan: CopyPlan, path: Path, cause: BaseException | None) -> TransferError:
+    """What a transfer that failed while it was queued says."""
+    error = TransferError(
+        f"a transfer {plan.direction} of {plan.num_bytes} bytes in {plan.num_runs} runs by "
+        f"{path} failed: {cause}"
+    )
+    error.__cause__ = cause
+    return error
 
 
 _told_of: set[str] = set()

@@ -234,6 +234,9 @@ class FakeDevice:
         stack = getattr(self._using, "stack", None)
         return stack[-1] if stack else self.default
 
+    def current_stream(self) -> FakeStream:
+        return self.current
+
     def require_stream(self, stream: FakeStream | None) -> FakeStream:
         if stream is None:
             return self.current
@@ -275,7 +278,8 @@ class FakeDevice:
 
     def wait_event(self, stream: FakeStream, event: FakeEvent) -> None:
         self.call("wait_event")
-        self.require(stream.device is self, "a wait of another device's stream")
+        if not isinstance(stream, FakeStream):
+            raise TypeError(f"stream must be a stream, got {stream!r}")
         self.require(not event.captured, "the stream would join a capture")
         self.require(not stream.capturing, "a capture waits for work outside of it")
         with self._lock:

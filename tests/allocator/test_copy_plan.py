@@ -171,6 +171,16 @@ class TestOfPointers:
             with pytest.raises(ValueError, match="piece 0"):
                 CopyPlan.of_pointers(sources, targets, size, "cuda:0", "cpu")
 
+    def test_the_device_that_has_it_not_is_named(self, device: FakeDevice) -> None:
+        gpu, other = memory_of(device, "device", 4096), memory_of(device, "peer", 4096)
+        good = (gpu.data_ptr(), other.data_ptr())
+        names = ("cuda:0", "cuda:1")
+        assert CopyPlan.of_pointers([good[0]], [good[1]], 8, *names).direction == "p2p"
+        with pytest.raises(ValueError, match="is not in memory of Fake GPU that CUDA knows"):
+            CopyPlan.of_pointers([good[1]], [good[1] + 8], 8, *names)
+        with pytest.raises(ValueError, match="is not in memory of Fake peer that CUDA knows"):
+            CopyPlan.of_pointers([good[0]], [good[0] + 8], 8, *names)
+
     def test_the_driver_is_asked_once_for_each_allocation(self, device: FakeDevice) -> None:
         gpus = [memory_of(device, "device", 4096) for _ in range(3)]
         host = memory_of(device, "host", 3 * 4096)

@@ -1672,7 +1672,7 @@ class TestWalls:
         plain = torch.zeros(4096, dtype=torch.uint8)
         gpu = device.tensor(4096)
         for pair in ((gpu, plain), (plain, gpu)):
-            with pytest.raises(ValueError, match=r"piece 0 is in host memory at .* not pinned"):
+            with pytest.raises(ValueError, match=r"piece 0 .*is in host memory.* not pinned"):
                 CopyPlan.of_addresses(*pair, [0, 8], [0, 8], 8)
         near = heap_on(device, "device", 1 << 16)
         far = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8))
@@ -1689,7 +1689,7 @@ class TestWalls:
         device.pinned += [(base, base + 4096), (base + 8192, base + 12288)]
         starts = [0, 8192]
         CopyPlan.of_addresses(gpu, host, starts, starts, 4096)
-        with pytest.raises(ValueError, match="piece 1 is in host memory"):
+        with pytest.raises(ValueError, match=r"piece 1 .*not pinned"):
             CopyPlan.of_addresses(gpu, host, [0, 4096, 8192], [0, 4096, 8192], 4096)
 
     @pytest.mark.parametrize("refused", [[1], [0], [0, 3]])
@@ -1713,7 +1713,7 @@ class TestWalls:
                     assert torch.equal(read(target), read([block]))
             first = min(row for row in range(16) if row * BLOCK // PIECE in refused)
             before = allocated(near)
-            with pytest.raises(ValueError, match=f"piece {first} is in host memory"):
+            with pytest.raises(ValueError, match=rf"piece {first} .*not pinned"):
                 restore(batch[::-1][::-1], near, device.stream(), free=True)  # type: ignore[arg-type]
             assert allocated(near) == before
             assert batch.live.all()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -544,6 +545,8 @@ class TestHost:
         def fails(self: ThreadPoolExecutor, *work: Any) -> Any:
             submitted.append(work[0])
             if len(submitted) == number:
+                while number > 1 and not begun:
+                    time.sleep(1e-3)
                 raise error
             return submit(self, *work)
 
