@@ -8,7 +8,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from kvheap.completion import (
     FutureEvent,
     HostQueue,
     InFlight,
+    NotAllQueuedError,
     Success,
 )
 from kvheap.errors import TransferError
@@ -411,6 +413,35 @@ class TestHostQueue:
         after[0].synchronize()
         assert after[0].error() is None
         assert done == [1, 4]
+
+    def test_what_cannot_be_queued(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        queue, done = HostQueue(), []
+        gate, at_work = threading.Event(), threading.Event()
+
+        def work() -> None:
+            at_work.set()
+            assert gate.wait(20)
+            done.append(1)
+
+        submit, calls = ThreadPoolExecutor.submit, []
+
+        def fails(self: ThreadPoolExecutor, *arguments: Any) -> Any:
+            calls.append(arguments)
+            if len(calls) == 3:
+                assert at_work.wait(20)
+                raise RuntimeError("no more threads")
+            return submit(self, *arguments)
+
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", fails)
+        with pytest.raises(NotAllQueuedError) as caught:
+            queue.run([work, work, work], False)
+        assert len(caught.value.events) == 1  # the second was not begun, and never is
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        gate.set()
+        caught.value.events[0].synchronize()
+        assert done == [1]
+        queue.run([lambda: done.append(2)], False)[0].synchronize()
+        assert done == [1, 2]
 
     def test_no_work(self) -> None:
         assert HostQueue().run([], True) == []

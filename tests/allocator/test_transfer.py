@@ -1228,7 +1228,7 @@ class TestOrder:
         whole = filled(near, 64)
         blocks = whole[::2]
         stream = device.stream()
-        stream.queue.append(("work", lambda: near.buffer.fill_(3)))
+        stream.queue.append(("work", lambda: near.buffer[: 64 * BLOCK].fill_(3)))
         away = offload(blocks, far, stream, path=path)
         assert away is not None
         while device.run_one(device.side):
@@ -1247,7 +1247,7 @@ class TestOrder:
         whole = filled(near, 64)
         current, stream = device.stream(), device.stream()
         with device.using(current):
-            current.queue.append(("work", lambda: near.buffer.fill_(3)))
+            current.queue.append(("work", lambda: near.buffer[: 64 * BLOCK].fill_(3)))
             away = offload(whole[::2], far, stream, path=path)
         assert away is not None
         for each in (device.side, stream):
