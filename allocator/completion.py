@@ -148,6 +148,10 @@ class Completion:
         if self._state == "begun":
             self._end()
 
+    def ended(self) -> None:
+        """All that was queued has ended."""
+        self._end()
+
     def failed(self, error: TransferError) -> None:
         """The copy will not be done; said before :meth:`queued`, of what was begun of it.
 

@@ -102,6 +102,10 @@ class CopyDevice(Protocol):
         """Let its further work wait for an event; either may be another device's."""
         ...
 
+    def synchronize(self) -> None:
+        """Wait on the host until all work of all streams has ended."""
+        ...
+
     def side_stream(self) -> Any:
         """A stream of the device's own, for what runs beside the caller's."""
         ...
@@ -209,6 +213,10 @@ class CudaDevice:
             raise TypeError(f"stream must be a torch.cuda.Stream, got {stream!r}")
         assert isinstance(event, torch.cuda.Event)
         stream.wait_event(event)
+
+    def synchronize(self) -> None:
+        """See :meth:`CopyDevice.synchronize`."""
+        torch.cuda.synchronize(self.torch_device)
 
     def side_stream(self) -> torch.cuda.Stream:
         """See :meth:`CopyDevice.side_stream`."""

@@ -6,8 +6,8 @@ made when asked for; handles on the same row share its counts, so it makes no di
 which of them a block is freed.
 
 The life of a block is one number, its reference count: >= 0 while it lives, ``FREED`` after. All
-changes to the counts happen under one lock of the batch, never while another lock is held; the
-lock is never taken by a finalizer. Who moves a row to ``FREED`` owns the release of its bytes, so
+changes to the counts happen under one lock of the batch, by which no other is ever waited for; it
+is never taken by a finalizer. Who moves a row to ``FREED`` owns the release of its bytes, so
 of two threads that free a block exactly one succeeds.
 
 A batch that is dropped while blocks of it live, with all handles on them, hands them to its

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kvheap.copy_plan import CopyPlan
     from kvheap.tensor_allocator import TensorMemoryAllocator
 
-__all__ = ["copy_staged"]
+__all__ = ["copy_staged", "end_or_lose"]
 
 MIN_EXTENT_BYTES, MAX_EXTENT_BYTES = 1 << 20, 8 << 20
 """Bytes of one of the two extents: about 20 us of a link of 55 GB/s, beside the few us that each
@@ -86,9 +86,25 @@ def copy_staged(
         # What was queued on the side must have ended when the caller's stream has.
         try:
             device.wait_event(stream, device.record_event(side))
-        except Exception as lost:
-            completion.lose(lost)
+        except Exception:
+            end_or_lose(device, completion)
         raise
+
+
+def end_or_lose(device: CopyDevice, completion: Completion) -> None:
+    """Wait for the device, where no event can tell when it has done with a copy that failed.
+
+    A stream that is destroyed has no events; but what it was given ends, and bytes come back. Of a
+    device that cannot be waited for either, they never do.
+    """
+    try:
+        device.synchronize()
+    except BaseException as lost:
+        completion.lose(lost)
+        if not isinstance(lost, Exception):
+            raise
+    else:
+        completion.ended()
 
 
 def _copy_by_kernel(

@@ -326,7 +326,7 @@ def offload(
 
     Raises:
         ValueError, TypeError: as :func:`copy`; nothing is allocated or freed.
-        DoubleFreeError, BlockInUseError: with ``free``, a block is freed already, or somebody
+        DoubleFreeError, BlockInUseError: with ``free``, a block is named twice, or is somebody
             else's too; nothing is allocated or freed.
         LifetimeError: a block is freed; nothing is allocated.
         RuntimeError: a graph is being captured; nothing is allocated or freed.

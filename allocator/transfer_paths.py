@@ -17,7 +17,7 @@ from kvheap import planner
 from kvheap.completion import Completion, DeviceEvent, NotAllQueuedError, host_queue
 from kvheap.errors import TransferError
 from kvheap.kernels.host_copy import copy_on_host
-from kvheap.staging import copy_staged
+from kvheap.staging import copy_staged, end_or_lose
 
 if TYPE_CHECKING:
     from kvheap.copy_device import CopyDevice
@@ -42,7 +42,8 @@ SMALL_BYTES = 256 << 10
 """Copies within host memory of less are made by the caller itself, if nothing is queued."""
 
 MIN_RUNS_STAGED = 8
-"""Staging makes sense where the host side has at least so many times fewer runs."""
+"""Staging is chosen only where the host side has at least so many times fewer runs: it is measured
+with one, and each costs a copy."""
 
 
 class HostRun:
@@ -152,11 +153,6 @@ class DeviceRun:
             return "staging is for copies between a device and the host"
         if self.is_captured:
             return "staging cannot be captured"
-        if plan.num_host_runs * MIN_RUNS_STAGED > plan.num_runs:
-            return (
-                f"the host side has {plan.num_host_runs} runs of its own for {plan.num_runs} "
-                f"pieces: nothing is gained by gathering them"
-            )
         return None
 
     def _falls_back(self, max_runs: int) -> bool:
@@ -194,7 +190,7 @@ class DeviceRun:
         choose = partial(table.choose, direction, plan.num_runs, plan.num_bytes)
         if direction != "d2d" and device.has_kernel:
             chosen = choose((*allowed, "staged"))
-            if chosen != "staged" or self._obstacle("staged") is None:
+            if chosen != "staged" or plan.num_host_runs * MIN_RUNS_STAGED <= plan.num_runs:
                 return chosen
         return choose(tuple(allowed))
 
@@ -230,15 +226,14 @@ class DeviceRun:
                 for index, part in enumerate(self._plan.parts):
                     self._queue(index, part, completion)
                     events.append(device.record_event(stream))
+            if events:
+                completion.queued(events[-1])
+            else:
+                completion.nothing_queued()
         except BaseException as cause:
             self._abandon(completion, cause)
             if not isinstance(cause, Exception):
                 raise
-            return events
-        if events:
-            completion.queued(events[-1])
-        else:
-            completion.nothing_queued()
         return events
 
     def _queue(self, index: int, part: Pieces, completion: Completion) -> None:
@@ -265,11 +260,11 @@ class DeviceRun:
         if completion.is_lost:
             return
         try:
-            event = self._device.record_event(self._stream)
-        except Exception as lost:
-            completion.lose(lost)
-        else:
-            completion.queued(event)
+            completion.queued(self._device.record_event(self._stream))
+        except BaseException as error:
+            end_or_lose(self._device, completion)
+            if not isinstance(error, Exception):
+                raise
 
 
 def failure_of(plan: CopyPlan, path: Path, cause: BaseException | None) -> TransferError:

@@ -358,8 +358,12 @@ class HostOnlyDevice:
     def __init__(self) -> None:
         self.driver = Driver(NoOpLibrary())
 
-    def require_stream(self, stream: object) -> int:
+    def current_stream(self) -> int:
         """There is one."""
+        return self.stream
+
+    def require_stream(self, stream: object) -> int:
+        """The one."""
         return self.stream
 
     def is_legacy(self, stream: object) -> bool:

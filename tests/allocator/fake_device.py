@@ -285,6 +285,10 @@ class FakeDevice:
         with self._lock:
             stream.queue.append(("wait", event))
 
+    def synchronize(self) -> None:
+        self.call("synchronize")
+        self.drain()
+
     def side_stream(self) -> FakeStream:
         return self.side
 

@@ -41,6 +41,7 @@ from kvheap import (
     BlockInUseError,
     BufferAllocator,
     DoubleFreeError,
+    LazyMemoryAllocator,
     LifetimeError,
     MemoryBatch,
     MemoryFormat,
@@ -183,8 +184,7 @@ def test_any_pieces_are_copied_as_by_a_loop_of_memmove(device: FakeDevice, data:
         gap, target_gap = (gap, 0 * gap) if direction == "d2h" else (0 * gap, target_gap)
     places = [np.cumsum(each + sizes) - sizes for each in (gap, target_gap)]
     order = np.array(data.draw(st.permutations(range(len(rows)))))
-    if path != "staged":
-        places, sizes = [places[0][order], places[1][order]], sizes[order]
+    places, sizes = [places[0][order], places[1][order]], sizes[order]
     buffers = [memory_of(device, kind, 20_000) for kind in DIRECTIONS[direction]]
     buffers[0].copy_(random_bytes(20_000, 1))
     expected = buffers[1].clone()
@@ -194,10 +194,6 @@ def test_any_pieces_are_copied_as_by_a_loop_of_memmove(device: FakeDevice, data:
         )
     plan = CopyPlan.of_addresses(*buffers, *places, sizes)
     stream = stream_of(device, direction)
-    if path == "staged" and plan.num_host_runs * 8 > plan.num_runs:
-        with pytest.raises(ValueError, match="nothing is gained by gathering"):
-            copy(plan, stream, path=path)
-        path = None
     copy(plan, stream, path=path).result()
     assert torch.equal(buffers[1], expected)
 
@@ -1122,6 +1118,49 @@ class TestOffload:
         assert allocated(tiers.near) == [4 * BLOCK]  # the lost one may still read them
 
 
+class TestHeapsThatWatch:
+    """Heaps that wipe or poison what is freed, or grow."""
+
+    @pytest.mark.parametrize("options", [{"debug": True}, {"scrub": True}], ids=str)
+    def test_there_and_back(self, device: FakeDevice, options: dict[str, bool]) -> None:
+        how: Any = {"stream_wait_s": 0, "on_full": None, **options}
+        near = TensorMemoryAllocator(device.tensor(1 << 16), **how)
+        far = TensorMemoryAllocator(device.pinned_tensor(1 << 16), **how)
+        batch = filled(near, 16, seed=5)
+        expected = read(batch).clone()
+        for path in ("copy_engine", "kernel", "staged", None):
+            stream: Any = device.stream()
+            away = offload(batch, far, stream, free=True, path=path)
+            assert away is not None
+            batch = restore(away, near, stream, free=True, path=path)  # type: ignore[assignment]
+            assert batch is None  # no room before the copies have ended
+            away.transfer.result()
+            batch = restore(away, near, stream, free=True, path="copy_engine")  # type: ignore[assignment]
+            batch.transfer.result()  # type: ignore[union-attr]
+            assert torch.equal(read(batch), expected)
+        near.batched_free(batch)
+        assert allocated(near, far) == [0, 0]
+        if "scrub" in options:
+            assert not near.buffer.any()
+            assert not far.buffer.any()
+
+    def test_into_a_heap_that_grows(self, device: FakeDevice) -> None:
+        near = heap_on(device, "device", 64 * BLOCK)
+        registrar: Any = Registrar(device)
+        piece = 16 * BLOCK
+        with LazyMemoryAllocator(piece, 4 * piece, piece_bytes=piece, registrar=registrar) as far:
+            far.wait_until_grown(20)
+            assert len(far.host_buffer.pinned_ranges) == 4
+            batch = filled(near, 64, seed=6)
+            expected = read(batch).clone()
+            away = offload(batch, far, device.stream(), free=True)  # type: ignore[arg-type]
+            assert away is not None
+            assert away.transfer.num_runs == 4  # none straddles two registrations
+            away.transfer.result()
+            assert torch.equal(read(away), expected)
+            far.batched_free(away)
+
+
 class TestOneAfterAnother:
     @pytest.mark.parametrize("away_path", [None, *PATHS_OF["d2h"]])
     @pytest.mark.parametrize("back_path", [None, *PATHS_OF["h2d"]])
@@ -1547,6 +1586,23 @@ class TestChoice:
         assert copy(plan, device.stream()).path == path  # type: ignore[arg-type]
         assert table.asked[0][:3] == (direction, 20, 20 * 256)
         assert set(table.asked[0][3]) == set(PATHS_OF[direction])
+
+    def test_staging_is_not_chosen_for_a_scattered_host_side(
+        self, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class PrefersStaging(Choice):
+            def choose(self, direction: str, count: int, num_bytes: int, allowed: Any) -> str:
+                self.asked.append((direction, count, num_bytes, tuple(allowed)))
+                return "staged" if "staged" in allowed else "kernel"
+
+        monkeypatch.setattr(planner, "table_for", lambda *_: PrefersStaging("staged"))
+        gpu, host = device.tensor(1 << 16), device.pinned_tensor(1 << 16)
+        starts = np.random.default_rng(0).permutation(64) * 1024
+        in_a_row = np.arange(64) * 512
+        stream: Any = device.stream()
+        for host_side, path in ((in_a_row, "staged"), (starts[::-1].copy(), "kernel")):
+            plan = CopyPlan.of_addresses(gpu, host, starts, host_side, 512)
+            assert copy(plan, stream).path == path
 
     def test_without_triton_nothing_needs_it(self, device: FakeDevice) -> None:
         device.has_kernel = False

@@ -312,6 +312,7 @@ def test_a_stream_that_is_destroyed_before(
     assert scene.source.live.all()
     assert torch.equal(read(scene.source), scene.contents)
     scene.free_everything()
+    assert scene.allocated() == [0, 0]  # no event can tell, but the device was waited for
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
