@@ -244,17 +244,18 @@ def walls_of(
     if side.device is not None and not side.is_unknown:
         bases = [segment.data_ptr() for segment in side.memory]
         return np.sort(np.array(bases, np.int64)) if len(bases) > 1 else NOWHERE
-    ends = starts + sizes
     on_device, owner = side.device is not None, side.device or device
+    if side.heap is None and not side.is_unknown and side.memory[0].is_contiguous():
+        start = np.array([side.memory[0].data_ptr()])
+        end = start + side.memory[0].nbytes
+        ranges = known_ranges(device, start, end, on_device)
+        if first_outside(start, end, ranges) is None:  # so no piece need be looked at
+            return ranges[1:, 0]
+    ends = starts + sizes
     if side.heap is not None:
         ranges = side.heap._pinned_addresses(device)
-    elif side.is_unknown:
-        ranges = known_ranges(owner, starts, ends, on_device)
     else:
-        lowest, highest = np.array([starts.min()]), np.array([ends.max()])
-        ranges = known_ranges(device, lowest, highest, on_device)
-        if first_outside(lowest, highest, ranges) is not None:  # with holes, but maybe nowhere here
-            ranges = known_ranges(device, starts, ends, on_device)
+        ranges = known_ranges(owner, starts, ends, on_device)
     at = first_outside(starts, ends, ranges)
     if at is not None:
         place = f"piece {at} at [{int(starts[at]):#x}, {int(ends[at]):#x})"
