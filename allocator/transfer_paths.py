@@ -175,24 +175,26 @@ class DeviceRun:
         plan, device = self._plan, self._device
         if self.is_captured:
             return self._choose_captured()
-        # Staging comes last: that it can be done takes longer to see than that it is not chosen.
-        allowed: list[planner.Path] = [
-            path for path in ("kernel", "copy_engine") if self._obstacle(path) is None
-        ]
-        if self._falls_back(FEW_RUNS):
-            _tell_of_legacy_stream(device.name)
-            if len(allowed) > 1:
-                allowed.remove("copy_engine")
         direction = plan.direction
-        if direction == "p2p" or direction == "h2h" or not plan.num_runs:
-            return allowed[0]
+        if direction == "p2p" or direction == "h2h" or not plan.num_runs or not device.has_kernel:
+            if self._falls_back(FEW_RUNS):
+                _tell_of_legacy_stream(device.name)
+            return "copy_engine"
+        # Each part is submitted by itself.
+        num_parts = sum(1 for part in plan.parts if len(part))
+        size = max(plan.num_runs // num_parts, 1), max(plan.num_bytes // num_parts, 1)
         table = planner.table_for(device.name, device.driver_version)
-        choose = partial(table.choose, direction, plan.num_runs, plan.num_bytes)
-        if direction != "d2d" and device.has_kernel:
-            chosen = choose((*allowed, "staged"))
-            if chosen != "staged" or plan.num_host_runs * MIN_RUNS_STAGED <= plan.num_runs:
+        allowed: list[planner.Path] = ["kernel", "copy_engine"]
+        if direction != "d2d":
+            allowed.append("staged")
+        while True:
+            chosen = table.choose(direction, *size, tuple(allowed))
+            if chosen == "copy_engine" and self._falls_back(FEW_RUNS):
+                _tell_of_legacy_stream(device.name)
+            # That staging pays takes longer to see than that it is not chosen.
+            elif chosen != "staged" or plan.num_host_runs * MIN_RUNS_STAGED <= plan.num_runs:
                 return chosen
-        return choose(tuple(allowed))
+            allowed.remove(chosen)
 
     def _choose_captured(self) -> Path:
         if self._obstacle("kernel") is None:

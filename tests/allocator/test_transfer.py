@@ -1587,6 +1587,31 @@ class TestChoice:
         assert table.asked[0][:3] == (direction, 20, 20 * 256)
         assert set(table.asked[0][3]) == set(PATHS_OF[direction])
 
+    def test_the_table_is_asked_for_one_part_of_several(
+        self, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each is submitted by itself: 40 runs in 4 parts are no batch of 40."""
+        table = Choice("kernel")
+        monkeypatch.setattr(planner, "table_for", lambda *_: table)
+        places = Places.of(device, "d2h", np.full(40, 256))
+        plan = CopyPlan.of_addresses(
+            places.source, places.target, *places.starts, 256, parts=[10, 10, 0, 10, 10]
+        )
+        copy(plan, device.stream())  # type: ignore[arg-type]
+        assert [asked[:3] for asked in table.asked] == [("d2h", 10, 10 * 256)]
+
+    def test_the_default_stream_is_told_of_only_where_it_matters(
+        self,
+        device: FakeDevice,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(planner, "table_for", lambda *_: Choice("kernel"))
+        places = Places.of(device, "d2h", np.full(40, 256))
+        plan = CopyPlan.of_addresses(places.source, places.target, *places.starts, 256)
+        assert copy(plan).path == "kernel"
+        assert caplog.records == []
+
     def test_staging_is_not_chosen_for_a_scattered_host_side(
         self, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
     ) -> None:
