@@ -1,8 +1,7 @@
 """Copies of pieces between places in host memory: small ones in thousands, large ones one by one.
 
 Pieces of :data:`LARGE_BYTES` and more are moved one by one, each by a C call that leaves the
-interpreter to other threads, and cut where threads should share them; those of :data:`HUGE_BYTES`
-by torch, which does so too. Smaller ones are copied as
+interpreter to other threads, and cut where threads should share them. Smaller ones are copied as
 rows: memory is seen as an array of overlapping elements, one for each byte that a row can start
 at, whose dtype is ``V<row bytes>``, so that indexing it is one ``memcpy`` for each row, at any
 alignment. Pieces of one size are rows of that size, those above :data:`ROW_BYTES` several rows.
@@ -62,12 +61,6 @@ rows and calls have 8.5 and 6.7 GB/s for 8 KiB, 9.2 and 9.3 for 16, 10.8 and 12.
 12.7 for 64. A call needs the interpreter for about 0.4 us, so that more threads wait for each
 other sooner. (Where source and target differ modulo 8, glibc moves 32 to 64 KiB at 3 GB/s here.)"""
 
-HUGE_BYTES = 1 << 20
-"""Bytes of a piece from which one ``copy_`` moves it, by torch's own threads, which are awake when
-they are needed; those here are often put on the caller's core for the first milliseconds. Medians
-for pieces of 256 KiB, 1, 4 and 64 MiB: ``copy_`` 10.1, 13.0, 13.6 and 14.9 GB/s, threads here 10.6,
-11.9, 11.7 and 11.8; the best of 21 runs is the same."""
-
 ROW_BYTES = 4 << 10
 """The longest row. 16 KiB in rows of 2, 4 and 8 KiB: 7.0, 7.9 and 7.8 GB/s."""
 
@@ -99,8 +92,6 @@ SHARES = 4
 MAX_THREADS = 8
 """Threads by default at most. A guess: a few keep a host's memory busy; measured were only 2."""
 
-_PID = os.getpid()
-
 SELECT_WORDS = 32768
 """Words that ``index_select`` copies in the thread that calls it: beyond, it starts others."""
 
@@ -130,14 +121,11 @@ def copy_on_host(pieces: Pieces, threads: int | None = None) -> None:
     >>> target
     array([0, 6, 7, 0, 0, 1, 2, 0], dtype=uint8)
     """
-    is_default = threads is None
     if threads is None:
         threads = min(torch.get_num_threads(), MAX_THREADS)
     elif threads < 1:
         raise ValueError(f"threads must be positive, got {threads}")
     pieces = pieces.merged()
-    if is_default and threads > 1:
-        pieces = _copy_huge(pieces)
     num_bytes = pieces.num_bytes
     threads = min(threads, max(1, num_bytes // THREAD_BYTES))
     if threads == 1 and len(pieces) <= FEW:
@@ -154,26 +142,6 @@ def copy_on_host(pieces: Pieces, threads: int | None = None) -> None:
         partial(_copy_rows, share) for group in classes for share in _shares(group, share_bytes)
     ]
     _Work(tasks).run(min(threads, len(tasks)))
-
-
-def _copy_huge(pieces: Pieces) -> Pieces:
-    """Copy pieces that are worth it by torch's threads, and return the others.
-
-    Not in a forked child, where OpenMP may wait forever for threads that were not forked with it.
-    """
-    sizes = pieces.sizes
-    if (sizes if isinstance(sizes, int) else sizes.max(initial=0)) < HUGE_BYTES:
-        return pieces
-    if os.getpid() != _PID:
-        return pieces
-    is_huge = np.broadcast_to(np.asarray(sizes) >= HUGE_BYTES, len(pieces))
-    huge = pieces[is_huge]
-    for source, target, size in zip(
-        huge.sources.tolist(), huge.targets.tolist(), huge.size_array().tolist(), strict=True
-    ):
-        copied = torch.from_numpy(_array(source, size, "u1", 1))
-        torch.from_numpy(_array(target, size, "u1", 1)).copy_(copied)
-    return pieces[~is_huge]
 
 
 def _classified(pieces: Pieces) -> tuple[Pieces, list[Pieces]]:

@@ -445,21 +445,3 @@ def test_torch_memory():
         Pieces.of(source.data_ptr() + order * 1024, target.data_ptr() + np.arange(256) * 1024, 1024)
     )
     assert torch.equal(target.view(256, -1), source.view(256, -1)[torch.from_numpy(order)])
-
-
-def test_huge_pieces_among_small_ones_by_default_threads():
-    """Those are torch's to copy, at any alignment, and not in a forked child."""
-    sizes = np.array([host_copy.HUGE_BYTES + 3, 17, host_copy.HUGE_BYTES, 40_000, 5_000_001, 64])
-    ends = np.cumsum(sizes + 7)
-    sources, targets = ends - sizes, ends - sizes + 5
-    source = np.random.default_rng(0).integers(0, 256, int(ends[-1]), dtype=np.uint8)
-    expected = np.full(len(source) + 16, 0xA5, np.uint8)
-    for start, place, size in zip(sources, targets, sizes, strict=True):
-        expected[place : place + size] = source[start : start + size]
-    for pid in (os.getpid(), 0):
-        target = np.full(len(source) + 16, 0xA5, np.uint8)
-        pieces = Pieces.of(source.ctypes.data + sources, target.ctypes.data + targets, sizes)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(host_copy, "_PID", pid)
-            copy_on_host(pieces)
-        np.testing.assert_array_equal(target, expected)
