@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # One call on a machine with a GPU: install, GPU tests, compute-sanitizer, GPU benchmarks.
 #
-#   benchmarks/gpu_evidence.sh OUT_DIR
+#   benchmarks/gpu_evidence.sh OUT_DIR [STEP...]
+#
+# A STEP is tests, memcheck, or a benchmark as bench_transfer; without any, all of them, as far as
+# the time allows.
 #
 # Needs python3 with torch, triton, pytest, hypothesis, rich, sortedcontainers and setuptools;
 # no network. Installs nothing outside a temporary folder, and ends within ten minutes.
@@ -20,12 +23,23 @@ BENCHMARKS=(
 )
 TOTAL_SECONDS=560
 
-usage() { sed -n '2,12p' "$0" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'; }
 
-if [ $# -ne 1 ] || [ "${1#-}" != "$1" ]; then
+if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
     usage >&2
     exit 2
 fi
+steps=" ${*:2} "
+for name in "${@:2}"; do
+    [[ " tests memcheck ${BENCHMARKS[*]%%.py*} " == *" $name "* ]] || {
+        echo "no step $name" >&2
+        usage >&2
+        exit 2
+    }
+done
+
+# wanted NAME: whether to do a step.
+wanted() { [ "$steps" = "  " ] || [[ "$steps" == *" $1 "* ]]; }
 
 repository=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1"
@@ -92,7 +106,9 @@ assert kvheap.__file__.startswith('$work/site/'), kvheap.__file__
 print('torch', torch.__version__, 'triton', triton.__version__)"
 
 gpu=$("$python" -c "import torch; print(torch.cuda.get_device_name())" 2>/dev/null) || gpu=""
-if [ -n "$gpu" ]; then
+if ! wanted tests; then
+    say "device  ${gpu:-none}"
+elif [ -n "$gpu" ]; then
     say "device  $gpu"
     step "tests on the GPU" 240 "$python" -m pytest -c "$repository/pyproject.toml" \
         --rootdir "$repository" -p no:cacheprovider -m gpu "$repository/tests"
@@ -105,7 +121,9 @@ fi
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null |
     head -n 1)
-if [ -z "$gpu" ]; then
+if ! wanted memcheck; then
+    :
+elif [ -z "$gpu" ]; then
     skip "compute-sanitizer memcheck" "no CUDA device"
 elif [ -z "$sanitizer" ]; then
     skip "compute-sanitizer memcheck" "compute-sanitizer is not on this machine"
@@ -125,6 +143,7 @@ options=()
 [ -n "$gpu" ] || options=(--quick)
 for line in "${BENCHMARKS[@]}"; do
     read -r benchmark limit <<<"$line"
+    wanted "${benchmark%.py}" || continue
     step "$benchmark ${options[*]-}" "$limit" "$python" "$repository/benchmarks/$benchmark" \
         --out "$out/$device_folder" ${options[@]+"${options[@]}"}
     cat "$work/output"
