@@ -6,9 +6,11 @@ engine :mod:`kvheap.kernels.copy_engine`. No call here waits for the device.
 
 from __future__ import annotations
 
+import re
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -33,6 +35,8 @@ __all__ = [
 
 Direction = Literal["h2d", "d2h", "d2d", "p2p", "h2h"]
 """From where to where: h is host memory, d a device; p2p goes from one device to another."""
+
+MODULE_VERSION_FILE = Path("/proc/driver/nvidia/version")
 
 MAX_BATCH_PIECES = 32_768
 """Pieces of one call of the copy engine: with 51,828 it crashed on a driver of 2025 (vLLM #49276).
@@ -61,7 +65,7 @@ class CopyDevice(Protocol):
 
     @property
     def driver_version(self) -> str:
-        """The version of CUDA that its driver knows."""
+        """Of its driver, as its maker counts."""
         ...
 
     @property
@@ -152,9 +156,13 @@ class CudaDevice:
 
     @cached_property
     def driver_version(self) -> str:
-        """The version of CUDA that the driver knows, as ``13.0``."""
+        """Of the driver, as ``580.95.05``; where that is not to be seen, the CUDA it knows."""
+        with suppress(OSError):
+            found = module_version(MODULE_VERSION_FILE.read_text(errors="replace"))
+            if found is not None:
+                return found
         version = self._bound_driver().version
-        return f"{version // 1000}.{version % 1000 // 10}"
+        return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
     @property
     def has_kernel(self) -> bool:
@@ -253,6 +261,16 @@ class CudaDevice:
     def is_own(self, location: Location) -> bool:
         """See :meth:`CopyDevice.is_own`."""
         return location.kind == "device" and location.device == self.index
+
+
+def module_version(text: str) -> str | None:
+    """The driver's version in what its kernel module says of itself.
+
+    >>> module_version("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Jan 1")
+    '580.95.05'
+    """
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text + " ")
+    return None if found is None else found[1]
 
 
 def known_ranges(

@@ -370,8 +370,8 @@ def cache_path(device_name: str, driver_version: str) -> FilePath:
 
     In ``$KVHEAP_CACHE_DIR``, else in ``kvheap`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
 
-    >>> cache_path("NVIDIA H100 80GB HBM3", "13.0").name
-    'copies-nvidia-h100-80gb-hbm3-cuda-13.0.json'
+    >>> cache_path("NVIDIA H100 80GB HBM3", "580.95.05").name
+    'copies-nvidia-h100-80gb-hbm3-driver-580.95.05.json'
     """
     device, driver = (
         re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "unknown"
@@ -381,7 +381,7 @@ def cache_path(device_name: str, driver_version: str) -> FilePath:
     if not folder:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         folder = os.path.join(caches, "kvheap")
-    return FilePath(folder) / f"copies-{device}-cuda-{driver}.json"
+    return FilePath(folder) / f"copies-{device}-driver-{driver}.json"
 
 
 def _unmeasured_table(device_name: str) -> CopyTable:
