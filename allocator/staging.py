@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kvheap.copy_plan import CopyPlan
     from kvheap.tensor_allocator import TensorMemoryAllocator
 
-__all__ = ["copy_staged", "end_or_lose"]
+__all__ = ["Staging", "end_or_lose"]
 
 MIN_EXTENT_BYTES, MAX_EXTENT_BYTES = 1 << 20, 8 << 20
 """Bytes of one of the two extents: about 20 us of a link of 55 GB/s, beside the few us that each
@@ -36,59 +36,80 @@ STEPS = 4
 first gather and the last copy are not overlapped."""
 
 
-def copy_staged(
-    plan: CopyPlan,
-    part: Pieces,
-    device: CopyDevice,
-    stream: Any,
-    current: Any,
-    max_sms: int | None,
-    completion: Completion,
-) -> None:
-    """Queue one part of a plan; the caller's stream is current.
+class Staging:
+    """Two extents on the device, through which all parts of one transfer go, and their order.
+
+    The caller's stream must be current. Whatever is queued has ended when the caller's stream has,
+    also after an error.
 
     Args:
         plan: from a device to the host, or back.
-        part: pieces of it.
         device: who copies.
         stream: the caller's.
         current: the stream that bytes of the heap may be in use on.
         max_sms: for the kernel.
         completion: of the transfer; it keeps what is used here.
     """
-    to_host = plan.target.device is None
-    extent_bytes = min(max(-(-part.num_bytes // STEPS), MIN_EXTENT_BYTES), MAX_EXTENT_BYTES)
-    extents = _extents(plan, device, extent_bytes, completion, stream, current)
-    side = device.side_stream()
-    device.wait_event(side, device.record_event(stream))
-    free_again: list[DeviceEvent | None] = [None, None]
-    try:
-        for step, group in enumerate(part.by_bytes(extent_bytes)):
-            sizes = group.size_array()
-            staged = extents[step % 2] + np.cumsum(sizes) - sizes
-            into = Pieces(group.sources, staged, group.sizes)
-            out_of = Pieces(staged, group.targets, group.sizes)
-            event = free_again[step % 2]
-            if event is not None:
-                device.wait_event(side, event)
-            with device.using(side):
-                if to_host:
-                    _copy_by_kernel(device, into, max_sms, completion)
-                else:
-                    device.copy_each(into.merged().split(*plan.walls), side)
-            device.wait_event(stream, device.record_event(side))
-            if to_host:
-                device.copy_each(out_of.merged().split(*plan.walls), stream)
-            else:
-                _copy_by_kernel(device, out_of, max_sms, completion)
-            free_again[step % 2] = device.record_event(stream)
-    except BaseException:
-        # What was queued on the side must have ended when the caller's stream has.
+
+    def __init__(
+        self,
+        plan: CopyPlan,
+        device: CopyDevice,
+        stream: Any,
+        current: Any,
+        max_sms: int | None,
+        completion: Completion,
+    ) -> None:
+        self._plan = plan
+        self._device = device
+        self._stream = stream
+        self._max_sms = max_sms
+        self._completion = completion
+        largest = max(part.num_bytes for part in plan.parts)
+        self._extent_bytes = min(max(-(-largest // STEPS), MIN_EXTENT_BYTES), MAX_EXTENT_BYTES)
+        self._extents = _extents(plan, device, self._extent_bytes, completion, stream, current)
+        self._free_again: list[DeviceEvent | None] = [None, None]
+        self._step = 0
+        self._side = device.side_stream()
+        device.wait_event(self._side, device.record_event(stream))
+
+    def copy(self, part: Pieces) -> None:
+        """Queue one part of the plan."""
         try:
-            device.wait_event(stream, device.record_event(side))
-        except Exception:
-            end_or_lose(device, completion)
-        raise
+            for group in part.by_bytes(self._extent_bytes):
+                self._copy_group(group, self._step % 2)
+                self._step += 1
+        except BaseException:
+            try:
+                self._device.wait_event(self._stream, self._device.record_event(self._side))
+            except Exception:
+                end_or_lose(self._device, self._completion)
+            raise
+
+    def _copy_group(self, group: Pieces, which: int) -> None:
+        device, stream, side = self._device, self._stream, self._side
+        sizes = group.size_array()
+        staged = self._extents[which] + np.cumsum(sizes) - sizes
+        into = Pieces(group.sources, staged, group.sizes)
+        out_of = Pieces(staged, group.targets, group.sizes)
+        event = self._free_again[which]
+        if event is not None:
+            device.wait_event(side, event)
+        to_host = self._plan.target.device is None
+        with device.using(side):
+            self._copy(into, side, by_kernel=to_host)
+        device.wait_event(stream, device.record_event(side))
+        self._copy(out_of, stream, by_kernel=not to_host)
+        self._free_again[which] = device.record_event(stream)
+
+    def _copy(self, pieces: Pieces, stream: Any, by_kernel: bool) -> None:
+        """Queue one of the two steps on a stream that is current."""
+        if by_kernel:
+            prepared = self._device.prepare(pieces)
+            self._completion.keep(prepared)
+            prepared.run(self._max_sms)
+        else:
+            self._device.copy_each(pieces.merged().split(*self._plan.walls), stream)
 
 
 def end_or_lose(device: CopyDevice, completion: Completion) -> None:
@@ -105,14 +126,6 @@ def end_or_lose(device: CopyDevice, completion: Completion) -> None:
             raise
     else:
         completion.ended()
-
-
-def _copy_by_kernel(
-    device: CopyDevice, pieces: Pieces, max_sms: int | None, completion: Completion
-) -> None:
-    prepared = device.prepare(pieces)
-    completion.keep(prepared)
-    prepared.run(max_sms)
 
 
 def _has_room(heap: TensorMemoryAllocator, extent_bytes: int) -> bool:

@@ -17,7 +17,7 @@ from kvheap import planner
 from kvheap.completion import Completion, DeviceEvent, NotAllQueuedError, host_queue
 from kvheap.errors import TransferError
 from kvheap.kernels.host_copy import copy_on_host
-from kvheap.staging import copy_staged, end_or_lose
+from kvheap.staging import Staging, end_or_lose
 
 if TYPE_CHECKING:
     from kvheap.copy_device import CopyDevice
@@ -109,6 +109,7 @@ class DeviceRun:
         self._current = device.current_stream()
         self._stream = device.require_stream(stream)
         self._before = before
+        self._staging: Staging | None = None
         # A heap hands out bytes to work on the current stream, which may still use them.
         self._fences: list[tuple[CopyDevice, Any]] = []
         if is_new_target:
@@ -254,7 +255,10 @@ class DeviceRun:
                 assert plan.direction != "h2h"
                 device.copy_batch(part, self._stream, plan.direction)
         else:
-            copy_staged(plan, part, device, self._stream, self._current, self._max_sms, completion)
+            if self._staging is None:
+                streams = (self._stream, self._current)
+                self._staging = Staging(plan, device, *streams, self._max_sms, completion)
+            self._staging.copy(part)
 
     def _abandon(self, completion: Completion, cause: BaseException) -> None:
         """Nothing more is queued; what was may still run."""

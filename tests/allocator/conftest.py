@@ -1,20 +1,24 @@
-"""Lets the tests of this folder import the helpers beside them; a GPU that is none."""
+"""What the tests of this folder share: helpers beside them, a GPU that is none, transfers."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 _HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent / "kernels")]
 
-from fake_device import FakeDevice  # noqa: E402
+from fake_device import POISON, WAYS, FakeDevice, heap_on  # noqa: E402
+from transfer_scenes import Gate, InFlight, Places, Tiers, drain, stream_of  # noqa: E402
 
 from kvheap import copy_device, planner, staging, transfer_paths  # noqa: E402
+from kvheap.transfer import CopyPlan, copy  # noqa: E402
 
 
 @pytest.fixture
@@ -41,8 +45,7 @@ def device(
     forget()
     yield found
     forget()
-    found.drain()
-    peer.drain()
+    drain(found)
     assert found.violations + peer.violations == []
 
 
@@ -50,3 +53,45 @@ def device(
 def peer(device: FakeDevice) -> FakeDevice:
     """Another device that the first reaches."""
     return device.peers[0]
+
+
+@pytest.fixture
+def by_queue(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """Copies within the host are made by the queue's thread, when a test opens the gate."""
+    gate = Gate()
+    monkeypatch.setattr(transfer_paths, "SMALL_BYTES", 0)
+    copy_on_host = transfer_paths.copy_on_host
+
+    def held_up(pieces: Any) -> None:
+        gate.wait()
+        copy_on_host(pieces)
+
+    monkeypatch.setattr(transfer_paths, "copy_on_host", held_up)
+    return gate
+
+
+@pytest.fixture(params=WAYS, ids=["-".join(way) for way in WAYS])
+def flying(
+    request: pytest.FixtureRequest, device: FakeDevice, by_queue: Gate
+) -> Iterator[InFlight]:
+    """A transfer in flight, of every direction by every path that it can take."""
+    direction, path = request.param
+    places = Places.of(device, direction, np.full(64, 512))
+    places.target.fill_(POISON)
+    plan = CopyPlan.of_addresses(
+        places.source, places.target, *places.starts, 512, parts=[32, 0, 32]
+    )
+    transfer = copy(plan, stream_of(device, direction), path=path)
+
+    def finish() -> None:
+        by_queue.open()
+        drain(device)
+
+    yield InFlight(device, places.expected(), places.target, transfer, finish)
+    finish()
+
+
+@pytest.fixture
+def tiers(device: FakeDevice) -> Tiers:
+    """Room for 64 blocks on the device, and for as many on the host."""
+    return Tiers(device, heap_on(device, "device", 1 << 18), heap_on(device, "host", 1 << 18))

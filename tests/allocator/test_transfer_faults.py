@@ -5,7 +5,6 @@ twice, nothing is handed out that a queued copy touches, and what was given up l
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +20,14 @@ from fake_device import (
     DriverError,
     FakeDevice,
     filled,
+    free_all,
     heap_on,
     memory_of,
     random_bytes,
     read,
     require_sound,
 )
+from transfer_scenes import Gate, allocated, drain
 
 from kvheap import MemoryBatch, MemoryObj, TensorMemoryAllocator, staging, transfer_paths
 from kvheap.completion import host_queue
@@ -75,10 +76,7 @@ class Scene:
         kinds = DIRECTIONS[direction]
         num_bytes = (2 * COUNT + 40 * has_room) * BLOCK
         self.near, self.far = (
-            TensorMemoryAllocator(
-                memory_of(device, kind, num_bytes), BLOCK, stream_wait_s=0.0, on_full=None
-            )
-            for kind in kinds
+            heap_on(device, kind, num_bytes, align_bytes=BLOCK) for kind in kinds
         )
         # Every other block, which are no neighbours, on the device; in a row on the host.
         self.between: list[tuple[TensorMemoryAllocator, list[MemoryObj]]] = []
@@ -106,7 +104,7 @@ class Scene:
     def allocated(self) -> list[int]:
         for heap in (self.near, self.far):
             heap.lifetime.settle(limit=None)
-        return [heap.stats().allocated_bytes for heap in (self.near, self.far)]
+        return allocated(self.near, self.far)
 
     def begin(self) -> None:
         """Start the transfer; keep what it raises."""
@@ -159,14 +157,10 @@ class Scene:
         """Free all that is live; the heaps must then be as they were before."""
         for heap, batch in ((self.near, self.source), (self.far, self.target)):
             if batch is not None:
-                heap.batched_free([obj for obj in batch if obj.is_valid()])
+                free_all(heap, batch)
         for heap, between in self.between:
-            heap.batched_free([obj for obj in between if obj.is_valid()])
+            free_all(heap, between)
         require_sound(self.device, self.near, self.far)
-
-    def drain(self) -> None:
-        self.device.drain()
-        self.device.peers[0].drain()
 
 
 def run_with(device: FakeDevice, scene: Scene) -> None:
@@ -174,10 +168,10 @@ def run_with(device: FakeDevice, scene: Scene) -> None:
     scene.begin()
     require_sound(device, scene.near, scene.far)
     scene.end()
-    scene.drain()
+    drain(device)
     scene.require_right()
     scene.free_everything()
-    scene.drain()
+    drain(device)
     if not scene.is_lost:
         assert scene.allocated() == [0, 0]
     else:
@@ -233,7 +227,7 @@ def test_what_was_queued_cannot_be_asked_about(
                 assert scene.source.live.all()
             scene.free_everything()
             # Where nobody can tell, bytes stay allocated; nothing is queued on what is free.
-            scene.drain()
+            drain(device)
             scene.allocated()
             require_sound(device, scene.near, scene.far)
 
@@ -373,7 +367,7 @@ def test_a_stream_that_cannot_wait_takes_nothing_from_the_transfer(device: FakeD
     near.batched_free(batch)
     far.batched_free(away)
     device.drain()
-    assert [heap.stats().allocated_bytes for heap in (near, far)] == [0, 0]
+    assert allocated(near, far) == [0, 0]
 
 
 def test_what_has_ended_stays_ended(device: FakeDevice) -> None:
@@ -392,7 +386,7 @@ def test_what_has_ended_stays_ended(device: FakeDevice) -> None:
     assert away.transfer.result() is None
     near.batched_free(batch)
     far.batched_free(away)
-    assert [heap.stats().allocated_bytes for heap in (near, far)] == [0, 0]
+    assert allocated(near, far) == [0, 0]
 
 
 def test_errors_that_are_raised_again_and_again_do_not_grow(device: FakeDevice) -> None:
@@ -444,7 +438,7 @@ class TestHost:
     """Copies within the host."""
 
     @pytest.fixture(autouse=True)
-    def by_queue(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_is_small(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(transfer_paths, "SMALL_BYTES", 0)
 
     @staticmethod
@@ -518,7 +512,7 @@ class TestHost:
             assert torch.equal(read(batch), contents)
         for heap, blocks in ((near, batch), (far, target)):
             if blocks is not None:
-                heap.batched_free([obj for obj in blocks if obj.is_valid()])
+                free_all(heap, blocks)
             assert heap.stats().allocated_bytes == 0
             heap.address_manager.check()
 
@@ -531,13 +525,13 @@ class TestHost:
             TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8)) for _ in range(2)
         )
         batch, target = self.layers(near), self.layers(far)
-        held = threading.Event()
+        gate = Gate()
         copy_on_host = transfer_paths.copy_on_host
         begun: list[Any] = []
 
         def waits(pieces: Any) -> None:
             begun.append(pieces)
-            assert held.wait(20)
+            gate.wait()
             copy_on_host(pieces)
 
         submitted: list[Callable[..., object]] = []
@@ -559,23 +553,21 @@ class TestHost:
             near.batched_free(batch)
             far.batched_free(target)
             if number > 1:  # the first part is at work, on bytes that must be nobody else's
-                assert near.stats().allocated_bytes == 4 * 4096
-                assert far.stats().allocated_bytes == 4 * 4096
+                assert allocated(near, far) == [4 * 4096, 4 * 4096]
         finally:
-            held.set()
+            gate.open()
             monkeypatch.undo()
             host_queue.run([lambda: None], False)[0].synchronize()
-        assert near.stats().allocated_bytes == 0
-        assert far.stats().allocated_bytes == 0
+        assert allocated(near, far) == [0, 0]
         assert len(begun) < number
 
     def test_the_extents_are_given_back_when_they_cannot_be_used(
         self, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fails(*arguments: object) -> None:
+        def fails(*arguments: object, **options: object) -> None:
             raise MemoryError("no descriptors")
 
-        monkeypatch.setattr(staging, "_copy_by_kernel", fails)
+        monkeypatch.setattr(staging.Staging, "_copy", fails)
         scene = Scene(device, "d2h", "staged", "give up")
         run_with(device, scene)
         assert "no descriptors" in str(scene.error)
