@@ -335,7 +335,8 @@ def first_outside(starts: Int64Array, ends: Int64Array, ranges: Int64Array) -> i
 def _are_apart(starts: Int64Array, size_bytes: int) -> bool:
     """Whether ranges of one size are known to be disjoint: each alone in a slot of that size.
 
-    With 12,288 starts in random order 45 us where a sort takes 320, and an argsort 600.
+    With 12,288 starts in random order 60 us where a sort took 330, and an argsort 620 (2-core AMD
+    EPYC, CPython 3.11).
     """
     low = int(starts.min())
     num_slots = (int(starts.max()) - low) // size_bytes + 1
