@@ -140,8 +140,9 @@ class Completion:
 
     def queued(self, event: DeviceEvent) -> None:
         """All of the copy that will ever be queued is; ``event`` tells when it has ended."""
-        self._event = event
+        # In this order: once there is an event, another thread may find that all has ended.
         self._state = "queued"
+        self._event = event
 
     def nothing_queued(self) -> None:
         """The copy has ended, since none of it was begun; unless it is known to have been."""
@@ -310,10 +311,13 @@ class HostQueue:
     """Copies within host memory, one after another on one thread, as a stream runs them."""
 
     def __init__(self) -> None:
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget what was queued, as a forked child must: it has no thread, nor the lock."""
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
-        self._pid = 0
 
     def run(self, works: Sequence[Callable[[], None]], is_small: bool) -> list[FutureEvent]:
         """Queue ``works`` in order. One that fails fails those behind it.
@@ -329,8 +333,6 @@ class HostQueue:
             NotAllQueuedError: some could not be queued.
         """
         with self._lock:
-            if self._pid != os.getpid():  # a forked child has the books, but not the thread
-                self._executor, self._last, self._pid = None, None, os.getpid()
             is_idle = self._last is None or self._last.done()
             if not is_small or not is_idle:
                 return self._queue(works)
@@ -376,3 +378,6 @@ def _after(before: Future[None] | None, work: Callable[[], None]) -> None:
 
 host_queue = HostQueue()
 """Of this process."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=host_queue.start_over)

@@ -295,7 +295,7 @@ def known_ranges(
     at, address = 0, int(starts[0])
     while True:
         location = device.locate(address)
-        if location is None:
+        if location is None or not location.start <= address < location.end:
             break
         if not (device.is_own(location) if on_device else location.kind == "pinned"):
             break

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import cast
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kvheap import copy_device
+from kvheap.address_manager import as_integer
 from kvheap.completion import Completion
 from kvheap.copy_device import CopyDevice, Direction, PreparedCopy
 from kvheap.copy_sides import NOWHERE, Blocks, Side, layer_offsets, paired, walls_of
@@ -24,6 +25,7 @@ from kvheap.extents import Int64Array
 from kvheap.heap_blocks import BlockObjects
 from kvheap.kernels.launch import host_addresses
 from kvheap.kernels.pieces import Pieces
+from kvheap.memory_allocator import Rows
 
 __all__ = ["CopyPlan", "Side"]
 
@@ -57,16 +59,16 @@ class CopyPlan:
     @classmethod
     def between(
         cls,
-        source: BlockObjects | torch.Tensor,
-        target: BlockObjects | torch.Tensor,
+        source: BlockObjects | Rows | torch.Tensor,
+        target: BlockObjects | Rows | torch.Tensor,
         *,
         by_layer: bool = False,
     ) -> CopyPlan:
         """Block ``i`` of the source to block ``i`` of the target.
 
         Args:
-            source: a batch; objects of one heap and layout; or a tensor ``[N, ...]``, each of its
-                N rows contiguous.
+            source: a batch, or some rows of it; objects of one heap and layout; or a tensor
+                ``[N, ...]``, each of its N rows contiguous.
             target: the same, as many blocks. Two batches must have one layout; a tensor that of a
                 batch's blocks, or be ``[N, size_bytes]`` of uint8.
             by_layer: one part for each layer, which the blocks' format must have.
@@ -184,10 +186,11 @@ class CopyPlan:
         sources, targets = np.asarray(sources), np.asarray(targets)
         if len(targets) != len(sources) or (sizes.ndim and len(sizes) != len(sources)):
             Pieces.of(sources, targets, sizes)  # which says what differs
-        if any(count < 0 for count in parts) or sum(parts) != len(sources):
-            raise ValueError(f"parts must add up to {len(sources)} pieces, got {list(parts)}")
+        counts = [as_integer("parts", count) for count in parts]
+        if any(count < 0 for count in counts) or sum(counts) != len(sources):
+            raise ValueError(f"parts must add up to {len(sources)} pieces, got {counts}")
         sizes = np.broadcast_to(sizes, len(sources)) if sizes.ndim == 0 else sizes
-        bounds = np.concatenate(([0], np.cumsum(np.asarray(parts, np.int64)))).tolist()
+        bounds = list(accumulate(counts, initial=0))
         found = [Pieces.of(sources[a:b], targets[a:b], sizes[a:b]) for a, b in pairwise(bounds)]
         return cls._checked(source, target, found)
 

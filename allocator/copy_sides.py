@@ -94,8 +94,8 @@ class Blocks:
     _starts: Int64Array | None
 
     @classmethod
-    def of(cls, name: str, blocks: BlockObjects | torch.Tensor) -> Blocks:
-        """The blocks of a batch, of objects, or the rows of a tensor.
+    def of(cls, name: str, blocks: BlockObjects | Rows | torch.Tensor) -> Blocks:
+        """The blocks of a batch, all or some of them, of objects, or the rows of a tensor.
 
         Raises:
             ValueError: a tensor's rows are not contiguous, or objects have several layouts.
@@ -104,9 +104,9 @@ class Blocks:
         """
         if isinstance(blocks, torch.Tensor):
             return cls._of_tensor(name, blocks)
-        if not isinstance(blocks, Sequence):
+        if not isinstance(blocks, Sequence | Rows):
             raise TypeError(f"{name} must be a MemoryBatch, objects or a tensor, got {blocks!r}")
-        heap = heap_of(blocks)
+        heap = heap_of(blocks.batch if isinstance(blocks, Rows) else blocks)
         runs: AddressBatch | None = None
         starts: Int64Array | None = None
         if isinstance(blocks, MemoryBatch):
@@ -117,6 +117,11 @@ class Blocks:
                 runs = blocks.runs
             else:
                 starts = heap._absolute(blocks.addresses)[0]
+        elif isinstance(blocks, Rows):
+            batch = blocks.batch
+            batch._require_all_live(blocks.rows)
+            layout, allocated_bytes, rows = batch.layout, batch.allocated_bytes, [blocks]
+            starts = heap._absolute(batch.addresses[blocks.rows])[0]
         else:
             layout, addresses = layout_and_addresses(blocks)
             starts = heap._absolute(addresses)[0]
@@ -244,7 +249,7 @@ def walls_of(
         return NOWHERE
     if side.device is not None and not side.is_unknown:
         bases = [segment.data_ptr() for segment in side.memory]
-        return np.sort(np.array(bases, np.int64)) if len(bases) > 1 else NOWHERE
+        return np.unique(np.array(bases, np.int64)) if len(bases) > 1 else NOWHERE
     on_device, owner = side.device is not None, side.device or device
     if side.heap is None and not side.is_unknown and side.memory[0].is_contiguous():
         start = np.array([side.memory[0].data_ptr()])

@@ -477,7 +477,10 @@ class MemoryBatch(Sequence[MemoryObj]):
         else:
             blocks = self._address_batch.addresses[rows]
         if events is None:
-            events = tuple(stream.record_event() for stream in self._streams_of(rows))
+            streams = self._streams_of(rows)
+            # What a transfer that has ended used need not wait to be looked at once more.
+            in_use = [stream for stream in streams if not getattr(stream, "has_let_go", False)]
+            events = tuple(stream.record_event() for stream in in_use)
         return Release(blocks, self.allocated_bytes, _Owner(self.layout, self.site), events)
 
     def _record_stream(self, stream: Stream, rows: Int64Array | None) -> None:

@@ -10,8 +10,8 @@ path            how                                                          dir
 ==============  ===========================================================  ==================
 ``kernel``      one SM kernel over a list of pointers, on few SMs            h2d, d2h, d2d
 ``copy_engine`` ``cuMemcpyBatchAsync``, or an asynchronous copy for each run  all with a device
-``staged``      gathered on the device in an extent, and one large copy of   h2d, d2h, where the
-                it; the next extent is filled meanwhile                      host side is in runs
+``staged``      gathered on the device in an extent, and one large copy of   h2d, d2h; chosen for
+                it; the next extent is filled meanwhile                      a host side in runs
 ``host``        memory copies on the host, beside the caller                 h2h
 ==============  ===========================================================  ==================
 
@@ -44,6 +44,8 @@ from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kvheap.completion import Answer, Completion, DeviceEvent, FutureEvent, Success, in_flight
 from kvheap.copy_device import Direction
@@ -369,11 +371,18 @@ def _move(
     if target is None:
         return None
     try:
-        moved: BlockObjects | None = objs if len(target) == len(objs) else objs[: len(target)]
-        if not len(target):  # an empty batch says what it is of, an empty list does not
+        moved: BlockObjects | Rows | None = objs
+        if isinstance(objs, MemoryBatch):
+            if len(target) < len(objs):
+                moved = Rows(objs, np.arange(len(target)))
+        elif not len(target):  # an empty list does not say what it is of
             moved = heap.batched_allocate(list(layout.shapes), list(layout.dtypes), 0, layout.fmt)
+        else:
+            moved = objs[: len(target)]
         assert moved is not None
-        given_up = heap._rows_by_batch(moved) if free and len(target) else []
+        given_up: Sequence[Rows] = ()
+        if free:
+            given_up = [moved] if isinstance(moved, Rows) else heap._rows_by_batch(moved)
         plan = CopyPlan.between(moved, target, by_layer=by_layer)
         target.transfer = _start(plan, stream, path, max_sms, _Move(given_up))
     except BaseException:
@@ -402,7 +411,8 @@ def _start(
     else:
         is_new = move is not None
         run = DeviceRun(plan, device, stream, path, max_sms, before, is_new_target=is_new)
-    if run.is_captured and move is not None:
+    is_captured = isinstance(run, DeviceRun) and run.is_captured
+    if is_captured and move is not None:
         raise RuntimeError(
             "blocks are not moved in a graph capture: allocate before it, and capture a copy"
         )
@@ -410,7 +420,7 @@ def _start(
     transfer = Transfer(plan, run.path, completion)
     try:
         plan.protect(completion)
-        if run.is_captured:
+        if isinstance(run, DeviceRun) and is_captured:
             transfer._is_captured = True
             run.capture()
             completion.nothing_queued()

@@ -54,7 +54,6 @@ class HostRun:
     """A copy within host memory: by the queue's thread, or here and now where it is small."""
 
     path: Path = "host"
-    is_captured = False
 
     def __init__(
         self, plan: CopyPlan, stream: Any, path: Path | None, before: Sequence[Transfer]
@@ -65,10 +64,6 @@ class HostRun:
             raise ValueError(f"a copy within host memory cannot take the path {path!r}")
         self._plan = plan
         self._before = before
-
-    def capture(self) -> None:
-        """Never: the host is not captured."""
-        raise NotImplementedError
 
     def start(self, completion: Completion) -> Sequence[DeviceEvent]:
         """Queue the parts; an event for each."""
@@ -267,7 +262,7 @@ class DeviceRun:
     def _abandon(self, completion: Completion, cause: BaseException) -> None:
         """Nothing more is queued; what was may still run."""
         completion.failed(failure_of(self._plan, self.path, cause))
-        if completion.is_lost:
+        if completion.has_ended:  # staging has waited for it, or has lost it
             return
         try:
             completion.queued(self._device.record_event(self._stream))

@@ -372,29 +372,6 @@ class Driver:
         end = facts.range_start + facts.range_bytes
         return Location(kind, facts.device, facts.range_start, end)
 
-    def pinned_ranges(self, start: int, end: int) -> Int64Array:
-        """The registrations of host memory that cover ``[start, end)`` from its start on.
-
-        It ends at the first byte that is in none: what comes behind could be found only page by
-        page. O(registrations).
-
-        Returns:
-            int64 ``[R, 2]``: absolute ``[start, end)`` of each whole registration, ascending. The
-            last ends before ``end`` where some byte is not pinned; R is 0 where the first is not.
-
-        Raises:
-            CopyEngineError: the driver refused.
-        """
-        ranges: list[tuple[int, int]] = []
-        address = start
-        while address < end:
-            found = self.locate(address)
-            if found is None or found.kind != "pinned" or not found.start <= address < found.end:
-                break
-            ranges.append((found.start, found.end))
-            address = found.end
-        return np.array(ranges, np.int64).reshape(-1, 2)
-
     def _require(self, call: str, code: int, what: str = "") -> None:
         if code:
             raise self._error(call, code, what)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import signal
 import threading
 import time
 import weakref
@@ -21,6 +23,7 @@ from kvheap.completion import (
     InFlight,
     NotAllQueuedError,
     Success,
+    host_queue,
 )
 from kvheap.errors import TransferError
 from kvheap.lifetime import ReleaseVoidError
@@ -222,6 +225,24 @@ class TestCompletion:
         assert time.monotonic() - begun >= 0.01
         threading.Timer(0.01, event.synchronize).start()
         assert completion.wait(20)
+
+
+class TestWhoLooksInBetween:
+    def test_a_copy_that_ends_while_it_is_told_of(self) -> None:
+        """Another thread may find the event passed before it is told that there is one."""
+
+        class Looked(Completion):
+            def __setattr__(self, name: str, value: object) -> None:
+                super().__setattr__(name, value)
+                if name in ("_event", "_state") and value is not None:
+                    assert self.has_ended in (True, False)  # as another thread may ask here
+
+        event = Event()
+        event.passed = True
+        completion = Looked()
+        completion.queued(event)
+        assert completion.query()
+        assert completion.wait(0)
 
 
 class TestSuccess:
@@ -446,3 +467,16 @@ class TestHostQueue:
     def test_no_work(self) -> None:
         assert HostQueue().run([], True) == []
         assert HostQueue().run([], False) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_while_somebody_queues_has_a_queue() -> None:
+    with host_queue._lock:  # as another thread may hold it
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            done: list[int] = []
+            host_queue.run([lambda: done.append(1)], False)[0].synchronize()
+            os._exit(0 if done == [1] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

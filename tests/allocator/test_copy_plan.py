@@ -123,6 +123,11 @@ class TestOfAddresses:
         with pytest.raises(ValueError, match="parts must add up to 2 pieces"):
             CopyPlan.of_addresses(*two_buffers(), [0, 8], [0, 8], 8, parts=parts)
 
+    @pytest.mark.parametrize("parts", [[0.5, 1.5], [True, True], ["2"]])
+    def test_parts_are_integers(self, parts: Any) -> None:
+        with pytest.raises(TypeError, match="parts must be an integer"):
+            CopyPlan.of_addresses(*two_buffers(), [0, 8], [0, 8], 8, parts=parts)
+
     @pytest.mark.parametrize("parts", [None, [1, 1]])
     @pytest.mark.parametrize(
         ("targets", "sizes"), [([0, 8, 16], 8), ([0, 8], [8, 8, 8]), ([0], 8), ([0, 8], [8])]

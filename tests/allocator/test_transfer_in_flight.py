@@ -196,6 +196,14 @@ class TestProtection:
         near.batched_free(batch)
         assert allocated(near) == [0]
 
+    def test_what_is_freed_after_the_end_is_free_at_once(self, device: FakeDevice) -> None:
+        near = heap_on(device, "device", 1 << 16)
+        out = memory_of(device, "host", 8 * BLOCK).view(8, BLOCK)
+        batch = filled(near, 8)
+        copy((batch, out), device.stream()).result()
+        near.batched_free(batch)
+        assert near.address_manager.total_allocated_size == 0
+
     def test_a_copy_that_was_lost_is_never_forgotten(self, device: FakeDevice) -> None:
         near = heap_on(device, "device", 8 * BLOCK)
         out = memory_of(device, "host", 8 * BLOCK).view(8, BLOCK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -308,6 +309,32 @@ class TestOffload:
         away.transfer.result()
         assert not batch.live.any()
         assert allocated(tiers.near) == [4 * BLOCK]  # the lost one may still read them
+
+
+def test_a_partial_move_does_no_python_work_for_a_block(device: FakeDevice) -> None:
+    counts = []
+    for num_blocks in (64, 64, 512):  # the first also fills caches
+        near = heap_on(device, "device", num_blocks * BLOCK)
+        far = heap_on(device, "host", num_blocks // 2 * BLOCK)
+        batch = filled(near, num_blocks)
+        calls = 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            is_ours = frame.f_globals.get("__name__", "").startswith("kvheap.")
+            calls += event == "call" and is_ours
+
+        sys.setprofile(count)
+        away = offload(batch, far, device.stream(), free=True, allow_partial=True)  # type: ignore[arg-type]
+        sys.setprofile(None)
+        counts.append(calls)
+        assert away is not None
+        away.transfer.result()
+        half = num_blocks // 2
+        assert batch.live.tolist() == [False] * half + [True] * half
+        assert torch.equal(read(away), random_bytes(num_blocks * BLOCK, 0).view(-1, BLOCK)[:half])
+        assert allocated(near) == [half * BLOCK]
+    assert counts[1] == counts[2]
 
 
 class TestHeapsThatWatch:
