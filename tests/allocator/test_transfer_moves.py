@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Callable
@@ -29,8 +30,10 @@ from kvheap import (
     LazyMemoryAllocator,
     LifetimeError,
     TensorMemoryAllocator,
+    transfer,
     transfer_paths,
 )
+from kvheap.completion import InFlight
 from kvheap.errors import TransferError
 from kvheap.transfer import copy, offload, restore
 
@@ -311,12 +314,18 @@ class TestOffload:
         assert allocated(tiers.near) == [4 * BLOCK]  # the lost one may still read them
 
 
-def test_a_partial_move_does_no_python_work_for_a_block(device: FakeDevice) -> None:
+def test_a_partial_move_does_no_python_work_for_a_block(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts = []
     for num_blocks in (64, 64, 512):  # the first also fills caches
         near = heap_on(device, "device", num_blocks * BLOCK)
         far = heap_on(device, "host", num_blocks // 2 * BLOCK)
         batch = filled(near, num_blocks)
+        # Neither other tests' copies, which a new one looks at, nor their garbage are counted.
+        monkeypatch.setattr(transfer, "in_flight", InFlight())
+        gc.collect()
+        gc.disable()
         calls = 0
 
         def count(frame: Any, event: str, argument: Any) -> None:
@@ -324,9 +333,13 @@ def test_a_partial_move_does_no_python_work_for_a_block(device: FakeDevice) -> N
             is_ours = frame.f_globals.get("__name__", "").startswith("kvheap.")
             calls += event == "call" and is_ours
 
+        stream: Any = device.stream()
         sys.setprofile(count)
-        away = offload(batch, far, device.stream(), free=True, allow_partial=True)  # type: ignore[arg-type]
-        sys.setprofile(None)
+        try:
+            away = offload(batch, far, stream, free=True, allow_partial=True)
+        finally:
+            sys.setprofile(None)
+            gc.enable()
         counts.append(calls)
         assert away is not None
         away.transfer.result()
