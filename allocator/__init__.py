@@ -13,12 +13,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvheap.address_batch import AddressBatch as AddressBatch
-    from kvheap.address_manager import AddressManager as AddressManager
-    from kvheap.address_manager import HeapStats as HeapStats
-    from kvheap.block_layout import BlockLayout as BlockLayout
-    from kvheap.copy_plan import CopyPlan as CopyPlan
-    from kvheap.device_allocators import GPUMemoryAllocator as GPUMemoryAllocator
+    from kvheap.addresses.address_batch import AddressBatch as AddressBatch
+    from kvheap.addresses.address_manager import AddressManager as AddressManager
+    from kvheap.addresses.address_manager import HeapStats as HeapStats
+    from kvheap.blocks.block_layout import BlockLayout as BlockLayout
+    from kvheap.blocks.lifetime import FullReport as FullReport
+    from kvheap.blocks.lifetime import Lease as Lease
+    from kvheap.blocks.lifetime import LiveBlocks as LiveBlocks
+    from kvheap.blocks.memory_allocator import HeapOptions as HeapOptions
+    from kvheap.blocks.memory_allocator import MemoryAllocatorInterface as MemoryAllocatorInterface
+    from kvheap.blocks.memory_batch import MemoryBatch as MemoryBatch
+    from kvheap.blocks.memory_format import MemoryFormat as MemoryFormat
+    from kvheap.blocks.memory_metadata import MemoryBatchMetadata as MemoryBatchMetadata
+    from kvheap.blocks.memory_metadata import MemoryObjMetadata as MemoryObjMetadata
+    from kvheap.blocks.memory_object import BytesBufferMemoryObj as BytesBufferMemoryObj
+    from kvheap.blocks.memory_object import MemoryObj as MemoryObj
+    from kvheap.engine.chunks import load as load
+    from kvheap.engine.chunks import store as store
     from kvheap.errors import BlockInUseError as BlockInUseError
     from kvheap.errors import ClosedError as ClosedError
     from kvheap.errors import DoubleFreeError as DoubleFreeError
@@ -30,89 +41,80 @@ if TYPE_CHECKING:
     from kvheap.errors import OutOfMemoryError as OutOfMemoryError
     from kvheap.errors import TransferError as TransferError
     from kvheap.errors import WriteAfterFreeError as WriteAfterFreeError
-    from kvheap.growth import GrowthProgress as GrowthProgress
-    from kvheap.host_allocators import HostMemoryAllocator as HostMemoryAllocator
-    from kvheap.host_allocators import MixedMemoryAllocator as MixedMemoryAllocator
-    from kvheap.host_allocators import PinMemoryAllocator as PinMemoryAllocator
-    from kvheap.host_memory import HostBuffer as HostBuffer
-    from kvheap.host_memory import numa_node_of_gpu as numa_node_of_gpu
+    from kvheap.heaps.device_allocators import GPUMemoryAllocator as GPUMemoryAllocator
+    from kvheap.heaps.host_allocators import HostMemoryAllocator as HostMemoryAllocator
+    from kvheap.heaps.host_allocators import MixedMemoryAllocator as MixedMemoryAllocator
+    from kvheap.heaps.host_allocators import PinMemoryAllocator as PinMemoryAllocator
+    from kvheap.heaps.lazy_allocator import LazyMemoryAllocator as LazyMemoryAllocator
+    from kvheap.heaps.paged_allocator import (
+        PagedTensorMemoryAllocator as PagedTensorMemoryAllocator,
+    )
+    from kvheap.heaps.plain_allocators import AdHocMemoryAllocator as AdHocMemoryAllocator
+    from kvheap.heaps.plain_allocators import BufferAllocator as BufferAllocator
+    from kvheap.heaps.tensor_allocator import AllocatorStats as AllocatorStats
+    from kvheap.heaps.tensor_allocator import TensorMemoryAllocator as TensorMemoryAllocator
     from kvheap.kernels.paged_layout import LayoutError as LayoutError
     from kvheap.kernels.paged_layout import PagedKVCache as PagedKVCache
     from kvheap.kernels.paged_slots import BlockIds as BlockIds
-    from kvheap.lazy_allocator import LazyMemoryAllocator as LazyMemoryAllocator
-    from kvheap.lifetime import FullReport as FullReport
-    from kvheap.lifetime import Lease as Lease
-    from kvheap.lifetime import LiveBlocks as LiveBlocks
-    from kvheap.memory_allocator import HeapOptions as HeapOptions
-    from kvheap.memory_allocator import MemoryAllocatorInterface as MemoryAllocatorInterface
-    from kvheap.memory_batch import MemoryBatch as MemoryBatch
-    from kvheap.memory_format import MemoryFormat as MemoryFormat
-    from kvheap.memory_metadata import MemoryBatchMetadata as MemoryBatchMetadata
-    from kvheap.memory_metadata import MemoryObjMetadata as MemoryObjMetadata
-    from kvheap.memory_object import BytesBufferMemoryObj as BytesBufferMemoryObj
-    from kvheap.memory_object import MemoryObj as MemoryObj
-    from kvheap.paged_allocator import PagedTensorMemoryAllocator as PagedTensorMemoryAllocator
-    from kvheap.paged_batches import load as load
-    from kvheap.paged_batches import store as store
-    from kvheap.plain_allocators import AdHocMemoryAllocator as AdHocMemoryAllocator
-    from kvheap.plain_allocators import BufferAllocator as BufferAllocator
-    from kvheap.tensor_allocator import AllocatorStats as AllocatorStats
-    from kvheap.tensor_allocator import TensorMemoryAllocator as TensorMemoryAllocator
+    from kvheap.memory.growth import GrowthProgress as GrowthProgress
+    from kvheap.memory.host_memory import HostBuffer as HostBuffer
+    from kvheap.memory.host_memory import numa_node_of_gpu as numa_node_of_gpu
     from kvheap.transfer import Transfer as Transfer
     from kvheap.transfer import offload as offload
     from kvheap.transfer import restore as restore
+    from kvheap.transfer.plan import CopyPlan as CopyPlan
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "AdHocMemoryAllocator": "plain_allocators",
-    "AddressBatch": "address_batch",
-    "AddressManager": "address_manager",
-    "AllocatorStats": "tensor_allocator",
+    "AdHocMemoryAllocator": "heaps.plain_allocators",
+    "AddressBatch": "addresses.address_batch",
+    "AddressManager": "addresses.address_manager",
+    "AllocatorStats": "heaps.tensor_allocator",
     "BlockIds": "kernels.paged_slots",
     "BlockInUseError": "errors",
-    "BlockLayout": "block_layout",
-    "BufferAllocator": "plain_allocators",
-    "BytesBufferMemoryObj": "memory_object",
+    "BlockLayout": "blocks.block_layout",
+    "BufferAllocator": "heaps.plain_allocators",
+    "BytesBufferMemoryObj": "blocks.memory_object",
     "ClosedError": "errors",
-    "CopyPlan": "copy_plan",
+    "CopyPlan": "transfer.plan",
     "DoubleFreeError": "errors",
     "ForeignObjectError": "errors",
-    "FullReport": "lifetime",
-    "GPUMemoryAllocator": "device_allocators",
-    "GrowthProgress": "growth",
+    "FullReport": "blocks.lifetime",
+    "GPUMemoryAllocator": "heaps.device_allocators",
+    "GrowthProgress": "memory.growth",
     "HeapCorruptionError": "errors",
-    "HeapOptions": "memory_allocator",
-    "HeapStats": "address_manager",
-    "HostBuffer": "host_memory",
-    "HostMemoryAllocator": "host_allocators",
+    "HeapOptions": "blocks.memory_allocator",
+    "HeapStats": "addresses.address_manager",
+    "HostBuffer": "memory.host_memory",
+    "HostMemoryAllocator": "heaps.host_allocators",
     "InvalidFreeError": "errors",
     "LayoutError": "kernels.paged_layout",
-    "LazyMemoryAllocator": "lazy_allocator",
-    "Lease": "lifetime",
+    "LazyMemoryAllocator": "heaps.lazy_allocator",
+    "Lease": "blocks.lifetime",
     "LifetimeError": "errors",
-    "LiveBlocks": "lifetime",
-    "MemoryAllocatorInterface": "memory_allocator",
-    "MemoryBatch": "memory_batch",
-    "MemoryBatchMetadata": "memory_metadata",
-    "MemoryFormat": "memory_format",
-    "MemoryObj": "memory_object",
-    "MemoryObjMetadata": "memory_metadata",
-    "MixedMemoryAllocator": "host_allocators",
+    "LiveBlocks": "blocks.lifetime",
+    "MemoryAllocatorInterface": "blocks.memory_allocator",
+    "MemoryBatch": "blocks.memory_batch",
+    "MemoryBatchMetadata": "blocks.memory_metadata",
+    "MemoryFormat": "blocks.memory_format",
+    "MemoryObj": "blocks.memory_object",
+    "MemoryObjMetadata": "blocks.memory_metadata",
+    "MixedMemoryAllocator": "heaps.host_allocators",
     "NegativeBatchSizeError": "errors",
     "OutOfMemoryError": "errors",
     "PagedKVCache": "kernels.paged_layout",
-    "PagedTensorMemoryAllocator": "paged_allocator",
-    "PinMemoryAllocator": "host_allocators",
-    "TensorMemoryAllocator": "tensor_allocator",
+    "PagedTensorMemoryAllocator": "heaps.paged_allocator",
+    "PinMemoryAllocator": "heaps.host_allocators",
+    "TensorMemoryAllocator": "heaps.tensor_allocator",
     "Transfer": "transfer",
     "TransferError": "errors",
     "WriteAfterFreeError": "errors",
-    "load": "paged_batches",
-    "numa_node_of_gpu": "host_memory",
+    "load": "engine.chunks",
+    "numa_node_of_gpu": "memory.host_memory",
     "offload": "transfer",
     "restore": "transfer",
-    "store": "paged_batches",
+    "store": "engine.chunks",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

@@ -35,13 +35,13 @@ from _transfer_peers import (
     pointer_list,
 )
 
-from kvheap import planner
-from kvheap.calibrate import CudaMeasure, calibrate
-from kvheap.copy_device import CopyDevice, find_device
-from kvheap.copy_plan import CopyPlan
+from kvheap.calibration.calibrate import CudaMeasure, calibrate
+from kvheap.device.copy_device import CopyDevice, find_device
 from kvheap.kernels.copy_engine import driver
 from kvheap.kernels.pointer_copy import PointerCopy
+from kvheap.planning import planner
 from kvheap.transfer import copy
+from kvheap.transfer.plan import CopyPlan
 
 Direction = Literal["h2d", "d2h", "d2d"]
 Row = dict[str, Any]

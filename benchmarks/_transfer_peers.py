@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from kvheap import MemoryBatch, TensorMemoryAllocator
-from kvheap.copy_plan import CopyPlan, Side
 from kvheap.kernels.copy_engine import Driver, driver
 from kvheap.kernels.launch import jit, tl, upload
 from kvheap.kernels.pieces import Pieces
 from kvheap.kernels.pointer_copy import PointerCopy
+from kvheap.transfer.plan import CopyPlan, Side
 
 Pattern = Literal["scattered", "from a run", "into a run", "ragged", "runs"]
 
@@ -344,7 +344,7 @@ class _Unlaunched:
 
 
 class HostOnlyDevice:
-    """A :class:`~kvheap.copy_device.CopyDevice` that does the host's part alone.
+    """A :class:`~kvheap.device.copy_device.CopyDevice` that does the host's part alone.
 
     Descriptors are planned and written, to host memory; the copy engine's arguments cross ctypes.
     """

@@ -70,10 +70,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvheap import planner
-from kvheap.copy_plan import CopyPlan
 from kvheap.kernels.pointer_copy import PointerCopy
+from kvheap.planning import planner
 from kvheap.transfer import copy
+from kvheap.transfer.plan import CopyPlan
 
 TARGET_PLANNER = 0.95
 TARGET_LINK = 0.90

@@ -130,7 +130,7 @@ elif [ -z "$sanitizer" ]; then
 else
     step "compute-sanitizer memcheck" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         "$sanitizer" --tool memcheck --target-processes application-only --error-exitcode 9 \
-        "$python" "$repository/tests/kernels/sanitizer_cases.py"
+        "$python" "$repository/tests/support/sanitizer_cases.py"
 fi
 
 device_folder=$("$python" -c "

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvheap.calibrate import CalibrationError, CudaMeasure, calibrate
+from kvheap.calibration.calibrate import CalibrationError, CudaMeasure, calibrate
 from kvheap.cli import CommandError
 from kvheap.errors import TransferError
-from kvheap.path_costs import DIRECTIONS
-from kvheap.planner import CopyTable, Direction, cache_path, forget_tables, table_for
+from kvheap.planning.path_costs import DIRECTIONS
+from kvheap.planning.planner import CopyTable, Direction, cache_path, forget_tables, table_for
 
 __all__ = ["run"]
 
@@ -104,7 +104,7 @@ def _device(text: str, hint: str = "") -> tuple[str, str, int]:
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise CommandError(f"--device {text}: there are {torch.cuda.device_count()} devices")
 
-    from kvheap.copy_device import find_device
+    from kvheap.device.copy_device import find_device
 
     found = find_device(device)
     assert found is not None  # which it is for a CPU alone

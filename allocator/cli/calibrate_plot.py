@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from kvheap.path_costs import DIRECTIONS, PATHS, Cell, Direction
-from kvheap.planner import CopyTable
-from kvheap.published_costs import PUBLISHED_CROSSOVERS, Crossover
+from kvheap.planning.path_costs import DIRECTIONS, PATHS, Cell, Direction
+from kvheap.planning.planner import CopyTable
+from kvheap.planning.published_costs import PUBLISHED_CROSSOVERS, Crossover
 
 __all__ = ["draw"]
 

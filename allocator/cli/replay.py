@@ -22,13 +22,13 @@ from rich.table import Table
 
 from kvheap import __version__
 from kvheap.cli import CommandError
-from kvheap.engine_cache import ENGINE_LAYOUTS, EngineCache
-from kvheap.engine_replay import EngineReplay
-from kvheap.geometry import GEOMETRIES, Geometry
-from kvheap.prefix_store import RequestTooLargeError
-from kvheap.replay import Replay
-from kvheap.tensor_allocator import TensorMemoryAllocator
-from kvheap.trace import Request, TraceError, read_trace, synthetic_trace
+from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
+from kvheap.prefix.store import RequestTooLargeError
+from kvheap.replay.engine_cache import ENGINE_LAYOUTS, EngineCache
+from kvheap.replay.engine_replay import EngineReplay
+from kvheap.replay.geometry import GEOMETRIES, Geometry
+from kvheap.replay.replay import Replay
+from kvheap.replay.trace import Request, TraceError, read_trace, synthetic_trace
 
 __all__ = ["parse_bytes", "run"]
 

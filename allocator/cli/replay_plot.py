@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from kvheap.replay import Replay
+from kvheap.replay.replay import Replay
 
 __all__ = ["SUFFIXES", "draw"]
 

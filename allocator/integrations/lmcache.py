@@ -29,13 +29,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 import torch
 
 import kvheap
-from kvheap.address_manager import AddressManager, as_integer
-from kvheap.block_layout import BlockLayout, Dtypes, Shapes
-from kvheap.host_registration import PAGE_BYTES
-from kvheap.memory_batch import MemoryBatch
-from kvheap.memory_format import MemoryFormat
-from kvheap.memory_metadata import MemoryObjMetadata
-from kvheap.memory_object import BytesBufferMemoryObj, MemoryObj
+from kvheap.addresses.address_manager import AddressManager, as_integer
+from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
+from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.blocks.memory_format import MemoryFormat
+from kvheap.blocks.memory_metadata import MemoryObjMetadata
+from kvheap.blocks.memory_object import BytesBufferMemoryObj, MemoryObj
+from kvheap.memory.host_registration import PAGE_BYTES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

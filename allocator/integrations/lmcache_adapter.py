@@ -23,17 +23,17 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvheap.block_layout import Dtypes, Shapes
+from kvheap.blocks.block_layout import Dtypes, Shapes
+from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.errors import ClosedError, ForeignObjectError
-from kvheap.memory_format import MemoryFormat
 
 if TYPE_CHECKING:
     import torch
 
-    from kvheap.address_manager import AddressManager
-    from kvheap.memory_batch import MemoryBatch
-    from kvheap.memory_object import MemoryObj
-    from kvheap.tensor_allocator import TensorMemoryAllocator
+    from kvheap.addresses.address_manager import AddressManager
+    from kvheap.blocks.memory_batch import MemoryBatch
+    from kvheap.blocks.memory_object import MemoryObj
+    from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 
 __all__ = ["LMCacheClasses", "lmcache_classes"]
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from kvheap import copy_device
-from kvheap.calibrate import GRID_COUNTS, GRID_SIZES, CalibrationError
+from kvheap.calibration.calibrate import GRID_COUNTS, GRID_SIZES, CalibrationError
 from kvheap.cli import CALIBRATE_HELP, CALIBRATE_NOTES, calibrate, main
-from kvheap.path_costs import DIRECTIONS, PATHS
-from kvheap.planner import CopyTable, cache_path, forget_tables, table_for
-from kvheap.published_costs import published_costs
+from kvheap.device import copy_device
+from kvheap.planning.path_costs import DIRECTIONS, PATHS
+from kvheap.planning.planner import CopyTable, cache_path, forget_tables, table_for
+from kvheap.planning.published_costs import published_costs
 
 H100 = "NVIDIA H100 80GB HBM3"
 COSTS = published_costs(H100)

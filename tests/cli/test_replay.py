@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvheap import prefix_store, replay
+from kvheap import replay
 from kvheap.cli import REPLAY_NOTES, CommandError, main
 from kvheap.cli.replay import parse_bytes
-from kvheap.engine_cache import ENGINE_LAYOUTS, EngineCache
+from kvheap.prefix import store as prefix_store
+from kvheap.replay.engine_cache import ENGINE_LAYOUTS, EngineCache
 
 TRACE = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
 LINE = '{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}\n'

@@ -31,7 +31,7 @@ from fake_driver import CopyCall, FakeDriver, OtherCall
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvheap.copy_device import known_ranges
+from kvheap.device.copy_device import known_ranges
 from kvheap.kernels import copy_engine
 from kvheap.kernels.copy_engine import CopyEngineError, Direction, Driver, Location, driver
 from kvheap.kernels.launch import triton

@@ -50,7 +50,7 @@ def make(device, **options):
 
 def copy_unseen(cache, values, batch, num_tokens, are_blocks, to_heap=True):
     """A copy whose slots are not looked at on the host, as where they are on a device."""
-    chunks, _ = kvheap.paged_batches._chunks(batch.allocator, batch, cache, False)
+    chunks, _ = kvheap.engine.chunks._chunks(batch.allocator, batch, cache, False)
     pairing = pairing_of(cache, chunks.layout, None, None)
     unit = pairing.block_unit if are_blocks else 1
     places = Places(values.to(cache.device), are_blocks, unit, num_tokens)

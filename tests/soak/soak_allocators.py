@@ -63,7 +63,7 @@ from kvheap import (
     TensorMemoryAllocator,
     WriteAfterFreeError,
 )
-from kvheap.block_layout import BlockLayout
+from kvheap.blocks.block_layout import BlockLayout
 from kvheap.kernels.block_copy import gather_blocks, scatter_blocks
 
 PAGE = 4096
@@ -154,8 +154,10 @@ class Faults:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         with (
-            mock.patch("kvheap.tensor_allocator.scatter_blocks", self.wrapped(scatter_blocks)),
-            mock.patch("kvheap.tensor_allocator.gather_blocks", self.wrapped(gather_blocks)),
+            mock.patch(
+                "kvheap.heaps.tensor_allocator.scatter_blocks", self.wrapped(scatter_blocks)
+            ),
+            mock.patch("kvheap.heaps.tensor_allocator.gather_blocks", self.wrapped(gather_blocks)),
         ):
             yield
 

@@ -1,0 +1,164 @@
+"""``AddressBatch``: what ``AddressManager.batched_allocate`` returns, N equal blocks as few runs.
+
+A run is a stretch of neighbouring blocks. N blocks in R runs are two arrays of R, so a batch
+costs the same whether it holds 64 or 64,000 blocks; the N addresses are made when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from typing import SupportsIndex, overload
+
+import numpy as np
+
+from kvheap.addresses.extents import Int64Array
+
+__all__ = ["AddressBatch"]
+
+
+class AddressBatch(Sequence[tuple[int, int]]):
+    """N equal blocks, a sequence of ``(address, size)`` pairs in ascending address order.
+
+    Immutable. Compares equal to any sequence of the same pairs, and ``batch + list`` is a list,
+    so that code written for a list of pairs goes on working.
+
+    Attributes:
+        block_bytes: allocated bytes of each block, a multiple of the alignment.
+
+    >>> batch = AddressBatch(4096, np.array([0, 16384]), np.array([2, 1]))
+    >>> list(batch)
+    [(0, 4096), (4096, 4096), (16384, 4096)]
+    >>> batch.num_runs, len(batch), batch.addresses
+    (2, 3, array([    0,  4096, 16384]))
+    """
+
+    __slots__ = ("_addresses", "_counts", "_length", "_starts", "block_bytes")
+
+    def __init__(
+        self,
+        block_bytes: int,
+        run_starts: Int64Array | Sequence[int],
+        run_counts: Int64Array | Sequence[int],
+    ) -> None:
+        self.block_bytes = block_bytes
+        # Few runs stay lists: a batch that is freed whole never needs an array.
+        self._starts = run_starts
+        self._counts = run_counts
+        self._length = int(sum(run_counts) if len(run_counts) < 64 else np.sum(run_counts))
+        self._addresses: Int64Array | None = None
+
+    @classmethod
+    def of_addresses(cls, addresses: Int64Array, block_bytes: int) -> AddressBatch:
+        """Blocks at ``addresses``, int64 ``[N]``, neighbours made one run.
+
+        Raises:
+            ValueError: the addresses are not in ascending order, or blocks overlap.
+
+        >>> AddressBatch.of_addresses(np.array([0, 8, 32]), 8).run_counts
+        array([2, 1])
+        """
+        gaps = np.diff(addresses)
+        if (gaps < block_bytes).any():
+            at = int(np.argmax(gaps < block_bytes))
+            raise ValueError(
+                f"addresses must ascend by at least the {block_bytes} bytes of a block, got "
+                f"{addresses[at]} before {addresses[at + 1]}"
+            )
+        firsts = np.flatnonzero(np.append(True, gaps != block_bytes))[: len(addresses)]
+        counts = np.diff(np.append(firsts, len(addresses)))
+        return cls(block_bytes, addresses[firsts], counts)
+
+    @property
+    def run_starts(self) -> Int64Array:
+        """Address of each run's first block, int64 ``[R]``, ascending, read-only."""
+        self._starts = _read_only(self._starts)
+        return self._starts
+
+    @property
+    def run_counts(self) -> Int64Array:
+        """Blocks in each run, int64 ``[R]``, all positive, read-only."""
+        self._counts = _read_only(self._counts)
+        return self._counts
+
+    @property
+    def num_runs(self) -> int:
+        """How many runs the blocks form; a copy of the batch pays per run."""
+        return len(self._starts)
+
+    def run_pairs(self) -> list[tuple[int, int]]:
+        """Each run's first address and its bytes, as plain ints."""
+        size = self.block_bytes
+        return [(int(s), int(c) * size) for s, c in zip(self._starts, self._counts, strict=True)]
+
+    @property
+    def addresses(self) -> Int64Array:
+        """The address of every block, int64 ``[N]``, ascending, read-only; O(N) once."""
+        if self._addresses is None:
+            offsets = np.arange(self._length, dtype=np.int64)
+            if self.num_runs > 1:
+                first_index = np.cumsum(self.run_counts) - self.run_counts
+                offsets -= np.repeat(first_index, self.run_counts)
+                offsets *= self.block_bytes
+                offsets += np.repeat(self.run_starts, self.run_counts)
+            elif self.num_runs == 1:
+                offsets *= self.block_bytes
+                offsets += self._starts[0]
+            offsets.flags.writeable = False
+            self._addresses = offsets
+        return self._addresses
+
+    def address(self, index: int) -> int:
+        """The address of block ``index`` (0 <= index < N)."""
+        if self.num_runs == 1:
+            return int(self._starts[0]) + index * self.block_bytes
+        return int(self.addresses[index])
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """The ``(address, size)`` pairs."""
+        return zip(self.addresses.tolist(), repeat(self.block_bytes))
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, int]]: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> tuple[int, int] | list[tuple[int, int]]:
+        """One ``(address, size)`` pair, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return list(zip(self.addresses[index].tolist(), repeat(self.block_bytes)))
+        return int(self.addresses[index]), self.block_bytes
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other sequence holds the same pairs in the same order."""
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __add__(self, other: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """A list of this batch's pairs and the other's."""
+        return [*self, *other]
+
+    def __radd__(self, other: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """A list of the other's pairs and this batch's."""
+        return [*other, *self]
+
+    def __reduce__(self) -> tuple[type[AddressBatch], tuple[int, Int64Array, Int64Array]]:
+        return type(self), (self.block_bytes, self.run_starts, self.run_counts)
+
+    def __repr__(self) -> str:
+        """Blocks, their size and the first runs."""
+        runs = [f"{c} at {s}" for s, c in zip(self._starts[:8], self._counts[:8], strict=True)]
+        more = ", ..." if self.num_runs > 8 else ""
+        return f"AddressBatch({len(self)} x {self.block_bytes} bytes: {', '.join(runs)}{more})"
+
+
+def _read_only(values: Int64Array | Sequence[int]) -> Int64Array:
+    array = np.asarray(values, np.int64).view()
+    array.flags.writeable = False
+    return array

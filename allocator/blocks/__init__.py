@@ -1,0 +1,1 @@
+"""What is handed out: formats, layouts, batches and their handles, counts, lifetimes."""

@@ -1,0 +1,124 @@
+"""``BlockLayout``: what one block holds: one tensor, or several groups of tensors side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+
+from kvheap.blocks.memory_format import MemoryFormat
+
+__all__ = ["BlockLayout", "Dtypes", "Shapes"]
+
+Shapes: TypeAlias = "Sequence[int] | Sequence[Sequence[int]]"
+"""The shape of a block, or one for each of its groups."""
+
+Dtypes: TypeAlias = "torch.dtype | Sequence[torch.dtype]"
+"""The dtype of a block, or one for each of its groups."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLayout:
+    """Shapes, dtypes and meaning of a block's groups, which lie one after the other.
+
+    Hybrid models keep, for one chunk of tokens, attention KV and recurrent state side by side.
+
+    Attributes:
+        shapes: logical shape of each group.
+        dtypes: logical dtype of each group.
+        fmt: what the dimensions mean.
+        offsets: where each group begins, in bytes, and at the end where the last one ends.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    fmt: MemoryFormat
+    offsets: tuple[int, ...]
+
+    @staticmethod
+    def of(shapes: Shapes, dtypes: Dtypes, fmt: MemoryFormat) -> BlockLayout:
+        """The layout of one group, or of several given as lists of equal length.
+
+        Raises:
+            TypeError: a dtype is not a ``torch.dtype``, or a shape not of integers.
+            ValueError: the lists differ in length, a shape has no element, or a group would
+                begin at an offset that its dtype cannot be read from.
+
+        >>> layout = BlockLayout.of([(2, 3), (5,)], [torch.float32, torch.int16],
+        ...                         MemoryFormat.UNDEFINED)
+        >>> layout.offsets, layout.size_bytes
+        ((0, 24, 34), 34)
+        """
+        if isinstance(dtypes, torch.dtype):
+            if isinstance(shapes, torch.Size):
+                return _single(shapes, dtypes, fmt)
+            if len(shapes) == 1 and isinstance(shapes[0], Sequence):
+                shapes = shapes[0]
+            return _single(_size(shapes), dtypes, fmt)
+        if not isinstance(dtypes, Sequence):
+            raise TypeError(f"dtype must be a torch.dtype or a list of them, got {dtypes!r}")
+        is_one_shape = len(shapes) and not isinstance(shapes[0], Sequence)
+        sizes = [_size(shapes)] if is_one_shape else [_size(shape) for shape in shapes]
+        if len(sizes) != len(dtypes) or not len(dtypes):
+            raise ValueError(
+                f"a block needs as many shapes as dtypes, and at least one, got "
+                f"{len(sizes)} and {len(dtypes)}"
+            )
+        return _several(tuple(sizes), tuple(dtypes), fmt)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all groups."""
+        return self.offsets[-1]
+
+    @property
+    def alignment(self) -> int:
+        """Blocks must begin at multiples of so many bytes: the widest item of any group."""
+        return max(dtype.itemsize for dtype in self.dtypes)
+
+    def view(self, block: torch.Tensor, group: int = 0) -> torch.Tensor:
+        """Group ``group`` of a block's bytes, uint8 ``[size_bytes]``, without a copy."""
+        begin, end = self.offsets[group], self.offsets[group + 1]
+        return block[begin:end].view(self.dtypes[group]).view(self.shapes[group])
+
+    def __str__(self) -> str:
+        """Shapes, dtypes and format, as they appear in messages."""
+        groups = zip(self.shapes, self.dtypes, strict=True)
+        parts = " + ".join(f"{tuple(shape)} {dtype}" for shape, dtype in groups)
+        return f"{parts} {self.fmt.name}"
+
+
+def _size(shape: Any) -> torch.Size:
+    if isinstance(shape, torch.Size):
+        return shape
+    try:
+        return torch.Size(shape)
+    except TypeError:
+        raise TypeError(f"shape must be a sequence of integers, got {shape!r}") from None
+
+
+@lru_cache(maxsize=256)
+def _single(shape: torch.Size, dtype: torch.dtype, fmt: MemoryFormat) -> BlockLayout:
+    return _several((shape,), (dtype,), fmt)
+
+
+@lru_cache(maxsize=256)
+def _several(
+    shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], fmt: MemoryFormat
+) -> BlockLayout:
+    offsets = [0]
+    for group, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+        if any(extent <= 0 for extent in shape):
+            raise ValueError(f"shape must have at least one element, got {tuple(shape)}")
+        if offsets[-1] % dtype.itemsize:
+            raise ValueError(
+                f"group {group} would begin at byte {offsets[-1]}, which is no multiple of the "
+                f"{dtype.itemsize} bytes of its {dtype}; put the wider dtypes first"
+            )
+        offsets.append(offsets[-1] + shape.numel() * dtype.itemsize)
+    return BlockLayout(shapes, dtypes, fmt, tuple(offsets))

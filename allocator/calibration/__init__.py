@@ -1,0 +1,1 @@
+"""Measuring what each path of a copy costs on this device."""

@@ -1,0 +1,1 @@
+"""An engine's paged KV cache and the heap: ``store`` and ``load``."""

@@ -1,0 +1,276 @@
+"""KV between an engine's paged cache and the chunks of a heap: ``store`` and ``load``.
+
+What is where in a chunk follows from the batch's format and shape; the copying is
+:mod:`kvheap.kernels.paged_copy`'s.
+
+>>> from kvheap import PagedKVCache, TensorMemoryAllocator
+>>> layers = [torch.randn(2, 64, 16, 2, 8).half() for _ in range(3)]
+>>> cache = PagedKVCache.of("vllm-flash-nhd", layers)
+>>> heap = TensorMemoryAllocator(torch.empty(1 << 20, dtype=torch.uint8))
+>>> slots = torch.randperm(cache.num_slots)[:600]
+>>> batch = heap.batched_store(cache, slots)
+>>> batch
+MemoryBatch(3 x (2, 3, 256, 16) torch.float16 KV_2LTD, 1 runs of 49152-byte blocks)
+>>> layers[1].zero_()[0, 0, 0, 0, 0]
+tensor(0., dtype=torch.float16)
+>>> heap.batched_load(batch, cache, slots)
+>>> block, offset = divmod(int(slots[300]), 16)
+>>> torch.equal(batch[1].tensor[1, 1, 300 - 256], layers[1][1, block, offset].reshape(-1))
+True
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
+from kvheap.blocks.heap_blocks import BlockObjects, heap_of, layout_and_addresses
+from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.blocks.memory_format import MemoryFormat
+from kvheap.errors import ForeignObjectError
+from kvheap.kernels.paged_convert import load_converted, store_converted
+from kvheap.kernels.paged_copy import Chunks, load_tokens, store_tokens
+from kvheap.kernels.paged_layout import PagedKVCache
+from kvheap.kernels.paged_plan import ChunkLayout
+from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
+
+if TYPE_CHECKING:
+    from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
+
+__all__ = ["ChunkObjects", "load", "store"]
+
+ChunkObjects = BlockObjects
+"""The chunks of consecutive tokens."""
+
+
+def store(
+    cache: PagedKVCache,
+    slots: Slots,
+    batch: ChunkObjects,
+    *,
+    layers: range | None = None,
+    heads: slice | None = None,
+    convert: bool = False,
+) -> None:
+    """Copy the KV of tokens from an engine's cache into a batch, bit by bit, in one launch.
+
+    On the current stream, without waiting. What the chunks hold beyond the tokens stays. Chunks
+    that are freed while another stream than that of the next allocation still copies need
+    ``batch.record_stream``.
+
+    Args:
+        cache: where from.
+        slots: the slot of each token, integers ``[T]`` on the host or the cache's device, -1
+            skips one; or :class:`~kvheap.BlockIds`.
+        batch: chunk ``i`` gets tokens ``[i * n, (i + 1) * n)``, where ``n`` is how many its shape
+            holds; as many chunks as T tokens take, the last one may be filled in part. Formats
+            of one layer (KV_2TD, KV_T2D) take as many chunks for each layer, those of the first
+            layer first. A chunk of one plane takes K then V of each head.
+        layers: only these layers, for pipelines that follow the computation; the chunks hold all
+            layers of the cache, or just these.
+        heads: only these heads, counted on the side that has more; the other has just these, or
+            the same.
+        convert: the cache is of bfloat16 or float16, the chunks are of float8_e4m3fn with a
+            second group, float32 ``[planes, layers, heads]``, for their scales: convert on the
+            way; see :mod:`kvheap.kernels.paged_convert` for how far off an element may come back.
+
+    Raises:
+        ValueError: a slot is out of range, the two sides do not hold the same, or their memory
+            cannot be reached from one device; nothing is written. Slots that are on a device are
+            only looked at in debug mode; else those out of range are skipped, and
+            ``cache.synchronize()`` names one.
+        TypeError: slots are not integers, or the batch is of no heap; nothing is written.
+        LifetimeError: a chunk is freed; nothing is written.
+    """
+    heap = heap_of(batch)
+    chunks, scale_offset = _chunks(heap, batch, cache, convert)
+    if not isinstance(batch, MemoryBatch) and len(np.unique(chunks.addresses)) < len(batch):
+        raise ValueError("a chunk is named twice: it cannot be stored to twice")
+    if convert:
+        store_converted(
+            cache, slots, chunks, scale_offset, layers=layers, heads=heads, eager=heap.debug
+        )
+    else:
+        store_tokens(cache, slots, chunks, layers=layers, heads=heads, eager=heap.debug)
+
+
+def load(
+    batch: ChunkObjects,
+    cache: PagedKVCache,
+    slots: Slots,
+    *,
+    layers: range | None = None,
+    heads: slice | None = None,
+    convert: bool = False,
+) -> None:
+    """Copy the KV of tokens from a batch into an engine's cache: the opposite of :func:`store`.
+
+    Arguments and errors are those of :func:`store`. Two tokens must not have the same slot.
+    """
+    heap = heap_of(batch)
+    chunks, scale_offset = _chunks(heap, batch, cache, convert)
+    if convert:
+        load_converted(
+            chunks, cache, slots, scale_offset, layers=layers, heads=heads, eager=heap.debug
+        )
+    else:
+        load_tokens(chunks, cache, slots, layers=layers, heads=heads, eager=heap.debug)
+
+
+def batched_store(
+    heap: TensorMemoryAllocator,
+    cache: PagedKVCache,
+    slots: Slots,
+    chunk_tokens: int,
+    fmt: MemoryFormat | None,
+    layers: range | None,
+    allow_partial: bool,
+    convert: bool,
+) -> MemoryBatch | None:
+    """Allocate chunks for the tokens, and store them; see the heap's method."""
+    num_layers = cache.num_layers if layers is None else len(layers)
+    fmt = fmt or (MemoryFormat.KV_2LTD if cache.is_key_value else MemoryFormat.KV_MLA_FMT)
+    shape = chunk_shape(cache, fmt, chunk_tokens, num_layers)
+    layout = ChunkLayout.of(dim_order_of(fmt), shape, cache.dtype.itemsize)
+    num_tokens = count_tokens(slots, cache.block_size)
+    num_chunks = layout.num_chunks(num_tokens, num_layers)
+    if allow_partial and layout.is_per_layer:
+        raise ValueError(f"{fmt.name} has a chunk for each layer: it is stored whole or not at all")
+    shapes: Shapes = shape
+    dtypes: Dtypes = cache.dtype
+    if convert:
+        scales = (layout.num_planes, layout.num_layers, cache.num_heads)
+        shapes, dtypes = [shape, scales], [torch.float8_e4m3fn, torch.float32]
+    batch = heap.batched_allocate(shapes, dtypes, num_chunks, fmt, allow_partial=allow_partial)
+    if batch is None:
+        return None
+    try:
+        if len(batch) < num_chunks:
+            slots = first_tokens(slots, len(batch) * chunk_tokens, cache.block_size)
+        store(cache, slots, batch, layers=layers, convert=convert)
+    except BaseException:
+        heap.batched_free(batch)
+        raise
+    return batch
+
+
+def batched_evict(
+    heap: TensorMemoryAllocator, batch: ChunkObjects, out: torch.Tensor | None
+) -> torch.Tensor:
+    """Collect contents and free; see the heap's method."""
+    objs = batch if isinstance(batch, MemoryBatch) else list(batch)
+    if heap_of(objs) is not heap:
+        raise ForeignObjectError("the chunks are of another allocator")
+    layout = objs.layout if isinstance(objs, MemoryBatch) else objs[0]._batch.layout
+    shape, dtype = tuple(layout.shapes[0]), layout.dtypes[0]
+    if len(layout.shapes) > 1:
+        shape, dtype = (layout.size_bytes,), torch.uint8
+    expected = (len(objs), *shape)
+    if out is None:
+        pinned = heap.device.type == "cuda"
+        out = torch.empty(expected, dtype=dtype, pin_memory=pinned)
+    if out.device == heap.device:
+        heap.batched_free(objs, out=out)
+        return out
+    if out.device.type != "cpu":
+        raise ValueError(f"out must be on {heap.device} or the host, got {out.device}")
+    if tuple(out.shape) != expected or out.dtype != dtype:
+        raise ValueError(
+            f"out must be {expected} of {dtype}, got {tuple(out.shape)} of {out.dtype}"
+        )
+    staging = heap._collect(objs, torch.empty(expected, dtype=dtype, device=heap.device))
+    out.copy_(staging, non_blocking=True)  # before the free: what fails here loses nothing
+    heap.batched_free(objs)
+    return out
+
+
+def dim_order_of(fmt: MemoryFormat) -> str:
+    """The order of a chunk's dimensions.
+
+    Raises:
+        ValueError: the format holds no tokens of a paged cache.
+    """
+    if fmt.dim_order is None:
+        raise ValueError(f"{fmt.name} is no format for tokens of a paged cache")
+    return fmt.dim_order
+
+
+def chunk_shape(
+    cache: PagedKVCache, fmt: MemoryFormat, chunk_tokens: int, num_layers: int
+) -> tuple[int, ...]:
+    """The shape of a chunk of so many tokens of a cache.
+
+    Raises:
+        ValueError: the format holds no such cache, or the tokens are not whole pages.
+    """
+    dim_order_of(fmt)
+    if chunk_tokens <= 0:
+        raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
+    planes = 1 if fmt is MemoryFormat.KV_MLA_FMT else 2
+    row_bytes = sum(plane.row_bytes for plane in cache.planes) * cache.num_heads
+    elements = row_bytes // planes // cache.dtype.itemsize
+    if planes == 2 and not cache.is_key_value:
+        raise ValueError(f"{fmt.name} holds K and V; {cache.layout.name} has no such planes")
+    pages, left = divmod(chunk_tokens, cache.block_size)
+    if fmt is MemoryFormat.KV_PL2TD and left:
+        raise ValueError(f"{chunk_tokens} tokens are not whole pages of {cache.block_size} tokens")
+    return {
+        MemoryFormat.KV_2LTD: (2, num_layers, chunk_tokens, elements),
+        MemoryFormat.KV_MLA_FMT: (1, num_layers, chunk_tokens, elements),
+        MemoryFormat.KV_T2D: (chunk_tokens, 2, elements),
+        MemoryFormat.KV_2TD: (2, chunk_tokens, elements),
+        MemoryFormat.KV_2TLD: (2, chunk_tokens, num_layers, elements),
+        MemoryFormat.KV_PL2TD: (pages, num_layers, 2, cache.block_size, elements),
+    }[fmt]
+
+
+def _chunks(
+    heap: TensorMemoryAllocator, objs: ChunkObjects, cache: PagedKVCache, convert: bool
+) -> tuple[Chunks, int]:
+    """The chunks as the kernels know them, and where in each its scales are."""
+    layout, addresses = layout_and_addresses(objs)
+    absolute, alignment = heap._absolute(addresses)
+    parts = _converted_layout if convert else _chunk_layout
+    chunk_layout, scale_offset = parts(layout, cache.dtype, cache.head_dim)
+    first_buffer = heap._segments[0]
+    chunks = Chunks(first_buffer, absolute, layout.size_bytes, alignment, chunk_layout)
+    return chunks, scale_offset
+
+
+@lru_cache(maxsize=256)
+def _chunk_layout(
+    layout: BlockLayout, dtype: torch.dtype, head_dim: int
+) -> tuple[ChunkLayout, int]:
+    """What is where in a block, for a cache of ``dtype``; it has no scales."""
+    if len(layout.shapes) != 1:
+        raise ValueError(f"chunks of one group are copied bit by bit, got {layout}")
+    order = layout.fmt.dim_order
+    if order is None:
+        raise ValueError(f"{layout} does not say where its tokens are")
+    found = layout.dtypes[0]
+    if found != dtype and torch.uint8 not in (found, dtype):
+        raise ValueError(
+            f"the chunks hold {found}, the cache {dtype}: only with convert=True, and scales "
+            f"beside float8_e4m3fn, is one made of the other"
+        )
+    return ChunkLayout.of(order, layout.shapes[0], found.itemsize), 0
+
+
+@lru_cache(maxsize=256)
+def _converted_layout(
+    layout: BlockLayout, dtype: torch.dtype, head_dim: int
+) -> tuple[ChunkLayout, int]:
+    """What is where in a block of fp8, and where its scales are."""
+    expected = (torch.float8_e4m3fn, torch.float32)
+    order = layout.fmt.dim_order
+    if layout.dtypes != expected or order is None:
+        raise ValueError(f"to convert, chunks need two groups {expected}, got {layout}")
+    chunk = ChunkLayout.of(order, layout.shapes[0], 1)
+    scales = (chunk.num_planes, chunk.num_layers, chunk.row_bytes // head_dim)
+    if tuple(layout.shapes[1]) != scales:
+        raise ValueError(f"the scales must have shape {scales}, got {tuple(layout.shapes[1])}")
+    return chunk, layout.offsets[1]

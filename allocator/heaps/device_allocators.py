@@ -1,0 +1,72 @@
+"""``GPUMemoryAllocator``: a heap in one tensor on a device, whose base address is aligned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvheap.addresses.address_manager import AddressManager, as_integer
+from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kvheap.blocks.memory_allocator import HeapOptions
+
+__all__ = ["GPUMemoryAllocator", "aligned_tensor"]
+
+
+class GPUMemoryAllocator(TensorMemoryAllocator):
+    """A heap in one tensor on a device.
+
+    Args:
+        size: bytes of the heap; rounded down to the alignment.
+        device: where.
+        align_bytes: a power of two; every block starts at a multiple of it, as an address in the
+            heap and in memory.
+        allow_cpu: without CUDA, use host memory instead of raising.
+        options: see ``TensorMemoryAllocator``.
+
+    Raises:
+        ValueError: ``size`` is negative, or ``align_bytes`` not a power of two.
+        RuntimeError: there is no CUDA, and ``allow_cpu`` is false; or torch cannot have so much.
+
+    >>> with GPUMemoryAllocator(1 << 20, allow_cpu=True) as heap:
+    ...     obj = heap.allocate([16], torch.float16)
+    """
+
+    def __init__(
+        self,
+        size: int,
+        device: torch.device | str = "cuda",
+        align_bytes: int = AddressManager.ALIGN_BYTES,
+        *,
+        allow_cpu: bool = False,
+        **options: Unpack[HeapOptions],
+    ) -> None:
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            if not allow_cpu:
+                raise RuntimeError(
+                    f"torch sees no CUDA, so {device} cannot hold a heap; allow_cpu=True puts it "
+                    f"into host memory"
+                )
+            device = torch.device("cpu")
+        super().__init__(aligned_tensor(size, device, align_bytes), align_bytes, **options)
+
+
+def aligned_tensor(size: int, device: torch.device, align_bytes: int) -> torch.Tensor:
+    """Uninitialised bytes, uint8 ``[size]``, whose address is a multiple of ``align_bytes``.
+
+    Torch aligns to 512 bytes on a GPU and 64 on a CPU; so ``align_bytes`` more are allocated and
+    the first of them skipped.
+    """
+    size, align_bytes = as_integer("size", size), as_integer("align_bytes", align_bytes)
+    if size < 0 or align_bytes <= 0:
+        raise ValueError(
+            f"size must be non-negative and align_bytes positive, got {size} and {align_bytes}"
+        )
+    whole = torch.empty(size + align_bytes, dtype=torch.uint8, device=device)
+    skipped = -whole.data_ptr() % align_bytes
+    return whole[skipped : skipped + size]

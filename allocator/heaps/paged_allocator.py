@@ -1,0 +1,67 @@
+"""``PagedTensorMemoryAllocator``: pages of one fixed size, each holding one block.
+
+Pages never fragment: any free page will do, and a batch takes neighbours where it can, so that a
+copy of it has few runs. It is ``TensorMemoryAllocator`` on an
+address space of pages, and as cheap: a batch costs no Python work per page.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
+from kvheap.blocks.memory_format import MemoryFormat
+from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kvheap.blocks.memory_allocator import HeapOptions
+
+__all__ = ["PagedTensorMemoryAllocator"]
+
+
+class PagedTensorMemoryAllocator(TensorMemoryAllocator):
+    """Allocates pages, each large enough for one block of a given layout.
+
+    A smaller block takes a page too, and reports its own size.
+
+    Args:
+        tensor: the buffer, as for ``TensorMemoryAllocator``. Bytes beyond the last whole page
+            stay unused.
+        shapes: the shape that a page holds, or a list of them, one for each group.
+        dtypes: its dtype, or a list of them.
+        fmt: what the dimensions mean.
+        options: see ``TensorMemoryAllocator``.
+
+    Raises:
+        ValueError: the layout is no layout, or the buffer not contiguous.
+
+    >>> heap = PagedTensorMemoryAllocator(torch.zeros(4096, dtype=torch.uint8), [32, 9],
+    ...                                   torch.float16)
+    >>> heap.num_pages, heap.page_bytes, heap.allocate([5, 9], torch.float16).size_bytes
+    (7, 576, 90)
+    """
+
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        shapes: Shapes,
+        dtypes: Dtypes,
+        fmt: MemoryFormat = MemoryFormat.KV_2LTD,
+        **options: Unpack[HeapOptions],
+    ) -> None:
+        options["page_layout"] = BlockLayout.of(shapes, dtypes, fmt)
+        super().__init__(tensor, **options)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return self.address_manager.align_bytes
+
+    @property
+    def num_pages(self) -> int:
+        """How many pages there are, free or not."""
+        return self.address_manager.get_heap_size() // self.page_bytes

@@ -1,0 +1,1 @@
+"""Where bytes come from: host memory, page-locking for CUDA, growth in the background."""

@@ -1,0 +1,1 @@
+"""Request traffic through a heap, every byte checked."""

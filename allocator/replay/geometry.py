@@ -1,0 +1,103 @@
+"""Named KV geometries: how many bytes of KV a model keeps for each chunk of 512 tokens.
+
+Layers, KV heads, head dimensions and dtypes are those of each model's published ``config.json``
+(Hugging Face: meta-llama/Meta-Llama-3-8B and -70B, mistralai/Mistral-7B-v0.1, Qwen/Qwen3-8B,
+openai/gpt-oss-20b, deepseek-ai/DeepSeek-V3); for MLA, ``kv_lora_rank + qk_rope_head_dim`` = 512 +
+64 elements a token and layer. ``tiny`` and the ``small`` ones are no models: they are for tests,
+and for timing what is not copying.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kvheap.blocks.memory_format import MemoryFormat
+from kvheap.kernels.paged_layout import INDEXER_BYTES
+from kvheap.replay.trace import CHUNK_TOKENS
+
+__all__ = ["GEOMETRIES", "Geometry", "Kind"]
+
+Kind = Literal["attention", "latent", "indexer", "opaque"]
+"""What is kept of a token: K and V, one latent vector, or 128 values and a scale; or, opaque,
+whole blocks of which nothing is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What one chunk holds.
+
+    Attributes:
+        name: what users call it.
+        kind: what is kept of a token.
+        shape: ``[2, L, T, H * C]`` for attention, else ``[1, L, T, D]``; T counts tokens, for
+            opaque chunks the engine's blocks.
+        dtype: of its elements.
+        num_heads: KV heads H; 1 where there are none.
+    """
+
+    name: str
+    kind: Kind
+    shape: torch.Size
+    dtype: torch.dtype
+    num_heads: int = 1
+
+    @property
+    def fmt(self) -> MemoryFormat:
+        """What the dimensions mean."""
+        is_attention = self.kind == "attention"
+        return MemoryFormat.KV_2LTD if is_attention else MemoryFormat.KV_MLA_FMT
+
+    @property
+    def num_layers(self) -> int:
+        """Layers L."""
+        return self.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of one head; of a token, where there are no heads."""
+        return self.shape[3] // self.num_heads
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _attention(
+    name: str, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> Geometry:
+    shape = torch.Size((2, layers, CHUNK_TOKENS, kv_heads * head_dim))
+    return Geometry(name, "attention", shape, dtype, kv_heads)
+
+
+def _latent_attention(name: str, layers: int, latent_dim: int) -> Geometry:
+    shape = torch.Size((1, layers, CHUNK_TOKENS, latent_dim))
+    return Geometry(name, "latent", shape, torch.bfloat16)
+
+
+def _of_bytes(name: str, kind: Kind, layers: int, length: int, row_bytes: int) -> Geometry:
+    return Geometry(name, kind, torch.Size((1, layers, length, row_bytes)), torch.uint8)
+
+
+GEOMETRIES = {
+    geometry.name: geometry
+    for geometry in (
+        _attention("tiny", 1, 1, 2, torch.float16),
+        _attention("small", 2, 2, 4, torch.float16),
+        _latent_attention("small-mla", 2, 8),
+        _of_bytes("small-indexer", "indexer", 2, CHUNK_TOKENS, INDEXER_BYTES),
+        _of_bytes("small-opaque", "opaque", 2, CHUNK_TOKENS // 16, 192),
+        _attention("llama-3-8b", 32, 8, 128),
+        _attention("llama-3-70b", 80, 8, 128),
+        _attention("llama-3-70b-tp4", 80, 2, 128),
+        _attention("mistral-7b", 32, 8, 128),
+        _attention("qwen3-8b", 36, 8, 128),
+        _attention("gpt-oss-20b", 24, 8, 64),
+        _latent_attention("deepseek-v3", 61, 576),
+    )
+}
+"""By name. An opaque chunk is 32 blocks of 192 bytes a layer: 16 tokens of 12 bytes each."""

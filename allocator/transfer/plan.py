@@ -1,0 +1,322 @@
+"""``CopyPlan``: what a transfer will do, checked: both sides, and the pieces between them.
+
+A plan can be made of two batches, a batch and a tensor, addresses in two buffers, or pointers. It
+holds absolute addresses, merged into runs and split where no single copy may go. Making one
+moves nothing; :func:`kvheap.transfer.copy` carries it out, any number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvheap.addresses.address_manager import as_integer
+from kvheap.addresses.extents import Int64Array
+from kvheap.blocks.heap_blocks import BlockObjects
+from kvheap.blocks.memory_allocator import Rows
+from kvheap.device import copy_device
+from kvheap.device.completion import Completion
+from kvheap.device.copy_device import CopyDevice, Direction, PreparedCopy
+from kvheap.kernels.launch import host_addresses
+from kvheap.kernels.pieces import Pieces
+from kvheap.transfer.sides import NOWHERE, Blocks, Side, layer_offsets, paired, walls_of
+
+__all__ = ["CopyPlan", "Side"]
+
+
+@dataclass(slots=True, eq=False)
+class CopyPlan:
+    """Pieces to copy between two sides, in parts that end one after another.
+
+    Made by :meth:`between`, :meth:`of_addresses` and :meth:`of_pointers`.
+
+    Attributes:
+        source: where the bytes come from.
+        target: where they go.
+        parts: the runs of each part: absolute addresses and sizes.
+        walls: addresses that no single copy may straddle, on either side, int64, ascending.
+
+    >>> source, target = torch.arange(64), torch.zeros(64, dtype=torch.int64)
+    >>> plan = CopyPlan.of_addresses(source, target, [0, 8, 256], [0, 8, 16], 8)
+    >>> plan
+    CopyPlan(h2h, 24 bytes in 2 runs, 1 part)
+    """
+
+    source: Side
+    target: Side
+    parts: tuple[Pieces, ...]
+    walls: tuple[Int64Array, Int64Array] = (NOWHERE, NOWHERE)
+    _prepared: tuple[PreparedCopy, ...] | None = field(default=None, init=False)
+
+    # -- made from -----------------------------------------------------------------------------
+
+    @classmethod
+    def between(
+        cls,
+        source: BlockObjects | Rows | torch.Tensor,
+        target: BlockObjects | Rows | torch.Tensor,
+        *,
+        by_layer: bool = False,
+    ) -> CopyPlan:
+        """Block ``i`` of the source to block ``i`` of the target.
+
+        Args:
+            source: a batch, or some rows of it; objects of one heap and layout; or a tensor
+                ``[N, ...]``, each of its N rows contiguous.
+            target: the same, as many blocks. Two batches must have one layout; a tensor that of a
+                batch's blocks, or be ``[N, size_bytes]`` of uint8.
+            by_layer: one part for each layer, which the blocks' format must have.
+
+        Raises:
+            ValueError: the sides do not fit, or a device cannot reach the host memory.
+            TypeError: a side is none of these.
+            LifetimeError: a block is freed.
+        """
+        from_blocks, to_blocks = Blocks.of("source", source), Blocks.of("target", target)
+        from_blocks.require_same(to_blocks)
+        sides = (from_blocks.side, to_blocks.side)
+        if by_layer:
+            starts = (from_blocks.starts, to_blocks.starts)
+            layout = from_blocks.layout or to_blocks.layout
+            if layout is None:
+                raise ValueError("two tensors have no layers: by_layer needs blocks of a heap")
+            offsets, piece_bytes = layer_offsets(layout)
+            parts = [
+                Pieces(
+                    (starts[0][:, None] + of_layer).reshape(-1),
+                    (starts[1][:, None] + of_layer).reshape(-1),
+                    piece_bytes,
+                )
+                for of_layer in offsets
+            ]
+            return cls._checked(*sides, parts)
+        return cls._checked(*sides, [paired(from_blocks, to_blocks)])
+
+    @classmethod
+    def of_addresses(
+        cls,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        source_addresses: npt.ArrayLike,
+        target_addresses: npt.ArrayLike,
+        sizes: npt.ArrayLike,
+        *,
+        parts: Sequence[int] | None = None,
+    ) -> CopyPlan:
+        """Ranges of bytes of one buffer to ranges of another, or of the same.
+
+        Args:
+            source: contiguous, any dtype.
+            target: contiguous, any dtype.
+            source_addresses: N byte offsets in the source, integers.
+            target_addresses: N byte offsets in the target.
+            sizes: bytes of each piece, or one number for all; pieces of no bytes are left out.
+            parts: how many of the pieces each part has, in order; None: one part.
+
+        Raises:
+            ValueError: a piece leaves its buffer, targets overlap each other or a source, lengths
+                differ, or a device cannot reach the host memory; the message names it.
+            TypeError: something is not an integer.
+        """
+        size_array = np.asarray(sizes)
+        places = [
+            _places(name, buffer, addresses, size_array)
+            for name, buffer, addresses in (
+                ("source_addresses", source, source_addresses),
+                ("target_addresses", target, target_addresses),
+            )
+        ]
+        from_side, to_side = Side.of_tensor(source), Side.of_tensor(target)
+        return cls._of_arrays(from_side, to_side, places[0], places[1], size_array, parts)
+
+    @classmethod
+    def of_pointers(
+        cls,
+        sources: npt.ArrayLike,
+        targets: npt.ArrayLike,
+        sizes: npt.ArrayLike,
+        source_device: torch.device | str,
+        target_device: torch.device | str,
+        *,
+        parts: Sequence[int] | None = None,
+        keep: Sequence[torch.Tensor] = (),
+    ) -> CopyPlan:
+        """Ranges of memory by their absolute addresses.
+
+        The driver is asked whose memory they are, once for each allocation. Between places in
+        host memory nobody can be asked: there only null and wrapping addresses are refused.
+
+        Args:
+            sources: N absolute addresses.
+            targets: N absolute addresses.
+            sizes: bytes of each piece, or one number for all.
+            source_device: where the sources are: a CUDA device, or ``cpu``.
+            target_device: where the targets are.
+            parts: as for :meth:`of_addresses`.
+            keep: tensors to keep alive until a copy has ended; whatever else the pointers are of
+                is the caller's to keep.
+
+        Raises:
+            ValueError, TypeError: as for :meth:`of_addresses`.
+        """
+        source, target = (
+            Side(copy_device.find_device(torch.device(device)), memory=tuple(keep), is_unknown=True)
+            for device in (source_device, target_device)
+        )
+        return cls._of_arrays(source, target, sources, targets, np.asarray(sizes), parts)
+
+    @classmethod
+    def _of_arrays(
+        cls,
+        source: Side,
+        target: Side,
+        sources: npt.ArrayLike,
+        targets: npt.ArrayLike,
+        sizes: npt.NDArray[np.integer],
+        parts: Sequence[int] | None,
+    ) -> CopyPlan:
+        if parts is None:
+            return cls._checked(source, target, [Pieces.of(sources, targets, sizes)])
+        sources, targets = np.asarray(sources), np.asarray(targets)
+        if len(targets) != len(sources) or (sizes.ndim and len(sizes) != len(sources)):
+            Pieces.of(sources, targets, sizes)  # which says what differs
+        counts = [as_integer("parts", count) for count in parts]
+        if any(count < 0 for count in counts) or sum(counts) != len(sources):
+            raise ValueError(f"parts must add up to {len(sources)} pieces, got {counts}")
+        sizes = np.broadcast_to(sizes, len(sources)) if sizes.ndim == 0 else sizes
+        bounds = list(accumulate(counts, initial=0))
+        found = [Pieces.of(sources[a:b], targets[a:b], sizes[a:b]) for a, b in pairwise(bounds)]
+        return cls._checked(source, target, found)
+
+    @classmethod
+    def _checked(cls, source: Side, target: Side, parts: Sequence[Pieces]) -> CopyPlan:
+        """Check what is common to all kinds of plans; merge, and split at walls."""
+        whole = Pieces.joined(parts)
+        if not target.is_one_batch:
+            whole.require_distinct_targets()
+        if (source.device is None) == (target.device is None):
+            whole.require_apart()
+        device = source.device or target.device
+        walls = (
+            walls_of(source, device, whole.sources, whole.sizes),
+            walls_of(target, device, whole.targets, whole.sizes),
+        )
+        merged = tuple(part.merged().split(*walls) for part in parts)
+        return cls(source, target, merged, walls)
+
+    # -- what it is ----------------------------------------------------------------------------
+
+    @property
+    def device(self) -> CopyDevice | None:
+        """The device that carries the copy out; None within host memory."""
+        return self.source.device or self.target.device
+
+    @property
+    def direction(self) -> Direction:
+        """From where to where."""
+        source, target = self.source.device, self.target.device
+        if source is None:
+            return "h2h" if target is None else "h2d"
+        if target is None:
+            return "d2h"
+        return "d2d" if source is target else "p2p"
+
+    @property
+    def num_runs(self) -> int:
+        """How many pieces are submitted, after merging."""
+        return sum(len(part) for part in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes to copy."""
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def num_host_runs(self) -> int:
+        """How many runs the host side has by itself: what one large copy each would be."""
+        count = 0
+        for part in self.parts:
+            starts = part.sources if self.source.device is None else part.targets
+            sizes = part.sizes if isinstance(part.sizes, int) else part.sizes[:-1]
+            count += bool(len(part)) + int(np.count_nonzero(np.diff(starts) != sizes))
+        return count
+
+    @property
+    def prepared(self) -> tuple[PreparedCopy, ...] | None:
+        """What :meth:`prepare` made, one for each part."""
+        return self._prepared
+
+    def prepare(self) -> CopyPlan:
+        """Upload what the SM kernel needs, and wait for it; returns the plan.
+
+        Each later copy of the plan saves the upload, and can be captured in a CUDA graph. The
+        plan must then be kept for as long as the graph.
+
+        Raises:
+            RuntimeError: the plan is for another path than the kernel's, or a graph is captured.
+        """
+        device = self.device
+        if device is None or self.direction == "p2p" or not device.has_kernel:
+            raise RuntimeError(f"a copy {self.direction} is not done by the kernel")
+        stream = device.require_stream(None)
+        if device.is_capturing(stream):
+            raise RuntimeError("prepare a plan before the capture: it uploads descriptors")
+        with device.using(stream):
+            prepared = tuple(device.prepare(part) for part in self.parts)
+            for part in prepared:
+                part.warm_up()
+            device.record_event(stream).synchronize()
+        self._prepared = prepared
+        return self
+
+    def protect(self, completion: Completion) -> None:
+        """Keep the bytes of both sides until a copy has ended.
+
+        Raises:
+            LifetimeError: a block is freed.
+            ClosedError: a heap is closed.
+        """
+        for side in (self.source, self.target):
+            if side.heap is not None:
+                side.heap._require_open()
+            for rows in side.blocks:
+                rows.batch._record_stream(completion, rows.rows)
+
+    @property
+    def memory(self) -> tuple[torch.Tensor, ...]:
+        """The buffers of both sides."""
+        return self.source.memory + self.target.memory
+
+    def __repr__(self) -> str:
+        """Direction, bytes, runs and parts."""
+        parts = f"{len(self.parts)} part{'' if len(self.parts) == 1 else 's'}"
+        return (
+            f"CopyPlan({self.direction}, {self.num_bytes} bytes in {self.num_runs} runs, {parts})"
+        )
+
+
+def _places(
+    name: str, buffer: torch.Tensor, addresses: npt.ArrayLike, sizes: npt.NDArray[np.integer]
+) -> Int64Array:
+    """Absolute addresses of pieces of a buffer, int64 ``[N]``."""
+    if not buffer.is_contiguous():
+        raise ValueError(f"buffers must be contiguous, got strides {buffer.stride()}")
+    num_bytes = buffer.nbytes
+    size_bytes = max(int(sizes), 0) if sizes.ndim == 0 and sizes.dtype.kind in "iu" else 0
+    array = cast("Int64Array", np.asarray(addresses))
+    offsets = host_addresses(name, array, num_bytes, size_bytes)
+    if sizes.ndim == 1 and len(sizes) == len(offsets) and sizes.dtype.kind in "iu":
+        beyond = offsets > num_bytes - sizes.astype(np.int64)
+        if beyond.any():
+            at = int(np.argmax(beyond))
+            raise ValueError(
+                f"{name}[{at}] is {int(offsets[at])}: {int(sizes[at])} bytes there leave the "
+                f"buffer of {num_bytes}"
+            )
+    return offsets + buffer.data_ptr()

@@ -1,0 +1,449 @@
+"""TensorMemoryAllocator, MemoryBatch and MemoryObj: contents, counts, and every wrong use."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvheap import (
+    BlockInUseError,
+    DoubleFreeError,
+    ForeignObjectError,
+    LifetimeError,
+    MemoryFormat,
+    MemoryObj,
+    NegativeBatchSizeError,
+    TensorMemoryAllocator,
+)
+
+PAGE = 4096
+SHAPE = (2, 1, 16, 4)  # 512 bytes of float32: an eighth of a page
+
+
+def heap_of(pages: int) -> TensorMemoryAllocator:
+    return TensorMemoryAllocator(torch.full((pages * PAGE,), 0xA5, dtype=torch.uint8))
+
+
+def random_blocks(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(count, *SHAPE).to(dtype)
+
+
+class TestBuffer:
+    @pytest.mark.parametrize(
+        "buffer",
+        [
+            torch.zeros(4, 2048, dtype=torch.float16),
+            torch.zeros(PAGE, dtype=torch.bool),
+            torch.zeros(PAGE // 8, dtype=torch.complex64),
+            torch.zeros(0),
+            torch.zeros(5000, dtype=torch.uint8)[8:],
+        ],
+    )
+    def test_any_contiguous_tensor_will_do(self, buffer: torch.Tensor) -> None:
+        heap = TensorMemoryAllocator(buffer)
+        total = buffer.numel() * buffer.element_size()
+        assert heap.stats().heap_bytes == total // PAGE * PAGE
+        assert heap.buffer.data_ptr() == buffer.data_ptr()
+
+    def test_holes_in_the_buffer_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="contiguous"):
+            TensorMemoryAllocator(torch.zeros(4, 4)[:, ::2])
+
+    def test_a_dtype_needs_its_alignment(self) -> None:
+        heap = TensorMemoryAllocator(torch.zeros(64, dtype=torch.uint8), align_bytes=2)
+        with pytest.raises(ValueError, match=r"float32 .* needs addresses that are multiples of 4"):
+            heap.allocate([1], torch.float32)
+        odd = TensorMemoryAllocator(torch.zeros(65, dtype=torch.uint8)[1:], align_bytes=16)
+        with pytest.raises(ValueError, match="starts at byte 1"):
+            odd.allocate([1], torch.float16)
+        assert heap.stats().allocated_bytes == odd.stats().allocated_bytes == 0
+
+
+class TestAllocate:
+    def test_an_object_says_what_it_is(self) -> None:
+        heap = heap_of(4)
+        first = heap.allocate([1], torch.uint8)
+        assert first is not None
+        obj = heap.allocate(SHAPE, torch.float32, MemoryFormat.KV_2LTD)
+        assert obj is not None
+        assert (obj.shape, obj.dtype, obj.fmt) == (SHAPE, torch.float32, MemoryFormat.KV_2LTD)
+        assert (obj.address, obj.size_bytes, obj.allocated_bytes) == (PAGE, 512, PAGE)
+        assert (obj.ref_count, obj.pin_count, obj.is_valid()) == (1, 0, True)
+        assert obj.tensor is not None
+        obj.tensor.fill_(1.5)
+        assert heap.buffer[PAGE : PAGE + 512].view(torch.float32).eq(1.5).all()
+        assert heap.buffer[PAGE + 512 :].eq(0xA5).all()
+
+    def test_a_full_heap_gives_none(self) -> None:
+        heap = heap_of(2)
+        assert heap.allocate([3 * PAGE], torch.uint8) is None
+        assert heap.batched_allocate([PAGE], torch.uint8, 3) is None
+        assert heap.batched_allocate([1], torch.uint8, 3, source=torch.zeros(3, 1).byte()) is None
+        assert heap.stats().allocated_bytes == 0
+
+    @pytest.mark.parametrize("shape", [[0], [2, -1], [2, 0, 3]])
+    def test_a_shape_without_elements_is_refused(self, shape: list[int]) -> None:
+        with pytest.raises(ValueError, match="at least one element"):
+            heap_of(1).allocate(shape, torch.uint8)
+
+    def test_a_negative_batch_is_refused(self) -> None:
+        with pytest.raises(NegativeBatchSizeError):
+            heap_of(1).batched_allocate([1], torch.uint8, -1, source=torch.zeros(0, 1).byte())
+
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            (torch.zeros(2, *SHAPE), "must have shape"),
+            (torch.zeros(3, 128), "must have shape"),
+            (torch.zeros(3, *SHAPE, dtype=torch.float16), "must be torch.float32, got"),
+            (torch.zeros(3, *SHAPE, device="meta"), "must be on cpu, got meta"),
+            (torch.zeros(3, *SHAPE[::-1]).permute(0, 4, 3, 2, 1), "must be contiguous"),
+        ],
+    )
+    def test_a_wrong_source_allocates_nothing(self, source: torch.Tensor, message: str) -> None:
+        heap = heap_of(4)
+        with pytest.raises(ValueError, match=message):
+            heap.batched_allocate(SHAPE, torch.float32, 3, source=source)
+        assert heap.stats().allocated_bytes == 0
+
+    def test_a_failed_scatter_allocates_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*arguments: object) -> None:
+            raise KeyboardInterrupt
+
+        heap = heap_of(4)
+        monkeypatch.setattr("kvheap.heaps.tensor_allocator.scatter_blocks", fail)
+        with pytest.raises(KeyboardInterrupt):
+            heap.batched_allocate(SHAPE, torch.float32, 3, source=random_blocks(3))
+        assert heap.stats().allocated_bytes == 0
+
+
+class TestPartialBatches:
+    def test_the_first_blocks_of_the_source_are_stored(self) -> None:
+        heap = heap_of(5)
+        keep = heap.batched_allocate([PAGE], torch.uint8, 5)
+        assert keep is not None
+        heap.batched_free([keep[0], keep[2], keep[4]])
+        source = random_blocks(9)
+        assert heap.batched_allocate(SHAPE, torch.float32, 9, source=source) is None
+        batch = heap.batched_allocate(SHAPE, torch.float32, 9, source=source, allow_partial=True)
+        assert batch is not None
+        assert (len(batch), batch.num_runs) == (3, 3)
+        out = torch.empty(3, *SHAPE)
+        heap.batched_free(batch, out=out)
+        assert torch.equal(out, source[:3])
+
+    def test_none_at_all_is_an_empty_batch(self) -> None:
+        heap = heap_of(1)
+        keep = heap.allocate([1], torch.uint8)
+        assert keep is not None
+        batch = heap.batched_allocate([1], torch.uint8, 4, allow_partial=True)
+        assert batch is not None
+        assert (len(batch), list(batch)) == (0, [])
+        heap.batched_free(batch)
+
+    def test_max_batch_counts_blocks_of_a_shape(self) -> None:
+        heap = heap_of(5)
+        assert heap.max_batch(SHAPE, torch.float32) == 5
+        assert heap.max_batch([PAGE + 1], torch.uint8) == 2
+        assert heap.max_batch([6 * PAGE], torch.uint8) == 0
+        with pytest.raises(ValueError, match="at least one element"):
+            heap.max_batch([0], torch.uint8)
+
+
+class TestContents:
+    @given(
+        holes=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+        count=st.integers(0, 12),
+        padding=st.integers(0, 2),
+        dtype=st.sampled_from([torch.float32, torch.float16, torch.uint8]),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_a_batch_goes_in_and_comes_out(
+        self, holes: list[int], count: int, padding: int, dtype: torch.dtype
+    ) -> None:
+        heap = heap_of(sum(holes) + len(holes))
+        pages = heap.batched_allocate([PAGE], torch.uint8, sum(holes) + len(holes))
+        assert pages is not None
+        start = 0
+        for hole in holes:
+            heap.batched_free(pages[start : start + hole])
+            start += hole + 1
+        count = min(count, sum(holes))
+        source = torch.randint(0, 100, (count, *SHAPE[:-1], SHAPE[-1])).to(dtype)
+        batch = heap.batched_allocate(SHAPE, dtype, count, source=source)
+        assert batch is not None
+        for block, expected in zip(batch, source, strict=True):
+            assert block.tensor is not None
+            assert torch.equal(block.tensor, expected)
+        out = torch.zeros(count, SHAPE[0] + padding, *SHAPE[1:], dtype=dtype)[:, : SHAPE[0]]
+        heap.batched_free(batch, out=out)
+        assert torch.equal(out, source)
+        assert heap.stats().allocated_bytes == len(holes) * PAGE
+        heap.address_manager.check()
+
+    def test_objects_come_out_in_the_order_they_are_named(self) -> None:
+        heap = heap_of(16)
+        source = random_blocks(8)
+        first = heap.batched_allocate(SHAPE, torch.float32, 4, source=source[:4])
+        second = heap.batched_allocate(SHAPE, torch.float32, 4, source=source[4:])
+        assert first is not None
+        assert second is not None
+        order = [5, 1, 7, 0]
+        both = [*first, *second]
+        out = torch.empty(4, *SHAPE)
+        heap.batched_free([both[i] for i in order], out=out)
+        assert torch.equal(out, source[order])
+        assert heap.stats().allocated_bytes == 4 * PAGE
+
+    @pytest.mark.parametrize(
+        ("out", "message"),
+        [
+            (torch.zeros(2, *SHAPE), "must have shape"),
+            (torch.zeros(3, *SHAPE, dtype=torch.float16), "must be torch.float32"),
+            (torch.zeros(3, *SHAPE, device="meta"), "must be on cpu"),
+            (torch.zeros(1, *SHAPE).expand(3, *SHAPE), "overlap"),
+        ],
+    )
+    def test_a_wrong_out_frees_nothing(self, out: torch.Tensor, message: str) -> None:
+        heap = heap_of(4)
+        batch = heap.batched_allocate(SHAPE, torch.float32, 3)
+        assert batch is not None
+        with pytest.raises(ValueError, match=message):
+            heap.batched_free(batch, out=out)
+        with pytest.raises(ValueError, match=message):
+            heap.batched_free(list(batch), out=out)
+        assert batch.live.all()
+        assert heap.stats().allocated_bytes == 3 * PAGE
+
+    def test_a_failed_gather_frees_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*arguments: object) -> None:
+            raise KeyboardInterrupt
+
+        heap = heap_of(4)
+        batch = heap.batched_allocate(SHAPE, torch.float32, 3)
+        assert batch is not None
+        monkeypatch.setattr("kvheap.heaps.tensor_allocator.gather_blocks", fail)
+        with pytest.raises(KeyboardInterrupt):
+            heap.batched_free(batch, out=torch.empty(3, *SHAPE))
+        assert batch.live.all()
+        heap.batched_free(batch)
+        assert heap.stats().allocated_bytes == 0
+
+    def test_out_needs_blocks_of_one_kind(self) -> None:
+        heap = heap_of(4)
+        objs = [heap.allocate([4], torch.float32), heap.allocate([4], torch.int32)]
+        with pytest.raises(ValueError, match="one layout"):
+            heap.batched_free([obj for obj in objs if obj], out=torch.zeros(2, 4))
+        heap.batched_free([obj for obj in objs if obj])
+        assert heap.stats().allocated_bytes == 0
+
+
+class TestFree:
+    @pytest.fixture
+    def heap(self) -> TensorMemoryAllocator:
+        return heap_of(16)
+
+    def batch(self, heap: TensorMemoryAllocator) -> list[MemoryObj]:
+        batch = heap.batched_allocate(SHAPE, torch.float32, 8)
+        assert batch is not None
+        return list(batch)
+
+    def test_a_freed_object_is_gone(self, heap: TensorMemoryAllocator) -> None:
+        obj = self.batch(heap)[3]
+        heap.free(obj)
+        assert obj.tensor is None
+        assert not obj.is_valid()
+        for use in (obj.ref_count_up, obj.ref_count_down, obj.pin, obj.unpin):
+            with pytest.raises(LifetimeError, match=f"at address {obj.address} .* is freed"):
+                use()
+
+    def test_a_double_free_raises_however_it_is_spelled(self, heap: TensorMemoryAllocator) -> None:
+        batch = heap.batched_allocate(SHAPE, torch.float32, 8)
+        assert batch is not None
+        heap.free(batch[0])
+        heap.batched_free([batch[1], batch[2]])
+        before = heap.stats()
+        for again in (
+            [batch[1]],
+            [batch[3], batch[2]],
+            [batch[3], batch[3]],
+            [batch[3], batch[-5]],
+            batch,
+        ):
+            with pytest.raises(DoubleFreeError):
+                heap.batched_free(again)
+        assert heap.stats() == before
+        heap.batched_free(batch[3:])
+        with pytest.raises(DoubleFreeError):
+            heap.batched_free(batch)
+        assert heap.stats().allocated_bytes == 0
+        heap.address_manager.check()
+
+    def test_a_double_free_does_not_hit_the_next_owner(self, heap: TensorMemoryAllocator) -> None:
+        first = heap.allocate([4], torch.float32)
+        assert first is not None
+        heap.free(first)
+        second = heap.allocate([4], torch.float32)
+        assert second is not None
+        assert second.address == first.address
+        with pytest.raises(DoubleFreeError):
+            heap.free(first)
+        assert second.is_valid()
+        assert heap.stats().allocated_bytes == PAGE
+
+    def test_objects_of_another_heap_are_refused(self, heap: TensorMemoryAllocator) -> None:
+        mine, other = self.batch(heap), heap_of(16)
+        theirs = other.batched_allocate(SHAPE, torch.float32, 2)
+        assert theirs is not None
+        for wrong in (theirs, [theirs[0]], [mine[0], theirs[1]]):
+            with pytest.raises(ForeignObjectError):
+                heap.batched_free(wrong)
+        with pytest.raises(TypeError, match="only a MemoryObj can be freed, got 'x'"):
+            heap.batched_free([mine[0], "x"])  # type: ignore[list-item]
+        assert all(obj.is_valid() for obj in [*mine, *theirs])
+
+    def test_held_blocks_are_not_freed(self, heap: TensorMemoryAllocator) -> None:
+        mine = self.batch(heap)
+        mine[0].ref_count_up()
+        mine[1].pin()
+        for held in (0, 1):
+            with pytest.raises(BlockInUseError, match="is in use"):
+                heap.batched_free([mine[2], mine[held]])
+        assert mine[2].is_valid()
+        mine[0].ref_count_down()
+        mine[1].unpin()
+        heap.batched_free(mine)
+
+    def test_nothing_is_nothing(self, heap: TensorMemoryAllocator) -> None:
+        heap.batched_free([])
+        heap.batched_free([], out=torch.empty(0, *SHAPE))
+        with pytest.raises(ValueError, match="1 rows for no blocks"):
+            heap.batched_free([], out=torch.empty(1, *SHAPE))
+        empty = heap.batched_allocate(SHAPE, torch.float32, 0, source=torch.empty(0, *SHAPE))
+        assert empty is not None
+        heap.batched_free(empty, out=torch.empty(0, *SHAPE))
+
+
+class TestCounts:
+    def test_it_lives_until_both_counts_are_zero(self) -> None:
+        heap = heap_of(2)
+        obj = heap.allocate([1], torch.uint8)
+        assert obj is not None
+        obj.pin()
+        obj.ref_count_up()
+        obj.ref_count_down()
+        obj.ref_count_down()
+        assert (obj.ref_count, obj.pin_count, obj.is_valid()) == (0, 1, True)
+        with pytest.raises(LifetimeError, match=r"reference count .* is 0"):
+            obj.ref_count_down()
+        obj.unpin()
+        assert not obj.is_valid()
+        assert heap.stats().allocated_bytes == 0
+
+    def test_counts_never_go_below_zero(self) -> None:
+        obj = heap_of(1).allocate([1], torch.uint8)
+        assert obj is not None
+        with pytest.raises(LifetimeError, match=r"pin count of block 0 .* is 0"):
+            obj.unpin()
+        assert (obj.ref_count, obj.pin_count) == (1, 0)
+
+    def test_handles_on_a_block_share_its_counts(self) -> None:
+        batch = heap_of(4).batched_allocate([1], torch.uint8, 3)
+        assert batch is not None
+        batch[1].pin()
+        assert batch[1] == batch[-2]
+        assert hash(batch[1]) == hash(batch[-2])
+        assert batch[1] != batch[0]
+        assert batch.pin_counts.tolist() == [0, 1, 0]
+        assert batch.ref_counts.tolist() == [1, 1, 1]
+        assert batch[-2].pin_count == 1
+        with pytest.raises(IndexError):
+            batch[3]
+
+    def test_of_eight_threads_exactly_one_frees(self) -> None:
+        heap = heap_of(64)
+        batch = heap.batched_allocate([1], torch.uint8, 64)
+        assert batch is not None
+        freed: list[int] = []
+        barrier = threading.Barrier(8)
+
+        def work(seed: int) -> None:
+            rows = list(range(64))
+            random.Random(seed).shuffle(rows)
+            barrier.wait()
+            for row in rows:
+                try:
+                    heap.free(batch[row])
+                except DoubleFreeError:
+                    continue
+                freed.append(row)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(freed) == list(range(64))
+        assert heap.stats().allocated_bytes == 0
+        assert heap.memcheck()
+
+    def test_counts_from_many_threads_lose_no_update(self) -> None:
+        heap = heap_of(1)
+        obj = heap.allocate([1], torch.uint8)
+        assert obj is not None
+
+        def work() -> None:
+            for _ in range(2000):
+                obj.ref_count_up()
+                obj.pin()
+                obj.unpin()
+                obj.ref_count_down()
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (obj.ref_count, obj.pin_count) == (1, 0)
+
+
+class TestBatch:
+    def test_it_is_arrays(self) -> None:
+        heap = heap_of(8)
+        batch = heap.batched_allocate(SHAPE, torch.float32, 5)
+        assert batch is not None
+        assert batch.addresses.dtype == np.int64
+        assert batch.addresses.tolist() == [i * PAGE for i in range(5)]
+        assert (batch.num_runs, len(batch), batch.allocated_bytes) == (1, 5, PAGE)
+        assert [obj.address for obj in batch] == batch.addresses.tolist()
+        heap.free(batch[2])
+        assert batch.live.tolist() == [True, True, False, True, True]
+
+    @pytest.mark.parametrize(
+        ("fmt", "dim"), [("KV_2LTD", 2), ("KV_T2D", 0), ("KV_2TD", 1), ("KV_MLA_FMT", 2)]
+    )
+    def test_the_format_tells_the_token_dimension(self, fmt: str, dim: int) -> None:
+        assert MemoryFormat[fmt].token_dim() == dim
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_sources_may_be_on_the_host() -> None:
+    heap = TensorMemoryAllocator(torch.zeros(64 << 20, dtype=torch.uint8, device="cuda"))
+    source = random_blocks(1000)
+    for there in (source, source.cuda()):
+        batch = heap.batched_allocate(SHAPE, torch.float32, 1000, source=there)
+        assert batch is not None
+        out = torch.empty(1000, *SHAPE, device="cuda")
+        heap.batched_free(batch, out=out)
+        assert torch.equal(out.cpu(), source)
+    batch = heap.batched_allocate(SHAPE, torch.float32, 4)
+    assert batch is not None
+    with pytest.raises(ValueError, match="out must be on cuda"):
+        heap.batched_free(batch, out=torch.empty(4, *SHAPE))
