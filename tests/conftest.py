@@ -1,6 +1,6 @@
 """Shared by all tests: how thorough hypothesis is.
 
-``pytest --hypothesis-profile=long tests/addresses tests/heaps`` looks for hours where the default looks for
+``pytest --hypothesis-profile=long tests/addresses`` looks for hours where the default looks for
 seconds: every state machine runs 20,000 examples of 200 steps.
 """
 
