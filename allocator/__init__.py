@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from kvheap.addresses.address_manager import AddressManager as AddressManager
     from kvheap.addresses.address_manager import HeapStats as HeapStats
     from kvheap.blocks.block_layout import BlockLayout as BlockLayout
-    from kvheap.blocks.lifetime import FullReport as FullReport
-    from kvheap.blocks.lifetime import Lease as Lease
-    from kvheap.blocks.lifetime import LiveBlocks as LiveBlocks
+    from kvheap.blocks.lease import Lease as Lease
     from kvheap.blocks.memory_allocator import HeapOptions as HeapOptions
     from kvheap.blocks.memory_allocator import MemoryAllocatorInterface as MemoryAllocatorInterface
+    from kvheap.blocks.memory_batch import BytesBufferMemoryObj as BytesBufferMemoryObj
     from kvheap.blocks.memory_batch import MemoryBatch as MemoryBatch
+    from kvheap.blocks.memory_batch import MemoryObj as MemoryObj
     from kvheap.blocks.memory_format import MemoryFormat as MemoryFormat
     from kvheap.blocks.memory_metadata import MemoryBatchMetadata as MemoryBatchMetadata
     from kvheap.blocks.memory_metadata import MemoryObjMetadata as MemoryObjMetadata
-    from kvheap.blocks.memory_object import BytesBufferMemoryObj as BytesBufferMemoryObj
-    from kvheap.blocks.memory_object import MemoryObj as MemoryObj
+    from kvheap.blocks.report import FullReport as FullReport
+    from kvheap.blocks.report import LiveBlocks as LiveBlocks
     from kvheap.engine.chunks import load as load
     from kvheap.engine.chunks import store as store
     from kvheap.errors import BlockInUseError as BlockInUseError
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from kvheap.errors import WriteAfterFreeError as WriteAfterFreeError
     from kvheap.heaps.device_allocators import GPUMemoryAllocator as GPUMemoryAllocator
     from kvheap.heaps.host_allocators import HostMemoryAllocator as HostMemoryAllocator
-    from kvheap.heaps.host_allocators import MixedMemoryAllocator as MixedMemoryAllocator
     from kvheap.heaps.host_allocators import PinMemoryAllocator as PinMemoryAllocator
     from kvheap.heaps.lazy_allocator import LazyMemoryAllocator as LazyMemoryAllocator
+    from kvheap.heaps.mixed_allocator import MixedMemoryAllocator as MixedMemoryAllocator
     from kvheap.heaps.paged_allocator import (
         PagedTensorMemoryAllocator as PagedTensorMemoryAllocator,
     )
@@ -75,12 +75,12 @@ _MODULE_OF = {
     "BlockInUseError": "errors",
     "BlockLayout": "blocks.block_layout",
     "BufferAllocator": "heaps.plain_allocators",
-    "BytesBufferMemoryObj": "blocks.memory_object",
+    "BytesBufferMemoryObj": "blocks.memory_batch",
     "ClosedError": "errors",
     "CopyPlan": "transfer.plan",
     "DoubleFreeError": "errors",
     "ForeignObjectError": "errors",
-    "FullReport": "blocks.lifetime",
+    "FullReport": "blocks.report",
     "GPUMemoryAllocator": "heaps.device_allocators",
     "GrowthProgress": "memory.growth",
     "HeapCorruptionError": "errors",
@@ -91,16 +91,16 @@ _MODULE_OF = {
     "InvalidFreeError": "errors",
     "LayoutError": "kernels.paged_layout",
     "LazyMemoryAllocator": "heaps.lazy_allocator",
-    "Lease": "blocks.lifetime",
+    "Lease": "blocks.lease",
     "LifetimeError": "errors",
-    "LiveBlocks": "blocks.lifetime",
+    "LiveBlocks": "blocks.report",
     "MemoryAllocatorInterface": "blocks.memory_allocator",
     "MemoryBatch": "blocks.memory_batch",
     "MemoryBatchMetadata": "blocks.memory_metadata",
     "MemoryFormat": "blocks.memory_format",
-    "MemoryObj": "blocks.memory_object",
+    "MemoryObj": "blocks.memory_batch",
     "MemoryObjMetadata": "blocks.memory_metadata",
-    "MixedMemoryAllocator": "heaps.host_allocators",
+    "MixedMemoryAllocator": "heaps.mixed_allocator",
     "NegativeBatchSizeError": "errors",
     "OutOfMemoryError": "errors",
     "PagedKVCache": "kernels.paged_layout",

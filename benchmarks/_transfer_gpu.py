@@ -36,7 +36,8 @@ from _transfer_peers import (
 )
 
 from kvheap.calibration.calibrate import CudaMeasure, calibrate
-from kvheap.device.copy_device import CopyDevice, find_device
+from kvheap.device.copy_device import CopyDevice
+from kvheap.device.cuda import find_device
 from kvheap.kernels.copy_engine import driver
 from kvheap.kernels.pointer_copy import PointerCopy
 from kvheap.planning import planner

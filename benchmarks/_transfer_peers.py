@@ -194,7 +194,7 @@ def batch_unmerged(case: Case, direction: Any, stream: int) -> Call:
 
     def call() -> None:
         for group in groups:
-            driver().copy_batch(group, stream, direction)
+            driver().copy_batch(group, stream, over_link=direction in ("h2d", "d2h"))
 
     return call
 
@@ -397,9 +397,9 @@ class HostOnlyDevice:
         """Write the descriptors."""
         return _Unlaunched(PointerCopy.prepare(pieces, torch.device("cpu")))
 
-    def copy_batch(self, pieces: Pieces, stream: int, direction: Any) -> None:
+    def copy_batch(self, pieces: Pieces, stream: int, *, over_link: bool) -> None:
         """Call a function that does nothing."""
-        self.driver.copy_batch(pieces, stream, direction)
+        self.driver.copy_batch(pieces, stream, over_link=over_link)
 
     def copy_each(self, pieces: Pieces, stream: int) -> None:
         """Call it once for each piece."""

@@ -245,7 +245,7 @@ def host_parts(device: HostOnlyDevice, count: int) -> dict[str, Call]:
         "merge, runs of 8": in_runs.merged,
         "choose": partial(table.choose, "h2d", *size, ("kernel", "copy_engine")),
         "descriptors": partial(PointerCopy.prepare, pieces, torch.device("cpu")),
-        "copy engine call": partial(device.copy_batch, pieces, device.stream, "h2d"),
+        "copy engine call": partial(device.copy_batch, pieces, device.stream, over_link=True),
         "plan by planner": partial(copy, plan),
         "plan by kernel": partial(copy, plan, path="kernel"),
         "plan by copy engine": partial(copy, plan, path="copy_engine"),

@@ -1,4 +1,4 @@
-"""``BlockLayout``: what one block holds: one tensor, or several groups of tensors side by side."""
+"""``BlockLayout``: what one block holds, one tensor or several groups of tensors side by side."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Dtypes: TypeAlias = "torch.dtype | Sequence[torch.dtype]"
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """Shapes, dtypes and meaning of a block's groups, which lie one after the other.
+    """Shapes, dtypes and meaning of a block's groups, which follow each other in memory.
 
-    Hybrid models keep, for one chunk of tokens, attention KV and recurrent state side by side.
+    Hybrid models keep attention KV and recurrent state of one chunk of tokens side by side.
 
     Attributes:
         shapes: logical shape of each group.
         dtypes: logical dtype of each group.
         fmt: what the dimensions mean.
-        offsets: where each group begins, in bytes, and at the end where the last one ends.
+        offsets: where each group begins, in bytes, and where the last one ends.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -76,8 +76,15 @@ class BlockLayout:
 
     @property
     def alignment(self) -> int:
-        """Blocks must begin at multiples of so many bytes: the widest item of any group."""
+        """Every block must begin at a multiple of so many bytes: the widest item of any group."""
         return max(dtype.itemsize for dtype in self.dtypes)
+
+    @property
+    def packed(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a block in a tensor of blocks; several groups count as bytes."""
+        if len(self.shapes) > 1:
+            return (self.size_bytes,), torch.uint8
+        return tuple(self.shapes[0]), self.dtypes[0]
 
     def view(self, block: torch.Tensor, group: int = 0) -> torch.Tensor:
         """Group ``group`` of a block's bytes, uint8 ``[size_bytes]``, without a copy."""

@@ -1,4 +1,7 @@
-"""``MemoryAllocatorInterface``: what every allocator can do, and the options all share."""
+"""``MemoryAllocatorInterface``: what all allocators of kvheap have in common.
+
+``blocks/block_allocator.py`` adds what allocators with blocks of their own have in common.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,18 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, TypedDict
 
-import numpy as np
+import torch
 
-from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
-from kvheap.blocks.lifetime import FullReport, Lease, Lifetime, LiveBlocks
-from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
-from kvheap.blocks.memory_object import MemoryObj
-from kvheap.errors import ClosedError, ForeignObjectError
+from kvheap.blocks.report import FullReport, LiveBlocks
+from kvheap.errors import ClosedError
 
 if TYPE_CHECKING:
     from typing import Self
 
-    import torch
-
-__all__ = ["HeapOptions", "MemoryAllocatorInterface", "Rows", "debug_by_environment"]
-
-DEBUG_TRACE_FRAMES = 4
+__all__ = ["HeapOptions", "MemoryAllocatorInterface", "debug_by_environment"]
 
 
 class HeapOptions(TypedDict, total=False):
@@ -42,23 +39,8 @@ class HeapOptions(TypedDict, total=False):
 
 
 def debug_by_environment() -> bool:
-    """Whether ``KVHEAP_DEBUG`` asks for debug mode: set, and neither empty nor 0."""
+    """Whether ``KVHEAP_DEBUG`` asks for debug mode: it is set, and neither empty nor 0."""
     return os.environ.get("KVHEAP_DEBUG", "") not in ("", "0")
-
-
-class Rows:
-    """Blocks of one batch that one call frees."""
-
-    __slots__ = ("batch", "rows")
-
-    def __init__(self, batch: MemoryBatch, rows: Int64Array | None) -> None:
-        self.batch = batch
-        self.rows = rows
-        """Their numbers; None for all."""
-
-    def __len__(self) -> int:
-        """How many blocks."""
-        return len(self.batch) if self.rows is None else len(self.rows)
 
 
 class MemoryAllocatorInterface(ABC):
@@ -66,45 +48,17 @@ class MemoryAllocatorInterface(ABC):
 
     A context manager: leaving it closes the allocator. A full allocator answers None, a mistake
     raises, and after either nothing has changed.
+
+    - allocate: ``allocate``, ``batched_allocate``;
+    - free: ``free``, ``batched_free``;
+    - look: ``leaks``, ``memcheck``, ``closed``;
+    - end: ``close``;
+    - for subclasses: ``layout_of``, ``allocate_blocks``, ``close_memory``, ``require_open``.
     """
-
-    object_type: type[MemoryObj] = MemoryObj
-    """The class of the objects that batches of this allocator hand out."""
-
-    lifetime: Lifetime
-    """Who holds what; see ``blocks/lifetime.py``."""
 
     _closed = False
 
-    # -- what each allocator does its own way --------------------------------------------------
-
-    @abstractmethod
-    def batched_allocate(
-        self,
-        shape: Shapes,
-        dtype: Dtypes,
-        batch_size: int,
-        fmt: MemoryFormat = MemoryFormat.KV_2LTD,
-        source: torch.Tensor | None = None,
-        allow_partial: bool = False,
-    ) -> MemoryBatch | None:
-        """Allocate ``batch_size`` equal blocks, and fill them from ``source``."""
-
-    @abstractmethod
-    def batched_free(
-        self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
-    ) -> None:
-        """Free many blocks, all or none, and collect their contents first."""
-
-    @abstractmethod
-    def _bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:
-        """Bytes of a block of ``batch``, uint8 ``[size_bytes]``, without a copy."""
-
-    @abstractmethod
-    def _close(self) -> None:
-        """Release what the allocator holds; called once."""
-
-    # -- what follows from it ------------------------------------------------------------------
+    # -- allocate ------------------------------------------------------------------------------
 
     def allocate(
         self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat = MemoryFormat.KV_2LTD
@@ -117,7 +71,7 @@ class MemoryAllocatorInterface(ABC):
             fmt: what the dimensions mean.
 
         Returns:
-            The object, with one reference; None when it does not fit.
+            The object, with one reference; None if it does not fit.
 
         Raises:
             ValueError: the shape is empty or negative, or the heap's alignment is too small for
@@ -126,6 +80,49 @@ class MemoryAllocatorInterface(ABC):
         """
         batch = self.batched_allocate(shape, dtype, 1, fmt)
         return None if batch is None else batch[0]
+
+    def batched_allocate(
+        self,
+        shape: Shapes,
+        dtype: Dtypes,
+        batch_size: int,
+        fmt: MemoryFormat = MemoryFormat.KV_2LTD,
+        source: torch.Tensor | None = None,
+        allow_partial: bool = False,
+    ) -> MemoryBatch | None:
+        """Allocate ``batch_size`` equal blocks, and fill them.
+
+        No Python work per block.
+
+        Args:
+            shape: logical shape of each block, at least one element; or a list of them, one for
+                each group of a block.
+            dtype: logical dtype of each block; or a list of them.
+            batch_size: number of blocks N; 0 gives an empty batch.
+            fmt: what the dimensions mean.
+            source: ``[N, *shape]`` of ``dtype``, on the allocator's device or the CPU, each block
+                contiguous: block ``i`` is filled from ``source[i]``, by one kernel on the current
+                stream. For blocks of several groups: ``[N, size_bytes]`` of uint8. None leaves
+                the contents undefined.
+            allow_partial: if not all blocks fit, allocate as many as do, possibly none, and fill
+                them from as many of the first blocks of ``source``.
+
+        Returns:
+            The batch, each block with one reference; None if the blocks do not all fit and
+            ``allow_partial`` is false.
+
+        Raises:
+            ValueError: an argument is wrong; nothing is allocated.
+            NegativeBatchSizeError: ``batch_size`` is negative.
+            WriteAfterFreeError: in debug mode, somebody wrote to freed bytes.
+            ClosedError: the allocator is closed.
+        """
+        if self._closed:
+            self.require_open()
+        layout = self.layout_of(shape, dtype, fmt)
+        return self.allocate_blocks(layout, batch_size, source, allow_partial)
+
+    # -- free ----------------------------------------------------------------------------------
 
     def free(self, obj: MemoryObj) -> None:
         """Free one block that nobody else holds.
@@ -139,32 +136,58 @@ class MemoryAllocatorInterface(ABC):
         """
         self.batched_free([obj])
 
-    def leaks(self) -> tuple[LiveBlocks, ...]:
-        """All live blocks, by place of allocation (when tracing is on) and layout, oldest first.
+    @abstractmethod
+    def batched_free(
+        self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
+    ) -> None:
+        """Free many blocks, all or none, and collect their contents first.
 
-        What should not live any more is a leak. O(batches); meant for people and their tools.
+        A whole :class:`MemoryBatch` costs no Python work per block.
+
+        Args:
+            objs: a batch, or objects of any batches of this allocator, of any sizes.
+            out: ``[N, *shape]`` of the blocks' dtype on the allocator's device: block ``i`` is
+                gathered into ``out[i]``, by one kernel on the current stream, before the bytes
+                are released. The blocks must then have one layout; for blocks of several groups,
+                ``out`` is ``[N, size_bytes]`` of uint8.
+
+        Raises:
+            DoubleFreeError: a block is freed already, or named twice; nothing is freed.
+            BlockInUseError: a block is pinned or has more than one reference; nothing is freed.
+            ForeignObjectError: a block belongs to another allocator; nothing is freed.
+            TypeError: something other than a MemoryObj is among them; nothing is freed.
+            ValueError: ``out`` does not match the blocks; nothing is freed.
+            ClosedError: the allocator is closed.
         """
-        if self.lifetime.has_work:
-            self.lifetime.settle()
-        return self.lifetime.live()
+
+    # -- look ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def leaks(self) -> tuple[LiveBlocks, ...]:
+        """All live blocks, by allocation site (if recorded) and block layout, oldest first.
+
+        Whatever should no longer live is a leak. O(batches); meant for people and their tools.
+        """
 
     def memcheck(self) -> bool:
         """Whether every invariant of the allocator holds."""
         return True
-
-    def close(self) -> None:
-        """Release everything. Later calls but ``close`` raise ``ClosedError``."""
-        if not self._closed:
-            self._closed = True
-            self._close()
 
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._closed
 
+    # -- end -----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Release everything. Later calls other than ``close`` raise ``ClosedError``."""
+        if not self._closed:
+            self._closed = True
+            self.close_memory()
+
     def __enter__(self) -> Self:
-        self._require_open()
+        self.require_open()
         return self
 
     def __exit__(
@@ -175,31 +198,35 @@ class MemoryAllocatorInterface(ABC):
     ) -> None:
         self.close()
 
-    # -- helpers -------------------------------------------------------------------------------
+    # -- for subclasses ------------------------------------------------------------------------
 
-    def _require_open(self) -> None:
+    @abstractmethod
+    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
+        """The layout of a block, checked against what this allocator can hold.
+
+        Raises:
+            ValueError, TypeError: as :meth:`batched_allocate`.
+        """
+
+    @abstractmethod
+    def allocate_blocks(
+        self,
+        layout: BlockLayout,
+        batch_size: int,
+        source: torch.Tensor | None = None,
+        allow_partial: bool = False,
+    ) -> MemoryBatch | None:
+        """:meth:`batched_allocate` for a layout that :meth:`layout_of` made."""
+
+    @abstractmethod
+    def close_memory(self) -> None:
+        """Release the allocator's memory; called once, by :meth:`close`."""
+
+    def require_open(self) -> None:
+        """Refuse to work once closed.
+
+        Raises:
+            ClosedError: the allocator is closed.
+        """
         if self._closed:
             raise ClosedError(f"this {type(self).__name__} is closed")
-
-    def _grant_lease(self, batch: MemoryBatch, row: int, ttl: float) -> Lease:
-        return self.lifetime.grant_lease(batch, row, ttl)
-
-    def _rows_by_batch(self, objs: MemoryBatch | Iterable[MemoryObj]) -> list[Rows]:
-        """What to free, by batch; refuses what is not this allocator's."""
-        if isinstance(objs, MemoryBatch):
-            parts = [Rows(objs, None)]
-        else:
-            rows_of: dict[int, tuple[MemoryBatch, list[int]]] = {}
-            for obj in objs:
-                if not isinstance(obj, MemoryObj):
-                    raise TypeError(f"only a MemoryObj can be freed, got {obj!r}")
-                batch = obj._batch
-                rows_of.setdefault(id(batch), (batch, []))[1].append(obj._row)
-            parts = [
-                Rows(batch, None if len(rows) == len(batch) == 1 else np.array(rows, np.int64))
-                for batch, rows in rows_of.values()
-            ]
-        for part in parts:
-            if part.batch.allocator is not self:
-                raise ForeignObjectError(f"{part.batch!r} belongs to another allocator")
-        return parts

@@ -1,26 +1,19 @@
-"""``MemoryBatch``: N equal allocations made by one call, kept as arrays.
+"""``MemoryBatch``: N equal allocations made by one call; ``MemoryObj``: a handle on one of them.
 
-Making a batch costs no work per block: it holds its runs, and one count for all blocks until one
-of them differs. A ``MemoryObj`` is a handle on one row (batch, index),
-made when asked for; handles on the same row share its counts, so it makes no difference through
-which of them a block is freed.
+Making a batch costs no work per block: it holds its runs as arrays, and one count for all blocks
+until one of them differs. A :class:`MemoryObj` is a handle on one row (batch, index), made when it
+is asked for. Handles on the same row share its counts, so it makes no difference through which of
+them a block is freed.
 
-The life of a block is one number, its reference count: >= 0 while it lives, ``FREED`` after. All
-changes to the counts happen under one lock of the batch, by which no other is ever waited for; it
-is never taken by a finalizer. Who moves a row to ``FREED`` owns the release of its bytes, so
-of two threads that free a block exactly one succeeds.
-
-A batch that is dropped while blocks of it live, with all handles on them, hands them to its
-allocator, which takes them back with its next operation and counts them as dropped.
+A batch that is dropped while some of its blocks live, together with all handles on them, passes
+those blocks to its allocator. The allocator's next operation takes them back and counts them as
+dropped.
 """
 
 from __future__ import annotations
 
-import threading
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, SupportsIndex, overload
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, SupportsIndex, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -29,65 +22,75 @@ import torch
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
-from kvheap.blocks.lifetime import Event, Lease, Lifetime, Release, Site, Stream, site_lines
+from kvheap.blocks.counts import RowCounts
+from kvheap.blocks.lease import Lease
+from kvheap.blocks.lifetime import Lifetime
+from kvheap.blocks.lmcache_names import LMCacheNames
 from kvheap.blocks.memory_format import MemoryFormat
-from kvheap.blocks.memory_metadata import MemoryBatchMetadata
-from kvheap.blocks.memory_object import MemoryObj
-from kvheap.errors import BlockInUseError, DoubleFreeError, ForeignObjectError, LifetimeError
+from kvheap.blocks.memory_metadata import MemoryBatchMetadata, MemoryObjMetadata
+from kvheap.blocks.release import Release
+from kvheap.blocks.sites import Site, allocated_at
+from kvheap.device.events import Event, Stream, has_let_go
+from kvheap.device.transfer import Transfer
+from kvheap.errors import ForeignObjectError, LifetimeError
 
-if TYPE_CHECKING:
-    from kvheap.transfer import Transfer
-
-__all__ = ["BlockOwner", "MemoryBatch"]
-
-FREED = -1
-"""The reference count of a block that was freed."""
-
-_NO_SIZES: Mapping[int, int] = MappingProxyType({})
+__all__ = ["BlockOwner", "BytesBufferMemoryObj", "MemoryBatch", "MemoryObj", "Rows", "rows_of"]
 
 
 class BlockOwner(Protocol):
     """What a batch needs of the allocator that made it."""
 
-    object_type: type[MemoryObj]
     lifetime: Lifetime
 
-    def _bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor: ...
-    def _grant_lease(self, batch: MemoryBatch, row: int, ttl: float) -> Lease: ...
+    @property
+    def object_type(self) -> type[MemoryObj]:
+        """The class of the batch's handles."""
+        ...
+
+    def block_bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:
+        """The first bytes of a block, uint8 ``[size_bytes]``, without a copy."""
+        ...
+
+    def grant_lease(self, batch: MemoryBatch, row: int, ttl: float) -> Lease:
+        """Pin a block for ``ttl`` seconds."""
+        ...
 
 
-class MemoryBatch(Sequence[MemoryObj]):
-    """N blocks of one layout, made by ``batched_allocate``.
+class MemoryBatch(Sequence["MemoryObj"]):
+    """N blocks of one layout, made by ``batched_allocate``. Not made by users.
 
-    A sequence of :class:`MemoryObj`; a slice is a list of them. Compares equal to a sequence of
-    the same objects. Not made by users.
+    A sequence of :class:`MemoryObj`; a slice is a list of them. Equal to a sequence of the same
+    objects.
+
+    - what the blocks are: ``layout``, ``shape``, ``dtype``, ``fmt``, ``size_bytes``;
+    - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
+    - who needs them: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
+    - for allocators and transfers: ``counts``, ``claim``, ``unclaim``, ``disown``,
+      ``release_of``, ``describe``.
 
     Attributes:
         allocator: the allocator that made it.
         layout: what each block holds.
+        counts: who still needs each block.
         born: when it was allocated, by the clock of ``time.monotonic``.
-        site: where it was allocated, when tracing was on.
-        transfer: the transfer that fills it, for a batch that ``offload`` or ``restore`` made;
-            else None.
+        site: where it was allocated, if allocation sites are recorded.
+        storage: the batch's own memory, if its allocator has no heap; else None.
+        transfer: the transfer that fills it, for a batch made by ``offload`` or ``restore``; else
+            None.
     """
 
     __slots__ = (
         "__weakref__",
         "_address_batch",
-        "_lease_counts",
         "_length",
-        "_lock",
         "_owned",
-        "_pin_counts",
-        "_ref_counts",
-        "_storage",
-        "_streams",
-        "_uniform_ref_count",
         "_used_sizes",
         "allocator",
         "born",
+        "counts",
         "layout",
         "site",
+        "storage",
         "transfer",
     )
 
@@ -100,51 +103,44 @@ class MemoryBatch(Sequence[MemoryObj]):
         owned: bool = True,
         storage: torch.Tensor | None = None,
     ) -> None:
-        self._owned = False  # until all is in place: what is not owned needs no finalizer
+        self._owned = False  # until the batch is complete: the finalizer then has nothing to do
         self.allocator = allocator
         self.layout = layout
         self.born = 0.0
         self.site: Site = ()
         self.transfer: Transfer | None = None
         self._address_batch = address_batch
-        self._length = len(address_batch)
-        self._lock = threading.Lock()
-        self._uniform_ref_count = 1
-        self._ref_counts: array[int] | None = None
-        self._pin_counts: array[int] | None = None
-        self._lease_counts: dict[int, int] | None = None
-        self._used_sizes = _NO_SIZES
-        self._streams: list[tuple[frozenset[int] | None, Stream]] | None = None
-        self._storage = storage
+        self._length = length = len(address_batch)
+        self.counts = RowCounts(length)
+        self._used_sizes: dict[int, int] = {}
+        self.storage = storage
         if owned:
             allocator.lifetime.begin(self)
             self._owned = True
 
     def __del__(self) -> None:
         # Runs anywhere, even inside the allocator's own locks on this thread: takes none.
-        if getattr(self, "_owned", False):
-            lifetime = self.allocator.lifetime
-            lifetime.forget(self)
-            if self._ref_counts is not None or self._uniform_ref_count != FREED:
-                rows = np.flatnonzero(self._ref_count_array() != FREED)
-                if len(rows):
-                    whole = len(rows) == self._length
-                    dropped = None if whole else rows
-                    release = self._release_of(dropped, ())
-                    # In a cycle, another finalizer may still hold a handle: it finds it freed.
-                    self._set_all_ref_counts(FREED)
-                    lifetime.drop(release, self._streams_of(dropped))
+        if not getattr(self, "_owned", False):
+            return
+        lifetime = self.allocator.lifetime
+        lifetime.forget(self)
+        rows = self.counts.rows_to_drop()
+        if len(self._address_batch if rows is None else rows):
+            release = self.release_of(rows, ())
+            # In a cycle, another finalizer may still hold a handle: it must find the block freed.
+            self.counts.free_all()
+            lifetime.drop(release, self.counts.streams_of(rows))
 
     # -- what the blocks are -------------------------------------------------------------------
 
     @property
     def shape(self) -> torch.Size:
-        """Logical shape of each block; of its first group, where there are several."""
+        """Logical shape of each block; of its first group if there are several."""
         return self.layout.shapes[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Logical dtype of each block; of its first group, where there are several."""
+        """Logical dtype of each block; of its first group if there are several."""
         return self.layout.dtypes[0]
 
     @property
@@ -157,7 +153,7 @@ class MemoryBatch(Sequence[MemoryObj]):
         """Logical bytes of each block, all groups."""
         return self.layout.size_bytes
 
-    # -- where the blocks are ------------------------------------------------------------------
+    # -- where they are ------------------------------------------------------------------------
 
     @property
     def addresses(self) -> Int64Array:
@@ -181,7 +177,7 @@ class MemoryBatch(Sequence[MemoryObj]):
 
     @property
     def metadata(self) -> MemoryBatchMetadata:
-        """What another process needs to wrap the blocks with ``allocator.view``."""
+        """What another process needs to wrap the blocks with ``heap.view``."""
         return MemoryBatchMetadata(self._address_batch, self.layout)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -189,44 +185,44 @@ class MemoryBatch(Sequence[MemoryObj]):
 
     # -- who needs them ------------------------------------------------------------------------
 
-    def record_stream(self, stream: Stream) -> None:
-        """Keep the bytes of all blocks from reuse as ``MemoryObj.record_stream`` does for one.
+    @property
+    def ref_counts(self) -> npt.NDArray[np.int32]:
+        """A copy of the reference counts, int32 ``[N]``; 0 for freed blocks too."""
+        return self.counts.references()
+
+    @property
+    def pin_counts(self) -> npt.NDArray[np.int32]:
+        """A copy of the pin counts, int32 ``[N]``."""
+        return self.counts.pins()
+
+    @property
+    def live(self) -> npt.NDArray[np.bool_]:
+        """Which blocks are not freed, bool ``[N]``, at this moment."""
+        return self.counts.live()
+
+    def record_stream(self, stream: Stream, rows: Int64Array | None = None) -> None:
+        """Keep the bytes of blocks from reuse, as ``MemoryObj.record_stream`` does for one.
+
+        Args:
+            stream: works on the blocks.
+            rows: which blocks, integers ``[R]``; None: all.
 
         Raises:
             LifetimeError: a block is freed.
         """
-        self._record_stream(stream, None)
+        self.counts.record_stream(stream, rows, self.describe)
 
     def detach(self) -> AddressBatch:
-        """Give the blocks up: only their addresses are left, for who frees them by address.
+        """Give the blocks up and keep only their addresses, to free them by address later.
 
-        Afterwards every block counts as freed here. The bytes stay allocated until
-        ``allocator.address_manager.batched_free`` gets the result, which waits for no stream and
-        wipes nothing.
+        Every block then counts as freed here. The bytes stay allocated until they are passed to
+        ``allocator.address_manager.batched_free``, which waits for no stream and wipes nothing.
 
         Raises:
-            DoubleFreeError, BlockInUseError: a block is freed already, or somebody else's too.
+            DoubleFreeError, BlockInUseError: a block is freed already, or somebody else holds it.
         """
-        self._claim(None)
+        self.claim(None)
         return self._address_batch
-
-    @property
-    def ref_counts(self) -> npt.NDArray[np.int32]:
-        """A snapshot of the reference counts, int32 ``[N]``; 0 for freed blocks too."""
-        with self._lock:
-            return np.maximum(self._ref_count_array(), 0)
-
-    @property
-    def pin_counts(self) -> npt.NDArray[np.int32]:
-        """A snapshot of the pin counts, int32 ``[N]``."""
-        with self._lock:
-            return self._pin_count_array().copy()
-
-    @property
-    def live(self) -> npt.NDArray[np.bool_]:
-        """Which blocks are not freed, bool ``[N]``; a snapshot."""
-        with self._lock:
-            return np.not_equal(self._ref_count_array(), FREED)
 
     # -- a sequence ----------------------------------------------------------------------------
 
@@ -271,203 +267,45 @@ class MemoryBatch(Sequence[MemoryObj]):
             f"{self.allocated_bytes}-byte blocks)"
         )
 
-    # -- counts --------------------------------------------------------------------------------
+    # -- for allocators and transfers ----------------------------------------------------------
 
-    # Most batches are filled, read and freed whole, with every count as it was born. Counts are
-    # therefore kept as one number until one of them is changed: None stands for all equal.
-
-    def _is_live(self, row: int) -> bool:
-        counts = self._ref_counts
-        return (self._uniform_ref_count if counts is None else counts[row]) != FREED
-
-    def _ref_count(self, row: int) -> int:
-        counts = self._ref_counts
-        return max(self._uniform_ref_count if counts is None else counts[row], 0)
-
-    def _pin_count(self, row: int) -> int:
-        counts = self._pin_counts
-        return 0 if counts is None else counts[row]
-
-    def _own_ref_counts(self) -> array[int]:
-        if self._ref_counts is None:
-            self._ref_counts = array("i", (self._uniform_ref_count,)) * self._length
-        return self._ref_counts
-
-    def _own_pin_counts(self) -> array[int]:
-        if self._pin_counts is None:
-            self._pin_counts = array("i", (0,)) * self._length
-        return self._pin_counts
-
-    def _set_all_ref_counts(self, count: int) -> None:
-        self._uniform_ref_count = count  # first: readers without the lock may look in between
-        self._ref_counts = None
-
-    def _ref_count_array(self) -> npt.NDArray[np.int32]:
-        if self._ref_counts is None:
-            return np.full(self._length, self._uniform_ref_count, np.int32)
-        return np.frombuffer(self._ref_counts, np.int32)
-
-    def _pin_count_array(self) -> npt.NDArray[np.int32]:
-        if self._pin_counts is None:
-            return np.zeros(self._length, np.int32)
-        return np.frombuffer(self._pin_counts, np.int32)
-
-    def _count_live(self) -> tuple[int, int]:
-        """How many blocks are live, and how many of those are pinned."""
-        with self._lock:
-            if self._ref_counts is None and self._pin_counts is None:
-                return (0 if self._uniform_ref_count == FREED else self._length), 0
-            live = self._ref_count_array() != FREED
-            return int(live.sum()), int((live & (self._pin_count_array() > 0)).sum())
-
-    def _change_ref_count(self, row: int, change: int) -> None:
-        """Add ``change``; free the block when it is then nobody's."""
-        with self._lock:
-            self._require_live("reference", row)
-            count = self._ref_count(row)
-            if count + change < 0:
-                raise self._count_error("reference", row, count, change)
-            is_nobodys = count + change == 0 and self._pin_count(row) == 0
-            self._own_ref_counts()[row] = FREED if is_nobodys else count + change
-        if is_nobodys:
-            self._release_row(row, ref_count=count)
-
-    def _change_pin_count(self, row: int, change: int) -> None:
-        """Add ``change``, which is not a lease's; free the block when it is then nobody's."""
-        with self._lock:
-            self._require_live("pin", row)
-            count = self._pin_count(row)
-            leases = self._lease_counts.get(row, 0) if self._lease_counts else 0
-            if count + change < leases:
-                raise self._count_error("pin", row, count, change)
-            self._own_pin_counts()[row] = count + change
-            if count + change or self._ref_count(row):
-                return
-            self._own_ref_counts()[row] = FREED
-        self._release_row(row, ref_count=0)
-
-    def _begin_lease(self, row: int) -> None:
-        with self._lock:
-            self._require_live("pin", row)
-            if self._lease_counts is None:
-                self._lease_counts = {}
-            self._own_pin_counts()[row] += 1
-            self._lease_counts[row] = self._lease_counts.get(row, 0) + 1
-
-    def _end_lease(self, lease: Lease, row: int, state: str) -> bool:
-        """End a lease that is held, whatever became of the block; False when it had ended."""
-        with self._lock:
-            if lease.state != "held":
-                return False
-            lease.state = state
-            assert self._lease_counts is not None
-            self._lease_counts[row] -= 1
-            self._own_pin_counts()[row] -= 1
-            if not self._is_live(row) or self._pin_count(row) or self._ref_count(row):
-                return True
-            self._own_ref_counts()[row] = FREED
-        self._release_row(row, ref_count=0)
-        return True
-
-    def _require_live(self, kind: str, row: int) -> None:
-        if not self._is_live(row):
-            raise LifetimeError(f"{self._name(row)} is freed: its {kind} count cannot change")
-
-    def _count_error(self, kind: str, row: int, count: int, change: int) -> LifetimeError:
-        leases = self._lease_counts.get(row, 0) if self._lease_counts else 0
-        held = f", {leases} of them by leases" if kind == "pin" and leases else ""
-        return LifetimeError(
-            f"the {kind} count of {self._name(row)} is {count}{held}: it cannot change by {change}"
-        )
-
-    # -- freeing -------------------------------------------------------------------------------
-
-    def _claim(self, rows: Int64Array | None, skip_freed: bool = False) -> Int64Array | None:
-        """Move ``rows`` (None: all) to FREED, all or none; the caller releases their bytes.
+    def claim(self, rows: Int64Array | None, skip_freed: bool = False) -> Int64Array | None:
+        """Mark ``rows`` (None: all) as freed, all or none; the caller releases their bytes.
 
         Args:
-            rows: numbers of rows.
+            rows: row numbers.
             skip_freed: leave out rows that are freed already, instead of raising.
 
         Returns:
-            The rows that were moved; None for all.
+            The rows that were marked; None for all.
 
         Raises:
-            DoubleFreeError: one of them is freed already, or named twice.
-            BlockInUseError: one of them is pinned or has more than one reference.
-            ForeignObjectError: the batch is a view of what another process holds.
+            DoubleFreeError: a row is freed already, or named twice.
+            BlockInUseError: a row is pinned or has more than one reference.
+            ForeignObjectError: the batch is a view of another process's blocks.
         """
         if not self._owned:
             raise ForeignObjectError(f"{self!r} is a view: only who allocated it can free it")
-        with self._lock:
-            if rows is None and self._is_untouched():
-                self._set_all_ref_counts(FREED)
-                return None
-            if skip_freed:
-                rows = self._live_among(rows)
-            elif rows is not None:
-                self._require_distinct(rows)
-            self._require_sole_owner(rows)
-            if rows is None:
-                self._set_all_ref_counts(FREED)
-            else:
-                np.frombuffer(self._own_ref_counts(), np.int32)[rows] = FREED
-            return rows
+        return self.counts.claim(rows, self.describe, skip_freed)
 
-    def _unclaim(self, rows: Int64Array | None, ref_count: int = 1) -> None:
-        """Undo :meth:`_claim` before the bytes were released."""
-        with self._lock:
-            if rows is None:
-                self._set_all_ref_counts(ref_count)
-            else:
-                np.frombuffer(self._own_ref_counts(), np.int32)[rows] = ref_count
+    def unclaim(self, rows: Int64Array | None, references: int = 1) -> None:
+        """Undo :meth:`claim` before the bytes were released."""
+        self.counts.unclaim(rows, references)
 
-    def _is_untouched(self) -> bool:
-        is_uniform = self._ref_counts is None and self._pin_counts is None
-        return is_uniform and self._uniform_ref_count == 1
+    def disown(self) -> None:
+        """Mark all blocks as freed without releasing them: the allocator takes them back itself."""
+        self.counts.free_all()
 
-    def _live_among(self, rows: Int64Array | None) -> Int64Array:
-        live = self._ref_count_array() != FREED
-        return np.flatnonzero(live) if rows is None else np.unique(rows[live[rows]])
-
-    def _require_distinct(self, rows: Int64Array) -> None:
-        ordered = np.sort(rows)
-        repeated = ordered[1:] == ordered[:-1]
-        if repeated.any():
-            row = int(ordered[int(np.argmax(repeated))])
-            raise DoubleFreeError(f"{self._name(row)} is named twice in one call")
-
-    def _require_sole_owner(self, rows: Int64Array | None) -> None:
-        """Refuse rows (None: all) that are freed or that somebody else holds."""
-        references = self._ref_count_array()[slice(None) if rows is None else rows]
-        pins = self._pin_count_array()[slice(None) if rows is None else rows]
-        wrong = (references != 1) | (pins != 0)
-        if not wrong.any():
-            return
-        at = int(np.argmax(wrong))
-        name = self._name(at if rows is None else int(rows[at]))
-        if references[at] == FREED:
-            raise DoubleFreeError(f"{name} is freed already")
-        raise BlockInUseError(
-            f"{name} is in use: reference count {references[at]}, pin count {pins[at]}"
-        )
-
-    def _release_row(self, row: int, ref_count: int) -> None:
-        """Give back the bytes of a row that was just moved to FREED."""
-        rows = np.array([row], np.int64)
-        if not self._owned:
-            return
-        try:
-            release = self._release_of(rows)
-        except BaseException:  # a stream that is gone cannot say when its work has ended
-            self._unclaim(rows, ref_count)
-            raise
-        self.allocator.lifetime.release(release)
-
-    def _release_of(
+    def release_of(
         self, rows: Int64Array | None, events: tuple[Event, ...] | None = None
     ) -> Release:
-        """The release of rows (None: all), with events on the streams that were recorded."""
+        """The release of claimed rows (None: all).
+
+        Args:
+            rows: row numbers.
+            events: what the release waits for; None: the end of the work that the recorded streams
+                have now.
+        """
         blocks: AddressBatch | Int64Array
         if rows is None:
             blocks = self._address_batch
@@ -477,68 +315,58 @@ class MemoryBatch(Sequence[MemoryObj]):
         else:
             blocks = self._address_batch.addresses[rows]
         if events is None:
-            streams = self._streams_of(rows)
-            # What a transfer that has ended used need not wait to be looked at once more.
-            in_use = [stream for stream in streams if not getattr(stream, "has_let_go", False)]
+            streams = self.counts.streams_of(rows)
+            # A transfer that has ended needs no event that would have to be checked again.
+            in_use = [stream for stream in streams if not has_let_go(stream)]
             events = tuple(stream.record_event() for stream in in_use)
         return Release(blocks, self.allocated_bytes, _Owner(self.layout, self.site), events)
 
-    def _record_stream(self, stream: Stream, rows: Int64Array | None) -> None:
-        with self._lock:
-            self._require_all_live(rows)
-            entry = (None if rows is None else frozenset(rows.tolist()), stream)
-            if self._streams is None:
-                self._streams = []
-            # Transfers are streams that end: looked for each time their number has doubled.
-            count = len(self._streams)
-            if count >= 8 and not count & (count - 1):
-                self._streams = [
-                    kept for kept in self._streams if not getattr(kept[1], "has_let_go", False)
-                ]
-            if entry not in self._streams:
-                self._streams.append(entry)
+    def begin_lease(self, row: int) -> None:
+        """Pin a row for a lease; see ``LeaseHolder``."""
+        self.counts.begin_lease(row, self.describe)
 
-    def _require_all_live(self, rows: Int64Array | None) -> None:
-        if self._ref_counts is None and self._uniform_ref_count != FREED:
+    def end_lease(self, lease: Lease, row: int, state: str) -> bool:
+        """Unpin a row, and free it if nobody needs it any more; see ``LeaseHolder``."""
+        was_held, is_nobodys = self.counts.end_lease(lease, row, state)
+        if is_nobodys:
+            self._release_row(row, references=0)
+        return was_held
+
+    def describe(self, row: int) -> str:
+        """A block in words, for an error message."""
+        address = self._address_batch.address(row)
+        site = allocated_at(self.site)
+        return f"block {row} of {self._length} at address {address} ({self.layout}{site})"
+
+    # -- for handles ---------------------------------------------------------------------------
+
+    def _change_references(self, row: int, change: int) -> None:
+        count = self.counts.change_references(row, change, self.describe)
+        if count is not None:
+            self._release_row(row, references=count)
+
+    def _change_pins(self, row: int, change: int) -> None:
+        if self.counts.change_pins(row, change, self.describe):
+            self._release_row(row, references=0)
+
+    def _release_row(self, row: int, references: int) -> None:
+        """Release the bytes of a row that was just marked as freed."""
+        if not self._owned:
             return
-        freed = self._ref_count_array() == FREED
-        freed = freed if rows is None else freed[rows]
-        if freed.any():
-            at = int(np.argmax(freed))
-            name = self._name(at if rows is None else int(rows[at]))
-            raise LifetimeError(f"{name} is freed: it can be no part of a copy, on no stream")
-
-    def _streams_of(self, rows: Int64Array | None) -> tuple[Stream, ...]:
-        if not self._streams:
-            return ()
-        wanted = None if rows is None else set(rows.tolist())
-        streams = {
-            id(stream): stream
-            for used, stream in self._streams
-            if used is None or wanted is None or not used.isdisjoint(wanted)
-        }
-        return tuple(streams.values())
-
-    # -- bytes and names -----------------------------------------------------------------------
+        rows = np.array([row], np.int64)
+        try:
+            release = self.release_of(rows)
+        except BaseException:  # a stream that is gone cannot tell when its work has ended
+            self.unclaim(rows, references)
+            raise
+        self.allocator.lifetime.release(release)
 
     def _bytes(self, row: int, size_bytes: int) -> torch.Tensor:
-        """The first bytes of a block, uint8 ``[size_bytes]``, without a copy."""
-        return self.allocator._bytes(self, self._address_batch.address(row), size_bytes)
-
-    def _set_used_size(self, row: int, size_bytes: int) -> None:
-        with self._lock:
-            self._used_sizes = {**self._used_sizes, row: size_bytes}
-
-    def _name(self, row: int) -> str:
-        site = f", allocated at {' from '.join(site_lines(self.site))}" if self.site else ""
-        return (
-            f"block {row} of {self._length} at address {self._address_batch.address(row)} "
-            f"({self.layout}{site})"
-        )
+        return self.allocator.block_bytes(self, self._address_batch.address(row), size_bytes)
 
 
 class _Owner:
-    """Who held released blocks, put into words only when a message needs it."""
+    """The last owner of released blocks, put into words only when a message needs it."""
 
     __slots__ = ("layout", "site")
 
@@ -547,5 +375,329 @@ class _Owner:
         self.site = site
 
     def __call__(self) -> str:
-        site = f", allocated at {' from '.join(site_lines(self.site))}" if self.site else ""
-        return f"{self.layout}{site}"
+        return f"{self.layout}{allocated_at(self.site)}"
+
+
+class Rows:
+    """Some blocks of one batch, or all of them."""
+
+    __slots__ = ("batch", "rows")
+
+    def __init__(self, batch: MemoryBatch, rows: Int64Array | None) -> None:
+        self.batch = batch
+        self.rows = rows
+        """Their row numbers, int64 ``[R]``; None for all."""
+
+    def __len__(self) -> int:
+        """How many blocks."""
+        return len(self.batch) if self.rows is None else len(self.rows)
+
+
+def rows_of(objs: Iterable[MemoryObj]) -> list[Rows]:
+    """Objects by their batches, in the order in which each batch first appears.
+
+    Raises:
+        TypeError: something is not a ``MemoryObj``.
+    """
+    found: dict[int, tuple[MemoryBatch, list[int]]] = {}
+    for obj in objs:
+        if not isinstance(obj, MemoryObj):
+            raise TypeError(f"only a MemoryObj can be freed, got {obj!r}")
+        batch = obj._batch
+        found.setdefault(id(batch), (batch, []))[1].append(obj._row)
+    return [
+        Rows(batch, None if len(rows) == len(batch) == 1 else np.array(rows, np.int64))
+        for batch, rows in found.values()
+    ]
+
+
+class MemoryObj(LMCacheNames):
+    """One block of KV: where it is, what it holds, and who still needs it.
+
+    It starts with one reference. It is freed when both its reference count and its pin count have
+    come down to zero, or by the allocator's ``free`` / ``batched_free``. After that ``tensor`` is
+    None and every change of a count raises.
+
+    Two handles on the same block are equal and share its counts. Dropping a handle frees nothing
+    while its batch, or another handle on any block of the batch, is alive.
+
+    - what it is: ``shape``, ``dtype``, ``fmt``, ``size_bytes``, ``allocated_bytes``, ``metadata``;
+    - its bytes: ``address``, ``tensor``, ``get_tensor``, ``raw_tensor``, ``byte_view``,
+      ``data_ptr``, ``is_valid``;
+    - who needs it: ``ref_count``, ``ref_count_up``, ``ref_count_down``, ``pin_count``, ``pin``,
+      ``unpin``, ``record_stream``.
+    """
+
+    __slots__ = ("_batch", "_row")
+
+    def __init__(self, batch: MemoryBatch, row: int) -> None:
+        self._batch = batch
+        self._row = row
+
+    @property
+    def batch(self) -> MemoryBatch:
+        """The batch that the block belongs to."""
+        return self._batch
+
+    # -- what it is ----------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        """Logical shape; of the first group if there are several."""
+        return self._batch.layout.shapes[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Logical dtype; of the first group if there are several."""
+        return self._batch.layout.dtypes[0]
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Logical shape of each group."""
+        return self._batch.layout.shapes
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Logical dtype of each group."""
+        return self._batch.layout.dtypes
+
+    @property
+    def fmt(self) -> MemoryFormat:
+        """What the dimensions of ``shape`` mean."""
+        return self._batch.layout.fmt
+
+    @property
+    def size_bytes(self) -> int:
+        """Logical bytes of all groups: shapes times item sizes."""
+        return self._batch.layout.size_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes taken from the heap: ``size_bytes`` rounded up to the alignment."""
+        return self._batch.allocated_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """``size_bytes``, or what :meth:`set_used_size` narrowed it to."""
+        used = self._batch._used_sizes.get(self._row)
+        return self.size_bytes if used is None else used
+
+    def set_used_size(self, size_bytes: int) -> None:
+        """Narrow the logical size, if fewer bytes were written than allocated.
+
+        ``used_bytes``, ``byte_view`` and ``raw_tensor`` follow; ``tensor`` is then the used
+        bytes, uint8 ``[size_bytes]``.
+
+        Raises:
+            ValueError: ``size_bytes`` is negative or more than was allocated.
+            LifetimeError: the block is freed.
+        """
+        if not 0 <= size_bytes <= self.allocated_bytes:
+            raise ValueError(
+                f"size_bytes must be between 0 and the {self.allocated_bytes} allocated, "
+                f"got {size_bytes}"
+            )
+        self._require_valid()
+        self._batch._used_sizes[self._row] = size_bytes
+
+    @property
+    def metadata(self) -> MemoryObjMetadata:
+        """What another process needs to know of the block, at this moment."""
+        layout = self._batch.layout
+        return MemoryObjMetadata(
+            shape=self.shape,
+            dtype=self.dtype,
+            address=self.address,
+            phy_size=self.allocated_bytes,
+            ref_count=self.ref_count,
+            pin_count=self.pin_count,
+            fmt=layout.fmt,
+            shapes=list(layout.shapes),
+            dtypes=list(layout.dtypes),
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a MemoryObj stays in its process: send its metadata")
+
+    # -- its bytes -----------------------------------------------------------------------------
+
+    @property
+    def address(self) -> int:
+        """Offset in the heap, bytes."""
+        return self._batch.runs.address(self._row)
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """The block as a tensor of ``shape`` and ``dtype``, without a copy; None once freed.
+
+        A tensor taken before the free still points at the bytes, which the next owner may
+        overwrite: do not keep it longer than the object.
+        """
+        if self._batch._used_sizes.get(self._row) is not None:
+            return self.raw_tensor
+        return self.get_tensor(0)
+
+    def get_tensor(self, index: int) -> torch.Tensor | None:
+        """Group ``index`` of the block, without a copy; None once freed.
+
+        Raises:
+            IndexError: there is no such group.
+        """
+        layout = self._batch.layout
+        if not 0 <= index < len(layout.shapes):
+            raise IndexError(f"group {index} of a block with {len(layout.shapes)}")
+        if not self.is_valid():
+            return None
+        return layout.view(self._batch._bytes(self._row, layout.size_bytes), index)
+
+    @property
+    def raw_tensor(self) -> torch.Tensor | None:
+        """The used bytes, uint8 ``[used_bytes]``, without a copy; None once freed."""
+        return self._batch._bytes(self._row, self.used_bytes) if self.is_valid() else None
+
+    @property
+    def raw_data(self) -> torch.Tensor | None:
+        """``raw_tensor``."""
+        return self.raw_tensor
+
+    @property
+    def byte_view(self) -> memoryview:
+        """The used bytes of a block in host memory, without a copy.
+
+        Raises:
+            LifetimeError: the block is freed.
+            TypeError: the block is not in host memory.
+        """
+        self._require_valid()
+        block = self._batch._bytes(self._row, self.used_bytes)
+        if block.device.type != "cpu":
+            raise TypeError(f"only host memory has a byte_view, the block is on {block.device}")
+        return memoryview(block.numpy())  # type: ignore[arg-type]  # an array is a Buffer
+
+    @property
+    def data_ptr(self) -> int:
+        """Absolute address of the first byte in memory.
+
+        Raises:
+            LifetimeError: the block is freed.
+        """
+        self._require_valid()
+        return self._batch._bytes(self._row, self.size_bytes).data_ptr()
+
+    def is_valid(self) -> bool:
+        """Whether the block is not freed."""
+        return self._batch.counts.is_live(self._row)
+
+    # -- who needs it --------------------------------------------------------------------------
+
+    @property
+    def ref_count(self) -> int:
+        """Reference count; 0 once freed."""
+        return self._batch.counts.references_of(self._row)
+
+    @property
+    def pin_count(self) -> int:
+        """Pin count, including leases that have not expired."""
+        return self._batch.counts.pins_of(self._row)
+
+    def ref_count_up(self) -> None:
+        """Add a reference.
+
+        Raises:
+            LifetimeError: the block is freed.
+        """
+        self._batch._change_references(self._row, +1)
+
+    def ref_count_down(self) -> None:
+        """Drop a reference; frees the block if no reference and no pin is left.
+
+        Raises:
+            LifetimeError: the block is freed, or has no reference.
+        """
+        self._batch._change_references(self._row, -1)
+
+    @overload
+    def pin(self, ttl: None = None) -> bool: ...
+    @overload
+    def pin(self, ttl: float) -> Lease: ...
+    def pin(self, ttl: float | None = None) -> bool | Lease:
+        """Raise the pin count: the block must not be evicted.
+
+        Args:
+            ttl: seconds after which the pin expires by itself, which is counted in
+                ``stats().expired_leases``. None: not before :meth:`unpin`.
+
+        Returns:
+            True; with ``ttl`` the lease, whose ``release()`` ends it early.
+
+        Raises:
+            LifetimeError: the block is freed.
+            ValueError: ``ttl`` is not positive.
+        """
+        if ttl is None:
+            self._batch._change_pins(self._row, +1)
+            return True
+        return self._batch.allocator.grant_lease(self._batch, self._row, ttl)
+
+    def unpin(self) -> bool:
+        """Lower the pin count; frees the block if no reference and no pin is left.
+
+        Raises:
+            LifetimeError: the block is freed, or all its pins are leases.
+        """
+        self._batch._change_pins(self._row, -1)
+        return True
+
+    def record_stream(self, stream: Stream) -> None:
+        """Keep the bytes from reuse until the work that ``stream`` has at the free has ended.
+
+        Call it when an asynchronous copy on another stream reads or writes the block. Work on the
+        stream that is current at the next allocation needs no such call.
+
+        Args:
+            stream: a ``torch.cuda.Stream``, or anything whose ``record_event()`` gives an object
+                with ``query()``.
+
+        Raises:
+            LifetimeError: the block is freed.
+        """
+        self._batch.record_stream(stream, np.array([self._row], np.int64))
+
+    def _require_valid(self) -> None:
+        if not self.is_valid():
+            raise LifetimeError(f"{self._batch.describe(self._row)} is freed")
+
+    # -- identity ------------------------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other handle is on the same block of the same batch."""
+        if not isinstance(other, MemoryObj):
+            return NotImplemented
+        return self._batch is other._batch and self._row == other._row
+
+    def __hash__(self) -> int:
+        """Hash of the block's identity."""
+        return hash((id(self._batch), self._row))
+
+    def __repr__(self) -> str:
+        """Address, shape and counts."""
+        state = (
+            f"ref_count={self.ref_count}, pin_count={self.pin_count}"
+            if self.is_valid()
+            else "freed"
+        )
+        return f"{type(self).__name__}(address={self.address}, {self._batch.layout}, {state})"
+
+
+class BytesBufferMemoryObj(MemoryObj):
+    """A block of plain bytes outside any heap, of format ``BINARY_BUFFER``: no tensor."""
+
+    __slots__ = ()
+
+    @property
+    def tensor(self) -> None:
+        """None: the block is bytes, see ``byte_view``."""
+        return None
+
+    def get_tensor(self, index: int) -> None:
+        """None: the block is bytes, see ``byte_view``."""

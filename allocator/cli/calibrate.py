@@ -104,7 +104,7 @@ def _device(text: str, hint: str = "") -> tuple[str, str, int]:
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise CommandError(f"--device {text}: there are {torch.cuda.device_count()} devices")
 
-    from kvheap.device.copy_device import find_device
+    from kvheap.device.cuda import find_device
 
     found = find_device(device)
     assert found is not None  # which it is for a CPU alone

@@ -1,71 +1,53 @@
-"""``CopyDevice``: what a transfer needs of a GPU, and ``CudaDevice``, which has it from CUDA.
-
-Streams and events are torch's; the SM kernel is :mod:`kvheap.kernels.pointer_copy`, the copy
-engine :mod:`kvheap.kernels.copy_engine`. No call here waits for the device.
-"""
+"""``CopyDevice``: what a transfer needs of a GPU, and which memory a device can reach."""
 
 from __future__ import annotations
 
-import re
-import threading
-from contextlib import AbstractContextManager, suppress
-from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from kvheap.addresses.extents import Int64Array
-from kvheap.device.completion import DeviceEvent
-from kvheap.kernels import copy_engine, launch
-from kvheap.kernels.copy_engine import LEGACY_STREAMS, Driver, Location, driver
+from kvheap.device.events import DeviceEvent
+from kvheap.kernels.copy_engine import Location
 from kvheap.kernels.pieces import Pieces
-from kvheap.kernels.pointer_copy import PointerCopy
 
-__all__ = [
-    "CopyDevice",
-    "CudaDevice",
-    "Direction",
-    "PreparedCopy",
-    "device_of",
-    "find_device",
-    "known_ranges",
-]
-
-Direction = Literal["h2d", "d2h", "d2d", "p2p", "h2h"]
-"""From where to where: h is host memory, d a device; p2p goes from one device to another."""
-
-MODULE_VERSION_FILE = Path("/proc/driver/nvidia/version")
-
-MAX_BATCH_PIECES = 32_768
-"""Pieces of one call of the copy engine: with 51,828 it crashed on a driver of 2025 (vLLM #49276).
-A call costs a few microseconds, such a batch 16 ms (0.5 us a piece, vLLM #48434)."""
+__all__ = ["CopyDevice", "PreparedCopy", "known_ranges"]
 
 
 class PreparedCopy(Protocol):
-    """Pieces that the SM kernel can copy without further help of the host."""
+    """Pieces whose descriptors are on the device, ready for the SM kernel."""
 
     def run(self, max_sms: int | None = None) -> None:
-        """Queue it on the current stream."""
+        """Queue the copy on the current stream."""
         ...
 
     def warm_up(self) -> None:
-        """Load all that a run may need; copies nothing."""
+        """Load whatever a run may need; copy nothing."""
         ...
 
 
 class CopyDevice(Protocol):
-    """What a transfer needs of a GPU. ``stream`` is whatever ``require_stream`` returned."""
+    """What a transfer needs of a GPU. No call but ``synchronize`` waits for the device.
+
+    ``stream`` is always a stream that ``require_stream`` returned.
+
+    - what it is: ``name``, ``driver_version``, ``has_kernel``, ``has_batch``;
+    - streams and events: ``current_stream``, ``require_stream``, ``is_legacy``, ``is_capturing``,
+      ``using``, ``side_stream``, ``record_event``, ``wait_event``, ``synchronize``;
+    - copies: ``prepare``, ``copy_batch``, ``copy_each``;
+    - memory: ``empty``, ``locate``, ``is_own``.
+    """
 
     @property
     def name(self) -> str:
-        """What it is, as its maker calls it."""
+        """The device's name, as its vendor gives it."""
         ...
 
     @property
     def driver_version(self) -> str:
-        """Of its driver, as its maker counts."""
+        """The version of the device's driver."""
         ...
 
     @property
@@ -75,7 +57,7 @@ class CopyDevice(Protocol):
 
     @property
     def has_batch(self) -> bool:
-        """Whether the driver copies many pieces by one call."""
+        """Whether the driver copies many pieces in one call."""
         ...
 
     def current_stream(self) -> Any:
@@ -83,7 +65,12 @@ class CopyDevice(Protocol):
         ...
 
     def require_stream(self, stream: Any) -> Any:
-        """The stream to use; None is the current one. Raises ValueError, TypeError."""
+        """The stream to use; None stands for the current one.
+
+        Raises:
+            TypeError: it is not a stream.
+            ValueError: it is another device's.
+        """
         ...
 
     def is_legacy(self, stream: Any) -> bool:
@@ -95,15 +82,15 @@ class CopyDevice(Protocol):
         ...
 
     def using(self, stream: Any) -> AbstractContextManager[Any]:
-        """Make it current."""
+        """Make a stream the current one."""
         ...
 
     def record_event(self, stream: Any) -> DeviceEvent:
-        """Mark the end of its work so far."""
+        """Mark the end of the stream's work so far."""
         ...
 
     def wait_event(self, stream: Any, event: DeviceEvent) -> None:
-        """Let its further work wait for an event; either may be another device's."""
+        """Make further work of a stream wait for an event; each may be another device's."""
         ...
 
     def synchronize(self) -> None:
@@ -111,19 +98,25 @@ class CopyDevice(Protocol):
         ...
 
     def side_stream(self) -> Any:
-        """A stream of the device's own, for what runs beside the caller's."""
+        """The device's own stream, for work beside the caller's stream."""
         ...
 
     def empty(self, num_bytes: int) -> torch.Tensor:
-        """Uninitialised bytes on the device; its lifetime is its references'."""
+        """Uninitialised bytes on the device, which live as long as the tensor."""
         ...
 
     def prepare(self, pieces: Pieces) -> PreparedCopy:
-        """Upload what the SM kernel needs, on the current stream."""
+        """Upload the SM kernel's descriptors, on the current stream."""
         ...
 
-    def copy_batch(self, pieces: Pieces, stream: Any, direction: copy_engine.Direction) -> None:
-        """Queue all pieces by one call of the copy engine."""
+    def copy_batch(self, pieces: Pieces, stream: Any, *, over_link: bool) -> None:
+        """Queue all pieces with one call of the copy engine.
+
+        Args:
+            pieces: what to copy.
+            stream: where.
+            over_link: whether one side is host memory.
+        """
         ...
 
     def copy_each(self, pieces: Pieces, stream: Any) -> None:
@@ -131,7 +124,7 @@ class CopyDevice(Protocol):
         ...
 
     def locate(self, address: int) -> Location | None:
-        """The allocation or registration that an address is in; None for what CUDA knows not."""
+        """The allocation or registration that holds an address; None if CUDA knows none."""
         ...
 
     def is_own(self, location: Location) -> bool:
@@ -139,150 +132,16 @@ class CopyDevice(Protocol):
         ...
 
 
-class CudaDevice:
-    """A CUDA device, through torch and the driver.
-
-    Args:
-        index: its number.
-    """
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.torch_device = torch.device("cuda", index)
-        self.name = torch.cuda.get_device_name(index)
-        self._driver: Driver | None = None
-        self._side: Any = None
-        self._threads = threading.local()
-
-    @cached_property
-    def driver_version(self) -> str:
-        """Of the driver, as ``580.95.05``; where that is not to be seen, the CUDA it knows."""
-        with suppress(OSError):
-            found = module_version(MODULE_VERSION_FILE.read_text(errors="replace"))
-            if found is not None:
-                return found
-        version = self._bound_driver().version
-        return f"CUDA {version // 1000}.{version % 1000 // 10}"
-
-    @property
-    def has_kernel(self) -> bool:
-        """Whether there is Triton."""
-        return launch.triton is not None
-
-    @property
-    def has_batch(self) -> bool:
-        """Whether the driver has ``cuMemcpyBatchAsync``, which came with CUDA 12.8."""
-        return self._bound_driver().has_batch
-
-    def _bound_driver(self) -> Driver:
-        """The driver, with this device's context current on this thread."""
-        if self._driver is None:
-            self._driver = driver()
-        if not getattr(self._threads, "is_bound", False):
-            # The driver's functions need a current context, which torch makes with a runtime call.
-            torch.cuda.mem_get_info(self.torch_device)
-            self._threads.is_bound = True
-        return self._driver
-
-    def current_stream(self) -> torch.cuda.Stream:
-        """See :meth:`CopyDevice.current_stream`."""
-        return torch.cuda.current_stream(self.torch_device)
-
-    def require_stream(self, stream: Any) -> torch.cuda.Stream:
-        """See :meth:`CopyDevice.require_stream`."""
-        if stream is None:
-            return self.current_stream()
-        if not isinstance(stream, torch.cuda.Stream):
-            raise TypeError(f"stream must be a torch.cuda.Stream, got {stream!r}")
-        if stream.device != self.torch_device:
-            raise ValueError(f"the stream is on {stream.device}, the copy on {self.torch_device}")
-        return stream
-
-    def is_legacy(self, stream: torch.cuda.Stream) -> bool:
-        """See :meth:`CopyDevice.is_legacy`."""
-        return stream.cuda_stream in LEGACY_STREAMS
-
-    def is_capturing(self, stream: torch.cuda.Stream) -> bool:
-        """See :meth:`CopyDevice.is_capturing`."""
-        return self._bound_driver().is_capturing(stream.cuda_stream)
-
-    def using(self, stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
-        """See :meth:`CopyDevice.using`."""
-        return torch.cuda.stream(stream)
-
-    def record_event(self, stream: torch.cuda.Stream) -> DeviceEvent:
-        """See :meth:`CopyDevice.record_event`."""
-        event: DeviceEvent = stream.record_event()
-        return event
-
-    def wait_event(self, stream: torch.cuda.Stream, event: DeviceEvent) -> None:
-        """See :meth:`CopyDevice.wait_event`."""
-        if not isinstance(stream, torch.cuda.Stream):
-            raise TypeError(f"stream must be a torch.cuda.Stream, got {stream!r}")
-        assert isinstance(event, torch.cuda.Event)
-        stream.wait_event(event)
-
-    def synchronize(self) -> None:
-        """See :meth:`CopyDevice.synchronize`."""
-        torch.cuda.synchronize(self.torch_device)
-
-    def side_stream(self) -> torch.cuda.Stream:
-        """See :meth:`CopyDevice.side_stream`."""
-        if self._side is None:
-            self._side = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        side: torch.cuda.Stream = self._side
-        return side
-
-    def empty(self, num_bytes: int) -> torch.Tensor:
-        """See :meth:`CopyDevice.empty`."""
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
-
-    def prepare(self, pieces: Pieces) -> PreparedCopy:
-        """See :meth:`CopyDevice.prepare`."""
-        return PointerCopy.prepare(pieces, self.torch_device)
-
-    def copy_batch(
-        self, pieces: Pieces, stream: torch.cuda.Stream, direction: copy_engine.Direction
-    ) -> None:
-        """See :meth:`CopyDevice.copy_batch`."""
-        bound = self._bound_driver()
-        for first in range(0, len(pieces), MAX_BATCH_PIECES):
-            part = pieces[first : first + MAX_BATCH_PIECES]
-            bound.copy_batch(part, stream.cuda_stream, direction)
-
-    def copy_each(self, pieces: Pieces, stream: torch.cuda.Stream) -> None:
-        """See :meth:`CopyDevice.copy_each`."""
-        self._bound_driver().copy_each(pieces, stream.cuda_stream)
-
-    def locate(self, address: int) -> Location | None:
-        """See :meth:`CopyDevice.locate`."""
-        return self._bound_driver().locate(address)
-
-    def is_own(self, location: Location) -> bool:
-        """See :meth:`CopyDevice.is_own`."""
-        return location.kind == "device" and location.device == self.index
-
-
-def module_version(text: str) -> str | None:
-    """The driver's version in what its kernel module says of itself.
-
-    >>> module_version("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Jan 1")
-    '580.95.05'
-    """
-    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text + " ")
-    return None if found is None else found[1]
-
-
 def known_ranges(
     device: CopyDevice, starts: Int64Array, ends: Int64Array, on_device: bool
 ) -> Int64Array:
-    """The allocations or registrations that hold some pieces of memory. One call for each.
+    """The allocations or registrations that hold pieces of memory. One query for each of them.
 
     Args:
-        device: who is asked.
-        starts: first bytes of the pieces, absolute, int64 ``[N]``.
-        ends: their ends.
-        on_device: look for memory of the device; else for pinned host memory.
+        device: the device to query.
+        starts: absolute address of each piece's first byte, int64 ``[N]``.
+        ends: where each piece ends.
+        on_device: look for memory of the device, else for pinned host memory.
 
     Returns:
         ``[start, end)`` of each, int64 ``[R, 2]``, ascending, up to the first address that is in
@@ -308,26 +167,3 @@ def known_ranges(
         else:
             break
     return np.array(found, np.int64).reshape(-1, 2)
-
-
-def device_of(tensor: torch.Tensor) -> CopyDevice | None:
-    """The device that a tensor is on; None for host memory. Raises as :func:`find_device`."""
-    return find_device(tensor.device)
-
-
-def find_device(device: torch.device) -> CopyDevice | None:
-    """The device that memory of a tensor on ``device`` is on; None for host memory.
-
-    Raises:
-        ValueError: it is neither host memory nor on a CUDA device.
-    """
-    if device.type == "cpu":
-        return None
-    if device.type != "cuda":
-        raise ValueError(f"memory must be on a CPU or a CUDA device, got {device}")
-    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@lru_cache(maxsize=64)
-def _cuda_device(index: int) -> CudaDevice:
-    return CudaDevice(index)

@@ -1,7 +1,7 @@
 """KV between an engine's paged cache and the chunks of a heap: ``store`` and ``load``.
 
-What is where in a chunk follows from the batch's format and shape; the copying is
-:mod:`kvheap.kernels.paged_copy`'s.
+The format and the shape of a batch say where each token is in a chunk; ``kernels/paged_copy.py``
+does the copying.
 
 >>> from kvheap import PagedKVCache, TensorMemoryAllocator
 >>> layers = [torch.randn(2, 64, 16, 2, 8).half() for _ in range(3)]
@@ -22,13 +22,12 @@ True
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
-from kvheap.blocks.heap_blocks import BlockObjects, heap_of, layout_and_addresses
+from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.errors import ForeignObjectError
@@ -38,19 +37,21 @@ from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import ChunkLayout
 from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
 
-if TYPE_CHECKING:
-    from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
-
-__all__ = ["ChunkObjects", "load", "store"]
-
-ChunkObjects = BlockObjects
-"""The chunks of consecutive tokens."""
+__all__ = [
+    "batched_evict",
+    "batched_load",
+    "batched_store",
+    "chunk_shape",
+    "dim_order_of",
+    "load",
+    "store",
+]
 
 
 def store(
     cache: PagedKVCache,
     slots: Slots,
-    batch: ChunkObjects,
+    batch: BlockObjects,
     *,
     layers: range | None = None,
     heads: slice | None = None,
@@ -58,32 +59,32 @@ def store(
 ) -> None:
     """Copy the KV of tokens from an engine's cache into a batch, bit by bit, in one launch.
 
-    On the current stream, without waiting. What the chunks hold beyond the tokens stays. Chunks
-    that are freed while another stream than that of the next allocation still copies need
-    ``batch.record_stream``.
+    Runs on the current stream, without waiting. Bytes of the chunks beyond the tokens keep their
+    contents. If chunks are freed while a stream other than that of the next allocation still
+    copies, call ``batch.record_stream``.
 
     Args:
-        cache: where from.
+        cache: the engine's cache.
         slots: the slot of each token, integers ``[T]`` on the host or the cache's device, -1
             skips one; or :class:`~kvheap.BlockIds`.
         batch: chunk ``i`` gets tokens ``[i * n, (i + 1) * n)``, where ``n`` is how many its shape
             holds; as many chunks as T tokens take, the last one may be filled in part. Formats
             of one layer (KV_2TD, KV_T2D) take as many chunks for each layer, those of the first
             layer first. A chunk of one plane takes K then V of each head.
-        layers: only these layers, for pipelines that follow the computation; the chunks hold all
-            layers of the cache, or just these.
-        heads: only these heads, counted on the side that has more; the other has just these, or
-            the same.
+        layers: copy only these layers, for pipelines that follow the computation; the chunks hold
+            all layers of the cache, or just these.
+        heads: copy only these heads, counted on the side that has more; the other side has just
+            these, or as many.
         convert: the cache is of bfloat16 or float16, the chunks are of float8_e4m3fn with a
             second group, float32 ``[planes, layers, heads]``, for their scales: convert on the
-            way; see :mod:`kvheap.kernels.paged_convert` for how far off an element may come back.
+            way. ``kernels/paged_convert.py`` states how much precision is lost.
 
     Raises:
         ValueError: a slot is out of range, the two sides do not hold the same, or their memory
             cannot be reached from one device; nothing is written. Slots that are on a device are
-            only looked at in debug mode; else those out of range are skipped, and
+            only checked in debug mode; otherwise those out of range are skipped, and
             ``cache.synchronize()`` names one.
-        TypeError: slots are not integers, or the batch is of no heap; nothing is written.
+        TypeError: slots are not integers, or the batch's allocator is no heap; nothing is written.
         LifetimeError: a chunk is freed; nothing is written.
     """
     heap = heap_of(batch)
@@ -99,7 +100,7 @@ def store(
 
 
 def load(
-    batch: ChunkObjects,
+    batch: BlockObjects,
     cache: PagedKVCache,
     slots: Slots,
     *,
@@ -121,17 +122,43 @@ def load(
         load_tokens(chunks, cache, slots, layers=layers, heads=heads, eager=heap.debug)
 
 
+# -- methods of a heap -----------------------------------------------------------------------------
+
+
 def batched_store(
-    heap: TensorMemoryAllocator,
+    heap: Heap,
     cache: PagedKVCache,
     slots: Slots,
-    chunk_tokens: int,
-    fmt: MemoryFormat | None,
-    layers: range | None,
-    allow_partial: bool,
-    convert: bool,
+    chunk_tokens: int = 256,
+    fmt: MemoryFormat | None = None,
+    *,
+    layers: range | None = None,
+    allow_partial: bool = False,
+    convert: bool = False,
 ) -> MemoryBatch | None:
-    """Allocate chunks for the tokens, and store them; see the heap's method."""
+    """Allocate chunks for the KV of tokens, and fill them from an engine's cache.
+
+    A method of ``TensorMemoryAllocator``.
+
+    Args:
+        heap: where the chunks are allocated.
+        cache: the engine's cache.
+        slots: the slot of each token, or :class:`~kvheap.BlockIds`; see :func:`kvheap.store`.
+        chunk_tokens: tokens of a chunk; the last chunk may be filled in part.
+        fmt: the chunks' format; None: KV_2LTD, and KV_MLA_FMT for caches that do not keep K and
+            V. Formats of one layer take as many chunks for each layer.
+        layers: store only these layers, of which the chunks then consist.
+        allow_partial: if not all chunks fit, store the first tokens, as many as do.
+        convert: keep a cache of bfloat16 or float16 as float8_e4m3fn, with float32 scales in a
+            second group; this loses precision.
+
+    Returns:
+        The chunks; None if they do not fit.
+
+    Raises:
+        ValueError, TypeError: as :func:`kvheap.store`; nothing is allocated.
+        ClosedError: the allocator is closed.
+    """
     num_layers = cache.num_layers if layers is None else len(layers)
     fmt = fmt or (MemoryFormat.KV_2LTD if cache.is_key_value else MemoryFormat.KV_MLA_FMT)
     shape = chunk_shape(cache, fmt, chunk_tokens, num_layers)
@@ -158,17 +185,54 @@ def batched_store(
     return batch
 
 
-def batched_evict(
-    heap: TensorMemoryAllocator, batch: ChunkObjects, out: torch.Tensor | None
-) -> torch.Tensor:
-    """Collect contents and free; see the heap's method."""
+def batched_load(
+    heap: Heap,
+    batch: BlockObjects,
+    cache: PagedKVCache,
+    slots: Slots,
+    *,
+    layers: range | None = None,
+    heads: slice | None = None,
+    convert: bool = False,
+) -> None:
+    """Fill an engine's cache from chunks of this heap; see :func:`kvheap.load`.
+
+    A method of ``TensorMemoryAllocator``.
+
+    Raises:
+        ForeignObjectError: the chunks are of another allocator; nothing is loaded.
+        ClosedError: the allocator is closed.
+    """
+    heap.require_open()
+    if heap_of(batch) is not heap:
+        raise ForeignObjectError("the chunks are of another allocator")
+    load(batch, cache, slots, layers=layers, heads=heads, convert=convert)
+
+
+def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Collect the contents of chunks for the next tier, and free them.
+
+    A method of ``TensorMemoryAllocator``.
+
+    Args:
+        heap: whose chunks they are.
+        batch: chunks of one layout that nobody else holds.
+        out: ``[N, *shape]`` of their dtype, on the heap's device or the host. None: a new tensor
+            on the host, pinned if the heap is on a GPU. From a GPU to the host the copy is on the
+            current stream: wait for it before you read.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        As ``batched_free``, and ValueError for ``out`` on another device; nothing is freed, but
+        ``out`` may have been written.
+    """
     objs = batch if isinstance(batch, MemoryBatch) else list(batch)
     if heap_of(objs) is not heap:
         raise ForeignObjectError("the chunks are of another allocator")
-    layout = objs.layout if isinstance(objs, MemoryBatch) else objs[0]._batch.layout
-    shape, dtype = tuple(layout.shapes[0]), layout.dtypes[0]
-    if len(layout.shapes) > 1:
-        shape, dtype = (layout.size_bytes,), torch.uint8
+    layout = objs.layout if isinstance(objs, MemoryBatch) else objs[0].batch.layout
+    shape, dtype = layout.packed
     expected = (len(objs), *shape)
     if out is None:
         pinned = heap.device.type == "cuda"
@@ -182,17 +246,23 @@ def batched_evict(
         raise ValueError(
             f"out must be {expected} of {dtype}, got {tuple(out.shape)} of {out.dtype}"
         )
-    staging = heap._collect(objs, torch.empty(expected, dtype=dtype, device=heap.device))
-    out.copy_(staging, non_blocking=True)  # before the free: what fails here loses nothing
+    staging = torch.empty(expected, dtype=dtype, device=heap.device)
+    heap.require_gatherable(heap.rows_by_batch(objs), staging)
+    if len(staging):
+        heap.gather(objs, staging)
+    out.copy_(staging, non_blocking=True)  # before the free: a failure here loses nothing
     heap.batched_free(objs)
     return out
 
 
+# -- what a chunk is -------------------------------------------------------------------------------
+
+
 def dim_order_of(fmt: MemoryFormat) -> str:
-    """The order of a chunk's dimensions.
+    """The order of a chunk's dimensions; see ``MemoryFormat.dim_order``.
 
     Raises:
-        ValueError: the format holds no tokens of a paged cache.
+        ValueError: the format does not hold tokens of a paged cache.
     """
     if fmt.dim_order is None:
         raise ValueError(f"{fmt.name} is no format for tokens of a paged cache")
@@ -202,10 +272,10 @@ def dim_order_of(fmt: MemoryFormat) -> str:
 def chunk_shape(
     cache: PagedKVCache, fmt: MemoryFormat, chunk_tokens: int, num_layers: int
 ) -> tuple[int, ...]:
-    """The shape of a chunk of so many tokens of a cache.
+    """The shape of a chunk of ``chunk_tokens`` tokens of a cache.
 
     Raises:
-        ValueError: the format holds no such cache, or the tokens are not whole pages.
+        ValueError: the format cannot hold this cache, or the tokens are not whole blocks.
     """
     dim_order_of(fmt)
     if chunk_tokens <= 0:
@@ -229,14 +299,14 @@ def chunk_shape(
 
 
 def _chunks(
-    heap: TensorMemoryAllocator, objs: ChunkObjects, cache: PagedKVCache, convert: bool
+    heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool
 ) -> tuple[Chunks, int]:
-    """The chunks as the kernels know them, and where in each its scales are."""
+    """The chunks in the kernels' terms, and where in each its scales are."""
     layout, addresses = layout_and_addresses(objs)
-    absolute, alignment = heap._absolute(addresses)
+    absolute, alignment = heap.absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset = parts(layout, cache.dtype, cache.head_dim)
-    first_buffer = heap._segments[0]
+    first_buffer = heap.segments[0][1]
     chunks = Chunks(first_buffer, absolute, layout.size_bytes, alignment, chunk_layout)
     return chunks, scale_offset
 
@@ -245,7 +315,7 @@ def _chunks(
 def _chunk_layout(
     layout: BlockLayout, dtype: torch.dtype, head_dim: int
 ) -> tuple[ChunkLayout, int]:
-    """What is where in a block, for a cache of ``dtype``; it has no scales."""
+    """The chunk layout of a block, for a cache of ``dtype``; there are no scales."""
     if len(layout.shapes) != 1:
         raise ValueError(f"chunks of one group are copied bit by bit, got {layout}")
     order = layout.fmt.dim_order
@@ -264,7 +334,7 @@ def _chunk_layout(
 def _converted_layout(
     layout: BlockLayout, dtype: torch.dtype, head_dim: int
 ) -> tuple[ChunkLayout, int]:
-    """What is where in a block of fp8, and where its scales are."""
+    """The chunk layout of a block of fp8, and where its scales are."""
     expected = (torch.float8_e4m3fn, torch.float32)
     order = layout.fmt.dim_order
     if layout.dtypes != expected or order is None:

@@ -1,4 +1,4 @@
-"""``GPUMemoryAllocator``: a heap in one tensor on a device, whose base address is aligned."""
+"""``GPUMemoryAllocator``: a heap in one tensor on a device, with an aligned base address."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GPUMemoryAllocator(TensorMemoryAllocator):
 
     Raises:
         ValueError: ``size`` is negative, or ``align_bytes`` not a power of two.
-        RuntimeError: there is no CUDA, and ``allow_cpu`` is false; or torch cannot have so much.
+        RuntimeError: there is no CUDA, and ``allow_cpu`` is false; or there is too little memory.
 
     >>> with GPUMemoryAllocator(1 << 20, allow_cpu=True) as heap:
     ...     obj = heap.allocate([16], torch.float16)
@@ -59,8 +59,8 @@ class GPUMemoryAllocator(TensorMemoryAllocator):
 def aligned_tensor(size: int, device: torch.device, align_bytes: int) -> torch.Tensor:
     """Uninitialised bytes, uint8 ``[size]``, whose address is a multiple of ``align_bytes``.
 
-    Torch aligns to 512 bytes on a GPU and 64 on a CPU; so ``align_bytes`` more are allocated and
-    the first of them skipped.
+    Torch aligns to 512 bytes on a GPU and 64 on a CPU, so ``align_bytes`` more are allocated, and
+    as many as needed are skipped at the front.
     """
     size, align_bytes = as_integer("size", size), as_integer("align_bytes", align_bytes)
     if size < 0 or align_bytes <= 0:

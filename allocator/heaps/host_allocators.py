@@ -1,28 +1,18 @@
-"""Heaps in host memory: plain, pinned, and pinned beside plain bytes.
+"""Heaps in host memory, plain or pinned.
 
-Memory comes from ``HostBuffer``; what is pinned is registered with CUDA
-in pieces, and no block straddles two of them, since CUDA copies no range that does.
+Memory comes from ``HostBuffer``. Pinned memory is registered with CUDA in pieces, and no block
+straddles two of them, since CUDA copies no range that does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
-
-import torch
 
 from kvheap.addresses.address_manager import AddressManager, as_integer
 from kvheap.addresses.extents import Int64Array
-from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
-from kvheap.blocks.lifetime import LiveBlocks
-from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
-from kvheap.blocks.memory_batch import MemoryBatch
-from kvheap.blocks.memory_format import MemoryFormat
-from kvheap.blocks.memory_object import BytesBufferMemoryObj, MemoryObj
-from kvheap.errors import ForeignObjectError
-from kvheap.heaps.plain_allocators import BufferAllocator
-from kvheap.heaps.tensor_allocator import AllocatorStats, TensorMemoryAllocator
+from kvheap.blocks.block_layout import BlockLayout
+from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 from kvheap.memory.host_memory import HostBuffer, HugePages
 from kvheap.memory.host_registration import PAGE_BYTES, HostRegistrar
 
@@ -32,28 +22,31 @@ if TYPE_CHECKING:
     from kvheap.blocks.memory_allocator import HeapOptions
     from kvheap.device.copy_device import CopyDevice
 
-__all__ = ["HostMemoryAllocator", "MixedMemoryAllocator", "PinMemoryAllocator"]
+__all__ = ["HostMemoryAllocator", "PinMemoryAllocator"]
 
-PIECE_BYTES = 64 << 30
-"""Bytes of one registration: current drivers refuse a very large one, and beside 64 GiB what the
-last block before a boundary wastes is nothing."""
+REGISTRATION_BYTES = 64 << 30
+"""Bytes of one registration: drivers refuse very large ones; see memory/host_registration.py."""
 
 
 class HostHeap(TensorMemoryAllocator):
-    """A heap whose bytes are a ``HostBuffer``; the base of those here."""
+    """A heap whose bytes are a ``HostBuffer``; the base of the heaps in host memory."""
 
     host_buffer: HostBuffer
     """Where the bytes are; closed with the heap."""
 
-    def _pinned_bytes(self) -> int:
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of the buffer that are page-locked."""
         return self.host_buffer.pinned_bytes
 
-    def _pinned_addresses(self, device: CopyDevice) -> Int64Array:
+    def pinned_addresses(self, device: CopyDevice) -> Int64Array:
+        """What ``device`` can reach: the buffer's registrations, absolute, int64 ``[R, 2]``."""
         ranges = self.host_buffer.pinned_addresses
-        return ranges if len(ranges) else super()._pinned_addresses(device)
+        return ranges if len(ranges) else super().pinned_addresses(device)
 
-    def _close(self) -> None:
-        super()._close()
+    def close_memory(self) -> None:
+        """Let the buffer go, unpinned, when no stream uses it any more."""
+        super().close_memory()
         self.host_buffer.close()
 
 
@@ -68,13 +61,13 @@ class HostMemoryAllocator(HostHeap):
         numa_node: take memory of this node only.
         populate: commit all memory now, on several threads, instead of page by page at first use.
         shared: memory that other processes map through ``host_buffer.fd``.
-        host_buffer: a buffer of your own, which the allocator closes; instead of all that says
-            where memory comes from. ``size`` is then how much of it is the heap.
+        host_buffer: a buffer of your own, which the allocator closes; it replaces the arguments
+            that describe memory. ``size`` is then how much of it is the heap.
         options: see ``TensorMemoryAllocator``.
 
     Raises:
         ValueError: an argument is wrong.
-        OSError: the memory cannot be had.
+        OSError: the system does not provide the memory.
 
     >>> with HostMemoryAllocator(1 << 20) as heap:
     ...     obj = heap.allocate([16], torch.float16)
@@ -113,14 +106,15 @@ class PinMemoryAllocator(HostHeap):
             heap and in memory.
         huge_pages: ``"none"``, ``"transparent"`` or ``"explicit"``; see ``HostBuffer``.
         numa_node: take memory of this node only; ``numa_node_of_gpu`` tells a GPU's.
-        allow_unpinned: go on with what cannot be pinned, visible as ``stats().pinned_bytes``.
-        registrar: who pins; None: CUDA.
+        allow_unpinned: keep memory that cannot be pinned; ``stats().pinned_bytes`` shows how much
+            is pinned.
+        registrar: what pins memory; None: CUDA.
         piece_bytes: bytes of one registration at most, a multiple of the alignment.
         options: see ``TensorMemoryAllocator``.
 
     Raises:
         ValueError: an argument is wrong.
-        OSError: the memory cannot be had.
+        OSError: the system does not provide the memory.
         RuntimeError: something could not be pinned, or there is no CUDA, and ``allow_unpinned``
             is false.
 
@@ -137,7 +131,7 @@ class PinMemoryAllocator(HostHeap):
         numa_node: int | None = None,
         allow_unpinned: bool = False,
         registrar: HostRegistrar | None = None,
-        piece_bytes: int = PIECE_BYTES,
+        piece_bytes: int = REGISTRATION_BYTES,
         **options: Unpack[HeapOptions],
     ) -> None:
         self.host_buffer = _reserve(size, align_bytes, huge_pages, numa_node, shared=False)
@@ -160,106 +154,12 @@ class PinMemoryAllocator(HostHeap):
             raise
 
 
-class MixedMemoryAllocator(MemoryAllocatorInterface):
-    """Tensors in a heap, typically pinned; plain bytes, of format ``BINARY_BUFFER``, outside it.
-
-    Args:
-        pin_allocator: where tensors go. Closed with this allocator.
-        buffer_allocator: where bytes go.
-
-    >>> mixed = MixedMemoryAllocator(PinMemoryAllocator(1 << 20, allow_unpinned=True))
-    >>> len(mixed.allocate([100], None, MemoryFormat.BINARY_BUFFER).byte_view)
-    100
-    >>> mixed.close()
-    """
-
-    def __init__(
-        self,
-        pin_allocator: TensorMemoryAllocator,
-        buffer_allocator: BufferAllocator | None = None,
-    ) -> None:
-        self.pin_allocator = pin_allocator
-        self.buffer_allocator = buffer_allocator or BufferAllocator()
-
-    def _allocator_of(self, fmt: MemoryFormat) -> MemoryAllocatorInterface:
-        if fmt is MemoryFormat.BINARY_BUFFER:
-            return self.buffer_allocator
-        if fmt is MemoryFormat.UNDEFINED:
-            raise ValueError(f"a mixed allocator needs to know the format, got {fmt}")
-        return self.pin_allocator
-
-    def batched_allocate(
-        self,
-        shape: Shapes,
-        dtype: Dtypes,
-        batch_size: int,
-        fmt: MemoryFormat = MemoryFormat.KV_2LTD,
-        source: torch.Tensor | None = None,
-        allow_partial: bool = False,
-    ) -> MemoryBatch | None:
-        """``batched_allocate`` of the allocator that ``fmt`` belongs to.
-
-        Raises:
-            ValueError: ``fmt`` is ``UNDEFINED``, or another argument wrong; nothing is allocated.
-        """
-        self._require_open()
-        chosen = self._allocator_of(fmt)
-        return chosen.batched_allocate(shape, dtype, batch_size, fmt, source, allow_partial)
-
-    def batched_free(
-        self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
-    ) -> None:
-        """``batched_free`` of the allocator that the blocks belong to; they must share one.
-
-        Raises:
-            ForeignObjectError: they belong to both allocators, or to another; nothing is freed.
-        """
-        self._require_open()
-        if isinstance(objs, MemoryBatch):
-            is_buffer = isinstance(objs.allocator, BufferAllocator)
-        else:
-            objs = list(objs)
-            kinds = {isinstance(obj, BytesBufferMemoryObj) for obj in objs}
-            if len(kinds) > 1:
-                raise ForeignObjectError("tensors and plain bytes cannot be freed in one call")
-            is_buffer = True in kinds
-        (self.buffer_allocator if is_buffer else self.pin_allocator).batched_free(objs, out)
-
-    def stats(self) -> AllocatorStats:
-        """``stats`` of the heap."""
-        self._require_open()
-        return self.pin_allocator.stats()
-
-    def leaks(self) -> tuple[LiveBlocks, ...]:
-        """All live blocks of both, the oldest first."""
-        both = self.pin_allocator.leaks() + self.buffer_allocator.leaks()
-        return tuple(sorted(both, key=lambda group: -group.age_s))
-
-    def memcheck(self) -> bool:
-        """Whether every invariant of the heap holds."""
-        self._require_open()
-        return self.pin_allocator.memcheck()
-
-    def _bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:
-        raise ForeignObjectError(f"{batch!r} belongs to another allocator")
-
-    def _close(self) -> None:
-        try:
-            self.pin_allocator.close()
-        finally:
-            self.buffer_allocator.close()
-
-    def __repr__(self) -> str:
-        """Both allocators."""
-        return f"MixedMemoryAllocator({self.pin_allocator!r}, {self.buffer_allocator!r})"
-
-
 def empty_address_space(
     align_bytes: int, page_layout: BlockLayout | None
 ) -> tuple[AddressManager, int]:
-    """An address space to be grown, and the bytes by which pinned pieces of it may be cut.
+    """An empty address space, and the granule of its pinned pieces.
 
-    Those are whole units of the address space and whole pages of memory.
+    The granule is a whole number of units of the address space and of pages of memory, in bytes.
     """
     if page_layout is None:
         manager = AddressManager(0, align_bytes)

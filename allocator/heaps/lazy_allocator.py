@@ -1,8 +1,8 @@
 """``LazyMemoryAllocator``: a host heap that starts small and grows to its size in the background.
 
 The whole address range is reserved at once, which costs nothing. The first bytes are committed
-and pinned before the constructor returns; the rest piece by piece on a thread
-(``BackgroundGrowth``), and each piece joins the heap when it really is usable.
+and pinned before the constructor returns. The rest follows piece by piece on a thread
+(``BackgroundGrowth``), and each piece joins the heap once it is usable.
 """
 
 from __future__ import annotations
@@ -26,15 +26,13 @@ if TYPE_CHECKING:
 __all__ = ["LazyMemoryAllocator"]
 
 PINNED_PIECE_BYTES = 1 << 30
-"""Pinned pieces are registered apart, and blocks do not straddle two of them: 1 GiB wastes 3 % of
-itself on blocks of 64 MiB."""
+"""Bytes pinned at a time; no block straddles two pieces: 64 MiB blocks waste 3 % of 1 GiB."""
 
 PLAIN_PIECE_BYTES = 256 << 20
-"""Pieces that are only committed join the heap without a boundary."""
+"""Bytes committed at a time without pinning; such pieces join the heap without a boundary."""
 
-STEP_BYTES = 32 << 20
-"""A piece is populated in steps, between which ``close`` is noticed. 1 GiB took 0.4 to 3.5 s with
-two threads, by how much the hypervisor had to find (2-core AMD EPYC)."""
+POPULATE_STEP_BYTES = 32 << 20
+"""Bytes populated between two looks at ``close``; see benchmarks/NOTES.md."""
 
 Pinning = Literal["required", "if possible", "no"]
 
@@ -46,20 +44,21 @@ class LazyMemoryAllocator(HostHeap):
         init_size: bytes to begin with; rounded up to the alignment and to pages of memory.
         final_size: bytes in the end; rounded down to the alignment.
         align_bytes: a power of two, also of the memory's address; at least the page size.
-        pin: ``"required"``: page-locked for CUDA, or an error; ``"if possible"``: what cannot be
-            pinned stays unpinned, visible in ``stats().pinned_bytes``; ``"no"``: plain memory.
+        pin: ``"required"``: page-locked for CUDA, or an error; ``"if possible"``: memory that
+            cannot be pinned stays unpinned, visible in ``stats().pinned_bytes``; ``"no"``: plain
+            memory.
         huge_pages: ``"none"``, ``"transparent"`` or ``"explicit"``; see ``HostBuffer``.
         numa_node: take memory of this node only.
         piece_bytes: bytes by which the heap grows at a time, rounded as ``init_size``; None: 1 GiB
-            where it is pinned, else 256 MiB.
+            if it is pinned, else 256 MiB.
         on_progress: called on the growing thread after each piece.
-        registrar: who pins; None: CUDA.
+        registrar: what pins memory; None: CUDA.
         options: see ``TensorMemoryAllocator``.
 
     Raises:
         ValueError: an argument is wrong.
-        OSError: the memory cannot be had.
-        RuntimeError: the first bytes cannot be pinned. Later failures end growth, and are in
+        OSError: the system does not provide the memory.
+        RuntimeError: the first bytes cannot be pinned. A later failure ends growth, and is in
             ``progress.error``.
 
     >>> with LazyMemoryAllocator(1 << 20, 64 << 20, pin="no") as heap:
@@ -128,15 +127,15 @@ class LazyMemoryAllocator(HostHeap):
         """Wait until growth has ended; whether it has within ``timeout`` seconds.
 
         Raises:
-            BaseException: what ended growth before its time.
+            BaseException: the error that ended growth early.
         """
         return self._growth.wait(timeout)
 
     def _commit(self, start: int, end: int) -> None:
-        for step in range(start, end, STEP_BYTES):
-            if self._closed:  # nobody will use it: growth ends without publishing
+        for step in range(start, end, POPULATE_STEP_BYTES):
+            if self.closed:  # growth ends without publishing
                 return
-            self.host_buffer.populate(step, min(step + STEP_BYTES, end))
+            self.host_buffer.populate(step, min(step + POPULATE_STEP_BYTES, end))
         if self._pin != "no" and start < end:
             allow_unpinned = self._pin == "if possible"
             self.host_buffer.pin(
@@ -144,9 +143,10 @@ class LazyMemoryAllocator(HostHeap):
             )
 
     def _publish(self, num_bytes: int) -> None:
-        # Apart from the piece before: CUDA copies no range that straddles two registrations.
+        # A segment of its own if pinned: CUDA copies no range that straddles two registrations.
         self.address_manager.sbrk(num_bytes, new_segment=self._pin != "no")
 
-    def _close(self) -> None:
+    def close_memory(self) -> None:
+        """End growth, and let the buffer go when no stream uses it any more."""
         self._growth.stop()
-        super()._close()
+        super().close_memory()

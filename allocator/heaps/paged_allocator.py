@@ -1,8 +1,8 @@
 """``PagedTensorMemoryAllocator``: pages of one fixed size, each holding one block.
 
-Pages never fragment: any free page will do, and a batch takes neighbours where it can, so that a
-copy of it has few runs. It is ``TensorMemoryAllocator`` on an
-address space of pages, and as cheap: a batch costs no Python work per page.
+Pages do not fragment: any free page will do. A batch takes neighbouring pages where it can, so that
+copies of it have few runs. It is a ``TensorMemoryAllocator`` on an address space of pages, and as
+cheap: a batch costs no Python work per page.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["PagedTensorMemoryAllocator"]
 class PagedTensorMemoryAllocator(TensorMemoryAllocator):
     """Allocates pages, each large enough for one block of a given layout.
 
-    A smaller block takes a page too, and reports its own size.
+    A smaller block takes a page as well, and reports its own size.
 
     Args:
         tensor: the buffer, as for ``TensorMemoryAllocator``. Bytes beyond the last whole page
@@ -37,7 +37,7 @@ class PagedTensorMemoryAllocator(TensorMemoryAllocator):
         options: see ``TensorMemoryAllocator``.
 
     Raises:
-        ValueError: the layout is no layout, or the buffer not contiguous.
+        ValueError: shapes and dtypes make no block layout, or the buffer is not contiguous.
 
     >>> heap = PagedTensorMemoryAllocator(torch.zeros(4096, dtype=torch.uint8), [32, 9],
     ...                                   torch.float16)

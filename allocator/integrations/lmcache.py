@@ -31,10 +31,9 @@ import torch
 import kvheap
 from kvheap.addresses.address_manager import AddressManager, as_integer
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
-from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.blocks.memory_batch import BytesBufferMemoryObj, MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.memory_metadata import MemoryObjMetadata
-from kvheap.blocks.memory_object import BytesBufferMemoryObj, MemoryObj
 from kvheap.memory.host_registration import PAGE_BYTES
 
 if TYPE_CHECKING:

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvheap.addresses.address_manager import AddressManager
-    from kvheap.blocks.memory_batch import MemoryBatch
-    from kvheap.blocks.memory_object import MemoryObj
+    from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
     from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 
 __all__ = ["LMCacheClasses", "lmcache_classes"]

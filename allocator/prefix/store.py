@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvheap.blocks.memory_batch import MemoryBatch
-from kvheap.blocks.memory_object import MemoryObj
+from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 from kvheap.replay.geometry import Geometry
 

@@ -1,8 +1,8 @@
 """``CopyPlan``: what a transfer will do, checked: both sides, and the pieces between them.
 
-A plan can be made of two batches, a batch and a tensor, addresses in two buffers, or pointers. It
-holds absolute addresses, merged into runs and split where no single copy may go. Making one
-moves nothing; :func:`kvheap.transfer.copy` carries it out, any number of times.
+A plan is made of two batches, a batch and a tensor, addresses in two buffers, or pointers. It
+holds absolute addresses, merged into runs, and split where no single copy may reach across. Making
+a plan copies nothing; ``kvheap.transfer.copy`` carries it out, any number of times.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 
 from kvheap.addresses.address_manager import as_integer
 from kvheap.addresses.extents import Int64Array
-from kvheap.blocks.heap_blocks import BlockObjects
-from kvheap.blocks.memory_allocator import Rows
-from kvheap.device import copy_device
+from kvheap.blocks.heap import BlockObjects
+from kvheap.blocks.memory_batch import Rows
+from kvheap.device import cuda
 from kvheap.device.completion import Completion
-from kvheap.device.copy_device import CopyDevice, Direction, PreparedCopy
+from kvheap.device.copy_device import CopyDevice, PreparedCopy
+from kvheap.device.directions import Direction
 from kvheap.kernels.launch import host_addresses
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.sides import NOWHERE, Blocks, Side, layer_offsets, paired, walls_of
@@ -34,13 +35,15 @@ __all__ = ["CopyPlan", "Side"]
 class CopyPlan:
     """Pieces to copy between two sides, in parts that end one after another.
 
-    Made by :meth:`between`, :meth:`of_addresses` and :meth:`of_pointers`.
+    - made from: :meth:`between`, :meth:`of_addresses`, :meth:`of_pointers`;
+    - what it is: ``direction``, ``device``, ``num_runs``, ``num_bytes``, ``num_host_runs``;
+    - ahead of a copy: ``prepare``.
 
     Attributes:
         source: where the bytes come from.
-        target: where they go.
+        target: where the bytes go.
         parts: the runs of each part: absolute addresses and sizes.
-        walls: addresses that no single copy may straddle, on either side, int64, ascending.
+        walls: addresses that no single copy may straddle, on each side, int64, ascending.
 
     >>> source, target = torch.arange(64), torch.zeros(64, dtype=torch.int64)
     >>> plan = CopyPlan.of_addresses(source, target, [0, 8, 256], [0, 8, 16], 8)
@@ -67,11 +70,12 @@ class CopyPlan:
         """Block ``i`` of the source to block ``i`` of the target.
 
         Args:
-            source: a batch, or some rows of it; objects of one heap and layout; or a tensor
+            source: a batch, or some rows of it; objects of one heap and block layout; or a tensor
                 ``[N, ...]``, each of its N rows contiguous.
-            target: the same, as many blocks. Two batches must have one layout; a tensor that of a
-                batch's blocks, or be ``[N, size_bytes]`` of uint8.
-            by_layer: one part for each layer, which the blocks' format must have.
+            target: the same, as many blocks. Two batches must have equal block layouts; a tensor
+                must have the shape and dtype of the batch's blocks, or be ``[N, size_bytes]`` of
+                uint8.
+            by_layer: make one part for each layer; the blocks' format must keep layers apart.
 
         Raises:
             ValueError: the sides do not fit, or a device cannot reach the host memory.
@@ -116,7 +120,7 @@ class CopyPlan:
             target: contiguous, any dtype.
             source_addresses: N byte offsets in the source, integers.
             target_addresses: N byte offsets in the target.
-            sizes: bytes of each piece, or one number for all; pieces of no bytes are left out.
+            sizes: bytes of each piece, or one number for all; empty pieces are left out.
             parts: how many of the pieces each part has, in order; None: one part.
 
         Raises:
@@ -149,8 +153,8 @@ class CopyPlan:
     ) -> CopyPlan:
         """Ranges of memory by their absolute addresses.
 
-        The driver is asked whose memory they are, once for each allocation. Between places in
-        host memory nobody can be asked: there only null and wrapping addresses are refused.
+        The driver is asked which device owns the memory, once for each allocation. Addresses of
+        plain host memory cannot be checked: only null and wrapping ones are refused.
 
         Args:
             sources: N absolute addresses.
@@ -159,14 +163,14 @@ class CopyPlan:
             source_device: where the sources are: a CUDA device, or ``cpu``.
             target_device: where the targets are.
             parts: as for :meth:`of_addresses`.
-            keep: tensors to keep alive until a copy has ended; whatever else the pointers are of
-                is the caller's to keep.
+            keep: tensors to keep alive until a copy has ended; the caller keeps alive whatever
+                else the pointers point to.
 
         Raises:
             ValueError, TypeError: as for :meth:`of_addresses`.
         """
         source, target = (
-            Side(copy_device.find_device(torch.device(device)), memory=tuple(keep), is_unknown=True)
+            Side(cuda.find_device(torch.device(device)), memory=tuple(keep), is_unknown=True)
             for device in (source_device, target_device)
         )
         return cls._of_arrays(source, target, sources, targets, np.asarray(sizes), parts)
@@ -185,7 +189,7 @@ class CopyPlan:
             return cls._checked(source, target, [Pieces.of(sources, targets, sizes)])
         sources, targets = np.asarray(sources), np.asarray(targets)
         if len(targets) != len(sources) or (sizes.ndim and len(sizes) != len(sources)):
-            Pieces.of(sources, targets, sizes)  # which says what differs
+            Pieces.of(sources, targets, sizes)  # raises, and says what differs
         counts = [as_integer("parts", count) for count in parts]
         if any(count < 0 for count in counts) or sum(counts) != len(sources):
             raise ValueError(f"parts must add up to {len(sources)} pieces, got {counts}")
@@ -196,7 +200,7 @@ class CopyPlan:
 
     @classmethod
     def _checked(cls, source: Side, target: Side, parts: Sequence[Pieces]) -> CopyPlan:
-        """Check what is common to all kinds of plans; merge, and split at walls."""
+        """Run the checks common to all kinds of plans, merge neighbours, and split at walls."""
         whole = Pieces.joined(parts)
         if not target.is_one_batch:
             whole.require_distinct_targets()
@@ -214,7 +218,7 @@ class CopyPlan:
 
     @property
     def device(self) -> CopyDevice | None:
-        """The device that carries the copy out; None within host memory."""
+        """The device that carries the copy out; None for a copy within host memory."""
         return self.source.device or self.target.device
 
     @property
@@ -229,7 +233,7 @@ class CopyPlan:
 
     @property
     def num_runs(self) -> int:
-        """How many pieces are submitted, after merging."""
+        """How many pieces are submitted, after merging neighbours."""
         return sum(len(part) for part in self.parts)
 
     @property
@@ -239,7 +243,7 @@ class CopyPlan:
 
     @property
     def num_host_runs(self) -> int:
-        """How many runs the host side has by itself: what one large copy each would be."""
+        """How many runs the host side alone has; staging copies each of them at once."""
         count = 0
         for part in self.parts:
             starts = part.sources if self.source.device is None else part.targets
@@ -249,17 +253,17 @@ class CopyPlan:
 
     @property
     def prepared(self) -> tuple[PreparedCopy, ...] | None:
-        """What :meth:`prepare` made, one for each part."""
+        """The result of :meth:`prepare`, one for each part; None before."""
         return self._prepared
 
     def prepare(self) -> CopyPlan:
-        """Upload what the SM kernel needs, and wait for it; returns the plan.
+        """Upload the SM kernel's descriptors, and wait for the upload; returns the plan.
 
-        Each later copy of the plan saves the upload, and can be captured in a CUDA graph. The
-        plan must then be kept for as long as the graph.
+        Later copies of the plan need no upload, and can be captured in a CUDA graph. Keep the
+        plan for as long as the graph.
 
         Raises:
-            RuntimeError: the plan is for another path than the kernel's, or a graph is captured.
+            RuntimeError: the kernel cannot carry out the plan, or a graph is being captured.
         """
         device = self.device
         if device is None or self.direction == "p2p" or not device.has_kernel:
@@ -284,9 +288,9 @@ class CopyPlan:
         """
         for side in (self.source, self.target):
             if side.heap is not None:
-                side.heap._require_open()
+                side.heap.require_open()
             for rows in side.blocks:
-                rows.batch._record_stream(completion, rows.rows)
+                rows.batch.record_stream(completion, rows.rows)
 
     @property
     def memory(self) -> tuple[torch.Tensor, ...]:

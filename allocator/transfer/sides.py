@@ -1,8 +1,8 @@
 """The sides of a copy: whose memory it is, which blocks are in it, and where a device may copy.
 
-A side is host memory or a device's. Its blocks are kept from reuse while a copy uses them, its
-tensors are kept alive. Host memory that a device shall read or write must be pinned, and no
-single copy may straddle two registrations of it.
+A side is host memory or memory of a device. While a copy uses it, its blocks are kept from reuse
+and its tensors are kept alive. Host memory that a device reads or writes must be pinned, and no
+single copy may straddle two registrations.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,26 +17,19 @@ import torch
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
-from kvheap.blocks.heap_blocks import BlockObjects, heap_of, layout_and_addresses
-from kvheap.blocks.memory_allocator import Rows
-from kvheap.blocks.memory_batch import MemoryBatch
-from kvheap.device import copy_device
+from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
+from kvheap.blocks.memory_batch import MemoryBatch, Rows
+from kvheap.device import cuda
 from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.kernels.pieces import Pieces, first_outside
-
-if TYPE_CHECKING:
-    from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 
 __all__ = ["NOWHERE", "Blocks", "Side", "layer_offsets", "paired", "walls_of"]
 
 MAX_PADDING = 1 / 8
-"""Blocks that are neighbours on both sides are one run only with the padding between them. So
-much of a block may be padding for it to be copied too."""
+"""Share of a block that may be padding for the padding to be copied too: it joins neighbours."""
 
-FEW_RUNS = 1 / 96
-"""Runs of both batches for each block, up to which they are paired run by run, and block by block
-beyond. Two batches of 12,288 blocks in 1, 8, 64, 512 and 6,144 runs each: run by run in 21, 29, 34,
-81 and 879 us, block by block in 33, 33, 34, 38 and 56 (2-core AMD EPYC, CPython 3.11)."""
+MAX_RUNS_PER_BLOCK = 1 / 96
+"""Batches with fewer runs are paired run by run, not block by block; see benchmarks/NOTES.md."""
 
 NOWHERE = np.empty(0, np.int64)
 
@@ -47,41 +39,42 @@ class Side:
     """One side of a copy: whose memory it is.
 
     Attributes:
-        device: None for host memory.
+        device: the device; None for host memory.
         blocks: blocks of heaps, which are kept from reuse until the copy has ended.
-        memory: tensors whose memory it is, kept alive as long.
-        heap: the heap that the blocks are of.
-        is_unknown: all that is known of it are pointers.
+        memory: the tensors that own the memory, kept alive until the copy has ended.
+        heap: the heap of the blocks.
+        is_unknown: whether only pointers are known.
     """
 
     device: CopyDevice | None
     blocks: tuple[Rows, ...] = ()
     memory: tuple[torch.Tensor, ...] = ()
-    heap: TensorMemoryAllocator | None = None
+    heap: Heap | None = None
     is_unknown: bool = False
 
     @classmethod
     def of_tensor(cls, tensor: torch.Tensor) -> Side:
-        """Memory of a tensor."""
-        return cls(copy_device.device_of(tensor), memory=(tensor.detach(),))
+        """The memory of a tensor."""
+        return cls(cuda.device_of(tensor), memory=(tensor.detach(),))
 
     @property
     def is_one_batch(self) -> bool:
-        """Whether it is one whole batch, whose blocks cannot overlap."""
+        """Whether the side is one whole batch, whose blocks cannot overlap."""
         return len(self.blocks) == 1 and self.blocks[0].rows is None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
-    """N equal blocks of one side, before they are paired with another's.
+    """N equal blocks of one side, before they are paired with the other side's.
 
     Attributes:
-        side: whose memory they are.
-        size_bytes: of each.
-        allocated_bytes: of each, with the padding behind it.
-        kind: what each holds: shape and dtype.
-        layout: the same, of blocks of a heap.
-        runs: the runs of a whole batch in one buffer; where that starts is ``base``.
+        side: whose memory they are in.
+        size_bytes: bytes of each.
+        allocated_bytes: bytes of each, including the padding behind it.
+        kind: shape and dtype of each; None for blocks of several groups.
+        layout: the block layout, for blocks of a heap.
+        runs: the runs of a whole batch in one buffer, counted from ``base``.
+        base: absolute address of that buffer.
     """
 
     side: Side
@@ -110,26 +103,26 @@ class Blocks:
         runs: AddressBatch | None = None
         starts: Int64Array | None = None
         if isinstance(blocks, MemoryBatch):
-            blocks._require_all_live(None)
+            blocks.counts.require_live(None, blocks.describe)
             layout, allocated_bytes = blocks.layout, blocks.allocated_bytes
             rows = [Rows(blocks, None)]
             if len(heap.segments) == 1:
                 runs = blocks.runs
             else:
-                starts = heap._absolute(blocks.addresses)[0]
+                starts = heap.absolute(blocks.addresses)[0]
         elif isinstance(blocks, Rows):
             batch = blocks.batch
-            batch._require_all_live(blocks.rows)
+            batch.counts.require_live(blocks.rows, batch.describe)
             layout, allocated_bytes, rows = batch.layout, batch.allocated_bytes, [blocks]
-            starts = heap._absolute(batch.addresses[blocks.rows])[0]
+            starts = heap.absolute(batch.addresses[blocks.rows])[0]
         else:
             layout, addresses = layout_and_addresses(blocks)
-            starts = heap._absolute(addresses)[0]
-            rows = heap._rows_by_batch(blocks)
+            starts = heap.absolute(addresses)[0]
+            rows = heap.rows_by_batch(blocks)
             sizes = {part.batch.allocated_bytes for part in rows}
             allocated_bytes = sizes.pop() if len(sizes) == 1 else layout.size_bytes
         memory = tuple(buffer for _, buffer in heap.segments)
-        side = Side(copy_device.device_of(memory[0]), tuple(rows), memory, heap)
+        side = Side(cuda.device_of(memory[0]), tuple(rows), memory, heap)
         kind = (tuple(layout.shapes[0]), layout.dtypes[0]) if len(layout.shapes) == 1 else None
         base = memory[0].data_ptr()
         return cls(side, layout.size_bytes, allocated_bytes, kind, layout, runs, base, starts)
@@ -201,7 +194,7 @@ def paired(source: Blocks, target: Blocks) -> Pieces:
         size_bytes = allocated_bytes
         if source.runs is not None and target.runs is not None:
             num_runs = source.runs.num_runs + target.runs.num_runs
-            if 0 < num_runs <= max(FEW_RUNS * len(source), 2):
+            if 0 < num_runs <= max(MAX_RUNS_PER_BLOCK * len(source), 2):
                 return _paired_runs(source, target, size_bytes)
     return Pieces(source.starts, target.starts, size_bytes)
 
@@ -259,7 +252,7 @@ def walls_of(
             return ranges[1:, 0]
     ends = starts + sizes
     if side.heap is not None:
-        ranges = side.heap._pinned_addresses(device)
+        ranges = side.heap.pinned_addresses(device)
     else:
         ranges = known_ranges(owner, starts, ends, on_device)
     at = first_outside(starts, ends, ranges)

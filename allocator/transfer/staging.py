@@ -1,54 +1,51 @@
-"""Staged copies: many places on the device, and few large runs on the host.
+"""Staged copies between many places on the device and few large runs on the host.
 
-The device gathers pieces into one extent, which one large copy takes to the host, while the next
-pieces are gathered into a second extent; and the reverse. The first of both steps is on a stream
-of the device's own, the second on the caller's, each behind an event of the other, so that on the
-caller's stream all is done when its last work has ended.
+To the host: the SM kernel gathers pieces into an extent on the device, and one large copy takes the
+extent to the host while the kernel fills a second extent. From the host: the reverse. The first
+step runs on a side stream, the second on the caller's stream, and events order them. When the
+caller's stream has ended its last work, the whole copy has ended.
 
-Bytes moved: 2 x on the device and 1 x over the link. It pays where the link's engine is slow for
-small pieces, and the SMs are better used at the device's bandwidth than at the link's.
+Bytes moved: twice on the device, once over the link. This pays if the copy engine is slow for
+small pieces, and if the SMs should work at the device's bandwidth rather than at the link's.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from kvheap.blocks.heap import Heap
 from kvheap.blocks.memory_format import MemoryFormat
+from kvheap.device.completion import Completion
+from kvheap.device.copy_device import CopyDevice
+from kvheap.device.events import DeviceEvent
 from kvheap.kernels.pieces import Pieces
-
-if TYPE_CHECKING:
-    from kvheap.device.completion import Completion, DeviceEvent
-    from kvheap.device.copy_device import CopyDevice
-    from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
-    from kvheap.transfer.plan import CopyPlan
+from kvheap.transfer.plan import CopyPlan
 
 __all__ = ["Staging", "end_or_lose"]
 
 MIN_EXTENT_BYTES, MAX_EXTENT_BYTES = 1 << 20, 8 << 20
-"""Bytes of one of the two extents: about 20 us of a link of 55 GB/s, beside the few us that each
-step costs by itself, and 150 us. Reasoned; not yet measured on a GPU."""
+"""Bytes of each of the two extents: 20 to 150 us of a 55 GB/s link. Reasoned, not measured."""
 
-STEPS = 4
-"""A copy is cut into so many steps at least, as far as extents are not smaller than allowed: the
-first gather and the last copy are not overlapped."""
+MIN_STEPS = 4
+"""Steps of a copy at least, if the extents allow: its first and last step overlap with nothing."""
 
 
 class Staging:
-    """Two extents on the device, through which all parts of one transfer go, and their order.
+    """Two extents on the device, through which all parts of one transfer go.
 
-    The caller's stream must be current. Whatever is queued has ended when the caller's stream has,
-    also after an error.
+    The caller's stream must be current. Everything that is queued here ends before the caller's
+    stream does, also after an error.
 
     Args:
-        plan: from a device to the host, or back.
-        device: who copies.
-        stream: the caller's.
-        current: the stream that bytes of the heap may be in use on.
-        max_sms: for the kernel.
-        completion: of the transfer; it keeps what is used here.
+        plan: a copy from a device to the host, or back.
+        device: the device.
+        stream: the caller's stream.
+        current: the current stream, on which bytes of the heap may still be in use.
+        max_sms: SMs that the kernel may take.
+        completion: the transfer's; it keeps the extents and descriptors alive.
     """
 
     def __init__(
@@ -66,7 +63,7 @@ class Staging:
         self._max_sms = max_sms
         self._completion = completion
         largest = max(part.num_bytes for part in plan.parts)
-        self._extent_bytes = min(max(-(-largest // STEPS), MIN_EXTENT_BYTES), MAX_EXTENT_BYTES)
+        self._extent_bytes = min(max(-(-largest // MIN_STEPS), MIN_EXTENT_BYTES), MAX_EXTENT_BYTES)
         self._extents = _extents(plan, device, self._extent_bytes, completion, stream, current)
         self._free_again: list[DeviceEvent | None] = [None, None]
         self._step = 0
@@ -113,10 +110,10 @@ class Staging:
 
 
 def end_or_lose(device: CopyDevice, completion: Completion) -> None:
-    """Wait for the device, where no event can tell when it has done with a copy that failed.
+    """Wait for the device after a copy has failed and no event can be recorded.
 
-    A stream that is destroyed has no events; but what it was given ends, and bytes come back. Of a
-    device that cannot be waited for either, they never do.
+    A destroyed stream records no events, but its work ends and the bytes come back. If the device
+    cannot be waited for either, the copy is lost and its bytes never come back.
     """
     try:
         device.synchronize()
@@ -128,7 +125,7 @@ def end_or_lose(device: CopyDevice, completion: Completion) -> None:
         completion.ended()
 
 
-def _has_room(heap: TensorMemoryAllocator, extent_bytes: int) -> bool:
+def _has_room(heap: Heap, extent_bytes: int) -> bool:
     page = heap.page_layout
     if page is not None and page.size_bytes < extent_bytes:
         return False
@@ -143,9 +140,9 @@ def _extents(
     stream: Any,
     current: Any,
 ) -> tuple[int, int]:
-    """Absolute addresses of two extents that nobody else uses until the transfer has ended.
+    """Absolute addresses of two extents that are reserved until the transfer has ended.
 
-    Of the device's heap, where it has room; else of torch.
+    They are allocated in the device's heap if it has room, else by torch.
     """
     heap = (plan.target if plan.source.device is None else plan.source).heap
     is_ordered = stream == current or not device.is_capturing(current)
@@ -156,7 +153,7 @@ def _extents(
             heap.batched_free(batch)  # comes back when the transfer has ended
             if stream != current:
                 device.wait_event(stream, device.record_event(current))
-            first, second = heap._absolute(batch.addresses)[0].tolist()
+            first, second = heap.absolute(batch.addresses)[0].tolist()
             return first, second
     both = device.empty(2 * extent_bytes)
     completion.keep(both)

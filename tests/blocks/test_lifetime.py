@@ -223,7 +223,7 @@ class TestDropped:
             raise MemoryError
 
         heap = heap_of(4)
-        monkeypatch.setattr("kvheap.heaps.tensor_allocator.scatter_blocks", fail)
+        monkeypatch.setattr("kvheap.heaps.segments.scatter_blocks", fail)
         with pytest.raises(MemoryError):
             heap.batched_allocate([PAGE], torch.uint8, 2, source=torch.zeros(2, PAGE).byte())
         gc.collect()
@@ -410,7 +410,7 @@ class TestFull:
         assert (report.pinned_blocks, report.pinned_bytes) == (1, PAGE)
         assert "in take" in report.live[0].site[0]
         assert f"{4 * PAGE:,} bytes" in str(report)
-        heap._next_report = 0.0
+        heap._full_reporter._next_report = 0.0
         assert heap.allocate([9 * PAGE], torch.uint8) is None
         assert reports[1].failures == 1000
 
@@ -515,7 +515,7 @@ class TestScrub:
             buffer[: 2 * PAGE].fill_(5)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("kvheap.heaps.tensor_allocator.scatter_blocks", write_and_fail)
+        monkeypatch.setattr("kvheap.heaps.segments.scatter_blocks", write_and_fail)
         heap = heap_of(4, scrub=True)
         with pytest.raises(KeyboardInterrupt):
             heap.batched_allocate([PAGE], torch.uint8, 2, source=torch.zeros(2, PAGE).byte())
@@ -528,7 +528,7 @@ class TestScrub:
         def count(buffer: object, addresses: np.ndarray, *rest: object) -> None:
             calls.append(len(addresses))
 
-        monkeypatch.setattr("kvheap.heaps.tensor_allocator.fill_blocks", count)
+        monkeypatch.setattr("kvheap.heaps.segments.fill_blocks", count)
         heap = heap_of(64, scrub=True)
         heap.batched_free(take(heap, 64))
         assert calls == [64]
@@ -709,7 +709,7 @@ class TestStreams:
         monkeypatch.setattr("kvheap.heaps.tensor_allocator.CLOSE_WAIT_S", 0.05)
         with pytest.raises(RuntimeError, match="the buffers are not released"):
             heaps[0].close()
-        assert heaps[0]._segments
+        assert len(heaps[0]._segments)
         threading.Timer(0.02, stream.finish).start()
         monkeypatch.setattr("kvheap.heaps.tensor_allocator.CLOSE_WAIT_S", 10.0)
         heaps[1].close()

@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvheap.device import copy_device
-from kvheap.device.copy_device import (
-    MAX_BATCH_PIECES,
-    CudaDevice,
-    find_device,
-    known_ranges,
-    module_version,
-)
+from kvheap.device import cuda as cuda_module
+from kvheap.device.copy_device import known_ranges
+from kvheap.device.cuda import MAX_BATCH_PIECES, CudaDevice, find_device, module_version
 from kvheap.kernels.copy_engine import Location
 from kvheap.kernels.pieces import Pieces
 
@@ -77,9 +72,9 @@ class Driver:
     def __init__(self) -> None:
         self.batches: list[Pieces] = []
 
-    def copy_batch(self, pieces: Pieces, stream: int, direction: str) -> None:
+    def copy_batch(self, pieces: Pieces, stream: int, *, over_link: bool) -> None:
         assert stream == 7
-        assert direction == "d2h"
+        assert over_link
         self.batches.append(pieces)
 
     def locate(self, address: int) -> Location:
@@ -92,8 +87,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CudaDevice:
     driver, bound = Driver(), []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(torch.cuda, "mem_get_info", bound.append)
-    monkeypatch.setattr(copy_device, "driver", lambda: driver)
-    monkeypatch.setattr(copy_device, "MODULE_VERSION_FILE", tmp_path / "version")
+    monkeypatch.setattr(cuda_module, "driver", lambda: driver)
+    monkeypatch.setattr(cuda_module, "MODULE_VERSION_FILE", tmp_path / "version")
     return CudaDevice(1)
 
 
@@ -105,7 +100,7 @@ class TestCudaDevice:
     def test_a_large_batch_is_several_calls(self, cuda: CudaDevice) -> None:
         count = 2 * MAX_BATCH_PIECES + 5
         pieces = Pieces(np.arange(count) * 8 + 8, np.arange(count) * 16 + 8, 4)
-        cuda.copy_batch(pieces, Stream(), "d2h")  # type: ignore[arg-type]
+        cuda.copy_batch(pieces, Stream(), over_link=True)  # type: ignore[arg-type]
         batches = cuda._bound_driver().batches  # type: ignore[attr-defined]
         assert [len(batch) for batch in batches] == [MAX_BATCH_PIECES, MAX_BATCH_PIECES, 5]
         assert np.array_equal(np.concatenate([each.sources for each in batches]), pieces.sources)

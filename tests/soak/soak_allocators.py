@@ -154,10 +154,8 @@ class Faults:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         with (
-            mock.patch(
-                "kvheap.heaps.tensor_allocator.scatter_blocks", self.wrapped(scatter_blocks)
-            ),
-            mock.patch("kvheap.heaps.tensor_allocator.gather_blocks", self.wrapped(gather_blocks)),
+            mock.patch("kvheap.heaps.segments.scatter_blocks", self.wrapped(scatter_blocks)),
+            mock.patch("kvheap.heaps.segments.gather_blocks", self.wrapped(gather_blocks)),
         ):
             yield
 
@@ -579,7 +577,7 @@ class Worker:
 
     def detach(self, holding: Holding) -> None:
         """Free by address. Streams do not count there, nor does anybody wipe."""
-        if holding.batch._streams or self.phase.options.get("scrub"):
+        if holding.batch.counts.streams_of(None) or self.phase.options.get("scrub"):
             self.free_whole(holding)
             return
         self.heap.address_manager.batched_free(holding.batch.detach())

@@ -11,8 +11,8 @@ SOAK = Path(__file__).resolve().parent.parent / "soak" / "soak_allocators.py"
 BREAK_COUNTS = """
 import runpy, sys
 from kvheap.blocks.memory_batch import MemoryBatch
-claim = MemoryBatch._claim
-MemoryBatch._claim = lambda batch, rows, skip_freed=False: (
+claim = MemoryBatch.claim
+MemoryBatch.claim = lambda batch, rows, skip_freed=False: (
     claim(batch, rows, skip_freed) if rows is None else rows
 )
 sys.argv = ["soak", *sys.argv[2:]]

@@ -158,7 +158,7 @@ class FakeDevice:
             self.pinned.append((tensor.data_ptr() + start, tensor.data_ptr() + end))
 
     def device_of(self, tensor: torch.Tensor) -> FakeDevice | None:
-        """Stands in for ``kvheap.device.copy_device.device_of``."""
+        """Stands in for ``kvheap.device.cuda.device_of``."""
         address = tensor.data_ptr() or tensor.untyped_storage().data_ptr()
         for device in (self, *self.peers):
             if any(start <= address < end for start, end in device.own):
@@ -313,12 +313,12 @@ class FakeDevice:
         self.require(not self.current.capturing, "an upload in a capture")
         return FakePrepared(self, pieces)
 
-    def copy_batch(self, pieces: Pieces, stream: FakeStream, direction: str) -> None:
+    def copy_batch(self, pieces: Pieces, stream: FakeStream, *, over_link: bool) -> None:
         self.require(not stream.legacy, "cuMemcpyBatchAsync takes no legacy default stream")
         self.require(not stream.capturing, "a captured batch is silently missing")
         self.require(self.has_batch, "the driver has no cuMemcpyBatchAsync")
         self._require_in_one_range(pieces)
-        self.call("copy_batch", ("copy_batch", pieces, stream, direction))
+        self.call("copy_batch", ("copy_batch", pieces, stream, over_link))
         self.enqueue(stream, pieces)
 
     def copy_each(self, pieces: Pieces, stream: FakeStream) -> None:

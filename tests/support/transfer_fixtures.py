@@ -11,10 +11,9 @@ import torch
 from fake_device import POISON, WAYS, FakeDevice, heap_on
 from transfer_scenes import Gate, InFlight, Places, Tiers, drain, stream_of
 
-from kvheap.device import copy_device
+from kvheap.device import cuda
 from kvheap.planning import planner
-from kvheap.transfer import CopyPlan, copy, staging
-from kvheap.transfer import paths as transfer_paths
+from kvheap.transfer import CopyPlan, copy, paths, runs, staging
 
 
 @pytest.fixture
@@ -29,9 +28,9 @@ def device(
     def find_device(named: torch.device) -> FakeDevice | None:
         return None if named.type == "cpu" else (found, peer)[named.index or 0]
 
-    monkeypatch.setattr(copy_device, "device_of", found.device_of)
-    monkeypatch.setattr(copy_device, "find_device", find_device)
-    monkeypatch.setattr(transfer_paths, "_told_of", set())
+    monkeypatch.setattr(cuda, "device_of", found.device_of)
+    monkeypatch.setattr(cuda, "find_device", find_device)
+    monkeypatch.setattr(paths, "_told_of", set())
     monkeypatch.setattr(staging, "MIN_EXTENT_BYTES", 8 << 10)
     monkeypatch.setattr(staging, "MAX_EXTENT_BYTES", 16 << 10)
     monkeypatch.setenv(
@@ -55,14 +54,14 @@ def peer(device: FakeDevice) -> FakeDevice:
 def by_queue(monkeypatch: pytest.MonkeyPatch) -> Gate:
     """Copies within the host are made by the queue's thread, when a test opens the gate."""
     gate = Gate()
-    monkeypatch.setattr(transfer_paths, "SMALL_BYTES", 0)
-    copy_on_host = transfer_paths.copy_on_host
+    monkeypatch.setattr(runs, "INLINE_COPY_BYTES", 0)
+    copy_on_host = runs.copy_on_host
 
     def held_up(pieces: Any) -> None:
         gate.wait()
         copy_on_host(pieces)
 
-    monkeypatch.setattr(transfer_paths, "copy_on_host", held_up)
+    monkeypatch.setattr(runs, "copy_on_host", held_up)
     return gate
 
 

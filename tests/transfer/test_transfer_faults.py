@@ -30,10 +30,9 @@ from fake_device import (
 from transfer_scenes import Gate, allocated, drain
 
 from kvheap import MemoryBatch, MemoryObj, TensorMemoryAllocator
-from kvheap.device.completion import host_queue
+from kvheap.device.host_queue import host_queue
 from kvheap.errors import TransferError
-from kvheap.transfer import CopyPlan, Transfer, copy, offload, staging
-from kvheap.transfer import paths as transfer_paths
+from kvheap.transfer import CopyPlan, Transfer, copy, offload, runs, staging
 
 BLOCK = 1024
 COUNT = 24
@@ -440,7 +439,7 @@ class TestHost:
 
     @pytest.fixture(autouse=True)
     def none_is_small(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(transfer_paths, "SMALL_BYTES", 0)
+        monkeypatch.setattr(runs, "INLINE_COPY_BYTES", 0)
 
     @staticmethod
     def layers(heap: TensorMemoryAllocator) -> MemoryBatch:
@@ -461,7 +460,7 @@ class TestHost:
         error: BaseException,
     ) -> None:
         if is_small:
-            monkeypatch.setattr(transfer_paths, "SMALL_BYTES", 1 << 30)
+            monkeypatch.setattr(runs, "INLINE_COPY_BYTES", 1 << 30)
         elif isinstance(error, KeyboardInterrupt):
             return  # which only comes to the main thread
         near, far = (
@@ -471,7 +470,7 @@ class TestHost:
         near.buffer.copy_(random_bytes(1 << 16, 1))
         contents = read(batch)
         copies: list[Any] = []
-        copy_on_host = transfer_paths.copy_on_host
+        copy_on_host = runs.copy_on_host
 
         def fails(pieces: Any) -> None:
             copies.append(pieces)
@@ -479,7 +478,7 @@ class TestHost:
                 raise error
             copy_on_host(pieces)
 
-        monkeypatch.setattr(transfer_paths, "copy_on_host", fails)
+        monkeypatch.setattr(runs, "copy_on_host", fails)
         target: MemoryBatch | None = None
         raised: BaseException | None = None
         try:
@@ -527,7 +526,7 @@ class TestHost:
         )
         batch, target = self.layers(near), self.layers(far)
         gate = Gate()
-        copy_on_host = transfer_paths.copy_on_host
+        copy_on_host = runs.copy_on_host
         begun: list[Any] = []
 
         def waits(pieces: Any) -> None:
@@ -546,7 +545,7 @@ class TestHost:
                 raise error
             return submit(self, *work)
 
-        monkeypatch.setattr(transfer_paths, "copy_on_host", waits)
+        monkeypatch.setattr(runs, "copy_on_host", waits)
         monkeypatch.setattr(ThreadPoolExecutor, "submit", fails)
         try:
             with pytest.raises((type(error), TransferError)):

@@ -35,8 +35,7 @@ from transfer_scenes import BLOCK, Gate, allocated, in_a_row, scattered, stream_
 from kvheap import LifetimeError, MemoryBatch, MemoryObj, TensorMemoryAllocator
 from kvheap.device import completion
 from kvheap.errors import TransferError
-from kvheap.transfer import CopyPlan, Transfer, copy, offload
-from kvheap.transfer import paths as transfer_paths
+from kvheap.transfer import CopyPlan, Transfer, copy, offload, runs
 
 
 class TestProtection:
@@ -185,8 +184,7 @@ class TestProtection:
         for number in range(1000):
             plan = (batch, out) if number % 2 else (batch[2:5], out[:3])
             copy(plan, stream).result()
-        assert batch._streams is not None
-        assert len(batch._streams) <= 16
+        assert 0 < len(batch.counts.streams_of(None)) <= 16
         assert len(completion.in_flight) <= 64
         near.batched_free(batch)
         assert allocated(near) == [0]
@@ -385,7 +383,7 @@ def require_empty(heaps: Iterable[TensorMemoryAllocator]) -> None:
 def test_a_hundred_in_flight_and_random_frees(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(transfer_paths, "SMALL_BYTES", 2048)  # both ways within the host
+    monkeypatch.setattr(runs, "INLINE_COPY_BYTES", 2048)  # both ways within the host
     heaps = four_heaps(device, 256 << 10)
     model = Model(device, heaps, seed)
     for number in range(600):
@@ -406,7 +404,7 @@ def test_a_hundred_in_flight_and_random_frees(
 def test_threads_copy_and_free_while_another_drains(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(transfer_paths, "SMALL_BYTES", 2048)
+    monkeypatch.setattr(runs, "INLINE_COPY_BYTES", 2048)
     heaps = four_heaps(device, 512 << 10)
     failures: list[BaseException] = []
     done = threading.Event()

@@ -30,12 +30,10 @@ from kvheap import (
     LazyMemoryAllocator,
     LifetimeError,
     TensorMemoryAllocator,
-    transfer,
 )
 from kvheap.device.completion import InFlight
 from kvheap.errors import TransferError
-from kvheap.transfer import copy, offload, restore
-from kvheap.transfer import paths as transfer_paths
+from kvheap.transfer import copy, moves, offload, restore, runs
 
 
 class TestOffload:
@@ -283,7 +281,7 @@ class TestOffload:
             by_queue.wait()
             raise MemoryError("no room for the copy")
 
-        monkeypatch.setattr(transfer_paths, "copy_on_host", fails)
+        monkeypatch.setattr(runs, "copy_on_host", fails)
         moved = offload(batch, other, free=True)
         assert moved is not None
         assert not batch.live.any()
@@ -323,7 +321,7 @@ def test_a_partial_move_does_no_python_work_for_a_block(
         far = heap_on(device, "host", num_blocks // 2 * BLOCK)
         batch = filled(near, num_blocks)
         # Neither other tests' copies, which a new one looks at, nor their garbage are counted.
-        monkeypatch.setattr(transfer, "in_flight", InFlight())
+        monkeypatch.setattr(moves, "in_flight", InFlight())
         gc.collect()
         gc.disable()
         calls = 0

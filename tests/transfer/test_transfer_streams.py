@@ -313,7 +313,7 @@ class TestChoice:
                 copy(plan, device.stream(), path=path)  # type: ignore[arg-type]
 
     def test_the_host_takes_no_stream(self, device: FakeDevice) -> None:
-        with pytest.raises(ValueError, match="is on no stream"):
+        with pytest.raises(ValueError, match="runs on no stream"):
             copy((torch.zeros(2, 2), torch.zeros(2, 2)), device.stream())  # type: ignore[arg-type]
 
 

@@ -1,0 +1,111 @@
+"""``BlockAllocator``: what allocators with blocks of their own have in common.
+
+Freeing goes in steps that can be undone: the blocks are claimed, their contents are collected, and
+only then are their bytes released. What differs between allocators is where the bytes are.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from kvheap.blocks.lease import Lease
+from kvheap.blocks.lifetime import Lifetime
+from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
+from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj, Rows, rows_of
+from kvheap.blocks.release import Release
+from kvheap.blocks.report import LiveBlocks
+from kvheap.errors import ForeignObjectError
+
+__all__ = ["BlockAllocator"]
+
+
+class BlockAllocator(MemoryAllocatorInterface):
+    """An allocator that made its blocks itself, and takes only these back.
+
+    Subclasses provide ``layout_of``, ``allocate_blocks``, ``require_gatherable``, ``gather``,
+    ``block_bytes`` and ``close_memory``.
+    """
+
+    object_type: type[MemoryObj] = MemoryObj
+    """The class of the objects that this allocator's batches hand out."""
+
+    lifetime: Lifetime
+    """Which batches live, and when freed bytes may be reused."""
+
+    idempotent_free = False
+    """Whether freeing a block again does nothing instead of raising."""
+
+    # -- free ----------------------------------------------------------------------------------
+
+    def batched_free(
+        self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
+    ) -> None:
+        """Free many blocks; see ``MemoryAllocatorInterface.batched_free``."""
+        self.require_open()
+        if self.lifetime.has_work:
+            self.lifetime.settle()
+        if not isinstance(objs, MemoryBatch):
+            objs = list(objs)
+        parts = self.rows_by_batch(objs)
+        if out is not None:
+            self.require_gatherable(parts, out)
+        claimed: list[Rows] = []
+        try:
+            for part in parts:
+                rows = part.batch.claim(part.rows, self.idempotent_free and out is None)
+                claimed.append(Rows(part.batch, rows))
+            if out is not None and len(out):
+                self.gather(objs, out)
+            releases = self.releases_of(claimed)
+        except BaseException:
+            for part in claimed:
+                part.batch.unclaim(part.rows)
+            raise
+        # From here on the blocks are freed whatever happens: at worst, if this is interrupted
+        # before it begins, their bytes stay allocated; they are never handed out twice.
+        for release in releases:
+            self.lifetime.release(release)
+
+    def rows_by_batch(self, objs: MemoryBatch | Iterable[MemoryObj]) -> list[Rows]:
+        """Blocks by their batches.
+
+        Raises:
+            TypeError: something is not a ``MemoryObj``.
+            ForeignObjectError: a block belongs to another allocator.
+        """
+        parts = [Rows(objs, None)] if isinstance(objs, MemoryBatch) else rows_of(objs)
+        for part in parts:
+            if part.batch.allocator is not self:
+                raise ForeignObjectError(f"{part.batch!r} belongs to another allocator")
+        return parts
+
+    def leaks(self) -> tuple[LiveBlocks, ...]:
+        """All live blocks; see ``MemoryAllocatorInterface.leaks``."""
+        if self.lifetime.has_work:
+            self.lifetime.settle()
+        return self.lifetime.live()
+
+    def grant_lease(self, batch: MemoryBatch, row: int, ttl: float) -> Lease:
+        """Pin a block for ``ttl`` seconds; see ``MemoryObj.pin``."""
+        return self.lifetime.grant_lease(batch, row, ttl)
+
+    # -- for subclasses ------------------------------------------------------------------------
+
+    @abstractmethod
+    def require_gatherable(self, parts: Sequence[Rows], out: torch.Tensor) -> None:
+        """Refuse an ``out`` of :meth:`batched_free` that does not match the blocks."""
+
+    @abstractmethod
+    def gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
+        """Copy the contents of blocks into ``out``, which was checked."""
+
+    def releases_of(self, parts: Sequence[Rows]) -> list[Release]:
+        """The releases of claimed blocks."""
+        return [part.batch.release_of(part.rows) for part in parts if len(part)]
+
+    @abstractmethod
+    def block_bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:
+        """The first bytes of a block of ``batch``, uint8 ``[size_bytes]``, without a copy."""

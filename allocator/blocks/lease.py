@@ -1,0 +1,115 @@
+"""``Lease``: a pin that ends by itself; ``LeaseQueue``: an allocator's leases, by deadline."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+from typing import Protocol
+
+__all__ = ["Lease", "LeaseHolder", "LeaseQueue"]
+
+
+class LeaseHolder(Protocol):
+    """A batch, as far as leases need it."""
+
+    def begin_lease(self, row: int) -> None:
+        """Pin a row for a lease."""
+        ...
+
+    def end_lease(self, lease: Lease, row: int, state: str) -> bool:
+        """Unpin it and set ``lease.state``; False if the lease had ended before."""
+        ...
+
+
+class Lease:
+    """A pin that ends by itself; see ``MemoryObj.pin``. Usable as a context manager."""
+
+    __slots__ = ("_holder", "_row", "deadline", "state")
+
+    def __init__(self, holder: LeaseHolder, row: int, deadline: float) -> None:
+        self._holder: LeaseHolder | None = holder
+        self._row = row
+        self.deadline = deadline
+        """When it ends, by the clock of ``time.monotonic``."""
+        self.state = "held"
+        """``held``, ``released`` or ``expired``."""
+
+    def release(self) -> bool:
+        """End it now; False if it had ended before."""
+        return self._end("released")
+
+    def expire(self) -> bool:
+        """End it because its time is over; False if it had ended before."""
+        return self._end("expired")
+
+    def _end(self, state: str) -> bool:
+        holder = self._holder
+        if holder is None or not holder.end_lease(self, self._row, state):
+            return False
+        self._holder = None  # an ended lease keeps no block alive
+        return True
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+class LeaseQueue:
+    """Leases in the order of their deadlines. Thread-safe.
+
+    Leases that were released stay in the queue until their deadline, or until they outnumber the
+    leases that are held.
+    """
+
+    def __init__(self) -> None:
+        self._leases: list[tuple[float, int, Lease]] = []
+        self._prune_at = 64
+        self._number = itertools.count()
+        self._lock = threading.Lock()
+        self.num_expired = 0
+        """How many leases have ended by themselves."""
+
+    def __len__(self) -> int:
+        """How many leases are queued."""
+        return len(self._leases)
+
+    def grant(self, holder: LeaseHolder, row: int, ttl: float) -> Lease:
+        """Pin a row for ``ttl`` seconds.
+
+        Raises:
+            ValueError: ``ttl`` is not positive.
+        """
+        if not ttl > 0:
+            raise ValueError(f"ttl must be a positive number of seconds, got {ttl}")
+        lease = Lease(holder, row, time.monotonic() + ttl)
+        holder.begin_lease(row)
+        with self._lock:
+            if len(self._leases) >= self._prune_at:
+                self._leases = [entry for entry in self._leases if entry[2].state == "held"]
+                heapq.heapify(self._leases)
+                self._prune_at = 2 * len(self._leases) + 64
+            heapq.heappush(self._leases, (lease.deadline, next(self._number), lease))
+        return lease
+
+    def expire_due(self) -> bool:
+        """End all leases whose time is over; whether there were any."""
+        found = False
+        while True:
+            with self._lock:
+                if not self._leases or self._leases[0][0] > time.monotonic():
+                    return found
+                lease = heapq.heappop(self._leases)[2]
+            try:
+                ended = lease.expire()
+            except Exception:  # not the fault of the operation that happens to run this
+                ended = True
+                logging.getLogger("kvheap").exception(
+                    "a block whose lease expired stays allocated: its stream cannot be asked"
+                )
+            self.num_expired += ended
+            found |= ended

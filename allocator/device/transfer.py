@@ -1,0 +1,248 @@
+"""``Transfer``: the handle on a copy that is on its way, and ``Part``, on a part of it.
+
+Made by ``kvheap.transfer.copy``, ``offload`` and ``restore``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from kvheap.device.completion import Answer, Completion
+from kvheap.device.copy_device import CopyDevice
+from kvheap.device.directions import Direction, Path
+from kvheap.device.events import DeviceEvent
+from kvheap.device.host_queue import FutureEvent
+from kvheap.errors import TransferError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Part", "Transfer"]
+
+FIRST_POLL_S, LAST_POLL_S = 50e-6, 2e-3
+"""Seconds between two looks at an awaited transfer: at first, and after many looks."""
+
+
+class Part:
+    """One part of a transfer. Parts end in order, and each reports only on itself."""
+
+    __slots__ = ("_completion", "_device", "_event", "_index")
+
+    def __init__(
+        self, index: int, event: DeviceEvent, completion: Completion, device: CopyDevice | None
+    ) -> None:
+        self._index = index
+        self._event = event
+        self._completion = completion
+        self._device = device
+
+    def done(self) -> bool:
+        """Whether the part's bytes have arrived. Does not wait.
+
+        Raises:
+            TransferError: they never will.
+        """
+        if self._completion.is_done:  # stays true, whatever happens to the device
+            return True
+        return self._ask(self._event.query)
+
+    def wait(self) -> None:
+        """Wait on the host until the part's bytes have arrived.
+
+        Raises:
+            TransferError: they never will.
+        """
+        if not self._completion.is_done:
+            self._ask(self._event.synchronize)
+
+    def wait_stream(self, stream: torch.cuda.Stream) -> None:
+        """Make further work on ``stream`` wait for the part.
+
+        A copy within host memory is waited for here, on the host.
+
+        Raises:
+            TransferError: the part's bytes will never arrive.
+        """
+        device = self._device
+        if device is None:
+            self.wait()
+        else:
+            device.wait_event(device.current_stream() if stream is None else stream, self._event)
+
+    def _ask(self, question: Callable[[], Answer]) -> Answer:
+        answer = self._completion.ask(question)
+        if isinstance(self._event, FutureEvent):
+            error = self._event.error()
+            if error is not None:
+                raise error
+        return answer
+
+    def __repr__(self) -> str:
+        """The part's index."""
+        return f"Part({self._index})"
+
+
+class Transfer:
+    """A copy on its way. Made by ``copy``, ``offload`` and ``restore``.
+
+    Use it as a context manager, whose end waits for the copy and raises the copy's error, or
+    await it. Dropping it changes nothing: the copy goes on, and its bytes stay protected.
+
+    Attributes:
+        path: the path that was taken: ``kernel``, ``copy_engine``, ``staged`` or ``host``.
+        direction: ``h2d``, ``d2h``, ``d2d``, ``p2p`` or ``h2h``.
+        num_bytes: bytes to copy.
+        num_runs: how many pieces they form, after merging neighbours.
+        parts: the parts, which end one after another, each with ``done``, ``wait`` and
+            ``wait_stream``; empty if the transfer failed before the first part, and in a graph
+            capture.
+        is_captured: whether the copy was captured in a CUDA graph.
+    """
+
+    __slots__ = (
+        "_completion",
+        "_device",
+        "_settle",
+        "direction",
+        "is_captured",
+        "num_bytes",
+        "num_runs",
+        "parts",
+        "path",
+    )
+
+    def __init__(
+        self,
+        completion: Completion,
+        *,
+        path: Path,
+        direction: Direction,
+        num_bytes: int,
+        num_runs: int,
+        device: CopyDevice | None,
+        is_captured: bool = False,
+        settle: Callable[[], None] | None = None,
+    ) -> None:
+        self.path = path
+        self.direction = direction
+        self.num_bytes = num_bytes
+        self.num_runs = num_runs
+        self.parts: tuple[Part, ...] = ()
+        self.is_captured = is_captured
+        self._completion = completion
+        self._device = device
+        self._settle = settle  # frees the source's blocks, or makes them live again
+
+    def begun(self, events: tuple[DeviceEvent, ...]) -> None:
+        """Note the event at the end of each part. For the code that queues the copy."""
+        self.parts = tuple(
+            Part(index, event, self._completion, self._device) for index, event in enumerate(events)
+        )
+
+    @property
+    def error(self) -> TransferError | None:
+        """Why the transfer failed, as far as is known; None while all is well."""
+        return self._completion.error
+
+    def done(self) -> bool:
+        """Whether the copy has ended, successfully or not. Does not wait.
+
+        Raises:
+            RuntimeError: it was captured in a graph, and runs with each replay.
+        """
+        self._require_not_captured()
+        return self._completion.has_ended
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait on the host until the copy has ended, successfully or not.
+
+        Args:
+            timeout_s: give up after so many seconds.
+
+        Returns:
+            Whether it has ended.
+
+        Raises:
+            RuntimeError: as for :meth:`done`.
+        """
+        self._require_not_captured()
+        return self._completion.wait(timeout_s)
+
+    def wait_stream(self, stream: torch.cuda.Stream) -> None:
+        """Make further work on ``stream`` wait for the copy.
+
+        A copy within host memory is waited for here, on the host.
+
+        Raises:
+            TransferError: the transfer has failed.
+            RuntimeError: as for :meth:`done`.
+        """
+        self._require_not_captured()
+        error = self._completion.error
+        if error is not None:
+            raise error
+        if self.parts:
+            self.parts[-1].wait_stream(stream)
+
+    def result(self, timeout_s: float | None = None) -> None:
+        """Wait for the copy, and return if all bytes have arrived.
+
+        Raises:
+            TransferError: it failed; the target's bytes are undefined. A source that was to be
+                freed is live again.
+            TimeoutError: it has not ended in ``timeout_s`` seconds, and goes on.
+            RuntimeError: as for :meth:`done`.
+        """
+        ended = self.wait(timeout_s)
+        error = self._completion.error
+        if not ended and error is None:
+            raise TimeoutError(f"{self!r} has not ended in {timeout_s:g} s")
+        if self._settle is not None:
+            self._settle()
+        if error is not None:
+            raise error
+
+    def _require_not_captured(self) -> None:
+        if self.is_captured:
+            raise RuntimeError("this transfer was captured in a CUDA graph: it runs at each replay")
+
+    def __enter__(self) -> Transfer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.is_captured:
+            return
+        self.wait()
+        if error is None:
+            self.result()
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._ended().__await__()
+
+    async def _ended(self) -> None:
+        pause_s = FIRST_POLL_S
+        while not self.done():
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LAST_POLL_S)
+        self.result()
+
+    def __repr__(self) -> str:
+        """Direction, path, bytes, runs and state."""
+        if self.is_captured:
+            state = "captured"
+        elif self._completion.error is not None:
+            state = "failed"
+        else:
+            state = "ended" if self._completion.has_ended else "in flight"
+        return (
+            f"Transfer({self.direction} by {self.path}, {self.num_bytes} bytes in {self.num_runs} "
+            f"runs, {state})"
+        )

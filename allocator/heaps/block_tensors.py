@@ -1,0 +1,72 @@
+"""Checks of the tensors that blocks are filled from and collected into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.memory_batch import Rows
+
+__all__ = ["require_gatherable", "require_matching"]
+
+
+def require_matching(
+    name: str,
+    tensor: torch.Tensor,
+    num_blocks: int,
+    layout: BlockLayout,
+    device: torch.device,
+    cpu_is_fine: bool,
+) -> None:
+    """Refuse a tensor that is not ``num_blocks`` contiguous blocks of a layout.
+
+    Args:
+        name: what the caller calls the tensor.
+        tensor: what to check.
+        num_blocks: blocks N.
+        layout: what each block holds.
+        device: where the tensor must be.
+        cpu_is_fine: whether host memory will do, too.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: its shape, dtype, device or strides are wrong.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {tensor!r}")
+    shape, dtype = layout.packed
+    if tensor.shape != (num_blocks, *shape):
+        raise ValueError(
+            f"{name} must have shape {(num_blocks, *shape)}, got {tuple(tensor.shape)}"
+        )
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != device and not (cpu_is_fine and tensor.device.type == "cpu"):
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    if num_blocks and not tensor[0].is_contiguous():
+        raise ValueError(f"each block of {name} must be contiguous, got strides {tensor.stride()}")
+
+
+def require_gatherable(parts: Sequence[Rows], out: torch.Tensor, device: torch.device) -> None:
+    """Refuse an ``out`` that cannot take the contents of blocks.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: the blocks have several layouts, or ``out`` does not match them.
+    """
+    total = sum(len(part) for part in parts)
+    if not parts:
+        if len(out):
+            raise ValueError(f"out has {len(out)} rows for no blocks")
+        return
+    layout = parts[0].batch.layout
+    for part in parts:
+        if part.batch.layout != layout:
+            raise ValueError(
+                f"out needs blocks of one layout, got {layout} and {part.batch.layout}"
+            )
+    require_matching("out", out, total, layout, device, cpu_is_fine=False)
+    if total > 1 and out.stride(0) * out.element_size() < layout.size_bytes:
+        raise ValueError(f"the rows of out overlap: strides {out.stride()}")

@@ -1,0 +1,112 @@
+"""``MixedMemoryAllocator``: tensors in a heap, plain bytes beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
+from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
+from kvheap.blocks.memory_batch import BytesBufferMemoryObj, MemoryBatch, MemoryObj
+from kvheap.blocks.memory_format import MemoryFormat
+from kvheap.blocks.report import LiveBlocks
+from kvheap.errors import ForeignObjectError
+from kvheap.heaps.plain_allocators import BufferAllocator
+from kvheap.heaps.tensor_allocator import AllocatorStats, TensorMemoryAllocator
+
+__all__ = ["MixedMemoryAllocator"]
+
+
+class MixedMemoryAllocator(MemoryAllocatorInterface):
+    """Tensors in a heap, typically pinned; plain bytes, of format ``BINARY_BUFFER``, outside it.
+
+    Args:
+        pin_allocator: the heap for tensors. Closed with this allocator.
+        buffer_allocator: the allocator for bytes; None: a new one.
+
+    >>> from kvheap import PinMemoryAllocator
+    >>> mixed = MixedMemoryAllocator(PinMemoryAllocator(1 << 20, allow_unpinned=True))
+    >>> len(mixed.allocate([100], None, MemoryFormat.BINARY_BUFFER).byte_view)
+    100
+    >>> mixed.close()
+    """
+
+    def __init__(
+        self,
+        pin_allocator: TensorMemoryAllocator,
+        buffer_allocator: BufferAllocator | None = None,
+    ) -> None:
+        self.pin_allocator = pin_allocator
+        self.buffer_allocator = buffer_allocator or BufferAllocator()
+
+    def _allocator_of(self, fmt: MemoryFormat) -> MemoryAllocatorInterface:
+        if fmt is MemoryFormat.BINARY_BUFFER:
+            return self.buffer_allocator
+        if fmt is MemoryFormat.UNDEFINED:
+            raise ValueError(f"a mixed allocator needs to know the format, got {fmt}")
+        return self.pin_allocator
+
+    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
+        """The layout of a block, as the allocator for ``fmt`` makes it.
+
+        Raises:
+            ValueError: ``fmt`` is ``UNDEFINED``, or another argument is wrong.
+        """
+        return self._allocator_of(fmt).layout_of(shape, dtype, fmt)
+
+    def allocate_blocks(
+        self,
+        layout: BlockLayout,
+        batch_size: int,
+        source: torch.Tensor | None = None,
+        allow_partial: bool = False,
+    ) -> MemoryBatch | None:
+        """``batched_allocate`` of the allocator for the layout's format."""
+        chosen = self._allocator_of(layout.fmt)
+        return chosen.allocate_blocks(layout, batch_size, source, allow_partial)
+
+    def batched_free(
+        self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
+    ) -> None:
+        """``batched_free`` of the allocator that the blocks belong to; they must share one.
+
+        Raises:
+            ForeignObjectError: they belong to both allocators, or to another; nothing is freed.
+        """
+        self.require_open()
+        if isinstance(objs, MemoryBatch):
+            is_buffer = isinstance(objs.allocator, BufferAllocator)
+        else:
+            objs = list(objs)
+            kinds = {isinstance(obj, BytesBufferMemoryObj) for obj in objs}
+            if len(kinds) > 1:
+                raise ForeignObjectError("tensors and plain bytes cannot be freed in one call")
+            is_buffer = True in kinds
+        (self.buffer_allocator if is_buffer else self.pin_allocator).batched_free(objs, out)
+
+    def stats(self) -> AllocatorStats:
+        """``stats`` of the heap."""
+        self.require_open()
+        return self.pin_allocator.stats()
+
+    def leaks(self) -> tuple[LiveBlocks, ...]:
+        """All live blocks of both, the oldest first."""
+        both = self.pin_allocator.leaks() + self.buffer_allocator.leaks()
+        return tuple(sorted(both, key=lambda group: -group.age_s))
+
+    def memcheck(self) -> bool:
+        """Whether every invariant of the heap holds."""
+        self.require_open()
+        return self.pin_allocator.memcheck()
+
+    def close_memory(self) -> None:
+        """Close both allocators."""
+        try:
+            self.pin_allocator.close()
+        finally:
+            self.buffer_allocator.close()
+
+    def __repr__(self) -> str:
+        """Both allocators."""
+        return f"MixedMemoryAllocator({self.pin_allocator!r}, {self.buffer_allocator!r})"

@@ -1,0 +1,200 @@
+"""``Segments``: the buffers behind one address space, and access to blocks by their addresses.
+
+A value that never changes: a heap that grows publishes a new one. No block straddles two
+segments.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from kvheap.addresses.address_batch import AddressBatch
+from kvheap.addresses.extents import Int64Array
+from kvheap.blocks.block_layout import BlockLayout
+from kvheap.device.copy_device import CopyDevice, known_ranges
+from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
+from kvheap.kernels.launch import alignment_of
+
+__all__ = ["Segments", "as_buffer"]
+
+
+class Segments:
+    """Buffers of one device, each with the address of its first byte.
+
+    - look: ``buffers``, ``starts``, ``device``, ``pairs``, ``end``, ``pinned_bytes``;
+    - grow: ``with_buffer``;
+    - where blocks are: ``bytes_at``, ``absolute``, ``pinned_addresses``;
+    - copy and fill blocks: ``scatter``, ``gather``, ``fill``;
+    - checks: ``require_inside``, ``require_readable``.
+
+    Args:
+        buffers: uint8 ``[N]`` each, at least one.
+        starts: address of the first byte of each, ascending; the first is 0.
+    """
+
+    __slots__ = ("buffers", "starts")
+
+    def __init__(self, buffers: tuple[torch.Tensor, ...], starts: tuple[int, ...]) -> None:
+        self.buffers = buffers
+        self.starts = starts
+
+    def __len__(self) -> int:
+        """How many segments there are."""
+        return len(self.buffers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self.buffers[0].device
+
+    @property
+    def pairs(self) -> list[tuple[int, torch.Tensor]]:
+        """The buffers, each with the address of its first byte."""
+        return list(zip(self.starts, self.buffers, strict=True))
+
+    def end(self, align_bytes: int) -> int:
+        """The address behind the last usable byte: whole units of ``align_bytes`` are usable."""
+        return self.starts[-1] + self.buffers[-1].numel() // align_bytes * align_bytes
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of the buffers that are page-locked host memory."""
+        return sum(buffer.numel() for buffer in self.buffers if buffer.is_pinned())
+
+    def with_buffer(self, buffer: torch.Tensor, start: int) -> Segments:
+        """These segments and one more."""
+        return Segments((*self.buffers, buffer), (*self.starts, start))
+
+    # -- where blocks are ----------------------------------------------------------------------
+
+    def bytes_at(self, address: int, size_bytes: int) -> torch.Tensor:
+        """The bytes at an address, uint8 ``[size_bytes]``, without a copy."""
+        number = 0
+        if len(self.buffers) > 1:
+            number = bisect_right(self.starts, address) - 1
+            address -= self.starts[number]
+        return self.buffers[number][address : address + size_bytes]
+
+    def absolute(self, addresses: Int64Array, align_bytes: int) -> tuple[Int64Array, int]:
+        """Where blocks are in memory.
+
+        Args:
+            addresses: addresses in the heap, int64 ``[N]``.
+            align_bytes: what divides all addresses of the heap.
+
+        Returns:
+            The absolute address of each, and a power of two up to 16 that divides all absolute
+            addresses of the heap's blocks.
+        """
+        bases = [buffer.data_ptr() for buffer in self.buffers]
+        alignment = alignment_of(align_bytes, *bases, *self.starts)
+        if len(bases) == 1:
+            return addresses + bases[0], alignment
+        shifts = np.array(bases, np.int64) - np.array(self.starts, np.int64)
+        return addresses + shifts[self._numbers_of(addresses)], alignment
+
+    def pinned_addresses(self, device: CopyDevice) -> Int64Array:
+        """Absolute ranges of the buffers that ``device`` can reach, int64 ``[R, 2]``."""
+        ranges = [
+            known_ranges(device, np.array([start]), np.array([end]), on_device=False)
+            for start, end in sorted(
+                (buffer.data_ptr(), buffer.data_ptr() + len(buffer)) for buffer in self.buffers
+            )
+        ]
+        return np.unique(np.concatenate(ranges), axis=0)  # buffers may share a registration
+
+    def _numbers_of(self, addresses: Int64Array) -> Int64Array:
+        """Which segment each address is in, int64 ``[N]``."""
+        return np.searchsorted(self.starts, addresses, side="right") - 1
+
+    def _by_segment(
+        self, addresses: Int64Array
+    ) -> Iterator[tuple[torch.Tensor, Int64Array, slice | Int64Array]]:
+        """Each buffer that is meant, the addresses in it from its start, and their positions."""
+        if len(self.buffers) == 1:
+            yield self.buffers[0], addresses, slice(None)
+            return
+        numbers = self._numbers_of(addresses)
+        for number in np.unique(numbers):
+            found = np.flatnonzero(numbers == number)
+            first, last = int(found[0]), int(found[-1])
+            in_a_row = last - first + 1 == len(found)
+            local = addresses[found] - self.starts[number]
+            yield self.buffers[number], local, slice(first, last + 1) if in_a_row else found
+
+    # -- copy and fill blocks ------------------------------------------------------------------
+
+    def scatter(self, source: torch.Tensor, addresses: Int64Array) -> None:
+        """Copy ``source[i]`` to the block at ``addresses[i]``, by one kernel for each segment."""
+        blocks = source.detach().to(self.device)
+        for buffer, local, positions in self._by_segment(addresses):
+            scatter_blocks(blocks[positions], buffer, local)
+
+    def gather(self, addresses: Int64Array, out: torch.Tensor) -> None:
+        """Copy the block at ``addresses[i]`` to ``out[i]``, by one kernel for each segment."""
+        for buffer, local, positions in self._by_segment(addresses):
+            if isinstance(positions, slice):
+                gather_blocks(buffer, local, out[positions])
+            else:
+                part = torch.empty((len(local), *out.shape[1:]), dtype=out.dtype, device=out.device)
+                gather_blocks(buffer, local, part)
+                out[torch.from_numpy(positions).to(out.device)] = part
+
+    def fill(self, addresses: Int64Array, size_bytes: int, value: int) -> None:
+        """Set every byte of blocks of one size to ``value``, by one kernel for each segment."""
+        for buffer, local, _ in self._by_segment(addresses):
+            fill_blocks(buffer, local, size_bytes, value)
+
+    # -- checks --------------------------------------------------------------------------------
+
+    def require_inside(self, blocks: AddressBatch) -> None:
+        """Refuse blocks that leave the buffers.
+
+        Raises:
+            ValueError: names the first run that does.
+        """
+        if not len(blocks):
+            return
+        starts, size = blocks.run_starts, blocks.block_bytes
+        ends = starts + blocks.run_counts * size
+        limits = np.array(self.starts) + [len(buffer) for buffer in self.buffers]
+        wrong = (starts < 0) | (ends > limits[self._numbers_of(starts)])
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise ValueError(
+                f"blocks of {size} bytes at [{starts[at]}, {ends[at]}) leave the buffer of "
+                f"{limits[-1]} bytes"
+            )
+
+    def require_readable(self, layout: BlockLayout, align_bytes: int) -> None:
+        """Refuse blocks whose dtypes cannot be read at every multiple of ``align_bytes``.
+
+        Raises:
+            ValueError: says what the layout needs and what the buffer has.
+        """
+        item_bytes = layout.alignment
+        for buffer in self.buffers:
+            offset_bytes = int(buffer.storage_offset())
+            if align_bytes % item_bytes or offset_bytes % item_bytes:
+                raise ValueError(
+                    f"{layout} needs addresses that are multiples of {item_bytes}: align_bytes is "
+                    f"{align_bytes}, the buffer starts at byte {offset_bytes} of its storage"
+                )
+
+
+def as_buffer(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes, uint8 ``[N]``, without a copy.
+
+    Raises:
+        ValueError: it is not contiguous.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"the buffer must be contiguous, got shape {tuple(tensor.shape)} with "
+            f"strides {tensor.stride()}"
+        )
+    return tensor.detach().reshape(-1).view(torch.uint8)

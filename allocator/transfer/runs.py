@@ -1,0 +1,215 @@
+"""Carrying out a plan: :class:`HostRun` within host memory, :class:`DeviceRun` on a stream.
+
+A run is made before anything is protected or queued, and its constructor refuses what cannot be
+done. Starting it queues the parts one after another, with an event behind each. A failure in the
+middle belongs to the transfer, not to the caller: whatever was queued may still run, and an event
+behind it tells when it has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from kvheap.device.completion import Completion
+from kvheap.device.copy_device import CopyDevice
+from kvheap.device.directions import Path
+from kvheap.device.events import DeviceEvent
+from kvheap.device.host_queue import NotAllQueuedError, host_queue
+from kvheap.device.transfer import Transfer
+from kvheap.errors import TransferError
+from kvheap.kernels.host_copy import copy_on_host
+from kvheap.kernels.pieces import Pieces
+from kvheap.transfer.paths import PathChoice
+from kvheap.transfer.plan import CopyPlan
+from kvheap.transfer.staging import Staging, end_or_lose
+
+__all__ = ["DeviceRun", "HostRun"]
+
+LINK_SMS = 8
+"""SMs for the kernel between a device and the host; 4 reach 91 % of a GB300's link (SGLang #40278).
+"""
+
+INLINE_COPY_BYTES = 256 << 10
+"""Smaller copies within host memory run on the caller's thread; see benchmarks/NOTES.md."""
+
+
+class HostRun:
+    """A copy within host memory, by the queue's thread; small copies by the caller.
+
+    Args:
+        plan: what to copy.
+        stream: must be None.
+        path: None or ``host``.
+        before: transfers that fill one of the sides.
+
+    Raises:
+        ValueError: a stream or another path was given.
+    """
+
+    path: Path = "host"
+    is_captured = False
+
+    def __init__(
+        self, plan: CopyPlan, stream: Any, path: Path | None, before: Sequence[Transfer]
+    ) -> None:
+        if stream is not None:
+            raise ValueError(f"a copy within host memory runs on no stream, got {stream!r}")
+        if path not in (None, "host"):
+            raise ValueError(f"a copy within host memory cannot take the path {path!r}")
+        self._plan = plan
+        self._before = before
+
+    def start(self, completion: Completion) -> Sequence[DeviceEvent]:
+        """Queue the parts.
+
+        Returns:
+            The event at the end of each part.
+        """
+        tasks = [partial(copy_on_host, part) for part in self._plan.parts]
+        waits = [transfer.result for transfer in self._before]
+        is_small = not waits and self._plan.num_bytes < INLINE_COPY_BYTES
+        cause = None
+        try:
+            events = host_queue.run([*waits, *tasks], is_small)
+        except NotAllQueuedError as error:
+            events, cause = error.events, error.__cause__
+            completion.failed(failure_of(self._plan, self.path, cause))
+        if events:
+            completion.queued(events[-1])
+        else:
+            completion.nothing_queued()
+        if cause is not None and not isinstance(cause, Exception):
+            raise cause
+        return events[len(waits) :]
+
+
+class DeviceRun:
+    """A copy by a device, on a stream.
+
+    Args:
+        plan: what to copy.
+        device: the device that carries it out.
+        stream: a stream of the device; None: the current one.
+        path: None: the planner chooses.
+        max_sms: SMs that the kernel may take; None: 8 over the link, any number within a device.
+        before: transfers that fill one of the sides.
+        is_new_target: whether the target was just allocated. A heap hands out bytes to work on the
+            current stream, which may still use them, so the copy then waits for that stream.
+
+    Raises:
+        ValueError, TypeError: the stream or the path cannot be taken.
+        RuntimeError: a graph is being captured, and this copy cannot be.
+    """
+
+    def __init__(
+        self,
+        plan: CopyPlan,
+        device: CopyDevice,
+        stream: Any,
+        path: Path | None,
+        max_sms: int | None,
+        before: Sequence[Transfer],
+        is_new_target: bool,
+    ) -> None:
+        self._plan = plan
+        self._device = device
+        self._current = device.current_stream()
+        self._stream = device.require_stream(stream)
+        self._before = before
+        self._staging: Staging | None = None
+        self._fences: list[tuple[CopyDevice, Any]] = []
+        if is_new_target:
+            devices = {id(each): each for each in (device, plan.target.device) if each is not None}
+            currents = [(each, each.current_stream()) for each in devices.values()]
+            self._fences = [pair for pair in currents if pair[1] != self._stream]
+        for other, current in self._fences:
+            if other.is_capturing(current):
+                raise RuntimeError(
+                    "the current stream is being captured, and new blocks may be in use on it: "
+                    "move blocks before the capture"
+                )
+        self.is_captured = device.is_capturing(self._stream)
+        self._is_over_link = plan.direction in ("h2d", "d2h")
+        self._max_sms = LINK_SMS if max_sms is None and self._is_over_link else max_sms
+        if self.is_captured and before:
+            raise RuntimeError("a transfer that fills one of the sides is in flight: wait for it")
+        choice = PathChoice(plan, device, self._stream, self.is_captured)
+        self._is_single = choice.is_single
+        self.path: Path = choice.chosen() if path is None else choice.forced(path)
+
+    def capture(self) -> None:
+        """Queue the copy into the graph that is being captured."""
+        with self._device.using(self._stream):
+            for index, part in enumerate(self._plan.parts):
+                self._queue(index, part, Completion())
+
+    def start(self, completion: Completion) -> Sequence[DeviceEvent]:
+        """Queue the parts. A failure is told to the completion, not raised.
+
+        Returns:
+            The event at the end of each part that was queued.
+        """
+        device, stream = self._device, self._stream
+        events: list[DeviceEvent] = []
+        try:
+            for other, current in self._fences:
+                device.wait_event(stream, other.record_event(current))
+            for transfer in self._before:
+                transfer.wait_stream(stream)
+            with device.using(stream):
+                for index, part in enumerate(self._plan.parts):
+                    self._queue(index, part, completion)
+                    events.append(device.record_event(stream))
+            if events:
+                completion.queued(events[-1])
+            else:
+                completion.nothing_queued()
+        except BaseException as cause:
+            self._abandon(completion, cause)
+            if not isinstance(cause, Exception):
+                raise
+        return events
+
+    def _queue(self, index: int, part: Pieces, completion: Completion) -> None:
+        device, plan = self._device, self._plan
+        if not len(part):
+            return
+        completion.keep(part)  # no document says when the driver has read the arrays
+        if self.path == "kernel":
+            prepared = plan.prepared[index] if plan.prepared else device.prepare(part)
+            completion.keep(prepared)
+            prepared.run(self._max_sms)
+        elif self.path == "copy_engine":
+            if self._is_single or len(part) == 1:
+                device.copy_each(part, self._stream)
+            else:
+                device.copy_batch(part, self._stream, over_link=self._is_over_link)
+        else:
+            if self._staging is None:
+                streams = (self._stream, self._current)
+                self._staging = Staging(plan, device, *streams, self._max_sms, completion)
+            self._staging.copy(part)
+
+    def _abandon(self, completion: Completion, cause: BaseException) -> None:
+        """Queue nothing more; what was queued may still run."""
+        completion.failed(failure_of(self._plan, self.path, cause))
+        if completion.has_ended:  # staging has waited for the device, or has lost it
+            return
+        try:
+            completion.queued(self._device.record_event(self._stream))
+        except BaseException as error:
+            end_or_lose(self._device, completion)
+            if not isinstance(error, Exception):
+                raise
+
+
+def failure_of(plan: CopyPlan, path: Path, cause: BaseException | None) -> TransferError:
+    """The error of a transfer that failed while it was queued."""
+    error = TransferError(
+        f"a transfer {plan.direction} of {plan.num_bytes} bytes in {plan.num_runs} runs by "
+        f"{path} failed: {cause}"
+    )
+    error.__cause__ = cause
+    return error

@@ -1,0 +1,145 @@
+"""The queue of copies within host memory: order, failures, forks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from kvheap.device.host_queue import FutureEvent, HostQueue, NotAllQueuedError, host_queue
+from kvheap.errors import TransferError
+
+
+class TestFutureEvent:
+    def test_its_error(self) -> None:
+        future: Future[None] = Future()
+        event = FutureEvent(future)
+        assert not event.query()
+        assert event.error() is None
+        future.set_exception(MemoryError("no room"))
+        event.synchronize()
+        assert event.query()
+        error = event.error()
+        assert isinstance(error, TransferError)
+        assert "a copy in host memory failed: no room" in str(error)
+        assert isinstance(error.__cause__, MemoryError)
+
+    def test_an_error_of_a_transfer_is_that_error(self) -> None:
+        future: Future[None] = Future()
+        failure = TransferError("the one before")
+        future.set_exception(failure)
+        assert FutureEvent(future).error() is failure
+
+    def test_one_that_went_well(self) -> None:
+        future: Future[None] = Future()
+        future.set_result(None)
+        assert FutureEvent(future).query()
+        assert FutureEvent(future).error() is None
+
+
+class TestHostQueue:
+    def test_in_order_on_one_thread(self) -> None:
+        queue, done = HostQueue(), []
+        gate = threading.Event()
+
+        def work(number: int) -> Callable[[], None]:
+            def run() -> None:
+                assert gate.wait(20)
+                done.append((number, threading.current_thread().name))
+
+            return run
+
+        events = queue.run([work(0), work(1)], False) + queue.run([work(2)], False)
+        assert [event.query() for event in events] == [False] * 3
+        assert done == []
+        gate.set()
+        for event in events:
+            event.synchronize()
+        assert [number for number, _ in done] == [0, 1, 2]
+        names = {name for _, name in done}
+        assert len(names) == 1
+        assert threading.current_thread().name not in names
+
+    def test_small_work_is_done_here_if_nothing_is_queued(self) -> None:
+        queue, threads = HostQueue(), []
+
+        def note() -> None:
+            threads.append(threading.current_thread())
+
+        assert all(event.query() for event in queue.run([note, note], True))
+        assert threads == [threading.current_thread()] * 2
+        gate = threading.Event()
+        queue.run([lambda: bool(gate.wait(20)) and None], False)
+        later = queue.run([note], True)  # not before what is queued
+        assert not later[0].query()
+        gate.set()
+        later[0].synchronize()
+        assert threads[2] is not threading.current_thread()
+
+    @pytest.mark.parametrize("is_small", [True, False])
+    def test_what_fails_fails_what_is_behind_it_in_the_call(self, is_small: bool) -> None:
+        queue, done = HostQueue(), []
+
+        def fails() -> None:
+            raise MemoryError("no room")
+
+        events = queue.run([lambda: done.append(1), fails, lambda: done.append(3)], is_small)
+        for event in events:
+            event.synchronize()
+        assert [event.error() is None for event in events] == [True, False, False]
+        assert "no room" in str(events[2].error())
+        after = queue.run([lambda: done.append(4)], is_small)
+        after[0].synchronize()
+        assert after[0].error() is None
+        assert done == [1, 4]
+
+    def test_what_cannot_be_queued(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        queue, done = HostQueue(), []
+        gate, at_work = threading.Event(), threading.Event()
+
+        def work() -> None:
+            at_work.set()
+            assert gate.wait(20)
+            done.append(1)
+
+        submit, calls = ThreadPoolExecutor.submit, []
+
+        def fails(self: ThreadPoolExecutor, *arguments: Any) -> Any:
+            calls.append(arguments)
+            if len(calls) == 3:
+                assert at_work.wait(20)
+                raise RuntimeError("no more threads")
+            return submit(self, *arguments)
+
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", fails)
+        with pytest.raises(NotAllQueuedError) as caught:
+            queue.run([work, work, work], False)
+        assert len(caught.value.events) == 1  # the second was not begun, and never is
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        gate.set()
+        caught.value.events[0].synchronize()
+        assert done == [1]
+        queue.run([lambda: done.append(2)], False)[0].synchronize()
+        assert done == [1, 2]
+
+    def test_no_work(self) -> None:
+        assert HostQueue().run([], True) == []
+        assert HostQueue().run([], False) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_while_somebody_queues_has_a_queue() -> None:
+    with host_queue._lock:  # as another thread may hold it
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            done: list[int] = []
+            host_queue.run([lambda: done.append(1)], False)[0].synchronize()
+            os._exit(0 if done == [1] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
