@@ -103,8 +103,13 @@ class BlockAllocator(MemoryAllocatorInterface):
         """Copy the contents of blocks into ``out``, which was checked."""
 
     def releases_of(self, parts: Sequence[Rows]) -> list[Release]:
-        """The releases of claimed blocks."""
-        return [part.batch.release_of(part.rows) for part in parts if len(part)]
+        """The releases of claimed blocks: one for all that wait for no stream, where possible."""
+        releases = [part.batch.release_of(part.rows) for part in parts if len(part)]
+        return releases if len(releases) < 2 else self.merged_releases(releases)
+
+    def merged_releases(self, releases: list[Release]) -> list[Release]:
+        """Several releases as fewer, for allocators that can return them together."""
+        return releases
 
     @abstractmethod
     def block_bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:

@@ -67,7 +67,8 @@ class LeaseQueue:
     """
 
     def __init__(self) -> None:
-        self._leases: list[tuple[float, int, Lease]] = []
+        self.entries: list[tuple[float, int, Lease]] = []
+        """A heap of deadline, number and lease; empty if no lease is queued."""
         self._prune_at = 64
         self._number = itertools.count()
         self._lock = threading.Lock()
@@ -76,7 +77,7 @@ class LeaseQueue:
 
     def __len__(self) -> int:
         """How many leases are queued."""
-        return len(self._leases)
+        return len(self.entries)
 
     def grant(self, holder: LeaseHolder, row: int, ttl: float) -> Lease:
         """Pin a row for ``ttl`` seconds.
@@ -89,11 +90,11 @@ class LeaseQueue:
         lease = Lease(holder, row, time.monotonic() + ttl)
         holder.begin_lease(row)
         with self._lock:
-            if len(self._leases) >= self._prune_at:
-                self._leases = [entry for entry in self._leases if entry[2].state == "held"]
-                heapq.heapify(self._leases)
-                self._prune_at = 2 * len(self._leases) + 64
-            heapq.heappush(self._leases, (lease.deadline, next(self._number), lease))
+            if len(self.entries) >= self._prune_at:
+                self.entries = [entry for entry in self.entries if entry[2].state == "held"]
+                heapq.heapify(self.entries)
+                self._prune_at = 2 * len(self.entries) + 64
+            heapq.heappush(self.entries, (lease.deadline, next(self._number), lease))
         return lease
 
     def expire_due(self) -> bool:
@@ -101,9 +102,9 @@ class LeaseQueue:
         found = False
         while True:
             with self._lock:
-                if not self._leases or self._leases[0][0] > time.monotonic():
+                if not self.entries or self.entries[0][0] > time.monotonic():
                     return found
-                lease = heapq.heappop(self._leases)[2]
+                lease = heapq.heappop(self.entries)[2]
             try:
                 ended = lease.expire()
             except Exception:  # not the fault of the operation that happens to run this

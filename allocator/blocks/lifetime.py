@@ -158,7 +158,7 @@ class Lifetime:
     @property
     def has_work(self) -> bool:
         """Whether anything waits for :meth:`settle`."""
-        return bool(self._dropped or self._pending or self._leases)
+        return bool(self._dropped or self._pending or self._leases.entries)
 
     def settle(self, wait_s: float = 0.0, limit: int | None = CHECKED_RELEASES) -> bool:
         """Reclaim what was dropped, what streams no longer use, and what leases held.

@@ -148,6 +148,7 @@ class TensorMemoryAllocator(Heap):
         self.idempotent_free = idempotent_free
         self.lifetime = Lifetime(self._give_back, trace_frames)
         self._segments = Segments((buffer,), (0,))
+        self._checked_layout: BlockLayout | None = None
         self._grow_lock = threading.Lock()
         self._wiping: Wiping | None = Poison() if debug else Scrub() if scrub else None
         self._stream_wait_s = stream_wait_s
@@ -158,12 +159,15 @@ class TensorMemoryAllocator(Heap):
     def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
         """The layout of a block, which must fit a page and the heap's alignment."""
         layout = BlockLayout.of(shape, dtype, fmt)
+        if layout is self._checked_layout:  # equal layouts are mostly one object
+            return layout
         page = self.page_layout
         if page is not None and layout.size_bytes > page.size_bytes:
             raise ValueError(
                 f"{layout} has {layout.size_bytes} bytes, more than a page of {page.size_bytes}"
             )
         self._segments.require_readable(layout, self.address_manager.align_bytes)
+        self._checked_layout = layout
         return layout
 
     def allocate_blocks(
@@ -300,9 +304,8 @@ class TensorMemoryAllocator(Heap):
             addresses = np.array([obj.address for obj in objs], np.int64)
         self._segments.gather(addresses, out)
 
-    def releases_of(self, parts: Sequence[Rows]) -> list[Release]:
-        """The releases of claimed blocks: one for all that wait for no stream, where possible."""
-        releases = super().releases_of(parts)
+    def merged_releases(self, releases: list[Release]) -> list[Release]:
+        """One release for all blocks that wait for no stream, unless owners are told apart."""
         if self._wiping is not None and self._wiping.tells_owners_apart:
             return releases
         return merged(releases)
@@ -456,6 +459,7 @@ class TensorMemoryAllocator(Heap):
                 )
             # Published before a block in it can be allocated.
             self._segments = before.with_buffer(buffer, start)
+            self._checked_layout = None
             try:
                 self.address_manager.sbrk(usable, new_segment=True)
             except BaseException:

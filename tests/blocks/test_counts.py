@@ -1,0 +1,218 @@
+"""Counts, and frees by many at once: each block is freed by exactly one."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from small_heaps import (
+    PAGE,
+    allocated_pages,
+    heap_of,
+    in_threads,
+    no_debug,
+    take,
+)
+
+from kvheap import (
+    BlockInUseError,
+    DoubleFreeError,
+    LifetimeError,
+    MemoryFormat,
+    MemoryObj,
+    PagedTensorMemoryAllocator,
+    TensorMemoryAllocator,
+)
+
+__all__ = ["no_debug"]
+
+
+class TestDoubleFree:
+    @pytest.mark.parametrize("paged", [False, True])
+    def test_of_two_threads_exactly_one_succeeds(self, paged: bool) -> None:
+        buffer = torch.zeros(64 * PAGE, dtype=torch.uint8)
+        heap = (
+            PagedTensorMemoryAllocator(buffer, [PAGE], torch.uint8)
+            if paged
+            else TensorMemoryAllocator(buffer)
+        )
+        for _ in range(100):
+            batch = take(heap, 8)
+            frees: list[Callable[[], object]] = [
+                lambda batch=batch: heap.batched_free(batch),
+                lambda batch=batch: heap.batched_free(batch[2:5]),
+                lambda batch=batch: heap.free(batch[3]),
+                lambda batch=batch: batch[3].ref_count_down(),
+            ]
+            in_threads(frees)
+            assert not batch[3].is_valid()
+            left = batch.live.sum()
+            assert heap.stats().allocated_bytes == left * PAGE
+            heap.batched_free([block for block in batch if block.is_valid()])
+            assert heap.stats().allocated_bytes == 0
+            assert heap.memcheck()
+
+    def test_a_page_is_never_handed_out_twice(self) -> None:
+        heap = PagedTensorMemoryAllocator(
+            torch.zeros(4 * PAGE, dtype=torch.uint8), [PAGE], torch.uint8
+        )
+        first = heap.allocate([PAGE], torch.uint8)
+        assert first is not None
+        heap.free(first)
+        with pytest.raises(DoubleFreeError, match="freed already"):
+            heap.free(first)
+        batch = take(heap, 4)
+        assert len(set(batch.addresses.tolist())) == 4
+
+    def test_idempotent_free_frees_what_is_left(self) -> None:
+        heap = heap_of(8, idempotent_free=True)
+        batch = take(heap, 4)
+        heap.free(batch[1])
+        heap.free(batch[1])
+        other = take(heap, 1)
+        assert other.addresses[0] == batch.addresses[1]
+        heap.batched_free([batch[1], batch[2], batch[2]])
+        heap.batched_free(batch)
+        heap.batched_free(batch)
+        assert allocated_pages(heap) == 1
+        other[0].pin()
+        with pytest.raises(BlockInUseError):
+            heap.free(other[0])
+
+
+class TestCounts:
+    def test_an_error_names_the_object_its_address_and_where_it_was_allocated(self) -> None:
+        heap = heap_of(4, trace_frames=2)
+        take(heap, 1).detach()
+        obj = take(heap, 1)[0]
+        obj.ref_count_down()
+        for call in (obj.ref_count_down, obj.ref_count_up, obj.pin, obj.unpin):
+            with pytest.raises(LifetimeError, match=rf"at address {PAGE} .*test_lifetime.py:\d+"):
+                call()
+
+    def test_below_zero_raises_and_changes_nothing(self) -> None:
+        heap = heap_of(4)
+        obj = take(heap, 1)[0]
+        with pytest.raises(
+            LifetimeError, match=r"pin count of block 0 .* is 0: it cannot change by -1"
+        ):
+            obj.unpin()
+        obj.pin()
+        obj.ref_count_down()
+        with pytest.raises(LifetimeError, match=r"reference count of block 0 .* is 0"):
+            obj.ref_count_down()
+        assert (obj.ref_count, obj.pin_count, obj.is_valid()) == (0, 1, True)
+        obj.unpin()
+        assert allocated_pages(heap) == 0
+
+    def test_eight_threads_lose_no_update(self) -> None:
+        heap = heap_of(4)
+        obj = take(heap, 1)[0]
+
+        def work() -> None:
+            for _ in range(500):
+                obj.ref_count_up()
+                obj.pin()
+            for _ in range(500):
+                obj.ref_count_down()
+            for _ in range(499):
+                obj.unpin()
+
+        assert in_threads([work] * 8) == [None] * 8
+        assert (obj.ref_count, obj.pin_count) == (1, 8)
+
+
+class TestObjects:
+    def test_groups_lie_side_by_side(self) -> None:
+        heap = heap_of(4)
+        obj = heap.allocate([[2, 3], [5]], [torch.float32, torch.int16], MemoryFormat.UNDEFINED)
+        assert obj is not None
+        first, second = obj.get_tensor(0), obj.get_tensor(1)
+        assert first is not None
+        assert second is not None
+        first.fill_(1.5)
+        second.copy_(torch.arange(5))
+        assert (obj.size_bytes, obj.used_bytes) == (34, 34)
+        assert obj.shapes == (torch.Size([2, 3]), torch.Size([5]))
+        assert bytes(obj.byte_view[24:34]) == np.arange(5, dtype=np.int16).tobytes()
+        with pytest.raises(IndexError, match="group 2 of a block with 2"):
+            obj.get_tensor(2)
+        with pytest.raises(ValueError, match="group 1 would begin at byte 2"):
+            heap.allocate([[1], [1]], [torch.int16, torch.float32])
+        with pytest.raises(ValueError, match="as many shapes as dtypes"):
+            heap.allocate([[1]], [torch.int16, torch.float32])
+
+    def test_batches_of_groups_are_stored_and_gathered_as_bytes(self) -> None:
+        heap = heap_of(8)
+        source = torch.randint(0, 255, (4, 34), dtype=torch.uint8)
+        batch = heap.batched_allocate(
+            [[2, 3], [5]], [torch.int32, torch.int16], 4, MemoryFormat.UNDEFINED, source
+        )
+        assert batch is not None
+        assert torch.equal(batch[2].get_tensor(1), source[2, 24:].view(torch.int16))  # type: ignore[arg-type]
+        out = torch.empty_like(source)
+        heap.batched_free(batch, out=out)
+        assert torch.equal(out, source)
+
+    def test_the_used_size_narrows(self) -> None:
+        heap = heap_of(2)
+        obj = heap.allocate([100], torch.float32)
+        assert obj is not None
+        obj.set_used_size(10)
+        assert (obj.used_bytes, obj.size_bytes, len(obj.byte_view)) == (10, 400, 10)
+        assert obj.tensor is not None
+        assert (obj.tensor.dtype, obj.tensor.shape) == (torch.uint8, (10,))
+        for wrong in (-1, PAGE + 1):
+            with pytest.raises(ValueError, match=f"got {wrong}"):
+                obj.set_used_size(wrong)
+        heap.free(obj)
+        with pytest.raises(LifetimeError, match="freed"):
+            obj.set_used_size(1)
+
+    def test_bytes_are_seen_without_a_copy(self) -> None:
+        heap = heap_of(2)
+        obj = heap.allocate([16], torch.uint8)
+        assert obj is not None
+        obj.byte_view[3] = 9
+        assert heap.buffer[obj.address + 3] == 9
+        assert obj.data_ptr == heap.buffer.data_ptr() + obj.address
+        heap.free(obj)
+        for look in (lambda: obj.byte_view, lambda: obj.data_ptr):
+            with pytest.raises(LifetimeError, match="freed"):
+                look()
+
+    def test_looking_at_bytes_leaks_nothing(self) -> None:
+        heap = heap_of(2)
+        obj = heap.allocate([16], torch.uint8)
+        assert obj is not None
+        obj.byte_view  # noqa: B018
+        gc.collect()
+        before = len(gc.get_objects())
+        for _ in range(1000):
+            obj.byte_view  # noqa: B018
+        gc.collect()
+        assert len(gc.get_objects()) < before + 50
+
+    def test_objects_stay_and_metadata_travels(self) -> None:
+        heap = heap_of(2)
+        batch = take(heap, 2)
+        for live in (batch, batch[0]):
+            with pytest.raises(TypeError, match="send its metadata"):
+                pickle.dumps(live)
+        metadata = pickle.loads(pickle.dumps(batch[1].metadata))
+        assert metadata == batch[1].metadata
+        assert type(metadata).from_dict(metadata.to_dict()) == metadata
+        whole = pickle.loads(pickle.dumps(batch.metadata))
+        assert type(whole).from_dict(whole.to_dict()).blocks == batch.runs
+
+
+def test_a_handle_is_on_its_block() -> None:
+    heap = heap_of(2)
+    batch = take(heap, 2)
+    assert batch[0] == MemoryObj(batch, 0)
+    assert batch == list(batch)
+    assert batch != list(batch)[::-1]

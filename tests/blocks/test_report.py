@@ -1,0 +1,67 @@
+"""What a full heap says."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from small_heaps import (
+    PAGE,
+    heap_of,
+    no_debug,
+    take,
+)
+
+from kvheap import (
+    FullReport,
+)
+
+__all__ = ["no_debug"]
+
+
+class TestFull:
+    def test_one_report_says_who_holds_what(self) -> None:
+        reports: list[FullReport] = []
+        heap = heap_of(8, on_full=reports.append, on_full_interval_s=3600.0, trace_frames=2)
+        kept = [take(heap, 3), take(heap, 3)]
+        kept[1][2].pin()
+        heap.free(kept[0][1])
+        for _ in range(1000):
+            assert heap.batched_allocate([2 * PAGE], torch.uint8, 2) is None
+        (report,) = reports
+        assert (report.requested_bytes, report.num_blocks, report.failures) == (4 * PAGE, 2, 1)
+        assert (report.free_bytes, report.largest_free_bytes) == (3 * PAGE, 2 * PAGE)
+        assert (report.free_extents, report.live_blocks, report.live_bytes) == (2, 5, 5 * PAGE)
+        assert (report.pinned_blocks, report.pinned_bytes) == (1, PAGE)
+        assert "in take" in report.live[0].site[0]
+        assert f"{4 * PAGE:,} bytes" in str(report)
+        heap._full_reporter._next_report = 0.0
+        assert heap.allocate([9 * PAGE], torch.uint8) is None
+        assert reports[1].failures == 1000
+
+    def test_a_full_answer_keeps_nothing_of_its_callers(self) -> None:
+        class Local:
+            pass
+
+        def ask() -> weakref.ref[Local]:
+            local = Local()
+            assert heap.allocate([2 * PAGE], torch.uint8) is None
+            return weakref.ref(local)
+
+        heap = heap_of(1, on_full=None)
+        gc.disable()
+        try:
+            assert ask()() is None
+        finally:
+            gc.enable()
+
+    def test_it_is_logged_where_nobody_listens(self, caplog: pytest.LogCaptureFixture) -> None:
+        heap = heap_of(1)
+        with caplog.at_level(logging.WARNING, logger="kvheap"):
+            for _ in range(3):
+                assert heap.allocate([2 * PAGE], torch.uint8) is None
+        assert len(caplog.records) == 1
+        assert "cannot allocate 1 blocks, 8,192 bytes" in caplog.text
