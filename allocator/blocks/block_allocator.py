@@ -14,9 +14,10 @@ import torch
 from kvheap.blocks.lease import Lease
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
-from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj, Rows, rows_of
+from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.release import Release
 from kvheap.blocks.report import LiveBlocks
+from kvheap.blocks.rows import Rows, rows_of
 from kvheap.errors import ForeignObjectError
 
 __all__ = ["BlockAllocator"]

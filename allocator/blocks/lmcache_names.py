@@ -1,7 +1,6 @@
-"""The names under which LMCache's callers ask a ``MemoryObj`` what they want to know.
+"""LMCache's names for the properties of a ``MemoryObj``.
 
-LMCache 0.5.6, ``lmcache/v1/memory_management.py``. Nothing here does more than name a property of
-``MemoryObj`` once more.
+Taken from LMCache 0.5.6, ``lmcache/v1/memory_management.py``. Each getter returns one property.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ __all__ = ["LMCacheNames"]
 
 
 class _Block(Protocol):
-    """The properties that are named once more."""
+    """The properties that the getters return."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -44,7 +43,7 @@ class _Block(Protocol):
 
 
 class LMCacheNames:
-    """Getters for those who come from LMCache."""
+    """Getters for callers that come from LMCache."""
 
     __slots__ = ()
 
@@ -81,7 +80,7 @@ class LMCacheNames:
         return self.ref_count
 
     def get_num_tokens(self: _Block) -> int:
-        """How many tokens the shape counts."""
+        """The number of tokens in the shape."""
         return self.shape[self.fmt.token_dim()]
 
     @property
@@ -96,7 +95,7 @@ class LMCacheNames:
 
     @property
     def can_evict(self: _Block) -> bool:
-        """Whether nobody but its one holder needs the block."""
+        """Whether the block has one reference and no pin."""
         return self.pin_count == 0 and self.ref_count == 1
 
     @property

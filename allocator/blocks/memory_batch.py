@@ -12,7 +12,7 @@ dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, SupportsIndex, overload
 
 import numpy as np
@@ -28,13 +28,13 @@ from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.lmcache_names import LMCacheNames
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.memory_metadata import MemoryBatchMetadata, MemoryObjMetadata
-from kvheap.blocks.release import Release
+from kvheap.blocks.release import LastOwner, Release
 from kvheap.blocks.sites import Site, allocated_at
 from kvheap.device.events import Event, Stream, has_let_go
 from kvheap.device.transfer import Transfer
 from kvheap.errors import ForeignObjectError, LifetimeError
 
-__all__ = ["BlockOwner", "BytesBufferMemoryObj", "MemoryBatch", "MemoryObj", "Rows", "rows_of"]
+__all__ = ["BlockOwner", "BytesBufferMemoryObj", "MemoryBatch", "MemoryObj"]
 
 
 class BlockOwner(Protocol):
@@ -319,7 +319,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
             # A transfer that has ended needs no event that would have to be checked again.
             in_use = [stream for stream in streams if not has_let_go(stream)]
             events = tuple(stream.record_event() for stream in in_use)
-        return Release(blocks, self.allocated_bytes, _Owner(self.layout, self.site), events)
+        return Release(blocks, self.allocated_bytes, LastOwner(self.layout, self.site), events)
 
     def begin_lease(self, row: int) -> None:
         """Pin a row for a lease; see ``LeaseHolder``."""
@@ -365,52 +365,6 @@ class MemoryBatch(Sequence["MemoryObj"]):
         return self.allocator.block_bytes(self, self._address_batch.address(row), size_bytes)
 
 
-class _Owner:
-    """The last owner of released blocks, put into words only when a message needs it."""
-
-    __slots__ = ("layout", "site")
-
-    def __init__(self, layout: BlockLayout, site: Site) -> None:
-        self.layout = layout
-        self.site = site
-
-    def __call__(self) -> str:
-        return f"{self.layout}{allocated_at(self.site)}"
-
-
-class Rows:
-    """Some blocks of one batch, or all of them."""
-
-    __slots__ = ("batch", "rows")
-
-    def __init__(self, batch: MemoryBatch, rows: Int64Array | None) -> None:
-        self.batch = batch
-        self.rows = rows
-        """Their row numbers, int64 ``[R]``; None for all."""
-
-    def __len__(self) -> int:
-        """How many blocks."""
-        return len(self.batch) if self.rows is None else len(self.rows)
-
-
-def rows_of(objs: Iterable[MemoryObj]) -> list[Rows]:
-    """Objects by their batches, in the order in which each batch first appears.
-
-    Raises:
-        TypeError: something is not a ``MemoryObj``.
-    """
-    found: dict[int, tuple[MemoryBatch, list[int]]] = {}
-    for obj in objs:
-        if not isinstance(obj, MemoryObj):
-            raise TypeError(f"only a MemoryObj can be freed, got {obj!r}")
-        batch = obj._batch
-        found.setdefault(id(batch), (batch, []))[1].append(obj._row)
-    return [
-        Rows(batch, None if len(rows) == len(batch) == 1 else np.array(rows, np.int64))
-        for batch, rows in found.values()
-    ]
-
-
 class MemoryObj(LMCacheNames):
     """One block of KV: where it is, what it holds, and who still needs it.
 
@@ -438,6 +392,11 @@ class MemoryObj(LMCacheNames):
     def batch(self) -> MemoryBatch:
         """The batch that the block belongs to."""
         return self._batch
+
+    @property
+    def row(self) -> int:
+        """The block's number in its batch."""
+        return self._row
 
     # -- what it is ----------------------------------------------------------------------------
 

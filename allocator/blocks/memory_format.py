@@ -1,9 +1,9 @@
-"""What the bytes of an allocation mean: the layout of its logical shape.
+"""``MemoryFormat``: what the dimensions of a block's logical shape mean.
 
-Names and values are those of LMCache 0.5.6's ``MemoryFormat``, so that metadata can be exchanged
-with it. ``token_dim()`` is too, but for KV_T2D and KV_2TD: LMCache 0.5.6 answers 1 and 0 there,
-the dimension of K and V in the shapes that its own comments give. The formats from 101 on are not
-in LMCache: they are the page-first orders of host tiers.
+Names and values are those of LMCache 0.5.6's ``MemoryFormat``, so that both sides can exchange
+metadata. ``token_dim()`` gives the same answers except for KV_T2D and KV_2TD: LMCache 0.5.6
+answers 1 and 0 there, which is the dimension of K and V in the shapes that its comments state. The
+formats from 101 on are not in LMCache: they are the page-first orders of host tiers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["MemoryFormat"]
 
 
 class MemoryFormat(Enum):
-    """Layout of one chunk; T = tokens, L = layers, D = hidden dimension (heads x head dim)."""
+    """Dimensions of one chunk: T tokens, L layers, D hidden dimension (heads x head dim)."""
 
     UNDEFINED = 0
     KV_2LTD = 1

@@ -1,11 +1,11 @@
-"""Metadata of blocks that travel to other processes: plain values, no tensor, no allocator.
+"""Metadata of blocks, for other processes: plain values, no tensor, no allocator.
 
-A scheduler allocates; each worker holds a buffer of its own. What it needs is where the blocks are
-and what they hold: pickle these objects, or send ``to_dict()`` through msgpack or JSON, and wrap
-the result with ``allocator.view``.
+A scheduler allocates, and each worker has a buffer of its own. A worker needs to know where the
+blocks are and what they hold: pickle these objects, or send ``to_dict()`` through msgpack or JSON,
+and wrap the result with ``heap.view``.
 
-``MemoryObjMetadata`` has the fields, and its dicts the keys, of LMCache 0.5.6's class of the same
-name.
+``MemoryObjMetadata`` has the fields of LMCache 0.5.6's class of the same name, and its dicts have
+the same keys.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MemoryObjMetadata:
 
     Attributes:
         shape: logical shape of the first group.
-        dtype: its dtype; None for plain bytes.
+        dtype: dtype of the first group; None for plain bytes.
         address: offset in the heap, bytes.
         phy_size: allocated bytes.
         ref_count: reference count.

@@ -9,9 +9,11 @@ import numpy as np
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
+from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.sites import Site, allocated_at
 from kvheap.device.events import Event
 
-__all__ = ["Release", "merged"]
+__all__ = ["LastOwner", "Release", "merged"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +59,20 @@ class Release:
         else:
             for size in np.unique(self.sizes):
                 yield self.blocks[self.sizes == size], int(size)
+
+
+class LastOwner:
+    """Who held released blocks last, put into words only when a message needs it."""
+
+    __slots__ = ("layout", "site")
+
+    def __init__(self, layout: BlockLayout, site: Site) -> None:
+        self.layout = layout
+        self.site = site
+
+    def __call__(self) -> str:
+        """The block layout and the allocation site."""
+        return f"{self.layout}{allocated_at(self.site)}"
 
 
 def merged(releases: list[Release]) -> list[Release]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvheap.blocks.block_layout import BlockLayout
-from kvheap.blocks.memory_batch import Rows
+from kvheap.blocks.rows import Rows
 
 __all__ = ["require_gatherable", "require_matching"]
 

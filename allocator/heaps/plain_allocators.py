@@ -15,9 +15,10 @@ from kvheap.addresses.address_batch import AddressBatch
 from kvheap.blocks.block_allocator import BlockAllocator
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.lifetime import Lifetime
-from kvheap.blocks.memory_batch import BytesBufferMemoryObj, MemoryBatch, MemoryObj, Rows
+from kvheap.blocks.memory_batch import BytesBufferMemoryObj, MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.release import Release
+from kvheap.blocks.rows import Rows
 from kvheap.errors import NegativeBatchSizeError
 
 __all__ = ["AdHocMemoryAllocator", "BufferAllocator"]

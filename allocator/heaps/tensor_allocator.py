@@ -26,11 +26,12 @@ from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.heap import Heap
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import debug_by_environment
-from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj, Rows
+from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.memory_metadata import MemoryBatchMetadata
 from kvheap.blocks.release import Release, merged
 from kvheap.blocks.report import FullReport, FullReporter, log_full_report
+from kvheap.blocks.rows import Rows
 from kvheap.device.copy_device import CopyDevice
 from kvheap.engine import chunks
 from kvheap.errors import OutOfMemoryError

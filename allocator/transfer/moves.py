@@ -33,8 +33,9 @@ import numpy as np
 from kvheap.blocks.heap import BlockObjects, heap_of, layout_and_addresses
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
-from kvheap.blocks.memory_batch import MemoryBatch, Rows
+from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.release import Release
+from kvheap.blocks.rows import Rows
 from kvheap.device.completion import Completion, Success, in_flight
 from kvheap.device.directions import PATHS, Path
 from kvheap.device.transfer import Transfer

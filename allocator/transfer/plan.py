@@ -19,7 +19,7 @@ import torch
 from kvheap.addresses.address_manager import as_integer
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.heap import BlockObjects
-from kvheap.blocks.memory_batch import Rows
+from kvheap.blocks.rows import Rows
 from kvheap.device import cuda
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice, PreparedCopy

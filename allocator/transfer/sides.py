@@ -18,7 +18,8 @@ from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
-from kvheap.blocks.memory_batch import MemoryBatch, Rows
+from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.blocks.rows import Rows
 from kvheap.device import cuda
 from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.kernels.pieces import Pieces, first_outside

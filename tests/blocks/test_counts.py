@@ -91,7 +91,7 @@ class TestCounts:
         obj = take(heap, 1)[0]
         obj.ref_count_down()
         for call in (obj.ref_count_down, obj.ref_count_up, obj.pin, obj.unpin):
-            with pytest.raises(LifetimeError, match=rf"at address {PAGE} .*test_lifetime.py:\d+"):
+            with pytest.raises(LifetimeError, match=rf"at address {PAGE} .*small_heaps.py:\d+"):
                 call()
 
     def test_below_zero_raises_and_changes_nothing(self) -> None:

@@ -1,0 +1,45 @@
+"""``Rows``: some blocks of one batch, or all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from kvheap.addresses.extents import Int64Array
+from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
+
+__all__ = ["Rows", "rows_of"]
+
+
+class Rows:
+    """Some blocks of one batch, or all of them."""
+
+    __slots__ = ("batch", "rows")
+
+    def __init__(self, batch: MemoryBatch, rows: Int64Array | None) -> None:
+        self.batch = batch
+        self.rows = rows
+        """Their row numbers, int64 ``[R]``; None for all."""
+
+    def __len__(self) -> int:
+        """How many blocks."""
+        return len(self.batch) if self.rows is None else len(self.rows)
+
+
+def rows_of(objs: Iterable[MemoryObj]) -> list[Rows]:
+    """Objects by their batches, in the order in which each batch first appears.
+
+    Raises:
+        TypeError: something is not a ``MemoryObj``.
+    """
+    found: dict[int, tuple[MemoryBatch, list[int]]] = {}
+    for obj in objs:
+        if not isinstance(obj, MemoryObj):
+            raise TypeError(f"only a MemoryObj can be freed, got {obj!r}")
+        batch = obj.batch
+        found.setdefault(id(batch), (batch, []))[1].append(obj.row)
+    return [
+        Rows(batch, None if len(rows) == len(batch) == 1 else np.array(rows, np.int64))
+        for batch, rows in found.values()
+    ]
