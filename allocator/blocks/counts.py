@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.lease import Lease
-from kvheap.device.events import Stream, has_let_go
+from kvheap.blocks.recorded_streams import RecordedStreams
+from kvheap.device.events import Stream
 from kvheap.errors import BlockInUseError, DoubleFreeError, LifetimeError
 
 __all__ = ["FREED", "RowCounts"]
@@ -63,7 +64,7 @@ class RowCounts:
         self._references: array[int] | None = None
         self._pins: array[int] | None = None
         self._leases: dict[int, int] | None = None
-        self._streams: list[tuple[frozenset[int] | None, Stream]] | None = None
+        self._streams: RecordedStreams | None = None
 
     # -- look, without a lock ------------------------------------------------------------------
 
@@ -249,27 +250,13 @@ class RowCounts:
         """
         with self._lock:
             self.require_live(rows, describe)
-            entry = (None if rows is None else frozenset(rows.tolist()), stream)
             if self._streams is None:
-                self._streams = []
-            # Transfers are streams that end: look for ended ones each time the number doubles.
-            count = len(self._streams)
-            if count >= 8 and not count & (count - 1):
-                self._streams = [kept for kept in self._streams if not has_let_go(kept[1])]
-            if entry not in self._streams:
-                self._streams.append(entry)
+                self._streams = RecordedStreams()
+            self._streams.add(stream, rows)
 
     def streams_of(self, rows: Int64Array | None) -> tuple[Stream, ...]:
         """The streams that were recorded for any of ``rows`` (None: all)."""
-        if not self._streams:
-            return ()
-        wanted = None if rows is None else set(rows.tolist())
-        streams = {
-            id(stream): stream
-            for used, stream in self._streams
-            if used is None or wanted is None or not used.isdisjoint(wanted)
-        }
-        return tuple(streams.values())
+        return () if self._streams is None else self._streams.of(rows)
 
     def require_live(self, rows: Int64Array | None, describe: Describe) -> None:
         """Refuse freed rows among ``rows`` (None: all).

@@ -11,10 +11,8 @@ to work on that stream: blocks that another stream still uses need ``record_stre
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 
 import numpy as np
 import torch
@@ -34,9 +32,9 @@ from kvheap.blocks.report import FullReport, FullReporter, log_full_report
 from kvheap.blocks.rows import Rows
 from kvheap.device.copy_device import CopyDevice
 from kvheap.engine import chunks
-from kvheap.errors import OutOfMemoryError
 from kvheap.heaps.block_tensors import require_gatherable, require_matching
 from kvheap.heaps.segments import Segments, as_buffer
+from kvheap.heaps.waiting_space import WaitingSpace
 from kvheap.heaps.wiping import Poison, Scrub, Wiping
 
 __all__ = ["AllocatorStats", "TensorMemoryAllocator"]
@@ -152,8 +150,10 @@ class TensorMemoryAllocator(Heap):
         self._checked_layout: BlockLayout | None = None
         self._grow_lock = threading.Lock()
         self._wiping: Wiping | None = Poison() if debug else Scrub() if scrub else None
-        self._stream_wait_s = stream_wait_s
         self._full_reporter = FullReporter(on_full, on_full_interval_s)
+        self._space = WaitingSpace(
+            address_manager, self.lifetime, self._full_reporter, stream_wait_s
+        )
 
     # -- allocate ------------------------------------------------------------------------------
 
@@ -181,7 +181,9 @@ class TensorMemoryAllocator(Heap):
         """``batched_allocate`` for a layout that :meth:`layout_of` made."""
         if source is not None and batch_size >= 0:
             require_matching("source", source, batch_size, layout, self.device, cpu_is_fine=True)
-        addresses = self._allocate_addresses(layout.size_bytes, batch_size, allow_partial)
+        addresses = self._space.allocate(
+            layout.size_bytes, batch_size, allow_partial, self.full_report
+        )
         if addresses is None:
             return None
         if self._wiping is not None:
@@ -202,34 +204,6 @@ class TensorMemoryAllocator(Heap):
             self._give_back(Release(addresses, 0, layout.__str__))
             raise
         return batch
-
-    def _allocate_addresses(
-        self, size_bytes: int, batch_size: int, allow_partial: bool
-    ) -> AddressBatch | None:
-        """Addresses for a batch, after waiting for streams if that helps; None when full."""
-        lifetime, manager = self.lifetime, self.address_manager
-        if lifetime.has_work:
-            lifetime.settle()
-        deadline = None
-        requested_bytes = 0
-        while True:
-            try:
-                addresses = manager.batched_allocate(size_bytes, batch_size, allow_partial)
-            except OutOfMemoryError as error:
-                # Not the error itself: it holds the frames of all callers, one of which is this.
-                addresses, requested_bytes = None, error.requested_bytes
-            if addresses is not None and len(addresses) == batch_size:
-                return addresses
-            # One deadline for the whole call: many small releases do not prolong it.
-            now = time.monotonic()
-            deadline = now + self._stream_wait_s if deadline is None else deadline
-            if not lifetime.wait_for_streams(deadline - now):
-                if addresses is None:
-                    report = partial(self.full_report, batch_size, requested_bytes)
-                    self._full_reporter.failed(report)
-                return addresses
-            if addresses is not None:
-                manager.batched_free(addresses)
 
     def max_batch(self, shape: Shapes, dtype: Dtypes) -> int:
         """How many blocks of this shape and dtype one ``batched_allocate`` could return now.

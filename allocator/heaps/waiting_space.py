@@ -1,0 +1,79 @@
+"""``WaitingSpace``: addresses for batches, after waiting for streams if that makes room."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from kvheap.addresses.address_batch import AddressBatch
+from kvheap.addresses.address_manager import AddressManager
+from kvheap.blocks.lifetime import Lifetime
+from kvheap.blocks.report import FullReport, FullReporter
+from kvheap.errors import OutOfMemoryError
+
+__all__ = ["WaitingSpace"]
+
+
+class WaitingSpace:
+    """An address space whose freed bytes may still be in use by streams.
+
+    Args:
+        address_manager: what is free.
+        lifetime: which freed bytes wait for streams.
+        reporter: is told of allocations that do not fit.
+        stream_wait_s: how long an allocation that does not fit waits for freed bytes.
+    """
+
+    def __init__(
+        self,
+        address_manager: AddressManager,
+        lifetime: Lifetime,
+        reporter: FullReporter,
+        stream_wait_s: float,
+    ) -> None:
+        self._manager = address_manager
+        self._lifetime = lifetime
+        self._reporter = reporter
+        self._stream_wait_s = stream_wait_s
+
+    def allocate(
+        self,
+        size_bytes: int,
+        batch_size: int,
+        allow_partial: bool,
+        make_report: Callable[[int, int], FullReport],
+    ) -> AddressBatch | None:
+        """Addresses for a batch.
+
+        Args:
+            size_bytes: bytes of each block.
+            batch_size: blocks.
+            allow_partial: if they do not all fit, return as many as do.
+            make_report: the report of a failure, from blocks and bytes asked for.
+
+        Returns:
+            The addresses; None if the space is full.
+        """
+        lifetime, manager = self._lifetime, self._manager
+        if lifetime.has_work:
+            lifetime.settle()
+        deadline = None
+        requested_bytes = 0
+        while True:
+            try:
+                addresses = manager.batched_allocate(size_bytes, batch_size, allow_partial)
+            except OutOfMemoryError as error:
+                # Not the error itself: it holds the frames of all callers, one of which is this.
+                addresses, requested_bytes = None, error.requested_bytes
+            if addresses is not None and len(addresses) == batch_size:
+                return addresses
+            # One deadline for the whole call: many small releases do not prolong it.
+            now = time.monotonic()
+            deadline = now + self._stream_wait_s if deadline is None else deadline
+            if not lifetime.wait_for_streams(deadline - now):
+                if addresses is None:
+                    self._reporter.failed(partial(make_report, batch_size, requested_bytes))
+                return addresses
+            if addresses is not None:
+                manager.batched_free(addresses)
