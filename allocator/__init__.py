@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvheap.addresses.address_batch import AddressBatch as AddressBatch
     from kvheap.addresses.address_manager import AddressManager as AddressManager
-    from kvheap.addresses.address_manager import HeapStats as HeapStats
+    from kvheap.addresses.heap_stats import HeapStats as HeapStats
     from kvheap.blocks.block_layout import BlockLayout as BlockLayout
     from kvheap.blocks.lifetime import FullReport as FullReport
     from kvheap.blocks.lifetime import Lease as Lease
@@ -85,7 +85,7 @@ _MODULE_OF = {
     "GrowthProgress": "memory.growth",
     "HeapCorruptionError": "errors",
     "HeapOptions": "blocks.memory_allocator",
-    "HeapStats": "addresses.address_manager",
+    "HeapStats": "addresses.heap_stats",
     "HostBuffer": "memory.host_memory",
     "HostMemoryAllocator": "heaps.host_allocators",
     "InvalidFreeError": "errors",

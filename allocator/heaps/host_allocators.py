@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvheap.addresses.address_manager import AddressManager, as_integer
+from kvheap.addresses.address_manager import AddressManager
 from kvheap.addresses.extents import Int64Array
+from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.lifetime import LiveBlocks
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface

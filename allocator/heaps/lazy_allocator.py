@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from kvheap.addresses.address_manager import AddressManager, as_integer
+from kvheap.addresses.address_manager import AddressManager
+from kvheap.addresses.integers import as_integer
 from kvheap.heaps.host_allocators import HostHeap, empty_address_space
 from kvheap.memory.growth import BackgroundGrowth, GrowthProgress
 from kvheap.memory.host_memory import HostBuffer, HugePages

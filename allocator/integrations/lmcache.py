@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 import torch
 
 import kvheap
-from kvheap.addresses.address_manager import AddressManager, as_integer
+from kvheap.addresses.address_manager import AddressManager
+from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.memory_format import MemoryFormat
