@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from kvheap.kernels.paged_slots import BlockIds as BlockIds
     from kvheap.memory.growth import GrowthProgress as GrowthProgress
     from kvheap.memory.host_memory import HostBuffer as HostBuffer
-    from kvheap.memory.host_memory import numa_node_of_gpu as numa_node_of_gpu
+    from kvheap.memory.numa import numa_node_of_gpu as numa_node_of_gpu
     from kvheap.transfer import Transfer as Transfer
     from kvheap.transfer import offload as offload
     from kvheap.transfer import restore as restore
@@ -111,7 +111,7 @@ _MODULE_OF = {
     "TransferError": "errors",
     "WriteAfterFreeError": "errors",
     "load": "engine.chunks",
-    "numa_node_of_gpu": "memory.host_memory",
+    "numa_node_of_gpu": "memory.numa",
     "offload": "transfer",
     "restore": "transfer",
     "store": "engine.chunks",

@@ -24,8 +24,9 @@ from kvheap.blocks.memory_object import BytesBufferMemoryObj, MemoryObj
 from kvheap.errors import ForeignObjectError
 from kvheap.heaps.plain_allocators import BufferAllocator
 from kvheap.heaps.tensor_allocator import AllocatorStats, TensorMemoryAllocator
-from kvheap.memory.host_memory import HostBuffer, HugePages
-from kvheap.memory.host_registration import PAGE_BYTES, HostRegistrar
+from kvheap.memory.host_memory import HostBuffer
+from kvheap.memory.pages import PAGE_BYTES, HugePages
+from kvheap.memory.registrar import HostRegistrar
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -36,7 +36,7 @@ from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.memory_metadata import MemoryObjMetadata
 from kvheap.blocks.memory_object import BytesBufferMemoryObj, MemoryObj
-from kvheap.memory.host_registration import PAGE_BYTES
+from kvheap.memory.pages import PAGE_BYTES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
