@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvheap.addresses.address_batch import AddressBatch as AddressBatch
     from kvheap.addresses.address_manager import AddressManager as AddressManager
-    from kvheap.addresses.address_manager import HeapStats as HeapStats
+    from kvheap.addresses.heap_stats import HeapStats as HeapStats
     from kvheap.blocks.block_layout import BlockLayout as BlockLayout
     from kvheap.blocks.lease import Lease as Lease
     from kvheap.blocks.memory_allocator import HeapOptions as HeapOptions
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from kvheap.kernels.paged_slots import BlockIds as BlockIds
     from kvheap.memory.growth import GrowthProgress as GrowthProgress
     from kvheap.memory.host_memory import HostBuffer as HostBuffer
-    from kvheap.memory.host_memory import numa_node_of_gpu as numa_node_of_gpu
+    from kvheap.memory.numa import numa_node_of_gpu as numa_node_of_gpu
     from kvheap.transfer import Transfer as Transfer
     from kvheap.transfer import offload as offload
     from kvheap.transfer import restore as restore
@@ -85,7 +85,7 @@ _MODULE_OF = {
     "GrowthProgress": "memory.growth",
     "HeapCorruptionError": "errors",
     "HeapOptions": "blocks.memory_allocator",
-    "HeapStats": "addresses.address_manager",
+    "HeapStats": "addresses.heap_stats",
     "HostBuffer": "memory.host_memory",
     "HostMemoryAllocator": "heaps.host_allocators",
     "InvalidFreeError": "errors",
@@ -111,7 +111,7 @@ _MODULE_OF = {
     "TransferError": "errors",
     "WriteAfterFreeError": "errors",
     "load": "engine.chunks",
-    "numa_node_of_gpu": "memory.host_memory",
+    "numa_node_of_gpu": "memory.numa",
     "offload": "transfer",
     "restore": "transfer",
     "store": "engine.chunks",

@@ -1,20 +1,20 @@
-"""What kvheap raises, beside the usual ``ValueError`` and ``TypeError`` for wrong arguments.
+"""The errors of kvheap, besides ``ValueError`` and ``TypeError`` for wrong arguments.
 
 ========================  ==========================================================
 error                     raised when
 ========================  ==========================================================
 OutOfMemoryError          the free list cannot serve a request
-NegativeBatchSizeError    a batch of fewer than zero blocks is asked for
+NegativeBatchSizeError    a batch of fewer than zero blocks is requested
 InvalidFreeError          a free names bytes that are not allocated, in whole or part
-DoubleFreeError           a block that was freed before is freed again
-ForeignObjectError        an allocator is handed the object of another one
+DoubleFreeError           bytes that are free already are freed again
+ForeignObjectError        an allocator receives an object of another allocator
 LifetimeError             a reference or pin count would go below zero, or a freed
                           object is used
-BlockInUseError           a block is freed that somebody else still holds
-WriteAfterFreeError       debug mode finds freed bytes changed
+BlockInUseError           a block is freed although it is referenced or pinned elsewhere
+WriteAfterFreeError       debug mode finds that freed bytes have changed
 ClosedError               a closed allocator is used
-TransferError             a transfer was begun and did not come to its end
-HeapCorruptionError       ``check()`` finds an invariant broken: a bug in kvheap
+TransferError             a transfer was started but did not complete
+HeapCorruptionError       ``check()`` finds a broken invariant: a bug in kvheap
 ========================  ==========================================================
 """
 
@@ -41,7 +41,7 @@ class OutOfMemoryError(RuntimeError):
     A ``RuntimeError``, as ``torch.OutOfMemoryError`` is.
 
     Attributes:
-        requested_bytes: what was asked for, rounded up to the alignment, over the whole batch.
+        requested_bytes: bytes of the whole request, rounded up to the alignment.
         free_bytes: free bytes in the heap at that moment.
         largest_free_bytes: the largest free extent at that moment.
     """
@@ -62,8 +62,8 @@ class OutOfMemoryError(RuntimeError):
 class NegativeBatchSizeError(ValueError, RuntimeError):
     """A batch size below zero.
 
-    A ``ValueError`` because the argument is wrong, and a ``RuntimeError`` because callers that
-    come from LMCache catch that.
+    A ``ValueError`` because the argument is wrong, and a ``RuntimeError`` because that is what
+    code written for LMCache catches.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -75,15 +75,15 @@ class NegativeBatchSizeError(ValueError, RuntimeError):
 
 
 class InvalidFreeError(ValueError):
-    """A free that names bytes which are not allocated; nothing was freed."""
+    """The bytes to free are not allocated, in whole or in part; nothing was freed."""
 
 
 class DoubleFreeError(InvalidFreeError):
-    """A block that was freed before is freed again; nothing was freed."""
+    """The bytes to free are free already, in whole or in part; nothing was freed."""
 
 
 class ForeignObjectError(InvalidFreeError):
-    """An object of another allocator; nothing was freed."""
+    """The object belongs to another allocator; nothing was freed."""
 
 
 class LifetimeError(RuntimeError):
@@ -91,21 +91,21 @@ class LifetimeError(RuntimeError):
 
 
 class BlockInUseError(LifetimeError):
-    """A block that others still hold (reference count above one, or pinned) cannot be freed."""
+    """The block is still held elsewhere (reference count above one, or pinned): not freed."""
 
 
 class WriteAfterFreeError(LifetimeError):
-    """Somebody wrote to bytes that were free; found in debug mode. Nothing was allocated."""
+    """Debug mode found that bytes were written to while they were free; nothing was allocated."""
 
 
 class ClosedError(RuntimeError):
-    """An allocator that was closed is used."""
+    """The allocator was closed before."""
 
 
 class TransferError(RuntimeError):
-    """A transfer was begun and did not come to its end; the target's bytes are undefined.
+    """A transfer was started but did not complete; the target's bytes are undefined.
 
-    Raised by its ``result()``. The cause is chained where there is one.
+    Raised by the transfer's ``result()``, with the cause chained if there is one.
     """
 
 

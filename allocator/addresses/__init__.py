@@ -1,4 +1,4 @@
-"""What is free: addresses and extents of one virtual address space. No tensor, no device.
+"""Addresses: which extents of one virtual address space are free. No tensor, no device.
 
 Imports neither torch nor triton, so that a process that only decides (a scheduler) stays small.
 """

@@ -1,7 +1,7 @@
-"""``AddressBatch``: what ``AddressManager.batched_allocate`` returns, N equal blocks as few runs.
+"""``AddressBatch``: N equal blocks, kept as a few runs; ``batched_allocate`` returns it.
 
-A run is a stretch of neighbouring blocks. N blocks in R runs are two arrays of R, so a batch
-costs the same whether it holds 64 or 64,000 blocks; the N addresses are made when asked for.
+A run is a sequence of adjacent blocks. N blocks in R runs are two arrays of length R, so a batch
+costs the same whether it holds 64 or 64,000 blocks. The N addresses are computed on demand.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ __all__ = ["AddressBatch"]
 class AddressBatch(Sequence[tuple[int, int]]):
     """N equal blocks, a sequence of ``(address, size)`` pairs in ascending address order.
 
-    Immutable. Compares equal to any sequence of the same pairs, and ``batch + list`` is a list,
-    so that code written for a list of pairs goes on working.
+    Immutable. Equal to any sequence of the same pairs, and ``batch + list`` is a list, so that
+    code written for a list of pairs works with it unchanged.
 
     Attributes:
         block_bytes: allocated bytes of each block, a multiple of the alignment.
@@ -42,7 +42,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
         run_counts: Int64Array | Sequence[int],
     ) -> None:
         self.block_bytes = block_bytes
-        # Few runs stay lists: a batch that is freed whole never needs an array.
+        # A few runs are kept as the lists they are: freeing the whole batch needs no array.
         self._starts = run_starts
         self._counts = run_counts
         self._length = int(sum(run_counts) if len(run_counts) < 64 else np.sum(run_counts))
@@ -50,7 +50,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     @classmethod
     def of_addresses(cls, addresses: Int64Array, block_bytes: int) -> AddressBatch:
-        """Blocks at ``addresses``, int64 ``[N]``, neighbours made one run.
+        """A batch of the blocks at ``addresses``, int64 ``[N]``, in ascending order.
 
         Raises:
             ValueError: the addresses are not in ascending order, or blocks overlap.
@@ -83,17 +83,17 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     @property
     def num_runs(self) -> int:
-        """How many runs the blocks form; a copy of the batch pays per run."""
+        """How many runs the blocks form; the cost of copying the batch grows with it."""
         return len(self._starts)
 
     def run_pairs(self) -> list[tuple[int, int]]:
-        """Each run's first address and its bytes, as plain ints."""
+        """Address and bytes of each run, as plain ints."""
         size = self.block_bytes
         return [(int(s), int(c) * size) for s, c in zip(self._starts, self._counts, strict=True)]
 
     @property
     def addresses(self) -> Int64Array:
-        """The address of every block, int64 ``[N]``, ascending, read-only; O(N) once."""
+        """The address of every block, int64 ``[N]``, ascending, read-only. O(N) the first time."""
         if self._addresses is None:
             offsets = np.arange(self._length, dtype=np.int64)
             if self.num_runs > 1:
@@ -152,7 +152,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
         return type(self), (self.block_bytes, self.run_starts, self.run_counts)
 
     def __repr__(self) -> str:
-        """Blocks, their size and the first runs."""
+        """The number of blocks, their size and the first runs."""
         runs = [f"{c} at {s}" for s, c in zip(self._starts[:8], self._counts[:8], strict=True)]
         more = ", ..." if self.num_runs > 8 else ""
         return f"AddressBatch({len(self)} x {self.block_bytes} bytes: {', '.join(runs)}{more})"

@@ -1,92 +1,73 @@
-"""``AddressManager``: hands out extents of one virtual address space that starts at 0.
+"""``AddressManager``: allocates extents of one virtual address space that starts at 0.
 
-It knows addresses and sizes only: no tensor, no device. Address-ordered best fit over
-``FreeList``: the smallest free extent that holds the request, the lowest
-address among equals, carved from its low end. Names and results follow LMCache's class of the
-same name (LMCache 0.5.6, ``lmcache/v1/memory_management.py``), which is a first-fit walk.
+It knows addresses and sizes only: no tensor, no device. The policy is address-ordered best fit:
+the smallest free extent that holds the request, among equals the one with the lowest address,
+carved from its low end. Names and results follow LMCache's class of the same name (LMCache 0.5.6,
+``lmcache/v1/memory_management.py``), which uses first fit.
 
 Invariants, asserted by :meth:`AddressManager.check`:
 
-1. free extents are disjoint, sorted, non-empty, and no two touch;
+1. free extents are disjoint, sorted, non-empty, and no two touch, except where a segment begins;
 2. every start and size is a multiple of the alignment;
 3. free bytes + allocated bytes = heap bytes, and no free extent leaves the heap.
 
-What is free is known exactly, so a free of bytes that are free already, in whole or in part, is
-always refused. Which allocation a byte belongs to is not kept: any aligned part of the allocated
-bytes may be freed, also parts of two neighbouring allocations at once.
+The manager knows exactly which bytes are free, so it always refuses to free bytes that are free
+already, in whole or in part. It does not record which allocation a byte belongs to: any aligned
+part of the allocated bytes may be freed, also parts of two neighbouring allocations at once.
 
-One lock, taken once an operation; statistics and snapshots are taken under it too.
+Each operation takes one lock once; so do statistics and snapshots.
 
-An exception raised inside an operation, from a signal handler or for want of memory, undoes that
-operation. If it strikes after the last change, before the caller has the result, the operation
-stands: an address that nobody got to know stays allocated, and ``snapshot`` shows the gap.
+An exception raised inside an operation, by a signal handler or for lack of memory, undoes that
+operation. If it strikes after the last change but before the caller has the result, the operation
+stands: the address that was not returned stays allocated, and ``snapshot`` shows the gap.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
-from operator import index as as_index
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kvheap.addresses import bulk
 from kvheap.addresses.address_batch import AddressBatch
-from kvheap.addresses.extents import (
-    Extents,
-    Int64Array,
-    as_extents,
-    joined,
-    merged,
-    overlap_of,
-    place_blocks,
-)
+from kvheap.addresses.extents import Extents, Int64Array
 from kvheap.addresses.free_list import FreeList
-from kvheap.errors import (
-    DoubleFreeError,
-    HeapCorruptionError,
-    InvalidFreeError,
-    NegativeBatchSizeError,
-    OutOfMemoryError,
+from kvheap.addresses.free_requests import (
+    as_extents,
+    double_free,
+    invalid_free,
+    merged,
+    require_inside,
 )
+from kvheap.addresses.heap_stats import HeapStats
+from kvheap.addresses.integers import as_integer, round_up
+from kvheap.errors import HeapCorruptionError, NegativeBatchSizeError, OutOfMemoryError
 
-__all__ = ["AddressManager", "HeapStats"]
+__all__ = ["AddressManager"]
 
 ADDRESS_BITS = 63
 """Addresses are int64: a heap ends below ``2**63``."""
-
-MIN_REBUILD_RUNS = 64
-REBUILD_SHARE = 32
-"""A batch rebuilds the free list when its runs are more than 64 and more than a 32nd of the
-extents. To free R lone pages among F extents took, walking and rebuilding: R = 64, F = 64, 162 and
-123 us; R = 64, F = 1,024, 202 and 156; R = 256, F = 8,192, 772 and 707; R = 1,024, F = 65,536,
-3.6 and 5.7 ms; R = 4,096, F = 65,536, 14.1 and 6.4 ms (2-core AMD EPYC, CPython 3.11)."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeapStats:
-    """The heap at one moment; all in bytes but ``free_extents``, a count."""
-
-    heap_bytes: int
-    allocated_bytes: int
-    free_bytes: int
-    largest_free_bytes: int
-    free_extents: int
-
-    @property
-    def utilization(self) -> float:
-        """Allocated bytes over heap bytes, 0.0 to 1.0; an empty heap counts as full."""
-        return self.allocated_bytes / self.heap_bytes if self.heap_bytes else 1.0
 
 
 class AddressManager:
     """A thread-safe best-fit allocator of addresses.
 
+    Methods by purpose:
+
+    - allocate: :meth:`allocate`, :meth:`batched_allocate`, :meth:`max_batch`;
+    - free: :meth:`free`, :meth:`batched_free`;
+    - grow and shrink: :meth:`sbrk`, :meth:`trim`;
+    - sizes: :meth:`get_heap_size`, :meth:`get_free_size`, :attr:`total_allocated_size`,
+      :attr:`align_bytes`, :meth:`compute_aligned_size`;
+    - the whole state: :meth:`stats`, :meth:`snapshot`;
+    - invariants: :meth:`check`, :meth:`check_consistency`.
+
     Args:
         size: bytes of the address space; rounded down to the alignment, 0 is legal.
-        align_bytes: a power of two; every address and allocated size is a multiple of it.
+        align_bytes: a power of two; every address and allocated size is a multiple of it. See
+            :meth:`of_pages` for other multiples.
 
     Raises:
         ValueError: ``size`` is negative or 2**63 or more, or ``align_bytes`` is not a positive
@@ -145,11 +126,8 @@ class AddressManager:
 
     def _set_up(self, heap_units: int, unit_bytes: int) -> None:
         self._unit = unit_bytes
-        self._heap_bytes = heap_units * unit_bytes
         self._lock = threading.Lock()
         self._free_list = FreeList(Extents.of(0, heap_units), heap_units)
-
-    # -- sizes ---------------------------------------------------------------------------------
 
     @property
     def align_bytes(self) -> int:
@@ -158,11 +136,11 @@ class AddressManager:
 
     def compute_aligned_size(self, size: int) -> int:
         """``size`` rounded up to the alignment, in bytes."""
-        return -(-size // self._unit) * self._unit
+        return round_up(size, self._unit)
 
     def get_heap_size(self) -> int:
         """Bytes of the address space."""
-        return self._heap_bytes
+        return self.stats().heap_bytes
 
     def get_free_size(self) -> int:
         """Free bytes, over all extents."""
@@ -177,11 +155,10 @@ class AddressManager:
         """A consistent snapshot of the counters. O(1)."""
         with self._lock:
             free_list, unit = self._settled_free_list(), self._unit
-            free_bytes = free_list.free_units * unit
             return HeapStats(
-                heap_bytes=self._heap_bytes,
-                allocated_bytes=self._heap_bytes - free_bytes,
-                free_bytes=free_bytes,
+                heap_bytes=free_list.end * unit,
+                allocated_bytes=(free_list.end - free_list.free_units) * unit,
+                free_bytes=free_list.free_units * unit,
                 largest_free_bytes=free_list.largest * unit,
                 free_extents=len(free_list),
             )
@@ -197,10 +174,10 @@ class AddressManager:
         return np.stack(extents, axis=1) * self._unit
 
     def max_batch(self, size: int) -> int:
-        """How many blocks of ``size`` bytes one ``batched_allocate`` could have now.
+        """How many blocks of ``size`` bytes one ``batched_allocate`` could return now.
 
-        O(R) for the R extents that fit one; where they are a large part of the F extents, O(F)
-        in array operations.
+        O(R) for the R extents that fit a block; if they are a large part of the F extents, O(F) in
+        array operations.
 
         Args:
             size: bytes of each block, at least 1; rounded up to the alignment.
@@ -208,12 +185,9 @@ class AddressManager:
         Raises:
             ValueError: ``size`` is not positive.
         """
-        units = self._units_of_request(size)
+        units = -(-_positive(size) // self._unit)
         with self._lock:
-            free_list = self._settled_free_list()
-            return free_list.max_blocks(units, _max_steps(free_list))
-
-    # -- allocate ------------------------------------------------------------------------------
+            return bulk.max_batch(self._settled_free_list(), units)
 
     def allocate(self, size: int) -> tuple[int, int]:
         """Allocate one extent. O(log F).
@@ -228,8 +202,10 @@ class AddressManager:
             ValueError: ``size`` is not positive.
             OutOfMemoryError: no free extent is large enough; nothing changes.
         """
-        units = self._units_of_request(size)
+        if type(size) is not int or size <= 0:
+            size = _positive(size)
         unit = self._unit
+        units = -(-size // unit)
         with self._lock:
             free_list = self._free_list
             if free_list.pending:
@@ -249,14 +225,14 @@ class AddressManager:
     ) -> AddressBatch:
         """Allocate ``batch_size`` blocks of ``size`` bytes in the fewest runs.
 
-        One extent holds them if one can, the smallest such; else the largest extents in turn.
-        O(R log F) for the R runs; where they are a large part of the F extents, O(F) in array
+        The smallest extent that holds them all, if there is one; else the largest extents in turn.
+        O(R log F) for the R runs; if they are a large part of the F extents, O(F log F) in array
         operations.
 
         Args:
             size: bytes of each block, at least 1; rounded up to the alignment.
             batch_size: number of blocks; 0 gives an empty batch.
-            allow_partial: when they do not all fit, allocate as many as do, also none at all.
+            allow_partial: if they do not all fit, allocate as many as do, perhaps none.
 
         Returns:
             The blocks in address order.
@@ -267,51 +243,33 @@ class AddressManager:
             OutOfMemoryError: the blocks do not all fit, and ``allow_partial`` is false; nothing
                 changes.
         """
-        units = self._units_of_request(size)
+        if type(size) is not int or size <= 0:
+            size = _positive(size)
         if type(batch_size) is not int:
             batch_size = as_integer("batch_size", batch_size)
         if batch_size < 0:
             raise NegativeBatchSizeError(batch_size)
+        unit = self._unit
+        units = -(-size // unit)
         if batch_size == 0:
-            return AddressBatch(units * self._unit, [], [])
+            return AddressBatch(units * unit, [], [])
         with self._lock:
             free_list = self._settled_free_list()
             try:
-                batch = self._take_batch(free_list, units, batch_size, allow_partial)
+                start = free_list.take(units * batch_size)
+                if start is not None:
+                    batch = AddressBatch(units * unit, [start * unit], [batch_size])
+                else:
+                    taken = bulk.take_batch(free_list, units, batch_size, unit, allow_partial)
+                    if taken is None:
+                        raise self._out_of_memory(units * batch_size)
+                    batch, self._free_list = taken
                 free_list.commit()
             except BaseException:
                 self._free_list = free_list
                 free_list.rollback()
                 raise
         return batch
-
-    def _take_batch(
-        self, free_list: FreeList, units: int, batch_size: int, allow_partial: bool
-    ) -> AddressBatch:
-        unit = self._unit
-        start = free_list.take(units * batch_size)
-        if start is not None:
-            return AddressBatch(units * unit, [start * unit], [batch_size])
-        if units * batch_size > free_list.free_units and not allow_partial:
-            raise self._out_of_memory(units * batch_size)
-        runs = free_list.fewest_runs(units, batch_size, _max_steps(free_list))
-        if runs is None:
-            starts, counts, left = place_blocks(free_list.extents(), units, batch_size)
-            if not allow_partial and counts.sum() < batch_size:
-                raise self._out_of_memory(units * batch_size)
-            batch = AddressBatch(units * unit, starts * unit, counts)
-            self._free_list = FreeList(left, self._heap_bytes // unit, free_list.walls)
-            return batch
-        if not allow_partial and sum(count for _, count in runs) < batch_size:
-            raise self._out_of_memory(units * batch_size)
-        for start, count in runs:
-            free_list.carve(start, count * units)
-        runs.sort()
-        return AddressBatch(
-            units * unit, [start * unit for start, _ in runs], [count for _, count in runs]
-        )
-
-    # -- free ----------------------------------------------------------------------------------
 
     def free(self, address: int, size: int) -> None:
         """Free one extent and join it with its free neighbours. O(log F).
@@ -322,7 +280,8 @@ class AddressManager:
 
         Raises:
             DoubleFreeError: some of its bytes are free already; nothing changes.
-            InvalidFreeError: it is empty, misaligned or outside the heap; nothing changes.
+            InvalidFreeError: it is empty, misaligned, outside the heap, or spans two segments;
+                nothing changes.
         """
         if type(address) is not int or type(size) is not int:
             address, size = as_integer("address", address), as_integer("size", size)
@@ -331,23 +290,24 @@ class AddressManager:
             free_list = self._free_list
             if free_list.pending:
                 free_list.rollback()
+            start, units = address // unit, size // unit
             if (
                 size <= 0
                 or address < 0
                 or address % unit
                 or size % unit
-                or address + size > self._heap_bytes
-                or (free_list.walls and self._has_wall(address, size))
+                or start + units > free_list.end
+                or (free_list.walls and free_list.has_wall_within(start, start + units))
             ):
-                raise self._not_freeable(address, size)
+                raise invalid_free(address, size, unit, free_list.end * unit)
             try:
-                overlapping = free_list.insert(address // unit, size // unit)
+                overlapping = free_list.insert(start, units)
                 free_list.commit()
             except BaseException:
                 free_list.rollback()
                 raise
             if overlapping is not None:
-                raise self._double_free(address, size, overlapping)
+                raise double_free(address, size, overlapping[0] * unit, overlapping[1] * unit)
 
     def batched_free(
         self,
@@ -356,8 +316,8 @@ class AddressManager:
     ) -> None:
         """Free many extents, all or none, in any order.
 
-        O(R log F) after sorting, for the R runs that neighbours among them form; where R is a
-        large part of the F extents, O(F) in array operations.
+        O(R log F) after sorting, for the R runs that the extents form; if they are a large part
+        of the F free extents, O(F + R) in array operations.
 
         Args:
             blocks: an :class:`AddressBatch`; or ``(address, size)`` pairs, also as an integer
@@ -366,9 +326,10 @@ class AddressManager:
 
         Raises:
             DoubleFreeError: bytes are free already, or named twice here; nothing changes.
-            InvalidFreeError: an extent is empty, misaligned or outside the heap; nothing changes.
+            InvalidFreeError: an extent is empty, misaligned, outside the heap, or spans two
+                segments; nothing changes.
             TypeError: the addresses or sizes are not integers.
-            ValueError: the shapes do not belong together.
+            ValueError: the shapes do not fit each other.
         """
         if isinstance(blocks, AddressBatch) and sizes is None:
             if blocks.num_runs == 1:
@@ -377,56 +338,31 @@ class AddressManager:
             extents = Extents(blocks.run_starts, blocks.run_counts * blocks.block_bytes)
         else:
             extents = as_extents(blocks, sizes)
-        # Blocks of a segment exist only after its wall: to look before the lock misses none.
-        extents = merged(extents, self._free_list.wall_array * self._unit)
+        unit = self._unit
+        # The walls may be read before the lock is taken: a block of a segment is allocated only
+        # after the segment's wall was put up.
+        extents = merged(extents, self._free_list.wall_array * unit)
         if not len(extents.starts):
             return
         with self._lock:
             free_list = self._settled_free_list()
-            self._require_inside(extents)
-            runs = Extents(extents.starts // self._unit, extents.sizes // self._unit)
-            if len(runs.starts) > _max_steps(free_list):
-                self._free_by_rebuilding(free_list, runs)
-                return
-            pairs = list(zip(runs.starts.tolist(), runs.sizes.tolist(), strict=True))
-            for start, size in pairs:
-                overlapping = free_list.overlapping(start, start + size)
-                if overlapping is not None:
-                    raise self._double_free(start * self._unit, size * self._unit, overlapping)
+            require_inside(extents, unit, free_list.end * unit)
+            runs = Extents(extents.starts // unit, extents.sizes // unit)
             try:
-                for start, size in pairs:
-                    free_list.insert(start, size)
+                self._free_list = bulk.insert_runs(free_list, runs, unit)
                 free_list.commit()
             except BaseException:
+                self._free_list = free_list
                 free_list.rollback()
                 raise
-
-    def _free_by_rebuilding(self, free_list: FreeList, runs: Extents) -> None:
-        """``insert`` for very many disjoint runs, as array operations on all extents."""
-        free, unit = free_list.extents(), self._unit
-        overlap = overlap_of(free, runs)
-        if overlap is not None:
-            extent, run = overlap
-            raise self._double_free(
-                int(runs.starts[run]) * unit,
-                int(runs.sizes[run]) * unit,
-                (int(free.starts[extent]), int(free.ends[extent])),
-            )
-        starts = np.concatenate((free.starts, runs.starts))
-        order = np.argsort(starts, kind="stable")  # finds the two sorted halves and merges them
-        sizes = np.concatenate((free.sizes, runs.sizes))
-        extents = joined(Extents(starts[order], sizes[order]), free_list.wall_array)
-        self._free_list = FreeList(extents, self._heap_bytes // unit, free_list.walls)
-
-    # -- the heap's end ------------------------------------------------------------------------
 
     def sbrk(self, size: int, new_segment: bool = False) -> None:
         """Grow the address space at its end. O(log F).
 
         Args:
             size: bytes to add, a multiple of the alignment; 0 adds nothing.
-            new_segment: the new bytes live elsewhere than those before: nothing is ever
-                allocated across the boundary.
+            new_segment: the new bytes are in another buffer than those before: no allocation will
+                cross the boundary. O(F).
 
         Raises:
             ValueError: ``size`` is negative or not a multiple of the alignment, or the heap
@@ -441,49 +377,34 @@ class AddressManager:
         if size == 0:
             return
         with self._lock:
-            free_list, before = self._settled_free_list(), self._heap_bytes
-            after = before + size
-            _require_addressable(after)
-            # What was trimmed took its walls with it.
-            walls = frozenset(wall for wall in free_list.walls if wall * unit < before)
-            if new_segment and before:
-                walls |= {before // unit}
-            if walls != free_list.walls or not free_list.can_hold(after // unit):
-                free_list = FreeList(free_list.extents(), after // unit, walls)
-                self._free_list = free_list
+            free_list = self._settled_free_list()
+            _require_addressable(free_list.end * unit + size)
+            free_list = free_list.ready_to_grow(size // unit, new_segment)
+            self._free_list = free_list
             try:
-                free_list.insert(before // unit, size // unit)
-                self._heap_bytes = after
+                free_list.grow(size // unit)
                 free_list.commit()
             except BaseException:
-                self._heap_bytes = before
                 free_list.rollback()
                 raise
 
     def trim(self) -> int:
         """Give back the free tail of the address space, the opposite of :meth:`sbrk`. O(log F).
 
-        Of several segments, at most the last.
+        Never more than the last segment.
 
         Returns:
-            How many bytes the heap lost: 0 when its last byte is allocated.
+            How many bytes the heap lost: 0 if its last byte is allocated.
         """
         with self._lock:
-            free_list, before = self._settled_free_list(), self._heap_bytes
-            units = free_list.tail(before // self._unit)
-            if not units:
-                return 0
+            free_list = self._settled_free_list()
             try:
-                free_list.cut_tail(units)
-                self._heap_bytes = before - units * self._unit
+                units = free_list.trim()
                 free_list.commit()
             except BaseException:
-                self._heap_bytes = before
                 free_list.rollback()
                 raise
         return units * self._unit
-
-    # -- invariants ----------------------------------------------------------------------------
 
     def check(self) -> None:
         """Assert every invariant of the module's docstring. O(F log F).
@@ -492,14 +413,10 @@ class AddressManager:
             HeapCorruptionError: names the broken invariant and shows the state.
         """
         with self._lock:
-            if self._heap_bytes % self._unit:
-                raise HeapCorruptionError(
-                    f"the heap's {self._heap_bytes} bytes are not aligned to {self._unit}"
-                )
-            self._settled_free_list().check(self._heap_bytes // self._unit)
+            self._settled_free_list().check()
 
     def check_consistency(self) -> bool:
-        """Whether :meth:`check` finds every invariant holding."""
+        """Whether :meth:`check` finds that every invariant holds."""
         try:
             self.check()
         except HeapCorruptionError:
@@ -510,9 +427,8 @@ class AddressManager:
         """The counters and the alignment."""
         return f"AddressManager({self.stats()}, align_bytes={self._unit})"
 
-    # -- helpers, called with the lock held ----------------------------------------------------
-
     def _settled_free_list(self) -> FreeList:
+        """The free list without the remains of an interrupted rollback. Call with the lock held."""
         free_list = self._free_list
         if free_list.pending:
             free_list.rollback()
@@ -522,64 +438,12 @@ class AddressManager:
         free_list, unit = self._free_list, self._unit
         return OutOfMemoryError(units * unit, free_list.free_units * unit, free_list.largest * unit)
 
-    def _has_wall(self, address: int, size: int) -> bool:
-        walls = self._free_list.wall_array * self._unit
-        after = int(np.searchsorted(walls, address, side="right"))
-        return after < len(walls) and int(walls[after]) < address + size
 
-    def _require_inside(self, extents: Extents) -> None:
-        """Refuse extents in address order that are misaligned or leave the heap."""
-        starts, sizes = extents
-        misaligned = (starts % self._unit != 0) | (sizes % self._unit != 0)
-        if misaligned.any():
-            at = int(np.argmax(misaligned))
-        elif starts[0] < 0:
-            at = 0
-        elif starts[-1] + sizes[-1] > self._heap_bytes:
-            at = -1
-        else:
-            return
-        raise self._not_freeable(int(starts[at]), int(sizes[at]))
-
-    def _not_freeable(self, start: int, size: int) -> InvalidFreeError:
-        extent = f"[{start}, {start + size})"
-        if size <= 0:
-            return InvalidFreeError(f"cannot free {size} bytes at {start}: size must be positive")
-        if start % self._unit or size % self._unit:
-            return InvalidFreeError(f"cannot free {extent}: not aligned to {self._unit}")
-        if start >= 0 and start + size <= self._heap_bytes:
-            return InvalidFreeError(f"cannot free {extent}: it spans two segments of the heap")
-        return InvalidFreeError(f"cannot free {extent}: outside the heap [0, {self._heap_bytes})")
-
-    def _double_free(self, start: int, size: int, overlapping: tuple[int, int]) -> DoubleFreeError:
-        unit = self._unit
-        return DoubleFreeError(
-            f"cannot free [{start}, {start + size}): "
-            f"[{overlapping[0] * unit}, {overlapping[1] * unit}) is free already"
-        )
-
-    # -- helpers without state -----------------------------------------------------------------
-
-    def _units_of_request(self, size: int) -> int:
-        if type(size) is not int:
-            size = as_integer("size", size)
-        if size <= 0:
-            raise ValueError(f"size must be greater than 0, got {size}")
-        return -(-size // self._unit)
-
-
-def _max_steps(free_list: FreeList) -> int:
-    """From how many runs on rebuilding the free list beats walking it."""
-    return max(MIN_REBUILD_RUNS, len(free_list) // REBUILD_SHARE)
-
-
-def as_integer(name: str, value: Any) -> int:
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        return as_index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+def _positive(size: int) -> int:
+    size = as_integer("size", size)
+    if size <= 0:
+        raise ValueError(f"size must be greater than 0, got {size}")
+    return size
 
 
 def _require_addressable(heap_bytes: int) -> None:

@@ -1,197 +1,127 @@
-"""The free list: disjoint, coalesced extents, found by address and by size in O(log F).
+"""``FreeList``: the free extents of one address space, disjoint and coalesced.
 
-It counts in units, the heap's alignment, so that all it holds is aligned. The same F extents
-``[start, start + size)`` are kept in two orders, each extent as one integer:
+Extents are found by address and by size in O(log F). Everything is counted in units of the heap's
+alignment, so that all starts and sizes are aligned.
 
-- ``_by_start``: ``start << bits | size``, to find the neighbours of an address;
-- ``_by_size``: ``size << bits | start``, so that the first key at or above ``size << bits`` is
-  the smallest extent that fits and, among equals, the one with the lowest address.
+The list never joins extents across a *wall*, an address at which a segment of the heap begins.
 
-In a heap of fewer than 2**31 units (8 TiB of 4 KiB) both halves fit into an int64 together, and
-NumPy packs, sorts and unpacks all extents at once; in larger ones Python does.
+An exception at any point of a change is undone by :meth:`FreeList.rollback`, see
+``addresses/extent_index.py``. If there are pending changes when an operation starts, a rollback
+was itself interrupted; it must then be finished first.
 
-Nearly every operation only moves one boundary of one extent, which keeps its place in both
-orders: one list item is then written instead of deleting and inserting.
-
-An exception in the middle of a change, ``KeyboardInterrupt`` and ``MemoryError`` included, is
-undone by :meth:`FreeList.rollback`. A change is logged before it is begun, and the two orders are
-changed one after the other: at every moment at least one of them is whole, and it and the log
-give back the state before. Changes that are pending when an operation starts mean that even the
-rollback was interrupted; it is then finished first.
-
-Not thread-safe, and silent about wrong frees: that is ``addresses/address_manager.py``'s part.
+Not thread-safe. :meth:`FreeList.insert` refuses an extent that is free already; that the extent
+lies within the heap is for the caller to check, see ``addresses/address_manager.py``.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from itertools import chain
-from typing import TYPE_CHECKING
-
 import numpy as np
-from sortedcontainers import SortedList
 
-from kvheap.addresses.extents import Extents, Int64Array
+from kvheap.addresses.extent_index import ExtentIndex
+from kvheap.addresses.extents import Extents
 from kvheap.errors import HeapCorruptionError
 
-__all__ = ["ExtentKeys", "FreeList"]
-
-NARROW_BITS = 31
-"""Bits of a start or a size in heaps where two of them fit into an int64."""
-
-WIDE_BITS = 63
-"""Bits of a start or a size in all others."""
-
-
-class ExtentKeys(SortedList[int]):
-    """A ``SortedList`` of distinct non-negative ints with look-ups and changes that it lacks.
-
-    A ``SortedList`` is a list of short sorted lists (``_lists``) with their maxima (``_maxes``).
-    Its own look-ups answer with positions, which need an index over the lengths of those lists;
-    these answer with keys and need none. An allocate+free pair at F = 1 / 1,000 / 50,000 /
-    1,000,000 took 3.7 / 4.1 / 4.0 / 4.4 us with it, and 5.1 / 6.3 / 12.6 / 18.5 us on plain
-    ``SortedList`` with positional look-ups (same run, CPython 3.11, 2-core AMD EPYC).
-    """
-
-    if TYPE_CHECKING:  # what sortedcontainers 2.4 documents as its implementation
-        _lists: list[list[int]]
-        _maxes: list[int]
-
-        def _check(self) -> None: ...
-
-    def first_at_least(self, key: int) -> int | None:
-        """The smallest key >= ``key``, or None. O(log F)."""
-        maxes = self._maxes
-        position = bisect_left(maxes, key)
-        if position == len(maxes):
-            return None
-        keys = self._lists[position]
-        return keys[bisect_left(keys, key)]
-
-    def around(self, key: int) -> tuple[int | None, int | None]:
-        """The largest key < ``key`` and the smallest key >= ``key``, each or None. O(log F)."""
-        maxes = self._maxes
-        position = bisect_left(maxes, key)
-        if position == len(maxes):
-            return (maxes[-1] if maxes else None), None
-        keys = self._lists[position]
-        index = bisect_left(keys, key)
-        if index:
-            return keys[index - 1], keys[index]
-        return (maxes[position - 1] if position else None), keys[0]
-
-    def shift(self, old: int, new: int) -> None:
-        """Put ``new``, which lies between the same neighbours, in the place of ``old``."""
-        maxes = self._maxes
-        position = bisect_left(maxes, old)
-        keys = self._lists[position]
-        keys[bisect_left(keys, old)] = new
-        if maxes[position] == old:
-            maxes[position] = new
-
-    def replace(self, old: int, new: int) -> None:
-        """Put ``new`` in the place of ``old``: one write where the order allows it. O(log F)."""
-        maxes, lists = self._maxes, self._lists
-        position = bisect_left(maxes, old)
-        keys = lists[position]
-        index = bisect_left(keys, old)
-        if new < old:
-            below = keys[index - 1] if index else maxes[position - 1] if position else -1
-            stays = below < new
-        elif index + 1 < len(keys):
-            stays = new < keys[index + 1]
-        else:
-            stays = position + 1 == len(lists) or new < lists[position + 1][0]
-        if not stays:
-            self.remove(old)
-            self.add(new)
-            return
-        keys[index] = new
-        if maxes[position] == old:
-            maxes[position] = new
+__all__ = ["FreeList"]
 
 
 class FreeList:
-    """The free extents of one address space, in units. See the module's docstring."""
+    """The free extents of one address space, in units.
 
-    __slots__ = (
-        "_bits",
-        "_by_size",
-        "_by_start",
-        "_mask",
-        "_start_in_change",
-        "commit",
-        "free_units",
-        "pending",
-        "wall_array",
-        "walls",
-    )
+    Methods by purpose:
 
-    def __init__(
-        self, extents: Extents, heap_units: int, walls: frozenset[int] = frozenset()
-    ) -> None:
+    - look-ups: :meth:`overlapping`, :meth:`has_wall_within`, :meth:`fewest_runs`,
+      :meth:`max_blocks`, :meth:`extents`, :attr:`largest`, ``len``;
+    - changes: :meth:`take`, :meth:`carve`, :meth:`insert`, :meth:`grow`, :meth:`trim`; then
+      :attr:`commit` or :meth:`rollback`;
+    - replacements, which leave this list as it is: :meth:`rebuilt`, :meth:`ready_to_grow`;
+    - invariants: :meth:`check`.
+
+    Attributes:
+        end: where the heap ends.
+        free_units: the sum of all sizes.
+        pending: the log of the changes since the last commit.
+        commit: makes the pending changes final.
+        walls: where segments of the heap begin, except the first.
+        wall_array: the same in ascending order, int64 ``[W]``.
+    """
+
+    __slots__ = ("_index", "commit", "end", "free_units", "pending", "wall_array", "walls")
+
+    def __init__(self, extents: Extents, end: int, walls: frozenset[int] = frozenset()) -> None:
         """Take extents in address order that are disjoint, non-empty and do not touch.
 
         Args:
             extents: starts and sizes in units.
-            heap_units: where the heap ends; :meth:`can_hold` tells if it may grow further.
-            walls: where segments of the heap begin: extents that touch there stay apart.
+            end: where the heap ends.
+            walls: where segments of the heap begin, except the first.
         """
+        self._index = ExtentIndex(extents, end)
+        self.end = end
+        self.pending = self._index.log
+        self.commit = self._index.log.clear
+        self.free_units = int(extents.sizes.sum())
         self.walls = walls
         self.wall_array = np.sort(np.fromiter(walls, np.int64, len(walls)))
-        self._bits = WIDE_BITS if heap_units >> NARROW_BITS else NARROW_BITS
-        self._mask = (1 << self._bits) - 1
-        self._by_start = ExtentKeys(_packed(extents.starts, extents.sizes, self._bits))
-        self._by_size = ExtentKeys(_packed(extents.sizes, extents.starts, self._bits))
-        self.free_units = int(extents.sizes.sum())
-        self.pending: list[tuple[int | None, int | None]] = []
-        """Changes since the last commit: keys by start that were removed and added."""
-        self.commit = self.pending.clear
-        """Makes the pending changes final."""
-        self._start_in_change = False
 
     def __len__(self) -> int:
         """The number of free extents."""
-        return len(self._by_start)
+        return len(self._index)
 
     @property
     def largest(self) -> int:
-        """Units of the largest extent; 0 when nothing is free. O(1)."""
-        maxes = self._by_size._maxes
-        return maxes[-1] >> self._bits if maxes else 0
+        """Units of the largest extent; 0 if nothing is free. O(1)."""
+        key = self._index.by_size.last()
+        return 0 if key is None else key >> self._index.bits
 
-    def can_hold(self, heap_units: int) -> bool:
-        """Whether a heap of so many units fits this list's keys."""
-        return not heap_units >> self._bits
+    def extents(self) -> Extents:
+        """All extents in address order, as arrays. O(F)."""
+        return self._index.extents()
 
-    # -- look-ups ------------------------------------------------------------------------------
+    def overlapping(self, start: int, end: int) -> tuple[int, int] | None:
+        """A free extent that shares units with ``[start, end)``, as ``(start, end)``, or None."""
+        index = self._index
+        bits, mask = index.bits, index.mask
+        for key in index.by_start.around(start << bits):
+            if key is not None:
+                free_start = key >> bits
+                free_end = free_start + (key & mask)
+                if free_start < end and start < free_end:
+                    return free_start, free_end
+        return None
+
+    def has_wall_within(self, start: int, end: int) -> bool:
+        """Whether a wall lies strictly between ``start`` and ``end``."""
+        walls = self.wall_array
+        after = int(np.searchsorted(walls, start, side="right"))
+        return after < len(walls) and int(walls[after]) < end
 
     def fewest_runs(self, size: int, count: int, max_runs: int) -> list[tuple[int, int]] | None:
-        """Places for up to ``count`` blocks of ``size`` units, in as few runs as can be.
+        """Places for up to ``count`` blocks of ``size`` units, in as few runs as possible.
 
-        One extent if one holds them all, the smallest such; else the largest extents in turn,
-        and for the rest the smallest extent that still holds it. No set of extents gives fewer
-        runs: each extent holds ``extent // size`` blocks wherever the others are.
+        The smallest extent that holds all blocks, if there is one. Else the largest extents in
+        turn, and for the remaining blocks the smallest extent that holds them. No other choice
+        gives fewer runs: an extent holds ``extent // size`` blocks whatever the others hold.
 
         Returns:
-            ``(start, blocks)`` pairs, of fewer than ``count`` blocks when no more fit; None when
-            more than ``max_runs`` would be needed.
+            ``(start, blocks)`` pairs, of fewer than ``count`` blocks in all if no more fit; None
+            if more than ``max_runs`` runs would be needed.
         """
-        bits, mask = self._bits, self._mask
+        index = self._index
+        bits, mask = index.bits, index.mask
         runs: list[tuple[int, int]] = []
         remaining = count
         largest = self.largest // size
         if largest and count > max_runs * largest:
             return None
-        for key in reversed(self._by_size):
+        for key in reversed(index.by_size):
             fitting = (key >> bits) // size
             if fitting == 0:
                 return runs
             if len(runs) == max_runs:
                 return None
             if fitting >= remaining:
-                best = self._by_size.first_at_least(remaining * size << bits)
-                assert best is not None  # this very extent holds the rest
+                best = index.by_size.first_at_least(remaining * size << bits)
+                assert best is not None  # the extent of ``key`` at least
                 runs.append((best & mask, remaining))
                 return runs
             runs.append((key & mask, fitting))
@@ -201,10 +131,11 @@ class FreeList:
     def max_blocks(self, size: int, max_steps: int) -> int:
         """How many blocks of ``size`` units fit, each within one extent.
 
-        Walks the extents that fit; beyond ``max_steps`` of them, all extents as arrays.
+        Visits the extents that fit a block; after ``max_steps`` of them, computes on all extents
+        as arrays instead.
         """
-        bits, total = self._bits, 0
-        for step, key in enumerate(reversed(self._by_size)):
+        bits, total = self._index.bits, 0
+        for step, key in enumerate(reversed(self._index.by_size)):
             fitting = (key >> bits) // size
             if fitting == 0:
                 break
@@ -213,192 +144,166 @@ class FreeList:
             total += fitting
         return total
 
-    def overlapping(self, start: int, end: int) -> tuple[int, int] | None:
-        """A free extent that shares units with ``[start, end)``, as ``(start, end)``, or None."""
-        before, after = self._by_start.around(start << self._bits)
-        for key in (before, after):
-            if key is not None:
-                free_start = key >> self._bits
-                free_end = free_start + (key & self._mask)
-                if free_start < end and start < free_end:
-                    return free_start, free_end
-        return None
-
-    def tail(self, heap_units: int) -> int:
-        """Units of the extent that ends where the heap does; 0 if there is none. O(1)."""
-        maxes = self._by_start._maxes
-        if not maxes:
-            return 0
-        size = maxes[-1] & self._mask
-        return size if (maxes[-1] >> self._bits) + size == heap_units else 0
-
-    def extents(self) -> Extents:
-        """All extents in address order, as arrays. O(F)."""
-        return _unpacked(self._by_start, self._bits)
-
-    # -- changes -------------------------------------------------------------------------------
-
     def take(self, size: int) -> int | None:
-        """Carve ``size`` units from the low end of the smallest extent that holds them.
+        """Carve ``size`` units from the low end of the smallest extent that holds them. O(log F).
+
+        Among equal extents, the one with the lowest address.
 
         Returns:
-            Their start, or None when no extent is large enough. O(log F).
+            Where they start, or None if no extent is large enough.
         """
-        bits = self._bits
-        key = self._by_size.first_at_least(size << bits)
+        index = self._index
+        bits = index.bits
+        key = index.by_size.first_at_least(size << bits)
         if key is None:
             return None
-        start, extent = key & self._mask, key >> bits
+        start, extent = key & index.mask, key >> bits
         if extent == size:
-            self._remove(start << bits | size, key)
+            index.remove(start << bits | size, key)
         else:
-            rest = extent - size
-            new_start = start + size
-            self._reshape(
+            new_start, rest = start + size, extent - size
+            index.reshape(
                 start << bits | extent, new_start << bits | rest, key, rest << bits | new_start
             )
         self.free_units -= size
         return start
 
     def carve(self, start: int, size: int) -> None:
-        """Take ``size`` units from the low end of the extent that begins at ``start``."""
-        bits = self._bits
-        key = self._by_start.first_at_least(start << bits)
+        """Take ``size`` units from the low end of the extent that begins at ``start``. O(log F)."""
+        index = self._index
+        bits = index.bits
+        key = index.by_start.first_at_least(start << bits)
         assert key is not None
-        extent = key & self._mask
+        extent = key & index.mask
         if extent == size:
-            self._remove(key, extent << bits | start)
+            index.remove(key, size << bits | start)
         else:
-            rest = extent - size
-            new_start = start + size
-            self._reshape(
+            new_start, rest = start + size, extent - size
+            index.reshape(
                 key, new_start << bits | rest, extent << bits | start, rest << bits | new_start
             )
         self.free_units -= size
 
     def insert(self, start: int, size: int) -> tuple[int, int] | None:
-        """Add ``[start, start + size)`` and join it with its neighbours. O(log F).
+        """Add ``[start, start + size)`` and join it with its free neighbours. O(log F).
 
         Returns:
-            None; or, when part of it is free already, a free extent that overlaps it as
+            None; or, if part of it is free already, a free extent that overlaps it as
             ``(start, end)``, and nothing is changed.
         """
-        bits, mask = self._bits, self._mask
-        before, after = self._by_start.around(start << bits)
+        index = self._index
+        bits, mask = index.bits, index.mask
+        before, after = index.by_start.around(start << bits)
         end = start + size
         new_start, new_size = start, size
         if before is not None:
             before_start, before_size = before >> bits, before & mask
-            if before_start + before_size > start:
-                return before_start, before_start + before_size
-            if before_start + before_size == start and start not in self.walls:
+            before_end = before_start + before_size
+            if before_end > start:
+                return before_start, before_end
+            if before_end < start or start in self.walls:
+                before = None  # it stays apart
+            else:
                 new_start, new_size = before_start, before_size + size
         if after is not None:
             after_start, after_size = after >> bits, after & mask
             if after_start < end:
                 return after_start, after_start + after_size
-            if after_start == end and end not in self.walls:
+            if after_start > end or end in self.walls:
+                after = None  # it stays apart
+            else:
                 new_size += after_size
-                if new_start == start:
-                    self._reshape(
-                        after,
-                        start << bits | new_size,
-                        after_size << bits | end,
-                        new_size << bits | start,
-                    )
-                    self.free_units += size
-                    return None
-                self._remove(after, after_size << bits | end)
-        if new_start == start:
-            self._add(start << bits | size, size << bits | start)
+        by_start, by_size = new_start << bits | new_size, new_size << bits | new_start
+        if before is not None:
+            if after is not None:
+                index.remove(after, after_size << bits | end)
+            index.reshape(before, by_start, before_size << bits | before_start, by_size)
+        elif after is not None:
+            index.reshape(after, by_start, after_size << bits | end, by_size)
         else:
-            assert before is not None
-            self._reshape(
-                before,
-                new_start << bits | new_size,
-                before_size << bits | new_start,
-                new_size << bits | new_start,
-            )
+            index.add(by_start, by_size)
         self.free_units += size
         return None
 
-    def cut_tail(self, size: int) -> None:
-        """Take the last extent, which has ``size`` units, out of the list."""
-        key = self._by_start._maxes[-1]
-        self._remove(key, size << self._bits | key >> self._bits)
+    def grow(self, size: int) -> None:
+        """Move the heap's end up by ``size`` units, which are free. O(log F).
+
+        Call it on the list that :meth:`ready_to_grow` returns.
+        """
+        self.pending.append(self.end)
+        self.insert(self.end, size)
+        self.end += size
+
+    def trim(self) -> int:
+        """Move the heap's end down to the start of the extent that ends there. O(log F).
+
+        Returns:
+            By how many units: 0, and nothing is changed, if no extent ends there.
+        """
+        index = self._index
+        key = index.by_start.last()
+        if key is None:
+            return 0
+        start, size = key >> index.bits, key & index.mask
+        if start + size < self.end:
+            return 0
+        self.pending.append(self.end)
+        index.remove(key, size << index.bits | start)
         self.free_units -= size
+        self.end = start
+        return size
 
     def rollback(self) -> None:
-        """Undo what was done since the last commit. O(F log F); for exceptions only.
+        """Undo all changes since the last commit. O(F log F); for exceptions only.
 
-        May itself be interrupted and called again: to undo the whole log twice is the same.
+        May itself be interrupted, and then be called again.
         """
-        bits, mask = self._bits, self._mask
-        keys: set[int]
-        if self._start_in_change:
-            by_size = chain.from_iterable(self._by_size._lists)
-            keys = {(key & mask) << bits | key >> bits for key in by_size}
-        else:
-            keys = set(chain.from_iterable(self._by_start._lists))
-        for removed, added in reversed(self.pending):
-            if added is not None:
-                keys.discard(added)
-            if removed is not None:
-                keys.add(removed)
-        self._by_start = ExtentKeys(keys)
-        self._by_size = ExtentKeys((key & mask) << bits | key >> bits for key in keys)
-        self.free_units = sum(key & mask for key in keys)
-        self.pending.clear()
+        for entry in reversed(self.pending):
+            if isinstance(entry, int):
+                self.end = entry
+        self._index.restore()
+        self.free_units = sum(size for _, size in self._index)
+        self.commit()
 
-    def _reshape(self, by_start: int, new_by_start: int, by_size: int, new_by_size: int) -> None:
-        """Change one extent into another that lies between the same neighbours."""
-        self.pending.append((by_start, new_by_start))
-        self._start_in_change = True
-        self._by_start.shift(by_start, new_by_start)
-        self._start_in_change = False
-        self._by_size.replace(by_size, new_by_size)
+    def rebuilt(self, extents: Extents) -> FreeList:
+        """The free list of the same heap with other extents. O(F)."""
+        return FreeList(extents, self.end, self.walls)
 
-    def _remove(self, by_start: int, by_size: int) -> None:
-        self.pending.append((by_start, None))
-        self._start_in_change = True
-        self._by_start.remove(by_start)
-        self._start_in_change = False
-        self._by_size.remove(by_size)
+    def ready_to_grow(self, size: int, new_segment: bool) -> FreeList:
+        """The same list, ready to :meth:`grow` by ``size`` units.
 
-    def _add(self, by_start: int, by_size: int) -> None:
-        self.pending.append((None, by_start))
-        self._start_in_change = True
-        self._by_start.add(by_start)
-        self._start_in_change = False
-        self._by_size.add(by_size)
+        Args:
+            size: by how many units.
+            new_segment: put a wall where the heap ends now.
 
-    # -- invariants ----------------------------------------------------------------------------
+        Returns:
+            This list; or a copy, O(F), if the walls change or the keys must become wider. Walls
+            at or above the heap's end belonged to segments that were trimmed, and are dropped.
+        """
+        walls = frozenset(wall for wall in self.walls if wall < self.end)
+        if new_segment and self.end:
+            walls |= {self.end}
+        if walls == self.walls and self.end + size <= self._index.mask:
+            return self
+        copy = FreeList(self.extents(), self.end + size, walls)  # with keys for the grown heap
+        copy.end = self.end
+        return copy
 
-    def check(self, heap_units: int) -> None:
-        """Assert every invariant of the free list of a heap of ``heap_units``. O(F log F).
+    def check(self) -> None:
+        """Assert every invariant of the free list. O(F log F).
 
         Raises:
             HeapCorruptionError: names the broken invariant and shows the extents.
         """
-        try:
-            self._by_start._check()
-            self._by_size._check()
-        except AssertionError as error:
-            raise HeapCorruptionError(
-                f"a sorted order of the free list is broken: {self}"
-            ) from error
-        bits, mask = self._bits, self._mask
-        if sorted((key & mask) << bits | key >> bits for key in self._by_size) != self._by_start:
-            raise HeapCorruptionError(f"the order by size misses or invents extents: {self}")
-        total = sum(key & mask for key in self._by_start)
+        self._index.check()
+        total = sum(size for _, size in self._index)
         if self.free_units != total:
             raise HeapCorruptionError(
                 f"the counter says {self.free_units} free units, the extents sum up to {total}: "
                 f"{self}"
             )
         previous_end = -1
-        for key in self._by_start:
-            start, size = key >> bits, key & mask
+        for start, size in self._index:
             extent = f"extent [{start}, {start + size})"
             if size <= 0:
                 raise HeapCorruptionError(f"{extent} is empty: {self}")
@@ -407,37 +312,11 @@ class FreeList:
             if start == previous_end and start not in self.walls:
                 raise HeapCorruptionError(f"{extent} touches its predecessor: {self}")
             previous_end = start + size
-        if previous_end > heap_units:
+        if previous_end > self.end:
             raise HeapCorruptionError(
-                f"the last extent ends at {previous_end}, beyond the heap's {heap_units}: {self}"
+                f"the last extent ends at {previous_end}, beyond the heap's {self.end}: {self}"
             )
 
     def __repr__(self) -> str:
-        """The first extents, and how many there are: enough to see what broke."""
-        bits, mask = self._bits, self._mask
-        keys = list(chain.from_iterable(self._by_start._lists))
-        shown = [f"[{key >> bits}, {(key >> bits) + (key & mask)})" for key in keys[:32]]
-        more = "" if len(keys) <= 32 else f", ... {len(keys) - 32} more"
-        return f"FreeList({', '.join(shown)}{more}; {self.free_units} free units)"
-
-
-def _packed(high: Int64Array, low: Int64Array, bits: int) -> list[int]:
-    """``high << bits | low`` of each pair, in ascending order."""
-    if bits == NARROW_BITS:
-        packed = high << bits | low
-        if (packed[1:] < packed[:-1]).any():
-            packed.sort()
-        return packed.tolist()  # type: ignore[no-any-return]
-    return sorted(h << bits | lo for h, lo in zip(high.tolist(), low.tolist(), strict=True))
-
-
-def _unpacked(keys: ExtentKeys, bits: int) -> Extents:
-    """The extents of keys that are ordered by start."""
-    packed = chain.from_iterable(keys._lists)
-    if bits == NARROW_BITS:
-        array = np.fromiter(packed, np.int64, len(keys))
-        return Extents(array >> bits, array & ((1 << bits) - 1))
-    mask = (1 << bits) - 1
-    pairs = ((key >> bits, key & mask) for key in packed)
-    table = np.fromiter(chain.from_iterable(pairs), np.int64, 2 * len(keys)).reshape(-1, 2)
-    return Extents(table[:, 0], table[:, 1])
+        """The first extents, how many more there are, and the counter."""
+        return f"FreeList({self._index!r}, {self.free_units} free units)"

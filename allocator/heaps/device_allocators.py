@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvheap.addresses.address_manager import AddressManager, as_integer
+from kvheap.addresses.address_manager import AddressManager
+from kvheap.addresses.integers import as_integer
 from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 
 if TYPE_CHECKING:

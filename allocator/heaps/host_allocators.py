@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from kvheap.addresses.address_manager import AddressManager, as_integer
+from kvheap.addresses.address_manager import AddressManager
 from kvheap.addresses.extents import Int64Array
+from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
-from kvheap.memory.host_memory import HostBuffer, HugePages
-from kvheap.memory.host_registration import PAGE_BYTES, HostRegistrar
+from kvheap.memory.host_memory import HostBuffer
+from kvheap.memory.host_registration import REGISTRATION_BYTES
+from kvheap.memory.pages import PAGE_BYTES, HugePages
+from kvheap.memory.registrar import HostRegistrar
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -23,9 +26,6 @@ if TYPE_CHECKING:
     from kvheap.device.copy_device import CopyDevice
 
 __all__ = ["HostMemoryAllocator", "PinMemoryAllocator"]
-
-REGISTRATION_BYTES = 64 << 30
-"""Bytes of one registration: drivers refuse very large ones; see memory/host_registration.py."""
 
 
 class HostHeap(TensorMemoryAllocator):

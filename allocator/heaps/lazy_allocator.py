@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from kvheap.addresses.address_manager import AddressManager, as_integer
+from kvheap.addresses.address_manager import AddressManager
+from kvheap.addresses.integers import as_integer
 from kvheap.heaps.host_allocators import HostHeap, empty_address_space
 from kvheap.memory.growth import BackgroundGrowth, GrowthProgress
-from kvheap.memory.host_memory import HostBuffer, HugePages
-from kvheap.memory.host_registration import CudaHostRegistrar, HostRegistrar
+from kvheap.memory.host_memory import HostBuffer
+from kvheap.memory.pages import HugePages
+from kvheap.memory.registrar import CudaHostRegistrar, HostRegistrar
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from kvheap.addresses.address_batch import AddressBatch
-from kvheap.addresses.address_manager import AddressManager, HeapStats
+from kvheap.addresses.address_manager import AddressManager
 from kvheap.addresses.extents import Int64Array
+from kvheap.addresses.heap_stats import HeapStats
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.heap import Heap
 from kvheap.blocks.lifetime import Lifetime

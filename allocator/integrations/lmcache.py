@@ -29,12 +29,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 import torch
 
 import kvheap
-from kvheap.addresses.address_manager import AddressManager, as_integer
+from kvheap.addresses.address_manager import AddressManager
+from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_batch import BytesBufferMemoryObj, MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.memory_metadata import MemoryObjMetadata
-from kvheap.memory.host_registration import PAGE_BYTES
+from kvheap.memory.pages import PAGE_BYTES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

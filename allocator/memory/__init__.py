@@ -1,1 +1,1 @@
-"""Where bytes come from: host memory, page-locking for CUDA, growth in the background."""
+"""Memory: host memory for a heap, page-locking it for CUDA, and growing in the background."""

@@ -1,9 +1,9 @@
 """``BackgroundGrowth``: makes a reserved range usable piece by piece, on a thread of its own.
 
-Committing and page-locking host memory takes seconds for each 10 GiB; an engine that waits for
-all of it starts late. It starts with a small heap instead, and this grows it: a piece is committed
-(populated, pinned), and only when that is done published (the heap's ``sbrk``), so that no address
-is ever handed out before its bytes are real.
+Committing and page-locking host memory takes seconds for every 10 GiB, which would delay the start
+of an engine. The engine starts with a small heap instead, which grows in the background: a piece is
+committed (populated, pinned), and published (the heap's ``sbrk``) only after that, so that no
+address is allocated before there is memory behind it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from dataclasses import dataclass, replace
 
 __all__ = ["BackgroundGrowth", "GrowthProgress"]
 
-PIECE_BYTES = 256 << 20
-"""The default piece. ``stop`` waits for one: 0.1 s to populate with two threads (2-core AMD EPYC),
-while 1 TiB still takes no more than 4,096 registrations and calls of ``sbrk``."""
+GROWTH_BYTES = 256 << 20
+"""By how much a range grows at a time; ``stop`` waits for one piece. See benchmarks/NOTES.md."""
 
 _logger = logging.getLogger("kvheap")
 
 
 @dataclass(frozen=True, slots=True)
 class GrowthProgress:
-    """How far growth is.
+    """How far a range has grown.
 
     Attributes:
         committed_bytes: usable bytes: those at the start, and every published piece.
         final_bytes: what it grows to.
-        done: growth has ended: all is published, it was stopped, or ``error`` ended it.
+        done: whether growth has ended: everything is published, it was stopped, or it failed.
         error: what ``commit`` or ``publish`` raised.
     """
 
@@ -42,21 +41,21 @@ class GrowthProgress:
 class BackgroundGrowth:
     """Grows a range from ``start_bytes`` to ``final_bytes`` on a daemon thread.
 
-    The thread holds the callables until growth ends, and what they refer to: an allocator whose
-    methods they are lives on until then, so stop growth when the allocator is closed. The thread
-    does not keep the interpreter from exiting; at exit it begins no further piece.
+    Until growth ends, the thread refers to the callables: if they are methods of an allocator, the
+    allocator stays alive that long, so stop growth when the allocator is closed. The thread does
+    not keep the interpreter from exiting; at exit it begins no further piece.
 
     Args:
         commit: ``commit(start, end)`` makes bytes ``[start, end)`` usable, and returns when they
             are.
-        publish: ``publish(num_bytes)`` hands them out from then on; called once for each piece,
+        publish: ``publish(num_bytes)`` adds as many bytes to the heap; called once for each piece,
             in address order, after its commit.
         start_bytes: bytes that are usable already.
         final_bytes: bytes in the end.
-        piece_bytes: bytes of each piece but the last, which is what is left.
-        on_progress: called on the thread after each piece, and once more when growth ends early,
-            by an error or ``stop``. What it raises does not end growth: it is logged, and the
-            first is kept in :attr:`callback_error`.
+        piece_bytes: bytes of each piece; the last one may be smaller.
+        on_progress: called on the thread after each piece, and once more if growth ends early, by
+            an error or ``stop``. An exception from it does not end growth: it is logged, and the
+            first one is kept in :attr:`callback_error`.
 
     Raises:
         ValueError: the bytes are negative or out of order, or ``piece_bytes`` is not positive.
@@ -80,7 +79,7 @@ class BackgroundGrowth:
         *,
         start_bytes: int,
         final_bytes: int,
-        piece_bytes: int = PIECE_BYTES,
+        piece_bytes: int = GROWTH_BYTES,
         on_progress: Callable[[GrowthProgress], None] | None = None,
     ) -> None:
         if not 0 <= start_bytes <= final_bytes:
@@ -94,7 +93,7 @@ class BackgroundGrowth:
         self._on_progress = on_progress
         self._stopped = threading.Event()
         self._callback_error: BaseException | None = None
-        # Replaced whole by the thread alone, so that it is read without a lock.
+        # Only the thread replaces it, as a whole, so that it can be read without a lock.
         self._progress = GrowthProgress(start_bytes, final_bytes, done=False)
         self._thread = threading.Thread(
             target=self._run, args=(commit, publish), name="kvheap-growth", daemon=True
@@ -103,7 +102,7 @@ class BackgroundGrowth:
 
     @property
     def progress(self) -> GrowthProgress:
-        """How far growth is now; never waits."""
+        """How far the range has grown; never waits."""
         return self._progress
 
     @property
@@ -112,15 +111,15 @@ class BackgroundGrowth:
         return self._callback_error
 
     def start(self) -> BackgroundGrowth:
-        """Begin, and return at once.
+        """Start the thread, and return at once.
 
-        Apart from the constructor, so that the callables can refer to this object.
+        Not part of the constructor, so that the callables can refer to this object.
 
         Returns:
             This object.
 
         Raises:
-            RuntimeError: it has begun before.
+            RuntimeError: growth was started before.
         """
         with self._start_lock:
             self._thread.start()
@@ -136,7 +135,7 @@ class BackgroundGrowth:
             Whether it has ended; :attr:`progress` tells how.
 
         Raises:
-            BaseException: what ended growth, from ``commit`` or ``publish``, at every call.
+            BaseException: the error of ``commit`` or ``publish`` that ended growth, at every call.
             RuntimeError: growth was not started, or this is its own thread.
         """
         self._thread.join(timeout)
@@ -147,11 +146,11 @@ class BackgroundGrowth:
         return True
 
     def stop(self) -> None:
-        """End growth; a piece in progress is awaited. Idempotent, also before :meth:`start`.
+        """End growth, after waiting for a piece in progress. Idempotent, also before :meth:`start`.
 
-        Nothing is published after this returns, or, called from one of the callables, after that
-        one returns. A piece whose commit was in progress stays committed but unpublished. Hold no
-        lock here that a callable needs.
+        Nothing is published after this returns; if a callable calls this, nothing after that
+        callable returns. A piece whose commit was in progress stays committed but unpublished. The
+        caller must not hold a lock that a callable needs.
         """
         self._stopped.set()
         if threading.current_thread() is self._thread:
@@ -160,8 +159,6 @@ class BackgroundGrowth:
             has_begun = self._thread.ident is not None
         if has_begun:
             self._thread.join()
-
-    # -- the thread ----------------------------------------------------------------------------
 
     def _run(self, commit: Callable[[int, int], None], publish: Callable[[int], None]) -> None:
         error: BaseException | None = None
@@ -191,7 +188,7 @@ class BackgroundGrowth:
             self._report(GrowthProgress(start, final, done=start == final))
 
     def _must_end(self) -> bool:
-        # The interpreter waits for other threads, then runs its exit handlers: too late to begin.
+        # Once the main thread has ended, the interpreter is exiting: too late to begin a piece.
         return self._stopped.is_set() or not threading.main_thread().is_alive()
 
     def _report(self, progress: GrowthProgress) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvheap.addresses.address_manager import as_integer
 from kvheap.addresses.extents import Int64Array
+from kvheap.addresses.integers import as_integer
 from kvheap.blocks.heap import BlockObjects
 from kvheap.blocks.rows import Rows
 from kvheap.device import cuda

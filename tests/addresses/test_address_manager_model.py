@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvheap import AddressManager, DoubleFreeError, InvalidFreeError, OutOfMemoryError
-from kvheap.addresses.free_list import ExtentKeys
+from kvheap.addresses.extent_keys import ExtentKeys
 
 PAGE = 4096
+
+sources = st.integers(0, 2**20).map(random.Random)
+"""Choices among the pages. Hypothesis's own, drawn page by page, took most of the time."""
 
 
 class HeapMachine(RuleBasedStateMachine):
@@ -38,6 +41,9 @@ class HeapMachine(RuleBasedStateMachine):
             if not used and start is None:
                 start = page
         return found
+
+    def used_pages(self) -> list[int]:
+        return [page for page, used in enumerate(self.used) if used]
 
     def mark(self, first: int, pages: int, used: bool) -> None:
         assert all(self.used[page] is not used for page in range(first, first + pages))
@@ -72,9 +78,9 @@ class HeapMachine(RuleBasedStateMachine):
             self.mark(address // PAGE, pages, True)
 
     @precondition(lambda self: any(self.used))
-    @rule(data=st.data())
-    def free_part(self, data: st.DataObject) -> None:
-        first = data.draw(st.sampled_from([p for p, used in enumerate(self.used) if used]))
+    @rule(source=sources)
+    def free_part(self, source: random.Random) -> None:
+        first = source.choice(self.used_pages())
         pages = 1
         while (
             first + pages < len(self.used)
@@ -87,10 +93,10 @@ class HeapMachine(RuleBasedStateMachine):
         self.mark(first, pages, False)
 
     @precondition(lambda self: any(self.used))
-    @rule(data=st.data())
-    def free_a_random_subset(self, data: st.DataObject) -> None:
-        used = [page for page, is_used in enumerate(self.used) if is_used]
-        chosen = data.draw(st.lists(st.sampled_from(used), unique=True))
+    @rule(source=sources)
+    def free_a_random_subset(self, source: random.Random) -> None:
+        used = self.used_pages()
+        chosen = source.sample(used, source.randint(0, len(used)))
         self.heap.batched_free([(page * PAGE, PAGE) for page in chosen])
         for page in chosen:
             self.mark(page, 1, False)
@@ -99,9 +105,9 @@ class HeapMachine(RuleBasedStateMachine):
         first=st.integers(-2, 42),
         pages=st.integers(-1, 4),
         skew=st.sampled_from([0, 0, 0, 8]),
-        data=st.data(),
+        source=sources,
     )
-    def wrong_free(self, first: int, pages: int, skew: int, data: st.DataObject) -> None:
+    def wrong_free(self, first: int, pages: int, skew: int, source: random.Random) -> None:
         inside = first >= 0 and first + pages <= len(self.used)
         is_used = inside and all(self.used[first : first + pages])
         crosses = any(wall in self.walls for wall in range(first + 1, first + pages))
@@ -110,17 +116,17 @@ class HeapMachine(RuleBasedStateMachine):
         extent = (first * PAGE + skew, pages * PAGE)
         with pytest.raises(InvalidFreeError):
             self.heap.free(*extent)
-        right = [(page * PAGE, PAGE) for page, used in enumerate(self.used) if used]
-        others = data.draw(st.lists(st.sampled_from(right), unique=True)) if right else []
+        right = [(page * PAGE, PAGE) for page in self.used_pages()]
+        others = source.sample(right, source.randint(0, len(right)))
         with pytest.raises(InvalidFreeError):
-            self.heap.batched_free(data.draw(st.permutations([extent, *others])))
+            self.heap.batched_free(source.sample([extent, *others], len(others) + 1))
 
     @precondition(lambda self: any(self.used))
-    @rule(data=st.data())
-    def free_a_page_twice_in_one_call(self, data: st.DataObject) -> None:
-        used = [page for page, is_used in enumerate(self.used) if is_used]
-        chosen = data.draw(st.lists(st.sampled_from(used), unique=True, min_size=1))
-        twice = data.draw(st.permutations([*chosen, data.draw(st.sampled_from(chosen))]))
+    @rule(source=sources)
+    def free_a_page_twice_in_one_call(self, source: random.Random) -> None:
+        used = self.used_pages()
+        chosen = source.sample(used, source.randint(1, len(used)))
+        twice = source.sample([*chosen, source.choice(chosen)], len(chosen) + 1)
         with pytest.raises(DoubleFreeError):
             self.heap.batched_free(np.array(twice) * PAGE, PAGE)
 
@@ -157,8 +163,8 @@ class HeapMachine(RuleBasedStateMachine):
 # The long profile (tests/conftest.py) keeps its own numbers.
 HeapMachine.TestCase.settings = (
     settings()
-    if settings().max_examples > 500
-    else settings(max_examples=500, stateful_step_count=100, deadline=None)
+    if settings().max_examples > 250
+    else settings(max_examples=250, stateful_step_count=100, deadline=None)
 )
 
 
@@ -179,7 +185,7 @@ class TestStateMachineRebuilding(HeapMachine.TestCase):  # type: ignore[name-def
 
     @pytest.fixture(autouse=True)
     def _always_rebuild(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvheap.addresses.address_manager._max_steps", lambda free_list: 0)
+        monkeypatch.setattr("kvheap.addresses.bulk.max_steps", lambda free_list: 0)
 
 
 class TestStateMachineInWideKeys(HeapMachine.TestCase):  # type: ignore[name-defined,misc]
@@ -187,8 +193,8 @@ class TestStateMachineInWideKeys(HeapMachine.TestCase):  # type: ignore[name-def
 
     @pytest.fixture(autouse=True)
     def _wide_keys(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvheap.addresses.free_list.NARROW_BITS", 2)
-        monkeypatch.setattr("kvheap.addresses.address_manager._max_steps", lambda free_list: 2)
+        monkeypatch.setattr("kvheap.addresses.extent_index.NARROW_BITS", 2)
+        monkeypatch.setattr("kvheap.addresses.bulk.max_steps", lambda free_list: 2)
         monkeypatch.setattr(ExtentKeys, "DEFAULT_LOAD_FACTOR", 4)
 
 

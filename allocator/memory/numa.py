@@ -1,0 +1,90 @@
+"""NUMA nodes: the one nearest to a GPU, and memory that is bound to one."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["MAX_NUMA_NODES", "bind_to_node", "numa_node_of_gpu"]
+
+MAX_NUMA_NODES = 1024
+
+MPOL_BIND = 2
+"""From <linux/mempolicy.h>: use the memory of these nodes and no other."""
+
+MBIND_SYSCALLS = {"x86_64": 237, "aarch64": 235}
+"""Number of the system call ``mbind`` on each machine; glibc has no function for it."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def bind_to_node(pointer: int, num_bytes: int, numa_node: int) -> None:
+    """Take the pages of a mapping, which are not committed yet, from one node only.
+
+    Args:
+        pointer: where the mapping begins.
+        num_bytes: its size.
+        numa_node: 0 to ``MAX_NUMA_NODES - 1``.
+
+    Raises:
+        OSError: the kernel refused, or kvheap does not know this machine's system call.
+    """
+    machine = platform.machine()
+    if machine not in MBIND_SYSCALLS:
+        raise OSError(errno.ENOSYS, f"numa_node is not supported on {machine}")
+    word_bits = 8 * ctypes.sizeof(ctypes.c_ulong)
+    words = (ctypes.c_ulong * (MAX_NUMA_NODES // word_bits))()
+    words[numa_node // word_bits] = 1 << numa_node % word_bits
+    failed = _libc.syscall(
+        ctypes.c_long(MBIND_SYSCALLS[machine]),
+        ctypes.c_void_p(pointer),
+        ctypes.c_ulong(num_bytes),
+        ctypes.c_ulong(MPOL_BIND),
+        words,
+        ctypes.c_ulong(MAX_NUMA_NODES + 1),  # the kernel expects the number of bits plus one
+        ctypes.c_ulong(0),
+    )
+    if failed:
+        code = ctypes.get_errno()
+        raise OSError(
+            code, f"cannot bind {num_bytes} bytes to NUMA node {numa_node}: {os.strerror(code)}"
+        )
+
+
+def numa_node_of_gpu(
+    device: torch.device | int | str | None = None, *, sysfs: Path = Path("/sys")
+) -> int | None:
+    """The NUMA node that a GPU is attached to; copies to and from its memory are the fastest.
+
+    Args:
+        device: the GPU; None: the current one.
+        sysfs: where sysfs is mounted.
+
+    Returns:
+        The node; None if the system does not tell, as on machines with one node.
+
+    Raises:
+        RuntimeError: this torch does not tell the PCI address, or there is no CUDA.
+    """
+    properties: Any = torch.cuda.get_device_properties(device)
+    try:
+        address = (
+            f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:"
+            f"{properties.pci_device_id:02x}.0"
+        )
+    except AttributeError as error:
+        raise RuntimeError(
+            f"torch {torch.__version__} does not tell a GPU's PCI address"
+        ) from error
+    try:
+        node = int((sysfs / "bus/pci/devices" / address / "numa_node").read_text())
+    except FileNotFoundError:
+        return None
+    return node if node >= 0 else None
