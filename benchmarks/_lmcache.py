@@ -1,0 +1,61 @@
+"""LMCache, the peer of the benchmarks on the host.
+
+It is compared where it is installed: ``pip install --no-deps lmcache==0.5.6``, and the modules that
+its import asks for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from _report import Row, describe_machine, print_machine
+from _timing import Samples
+from rich.console import Console
+
+PEER = "LMCache"
+
+
+def lmcache_name(module: str, name: str) -> Any | None:
+    """What LMCache calls ``name`` in a module.
+
+    None if LMCache, a module that its import asks for, or the name is missing.
+    """
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def lmcache_address_manager() -> Any | None:
+    """LMCache's ``AddressManager``, as :func:`lmcache_name`."""
+    return lmcache_name("lmcache.v1.memory_management", "AddressManager")
+
+
+def lmcache_allocator(module: str, name: str) -> Any | None:
+    """A class of LMCache's ``memory_allocators``, as :func:`lmcache_name`."""
+    return lmcache_name(f"lmcache.v1.memory_allocators.{module}", name)
+
+
+def describe_host(console: Console, has_lmcache: bool) -> dict[str, Any]:
+    """Describe and print the machine, with LMCache's version, and silence LMCache's log."""
+    logging.disable(logging.WARNING)  # LMCache logs each failed allocation
+    machine = describe_machine(torch.device("cpu"))
+    version = importlib.metadata.version("lmcache") if has_lmcache else None
+    machine["versions"]["lmcache"] = version
+    print_machine(console, machine)
+    if not has_lmcache:
+        console.print("lmcache is not installed: kvheap is measured without it")
+    return machine
+
+
+def compared(samples: Mapping[str, Samples]) -> Row:
+    """Percentiles of each, and LMCache's time over kvheap's if both were measured."""
+    row: Row = {name: timing.percentiles() for name, timing in samples.items()}
+    if PEER in samples:
+        row["times_as_fast"] = round(samples["kvheap"].speed_against(samples[PEER]), 2)
+    return row
