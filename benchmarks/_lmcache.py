@@ -41,14 +41,16 @@ def lmcache_allocator(module: str, name: str) -> Any | None:
     return lmcache_name(f"lmcache.v1.memory_allocators.{module}", name)
 
 
-def describe_host(console: Console, has_lmcache: bool) -> dict[str, Any]:
+def machine_with_lmcache(
+    console: Console, device: torch.device, has_lmcache: bool
+) -> dict[str, Any]:
     """Describe and print the machine, with LMCache's version, and silence LMCache's log."""
-    logging.disable(logging.WARNING)  # LMCache logs each failed allocation
-    machine = describe_machine(torch.device("cpu"))
+    logging.disable(logging.WARNING)  # LMCache logs each allocation that fails
+    machine = describe_machine(device)
     version = importlib.metadata.version("lmcache") if has_lmcache else None
     machine["versions"]["lmcache"] = version
     print_machine(console, machine)
-    if not has_lmcache:
+    if not has_lmcache and device.type == "cpu":
         console.print("lmcache is not installed: kvheap is measured without it")
     return machine
 

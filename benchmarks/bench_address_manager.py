@@ -38,7 +38,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from _lmcache import PEER, compared, describe_host, lmcache_address_manager, lmcache_allocator
+from _lmcache import (
+    PEER,
+    compared,
+    lmcache_address_manager,
+    lmcache_allocator,
+    machine_with_lmcache,
+)
 from _report import Row, make_console, parse_common, write_results
 from _timing import Measure, time_in_rounds
 from rich.console import Console
@@ -462,7 +468,7 @@ def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str,
 def main() -> None:
     arguments = parse_common(__doc__.splitlines()[0])
     console, scale, peer = make_console(), Scale.of(arguments.quick), Peer.find()
-    machine = describe_host(console, peer is not None)
+    machine = machine_with_lmcache(console, torch.device("cpu"), peer is not None)
     cases: list[tuple[str, Callable[[], list[Row]]]] = [
         *(("pair", lambda n=n: [measure_pairs(scale, peer, n)]) for n in scale.extents),
         *(("batch", lambda n=n: measure_batches(scale, peer, n)) for n in scale.blocks),

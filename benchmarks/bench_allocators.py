@@ -38,7 +38,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from _lmcache import PEER, compared, describe_host, lmcache_allocator
+from _lmcache import PEER, compared, lmcache_allocator, machine_with_lmcache
 from _report import Row, make_console, parse_common, write_results
 from _timing import Call, Measure, Samples, on_the_host, time_in_rounds
 from rich.console import Console
@@ -507,7 +507,7 @@ def main() -> None:
     arguments = parse_common(__doc__.splitlines()[0])
     console, scale = make_console(), Scale.of(arguments.quick)
     peer = lmcache_allocator("tensor_memory_allocator", "TensorMemoryAllocator")
-    machine = describe_host(console, peer is not None)
+    machine = machine_with_lmcache(console, torch.device("cpu"), peer is not None)
     cases: list[tuple[str, Callable[[], list[Row]]]] = [
         *(("life", lambda s=s: measure_life(scale, s)) for s in find_subjects(scale)),
         ("options", lambda: measure_options(scale)),

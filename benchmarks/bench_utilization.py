@@ -45,7 +45,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from _lmcache import PEER, describe_host, lmcache_address_manager
+import torch
+from _lmcache import PEER, lmcache_address_manager, machine_with_lmcache
 from _placement import (
     FreeExtents,
     MakeHeap,
@@ -354,7 +355,7 @@ def print_tables(console: Console, tables: Mapping[str, Any]) -> None:
 def main() -> None:
     arguments = parse_common(__doc__.splitlines()[0])
     console, scale, peer = make_console(), Scale.of(arguments.quick), lmcache_address_manager()
-    machine = describe_host(console, peer is not None)
+    machine = machine_with_lmcache(console, torch.device("cpu"), peer is not None)
     allocators: dict[str, MakeHeap] = {"kvheap": AddressManager}
     if peer is not None:
         allocators[PEER] = peer
