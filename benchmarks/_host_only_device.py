@@ -109,6 +109,9 @@ class HostOnlyDevice:
     def wait_event(self, stream: object, event: object) -> None:
         """Nothing to wait for."""
 
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
     def side_stream(self) -> int:
         """The only stream."""
         return self.stream

@@ -1,7 +1,7 @@
 """LMCache, the peer of the benchmarks on the host.
 
-It is compared where it is installed: ``pip install --no-deps lmcache==0.5.6``, and the modules that
-its import asks for.
+Benchmarks compare with it if it is installed: ``pip install --no-deps lmcache==0.5.6``, and the
+modules that its import asks for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PEER = "LMCache"
 
 
 def lmcache_name(module: str, name: str) -> Any | None:
-    """What LMCache calls ``name`` in a module.
+    """A name from a module of LMCache.
 
     None if LMCache, a module that its import asks for, or the name is missing.
     """
@@ -32,12 +32,12 @@ def lmcache_name(module: str, name: str) -> Any | None:
 
 
 def lmcache_address_manager() -> Any | None:
-    """LMCache's ``AddressManager``, as :func:`lmcache_name`."""
+    """LMCache's ``AddressManager``; None as for :func:`lmcache_name`."""
     return lmcache_name("lmcache.v1.memory_management", "AddressManager")
 
 
 def lmcache_allocator(module: str, name: str) -> Any | None:
-    """A class of LMCache's ``memory_allocators``, as :func:`lmcache_name`."""
+    """A class from LMCache's ``memory_allocators``; None as for :func:`lmcache_name`."""
     return lmcache_name(f"lmcache.v1.memory_allocators.{module}", name)
 
 

@@ -37,7 +37,7 @@ class Geometry:
 
     @property
     def name(self) -> str:
-        """Model and layout."""
+        """Model and engine layout."""
         return f"{self.model} {self.layout}"
 
     @property

@@ -1,4 +1,4 @@
-"""The ground of ``bench_transfer.py`` on a GPU: buffers, clocks, and figures.
+"""What the measurements of ``bench_transfer.py`` on a GPU share: buffers, clocks, and figures.
 
 Each call is timed alone on an idle stream by two clocks: the host's, from before the call until the
 event behind it has ended, and the events' own. Both include the upload of descriptors and the

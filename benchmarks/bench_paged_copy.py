@@ -100,7 +100,7 @@ MEMORY_SHARE = 0.8
 """The share of a GPU's free memory that all sets of a case may take."""
 
 SECONDS_ON_GPU = 85
-"""Cases that have not begun by then are left out; they are those of most tokens."""
+"""Cases that have not begun by then are left out; they are the largest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def require_picture(path: Path) -> None:
         raise CommandError("--plot needs matplotlib: pip install 'kvheap[plot]'")
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         suffixes = ", ".join(PICTURE_SUFFIXES)
-        raise CommandError(f"--plot {path}: the name must end in one of {suffixes}")
+        raise CommandError(f"--plot {path}: the name must end in {suffixes}")
 
 
 def require_writable(path: Path) -> None:

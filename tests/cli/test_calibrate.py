@@ -136,7 +136,7 @@ class TestMeasuring:
             (["--device", "cpu"], "must be a CUDA device"),
             (["--device", "quantum"], "unknown device 'quantum'"),
             (["--json", "missing/table.json"], "cannot write missing/table.json"),
-            (["--plot", "map.xyz"], "must end in one of .png"),
+            (["--plot", "map.xyz"], "must end in .png"),
             (["--table", "table.json"], "need --show"),
             (["--device-name", "x"], "need --show"),
         ],
