@@ -1,7 +1,7 @@
-"""Placement rules to compare: where an allocator puts a request among its free extents.
+"""Placement rules to compare: into which free extent an allocator puts a request.
 
-A plain allocator asks the rule; it is for comparison, not for speed. What each rule takes is in
-``bench_utilization.py``.
+:class:`FreeExtents` applies a rule; it is made for comparison, not for speed. The docstring of
+``bench_utilization.py`` describes the rules.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from kvheap import OutOfMemoryError
 
 
 class Heap(Protocol):
-    """What all the allocators have in common."""
+    """The methods that all compared allocators have."""
 
     def compute_aligned_size(self, size: int, /) -> int:
         """``size`` rounded up to the alignment."""
 
     def allocate(self, size: int) -> tuple[int, int]:
-        """Address and aligned size; a ``RuntimeError`` where nothing is large enough."""
+        """Address and aligned size; raises ``RuntimeError`` if no free extent is large enough."""
 
     def free(self, address: int, size: int) -> None:
-        """Free what was allocated."""
+        """Free a block that was allocated."""
 
 
 MakeHeap = Callable[[int, int], Heap]
-"""Makes one from its bytes and its alignment."""
+"""Makes a heap from its bytes and its alignment."""
 
 
 class Extent(NamedTuple):
@@ -39,14 +39,14 @@ class Extent(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a request goes: its first byte, in one free extent."""
+    """Where a request goes: the free extent, and the first byte in it."""
 
     extent: Extent
     start: int
 
 
 class FreeExtents:
-    """A plain allocator that asks a rule where to place each request. For comparison, not speed."""
+    """A plain allocator that places each request by a rule. For comparison, not for speed."""
 
     def __init__(self, size: int, align_bytes: int, rule: Rule) -> None:
         self._align_bytes = align_bytes
@@ -60,7 +60,7 @@ class FreeExtents:
         return (size + self._align_bytes - 1) & -self._align_bytes
 
     def allocate(self, size: int) -> tuple[int, int]:
-        """Take bytes where the rule says, and put back what is left on either side.
+        """Take the bytes that the rule chooses; the rest of the extent stays free.
 
         Raises:
             OutOfMemoryError: no extent is large enough.
@@ -77,7 +77,7 @@ class FreeExtents:
         return start, size
 
     def free(self, address: int, size: int) -> None:
-        """Put an extent back, joined with its free neighbours."""
+        """Free an extent, merged with its free neighbours."""
         end = address + size
         after = self.by_start.bisect_left(address)
         neighbours = [
@@ -95,7 +95,7 @@ class FreeExtents:
         self._add(address, end - address)
 
     def smallest_of(self, size: int) -> Extent | None:
-        """The smallest extent of at least ``size`` bytes, the lowest address among equals."""
+        """The smallest extent of at least ``size`` bytes, at the lowest address among equals."""
         position = self.by_size.bisect_left(Extent(size, 0))
         return self.by_size[position] if position < len(self.by_size) else None
 
@@ -110,7 +110,7 @@ class FreeExtents:
 
 
 Rule = Callable[[FreeExtents, int], Place | None]
-"""Places a request of aligned bytes; None where nothing is large enough."""
+"""Places a request of aligned bytes; None if no extent is large enough."""
 
 
 def at_low_end(extent: Extent | None) -> Place | None:

@@ -1,9 +1,4 @@
-"""What the benchmarks share: timing, a description of the machine, result files.
-
-Every benchmark compares methods inside rounds: each round times every method once, in turn, and
-what is reported of a method against a peer is the median, over rounds, of the ratio of the two.
-Another machine's load, or a clock that drifts, then falls on both.
-"""
+"""What the benchmarks share: arguments, the description of the machine, tables, result files."""
 
 from __future__ import annotations
 
@@ -12,12 +7,9 @@ import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -26,108 +18,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 PACKAGES = ("torch", "triton", "numpy", "kvheap")
 
-Measure = Callable[[], float]
-"""Runs a method once and returns the microseconds of one call."""
+Row = dict[str, Any]
+"""A row of a table: figures and what they belong to."""
 
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Microseconds of one method, one sample for each round."""
-
-    microseconds: tuple[float, ...]
-
-    def percentile(self, percent: int) -> float:
-        if len(self.microseconds) == 1:
-            return self.microseconds[0]
-        return statistics.quantiles(self.microseconds, n=100, method="inclusive")[percent - 1]
-
-    def percentiles(self) -> dict[str, float]:
-        return {f"p{percent}_us": round(self.percentile(percent), 3) for percent in (20, 50, 80)}
-
-    def speed_against(self, peer: Samples, work_share: float = 1.0) -> float:
-        """The peer's time over this one's, median of the rounds.
-
-        ``work_share`` is how much of the peer's work this method did.
-        """
-        rounds = zip(self.microseconds, peer.microseconds, strict=True)
-        return statistics.median(work_share * theirs / own for own, theirs in rounds)
-
-
-def time_in_rounds(measures: Mapping[str, Measure], rounds: int) -> dict[str, Samples]:
-    """One sample of every method in each round, after one that does not count."""
-    samples: dict[str, list[float]] = {name: [] for name in measures}
-    for round_number in range(rounds + 1):
-        for name, measure in measures.items():
-            microseconds = measure()
-            if round_number:
-                samples[name].append(microseconds)
-    return {name: Samples(tuple(values)) for name, values in samples.items()}
-
-
-def on_the_host(calls: Sequence[Callable[[], object]]) -> Measure:
-    """Wall-clock time of the mean call; nothing waits for a device."""
-
-    def measure() -> float:
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        return (time.perf_counter() - start) * 1e6 / len(calls)
-
-    return measure
-
-
-def on_the_stream(calls: Sequence[Callable[[], object]]) -> Measure:
-    """Device time from before the first call to after the last, by events, of the mean call.
-
-    Submission is inside: where it takes longer than the work, this is the time of submission.
-    """
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def measure() -> float:
-        start.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1e3 / len(calls)
-
-    return measure
-
-
-def in_a_graph(calls: Sequence[Callable[[], object]]) -> Measure:
-    """Device time of the mean call in a replayed CUDA graph: submission is outside."""
-    warm_up = torch.cuda.Stream()
-    warm_up.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm_up):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(warm_up)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    replay = on_the_stream([graph.replay])
-    return lambda: replay() / len(calls)
-
-
-def submission(call: Callable[[], object]) -> Measure:
-    """Host time of one call on an idle device."""
-    measure = on_the_host([call])
-
-    def measure_when_idle() -> float:
-        torch.cuda.synchronize()
-        return measure()
-
-    return measure_when_idle
+Draw = Callable[[ModuleType, Path], None]
+"""Draws a picture with ``matplotlib.pyplot`` and writes it to a file."""
 
 
 def slug(name: str) -> str:
-    """A device's name as a folder's: ``NVIDIA H200`` is ``nvidia-h200``."""
+    """A device's name as the name of a folder: ``NVIDIA H200`` becomes ``nvidia-h200``."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm|c)\)", "", name.lower())).strip("-")
 
 
@@ -138,7 +43,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, commit and date: what makes a figure a measurement."""
+    """Device, driver, versions, commit and date: what a figure needs to be a measurement."""
     machine: dict[str, Any] = {
         "device": device_name(device),
         "driver": None,
@@ -161,41 +66,69 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return machine
 
 
-def write_json(
+def print_machine(console: Console, machine: Mapping[str, Any]) -> None:
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    console.print(f"{machine['device']}{driver}, {machine['versions']}")
+
+
+def write_results(
+    console: Console,
     directory: Path,
     stem: str,
     machine: Mapping[str, Any],
     configuration: Mapping[str, Any],
     tables: Mapping[str, Any],
-) -> Path:
-    """Write ``<stem>-<date>.json`` and return its path; the figure takes the same name."""
+    draw: Draw,
+) -> None:
+    """Write ``<stem>-<date>.json``, and a picture of the same name if matplotlib is installed."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{stem}-{machine['date'][:10]}.json"
     payload = {"benchmark": stem, **machine, "configuration": configuration, **tables}
     path.write_text(json.dumps(payload, indent=1) + "\n")
-    return path
+    console.print(f"wrote {path}")
+    plt = _pyplot()
+    if plt is None:
+        console.print("matplotlib is not installed: no picture is drawn")
+        return
+    picture = path.with_suffix(".png")
+    draw(plt, picture)
+    console.print(f"wrote {picture}")
 
 
-def pyplot(console: Console) -> ModuleType | None:
-    """``matplotlib.pyplot`` for files, or None, said aloud, where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        console.print("matplotlib is not installed: no figure is drawn")
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def grouped(rows: list[Row], *keys: str) -> dict[Any, dict[str, Row]]:
+    """The rows that agree in ``keys``, by their method."""
+    groups: dict[Any, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), {})[row["method"]] = row
+    return groups
 
-    return plt
+
+def print_submission(console: Console, title: str, rows: list[Row], count: str) -> None:
+    """Print the median microseconds: a line for each count, a column for each method.
+
+    Args:
+        console: where to.
+        title: of the table.
+        rows: a row for each method and count.
+        count: the key of the count, as ``num_blocks``.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    table = Table(title=title)
+    for column in (count.removeprefix("num_"), *methods):
+        table.add_column(column, justify="right")
+    for number in dict.fromkeys(row[count] for row in rows):
+        of_count = {row["method"]: row for row in rows if row[count] == number}
+        table.add_row(f"{number:,}", *(f"{of_count[m]['p50_us']:,.1f}" for m in methods))
+    console.print(table)
 
 
 def make_console() -> Console:
-    """A console that does not fold tables when its output is a file."""
+    """A console that does not wrap tables when its output goes to a file."""
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def size_label(size_bytes: int) -> str:
-    """Bytes in the largest unit that divides them: 4096 is ``4 KiB``."""
+    """Bytes in the largest unit that divides them: 4096 becomes ``4 KiB``."""
     for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if size_bytes % (1 << shift) == 0:
             return f"{size_bytes >> shift} {unit}"
@@ -219,6 +152,18 @@ def parse_common(description: str) -> argparse.Namespace:
     return arguments
 
 
+def _pyplot() -> ModuleType | None:
+    """``matplotlib.pyplot`` for writing files; None if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -227,7 +172,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """HEAD, marked when tracked files differ; KVHEAP_COMMIT where there is no git repository."""
+    """HEAD, marked if tracked files have changed; without a git repository, KVHEAP_COMMIT."""
     head = _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"])
     if head is None:
         return os.environ.get("KVHEAP_COMMIT")

@@ -1,36 +1,36 @@
-"""AddressManager and TensorMemoryAllocator: what allocating and freeing costs the host.
+"""AddressManager and TensorMemoryAllocator: host time of allocating and freeing.
 
-Peer: LMCache's classes of the same names, in the same rounds (``pip install --no-deps
-lmcache==0.5.6`` and the modules that its import asks for). Without it, kvheap's figures stand
-alone. The cases:
+The peer is LMCache, with its classes of the same names, in the same rounds (see ``_lmcache.py``).
+The cases:
 
 ============  ====================================================================================
 case          what is timed
 ============  ====================================================================================
 pair          allocate two pages and free them again, beside F - 1 free extents of one page each,
-              all of them at lower addresses than the one extent that fits
-batch         ``TensorMemoryAllocator``: N blocks of 64 KiB from a fresh heap in one call, and the
-              free of all of them in one call, after one such pair of calls that is not timed
-holes         ``AddressManager``: a batch that takes 65,536 free extents of one block each; then
-              the same blocks freed in random order: in one call, as an array of addresses and as a
-              list of pairs; by LMCache, whose AddressManager has no such call, one by one
-objects       ``MemoryObj`` from a batch, by index; LMCache makes them all in ``batched_allocate``
-memory        bytes of Python and NumPy memory for each block of a live batch (tracemalloc)
-runs          how many runs a batch of N pages has in a heap fragmented by random traffic
+              all at lower addresses than the only extent that fits
+batch         ``TensorMemoryAllocator``: allocate N blocks of 64 KiB from a fresh heap in one call,
+              then free all of them in one call; a first pair of such calls is not timed
+holes         ``AddressManager``: allocate a batch that takes 65,536 free extents of one block each;
+              then free the blocks in random order, in one call: as an array of addresses, and as a
+              list of pairs. LMCache's AddressManager has no such call and frees them one by one
+objects       get a ``MemoryObj`` from a batch by its index; LMCache makes all of them in
+              ``batched_allocate``
+memory        bytes of Python and NumPy memory per block of a live batch (tracemalloc)
+runs          number of runs of a batch of N pages in a heap fragmented by random traffic
 ============  ====================================================================================
 
-Times are of the host, in microseconds; ratios are medians over rounds, peer over kvheap.
+Times are microseconds of the host; ratios are medians over rounds, peer over kvheap.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 import random
 import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -38,16 +38,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from _report import (
-    Measure,
-    Samples,
-    describe_machine,
-    make_console,
-    parse_common,
-    pyplot,
-    time_in_rounds,
-    write_json,
+from _lmcache import (
+    PEER,
+    compared,
+    lmcache_address_manager,
+    lmcache_allocator,
+    machine_with_lmcache,
 )
+from _report import Row, make_console, parse_common, write_results
+from _timing import Measure, time_in_rounds
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -57,7 +56,7 @@ from kvheap import AddressManager, TensorMemoryAllocator
 PAGE = 4096
 BLOCK_BYTES = 64 << 10
 SPARE_PAGES = 64
-PEER = "LMCache"
+"""Pages of the only extent that holds two."""
 
 PAIR_TARGETS = {1: 1.5, 1_000: 5.0, 10_000: 25.0, 50_000: 150.0}
 FLATNESS_TARGET = 3.0
@@ -67,31 +66,22 @@ SHUFFLED_FREE_TARGET = 50.0
 OBJECT_TARGET_US = 1.0
 MEMORY_TARGET_BYTES = 48.0
 
-Row = dict[str, Any]
 Pairs = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The two classes of LMCache, where it can be imported."""
+    """The two classes of LMCache."""
 
     address_manager: Any
     tensor_allocator: Any
-    version: str
 
     @classmethod
     def find(cls) -> Peer | None:
-        """None where LMCache, or a module that its import asks for, is missing."""
-        try:
-            from importlib.metadata import version
-
-            from lmcache.v1.memory_allocators.tensor_memory_allocator import (
-                TensorMemoryAllocator as PeerTensorMemoryAllocator,
-            )
-            from lmcache.v1.memory_management import AddressManager as PeerAddressManager
-        except ImportError:
-            return None
-        return cls(PeerAddressManager, PeerTensorMemoryAllocator, version("lmcache"))
+        """None if LMCache cannot be imported."""
+        manager = lmcache_address_manager()
+        allocator = lmcache_allocator("tensor_memory_allocator", "TensorMemoryAllocator")
+        return None if manager is None or allocator is None else cls(manager, allocator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +96,7 @@ class Scale:
 
     @classmethod
     def of(cls, quick: bool) -> Scale:
-        """What takes half a minute, or a few seconds."""
+        """The scale for a run of half a minute; quick: of a few seconds."""
         if quick:
             return cls((1, 1_000, 10_000), 10_000, (64, 1_024, 4_096), 8_192, 5)
         extents = (1, 1_000, 10_000, 50_000, 1_000_000)
@@ -114,14 +104,14 @@ class Scale:
 
 
 def full_heap(kind: Any, num_pages: int) -> Any:
-    """A heap of which every page is allocated."""
+    """A heap with every page allocated."""
     heap = kind(num_pages * PAGE)
     heap.allocate(num_pages * PAGE)
     return heap
 
 
 def free_all(heap: Any, extents: Pairs) -> None:
-    """One call where there is one; LMCache's free list grows page by page."""
+    """Free all in one call; LMCache has no such call, and frees them one by one."""
     if isinstance(heap, AddressManager):
         heap.batched_free(extents)
     else:
@@ -133,7 +123,7 @@ def free_all(heap: Any, extents: Pairs) -> None:
 
 
 def heap_with_small_holes(kind: Any, num_extents: int) -> Any:
-    """``num_extents`` free extents, of which only the last holds two pages."""
+    """A heap of ``num_extents`` free extents; only the last holds two pages."""
     heap = full_heap(kind, 2 * num_extents + SPARE_PAGES)
     free_all(heap, [(2 * i * PAGE, PAGE) for i in range(num_extents - 1)])
     heap.free(2 * num_extents * PAGE, SPARE_PAGES * PAGE)
@@ -165,7 +155,7 @@ def measure_pairs(scale: Scale, peer: Peer | None, num_extents: int) -> Row:
 
 
 class BatchTimer:
-    """Allocates a batch from a fresh heap and frees it; both times, each in its own measure."""
+    """Allocates a batch from a fresh heap and frees it; a measure for each of the two times."""
 
     def __init__(self, kind: Any, num_blocks: int) -> None:
         self.kind = kind
@@ -175,7 +165,7 @@ class BatchTimer:
         self.free_us = 0.0
 
     def allocate(self) -> float:
-        """Time of the allocation, the second of two."""
+        """Time of the allocation. Both calls are made twice, and the second time counts."""
         for _ in range(2):
             heap = self.kind(self.buffer)
             start = time.perf_counter()
@@ -186,7 +176,7 @@ class BatchTimer:
         return (allocated - start) * 1e6
 
     def free(self) -> float:
-        """Of the last :meth:`allocate`, which each round calls before."""
+        """Time of the free in the last :meth:`allocate`, which each round calls first."""
         return self.free_us
 
 
@@ -210,7 +200,7 @@ def measure_batches(scale: Scale, peer: Peer | None, num_blocks: int) -> list[Ro
 
 
 class HolesTimer:
-    """Takes all one-block holes of a heap with one batch, then frees the blocks shuffled."""
+    """Fills all one-block holes of a heap with one batch, then frees the blocks shuffled."""
 
     def __init__(self, kind: Any, num_holes: int, as_pairs: bool, seed: int) -> None:
         self.heap = full_heap(kind, 2 * num_holes)
@@ -221,7 +211,7 @@ class HolesTimer:
         self.free_us = 0.0
 
     def allocate(self) -> float:
-        """Time of the allocation; frees the blocks again, and keeps the time of that."""
+        """Time of the allocation; then frees the blocks and stores the time of that."""
         start = time.perf_counter()
         batch = self.heap.batched_allocate(PAGE, self.num_holes)
         taken_us = (time.perf_counter() - start) * 1e6
@@ -241,7 +231,7 @@ class HolesTimer:
         return (time.perf_counter() - start) * 1e6
 
     def free(self) -> float:
-        """Of the last :meth:`allocate`, which each round calls before."""
+        """Time of the free in the last :meth:`allocate`, which each round calls first."""
         return self.free_us
 
 
@@ -272,7 +262,7 @@ def measure_holes(scale: Scale, peer: Peer | None) -> list[Row]:
 
 
 def allocate_batch(kind: Any, num_blocks: int) -> tuple[Any, Any]:
-    """A heap that is full with one batch, and the batch."""
+    """A heap that one batch fills, and the batch."""
     heap = kind(torch.empty(num_blocks * BLOCK_BYTES, dtype=torch.uint8))
     return heap, heap.batched_allocate(torch.Size([BLOCK_BYTES]), torch.uint8, num_blocks)
 
@@ -295,7 +285,7 @@ def measure_objects(scale: Scale, peer: Peer | None) -> Row:
 
 
 def bytes_per_block(make: Callable[[], object], num_blocks: int) -> float:
-    """Memory that what ``make`` returns keeps, over the blocks."""
+    """Bytes of memory that the result of ``make`` keeps alive, per block."""
     gc.collect()
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
@@ -382,14 +372,6 @@ def measure_runs(peer: Peer | None) -> list[Row]:
 # -- report ----------------------------------------------------------------------------------------
 
 
-def compared(samples: dict[str, Samples]) -> Row:
-    """Percentiles of each, and the peer's time over kvheap's where there is a peer."""
-    row: Row = {name: timing.percentiles() for name, timing in samples.items()}
-    if PEER in samples:
-        row["times_as_fast"] = round(samples["kvheap"].speed_against(samples[PEER]), 2)
-    return row
-
-
 def print_times(console: Console, title: str, rows: list[Row]) -> None:
     labels = [key for key in rows[0] if key not in ("kvheap", PEER, "times_as_fast")]
     table = Table(title=title)
@@ -414,7 +396,7 @@ def print_plain(console: Console, title: str, rows: list[Row]) -> None:
 
 
 def verdicts(tables: dict[str, Any]) -> list[Row]:
-    """Every target with what was measured, and whether it is reached."""
+    """Every target, with the measured figure and whether it reaches the target."""
     found: list[Row] = []
 
     def add(target: str, measured: float, bound: float, at_least: bool) -> None:
@@ -453,8 +435,8 @@ def print_verdicts(console: Console, found: list[Row]) -> None:
         console.print(f"{row['target']}: {row['measured']:,} - {word}")
 
 
-def draw(plt: ModuleType, tables: dict[str, Any], machine: dict[str, Any], path: Path) -> None:
-    """Cost over free extents, and cost over blocks of a batch; both axes logarithmic."""
+def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Draw time over free extents, and time over blocks of a batch; all axes logarithmic."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     colors = {"kvheap": "tab:blue", PEER: "tab:orange"}
     for name, color in colors.items():
@@ -486,12 +468,7 @@ def draw(plt: ModuleType, tables: dict[str, Any], machine: dict[str, Any], path:
 def main() -> None:
     arguments = parse_common(__doc__.splitlines()[0])
     console, scale, peer = make_console(), Scale.of(arguments.quick), Peer.find()
-    logging.disable(logging.WARNING)  # LMCache logs a line for every allocation that fails
-    machine = describe_machine(torch.device("cpu"))
-    machine["versions"]["lmcache"] = peer.version if peer else None
-    console.print(f"{machine['device']}, {machine['versions']}")
-    if peer is None:
-        console.print("lmcache is not installed: kvheap's figures stand alone")
+    machine = machine_with_lmcache(console, torch.device("cpu"), peer is not None)
     cases: list[tuple[str, Callable[[], list[Row]]]] = [
         *(("pair", lambda n=n: [measure_pairs(scale, peer, n)]) for n in scale.extents),
         *(("batch", lambda n=n: measure_batches(scale, peer, n)) for n in scale.blocks),
@@ -519,12 +496,10 @@ def main() -> None:
         "block_bytes": BLOCK_BYTES,
         "times_as_fast": "median over rounds of the peer's time over kvheap's",
     }
-    path = write_json(arguments.out, "address_manager", machine, configuration, tables)
-    console.print(f"wrote {path}")
-    plt = pyplot(console)
-    if plt is not None:
-        draw(plt, tables, machine, path.with_suffix(".png"))
-        console.print(f"wrote {path.with_suffix('.png')}")
+    picture = partial(draw, tables=tables, machine=machine)
+    write_results(
+        console, arguments.out, "address_manager", machine, configuration, tables, picture
+    )
 
 
 if __name__ == "__main__":

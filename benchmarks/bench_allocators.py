@@ -1,37 +1,33 @@
-"""The allocators: what making, using and closing each costs the host, and what its options cost.
+"""The allocators: host time of making, using and closing each, and of their options.
 
-Peer: LMCache's classes of the same names, in the same rounds (``pip install --no-deps
-lmcache==0.5.6`` and the modules that its import asks for). Without it, kvheap's figures stand
-alone. Blocks have 4 KiB, so that time is not spent in copying. The tables:
+The peer is LMCache, with its classes of the same names, in the same rounds (see ``_lmcache.py``).
+Blocks have 4 KiB, so that little time is spent on copying bytes. The tables:
 
 ==========  ======================================================================================
 table       what is timed
 ==========  ======================================================================================
 life        an allocator from construction to close: the constructor; ``allocate`` + ``free`` of
             one block, the mean of many; ``batched_allocate`` and ``batched_free`` of N blocks;
-            ``close``. Each round makes one anew. The paged ones have 100,000 pages, the others
-            room for the largest batch. GPUMemoryAllocator lies in host memory where there is no
-            GPU. LMCache's LazyMemoryAllocator needs memory that can be pinned, and its
+            ``close``. Each round makes a new one. The paged allocators have 100,000 pages, the
+            others room for the largest batch. Without a GPU, GPUMemoryAllocator is in host memory.
+            LMCache's LazyMemoryAllocator needs memory that can be pinned, and its
             AdHocMemoryAllocator has no batches
-options     ``allocate`` + ``free`` of one block and of a batch of 64, 256 KiB, from
-            ``TensorMemoryAllocator`` without options, with four frames of tracing, with ``scrub``
-            (which zeroes what is freed) and with ``debug`` (which fills it, looks at it when it is
-            handed out again, and traces)
-streams     ``record_stream`` alone; the pair of calls on a batch of 64 with a stream recorded, that
-            has ended; and without one, while other freed batches wait for a stream
+options     ``allocate`` + ``free`` of one block and of a batch of 64 (256 KiB) from
+            ``TensorMemoryAllocator``: without options, with four frames of tracing, with ``scrub``
+            (zeroes freed bytes) and with ``debug`` (fills freed bytes, checks them when they are
+            allocated again, and traces)
+streams     ``record_stream`` alone; ``allocate`` + ``free`` of a batch of 64 with a recorded stream
+            that has ended; and without a stream, while other freed batches wait for one
 leaks       ``leaks()`` over live batches of 8 blocks, without and with tracing
 ==========  ======================================================================================
 
-Times are of the host, in microseconds; streams are stand-ins, whose events cost nothing. Ratios are
+Times are microseconds of the host; streams are stand-ins whose events cost nothing. Ratios are
 medians over rounds.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
-import importlib.metadata
-import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -42,16 +38,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from _report import (
-    Measure,
-    Samples,
-    describe_machine,
-    make_console,
-    parse_common,
-    pyplot,
-    time_in_rounds,
-    write_json,
-)
+from _lmcache import PEER, compared, lmcache_allocator, machine_with_lmcache
+from _report import Row, make_console, parse_common, write_results
+from _timing import Call, Measure, Samples, on_the_host, time_in_rounds
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -68,14 +57,12 @@ from kvheap import (
     TensorMemoryAllocator,
 )
 
-PEER = "LMCache"
 BLOCK = torch.Size([4096])
 BLOCK_BYTES = 4096
 BATCH = 64
 TRACE_FRAMES = 4
 LEAK_BLOCKS = 8
 
-Row = dict[str, Any]
 Make = Callable[[], Any]
 
 
@@ -90,11 +77,11 @@ class Scale:
     batches: int
     rounds: int
     slow_rounds: int
-    """Of the paged allocators, of which LMCache makes one object for each page."""
+    """Rounds of the paged allocators, which are slow in LMCache: an object for each page."""
 
     @classmethod
     def of(cls, quick: bool) -> Scale:
-        """What takes a minute, or a few seconds."""
+        """The scale for a run of a minute; quick: of a few seconds."""
         if quick:
             return cls((64, 1_024), 10_000, 100, (0, 100), 1_000, 3, 3)
         return cls((64, 1_024, 16_384), 100_000, 500, (0, 100, 1_000), 10_000, 15, 5)
@@ -105,40 +92,26 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One allocator by kvheap, and by LMCache where it has one that can be made here."""
+    """An allocator of kvheap, and LMCache's if there is one that can be made here."""
 
     name: str
     make: Make
     peer: Make | None
 
     def rounds(self, scale: Scale) -> int:
-        """How many lives of it are timed."""
+        """The number of lives to time."""
         return scale.slow_rounds if self.name.startswith("Paged") else scale.rounds
 
 
-def find_peer(name: str, module: str) -> Any | None:
-    """LMCache's class; None where LMCache, or a module that its import asks for, is missing."""
-    try:
-        return getattr(importlib.import_module(f"lmcache.v1.memory_allocators.{module}"), name)
-    except ImportError:
-        return None
-
-
-def peer_version() -> str | None:
-    if find_peer("TensorMemoryAllocator", "tensor_memory_allocator") is None:
-        return None
-    return importlib.metadata.version("lmcache")
-
-
 def subject(name: str, module: str, make: Make, *peer_arguments: Any) -> Subject:
-    """An allocator, with a peer only where that runs on this machine."""
-    peer = find_peer(name, module)
+    """An allocator, with its peer if that runs on this machine."""
+    peer = lmcache_allocator(module, name)
     if peer is None:
         return Subject(name, make, None)
     peer_make = partial(peer, *peer_arguments)
     try:
         peer_make().close()
-    except RuntimeError:  # it needs a device that is not there
+    except RuntimeError:  # it needs a device that this machine lacks
         return Subject(name, make, None)
     return Subject(name, make, peer_make)
 
@@ -206,7 +179,7 @@ class Life:
         self.microseconds: dict[str, float] = {}
 
     def live(self) -> None:
-        """Take the times of one life."""
+        """Time one life."""
         allocator = self._timed("construct", self.make)
         self._pairs(allocator)
         for num_blocks in self.scale.blocks:
@@ -224,7 +197,7 @@ class Life:
         self.microseconds["allocate + free"] = elapsed / self.scale.pairs
 
     def _batch(self, allocator: Any, num_blocks: int) -> None:
-        """The second of two: the first also pays for what any batch pays for once."""
+        """Time the second of two batches: the first also pays for what is made once."""
         for _ in range(2):
             batch = self._timed(
                 f"batched_allocate {num_blocks:,}",
@@ -274,7 +247,7 @@ OPTIONS: dict[str, HeapOptions] = {
 
 
 def small_heap(options: HeapOptions) -> TensorMemoryAllocator:
-    """Room for two batches, in memory that is touched already."""
+    """A heap with room for two batches, in memory that was touched before."""
     return TensorMemoryAllocator(torch.zeros(2 * BATCH * BLOCK_BYTES, dtype=torch.uint8), **options)
 
 
@@ -290,16 +263,8 @@ def one_batch(heap: TensorMemoryAllocator) -> None:
     heap.batched_free(batch)
 
 
-def repeated(call: Callable[[], object], times: int) -> Measure:
-    """Wall-clock time of the mean call."""
-
-    def measure() -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            call()
-        return (time.perf_counter() - start) * 1e6 / times
-
-    return measure
+def repeated(call: Call, times: int) -> Measure:
+    return on_the_host([call] * times)
 
 
 def measure_options(scale: Scale) -> list[Row]:
@@ -318,7 +283,7 @@ def measure_options(scale: Scale) -> list[Row]:
 
 
 class FakeStream:
-    """A stream and its only event."""
+    """Stands in for a stream and for its only event."""
 
     def __init__(self, has_ended: bool) -> None:
         self.has_ended = has_ended
@@ -333,7 +298,7 @@ class FakeStream:
 
 
 def heap_with_waiting(num_waiting: int, stream: FakeStream) -> TensorMemoryAllocator:
-    """A heap in which so many freed blocks, each a release of its own, wait for a stream."""
+    """A heap with ``num_waiting`` freed blocks that wait for a stream, each released by itself."""
     size = (num_waiting + 2 * BATCH) * BLOCK_BYTES
     heap = TensorMemoryAllocator(torch.empty(size, dtype=torch.uint8), debug=False)
     blocks = [heap.allocate(BLOCK, torch.uint8) for _ in range(num_waiting)]
@@ -367,7 +332,7 @@ def measure_streams(scale: Scale) -> list[Row]:
 
 
 def measure_recording(scale: Scale) -> list[Row]:
-    """``record_stream`` alone, each call the first on its block or batch."""
+    """``record_stream`` alone; each call is the first on its block or batch."""
     heap = TensorMemoryAllocator(
         torch.empty(scale.pairs * BLOCK_BYTES, dtype=torch.uint8), debug=False
     )
@@ -416,16 +381,8 @@ def measure_leaks(scale: Scale) -> list[Row]:
 # -- report ----------------------------------------------------------------------------------------
 
 
-def compared(samples: Mapping[str, Samples]) -> Row:
-    """Percentiles of each, and the peer's time over kvheap's where there is a peer."""
-    row: Row = {name: timing.percentiles() for name, timing in samples.items()}
-    if PEER in samples:
-        row["times_as_fast"] = round(samples["kvheap"].speed_against(samples[PEER]), 2)
-    return row
-
-
 def against_first(labels: Row, samples: Mapping[str, Samples]) -> list[Row]:
-    """One row for each, with its time over that of the first."""
+    """A row for each case, with its time over that of the first case."""
     first = next(iter(samples.values()))
     return [
         labels
@@ -439,7 +396,7 @@ def against_first(labels: Row, samples: Mapping[str, Samples]) -> list[Row]:
 
 
 def per_page(rows: list[Row]) -> list[Row]:
-    """The paged allocator's batches, by page."""
+    """Times of the paged allocator's batches, divided by their pages."""
     found = []
     for row in rows:
         name, _, count = row["operation"].partition(" ")
@@ -470,7 +427,7 @@ def print_life(console: Console, rows: list[Row]) -> None:
 
 
 def print_plain(console: Console, title: str, rows: list[Row]) -> None:
-    """Any rows; of percentiles the median, in us."""
+    """Print rows as they are; percentiles show their median, in us."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=title)
     for key in keys:
@@ -486,8 +443,8 @@ def figure(value: Any) -> str:
     return f"{value['p50_us']:,.2f}" if isinstance(value, dict) else f"{value:,}"
 
 
-def draw(plt: ModuleType, tables: dict[str, Any], machine: dict[str, Any], path: Path) -> None:
-    """One life of each allocator, by operation; and the pairs of calls under each option."""
+def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Draw a life of each allocator by operation, and ``allocate`` + ``free`` by option."""
     picture, (left, right) = plt.subplots(1, 2, figsize=(14, 6), width_ratios=(3, 1))
     draw_life(left, tables["life"])
     draw_options(right, tables["options"])
@@ -504,7 +461,7 @@ def draw(plt: ModuleType, tables: dict[str, Any], machine: dict[str, Any], path:
 
 
 def draw_life(panel: Any, rows: list[Row]) -> None:
-    """Construction, and the largest batch in and out, side by side for each allocator."""
+    """Draw construction, and allocation and free of the largest batch, for each allocator."""
     operations = [row["operation"] for row in rows if row["operation"].startswith("batched")]
     size = operations[-1].partition(" ")[2]
     shown = {
@@ -549,13 +506,8 @@ def draw_options(panel: Any, rows: list[Row]) -> None:
 def main() -> None:
     arguments = parse_common(__doc__.splitlines()[0])
     console, scale = make_console(), Scale.of(arguments.quick)
-    logging.disable(logging.WARNING)  # LMCache logs a line for every allocator
-    version = peer_version()
-    machine = describe_machine(torch.device("cpu"))
-    machine["versions"]["lmcache"] = version
-    console.print(f"{machine['device']}, {machine['versions']}")
-    if version is None:
-        console.print("lmcache is not installed: kvheap's figures stand alone")
+    peer = lmcache_allocator("tensor_memory_allocator", "TensorMemoryAllocator")
+    machine = machine_with_lmcache(console, torch.device("cpu"), peer is not None)
     cases: list[tuple[str, Callable[[], list[Row]]]] = [
         *(("life", lambda s=s: measure_life(scale, s)) for s in find_subjects(scale)),
         ("options", lambda: measure_options(scale)),
@@ -581,12 +533,8 @@ def main() -> None:
         "times_as_fast": "median over rounds of the peer's time over kvheap's",
         "times_the_first": "median over rounds of the time over that of the table's first row",
     }
-    path = write_json(arguments.out, "allocators", machine, configuration, tables)
-    console.print(f"wrote {path}")
-    plt = pyplot(console)
-    if plt is not None:
-        draw(plt, tables, machine, path.with_suffix(".png"))
-        console.print(f"wrote {path.with_suffix('.png')}")
+    picture = partial(draw, tables=tables, machine=machine)
+    write_results(console, arguments.out, "allocators", machine, configuration, tables, picture)
 
 
 if __name__ == "__main__":

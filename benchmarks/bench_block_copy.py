@@ -1,27 +1,26 @@
-"""Scatter and gather of equal blocks, against one plain ``copy_`` of as many bytes.
+"""Scatter and gather of equal blocks, compared with one plain ``copy_`` of as many bytes.
 
 A heap has twice as many slots as there are blocks. Blocks lie in random slots, or in runs of 32
-neighbours in random order. Every method moves the same bytes in the same round:
+neighbouring slots in random order. Every method moves the same bytes in the same round:
 
 =================  ===============================================================================
 method             what runs
 =================  ===============================================================================
-copy_              one contiguous ``Tensor.copy_``: the ceiling, and the peak that shares refer to
-kvheap             ``scatter_blocks`` or ``gather_blocks``; on a GPU, addresses are there already
-kvheap + upload    the same with host addresses, checked and uploaded by each call (GPU only)
-index              ``index_copy_`` or ``index_select``, on rows of int64
-loop               one ``copy_`` a block (on a GPU, of the first 4096 blocks only)
+copy_              one contiguous ``Tensor.copy_``: the ceiling that shares refer to
+kvheap             ``scatter_blocks`` or ``gather_blocks``; on a GPU, with addresses on the device
+kvheap + upload    the same with host addresses, which each call checks and uploads (GPU only)
+index              ``index_copy_`` or ``index_select`` on rows of int64
+loop               one ``copy_`` per block (on a GPU, for the first 4096 blocks only)
 =================  ===============================================================================
 
-Bytes count read + write, without addresses. On a GPU, ``kvheap``, ``copy_`` and ``index`` are
-replayed from a CUDA graph; the others include their submission, as a caller would see it. Sets of
-tensors rotate until one rotation moves at least four times the L2. The time that the host needs to
-submit one call is in a table of its own.
+Bytes are read + written, without addresses. On a GPU, ``kvheap``, ``copy_`` and ``index`` are
+replayed from a CUDA graph; the times of the others include submission, as a caller would see them.
+Several sets of tensors take turns, so that one turn moves at least four times the L2. A table of
+its own has the host time to submit one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,19 +29,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from _buffers import random_bytes
 from _report import (
-    Samples,
+    Row,
     describe_machine,
-    in_a_graph,
+    grouped,
     make_console,
+    parse_common,
+    print_machine,
+    print_submission,
+    size_label,
+    write_results,
+)
+from _timing import (
+    Call,
+    Samples,
+    in_a_graph,
     on_the_host,
     on_the_stream,
-    parse_common,
-    pyplot,
-    size_label,
     submission,
     time_in_rounds,
-    write_json,
 )
 from rich.console import Console
 from rich.progress import track
@@ -58,9 +64,7 @@ LOOP_BLOCKS_ON_GPU = 4096
 SLOTS = {"random": "random slots", "runs": f"runs of {RUN_BLOCKS} slots"}
 GRAPH_METHODS = ("copy_", "kvheap", "index")
 SUBMITTED_BLOCK_BYTES = 1024
-
-Call = Callable[[], object]
-Row = dict[str, Any]
+GROUP = ("operation", "pattern", "block_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ class Scale:
 
     @classmethod
     def of(cls, device: torch.device, quick: bool) -> Scale:
-        """What takes a minute or two on this kind of device, or a few seconds."""
+        """The scale for a minute or two on this kind of device; quick: for a few seconds."""
         sizes = tuple(1 << shift for shift in ((10, 12, 16, 20) if quick else range(10, 23, 2)))
         submitted = (64, 4096) if quick else (64, 1024, 16384, 131072)
         if device.type == "cuda":
@@ -84,7 +88,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One set of tensors: N dense blocks, and a heap of 2 N slots with a place for each."""
+    """A set of tensors: N dense blocks, a heap of 2 N slots, and a slot for each block."""
 
     blocks: torch.Tensor
     heap: torch.Tensor
@@ -96,28 +100,28 @@ class Workload:
     def make(
         cls, device: torch.device, block_bytes: int, num_blocks: int, pattern: str, seed: int
     ) -> Workload:
-        """Random bytes on both sides, and places for the blocks."""
+        """Fill both sides with random bytes, and choose slots for the blocks."""
         slots = slots_of(pattern, num_blocks, seed)
         host_addresses = slots * block_bytes
         on_gpu = device.type == "cuda"
         return cls(
-            blocks=random_bytes((num_blocks, block_bytes), device),
-            heap=random_bytes((2 * num_blocks, block_bytes), device),
+            blocks=random_bytes(num_blocks * block_bytes, device).view(num_blocks, -1),
+            heap=random_bytes(2 * num_blocks * block_bytes, device).view(2 * num_blocks, -1),
             slots=torch.from_numpy(slots).to(device),
             host_addresses=host_addresses,
             addresses=torch.from_numpy(host_addresses).to(device) if on_gpu else host_addresses,
         )
 
     def scatter(self, addresses: np.ndarray | torch.Tensor, alignment: int) -> None:
-        """Write the blocks to their places."""
+        """Write the blocks to their addresses."""
         scatter_blocks(self.blocks, self.heap.view(-1), addresses, address_alignment=alignment)
 
     def gather(self, addresses: np.ndarray | torch.Tensor, alignment: int) -> None:
-        """Read the blocks from their places."""
+        """Read the blocks from their addresses."""
         gather_blocks(self.heap.view(-1), addresses, self.blocks, address_alignment=alignment)
 
     def calls(self, operation: str) -> dict[str, Call]:
-        """What each method calls to do the operation once."""
+        """The call of each method that does the operation once."""
         blocks, heap = self.blocks, self.heap
         half = heap[: len(blocks)]
         wide_blocks, wide_heap = blocks.view(torch.int64), heap.view(torch.int64)
@@ -143,13 +147,8 @@ class Workload:
         return calls
 
 
-def random_bytes(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
-    words = torch.randint(-(1 << 62), 1 << 62, (shape[0], shape[1] // 8), device=device)
-    return words.view(torch.uint8)
-
-
 def slots_of(pattern: str, num_blocks: int, seed: int) -> np.ndarray:
-    """``num_blocks`` of twice as many slots: any, or runs of neighbours."""
+    """Choose ``num_blocks`` of twice as many slots: at random, or in runs of neighbours."""
     generator = np.random.default_rng(seed)
     run = 1 if pattern == "random" else min(RUN_BLOCKS, num_blocks)
     firsts = generator.permutation(2 * num_blocks // run)[: -(-num_blocks // run)] * run
@@ -159,7 +158,7 @@ def slots_of(pattern: str, num_blocks: int, seed: int) -> np.ndarray:
 def measure_group(
     device: torch.device, operation: str, pattern: str, block_bytes: int, scale: Scale
 ) -> list[Row]:
-    """Time every method at one block size; a row for each."""
+    """Time every method with one block size; a row each."""
     num_blocks = scale.side_bytes // block_bytes
     num_sets = 2
     if device.type == "cuda":
@@ -200,14 +199,14 @@ def figures(timing: Samples, peak: Samples, block_bytes: int, moved: int, num_bl
 
 
 def check(workload: Workload, operation: str) -> None:
-    """A benchmark of wrong results is worth nothing."""
+    """Raise if the operation moves wrong bytes."""
     workload.calls(operation)["kvheap"]()
     if not torch.equal(workload.heap[workload.slots], workload.blocks):
         raise RuntimeError(f"{operation} moved wrong bytes")
 
 
 def measure_submission(device: torch.device, scale: Scale) -> list[Row]:
-    """Host time to submit one scatter of random blocks to an idle GPU."""
+    """Host time to submit one scatter of random blocks on an idle GPU."""
     rows = []
     for num_blocks in scale.submitted_blocks:
         workload = Workload.make(device, SUBMITTED_BLOCK_BYTES, num_blocks, "random", 0)
@@ -220,14 +219,6 @@ def measure_submission(device: torch.device, scale: Scale) -> list[Row]:
     return rows
 
 
-def grouped(rows: list[Row]) -> dict[tuple[str, str, int], dict[str, Row]]:
-    groups: dict[tuple[str, str, int], dict[str, Row]] = {}
-    for row in rows:
-        key = (row["operation"], row["pattern"], row["block_bytes"])
-        groups.setdefault(key, {})[row["method"]] = row
-    return groups
-
-
 def print_shares(console: Console, rows: list[Row]) -> None:
     others = [method for method in dict.fromkeys(r["method"] for r in rows) if method != "copy_"]
     table = Table(title="GB/s read + write, and share of copy_ in the same rounds")
@@ -235,22 +226,11 @@ def print_shares(console: Console, rows: list[Row]) -> None:
         table.add_column(title, justify="right" if title.startswith("block") else "left")
     for method in ("copy_", *others):
         table.add_column(method, justify="right")
-    for (operation, pattern, block_bytes), group in grouped(rows).items():
+    for (operation, pattern, block_bytes), group in grouped(rows, *GROUP).items():
         peak = group["copy_"]
         cells = [f"{group[m]['gb_per_s']:,.1f} {group[m]['share_of_copy']:6.1%}" for m in others]
         label = (operation, pattern, size_label(block_bytes), f"{peak['num_blocks']:,}")
         table.add_row(*label, f"{peak['gb_per_s']:,.1f}", *cells)
-    console.print(table)
-
-
-def print_submission(console: Console, rows: list[Row]) -> None:
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    table = Table(title="Host time to submit one scatter, us (p50)")
-    for title in ("blocks", *methods):
-        table.add_column(title, justify="right")
-    for num_blocks in dict.fromkeys(row["num_blocks"] for row in rows):
-        of_size = {row["method"]: row for row in rows if row["num_blocks"] == num_blocks}
-        table.add_row(f"{num_blocks:,}", *(f"{of_size[m]['p50_us']:,.1f}" for m in methods))
     console.print(table)
 
 
@@ -265,12 +245,13 @@ def print_target(console: Console, rows: list[Row]) -> None:
     )
 
 
-def draw(plt: ModuleType, rows: list[Row], machine: dict[str, Any], path: Path) -> None:
-    """Share of ``copy_`` over block size: a panel for each operation and pattern."""
+def draw(plt: ModuleType, path: Path, rows: list[Row], machine: dict[str, Any]) -> None:
+    """Draw the share of ``copy_`` over block size: a panel for each operation and pattern."""
     figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey=True)
-    groups = grouped(rows)
-    sizes = sorted({block_bytes for _, _, block_bytes in groups})
-    methods = [m for m in ("kvheap", "kvheap + upload", "index", "loop") if m in methods_of(rows)]
+    groups = grouped(rows, *GROUP)
+    sizes = sorted({row["block_bytes"] for row in rows})
+    found = {row["method"] for row in rows}
+    methods = [m for m in ("kvheap", "kvheap + upload", "index", "loop") if m in found]
     on_gpu = machine["driver"] is not None
     for across, operation in zip(panels, ("scatter", "gather"), strict=True):
         for panel, pattern in zip(across, ("random", "runs"), strict=True):
@@ -299,10 +280,6 @@ def draw(plt: ModuleType, rows: list[Row], machine: dict[str, Any], path: Path) 
     plt.close(figure)
 
 
-def methods_of(rows: list[Row]) -> set[str]:
-    return {row["method"] for row in rows}
-
-
 def main() -> None:
     arguments = parse_common(__doc__.splitlines()[0])
     device, console = arguments.device, make_console()
@@ -310,7 +287,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     scale = Scale.of(device, arguments.quick)
     machine = describe_machine(device)
-    console.print(f"{machine['device']}, driver {machine['driver']}, {machine['versions']}")
+    print_machine(console, machine)
     groups = [
         (operation, pattern, block_bytes)
         for operation in ("scatter", "gather")
@@ -323,7 +300,8 @@ def main() -> None:
     submitted = measure_submission(device, scale) if device.type == "cuda" else []
     print_shares(console, rows)
     if submitted:
-        print_submission(console, submitted)
+        title = "Host time to submit one scatter, us (p50)"
+        print_submission(console, title, submitted, "num_blocks")
         print_target(console, rows)
     configuration = {
         "quick": arguments.quick,
@@ -334,12 +312,8 @@ def main() -> None:
         "share_of_copy": "median over rounds of the speed over copy_'s in the same round",
     }
     tables = {"copies": rows, "submission": submitted}
-    path = write_json(arguments.out, "block_copy", machine, configuration, tables)
-    console.print(f"wrote {path}")
-    plt = pyplot(console)
-    if plt is not None:
-        draw(plt, rows, machine, path.with_suffix(".png"))
-        console.print(f"wrote {path.with_suffix('.png')}")
+    picture = partial(draw, rows=rows, machine=machine)
+    write_results(console, arguments.out, "block_copy", machine, configuration, tables, picture)
 
 
 if __name__ == "__main__":

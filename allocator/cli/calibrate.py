@@ -1,9 +1,11 @@
-"""``kvheap calibrate``: measure which path of a copy is fastest here, store it, show it."""
+"""``kvheap calibrate``: measure which path of a copy is the fastest here; store and show it.
+
+torch is imported only where a device is named or measured: a table in a file is shown without it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,52 +13,58 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvheap.calibration.calibrate import CalibrationError, CudaMeasure, calibrate
+from kvheap.calibration.calibrate import calibrate
+from kvheap.calibration.measure import CalibrationError
 from kvheap.cli import CommandError
+from kvheap.cli.outputs import cannot_write, has_matplotlib, require_picture, require_writable
+from kvheap.device.directions import Direction
 from kvheap.errors import TransferError
-from kvheap.planning.path_costs import DIRECTIONS
-from kvheap.planning.planner import CopyTable, Direction, cache_path, forget_tables, table_for
+from kvheap.planning.copy_table import CopyTable
+from kvheap.planning.path_costs import MEASURED_DIRECTIONS, NOISY_SPREAD
+from kvheap.planning.planner import forget_tables, table_for
+from kvheap.planning.table_files import cache_path, save_table
+from kvheap.planning.table_json import table_from_json, table_to_json
 
 __all__ = ["run"]
 
 DEFAULT_PICTURE = Path("kvheap-calibration.png")
 
 SHOWN_SIZES = tuple(kib << 10 for kib in (1, 4, 8, 16, 24, 28, 32, 64, 256, 1024, 4096))
+"""Bytes of a piece, a row each."""
 
-PLOT_HINT = "no picture without matplotlib: pip install 'kvheap[plot]'"
-
-_SOURCES = {
+SOURCE_WORDS = {
     "measured": "measured {created}",
-    "built in": "built in: derived from what others published of such a device, not measured",
+    "built in": "built in: derived from what others published for this device, not measured",
     "cautious": "the cautious rule: nothing is known of this device; run 'kvheap calibrate' there",
 }
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the options say; returns the exit status.
+    """Run the command with these options; returns the exit status.
 
     Raises:
-        CommandError: the options or the machine do not allow it.
+        CommandError: an option is wrong, the device cannot be measured, or a file cannot be
+            written.
     """
     _require_outputs(options)
     if options.show:
         return _show(options)
     if options.table or options.device_name:
-        raise CommandError("--table and --device-name say what to show: add --show")
+        raise CommandError("--table and --device-name need --show")
     if not options.budget > 0:
         raise CommandError(f"--budget must be a positive number of seconds, got {options.budget}")
     name, driver_version, index = _device(options.device)
-    place = cache_path(name, driver_version)
-    _require_writable(place)
+    stored = cache_path(name, driver_version)
+    _require_cache(stored)
     table = _calibrated(name, driver_version, index, options.budget)
     try:
-        table.save(place)
+        save_table(table, stored)
     except OSError as error:
-        raise CommandError(f"cannot write {place}: {error.strerror}") from None
+        raise cannot_write(stored, error) from None
     forget_tables()
     _print(table)
-    # Not through rich: a path is to be copied, not wrapped.
-    print(f"stored in {place}")
+    # Not through rich, which would wrap the path.
+    print(f"stored in {stored}")
     _write(table, options.json, options.plot)
     return 0
 
@@ -64,21 +72,24 @@ def run(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     table = _table_to_show(options)
     _print(table)
-    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
-    picture = (options.plot or DEFAULT_PICTURE) if has_matplotlib else None
+    picture = (options.plot or DEFAULT_PICTURE) if has_matplotlib() else None
     _write(table, options.json, picture)
-    print(f"drawn to {picture}" if picture else PLOT_HINT)
+    if picture:
+        print(f"drawn to {picture}")
+    else:
+        print("no picture without matplotlib: pip install 'kvheap[plot]'")
     return 0
 
 
 def _table_to_show(options: argparse.Namespace) -> CopyTable:
+    """The table in the file, of the named device (with the driver here, if any), or used here."""
     if options.table:
         try:
-            return CopyTable.from_json(json.loads(options.table.read_text(encoding="utf-8")))
+            return table_from_json(json.loads(options.table.read_text(encoding="utf-8")))
         except OSError as error:
             raise CommandError(f"cannot read {options.table}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            raise CommandError(f"{options.table} holds no table: {error}") from None
+            raise CommandError(f"{options.table} holds no valid table: {error}") from None
     if not options.device_name:
         name, driver_version, _ = _device(options.device, "; --device-name NAME needs none")
         return table_for(name, driver_version)
@@ -90,7 +101,12 @@ def _table_to_show(options: argparse.Namespace) -> CopyTable:
 
 
 def _device(text: str, hint: str = "") -> tuple[str, str, int]:
-    """Name, driver version and index of a CUDA device, as a transfer sees them."""
+    """Name, driver version and index of a CUDA device; names are those that transfers use.
+
+    Args:
+        text: the value of ``--device``.
+        hint: appended to the error if there is no CUDA device.
+    """
     import torch
 
     try:
@@ -107,14 +123,16 @@ def _device(text: str, hint: str = "") -> tuple[str, str, int]:
     from kvheap.device.cuda import find_device
 
     found = find_device(device)
-    assert found is not None  # which it is for a CPU alone
+    assert found is not None  # None is for CPUs
     index = torch.cuda.current_device() if device.index is None else device.index
     return found.name, found.driver_version, index
 
 
 def _calibrated(name: str, driver_version: str, index: int, budget_s: float) -> CopyTable:
-    """Measure under a progress bar."""
+    """Measure, with a progress bar on a terminal."""
     import torch
+
+    from kvheap.calibration.cuda_measure import CudaMeasure
 
     console = Console(stderr=True)
     columns = (
@@ -147,73 +165,60 @@ def _calibrated(name: str, driver_version: str, index: int, budget_s: float) -> 
 
 
 def _require_outputs(options: argparse.Namespace) -> None:
-    """Find out before a long run, not after it, that a result could not be written."""
-    if options.plot:
-        if importlib.util.find_spec("matplotlib") is None:
-            if not options.show:
-                raise CommandError(PLOT_HINT)
-        else:
-            from kvheap.cli.replay_plot import SUFFIXES
-
-            if options.plot.suffix.lower() not in SUFFIXES:
-                names = ", ".join(SUFFIXES)
-                raise CommandError(f"--plot {options.plot}: the name must end in {names}")
+    """Check before measuring that the results can be written."""
+    # --show prints a hint if it cannot draw.
+    if options.plot and (has_matplotlib() or not options.show):
+        require_picture(options.plot)
     for path in (options.json, options.plot):
         if path is not None:
-            _require_writable(path, make_folder=False)
+            require_writable(path)
 
 
-def _require_writable(path: Path, make_folder: bool = True) -> None:
-    is_new = not path.exists() and not path.is_symlink()
+def _require_cache(path: Path) -> None:
+    """Create the folder of ``path``, and check that it can be written."""
     try:
-        if make_folder:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror}") from None
-    if is_new:
-        path.unlink()
+        raise cannot_write(path, error) from None
+    require_writable(path)
 
 
 def _write(table: CopyTable, json_file: Path | None, picture: Path | None) -> None:
     try:
         if json_file:
-            json_file.write_text(json.dumps(table.to_json(), indent=1) + "\n")
+            json_file.write_text(json.dumps(table_to_json(table), indent=1) + "\n")
         if picture:
             from kvheap.cli.calibrate_plot import draw
 
             draw(picture, table, source_words(table))
     except OSError as error:
-        raise CommandError(
-            f"cannot write {error.filename or 'a result'}: {error.strerror}"
-        ) from None
+        raise cannot_write(error.filename or "a result", error) from None
 
 
 def source_words(table: CopyTable) -> str:
-    """Where a table's costs come from, in words."""
-    return _SOURCES[table.source].format(created=table.created)
+    """Where the costs of a table come from, in words."""
+    return SOURCE_WORDS[table.source].format(created=table.created)
 
 
 def _print(table: CopyTable) -> None:
     console = Console()
     text = Table(title=f"{table.device_name}: which path, from how many pieces on")
     text.add_column("piece", justify="right")
-    for direction in DIRECTIONS:
+    for direction in MEASURED_DIRECTIONS:
         text.add_column(direction)
     for size in SHOWN_SIZES:
-        choices = (_choices_words(table, direction, size) for direction in DIRECTIONS)
+        choices = (_choices_words(table, direction, size) for direction in MEASURED_DIRECTIONS)
         text.add_row(f"{size >> 10:,} KiB", *choices)
     console.print(text)
     print(source_words(table))
-    noisy = {direction: len(table.noisy_cells(direction)) for direction in DIRECTIONS}
+    noisy = {direction: len(table.noisy_cells(direction)) for direction in MEASURED_DIRECTIONS}
     if any(noisy.values()):
         words = ", ".join(f"{number} {direction}" for direction, number in noisy.items() if number)
-        print(f"noisy cells, whose times spread by more than 5 %: {words}")
+        print(f"noisy cells, whose times spread by more than {100 * NOISY_SPREAD:g} %: {words}")
 
 
 def _choices_words(table: CopyTable, direction: Direction, piece_bytes: int) -> str:
-    """As ``engine, kernel 31+``."""
+    """The chosen paths for one size of pieces, as in ``engine, kernel 31+``."""
     words = [
         path.removeprefix("copy_") + (f" {count:,}+" if count > 1 else "")
         for count, path in table.choices(direction, piece_bytes)

@@ -1,4 +1,4 @@
-"""The map of a table of copies: which path is the fastest, and by how much, for each direction."""
+"""The map of a table of copies: for each direction, the fastest path and its lead."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from kvheap.planning.path_costs import DIRECTIONS, PATHS, Cell, Direction
-from kvheap.planning.planner import CopyTable
+from kvheap.device.directions import Direction
+from kvheap.planning.copy_table import CopyTable
+from kvheap.planning.path_costs import MEASURED_DIRECTIONS, MEASURED_PATHS, Cell
 from kvheap.planning.published_costs import PUBLISHED_CROSSOVERS, Crossover
 
 __all__ = ["draw"]
 
 COLORS = {"kernel": "#c0570b", "copy_engine": "#1f4e9c", "staged": "#2b7a4b"}
-"""Told apart by colour-blind eyes too, with staged the rarest."""
+"""Colours that colour-blind readers can tell apart; staging is the rarest path."""
 
 TITLES = {
     "h2d": "host to device (h2d)",
@@ -32,19 +33,27 @@ TITLES = {
 
 SIZE_POWERS = np.arange(10, 22.01, 0.125)
 COUNT_POWERS = np.arange(0, 16.01, 0.125)
-"""1 KiB to 4 MiB, and 1 to 65,536 pieces."""
+"""Powers of two on the axes: 1 KiB to 4 MiB, and 1 to 65,536 pieces."""
 
 NUMBERED_SIZES = range(11, 22, 2)
 NUMBERED_COUNTS = range(1, 16, 2)
+"""Powers of two at which the speedup is written as a number."""
 
 FULL_SPEEDUP = 4.0
-"""A path that is so many times as fast as the second is drawn in its full colour."""
+"""With this speedup over the second fastest path, or more, a path is drawn in full colour."""
 
 PALEST = 0.22
+"""The strength of the colour of a path that is no faster than the second."""
 
 
 def draw(path: Path, table: CopyTable, source: str) -> None:
-    """Draw ``table`` to ``path``; the suffix chooses the format (PNG, SVG, PDF)."""
+    """Draw ``table`` to ``path``; the suffix chooses the format (PNG, SVG, PDF).
+
+    Args:
+        path: the file.
+        table: the costs to draw.
+        source: where they come from, for the title.
+    """
     figure = Figure(figsize=(15, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
@@ -53,7 +62,7 @@ def draw(path: Path, table: CopyTable, source: str) -> None:
     )
     panels = figure.subplots(1, 3, sharey=True, gridspec_kw={"wspace": 0.04})
     crossovers = _crossovers(table.device_name)
-    for axes, direction in zip(panels, DIRECTIONS, strict=True):
+    for axes, direction in zip(panels, MEASURED_DIRECTIONS, strict=True):
         marked = crossovers if direction == "h2d" else []
         _draw_panel(axes, table, direction)
         _number(axes, table, direction, marked)
@@ -61,7 +70,7 @@ def draw(path: Path, table: CopyTable, source: str) -> None:
         _mark(axes, marked)
     panels[0].set_ylabel("number of pieces")
     handles: list[Patch | Line2D] = [
-        Patch(facecolor=COLORS[name], label=name.replace("_", " ")) for name in PATHS
+        Patch(facecolor=COLORS[name], label=name.replace("_", " ")) for name in MEASURED_PATHS
     ]
     handles.append(
         Patch(facecolor="white", edgecolor="0.35", hatch="////", label="noisy measurement")
@@ -100,7 +109,7 @@ def _draw_panel(axes: Axes, table: CopyTable, direction: Direction) -> None:
 
 
 def _number(axes: Axes, table: CopyTable, direction: Direction, marked: list[Crossover]) -> None:
-    """How many times as fast, in figures, where no bar is."""
+    """Write the speedup over the second fastest path as numbers, but not over a bar."""
     for count_power, size_power in product(NUMBERED_COUNTS, NUMBERED_SIZES):
         found = _winner(table, direction, count_power, size_power)
         is_covered = any(
@@ -122,7 +131,7 @@ def _number(axes: Axes, table: CopyTable, direction: Direction, marked: list[Cro
 
 
 def _hatch(axes: Axes, cells: list[Cell]) -> None:
-    """A square around each cell; those of several paths at one place are one."""
+    """Hatch a square around each cell; cells of several paths in one place get one square."""
     for piece_bytes, num_pieces in {(cell.piece_bytes, cell.num_pieces) for cell in cells}:
         corner = (log2(piece_bytes) - 0.5, log2(num_pieces) - 0.5)
         axes.add_patch(
@@ -133,15 +142,15 @@ def _hatch(axes: Axes, cells: list[Cell]) -> None:
 def _winner(
     table: CopyTable, direction: Direction, count_power: float, size_power: float
 ) -> tuple[str, float] | None:
-    """The chosen path, and how many times as fast as the next; None where nothing is known.
+    """The chosen path, and its speedup over the second fastest; None if there are no costs.
 
-    As the table compares them, its margins considered: what is chosen is the fastest.
+    Times count with the table's margins, as in ``choose``: the chosen path is the fastest.
     """
     count = max(round(2.0**count_power), 1)
     num_bytes = round(count * 2.0**size_power)
     known = {
         path: seconds * table.margins.get(path, 1.0)
-        for path in PATHS
+        for path in MEASURED_PATHS
         if (seconds := table.seconds(direction, path, count, num_bytes)) is not None
     }
     if not known:
@@ -152,7 +161,7 @@ def _winner(
 
 
 def _strength(speedup: float) -> float:
-    """From 0, no faster, to 1."""
+    """The strength of the colour: 0 for no speedup, 1 from :data:`FULL_SPEEDUP` on."""
     return min(log2(speedup) / log2(FULL_SPEEDUP), 1.0)
 
 
@@ -162,6 +171,7 @@ def _shade(name: str, speedup: float) -> npt.NDArray[np.float64]:
 
 
 def _mark(axes: Axes, crossovers: list[Crossover]) -> None:
+    """Draw a bar between the two counts of each published crossover."""
     for each in crossovers:
         size = log2(each.piece_bytes)
         ends = [log2(each.slower_at), log2(each.faster_at)]
@@ -178,7 +188,7 @@ def _margins_words(table: CopyTable) -> str:
 
 
 def _crossovers(device_name: str) -> list[Crossover]:
-    """Those of the device; of an H200 those of an H100, and of an unknown device all."""
+    """The crossovers of a device. An H200 gets those of an H100, an unknown device gets all."""
     name = device_name.replace("H200", "H100")
     own = [each for each in PUBLISHED_CROSSOVERS if each.device in name]
     return own or list(PUBLISHED_CROSSOVERS)

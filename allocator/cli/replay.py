@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import platform
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from decimal import Decimal
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -22,6 +20,7 @@ from rich.table import Table
 
 from kvheap import __version__
 from kvheap.cli import CommandError
+from kvheap.cli.outputs import require_picture, require_writable
 from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 from kvheap.prefix.store import RequestTooLargeError
 from kvheap.replay.engine_cache import ENGINE_LAYOUTS, EngineCache
@@ -143,28 +142,12 @@ def _device(name: str) -> torch.device:
 def _require_outputs(options: argparse.Namespace) -> None:
     """Find out before a long run, not after it, that a result could not be written."""
     if options.plot:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise CommandError("--plot needs matplotlib: pip install 'kvheap[plot]'")
-        from kvheap.cli.replay_plot import SUFFIXES
-
-        if options.plot.suffix.lower() not in SUFFIXES:
-            raise CommandError(f"--plot {options.plot}: the name must end in {', '.join(SUFFIXES)}")
+        require_picture(options.plot)
     for path in (options.json, options.plot):
         if path is not None:
             if options.trace is not None and path.resolve() == options.trace.resolve():
                 raise CommandError(f"{path} is the trace itself: it would be overwritten")
-            _require_writable(path)
-
-
-def _require_writable(path: Path) -> None:
-    is_new = not path.exists() and not path.is_symlink()
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror}") from None
-    if is_new:
-        path.unlink()
+            require_writable(path)
 
 
 def _requests(options: argparse.Namespace) -> Sequence[Request]:

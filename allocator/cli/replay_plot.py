@@ -11,9 +11,7 @@ from matplotlib.figure import Figure
 
 from kvheap.replay.replay import Replay
 
-__all__ = ["SUFFIXES", "draw"]
-
-SUFFIXES = (".png", ".svg", ".pdf")
+__all__ = ["draw"]
 
 AGES = "cividis_r"
 """A colour map that reads the same with colour-blind eyes and in grey: old is dark."""

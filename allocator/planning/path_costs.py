@@ -1,7 +1,8 @@
-"""What a path of a transfer costs: :class:`PathCost` by a formula, :class:`MeasuredCost` by cells.
+"""What a path of a copy costs: the time to copy N pieces, from a formula or from measured cells.
 
-A cost tells how long N pieces take. Both kinds are asked for every copy that is submitted, so
-that what can be reckoned ahead is.
+:class:`PathCost` is a formula with a few coefficients; :class:`MeasuredCost` interpolates between
+cells that were measured. The planner evaluates costs for every copy that is submitted, so whatever
+depends on the cells alone is computed when a cost is made.
 """
 
 from __future__ import annotations
@@ -9,43 +10,50 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from math import inf, log2
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DIRECTIONS", "PATHS", "Cell", "Direction", "MeasuredCost", "Path", "PathCost"]
+from kvheap.device.directions import Direction, Path
 
-Direction = Literal["h2d", "d2h", "d2d"]
-"""From where to where: h is pinned host memory, d the device."""
+__all__ = [
+    "MEASURED_DIRECTIONS",
+    "MEASURED_PATHS",
+    "NOISY_SPREAD",
+    "Cell",
+    "MeasuredCost",
+    "PathCost",
+]
 
-Path = Literal["kernel", "copy_engine", "staged"]
+MEASURED_DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h", "d2d")
+"""The directions that have costs; host memory here is pinned."""
 
-DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-PATHS: tuple[Path, ...] = get_args(Path)
+MEASURED_PATHS: tuple[Path, ...] = ("kernel", "copy_engine", "staged")
+"""The paths that have costs."""
 
 NOISY_SPREAD = 0.05
-"""A cell is noisy when the middle half of its times spreads over more than so much of the median:
-two paths whose medians differ by less could then be in either order."""
+"""A cell is noisy if its interquartile range is more than this share of its median: two paths
+whose medians differ by less could be in either order."""
 
 
 @dataclass(frozen=True, slots=True)
 class PathCost:
-    """What a path costs, by a formula.
+    """The cost of a path as a formula.
 
-    ``seconds = fixed_s + num_pieces * piece_s + num_bytes / bytes_per_s``, where pieces smaller
+    ``seconds = fixed_s + num_pieces * piece_s + num_bytes / bytes_per_s``. Pieces that are smaller
     than ``small_piece_bytes`` on average move at ``small_bytes_per_s`` instead.
 
-    A piece's work and its bytes add up. The larger of the two would be wrong: 10,000 pieces of
-    64 KiB, which a link carries in 12.6 ms and the copy engine takes in 5 ms, take it 16.9 ms
-    (H100, vLLM #42212).
+    The work per piece and the work per byte are added. Taking the larger of the two would be
+    wrong: for 10,000 pieces of 64 KiB the link needs 12.6 ms for the bytes and the copy engine
+    5 ms for the pieces, and the copy takes 16.9 ms (H100, vLLM #42212).
 
     Attributes:
-        fixed_s: of a call, its submission included.
-        piece_s: of each piece, whatever its size.
-        bytes_per_s: how fast bytes move.
-        small_piece_bytes: where the cliff is that the copy engine has; 0 for none.
-        small_bytes_per_s: how fast bytes move below it.
+        fixed_s: seconds per call, including its submission.
+        piece_s: seconds per piece, whatever its size.
+        bytes_per_s: bandwidth.
+        small_piece_bytes: below this size pieces are slow, as for the copy engine; 0: no limit.
+        small_bytes_per_s: bandwidth for pieces below that size.
 
     >>> cost = PathCost(20e-6, 0.5e-6, 50e9)
     >>> round(cost.seconds(100, 100 * 50_000) * 1e6)
@@ -59,21 +67,21 @@ class PathCost:
     small_bytes_per_s: float = inf
 
     def seconds(self, num_pieces: int, num_bytes: int) -> float:
-        """What ``num_pieces`` pieces take that have ``num_bytes`` in all."""
+        """Seconds to copy ``num_pieces`` pieces that have ``num_bytes`` in total."""
         is_small = num_bytes < num_pieces * self.small_piece_bytes
         rate = self.small_bytes_per_s if is_small else self.bytes_per_s
         return self.fixed_s + num_pieces * self.piece_s + num_bytes / rate
 
 
 class Cell(NamedTuple):
-    """What was measured for one number and size of pieces.
+    """The measurement of one number and size of pieces.
 
     Attributes:
         piece_bytes: bytes of each piece.
-        num_pieces: how many pieces.
-        seconds: the median.
-        spread: from the first to the third quartile, as a share of the median.
-        num_samples: how often it was measured.
+        num_pieces: number of pieces.
+        seconds: the median time.
+        spread: the interquartile range as a share of the median.
+        num_samples: number of samples.
     """
 
     piece_bytes: int
@@ -84,30 +92,37 @@ class Cell(NamedTuple):
 
     @property
     def is_noisy(self) -> bool:
-        """Whether it spreads more than :data:`NOISY_SPREAD`."""
+        """Whether the spread is above :data:`NOISY_SPREAD`."""
         return self.spread > NOISY_SPREAD
 
 
 GROWN_COLUMNS = 3
 GROWN_STEP = 2.0
-"""Beyond the grid, time is reckoned at 4, 16 and 64 times the largest count and size."""
+"""The grid is extended to 4, 16 and 64 times the largest count and size: 3 columns, and log2(4)
+from one to the next."""
 
 Patch: TypeAlias = tuple[float, float, float, float]
-"""``a, b, c, d`` of ``a + b x + c y + d x y``."""
+"""The coefficients ``a, b, c, d`` of ``a + b x + c y + d x y``."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredCost:
-    """What a path costs, by measured cells.
+    """The cost of a path from measured cells.
 
-    Between cells, the logarithm of time is interpolated, linear in the logarithms of size and of
-    count. Above the grid, and where a cell of it was not measured, time grows by as much for each
-    byte or piece as between the last two cells, at most in proportion; far above in proportion.
-    Below, the logarithm goes on as between the first two cells, neither faster than in proportion
-    nor against it.
+    Between cells, log(time) is interpolated bilinearly over log(count) and log(size).
+
+    Above the grid, and in cells of it that were not measured, each additional byte or piece takes
+    as long as between the last two cells, though time never falls and never grows faster than
+    bytes or pieces do. From 64 times the largest cell on, time is proportional to bytes or pieces.
+
+    Below the grid, log(time) continues with the slope between the first two cells, limited in the
+    same way.
 
     Attributes:
-        cells: at least one; no two of equal size and count.
+        cells: at least one, and no two of the same size and count.
+
+    Raises:
+        ValueError: there is no cell, or there are two of the same size and count.
 
     >>> cost = MeasuredCost((Cell(1024, 16, 10e-6, 0.0, 5), Cell(1024, 64, 20e-6, 0.0, 5)))
     >>> [round(cost.seconds(count, count * 1024) * 1e6, 1) for count in (16, 32, 64, 256)]
@@ -126,7 +141,9 @@ class MeasuredCost:
         for cell in self.cells:
             at = sizes.index(cell.piece_bytes), counts.index(cell.num_pieces)
             if not np.isnan(times[at]):
-                raise ValueError(f"two cells of {cell[1]} pieces of {cell[0]} bytes")
+                raise ValueError(
+                    f"two cells of {cell.num_pieces} pieces of {cell.piece_bytes} bytes"
+                )
             times[at] = log2(cell.seconds)
         if not self.cells:
             raise ValueError("a measured cost needs at least one cell")
@@ -142,21 +159,24 @@ class MeasuredCost:
             object.__setattr__(self, name, value)
 
     def seconds(self, num_pieces: int, num_bytes: int) -> float:
-        """What ``num_pieces`` pieces take that have ``num_bytes`` in all; O(log cells)."""
+        """Seconds to copy ``num_pieces`` pieces of ``num_bytes`` in total; O(log cells)."""
         x = log2(num_pieces)
         y = log2(num_bytes / num_pieces)
         a, b, c, d = self._patches[bisect_right(self._sizes, y)][bisect_right(self._counts, x)]
         return float(2.0 ** (a + b * x + (c + d * x) * y))
 
 
+# The functions below take and return log2(time): one row for each size, one column for each
+# count. ``x`` is log2(count) of the columns and ``y`` is log2(size) of the rows.
+
 Float64Array = npt.NDArray[np.float64]
 
 
 def _filled(times: Float64Array, x: Float64Array) -> Float64Array:
-    """Rows of logarithms of time at ``x``, NaN where nothing was measured; each row has a number.
+    """Replace NaN, which marks cells without a measurement; each row has a number.
 
-    Where one is NaN, time grows from those on its left. Where there are none, it is as the nearest
-    on its right.
+    A missing cell is extrapolated from those on its left. Where there are none, it takes the value
+    of the nearest on its right.
     """
     times = times.copy()
     for j in range(1, len(x)):
@@ -168,19 +188,23 @@ def _filled(times: Float64Array, x: Float64Array) -> Float64Array:
 
 
 def _grown(times: Float64Array, x: Float64Array, to: float) -> Float64Array:
-    """The next column: time grows as between the last two, between not at all and in proportion."""
+    """Extrapolate a column at ``to``: linear from the last two, but never falling.
+
+    Time grows at most in proportion to the count. It grows in proportion where only one of the
+    last two is known.
+    """
     last: Float64Array = times[:, -1]
     growth: Float64Array = np.full(len(last), to - x[-1])
     if len(x) > 1:
         before, after = 2.0 ** times[:, -2], 2.0**last
         steps = (2.0**to - 2.0 ** x[-1]) / (2.0 ** x[-1] - 2.0 ** x[-2])
         linear = np.log2(np.maximum(1 + (after - before) * steps / after, 1.0))
-        growth = np.fmin(growth, linear)  # in proportion where only one of both is known
+        growth = np.fmin(growth, linear)  # fmin ignores NaN
     return last + growth
 
 
 def _extended(x: Float64Array, times: Float64Array) -> tuple[Float64Array, Float64Array]:
-    """Columns on both sides, for what lies beyond the grid; the outermost go on for ever."""
+    """Add columns on both sides. The slopes to the outermost hold for everything beyond them."""
     for _ in range(GROWN_COLUMNS):
         times = np.column_stack((times, _grown(times, x, x[-1] + GROWN_STEP)))
         x = np.append(x, x[-1] + GROWN_STEP)
@@ -194,7 +218,7 @@ def _extended(x: Float64Array, times: Float64Array) -> tuple[Float64Array, Float
 def _patches(
     y: Float64Array, x: Float64Array, times: Float64Array
 ) -> tuple[tuple[Patch, ...], ...]:
-    """The bilinear function of each rectangle between neighbours."""
+    """The bilinear function over each rectangle of four neighbouring cells."""
     low, high = times[:-1], times[1:]
     width, height = np.diff(x), np.diff(y)[:, None]
     d = (high[:, 1:] - high[:, :-1] - low[:, 1:] + low[:, :-1]) / (width * height)

@@ -14,12 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from kvheap.calibration.calibrate import GRID_COUNTS, GRID_SIZES, CalibrationError
+from kvheap.calibration import cuda_measure
+from kvheap.calibration.calibrate import GRID_COUNTS, GRID_SIZES
+from kvheap.calibration.measure import CalibrationError
 from kvheap.cli import CALIBRATE_HELP, CALIBRATE_NOTES, calibrate, main
-from kvheap.device import copy_device
-from kvheap.planning.path_costs import DIRECTIONS, PATHS
-from kvheap.planning.planner import CopyTable, cache_path, forget_tables, table_for
+from kvheap.device import cuda
+from kvheap.planning.copy_table import CopyTable
+from kvheap.planning.path_costs import MEASURED_DIRECTIONS, MEASURED_PATHS
+from kvheap.planning.planner import forget_tables, table_for
 from kvheap.planning.published_costs import published_costs
+from kvheap.planning.table_files import cache_path, save_table
+from kvheap.planning.table_json import table_from_json
 
 H100 = "NVIDIA H100 80GB HBM3"
 COSTS = published_costs(H100)
@@ -55,8 +60,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(copy_device, "find_device", lambda _: found)
-    monkeypatch.setattr(calibrate, "CudaMeasure", MadeUpMeasure)
+    monkeypatch.setattr(cuda, "find_device", lambda _: found)
+    monkeypatch.setattr(cuda_measure, "CudaMeasure", MadeUpMeasure)
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ class TestMeasuring:
         assert table.source == "measured"
         assert set(table.costs) == set(COSTS)
         assert table.versions["torch"] == torch.__version__
-        assert CopyTable.from_json(json.loads((folder / "table.json").read_text())) == table
+        assert table_from_json(json.loads((folder / "table.json").read_text())) == table
         assert is_picture(folder / "map.png")
         printed = capsys.readouterr().out
         assert H100 in printed
@@ -118,7 +123,7 @@ class TestMeasuring:
         def fail(*_: object) -> None:
             raise CalibrationError("no room for buffers")
 
-        monkeypatch.setattr(calibrate, "CudaMeasure", fail)
+        monkeypatch.setattr(cuda_measure, "CudaMeasure", fail)
         assert main(["calibrate"]) == 2
         assert capsys.readouterr().err.endswith("kvheap calibrate: no room for buffers\n")
 
@@ -132,8 +137,8 @@ class TestMeasuring:
             (["--device", "quantum"], "unknown device 'quantum'"),
             (["--json", "missing/table.json"], "cannot write missing/table.json"),
             (["--plot", "map.xyz"], "must end in .png"),
-            (["--table", "table.json"], "add --show"),
-            (["--device-name", "x"], "add --show"),
+            (["--table", "table.json"], "need --show"),
+            (["--device-name", "x"], "need --show"),
         ],
     )
     def test_wrong_options_are_told_before_measuring(
@@ -221,14 +226,14 @@ class TestWithoutAGpu:
     def test_a_table_from_another_machine_is_shown(
         self, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        table_for(H100, "0.0").save(folder / "table.json")
+        save_table(table_for(H100, "0.0"), folder / "table.json")
         assert main(["calibrate", "--show", "--table", "table.json"]) == 0
         assert H100 in capsys.readouterr().out
         assert is_picture(folder / "kvheap-calibration.png")
 
     @pytest.mark.parametrize(
         ("text", "reason"),
-        [(None, "cannot read"), ("[]", "holds no table"), ("{", "holds no table")],
+        [(None, "cannot read"), ("[]", "holds no valid table"), ("{", "holds no valid table")],
     )
     def test_a_file_without_a_table_is_told(
         self,
@@ -246,7 +251,7 @@ class TestWithoutAGpu:
         self, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         costs = {of: cost for of, cost in COSTS.items() if of[0] != "d2d"}
-        CopyTable("half", "1.0", "measured", costs).save(folder / "table.json")
+        save_table(CopyTable("half", "1.0", "measured", costs), folder / "table.json")
         assert main(["calibrate", "--show", "--table", "table.json"]) == 0
         assert "not measured" in capsys.readouterr().out
         assert is_picture(folder / "kvheap-calibration.png")
@@ -275,7 +280,7 @@ class TestHelp:
         assert CALIBRATE_HELP in printed
         assert CALIBRATE_NOTES in printed
         options = ("device", "budget", "json", "plot", "show", "device-name", "table")
-        for word in (*PATHS, *DIRECTIONS, *(f"--{option}" for option in options)):
+        for word in (*MEASURED_PATHS, *MEASURED_DIRECTIONS, *(f"--{option}" for option in options)):
             assert word in printed
         for word in ("$KVHEAP_CACHE_DIR", "$XDG_CACHE_HOME", "~/.cache", "exit status"):
             assert word in printed

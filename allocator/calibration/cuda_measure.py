@@ -1,0 +1,157 @@
+"""Measuring copies on a GPU, by :func:`kvheap.transfer.copy`."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvheap.calibration.measure import MAX_COPY_BYTES, CalibrationError
+from kvheap.device.directions import Direction, Path
+from kvheap.errors import TransferError
+from kvheap.transfer import CopyPlan, copy
+
+__all__ = ["CudaMeasure"]
+
+TIMED_S = 0.05
+"""Seconds for which a call repeats a copy, within the two limits below."""
+
+MIN_REPETITIONS = 3
+MAX_REPETITIONS = 11
+
+MIN_BUFFER_BYTES = 64 << 20
+"""With less room than this there is no calibration, unless less was asked for."""
+
+
+class CudaMeasure:
+    """A :data:`~kvheap.calibration.measure.Measure` of copies on a CUDA device.
+
+    It times what a caller on an idle stream waits for: from just before ``copy`` is called until
+    the last byte has arrived on the device. The first event is recorded on the idle stream before
+    the call, so the time covers the submission by the host. If the call itself takes the host
+    longer than the events tell, the host's time is used. Not timed are the plan, which is the same
+    for every path, and the first copy of each kind, which may compile a kernel.
+
+    On the device, pieces lie at random places; copies run on a side stream that nothing else uses.
+    On the host, they are contiguous, as for an offload into a fresh extent. Copies within the
+    device have random places on both sides. Each repetition has its own pieces, so that it never
+    finds its descriptors uploaded or the bytes of a small copy in the L2 cache.
+
+    Args:
+        device: a CUDA device.
+        max_bytes: of one copy. Two buffers of this size are allocated on the device, and one in
+            pinned host memory. If there is no room, the size is halved until they fit.
+
+    Raises:
+        CalibrationError: there is no room for buffers of 64 MiB, or of ``max_bytes`` if that is
+            less.
+
+    Attributes:
+        max_bytes: the bytes of each buffer.
+    """
+
+    def __init__(self, device: torch.device | str, max_bytes: int = MAX_COPY_BYTES) -> None:
+        self._device = torch.device(device)
+        self._random = np.random.default_rng(0)
+        self._stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device):  # memory is pinned for the current device
+            self._first, self._second, self._host = self._buffers(max_bytes)
+        self.max_bytes = self._host.nbytes
+
+    def __call__(
+        self, direction: Direction, path: Path, num_pieces: int, piece_bytes: int
+    ) -> list[float] | None:
+        """Seconds of each repetition of a copy; see :data:`~kvheap.calibration.measure.Measure`."""
+        if num_pieces * piece_bytes > self.max_bytes:
+            return None
+        try:
+            with torch.cuda.device(self._device):
+                return self._repeat(direction, path, num_pieces, piece_bytes)
+        except torch.cuda.OutOfMemoryError:
+            return None
+        except TransferError as error:
+            if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):
+                return None
+            raise
+
+    def _repeat(
+        self, direction: Direction, path: Path, num_pieces: int, piece_bytes: int
+    ) -> list[float] | None:
+        first = self._time(direction, path, num_pieces, piece_bytes)  # it may compile
+        if first is None:
+            return None
+        repetitions = min(max(round(TIMED_S / max(first, 1e-6)), MIN_REPETITIONS), MAX_REPETITIONS)
+        some = [self._time(direction, path, num_pieces, piece_bytes) for _ in range(repetitions)]
+        return [seconds for seconds in some if seconds is not None]
+
+    def _buffers(self, max_bytes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Two buffers on the device and one on the host, of equal size."""
+
+        def zeros(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            first = torch.zeros(size, dtype=torch.uint8, device=self._device)
+            second = torch.zeros_like(first)
+            host = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+            torch.cuda.synchronize(self._device)
+            return first, second, host
+
+        size = max_bytes
+        while size // 2 >= MIN_BUFFER_BYTES:
+            with suppress(RuntimeError):  # torch is out of memory, or cannot pin as much
+                return zeros(size)
+            size //= 2
+        try:
+            return zeros(size)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise CalibrationError(f"no room for buffers of {size} bytes: {reason}") from None
+
+    def _time(
+        self, direction: Direction, path: Path, num_pieces: int, piece_bytes: int
+    ) -> float | None:
+        """Seconds of one copy; None if the path cannot be taken."""
+        source, target = self._sides(direction)
+        plan = CopyPlan.of_addresses(
+            source,
+            target,
+            self._addresses(source, num_pieces, piece_bytes),
+            self._addresses(target, num_pieces, piece_bytes),
+            piece_bytes,
+        )
+        start, end = _event(), _event()
+        self._stream.synchronize()
+        start.record(self._stream)
+        called = perf_counter()
+        try:
+            transfer = copy(plan, stream=self._stream, path=path)
+        except ValueError:
+            return None
+        submitted = perf_counter() - called
+        end.record(self._stream)
+        end.synchronize()
+        transfer.result()
+        return max(submitted, float(start.elapsed_time(end)) / 1e3)
+
+    def _sides(self, direction: Direction) -> tuple[torch.Tensor, torch.Tensor]:
+        """The source and the target of a copy."""
+        return {
+            "h2d": (self._host, self._first),
+            "d2h": (self._first, self._host),
+            "d2d": (self._first, self._second),
+        }[direction]
+
+    def _addresses(
+        self, side: torch.Tensor, num_pieces: int, piece_bytes: int
+    ) -> npt.NDArray[np.int64]:
+        """Byte offsets of the pieces: contiguous on the host, random slots on the device."""
+        if side is self._host:
+            return np.arange(num_pieces, dtype=np.int64) * piece_bytes
+        slots = side.nbytes // piece_bytes
+        return self._random.choice(slots, num_pieces, replace=False) * np.int64(piece_bytes)
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,0 +1,20 @@
+"""What a calibration asks of a device: a :data:`Measure`, and the error when it has no answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvheap.device.directions import Direction, Path
+
+__all__ = ["MAX_COPY_BYTES", "CalibrationError", "Measure"]
+
+Measure = Callable[[Direction, Path, int, int], "list[float] | None"]
+"""``measure(direction, path, num_pieces, piece_bytes)`` repeats one copy and returns the seconds of
+each repetition. None: the path cannot be taken, or there is not enough memory for the copy."""
+
+MAX_COPY_BYTES = 1 << 30
+"""Bytes of the largest copy: beyond it, bandwidth is the limit and time grows with the bytes."""
+
+
+class CalibrationError(RuntimeError):
+    """Nothing could be measured."""

@@ -1,0 +1,57 @@
+"""The files that a command writes: checks before a long run that they can be written after it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from kvheap.cli import CommandError
+
+__all__ = [
+    "PICTURE_SUFFIXES",
+    "cannot_write",
+    "has_matplotlib",
+    "require_picture",
+    "require_writable",
+]
+
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def has_matplotlib() -> bool:
+    """Whether matplotlib is installed; imports nothing."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def require_picture(path: Path) -> None:
+    """Check that a picture can be drawn to ``path``, the value of ``--plot``.
+
+    Raises:
+        CommandError: matplotlib is missing, or the suffix names no format that is supported.
+    """
+    if not has_matplotlib():
+        raise CommandError("--plot needs matplotlib: pip install 'kvheap[plot]'")
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        suffixes = ", ".join(PICTURE_SUFFIXES)
+        raise CommandError(f"--plot {path}: the name must end in {suffixes}")
+
+
+def require_writable(path: Path) -> None:
+    """Check that ``path`` can be written; a file that did not exist does not exist afterwards.
+
+    Raises:
+        CommandError: it cannot be written, or its folder does not exist.
+    """
+    is_new = not path.exists() and not path.is_symlink()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    if is_new:
+        path.unlink()
+
+
+def cannot_write(path: object, error: OSError) -> CommandError:
+    """The error to raise when writing ``path`` failed with ``error``."""
+    return CommandError(f"cannot write {path}: {error.strerror}")
