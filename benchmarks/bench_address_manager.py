@@ -1,8 +1,11 @@
 """AddressManager and TensorMemoryAllocator: what allocating and freeing costs the host.
 
-Peer: LMCache's classes of the same names, in the same rounds (``pip install --no-deps
-lmcache==0.5.6`` and the modules that its import asks for). Without it, kvheap's figures stand
-alone. The cases:
+Peer: LMCache's classes of the same names, in the same rounds; without it, kvheap's figures stand
+alone. To install it::
+
+    pip install -c constraints-lmcache.txt '.[lmcache-deps]' && pip install --no-deps lmcache==0.5.6
+
+The cases:
 
 ============  ====================================================================================
 case          what is timed
