@@ -1,7 +1,8 @@
 """LMCache, the peer of the benchmarks on the host.
 
-Benchmarks compare with it if it is installed: ``pip install --no-deps lmcache==0.5.6``, and the
-modules that its import asks for.
+Benchmarks compare with it if it is installed::
+
+    pip install -c constraints-lmcache.txt '.[lmcache-deps]' && pip install --no-deps lmcache==0.5.6
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from kvheap.planning.copy_table import CopyTable
 from kvheap.planning.published_costs import CAUTIOUS_COSTS, published_costs
 from kvheap.planning.table_files import cache_path, load_table
 
-__all__ = ["Path", "forget_tables", "table_for"]
+__all__ = ["forget_tables", "table_for"]
 
 CAUTIOUS_MARGIN = 1.25
 """On an unknown device, how many times as fast as the copy engine another path must be; even the

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
-SOAK = Path(__file__).resolve().parent.parent / "soak" / "soak_allocators.py"
+import pytest
+from rich.console import Console
 
-BREAK_COUNTS = """
+FOLDER = Path(__file__).parent
+MINUTES = 0.08
+THREADS = 8
+SEED = 20
+
+BREAK_AND_RUN = """
 import runpy, sys
-from kvheap.blocks.memory_batch import MemoryBatch
-claim = MemoryBatch.claim
-MemoryBatch.claim = lambda batch, rows, skip_freed=False: (
-    claim(batch, rows, skip_freed) if rows is None else rows
-)
-sys.argv = ["soak", *sys.argv[2:]]
-runpy.run_path({soak!r}, run_name="__main__")
+soak = sys.argv[1]
+sys.path.insert(0, soak.rpartition("/")[0])
+import soak_internals
+soak_internals.let_rows_be_freed_unclaimed()
+del sys.argv[0]
+runpy.run_path(soak, run_name="__main__")
 """
 
 
-def soak(*command: str) -> subprocess.CompletedProcess[str]:
-    arguments = ["--minutes", "0.08", "--threads", "8", "--seed", "20"]
-    return subprocess.run(
-        [sys.executable, *command, *arguments], capture_output=True, text=True, check=False
-    )
+def test_eight_threads_do_everything_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import soak_allocators
+
+    output = io.StringIO()
+    found_nothing = soak_allocators.soak(MINUTES, THREADS, SEED, Console(file=output))
+    assert found_nothing, output.getvalue()
 
 
-def test_eight_threads_do_everything_for_seconds() -> None:
-    done = soak(str(SOAK))
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_it_would_find_blocks_that_are_freed_unclaimed() -> None:
-    done = soak("-c", BREAK_COUNTS.format(soak=str(SOAK)), "soak")
-    assert done.returncode == 1
-    assert "seed 20" in done.stdout + done.stderr
+def test_the_command_would_find_blocks_that_are_freed_unclaimed() -> None:
+    arguments = ["--minutes", str(MINUTES), "--threads", str(THREADS), "--seed", str(SEED)]
+    command = [sys.executable, "-c", BREAK_AND_RUN, str(FOLDER / "soak_allocators.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert f"VIOLATION in phase plain, seed {SEED}" in done.stdout
