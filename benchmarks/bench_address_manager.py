@@ -1,5 +1,7 @@
 """AddressManager and TensorMemoryAllocator: host time of allocating and freeing.
 
+All cases but ``filled`` handle addresses only: no byte of a block is read or written.
+
 The peer is LMCache, with its classes of the same names, in the same rounds (see ``_lmcache.py``).
 The cases:
 
@@ -10,6 +12,9 @@ pair          allocate two pages and free them again, beside F - 1 free extents 
               all at lower addresses than the only extent that fits
 batch         ``TensorMemoryAllocator``: allocate N blocks of 64 KiB from a fresh heap in one call,
               then free all of them in one call; a first pair of such calls is not timed
+filled        the same allocation with ``source=``, which writes every byte; LMCache allocates, then
+              copies block by block. ``share_of_copy``: the time of one ``copy_`` of as many bytes
+              over kvheap's
 holes         ``AddressManager``: allocate a batch that takes 65,536 free extents of one block each;
               then free the blocks in random order, in one call: as an array of addresses, and as a
               list of pairs. LMCache's AddressManager has no such call and frees them one by one
@@ -46,7 +51,7 @@ from _lmcache import (
     machine_with_lmcache,
 )
 from _report import Row, make_console, parse_common, write_results
-from _timing import Measure, time_in_rounds
+from _timing import Measure, on_the_host, time_in_rounds
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -194,6 +199,42 @@ def measure_batches(scale: Scale, peer: Peer | None, num_blocks: int) -> list[Ro
         own = {name: samples[name + suffix] for name in timers}
         rows.append({"operation": operation, "blocks": num_blocks} | compared(own))
     return rows
+
+
+# -- filled ----------------------------------------------------------------------------------------
+
+
+def time_filled(kind: Any, source: torch.Tensor, fill_one_by_one: bool) -> Measure:
+    """Allocates blocks and fills them from the rows of ``source``; the free is not timed."""
+    num_blocks, shape = len(source), torch.Size(source.shape[1:])
+    heap = kind(torch.empty(source.nbytes, dtype=torch.uint8))
+
+    def measure() -> float:
+        start = time.perf_counter()
+        if fill_one_by_one:
+            batch = heap.batched_allocate(shape, torch.uint8, num_blocks)
+            for obj, row in zip(batch, source, strict=True):
+                obj.tensor.copy_(row)
+        else:
+            batch = heap.batched_allocate(shape, torch.uint8, num_blocks, source=source)
+        taken_us = (time.perf_counter() - start) * 1e6
+        heap.batched_free(batch)
+        return taken_us
+
+    return measure
+
+
+def measure_filled(scale: Scale, peer: Peer | None, num_blocks: int) -> Row:
+    source = torch.ones((num_blocks, BLOCK_BYTES), dtype=torch.uint8)
+    target = torch.empty_like(source)
+    measures = {"kvheap": time_filled(TensorMemoryAllocator, source, False)}
+    if peer is not None:
+        measures[PEER] = time_filled(peer.tensor_allocator, source, True)
+    measures["copy_"] = on_the_host([lambda: target.copy_(source)])
+    samples = time_in_rounds(measures, max(5, scale.rounds // 2))
+    copy = samples.pop("copy_")
+    share = round(1 / copy.speed_against(samples["kvheap"]), 2)
+    return {"blocks": num_blocks, "share_of_copy": share} | compared(samples)
 
 
 # -- holes -----------------------------------------------------------------------------------------
@@ -378,7 +419,7 @@ def print_times(console: Console, title: str, rows: list[Row]) -> None:
     for name in (*labels, "kvheap", PEER, "ratio"):
         table.add_column(name, justify="left" if name == "operation" else "right")
     for row in rows:
-        cells = [f"{row[k]:,}" if isinstance(row[k], int) else row[k] for k in labels]
+        cells = [f"{row[k]:,}" if isinstance(row[k], int) else str(row[k]) for k in labels]
         cells.append(f"{row['kvheap']['p50_us']:,.2f}")
         cells.append(f"{row[PEER]['p50_us']:,.2f}" if PEER in row else "")
         cells.append(f"{row['times_as_fast']:,.1f}x" if PEER in row else "")
@@ -472,6 +513,7 @@ def main() -> None:
     cases: list[tuple[str, Callable[[], list[Row]]]] = [
         *(("pair", lambda n=n: [measure_pairs(scale, peer, n)]) for n in scale.extents),
         *(("batch", lambda n=n: measure_batches(scale, peer, n)) for n in scale.blocks),
+        *(("filled", lambda n=n: [measure_filled(scale, peer, n)]) for n in scale.blocks[:3]),
         ("holes", lambda: measure_holes(scale, peer)),
         ("objects", lambda: [measure_objects(scale, peer)]),
         ("memory", lambda: measure_memory(scale, peer)),
@@ -482,7 +524,8 @@ def main() -> None:
         tables.setdefault(name, []).extend(measure())
         gc.collect()
     print_times(console, "allocate + free beside F free extents, us", tables["pair"])
-    print_times(console, "N blocks of 64 KiB, fresh heap, us", tables["batch"])
+    print_times(console, "N blocks of 64 KiB, fresh heap, addresses only, us", tables["batch"])
+    print_times(console, "N blocks of 64 KiB, allocated and filled, us", tables["filled"])
     print_times(console, "one-block holes, us of the whole batch", tables["holes"])
     print_times(console, "one MemoryObj of a batch, us", tables["objects"])
     print_plain(console, "memory of a live batch", tables["memory"])
