@@ -1,4 +1,4 @@
-"""The ``kvheap`` command. Each sub-command is a module that is imported when it is run."""
+"""The ``kvheap`` command. Each sub-command is a module, imported only when it is run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ Replay request traffic as a serving engine with a prefix cache would, and check 
 
 For each request, the leading chunks that the heap holds are hits: they are gathered and compared
 with what was stored. The others are stored by one batched_allocate. When the heap is full, the
-least recently used chunks are freed by one batched_free, and it is tried again.
+least recently used chunks are freed by one batched_free, and the allocation is tried again.
 
-With --engine-layout, a paged KV cache as that engine keeps it takes part: hits are loaded from the
-heap into random blocks of it, and compared where the engine would look for them; what is missing
-is written to such blocks, and stored from there by one batched_store.
+With --engine-layout, chunks go through a paged KV cache in the layout of that engine. Hits are
+loaded from the heap into random blocks of the cache, and compared at the places where the engine
+would read them. Missing chunks are written to random blocks of the cache, and stored from there by
+one batched_store.
 """
 
 REPLAY_NOTES = """\
@@ -33,7 +34,7 @@ geometries (KV of one chunk of 512 tokens):
   tiny              4 KiB   1 layer, 1 head, head dim 2, fp16
   small            32 KiB   2 layers, 2 KV heads, head dim 4, fp16
   small-mla        16 KiB   MLA: 2 layers, 8 elements a token, bf16
-  small-indexer   132 KiB   2 layers, 128 values and a scale a token, 132 bytes
+  small-indexer   132 KiB   2 layers, 132 bytes a token: 128 values and a scale
   small-opaque     12 KiB   2 layers, 32 blocks of 192 bytes
   llama-3-8b       64 MiB   32 layers, 8 KV heads, head dim 128, bf16
   llama-3-70b     160 MiB   80 layers, 8 KV heads, head dim 128, bf16
@@ -56,30 +57,30 @@ examples:
   kvheap replay --geometry llama-3-8b --heap 40GiB --device cuda --plot heap.png
   kvheap replay trace.jsonl --engine-layout vllm-flash-hnd --heap 512MiB
 
-a trace has one request a line:
+a trace has one request per line:
   {"timestamp": 0, "input_length": 900, "output_length": 52, "hash_ids": [46, 47]}
   timestamp in ms, lengths in tokens, one hash id for each 512-token chunk of the prompt.
 
-times are of the host, from call to return; batched_allocate (with an engine layout:
-batched_store) includes the copy (its launch, on a GPU). GB/s count each byte of KV once.
+times are measured on the host, from call to return. batched_allocate (with an engine layout,
+batched_store) includes the copy; on a GPU, its launch. GB/s count each byte of KV once.
 
-exit status: 0 all bytes were right, 1 some were not, 2 the replay could not be done.
+exit status: 0 all bytes were right, 1 some were wrong, 2 the replay could not run, 130 interrupted.
 """
 
 CALIBRATE_HELP = """\
-Measure which path of a copy is the fastest on a GPU, and store it for kvheap.transfer.
+Measure which path of a copy is the fastest on a GPU, and store the table for kvheap.transfer.
 
 Copies of scattered pieces of KV, between the device and pinned host memory or within the device,
-can take three paths. Which is the fastest depends on the device, the direction, and the number
-and size of the pieces; kvheap.transfer asks the stored table for every copy. Without one it goes
-by figures that others published of an H100, H200 or A30, and by a cautious rule elsewhere.
+can take three paths. Which path is the fastest depends on the device, the direction, and the number
+and size of the pieces; kvheap.transfer looks it up in the stored table for every copy. Without a
+table it uses published figures for an H100, H200 or A30, and a cautious rule for other devices.
 """
 
 CALIBRATE_NOTES = """\
 paths:
   kernel        an SM kernel over a list of pointers
   copy_engine   cuMemcpyBatchAsync, or an asynchronous copy for each piece
-  staged        gathered on the device, and large copies of what was gathered (h2d and d2h)
+  staged        through an extent on the device, with large copies across the link (h2d, d2h)
 
 directions:
   h2d           pinned host memory to the device
@@ -87,39 +88,41 @@ directions:
   d2d           within the device
 
 what is measured:
-  pieces of 1, 4, 8, 16, 32, 64, 128, 256 KiB, 1 and 4 MiB, times 1, 4, 16, ... 65,536 pieces, up
-  to 1 GiB in all, less where memory is short; by every path, in every direction. The device's
-  pieces are scattered, the host's contiguous. Where time jumps between two sizes, sizes between
-  them are measured too. Noisy cells (the middle half of their times spreads over more than 5 % of
-  the median) are measured again; what stays noisy is marked. Larger copies are extrapolated.
+  every path in every direction; pieces of 1, 4, 8, 16, 32, 64, 128, 256 KiB, 1 and 4 MiB,
+  1, 4, 16, ... 65,536 of them at a time, up to 1 GiB in all, or less if memory is short. Pieces are
+  scattered on the device and contiguous on the host. Where the time jumps between two sizes, sizes
+  between them are measured too. Noisy cells, in which the middle half of the times spreads over
+  more than 5 % of the median, are measured again; those that stay noisy are marked. Times of larger
+  copies are extrapolated.
 
-  a time is what a caller waits for on an idle stream, the submission by the host included. Let
-  nothing else run on the GPU meanwhile.
+  a time is how long a caller waits on an idle stream, including the submission by the host. Run
+  nothing else on the GPU meanwhile.
 
 where it is stored:
-  in $KVHEAP_CACHE_DIR, else $XDG_CACHE_HOME/kvheap, else ~/.cache/kvheap, in a file for each
-  device name and driver version. Interrupted, nothing is stored. Another driver: calibrate again.
+  in $KVHEAP_CACHE_DIR, else $XDG_CACHE_HOME/kvheap, else ~/.cache/kvheap; one file for each device
+  name and driver version, so calibrate again after a driver update. An interrupted calibration
+  stores nothing.
 
 the table and the map:
-  the table says which path is taken from how many pieces on: "engine, kernel 31+" is the copy
-  engine up to 30 pieces, and the kernel from 31 on. The map's colour is the fastest path,
-  its strength and the numbers are how many times as fast it is as the second; noisy cells are
-  hatched, bars are crossovers that others published. The map needs matplotlib:
+  the table shows the path for each number of pieces: "engine, kernel 31+" means the copy engine
+  for up to 30 pieces, and the kernel for 31 or more. The colour of the map shows the fastest path;
+  the strength of the colour and the numbers show how many times as fast it is as the second. Noisy
+  cells are hatched; bars are published crossovers. The map needs matplotlib:
   pip install 'kvheap[plot]'.
 
 examples:
   kvheap calibrate                                     measure cuda:0 for about a minute
   kvheap calibrate --device cuda:1 --budget 20 --json table.json
-  kvheap calibrate --show                              the table that copies here go by
+  kvheap calibrate --show                              the table that copies use on this machine
   kvheap calibrate --show --device-name "NVIDIA H100 80GB HBM3" --plot h100.png
-  kvheap calibrate --show --table table.json           one from another machine
+  kvheap calibrate --show --table table.json           a table from another machine
 
-exit status: 0 done, 2 it could not be done, 130 interrupted.
+exit status: 0 done, 2 the calibration could not run, 130 interrupted.
 """
 
 
 class CommandError(Exception):
-    """What the user must change; printed as one line, exit status 2."""
+    """A mistake that the user can correct; printed as one line, exit status 2."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvheap",
         description="A batched heap for KV-cache blocks.",
-        epilog="'kvheap COMMAND --help' tells all about a command.",
+        epilog="'kvheap COMMAND --help' describes a command.",
     )
     parser.add_argument("--version", action="version", version=f"kvheap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -164,13 +167,13 @@ def _add_replay(commands: Commands) -> None:
     replay.add_argument(
         "--heap",
         default="16MiB",
-        help="bytes of the heap, as 4096, 64MiB or 1.5GB (default: %(default)s)",
+        help="size of the heap, such as 4096, 64MiB or 1.5GB (default: %(default)s)",
     )
     replay.add_argument(
         "--geometry",
         metavar="NAME",
-        help="what a chunk is, see below (default: tiny; with an engine layout, the small one "
-        "that fits)",
+        help="the geometry of a chunk, see below (default: tiny; with an engine layout, the "
+        "small one that fits)",
     )
     replay.add_argument(
         "--engine-layout",
@@ -180,7 +183,7 @@ def _add_replay(commands: Commands) -> None:
     replay.add_argument(
         "--device",
         default="cpu",
-        help="where the heap lives: cpu, cuda, cuda:1 (default: %(default)s)",
+        help="the device of the heap: cpu, cuda, cuda:1 (default: %(default)s)",
     )
     replay.add_argument(
         "--requests",
@@ -192,14 +195,14 @@ def _add_replay(commands: Commands) -> None:
         "--seed",
         type=int,
         default=0,
-        help="of the made-up traffic and of the engine's blocks (default: %(default)s)",
+        help="seed of the made-up traffic and of the engine's random blocks (default: %(default)s)",
     )
-    replay.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    replay.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     replay.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw occupancy, hit rate and the heap's map there",
+        help="draw occupancy, hit rate and the heap's map to FILE",
     )
 
 
@@ -219,29 +222,30 @@ def _add_calibrate(commands: Commands) -> None:
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="how long to measure; the largest copies are left out first (default: %(default)g)",
+        help="time for measuring; what exceeds it is left out, the largest copies first "
+        "(default: %(default)g)",
     )
-    calibrate.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    calibrate.add_argument("--json", type=Path, metavar="FILE", help="write the table to FILE too")
     calibrate.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw the map there: .png, .svg or .pdf (with --show, default: "
+        help="draw the map to FILE, a .png, .svg or .pdf (default with --show: "
         "kvheap-calibration.png)",
     )
     calibrate.add_argument(
         "--show",
         action="store_true",
-        help="measure nothing: print and draw the stored table, or what is used without one",
+        help="measure nothing; print and draw the stored table, or the one used in its place",
     )
     calibrate.add_argument(
         "--device-name",
         metavar="NAME",
-        help="with --show: the table of a device of this name; needs no GPU",
+        help="with --show: the table for a device of this name; needs no GPU",
     )
     calibrate.add_argument(
         "--table",
         type=Path,
         metavar="FILE",
-        help="with --show: a table that --json wrote; needs no GPU",
+        help="with --show: a table written by --json; needs no GPU",
     )

@@ -1,4 +1,5 @@
-"""Other projects' interfaces, answered by kvheap: one module each, none imported by kvheap itself.
+"""Adapters between kvheap and other projects. Nothing else in kvheap imports them.
 
-A module imports the project it serves only where that is said, so each can be imported without it.
+Every module here can be imported without the project it adapts to. A name that imports the project
+when it is used says so.
 """

@@ -1,40 +1,51 @@
-"""LMCache's memory classes, with its names and signatures, on kvheap's; LMCache is not needed.
+"""LMCache's allocator classes, with its names and signatures, over kvheap's; needs no LMCache.
 
-Code, or a test file, that says ``from lmcache.v1.memory_management import ...`` runs with
+Code, or a test file, that says ``from lmcache.v1.memory_management import ...`` also runs with
 ``from kvheap.integrations.lmcache import ...``. Names and signatures are those of LMCache 0.5.6;
-``shape`` and ``dtype``, its older keywords, work too. Each class has its kvheap allocator as
-``allocator``, for all that LMCache has no name for.
+``shape`` and ``dtype``, its older keywords, work too. Each class keeps the kvheap allocator that it
+wraps as ``allocator``, for everything that LMCache has no name for.
 
-As in LMCache: a full allocator answers None, a negative batch size is a ``RuntimeError``, freeing
-again does nothing, and so does freeing plain bytes, or anything after ``close``. What differs:
+As in LMCache: a full allocator returns None, a negative batch size is a ``RuntimeError``, and
+freeing does nothing for a block that is already freed, for plain bytes, or after ``close``. The
+differences:
 
-- a batch is a ``MemoryBatch``, a sequence, but no list: it cannot be sorted or appended to;
-- the blocks of one ``batched_allocate`` that are dropped without being freed come back when the
-  last of their objects is gone, with the next call; LMCache takes each back at its own end;
-- a block that somebody else holds (reference count above one, or pinned) is not freed: that raises
-  ``BlockInUseError``; so does a count that would go below zero, a ``LifetimeError``;
-- without CUDA, GPU memory is host memory and pinned memory is not pinned; with it, what cannot be
-  pinned raises, but for ``LazyMemoryAllocator``;
+- a batch is a ``MemoryBatch``: a sequence, but not a list, so it cannot be sorted or appended to;
+- if the blocks of one ``batched_allocate`` are dropped without being freed, they return to the heap
+  together, with the first call after the last of their objects is gone; LMCache takes each back
+  when its own object goes;
+- freeing a block that has other holders (a reference count above one, or a pin) raises
+  ``BlockInUseError``; lowering a count below zero raises ``LifetimeError``;
+- without CUDA, GPU memory is host memory, and pinned memory is not pinned; with CUDA, memory that
+  cannot be pinned is an error, except in ``LazyMemoryAllocator``;
 - the size of a heap is rounded up to its alignment.
 
-``KVHeapMemoryAllocator`` is for the opposite direction, a kvheap allocator inside LMCache; asking
-for it imports LMCache. See :mod:`kvheap.integrations.lmcache_adapter`.
+``KVHeapMemoryAllocator`` is the opposite: a kvheap allocator for use inside LMCache. Reading this
+name imports LMCache. See :mod:`kvheap.integrations.lmcache_adapter`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import kvheap
 from kvheap.addresses.address_manager import AddressManager
-from kvheap.addresses.integers import as_integer
-from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
+from kvheap.blocks.block_layout import Dtypes, Shapes
 from kvheap.blocks.memory_batch import BytesBufferMemoryObj, MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.memory_metadata import MemoryObjMetadata
+from kvheap.integrations.lmcache_arguments import HeapArguments as HeapArguments
+from kvheap.integrations.lmcache_arguments import NUMAMapping as NUMAMapping
+from kvheap.integrations.lmcache_arguments import PageArguments as PageArguments
+from kvheap.integrations.lmcache_arguments import (
+    alignment_of,
+    numa_node_of,
+    page_layout_of,
+    refuse_unknown,
+    whole_units,
+)
 from kvheap.memory.pages import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -64,48 +75,15 @@ __all__ = [
 TensorMemoryObj = MemoryObj
 
 
-class NUMAMapping(Protocol):
-    """Which NUMA node is nearest to which GPU, as LMCache's class of this name."""
-
-    @property
-    def gpu_to_numa_mapping(self) -> Mapping[int, int]:
-        """NUMA node of each GPU number."""
-        ...
-
-
-class PageArguments(TypedDict, total=False):
-    """What a page holds, by LMCache's names and its older ones; unused without paging."""
-
-    shapes: Shapes
-    dtypes: Dtypes
-    shape: Shapes
-    dtype: Dtypes
-    fmt: MemoryFormat
-
-
-class HeapArguments(PageArguments, total=False):
-    """What LMCache's heaps in host memory take by keyword, beside the size.
-
-    ``align_bytes`` is unused with pages, and ``device`` always. ``shm_name``, also in ``config``,
-    must be None: kvheap shares memory by descriptor.
-    """
-
-    align_bytes: int
-    device: torch.device | str
-    numa_mapping: NUMAMapping | None
-    shm_name: str | None
-    config: Any
-
-
 class MemoryAllocatorInterface:
-    """LMCache's calls, answered by an allocator of kvheap's.
+    """LMCache's methods over an allocator of kvheap.
 
     Args:
-        allocator: who answers. Closed with this object.
+        allocator: the kvheap allocator that does the work. Closed with this object.
     """
 
     default_fmt = MemoryFormat.KV_2LTD
-    """The format of what is allocated without naming one."""
+    """The format of a block that is allocated without one."""
 
     def __init__(self, allocator: kvheap.MemoryAllocatorInterface) -> None:
         self.allocator = allocator
@@ -120,19 +98,20 @@ class MemoryAllocatorInterface:
         shape: Shapes | None = None,
         dtype: Dtypes | None = None,
     ) -> MemoryObj | None:
-        """Allocate one block; None when it does not fit.
+        """Allocate one block; returns None if it does not fit.
 
         Args:
-            shapes: logical shape, or a list of them, one for each group.
-            dtypes: logical dtype, or a list of them; unused for plain bytes.
+            shapes: logical shape, or a list of shapes, one for each group.
+            dtypes: logical dtype, or a list of dtypes; unused for plain bytes.
             fmt: what the dimensions mean.
             allocator_type: unused.
-            shape: another name of ``shapes``.
-            dtype: another name of ``dtypes``.
+            shape: another name for ``shapes``.
+            dtype: another name for ``dtypes``.
 
         Raises:
-            ValueError: the shape has no element, or is no shape.
-            TypeError: there is no shape, two, or something is no dtype.
+            ValueError: the shape has no element, or is not a shape.
+            TypeError: neither ``shapes`` nor ``shape`` is given, or both are, or both ``dtypes``
+                and ``dtype`` are, or one of the dtypes is not a dtype.
         """
         batch = self.batched_allocate(shapes, dtypes, 1, fmt, shape=shape, dtype=dtype)
         return None if batch is None else batch[0]
@@ -148,28 +127,39 @@ class MemoryAllocatorInterface:
         shape: Shapes | None = None,
         dtype: Dtypes | None = None,
     ) -> MemoryBatch | None:
-        """Allocate ``batch_size`` equal blocks, all or none; None when they do not all fit.
+        """Allocate ``batch_size`` equal blocks, all or none; returns None if they do not all fit.
 
-        Args and Raises: as for :meth:`allocate`, and
+        The other arguments are those of :meth:`allocate`.
 
         Raises:
-            NegativeBatchSizeError: a ``RuntimeError``: ``batch_size`` is negative.
+            ValueError, TypeError: as in :meth:`allocate`.
+            NegativeBatchSizeError: ``batch_size`` is negative. A ``RuntimeError``.
         """
         if (shapes is None) == (shape is None):
-            raise TypeError(f"name one shape, as shapes or shape, got {shapes!r} and {shape!r}")
+            raise TypeError(
+                f"give the shape once, as shapes or as shape, got shapes={shapes!r} and "
+                f"shape={shape!r}"
+            )
         if dtypes is not None and dtype is not None:
-            raise TypeError(f"name one dtype, as dtypes or dtype, got {dtypes!r} and {dtype!r}")
+            raise TypeError(
+                f"give the dtype once, as dtypes or as dtype, got dtypes={dtypes!r} and "
+                f"dtype={dtype!r}"
+            )
         chosen_shape: Any = shape if shapes is None else shapes
-        chosen_dtype: Any = dtype if dtypes is None else dtypes  # None will do for plain bytes
+        chosen_dtype: Any = dtype if dtypes is None else dtypes  # plain bytes need none
         fmt = self.default_fmt if fmt is None else fmt
         return self.allocator.batched_allocate(chosen_shape, chosen_dtype, batch_size, fmt)
 
     def free(self, memory_obj: MemoryObj, allocator_type: str | None = None) -> None:
-        """Free one block; nothing happens if it is freed already, or plain bytes.
+        """Free one block. Does nothing if the block is already freed, or is plain bytes.
+
+        Args:
+            memory_obj: the block.
+            allocator_type: unused.
 
         Raises:
-            BlockInUseError: it is pinned or has more than one reference.
-            ForeignObjectError: it belongs to another allocator.
+            BlockInUseError: the block is pinned or has more than one reference.
+            ForeignObjectError: the block belongs to another allocator.
         """
         self.batched_free([memory_obj])
 
@@ -179,7 +169,7 @@ class MemoryAllocatorInterface:
         allocator_type: str | None = None,
         update_stats: bool = True,
     ) -> None:
-        """Free many blocks, all or none, but for those that are freed already, or plain bytes.
+        """Free many blocks, all or none. Skips blocks that are already freed, and plain bytes.
 
         Args:
             memory_objs: a batch, or any blocks of this allocator.
@@ -187,9 +177,9 @@ class MemoryAllocatorInterface:
             update_stats: unused.
 
         Raises:
-            BlockInUseError, ForeignObjectError: as for :meth:`free`; nothing is freed.
+            BlockInUseError, ForeignObjectError: as in :meth:`free`; nothing is freed.
         """
-        if self.allocator.closed:  # LMCache's cache engine closes first, then clears
+        if self.allocator.closed:  # LMCache's cache engine closes its allocator, then frees
             return
         if not isinstance(memory_objs, MemoryBatch):
             tensors = [obj for obj in memory_objs if not isinstance(obj, BytesBufferMemoryObj)]
@@ -202,11 +192,11 @@ class MemoryAllocatorInterface:
         return self.allocator.memcheck()
 
     def close(self) -> None:
-        """Release everything. Idempotent."""
+        """Release all memory. Calling it again does nothing."""
         self.allocator.close()
 
     def __repr__(self) -> str:
-        """The class and its kvheap allocator."""
+        """The class, and the kvheap allocator."""
         return f"{type(self).__name__}({self.allocator!r})"
 
     def __str__(self) -> str:
@@ -215,13 +205,13 @@ class MemoryAllocatorInterface:
 
 
 class _Heap(MemoryAllocatorInterface):
-    """What all have that are one heap."""
+    """An allocator over one heap."""
 
     allocator: kvheap.TensorMemoryAllocator
 
     @property
     def address_manager(self) -> AddressManager:
-        """What is free."""
+        """The free list of the heap."""
         return self.allocator.address_manager
 
     @property
@@ -239,10 +229,10 @@ class TensorMemoryAllocator(_Heap):
     """A heap in a tensor.
 
     Args:
-        tensor: the buffer: contiguous, any dtype and shape.
+        tensor: the buffer: contiguous, of any dtype and shape.
         align_bytes: a power of two; every block starts at a multiple of it.
-        init_address_space: how many of its bytes are the heap, until ``address_manager.sbrk``
-            adds more; None: all.
+        init_address_space: how many bytes of the buffer the heap uses until
+            ``address_manager.sbrk`` adds more; None for all of them.
 
     >>> heap = TensorMemoryAllocator(torch.zeros(1 << 20, dtype=torch.uint8))
     >>> obj = heap.allocate([2, 3], dtype=torch.float16)
@@ -271,12 +261,12 @@ class TensorMemoryAllocator(_Heap):
 
 
 class PagedTensorMemoryAllocator(_Heap):
-    """Pages in a tensor, each holding one block of a layout, or a smaller one.
+    """Pages in a tensor. A page holds one block of the given layout, or a smaller one.
 
     Args:
-        tensor: the buffer: contiguous, any dtype and shape.
-        shapes: the shape that a page holds, or a list of them, one for each group.
-        dtypes: its dtype, or a list of them.
+        tensor: the buffer: contiguous, of any dtype and shape.
+        shapes: the shape of the block that fills a page, or a list of shapes, one for each group.
+        dtypes: its dtype, or a list of dtypes.
         fmt: what the dimensions mean.
     """
 
@@ -293,7 +283,7 @@ class PagedTensorMemoryAllocator(_Heap):
 
     @property
     def align_bytes(self) -> int:
-        """Bytes of a page."""
+        """The size of a page, bytes."""
         return self.address_manager.align_bytes
 
 
@@ -301,10 +291,10 @@ class GPUMemoryAllocator(_Heap):
     """A heap on a device.
 
     Args:
-        size: bytes.
-        device: where; without CUDA, in host memory.
+        size: bytes; rounded up to the alignment.
+        device: the device of the heap; without CUDA, the heap is in host memory.
         align_bytes: a power of two; every block starts at a multiple of it.
-        use_paging: cut the heap into pages.
+        use_paging: divide the heap into pages.
         arguments: see :class:`PageArguments`.
     """
 
@@ -316,15 +306,15 @@ class GPUMemoryAllocator(_Heap):
         use_paging: bool = False,
         **arguments: Unpack[PageArguments],
     ) -> None:
-        _refuse_unknown(arguments, PageArguments.__annotations__)
+        refuse_unknown(arguments, PageArguments.__annotations__)
         alignment = AddressManager.ALIGN_BYTES if align_bytes is None else align_bytes
         super().__init__(
             kvheap.GPUMemoryAllocator(
-                _whole_units(size, alignment),
+                whole_units(size, alignment),
                 device,
                 alignment,
                 allow_cpu=True,
-                page_layout=_page_layout(use_paging, arguments),
+                page_layout=page_layout_of(use_paging, arguments),
                 idempotent_free=True,
             )
         )
@@ -334,32 +324,32 @@ class HostMemoryAllocator(_Heap):
     """A heap in host memory that is not pinned.
 
     Args:
-        size: bytes.
-        use_paging: cut the heap into pages.
+        size: bytes; rounded up to the alignment.
+        use_paging: divide the heap into pages.
         arguments: see :class:`HeapArguments`.
     """
 
     def __init__(
         self, size: int, use_paging: bool = False, **arguments: Unpack[HeapArguments]
     ) -> None:
-        alignment = _alignment(use_paging, arguments)
+        alignment = alignment_of(use_paging, arguments)
         super().__init__(
             kvheap.HostMemoryAllocator(
-                _whole_units(size, alignment),
+                whole_units(size, alignment),
                 alignment,
-                numa_node=_numa_node(arguments),
-                page_layout=_page_layout(use_paging, arguments),
+                numa_node=numa_node_of(arguments),
+                page_layout=page_layout_of(use_paging, arguments),
                 idempotent_free=True,
             )
         )
 
 
 class PinMemoryAllocator(_Heap):
-    """A heap in pinned host memory; not pinned where there is no CUDA.
+    """A heap in pinned host memory, which is not pinned without CUDA.
 
     Args:
-        size: bytes.
-        use_paging: cut the heap into pages.
+        size: bytes; rounded up to the alignment.
+        use_paging: divide the heap into pages.
         arguments: see :class:`HeapArguments`.
     """
 
@@ -373,9 +363,9 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
     """Tensors in a pinned heap, plain bytes (``BINARY_BUFFER``) outside it.
 
     Args:
-        size: bytes of the heap.
-        use_paging: cut the heap into pages.
-        use_hugepages: take huge pages, which the system must have set aside.
+        size: bytes of the heap; rounded up to the alignment.
+        use_paging: divide the heap into pages.
+        use_hugepages: use huge pages, which must be reserved in the system.
         arguments: see :class:`HeapArguments`.
 
     >>> mixed = MixedMemoryAllocator(1 << 20)
@@ -396,16 +386,16 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
         pinned = _pinned_heap(size, use_paging, use_hugepages, arguments)
         super().__init__(kvheap.MixedMemoryAllocator(pinned))
         self.align_bytes = pinned.address_manager.align_bytes
-        """Every tensor starts at a multiple of it; bytes of a page, where there are pages."""
+        """Every tensor starts at a multiple of it. With pages, the size of a page."""
 
     @property
     def pin_allocator(self) -> kvheap.TensorMemoryAllocator:
-        """Where tensors go."""
+        """The heap, which holds the tensors."""
         return self.allocator.pin_allocator
 
     @property
     def buffer_allocator(self) -> kvheap.BufferAllocator:
-        """Where plain bytes go."""
+        """The allocator of plain bytes."""
         return self.allocator.buffer_allocator
 
     @property
@@ -418,10 +408,10 @@ class LazyMemoryAllocator(_Heap):
     """A heap in pinned host memory that grows in the background; not pinned without CUDA.
 
     Args:
-        init_size: bytes to begin with.
-        final_size: bytes in the end.
+        init_size: bytes that are usable at once.
+        final_size: bytes after the growth; rounded up to the alignment and to whole memory pages.
         align_bytes: a power of two; every block starts at a multiple of it.
-        numa_mapping: take memory of the NUMA node that it names for the current GPU.
+        numa_mapping: says on which NUMA node to allocate: that of the current GPU.
     """
 
     allocator: kvheap.LazyMemoryAllocator
@@ -437,28 +427,28 @@ class LazyMemoryAllocator(_Heap):
         super().__init__(
             kvheap.LazyMemoryAllocator(
                 init_size,
-                _whole_units(final_size, max(align_bytes, PAGE_BYTES)),
+                whole_units(final_size, max(align_bytes, PAGE_BYTES)),
                 align_bytes,
                 pin="if possible" if torch.cuda.is_available() else "no",
-                numa_node=_numa_node({"numa_mapping": numa_mapping}),
+                numa_node=numa_node_of({"numa_mapping": numa_mapping}),
                 idempotent_free=True,
             )
         )
 
     def get_underlying_buffer(self) -> torch.Tensor:
-        """All bytes that the heap will have, uint8."""
+        """The bytes of the heap at its final size, uint8."""
         return self.buffer
 
     def get_address_manager(self) -> AddressManager:
-        """``address_manager``."""
+        """The ``address_manager``."""
         return self.address_manager
 
 
 class AdHocMemoryAllocator(MemoryAllocatorInterface):
-    """Every batch is a tensor of its own, for tests.
+    """Allocates a tensor for each batch; for tests.
 
     Args:
-        device: where; without CUDA, in host memory.
+        device: the device of the tensors; without CUDA, they are in host memory.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -467,10 +457,10 @@ class AdHocMemoryAllocator(MemoryAllocatorInterface):
 
 
 class BufferAllocator(MemoryAllocatorInterface):
-    """Plain bytes, which live as long as their objects.
+    """Plain bytes in host memory, which live as long as their objects.
 
     Args:
-        device: unused: they are in host memory.
+        device: unused.
     """
 
     default_fmt = MemoryFormat.BINARY_BUFFER
@@ -482,67 +472,16 @@ class BufferAllocator(MemoryAllocatorInterface):
 def _pinned_heap(
     size: int, use_paging: bool, use_hugepages: bool, arguments: HeapArguments
 ) -> kvheap.PinMemoryAllocator:
-    alignment = _alignment(use_paging, arguments)
+    alignment = alignment_of(use_paging, arguments)
     return kvheap.PinMemoryAllocator(
-        _whole_units(size, alignment),
+        whole_units(size, alignment),
         alignment,
         huge_pages="explicit" if use_hugepages else "none",
-        numa_node=_numa_node(arguments),
+        numa_node=numa_node_of(arguments),
         allow_unpinned=not torch.cuda.is_available(),
-        page_layout=_page_layout(use_paging, arguments),
+        page_layout=page_layout_of(use_paging, arguments),
         idempotent_free=True,
     )
-
-
-def _page_layout(use_paging: bool, arguments: PageArguments) -> BlockLayout | None:
-    """What a page holds; None without paging."""
-    if not use_paging:
-        return None
-    shapes = arguments.get("shapes", arguments.get("shape"))
-    dtypes = arguments.get("dtypes", arguments.get("dtype"))
-    fmt = arguments.get("fmt")
-    if shapes is None or dtypes is None or fmt is None:
-        raise ValueError(f"paging needs shapes, dtypes and fmt, got {shapes}, {dtypes} and {fmt}")
-    return BlockLayout.of(shapes, dtypes, fmt)
-
-
-def _alignment(use_paging: bool, arguments: HeapArguments) -> int:
-    """The alignment of a heap in host memory, which must be one that kvheap can make."""
-    _refuse_unknown(arguments, HeapArguments.__annotations__)
-    config = arguments.get("config")
-    shm_name = arguments.get("shm_name")
-    if shm_name is None and config is not None:
-        shm_name = config.get_extra_config_value("shm_name", None)
-    if shm_name is not None:
-        raise ValueError(
-            f"kvheap's memory has no name, got shm_name {shm_name!r}: share it by descriptor, with "
-            f"kvheap.HostMemoryAllocator(shared=True)"
-        )
-    default = AddressManager.ALIGN_BYTES
-    return default if use_paging else arguments.get("align_bytes", default)
-
-
-def _refuse_unknown(arguments: PageArguments, known: Iterable[str]) -> None:
-    unknown = arguments.keys() - set(known)
-    if unknown:
-        raise TypeError(f"unknown arguments: {', '.join(sorted(unknown))}")
-
-
-def _numa_node(arguments: HeapArguments) -> int | None:
-    """The NUMA node of the current GPU, or of GPU 0 without CUDA; None when it does not matter."""
-    mapping = arguments.get("numa_mapping")
-    if mapping is None:
-        return None
-    gpu = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    if gpu not in mapping.gpu_to_numa_mapping:
-        raise KeyError(f"GPU {gpu} is not in the NUMA mapping {mapping!r}")
-    return mapping.gpu_to_numa_mapping[gpu]
-
-
-def _whole_units(size: int, unit_bytes: int) -> int:
-    """``size`` rounded up; what is wrong with either, the allocator will say."""
-    size, unit_bytes = as_integer("size", size), as_integer("align_bytes", unit_bytes)
-    return -(-size // unit_bytes) * unit_bytes if size > 0 < unit_bytes else size
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,15 @@
-"""``KVHeapMemoryAllocator``: a kvheap heap that LMCache takes for one of its own allocators.
+"""``KVHeapMemoryAllocator``: a kvheap heap as one of LMCache's own allocators.
 
 Its objects are LMCache's ``TensorMemoryObj``, with LMCache's counts, pins and monitors; only their
-bytes are kvheap's. LMCache decides when an object has come to its end; this module sees to it that
-its block then goes back to the heap once.
+bytes are kvheap's. LMCache decides when an object is freed. This module returns the object's block
+to the heap then, exactly once.
 
-An object that is dropped comes to its end in a finalizer: anywhere, under any lock. What frees
-under a lock there can wait for itself; so the finalizer only takes the block out of one dict and
-puts it into one queue, both atomic, and the next call frees it. That dict is the allocator's: an
-object only has a number. Were the object to hold its block, the garbage collector could finalize
-the block's batch before the object, and the bytes would have two owners.
+An object that is dropped without being freed is finalized at any point of the program, possibly
+while its thread holds a lock. If the finalizer took a lock, it could wait for its own thread. So it
+only moves the block from a dict to a queue, two atomic operations, and the next call of the
+allocator frees it. The dict belongs to the allocator, and the object has only a number. If the
+object held its block, the garbage collector could finalize the block's batch before the object, and
+the bytes would have two owners.
 
 Importing this module does not import LMCache; :func:`lmcache_classes` does. Written for 0.5.6.
 """
@@ -38,12 +39,12 @@ __all__ = ["LMCacheClasses", "lmcache_classes"]
 
 
 class LMCacheClasses(NamedTuple):
-    """Classes that exist only where LMCache does.
+    """The classes that derive from LMCache's.
 
     Attributes:
-        allocator: ``KVHeapMemoryAllocator``, a ``MemoryAllocatorInterface`` of LMCache; see
-            :class:`HeapCalls` for its methods.
-        memory_obj: the class of its objects, a ``TensorMemoryObj`` of LMCache.
+        allocator: ``KVHeapMemoryAllocator``, a subclass of LMCache's ``MemoryAllocatorInterface``;
+            see :class:`HeapCalls` for its methods.
+        memory_obj: the class of its objects, a subclass of LMCache's ``TensorMemoryObj``.
     """
 
     allocator: type[Any]
@@ -51,30 +52,37 @@ class LMCacheClasses(NamedTuple):
 
 
 class BlockEnd:
-    """The part of ``KVHeapMemoryObj`` that is not LMCache's: how it ends."""
+    """The finalizer of ``KVHeapMemoryObj``, the only part of it that is not LMCache's."""
 
     number: int
-    """Names its block; unique among all objects of its allocator."""
+    """The key of its block in the allocator; unique among all objects of that allocator."""
 
     home: HeapCalls
-    """Who has its block. ``parent_allocator`` is LMCache's to change."""
+    """The allocator that has its block. LMCache may change ``parent_allocator``, but not this."""
 
     def __del__(self) -> None:
-        # Runs anywhere, even inside a lock on this thread: takes none.
-        home = getattr(self, "home", None)  # an object whose making failed has none
+        # Takes no lock: this thread may hold any.
+        home = getattr(self, "home", None)  # missing if __init__ or batched_allocate failed
         if home is not None:
             home._drop(self.number)
 
 
 class HeapCalls:
-    """The calls of LMCache's ``MemoryAllocatorInterface``, answered by a kvheap heap.
+    """The methods of LMCache's ``MemoryAllocatorInterface``, over a kvheap heap.
 
     For example ``LocalCPUBackend(config, metadata, memory_allocator=KVHeapMemoryAllocator(heap))``.
-    Where LMCache insists on its ``MixedMemoryAllocator`` (batches that evict, 0.5.6), make one of
-    0 bytes and set its ``pin_allocator`` to a ``KVHeapMemoryAllocator``.
+    Where LMCache 0.5.6 requires its own ``MixedMemoryAllocator`` (for batches that evict), create
+    one of 0 bytes and set its ``pin_allocator`` to a ``KVHeapMemoryAllocator``.
+
+    - Get objects: ``allocate``, ``batched_allocate``.
+    - Return them: ``free``, ``batched_free``.
+    - Inspect the heap: ``address_manager``, ``align_bytes``, ``buffer``, ``total_allocated_size``,
+      ``num_active_allocations``, ``dropped_objects``, ``get_memory_usage``, ``memcheck``.
+    - End: ``close``.
 
     Args:
-        heap: where blocks come from; any kvheap allocator over a heap. Closed with this object.
+        heap: the heap that the blocks come from; any kvheap allocator over a heap. Closed with
+            this object.
     """
 
     _classes: LMCacheClasses
@@ -87,7 +95,7 @@ class HeapCalls:
     def __init__(self, heap: TensorMemoryAllocator) -> None:
         self.heap = heap
         self.dropped_objects = 0
-        """How many objects were dropped without being freed, so far."""
+        """How many objects have been dropped without being freed."""
         self._numbers = itertools.count()
         self._held: dict[int, MemoryObj] = {}
         self._freed: deque[MemoryObj] = deque()
@@ -104,14 +112,17 @@ class HeapCalls:
         fmt: Any = MemoryFormat.KV_2LTD,
         allocator_type: str | None = None,
     ) -> Any:
-        """Allocate one object; None when it does not fit.
+        """Allocate one object; returns None if it does not fit.
 
         Args:
-            shapes: logical shape, or a list of them, one for each group.
-            dtypes: logical dtype, or a list of them; unused for plain bytes.
-            fmt: LMCache's ``MemoryFormat``, or kvheap's. ``BINARY_BUFFER`` are bytes outside the
+            shapes: logical shape, or a list of shapes, one for each group.
+            dtypes: logical dtype, or a list of dtypes; unused for plain bytes.
+            fmt: LMCache's ``MemoryFormat``, or kvheap's. ``BINARY_BUFFER`` means bytes outside the
                 heap.
             allocator_type: unused.
+
+        Raises:
+            ValueError, ClosedError: as in :meth:`batched_allocate`.
         """
         objs = self.batched_allocate(shapes, dtypes, 1, fmt)
         return None if objs is None else objs[0]
@@ -124,13 +135,14 @@ class HeapCalls:
         fmt: Any = MemoryFormat.KV_2LTD,
         allocator_type: str | None = None,
     ) -> list[Any] | None:
-        """Allocate ``batch_size`` equal objects, all or none; None when they do not all fit.
+        """Allocate ``batch_size`` equal objects, all or none; returns None if they do not all fit.
 
-        O(N): LMCache's objects are made one by one.
+        O(N): LMCache's objects are created one by one. The other arguments are those of
+        :meth:`allocate`.
 
         Raises:
             ValueError: the shape has no element.
-            NegativeBatchSizeError: a ``RuntimeError``: ``batch_size`` is negative.
+            NegativeBatchSizeError: ``batch_size`` is negative. A ``RuntimeError``.
             ClosedError: the heap is closed.
         """
         fmt = self._format_type(fmt.value)
@@ -162,7 +174,7 @@ class HeapCalls:
             obj = self._classes.memory_obj(block.raw_tensor, metadata, self)
             obj.number = next(self._numbers)
             obj.home = self
-            # Last: whatever was interrupted before leaves the block to its batch's finalizer.
+            # Last: after an interrupt before this line, the batch's finalizer frees the block.
             self._held[obj.number] = block
             objs.append(obj)
         return objs
@@ -170,12 +182,16 @@ class HeapCalls:
     # -- free ----------------------------------------------------------------------------------
 
     def free(self, memory_obj: Any, allocator_type: str | None = None) -> None:
-        """Free one object, whatever its counts; nothing happens if it is freed already.
+        """Free one object, whatever its counts. Does nothing if it is already freed.
 
-        LMCache calls it when the counts have come down.
+        LMCache calls this when the counts have reached zero.
+
+        Args:
+            memory_obj: the object.
+            allocator_type: unused.
 
         Raises:
-            ForeignObjectError: it belongs to another allocator.
+            ForeignObjectError: the object belongs to another allocator.
         """
         self.batched_free([memory_obj])
 
@@ -185,12 +201,12 @@ class HeapCalls:
         allocator_type: str | None = None,
         update_stats: bool = True,
     ) -> None:
-        """Free many objects, whatever their counts, but for those that are freed already.
+        """Free many objects, whatever their counts. Skips objects that are already freed.
 
         Args:
-            memory_objs: objects of this allocator; plain bytes among them stay as they are.
+            memory_objs: objects of this allocator; plain bytes among them are left as they are.
             allocator_type: unused.
-            update_stats: whether to tell LMCache's monitor.
+            update_stats: whether to report the new usage to LMCache's monitor.
 
         Raises:
             ForeignObjectError: one belongs to another allocator; nothing is freed.
@@ -201,7 +217,7 @@ class HeapCalls:
                 raise ForeignObjectError(f"{obj!r} belongs to another allocator")
         for obj in objs:
             obj.invalidate()
-            block = self._held.pop(obj.number, None)  # of two that free, one finds it
+            block = self._held.pop(obj.number, None)  # of two threads, only one gets it
             if block is not None:
                 self._freed.append(block)
         is_outermost = self._enter()
@@ -214,25 +230,25 @@ class HeapCalls:
             self._leave(is_outermost)
 
     def _drop(self, number: int) -> None:
-        """Queue the block of an object that is being finalized, if it has one. Takes no lock."""
+        """Queue the block of an object that is being finalized. Takes no lock."""
         block = self._held.pop(number, None)
         if block is not None:
             self._dropped.append(block)
 
     def _settle(self) -> None:
-        """Give the heap what has ended."""
+        """Return the blocks of freed and dropped objects to the heap."""
         dropped = _take_all(self._dropped)
         if dropped:
             with self._count_lock:
                 self.dropped_objects += len(dropped)
         blocks = _take_all(self._freed) + dropped
-        # A closed heap has no use for them: LMCache closes first, then clears.
+        # LMCache closes its allocator first and frees its objects then: nothing is left to free.
         with suppress(ClosedError):
             if blocks and not self.heap.closed:
                 self.heap.batched_free(blocks)
 
-    # A finalizer of somebody else's may free in the middle of a call on the same thread, inside
-    # the heap's locks or the monitor's: such a call only queues.
+    # Another object's finalizer may free objects in the middle of a call on the same thread, while
+    # that call holds a lock of the heap or the monitor. Such a nested call only queues.
 
     def _enter(self) -> bool:
         """Whether this is the outermost call on this thread."""
@@ -253,7 +269,7 @@ class HeapCalls:
 
     @property
     def address_manager(self) -> AddressManager:
-        """What is free; has LMCache's ``get_heap_size`` and ``get_free_size``."""
+        """The free list; has LMCache's ``get_heap_size`` and ``get_free_size``."""
         return self.heap.address_manager
 
     @property
@@ -268,16 +284,16 @@ class HeapCalls:
 
     @property
     def total_allocated_size(self) -> int:
-        """Allocated bytes, those of objects that were just dropped included."""
+        """Allocated bytes, including those of objects dropped since the last call."""
         return self.heap.total_allocated_size
 
     @property
     def num_active_allocations(self) -> int:
-        """How many objects live."""
+        """How many objects are neither freed nor dropped."""
         return len(self._held)
 
     def get_memory_usage(self) -> tuple[int, int]:
-        """Allocated bytes, and bytes of the heap."""
+        """Allocated bytes, and the size of the heap in bytes."""
         return self.total_allocated_size, self.address_manager.get_heap_size()
 
     def memcheck(self) -> bool:
@@ -285,7 +301,7 @@ class HeapCalls:
         return self.heap.memcheck()
 
     def close(self) -> None:
-        """Close the heap. Objects may be freed and dropped afterwards; that does nothing."""
+        """Close the heap. Freeing or dropping an object afterwards does nothing."""
         self.heap.close()
 
     def __str__(self) -> str:
@@ -293,12 +309,12 @@ class HeapCalls:
         return type(self).__name__
 
     def __repr__(self) -> str:
-        """The class and its heap."""
+        """The class, and the heap."""
         return f"{type(self).__name__}({self.heap!r})"
 
 
 def _take_all(queue: deque[MemoryObj]) -> list[MemoryObj]:
-    """Empty a queue that others fill and empty at the same time."""
+    """Empty a queue that other threads may fill and empty at the same time."""
     blocks: list[MemoryObj] = []
     with suppress(IndexError):
         while queue:
@@ -308,7 +324,7 @@ def _take_all(queue: deque[MemoryObj]) -> list[MemoryObj]:
 
 @cache
 def lmcache_classes() -> LMCacheClasses:
-    """Make the classes; imports LMCache.
+    """Create the classes; imports LMCache.
 
     Raises:
         ImportError: LMCache cannot be imported.

@@ -65,11 +65,11 @@ class TestHeaps:
         assert under(heap).stats().allocated_bytes == 0
 
     def test_a_shape_or_dtype_named_twice_or_never(self, heap: Any) -> None:
-        with pytest.raises(TypeError, match="one shape"):
+        with pytest.raises(TypeError, match="give the shape once"):
             heap.allocate(dtype=torch.half)
-        with pytest.raises(TypeError, match="one shape"):
+        with pytest.raises(TypeError, match="give the shape once"):
             heap.allocate([1], torch.half, shape=[1])
-        with pytest.raises(TypeError, match="one dtype"):
+        with pytest.raises(TypeError, match="give the dtype once"):
             heap.allocate([1], torch.half, dtype=torch.half)
         with pytest.raises(TypeError, match="dtype must be"):
             heap.allocate([1])
