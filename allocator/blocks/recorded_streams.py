@@ -7,31 +7,69 @@ from kvheap.device.events import Stream, has_let_go
 
 __all__ = ["RecordedStreams"]
 
+MIN_PRUNED = 8
+"""Records from which on ended streams are looked for, each time their number has doubled."""
+
+Streams = dict[int, Stream]
+"""Streams by their ``id``."""
+
 
 class RecordedStreams:
-    """The streams recorded for a batch, each for some rows or for all. Not thread-safe."""
+    """The streams recorded for a batch: for all rows, for one row, or for a set of rows.
 
-    __slots__ = ("_entries",)
+    Adding a record costs O(its rows). Looking up a row costs O(its streams + sets of rows), however
+    many rows have streams. Not thread-safe.
+    """
+
+    __slots__ = ("_num_records", "_of_all", "_of_row", "_of_set", "_prune_at")
 
     def __init__(self) -> None:
-        self._entries: list[tuple[frozenset[int] | None, Stream]] = []
+        self._of_all: Streams = {}
+        self._of_row: dict[int, Streams] = {}
+        self._of_set: dict[frozenset[int], Streams] = {}
+        self._num_records = 0
+        self._prune_at = MIN_PRUNED
 
     def add(self, stream: Stream, rows: Int64Array | None) -> None:
         """Note that a stream works on ``rows`` (None: all)."""
-        entry = (None if rows is None else frozenset(rows.tolist()), stream)
-        # Transfers are streams that end: look for ended ones each time the number doubles.
-        count = len(self._entries)
-        if count >= 8 and not count & (count - 1):
-            self._entries = [kept for kept in self._entries if not has_let_go(kept[1])]
-        if entry not in self._entries:
-            self._entries.append(entry)
+        if self._num_records >= self._prune_at:
+            self._prune()
+        if rows is None:
+            streams = self._of_all
+        elif len(rows) == 1:
+            streams = self._of_row.setdefault(int(rows[0]), {})
+        else:
+            streams = self._of_set.setdefault(frozenset(rows.tolist()), {})
+        self._num_records += id(stream) not in streams
+        streams[id(stream)] = stream
 
     def of(self, rows: Int64Array | None) -> tuple[Stream, ...]:
         """The streams that work on any of ``rows`` (None: all)."""
-        wanted = None if rows is None else set(rows.tolist())
-        streams = {
-            id(stream): stream
-            for used, stream in self._entries
-            if used is None or wanted is None or not used.isdisjoint(wanted)
+        found = dict(self._of_all)
+        if rows is None:
+            for streams in (*self._of_row.values(), *self._of_set.values()):
+                found |= streams
+            return tuple(found.values())
+        wanted = rows.tolist()
+        if self._of_row:
+            for row in wanted:
+                found |= self._of_row.get(row, {})
+        for used, streams in self._of_set.items():
+            if not used.isdisjoint(wanted):
+                found |= streams
+        return tuple(found.values())
+
+    def _prune(self) -> None:
+        """Drop the streams that have ended, as transfers do."""
+        self._of_all = _in_use(self._of_all)
+        self._of_row = {row: kept for row, all_ in self._of_row.items() if (kept := _in_use(all_))}
+        self._of_set = {
+            rows: kept for rows, all_ in self._of_set.items() if (kept := _in_use(all_))
         }
-        return tuple(streams.values())
+        kept_of_parts = (*self._of_row.values(), *self._of_set.values())
+        self._num_records = len(self._of_all) + sum(map(len, kept_of_parts))
+        self._prune_at = max(MIN_PRUNED, 2 * self._num_records)
+
+
+def _in_use(streams: Streams) -> Streams:
+    return {number: stream for number, stream in streams.items() if not has_let_go(stream)}
