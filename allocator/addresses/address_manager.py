@@ -140,7 +140,8 @@ class AddressManager:
 
     def get_heap_size(self) -> int:
         """Bytes of the address space."""
-        return self.stats().heap_bytes
+        with self._lock:
+            return self._settled_free_list().end * self._unit
 
     def get_free_size(self) -> int:
         """Free bytes, over all extents."""
@@ -155,10 +156,11 @@ class AddressManager:
         """A consistent snapshot of the counters. O(1)."""
         with self._lock:
             free_list, unit = self._settled_free_list(), self._unit
+            heap_bytes, free_bytes = free_list.end * unit, free_list.free_units * unit
             return HeapStats(
-                heap_bytes=free_list.end * unit,
-                allocated_bytes=(free_list.end - free_list.free_units) * unit,
-                free_bytes=free_list.free_units * unit,
+                heap_bytes=heap_bytes,
+                allocated_bytes=heap_bytes - free_bytes,
+                free_bytes=free_bytes,
                 largest_free_bytes=free_list.largest * unit,
                 free_extents=len(free_list),
             )

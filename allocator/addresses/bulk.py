@@ -1,8 +1,8 @@
-"""Batches in the free list: run by run, or by rebuilding the list when the runs are many.
+"""Batches in the free list: changed run by run, or rebuilt from arrays if the runs are many.
 
-Each function chooses the cheaper way. A change that rebuilds leaves the given free list as it is
-and returns another one; a change run by run is logged in the given list, which is returned.
-The caller commits, or restores the given list and rolls it back.
+Each function chooses the cheaper way. Changing run by run logs the changes in the given free list
+and returns it; rebuilding leaves the given list as it is and returns a new one. The caller commits
+the given list; after an exception, it keeps that list and rolls it back.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ MIN_REBUILD_RUNS = 64
 """Up to this many runs, a batch never rebuilds the free list; see benchmarks/NOTES.md."""
 
 REBUILD_SHARE = 32
-"""A batch rebuilds when its runs are more than this fraction of the extents, 1 / 32; likewise."""
+"""Nor does a batch whose runs are at most a 32nd of the extents; see benchmarks/NOTES.md."""
 
 
 def max_steps(free_list: FreeList) -> int:
-    """The largest number of runs for which run by run is cheaper than rebuilding."""
+    """Up to how many runs it is cheaper to change the list run by run than to rebuild it."""
     return max(MIN_REBUILD_RUNS, len(free_list) // REBUILD_SHARE)
 
 
@@ -42,7 +42,7 @@ def take_batch(
     O(R log F) for R runs; by rebuilding, O(F log F) in array operations.
 
     Args:
-        free_list: where from.
+        free_list: where the blocks are taken from.
         size: units of each block.
         count: how many blocks, at least 1.
         unit_bytes: bytes of a unit.
@@ -80,7 +80,7 @@ def insert_runs(free_list: FreeList, runs: Extents, unit_bytes: int) -> FreeList
     O(R log F) for R runs; by rebuilding, O(F + R) in array operations.
 
     Args:
-        free_list: where to.
+        free_list: where the runs are added.
         runs: in units, disjoint, in address order, within the heap, across no wall.
         unit_bytes: bytes of a unit, for error messages.
 

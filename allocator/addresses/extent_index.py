@@ -44,8 +44,8 @@ SHOWN_EXTENTS = 32
 class ExtentIndex:
     """Disjoint extents in two sorted orders. Not thread-safe.
 
-    Changes take an extent as its two keys, because the caller has computed most of them already:
-    making them again from start and size would cost 2 % of an allocation.
+    Changes take an extent as its two keys: the caller has computed most of them already, and
+    computing them again would slow an allocation down; see ``benchmarks/NOTES.md``.
 
     Attributes:
         by_start: the keys in address order; change them with the methods below only.
@@ -92,7 +92,14 @@ class ExtentIndex:
         return Extents(flat[0::2], flat[1::2])
 
     def reshape(self, by_start: int, new_by_start: int, by_size: int, new_by_size: int) -> None:
-        """Change one extent into another one between the same neighbours. O(log F)."""
+        """Replace one extent by another one between the same neighbours. O(log F).
+
+        Args:
+            by_start: the old extent's key in ``by_start``.
+            new_by_start: the new extent's.
+            by_size: the old extent's key in ``by_size``.
+            new_by_size: the new extent's.
+        """
         self.log.append((by_start, new_by_start))
         self._start_in_change = True
         self.by_start.shift(by_start, new_by_start)
@@ -100,7 +107,7 @@ class ExtentIndex:
         self.by_size.replace(by_size, new_by_size)
 
     def remove(self, by_start: int, by_size: int) -> None:
-        """Remove an extent. O(log F)."""
+        """Remove the extent with these keys. O(log F)."""
         self.log.append((by_start, None))
         self._start_in_change = True
         self.by_start.remove(by_start)
@@ -108,7 +115,7 @@ class ExtentIndex:
         self.by_size.remove(by_size)
 
     def add(self, by_start: int, by_size: int) -> None:
-        """Add an extent that overlaps no other. O(log F)."""
+        """Add the extent with these keys, which overlaps no other. O(log F)."""
         self.log.append((None, by_start))
         self._start_in_change = True
         self.by_start.add(by_start)

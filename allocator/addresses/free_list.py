@@ -65,13 +65,14 @@ class FreeList:
 
     def __len__(self) -> int:
         """The number of free extents."""
-        return len(self._index)
+        return len(self._index.by_start)
 
     @property
     def largest(self) -> int:
         """Units of the largest extent; 0 if nothing is free. O(1)."""
-        key = self._index.by_size.last()
-        return 0 if key is None else key >> self._index.bits
+        index = self._index
+        key = index.by_size.last()
+        return 0 if key is None else key >> index.bits
 
     def extents(self) -> Extents:
         """All extents in address order, as arrays. O(F)."""
