@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +13,9 @@ import torch
 from kvheap.blocks.memory_format import MemoryFormat
 
 __all__ = ["BlockLayout", "Dtypes", "Shapes"]
+
+MAX_BYTES = 1 << 63
+"""Addresses and sizes are int64."""
 
 Shapes: TypeAlias = "Sequence[int] | Sequence[Sequence[int]]"
 """The shape of a block, or one for each of its groups."""
@@ -43,9 +47,11 @@ class BlockLayout:
         """The layout of one group, or of several given as lists of equal length.
 
         Raises:
-            TypeError: a dtype is not a ``torch.dtype``, or a shape not of integers.
-            ValueError: the lists differ in length, a shape has no element, or a group would
-                begin at an offset that its dtype cannot be read from.
+            TypeError: a dtype is not a ``torch.dtype``, a shape not of integers, or ``fmt`` not a
+                ``MemoryFormat``.
+            ValueError: the lists differ in length, a shape has no element, a block would have
+                2**63 bytes or more, or a group would begin at an offset that its dtype cannot be
+                read from.
 
         >>> layout = BlockLayout.of([(2, 3), (5,)], [torch.float32, torch.int16],
         ...                         MemoryFormat.UNDEFINED)
@@ -116,6 +122,8 @@ def _single(shape: torch.Size, dtype: torch.dtype, fmt: MemoryFormat) -> BlockLa
 def _several(
     shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], fmt: MemoryFormat
 ) -> BlockLayout:
+    if not isinstance(fmt, MemoryFormat):
+        raise TypeError(f"fmt must be a MemoryFormat, got {fmt!r}")
     offsets = [0]
     for group, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
         if not isinstance(dtype, torch.dtype):
@@ -127,5 +135,7 @@ def _several(
                 f"group {group} would begin at byte {offsets[-1]}, which is no multiple of the "
                 f"{dtype.itemsize} bytes of its {dtype}; put the wider dtypes first"
             )
-        offsets.append(offsets[-1] + shape.numel() * dtype.itemsize)
+        offsets.append(offsets[-1] + math.prod(shape) * dtype.itemsize)  # numel() would wrap
+    if offsets[-1] >= MAX_BYTES:
+        raise ValueError(f"a block must have fewer than 2**63 bytes, got shapes {shapes}")
     return BlockLayout(shapes, dtypes, fmt, tuple(offsets))

@@ -106,6 +106,11 @@ class RowCounts:
             return self._uniform_references != FREED
         return bool(self.live().all())
 
+    @property
+    def has_leases(self) -> bool:
+        """Whether a row ever had a lease."""
+        return self._leases is not None
+
     def count_live(self) -> tuple[int, int]:
         """How many rows are live, and how many of those are pinned."""
         with self._lock:

@@ -60,7 +60,7 @@ class Lifetime:
 
     - batches: ``begin``, ``forget``, ``drop``, ``live``;
     - freed blocks: ``release``, ``pending_bytes``, ``dropped_blocks``;
-    - leases: ``grant_lease``, ``expired_leases``;
+    - leases: ``grant_lease``, ``expire_leases``, ``expired_leases``;
     - reclaiming: ``has_work``, ``settle``, ``wait_for_streams``, ``wait_for_live``.
 
     Args:
@@ -147,6 +147,10 @@ class Lifetime:
     def grant_lease(self, batch: LeaseHolder, row: int, ttl: float) -> Lease:
         """Pin a block for ``ttl`` seconds."""
         return self._leases.grant(batch, row, ttl)
+
+    def expire_leases(self) -> None:
+        """End the leases whose time is over, so that counts do not include them."""
+        self._leases.expire_due()
 
     @property
     def expired_leases(self) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from typing import Self
 
 __all__ = ["HeapOptions", "MemoryAllocatorInterface", "debug_by_environment"]
+
+
+CLOSE_TIMEOUT_S = 60.0
+"""Seconds that ``close`` waits for streams by default; every copy of KV takes far less."""
 
 
 class HeapOptions(TypedDict, total=False):
@@ -57,6 +62,10 @@ class MemoryAllocatorInterface(ABC):
     """
 
     _closed = False
+
+    def __init__(self) -> None:
+        self._is_released = False
+        self._close_lock = threading.Lock()
 
     # -- allocate ------------------------------------------------------------------------------
 
@@ -180,11 +189,26 @@ class MemoryAllocatorInterface(ABC):
 
     # -- end -----------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Release everything. Later calls other than ``close`` raise ``ClosedError``."""
-        if not self._closed:
-            self._closed = True
-            self.close_memory()
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Refuse new work, wait until streams have ended theirs, and release everything.
+
+        Other calls then raise ``ClosedError``. If the wait ends without success, call it again.
+
+        Args:
+            timeout_s: seconds to wait for streams at most.
+
+        Raises:
+            TimeoutError: a stream has not ended its work in time; nothing is released, and the
+                allocator stays closed to other calls.
+            ValueError: ``timeout_s`` is negative or not a number; nothing changes.
+        """
+        if not timeout_s >= 0:
+            raise ValueError(f"timeout_s must be a non-negative number of seconds, got {timeout_s}")
+        self._closed = True
+        with self._close_lock:
+            if not self._is_released:
+                self.close_memory(timeout_s)
+                self._is_released = True
 
     def __enter__(self) -> Self:
         self.require_open()
@@ -219,8 +243,12 @@ class MemoryAllocatorInterface(ABC):
         """:meth:`batched_allocate` for a layout that :meth:`layout_of` made."""
 
     @abstractmethod
-    def close_memory(self) -> None:
-        """Release the allocator's memory; called once, by :meth:`close`."""
+    def close_memory(self, timeout_s: float) -> None:
+        """Release the allocator's memory, for :meth:`close`; not called again once it succeeds.
+
+        Raises:
+            TimeoutError: a stream has not ended its work in ``timeout_s`` seconds.
+        """
 
     def require_open(self) -> None:
         """Refuse to work once closed.

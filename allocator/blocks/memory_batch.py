@@ -193,6 +193,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
     @property
     def pin_counts(self) -> npt.NDArray[np.int32]:
         """A copy of the pin counts, int32 ``[N]``."""
+        self._expire_leases()
         return self.counts.pins()
 
     @property
@@ -209,7 +210,10 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
         Raises:
             LifetimeError: a block is freed.
+            TypeError: ``stream`` is no stream.
         """
+        if not callable(getattr(stream, "record_event", None)):
+            raise TypeError(f"a stream has record_event(), got {stream!r}")
         self.counts.record_stream(stream, rows, self.describe)
 
     def detach(self) -> AddressBatch:
@@ -348,6 +352,10 @@ class MemoryBatch(Sequence["MemoryObj"]):
     def _change_pins(self, row: int, change: int) -> None:
         if self.counts.change_pins(row, change, self.describe):
             self._release_row(row, references=0)
+
+    def _expire_leases(self) -> None:
+        if self.counts.has_leases:
+            self.allocator.lifetime.expire_leases()
 
     def _release_row(self, row: int, references: int) -> None:
         """Release the bytes of a row that was just marked as freed."""
@@ -557,6 +565,7 @@ class MemoryObj(LMCacheNames):
     @property
     def pin_count(self) -> int:
         """Pin count, including leases that have not expired."""
+        self._batch._expire_leases()
         return self._batch.counts.pins_of(self._row)
 
     def ref_count_up(self) -> None:

@@ -133,7 +133,7 @@ class FullReporter:
         """How many allocations have failed since the last report."""
 
     def failed(self, make_report: Callable[[], FullReport]) -> None:
-        """Count a failure, and report it if a report is due."""
+        """Count a failure, and report it if a report is due. What ``on_full`` raises is logged."""
         self.failures += 1
         now = time.monotonic()
         if self._on_full is None or now < self._next_report:
@@ -141,4 +141,7 @@ class FullReporter:
         self._next_report = now + self._interval_s
         report = make_report()
         self.failures = 0
-        self._on_full(report)
+        try:
+            self._on_full(report)
+        except Exception:  # a full heap is an answer, whatever becomes of its report
+            logging.getLogger("kvheap").exception("on_full failed")

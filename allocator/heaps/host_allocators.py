@@ -44,9 +44,9 @@ class HostHeap(TensorMemoryAllocator):
         ranges = self.host_buffer.pinned_addresses
         return ranges if len(ranges) else super().pinned_addresses(device)
 
-    def close_memory(self) -> None:
+    def close_memory(self, timeout_s: float) -> None:
         """Let the buffer go, unpinned, when no stream uses it any more."""
-        super().close_memory()
+        super().close_memory(timeout_s)
         self.host_buffer.close()
 
 

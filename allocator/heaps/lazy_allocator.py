@@ -148,7 +148,7 @@ class LazyMemoryAllocator(HostHeap):
         # A segment of its own if pinned: CUDA copies no range that straddles two registrations.
         self.address_manager.sbrk(num_bytes, new_segment=self._pin != "no")
 
-    def close_memory(self) -> None:
+    def close_memory(self, timeout_s: float) -> None:
         """End growth, and let the buffer go when no stream uses it any more."""
         self._growth.stop()
-        super().close_memory()
+        super().close_memory(timeout_s)

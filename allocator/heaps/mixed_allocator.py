@@ -37,6 +37,7 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
         pin_allocator: TensorMemoryAllocator,
         buffer_allocator: BufferAllocator | None = None,
     ) -> None:
+        super().__init__()
         self.pin_allocator = pin_allocator
         self.buffer_allocator = buffer_allocator or BufferAllocator()
 
@@ -100,12 +101,12 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
         self.require_open()
         return self.pin_allocator.memcheck()
 
-    def close_memory(self) -> None:
+    def close_memory(self, timeout_s: float) -> None:
         """Close both allocators."""
         try:
-            self.pin_allocator.close()
+            self.pin_allocator.close(timeout_s)
         finally:
-            self.buffer_allocator.close()
+            self.buffer_allocator.close(timeout_s)
 
     def __repr__(self) -> str:
         """Both allocators."""

@@ -43,6 +43,7 @@ class AdHocMemoryAllocator(BlockAllocator):
         idempotent_free: bool = False,
         trace_frames: int = 0,
     ) -> None:
+        super().__init__()
         self.device = torch.device(device)
         self.lifetime = Lifetime(self._give_back, trace_frames)
         self.idempotent_free = idempotent_free
@@ -87,7 +88,7 @@ class AdHocMemoryAllocator(BlockAllocator):
         assert batch.storage is not None
         return batch.storage[address : address + size_bytes]
 
-    def close_memory(self) -> None:
+    def close_memory(self, timeout_s: float) -> None:
         """Nothing to do: each batch holds its memory."""
 
     def _give_back(self, release: Release) -> None:

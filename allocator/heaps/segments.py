@@ -66,7 +66,18 @@ class Segments:
         return sum(buffer.numel() for buffer in self.buffers if buffer.is_pinned())
 
     def with_buffer(self, buffer: torch.Tensor, start: int) -> Segments:
-        """These segments and one more."""
+        """These segments and one more.
+
+        Raises:
+            ValueError: the buffer shares memory with a segment.
+        """
+        first, end = buffer.data_ptr(), buffer.data_ptr() + len(buffer)
+        for each in self.buffers:
+            if first < each.data_ptr() + len(each) and each.data_ptr() < end:
+                raise ValueError(
+                    f"the buffer at [{first:#x}, {end:#x}) shares memory with one of the heap's at "
+                    f"[{each.data_ptr():#x}, {each.data_ptr() + len(each):#x})"
+                )
         return Segments((*self.buffers, buffer), (*self.starts, start))
 
     # -- where blocks are ----------------------------------------------------------------------

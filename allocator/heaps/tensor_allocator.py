@@ -11,6 +11,7 @@ to work on that stream: blocks that another stream still uses need ``record_stre
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -39,9 +40,6 @@ from kvheap.heaps.waiting_space import WaitingSpace
 from kvheap.heaps.wiping import Poison, Scrub, Wiping
 
 __all__ = ["AllocatorStats", "TensorMemoryAllocator"]
-
-CLOSE_WAIT_S = 60.0
-"""Seconds that ``close`` waits for streams; every copy of KV takes far less."""
 
 DEBUG_SITE_FRAMES = 4
 """Callers of each allocation that debug mode records."""
@@ -128,6 +126,7 @@ class TensorMemoryAllocator(Heap):
         on_full: Callable[[FullReport], None] | None = log_full_report,
         on_full_interval_s: float = 60.0,
     ) -> None:
+        super().__init__()
         buffer = as_buffer(tensor)
         if address_manager is None and page_layout is not None:
             page_bytes = page_layout.size_bytes
@@ -168,7 +167,7 @@ class TensorMemoryAllocator(Heap):
             raise ValueError(
                 f"{layout} has {layout.size_bytes} bytes, more than a page of {page.size_bytes}"
             )
-        self._segments.require_readable(layout, self.address_manager.align_bytes)
+        self._open_segments().require_readable(layout, self.address_manager.align_bytes)
         self._checked_layout = layout
         return layout
 
@@ -189,7 +188,7 @@ class TensorMemoryAllocator(Heap):
             return None
         if self._wiping is not None:
             try:
-                self._wiping.allocated(addresses, self._segments)
+                self._wiping.allocated(addresses, self._open_segments())
             except BaseException:  # the bytes are poisoned still
                 self.address_manager.batched_free(addresses)
                 raise
@@ -197,7 +196,7 @@ class TensorMemoryAllocator(Heap):
         try:
             batch = MemoryBatch(self, addresses, layout)
             if source is not None and len(batch):
-                self._segments.scatter(source[: len(batch)], addresses.addresses)
+                self._open_segments().scatter(source[: len(batch)], addresses.addresses)
         except BaseException:
             if batch is not None:
                 batch.disown()
@@ -248,7 +247,7 @@ class TensorMemoryAllocator(Heap):
                 raise ValueError("addresses do not tell shape and dtype: name both")
             layout = self.layout_of(shape, dtype, fmt)
             addresses = self._as_address_batch(blocks, layout)
-        self._segments.require_inside(addresses)
+        self._open_segments().require_inside(addresses)
         return MemoryBatch(self, addresses, layout, owned=False)
 
     def _as_address_batch(
@@ -278,7 +277,7 @@ class TensorMemoryAllocator(Heap):
             addresses = objs.addresses
         else:
             addresses = np.array([obj.address for obj in objs], np.int64)
-        self._segments.gather(addresses, out)
+        self._open_segments().gather(addresses, out)
 
     def merged_releases(self, releases: list[Release]) -> list[Release]:
         """One release for all blocks that wait for no stream, unless owners are told apart."""
@@ -288,8 +287,9 @@ class TensorMemoryAllocator(Heap):
 
     def _give_back(self, release: Release) -> None:
         """Put the bytes of a release into the free list, wiped if that was asked for."""
-        if self._wiping is not None:
-            self._wiping.freed(release, self._segments)
+        segments = self._segments
+        if self._wiping is not None and len(segments):  # none once the heap is closed
+            self._wiping.freed(release, segments)
         if isinstance(release.blocks, AddressBatch):
             self.address_manager.batched_free(release.blocks)
         else:
@@ -311,22 +311,20 @@ class TensorMemoryAllocator(Heap):
             ValueError: the heap consists of several buffers; see ``segments``.
             ClosedError: the allocator is closed.
         """
-        self.require_open()
-        if len(self._segments) > 1:
-            raise ValueError(f"the heap has {len(self._segments)} buffers: use segments")
-        return self._segments.buffers[0]
+        segments = self._open_segments()
+        if len(segments) > 1:
+            raise ValueError(f"the heap has {len(segments)} buffers: use segments")
+        return segments.buffers[0]
 
     @property
     def segments(self) -> list[tuple[int, torch.Tensor]]:
         """The heap's buffers, each with the address of its first byte."""
-        self.require_open()
-        return self._segments.pairs
+        return self._open_segments().pairs
 
     @property
     def device(self) -> torch.device:
         """Where the buffers are."""
-        self.require_open()
-        return self._segments.device
+        return self._open_segments().device
 
     @property
     def debug(self) -> bool:
@@ -345,15 +343,15 @@ class TensorMemoryAllocator(Heap):
 
     def stats(self) -> AllocatorStats:
         """A consistent snapshot of the counters. O(1)."""
-        self.require_open()
+        segments = self._open_segments()
         if self.lifetime.has_work:
             self.lifetime.settle()
         heap = self.address_manager.stats()
         return AllocatorStats(
             **{field.name: getattr(heap, field.name) for field in fields(HeapStats)},
-            device=str(self.device),
+            device=str(segments.device),
             align_bytes=self.address_manager.align_bytes,
-            segments=len(self._segments),
+            segments=len(segments),
             pinned_bytes=self.pinned_bytes,
             pending_bytes=self.lifetime.pending_bytes,
             dropped_blocks=self.lifetime.dropped_blocks,
@@ -388,17 +386,25 @@ class TensorMemoryAllocator(Heap):
 
     def block_bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:
         """The first bytes of a block, uint8 ``[size_bytes]``, without a copy."""
-        self.require_open()
-        return self._segments.bytes_at(address, size_bytes)
+        return self._open_segments().bytes_at(address, size_bytes)
 
     def absolute(self, addresses: Int64Array) -> tuple[Int64Array, int]:
         """Where blocks are in memory, and a power of two up to 16 that divides all of that."""
-        self.require_open()
-        return self._segments.absolute(addresses, self.address_manager.align_bytes)
+        return self._open_segments().absolute(addresses, self.address_manager.align_bytes)
 
     def pinned_addresses(self, device: CopyDevice) -> Int64Array:
         """What ``device`` can reach of a heap in host memory: absolute ranges, int64 ``[R, 2]``."""
-        return self._segments.pinned_addresses(device)
+        return self._open_segments().pinned_addresses(device)
+
+    def _open_segments(self) -> Segments:
+        """The segments at one moment; whoever holds them keeps the buffers alive.
+
+        Raises:
+            ClosedError: the heap is closed.
+        """
+        segments = self._segments  # before the check: closing empties them after it is closed
+        self.require_open()
+        return segments
 
     def __repr__(self) -> str:
         """The counters and the device."""
@@ -413,8 +419,9 @@ class TensorMemoryAllocator(Heap):
             tensor: contiguous, on the device of the first buffer. Kept alive.
 
         Raises:
-            ValueError: the tensor is not contiguous, on another device, or smaller than
-                ``align_bytes``; or the last buffer is not yet all in use.
+            ValueError: the tensor is not contiguous, on another device, smaller than
+                ``align_bytes``, or shares memory with the heap; or the last buffer is not yet all
+                in use.
             ClosedError: the allocator is closed.
         """
         self.require_open()
@@ -443,14 +450,16 @@ class TensorMemoryAllocator(Heap):
                     self._segments = before
                 raise
 
-    def close_memory(self) -> None:
+    def close_memory(self, timeout_s: float) -> None:
         """Wait until no stream uses the heap, and let the buffers go."""
-        while self.lifetime.wait_for_streams(CLOSE_WAIT_S):
+        deadline = time.monotonic() + timeout_s
+        while self.lifetime.wait_for_streams(deadline - time.monotonic()):
             continue
-        if self.lifetime.pending_bytes or not self.lifetime.wait_for_live(CLOSE_WAIT_S):
-            raise RuntimeError(
-                f"a stream has not ended its work on this heap in {CLOSE_WAIT_S:g} s "
+        left = max(deadline - time.monotonic(), 0.0)
+        if self.lifetime.pending_bytes or not self.lifetime.wait_for_live(left):
+            raise TimeoutError(
+                f"a stream has not ended its work on this heap in {timeout_s:g} s "
                 f"({self.lifetime.pending_bytes} of its bytes are freed): the buffers are not "
-                f"released"
+                f"released; close it again later"
             )
         self._segments = Segments((), ())

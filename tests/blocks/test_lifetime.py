@@ -21,6 +21,7 @@ from small_heaps import (
 
 from kvheap import (
     BlockInUseError,
+    ClosedError,
     LifetimeError,
     MemoryObj,
     TensorMemoryAllocator,
@@ -220,6 +221,18 @@ class TestLeaks:
         obj.unpin()
         heap.free(obj)
 
+    def test_a_pin_that_has_expired_does_not_count(self) -> None:
+        heap = heap_of(4)
+        batch = take(heap, 4)
+        batch[2].pin(ttl=0.01)
+        assert batch[2].pin_count == 1
+        time.sleep(0.02)
+        assert batch[2].pin_count == 0
+        batch[1].pin(ttl=0.01)
+        time.sleep(0.02)
+        assert batch.pin_counts.tolist() == [0, 0, 0, 0]
+        assert heap.stats().expired_leases == 2
+
     def test_a_lease_that_has_ended_keeps_nothing(self) -> None:
         heap = heap_of(4)
         for _ in range(300):
@@ -233,6 +246,23 @@ class TestLeaks:
 
 
 class TestStreams:
+    @pytest.mark.parametrize("stream", [None, 0, object()])
+    def test_what_is_no_stream_is_refused(self, stream: object) -> None:
+        heap = heap_of(2)
+        batch = take(heap, 2)
+        for record in (batch.record_stream, batch[1].record_stream):
+            with pytest.raises(TypeError, match=r"a stream has record_event\(\), got "):
+                record(stream)  # type: ignore[arg-type]
+        heap.batched_free(batch)
+        assert allocated_pages(heap) == 0
+
+    def test_a_closed_heap_takes_references_back(self) -> None:
+        heap = heap_of(2, scrub=True)
+        obj = take(heap, 1)[0]
+        heap.close()
+        obj.ref_count_down()
+        assert not obj.is_valid()
+
     def test_bytes_come_back_when_the_stream_has_passed(self) -> None:
         heap = heap_of(4, stream_wait_s=0.0)
         stream = FakeStream()
@@ -395,23 +425,32 @@ class TestStreams:
         heap.close()
         assert stream.done == 1
 
-    def test_closing_waits_for_streams_on_live_blocks_too(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_closing_waits_for_streams_on_live_blocks_too(self) -> None:
         stream = FakeStream()
         stream.submit()
         heaps = [heap_of(2), heap_of(2)]
         batches = [take(heap, 2) for heap in heaps]
         for batch in batches:
             batch[1].record_stream(stream)
-        monkeypatch.setattr("kvheap.heaps.tensor_allocator.CLOSE_WAIT_S", 0.05)
-        with pytest.raises(RuntimeError, match="the buffers are not released"):
-            heaps[0].close()
-        assert len(heaps[0]._segments)
+        for _ in range(2):  # a close that gave up is not forgotten
+            with pytest.raises(TimeoutError, match="the buffers are not released"):
+                heaps[0].close(timeout_s=0.05)
+            assert len(heaps[0]._segments)
+            with pytest.raises(ClosedError):
+                heaps[0].allocate([1], torch.uint8)
         threading.Timer(0.02, stream.finish).start()
-        monkeypatch.setattr("kvheap.heaps.tensor_allocator.CLOSE_WAIT_S", 10.0)
         heaps[1].close()
         assert stream.done == 1
+        heaps[0].close()
+        assert not len(heaps[0]._segments)
+        heaps[0].close()
+
+    @pytest.mark.parametrize("timeout_s", [-1.0, float("nan")])
+    def test_a_timeout_that_is_none_changes_nothing(self, timeout_s: float) -> None:
+        heap = heap_of(2)
+        with pytest.raises(ValueError, match=f"timeout_s must be .* got {timeout_s}"):
+            heap.close(timeout_s=timeout_s)
+        assert not heap.closed
 
     @pytest.mark.gpu
     def test_on_a_gpu(self) -> None:

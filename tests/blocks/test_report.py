@@ -42,6 +42,18 @@ class TestFull:
         assert heap.allocate([9 * PAGE], torch.uint8) is None
         assert reports[1].failures == 1000
 
+    def test_a_report_that_fails_does_not_fail_the_allocation(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(report: FullReport) -> None:
+            raise ZeroDivisionError("in on_full")
+
+        heap = heap_of(2, on_full=broken)
+        assert heap.allocate([9 * PAGE], torch.uint8) is None
+        assert "on_full failed" in caplog.text
+        assert "in on_full" in caplog.text
+        assert heap.allocate([PAGE], torch.uint8) is not None
+
     def test_a_full_answer_keeps_nothing_of_its_callers(self) -> None:
         class Local:
             pass

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -353,6 +354,68 @@ class TestSegments:
         heap.batched_free([batch[int(i)] for i in order], out=out)
         assert torch.equal(out, source[order])
         assert heap.memcheck()
+
+    def test_a_buffer_is_added_once(self, heap: TensorMemoryAllocator) -> None:
+        for buffer in [heap.segments[1][1], heap.segments[0][1][PAGE : 3 * PAGE]]:
+            with pytest.raises(ValueError, match="shares memory with one of the heap's"):
+                heap.add_buffer(buffer)
+        assert (heap.stats().heap_bytes, heap.stats().segments) == (9 * PAGE, 3)
+
+    def test_readers_see_whole_states_while_buffers_are_added(self) -> None:
+        """Addresses, starts and buffers are published together."""
+        heap = TensorMemoryAllocator(torch.zeros(PAGE, dtype=torch.uint8), on_full=None)
+        errors: list[BaseException] = []
+        ended = threading.Event()
+
+        def read() -> None:
+            try:
+                while not ended.is_set():
+                    batch = heap.batched_allocate([PAGE], torch.uint8, 40, allow_partial=True)
+                    assert batch is not None
+                    absolute, _ = heap.absolute(batch.addresses)
+                    assert len(absolute) == len(batch)
+                    out = torch.empty(len(batch), PAGE, dtype=torch.uint8)
+                    heap.batched_free(batch, out=out)
+                    assert heap.stats().segments <= len(heap.segments)
+            except BaseException as caught:
+                errors.append(caught)
+
+        threads = [threading.Thread(target=read) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(60):
+            heap.add_buffer(torch.zeros(PAGE, dtype=torch.uint8))
+        ended.set()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert heap.stats().heap_bytes == 61 * PAGE
+
+    @pytest.mark.parametrize("round_number", range(30))
+    def test_whoever_uses_a_heap_while_it_is_closed_is_told(self, round_number: int) -> None:
+        """ClosedError, whatever the moment: between any two looks at the heap it may be closed."""
+        heap = TensorMemoryAllocator(torch.zeros(16 * PAGE, dtype=torch.uint8), scrub=True)
+        heap.add_buffer(torch.zeros(2 * PAGE, dtype=torch.uint8))
+        errors: list[BaseException] = []
+
+        def use() -> None:
+            source = torch.zeros(18, PAGE, dtype=torch.uint8)
+            try:
+                while True:
+                    batch = heap.batched_allocate([PAGE], torch.uint8, 18, source=source)
+                    if batch is not None:
+                        heap.batched_free(batch, out=source)
+            except BaseException as caught:
+                errors.append(caught)
+
+        threads = [threading.Thread(target=use) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.0005 * (round_number % 7))
+        heap.close()
+        for thread in threads:
+            thread.join()
+        assert [type(error) for error in errors] == [ClosedError] * 2
 
     def test_no_block_straddles_two(self, heap: TensorMemoryAllocator) -> None:
         batch = heap.batched_allocate([2 * PAGE], torch.uint8, 9, allow_partial=True)
