@@ -16,7 +16,7 @@ from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.device.copy_device import CopyDevice
 from kvheap.errors import ForeignObjectError, LifetimeError
 
-__all__ = ["BlockObjects", "Heap", "heap_of", "layout_and_addresses"]
+__all__ = ["BlockObjects", "Heap", "await_filling", "heap_of", "layout_and_addresses"]
 
 BlockObjects: TypeAlias = "MemoryBatch | Sequence[MemoryObj]"
 """Blocks: a batch, or objects of one heap and layout."""
@@ -78,6 +78,23 @@ def heap_of(objs: BlockObjects) -> Heap:
     if not isinstance(heap, Heap):
         raise TypeError(f"blocks of a heap are needed, got some of {type(heap).__name__}")
     return heap
+
+
+def await_filling(objs: BlockObjects, device: torch.device) -> None:
+    """Order work on ``device`` behind the transfers that fill blocks.
+
+    Whoever reads or writes the bytes of blocks calls this first. Host memory is waited for on the
+    host, memory of a GPU on its current stream.
+
+    Raises:
+        TransferError: a transfer has failed; the bytes are undefined.
+    """
+    batches = (
+        [objs] if isinstance(objs, MemoryBatch) else {id(o.batch): o.batch for o in objs}.values()
+    )
+    for batch in batches:
+        if batch.transfer is not None:
+            batch.await_filling(on_host=device.type == "cpu")
 
 
 def layout_and_addresses(objs: BlockObjects) -> tuple[BlockLayout, Int64Array]:

@@ -65,8 +65,8 @@ class MemoryBatch(Sequence["MemoryObj"]):
     - what the blocks are: ``layout``, ``shape``, ``dtype``, ``fmt``, ``size_bytes``;
     - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
     - who needs them: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
-    - for allocators and transfers: ``counts``, ``claim``, ``unclaim``, ``disown``,
-      ``release_of``, ``describe``.
+    - for allocators and transfers: ``counts``, ``await_filling``, ``claim``, ``unclaim``,
+      ``disown``, ``release_of``, ``describe``.
 
     Attributes:
         allocator: the allocator that made it.
@@ -76,7 +76,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         site: where it was allocated, if allocation sites are recorded.
         storage: the batch's own memory, if its allocator has no heap; else None.
         transfer: the transfer that fills it, for a batch made by ``offload`` or ``restore``; else
-            None.
+            None. Whoever reads the blocks waits for it, or is ordered behind it.
     """
 
     __slots__ = (
@@ -273,6 +273,30 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     # -- for allocators and transfers ----------------------------------------------------------
 
+    def await_filling(self, on_host: bool = True) -> None:
+        """Order the caller behind the transfer that fills the blocks; no wait if none does.
+
+        Everything that reads or writes a block's bytes calls this first, except transfers, which
+        order themselves.
+
+        Args:
+            on_host: wait until the bytes have arrived. False: make further work on the current
+                stream of the transfer's device wait.
+
+        Raises:
+            TransferError: the transfer has failed; the bytes are undefined.
+        """
+        transfer = self.transfer
+        if transfer is None:
+            return
+        if on_host:
+            transfer.wait()
+        elif not transfer.done():
+            transfer.wait_stream(None)
+        error = transfer.error
+        if error is not None:
+            raise error
+
     def claim(self, rows: Int64Array | None, skip_freed: bool = False) -> Int64Array | None:
         """Mark ``rows`` (None: all) as freed, all or none; the caller releases their bytes.
 
@@ -370,6 +394,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         self.allocator.lifetime.release(release)
 
     def _bytes(self, row: int, size_bytes: int) -> torch.Tensor:
+        self.await_filling()
         return self.allocator.block_bytes(self, self._address_batch.address(row), size_bytes)
 
 
@@ -497,8 +522,12 @@ class MemoryObj(LMCacheNames):
     def tensor(self) -> torch.Tensor | None:
         """The block as a tensor of ``shape`` and ``dtype``, without a copy; None once freed.
 
-        A tensor taken before the free still points at the bytes, which the next owner may
-        overwrite: do not keep it longer than the object.
+        Waits for the transfer that fills the block, if there is one. A tensor taken before the
+        free still points at the bytes, which the next owner may overwrite: do not keep it longer
+        than the object.
+
+        Raises:
+            TransferError: the transfer that was to fill the block has failed.
         """
         if self._batch._used_sizes.get(self._row) is not None:
             return self.raw_tensor

@@ -58,8 +58,8 @@ class Part:
         if not self._completion.is_done:
             self._ask(self._event.synchronize)
 
-    def wait_stream(self, stream: torch.cuda.Stream) -> None:
-        """Make further work on ``stream`` wait for the part.
+    def wait_stream(self, stream: torch.cuda.Stream | None) -> None:
+        """Make further work on ``stream`` (None: the current one) wait for the part.
 
         A copy within host memory is waited for here, on the host.
 
@@ -171,8 +171,8 @@ class Transfer:
         self._require_not_captured()
         return self._completion.wait(timeout_s)
 
-    def wait_stream(self, stream: torch.cuda.Stream) -> None:
-        """Make further work on ``stream`` wait for the copy.
+    def wait_stream(self, stream: torch.cuda.Stream | None) -> None:
+        """Make further work on ``stream`` (None: the current one) wait for the copy.
 
         A copy within host memory is waited for here, on the host.
 

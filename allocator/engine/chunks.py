@@ -27,7 +27,13 @@ import numpy as np
 import torch
 
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
-from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
+from kvheap.blocks.heap import (
+    BlockObjects,
+    Heap,
+    await_filling,
+    heap_of,
+    layout_and_addresses,
+)
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.errors import ForeignObjectError
@@ -303,6 +309,7 @@ def _chunks(
 ) -> tuple[Chunks, int]:
     """The chunks in the kernels' terms, and where in each its scales are."""
     layout, addresses = layout_and_addresses(objs)
+    await_filling(objs, heap.device)
     absolute, alignment = heap.absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset = parts(layout, cache.dtype, cache.head_dim)

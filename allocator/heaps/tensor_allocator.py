@@ -23,7 +23,7 @@ from kvheap.addresses.address_manager import AddressManager
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.heap_stats import HeapStats
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
-from kvheap.blocks.heap import Heap
+from kvheap.blocks.heap import Heap, await_filling
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import debug_by_environment
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
@@ -273,11 +273,13 @@ class TensorMemoryAllocator(Heap):
 
     def gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
         """Copy the contents of blocks into ``out``, which was checked."""
+        segments = self._open_segments()
+        await_filling(objs, segments.device)
         if isinstance(objs, MemoryBatch):
             addresses = objs.addresses
         else:
             addresses = np.array([obj.address for obj in objs], np.int64)
-        self._open_segments().gather(addresses, out)
+        segments.gather(addresses, out)
 
     def merged_releases(self, releases: list[Release]) -> list[Release]:
         """One release for all blocks that wait for no stream, unless owners are told apart."""
