@@ -44,6 +44,7 @@ from kvheap.addresses.free_requests import (
 from kvheap.addresses.heap_stats import HeapStats
 from kvheap.addresses.integers import as_integer, round_up
 from kvheap.errors import HeapCorruptionError, NegativeBatchSizeError, OutOfMemoryError
+from kvheap.forks import starts_over_after_fork
 
 __all__ = ["AddressManager"]
 
@@ -127,6 +128,7 @@ class AddressManager:
     def _set_up(self, heap_units: int, unit_bytes: int) -> None:
         self._unit = unit_bytes
         self._lock = threading.Lock()
+        starts_over_after_fork(self)
         self._free_list = FreeList(Extents.of(0, heap_units), heap_units)
 
     @property
@@ -424,6 +426,10 @@ class AddressManager:
         except HeapCorruptionError:
             return False
         return True
+
+    def start_over_after_fork(self) -> None:
+        """Release the lock in a forked child; an operation of another thread is then undone."""
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         """The counters and the alignment."""

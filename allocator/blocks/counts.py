@@ -278,6 +278,10 @@ class RowCounts:
             name = describe(at if rows is None else int(rows[at]))
             raise LifetimeError(f"{name} is freed: it cannot take part in a copy")
 
+    def start_over_after_fork(self) -> None:
+        """Release the lock in a forked child."""
+        self._lock = threading.Lock()
+
     # -- helpers -------------------------------------------------------------------------------
 
     def _own_references(self) -> array[int]:

@@ -97,6 +97,10 @@ class LeaseQueue:
             heapq.heappush(self.entries, (lease.deadline, next(self._number), lease))
         return lease
 
+    def start_over_after_fork(self) -> None:
+        """Release the lock in a forked child."""
+        self._lock = threading.Lock()
+
     def expire_due(self) -> bool:
         """End all leases whose time is over; whether there were any."""
         found = False

@@ -34,6 +34,7 @@ from kvheap.blocks.release import Release
 from kvheap.blocks.report import LiveBlocks
 from kvheap.blocks.sites import Site, callers, site_lines
 from kvheap.device.events import POLL_SECONDS, ReleaseVoidError, Stream
+from kvheap.forks import starts_over_after_fork
 
 __all__ = ["Lifetime", "TrackedBatch"]
 
@@ -82,6 +83,7 @@ class Lifetime:
         self._settling = threading.Lock()
         self.dropped_blocks = 0
         """How many blocks were dropped without being freed, and reclaimed."""
+        starts_over_after_fork(self)
 
     # -- batches -------------------------------------------------------------------------------
 
@@ -215,6 +217,15 @@ class Lifetime:
                 return False
             time.sleep(POLL_SECONDS)
         return True
+
+    def start_over_after_fork(self) -> None:
+        """Release all locks of the allocator's batches and leases in a forked child."""
+        self._settling = threading.Lock()
+        self._leases.start_over_after_fork()
+        for reference in self._live.copy().values():
+            batch = reference()
+            if batch is not None:
+                batch.counts.start_over_after_fork()
 
     def _reclaim_dropped(self) -> bool:
         found = False

@@ -19,6 +19,7 @@ from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.report import FullReport, LiveBlocks
 from kvheap.errors import ClosedError
+from kvheap.forks import starts_over_after_fork
 
 if TYPE_CHECKING:
     from typing import Self
@@ -66,6 +67,7 @@ class MemoryAllocatorInterface(ABC):
     def __init__(self) -> None:
         self._is_released = False
         self._close_lock = threading.Lock()
+        starts_over_after_fork(self)
 
     # -- allocate ------------------------------------------------------------------------------
 
@@ -249,6 +251,10 @@ class MemoryAllocatorInterface(ABC):
         Raises:
             TimeoutError: a stream has not ended its work in ``timeout_s`` seconds.
         """
+
+    def start_over_after_fork(self) -> None:
+        """Release the allocator's own locks in a forked child."""
+        self._close_lock = threading.Lock()
 
     def require_open(self) -> None:
         """Refuse to work once closed.

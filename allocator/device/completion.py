@@ -26,6 +26,7 @@ from typing import TypeVar
 from kvheap.device.events import POLL_SECONDS, DeviceEvent, ReleaseVoidError
 from kvheap.device.host_queue import FutureEvent
 from kvheap.errors import TransferError
+from kvheap.forks import starts_over_after_fork
 
 __all__ = ["Answer", "Completion", "InFlight", "Success", "in_flight"]
 
@@ -229,6 +230,7 @@ class InFlight:
     def __init__(self) -> None:
         self._begun: deque[Completion] = deque()
         self._lost: list[Completion] = []
+        starts_over_after_fork(self)
 
     def add(self, completion: Completion) -> None:
         """Keep a copy, and drop a few that have ended."""
@@ -242,6 +244,14 @@ class InFlight:
             elif other.is_lost:  # the device may still write
                 self._lost.append(other)
         self._begun.append(completion)
+
+    def start_over_after_fork(self) -> None:
+        """Lose all copies in a forked child: neither their threads nor their device are there."""
+        cause = RuntimeError("a copy in flight does not go on in a forked child")
+        for completion in self._begun:
+            completion.lose(cause)
+        self._lost += self._begun
+        self._begun = deque()
 
     def __len__(self) -> int:
         """How many copies are kept."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 
 from kvheap.errors import TransferError
+from kvheap.forks import starts_over_after_fork
 
 __all__ = ["FutureEvent", "HostQueue", "NotAllQueuedError", "host_queue"]
 
@@ -59,10 +59,11 @@ class HostQueue:
     """Runs tasks one after another on one thread, which starts with the first task."""
 
     def __init__(self) -> None:
-        self.start_over()
+        self.start_over_after_fork()
+        starts_over_after_fork(self)
 
-    def start_over(self) -> None:
-        """Forget all tasks, as a forked child must: the thread is gone, the lock may be held."""
+    def start_over_after_fork(self) -> None:
+        """Forget all tasks: a forked child has no such thread, and the lock may be held."""
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
@@ -126,6 +127,3 @@ def _run_after(before: Future[None] | None, task: Callable[[], None]) -> None:
 
 host_queue = HostQueue()
 """The queue of this process."""
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=host_queue.start_over)

@@ -398,6 +398,11 @@ class TensorMemoryAllocator(Heap):
         """What ``device`` can reach of a heap in host memory: absolute ranges, int64 ``[R, 2]``."""
         return self._open_segments().pinned_addresses(device)
 
+    def start_over_after_fork(self) -> None:
+        """Release the allocator's own locks in a forked child."""
+        super().start_over_after_fork()
+        self._grow_lock = threading.Lock()
+
     def _open_segments(self) -> Segments:
         """The segments at one moment; whoever holds them keeps the buffers alive.
 

@@ -18,6 +18,7 @@ from sortedcontainers import SortedDict
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.blocks.release import Release
 from kvheap.errors import WriteAfterFreeError
+from kvheap.forks import starts_over_after_fork
 from kvheap.heaps.segments import Segments
 
 __all__ = ["POISON_BYTE", "Poison", "Scrub", "Wiping"]
@@ -65,6 +66,7 @@ class Poison:
     def __init__(self) -> None:
         self._extents: SortedDict[int, tuple[int, Owner]] = SortedDict()  # start -> end, owner
         self._lock = Lock()
+        starts_over_after_fork(self)
 
     def freed(self, release: Release, segments: Segments) -> None:
         """Write the pattern, in one launch for each block size, and remember the owner."""
@@ -98,6 +100,10 @@ class Poison:
                         f"{begin + int(changed[-1])} were written after the block at {begin} was "
                         f"freed; it was last {owner()}"
                     )
+
+    def start_over_after_fork(self) -> None:
+        """Release the lock in a forked child."""
+        self._lock = Lock()
 
     def _cut(self, start: int, end: int) -> list[tuple[int, int, Owner]]:
         """Take what is poisoned in ``[start, end)`` out of the list."""

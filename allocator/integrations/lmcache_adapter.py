@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvheap.blocks.block_layout import Dtypes, Shapes
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.errors import ClosedError, ForeignObjectError
+from kvheap.forks import starts_over_after_fork
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,7 @@ class HeapCalls:
         self._freed: deque[MemoryObj] = deque()
         self._dropped: deque[MemoryObj] = deque()
         self._count_lock = threading.Lock()
+        starts_over_after_fork(self)
         self._thread = threading.local()
 
     # -- allocate ------------------------------------------------------------------------------
@@ -246,6 +248,10 @@ class HeapCalls:
         with suppress(ClosedError):
             if blocks and not self.heap.closed:
                 self.heap.batched_free(blocks)
+
+    def start_over_after_fork(self) -> None:
+        """Release the lock in a forked child."""
+        self._count_lock = threading.Lock()
 
     # Another object's finalizer may free objects in the middle of a call on the same thread, while
     # that call holds a lock of the heap or the monitor. Such a nested call only queues.

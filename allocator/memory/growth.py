@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from kvheap.forks import starts_over_after_fork
+
 __all__ = ["BackgroundGrowth", "GrowthProgress"]
 
 GROWTH_BYTES = 256 << 20
@@ -99,6 +101,7 @@ class BackgroundGrowth:
             target=self._run, args=(commit, publish), name="kvheap-growth", daemon=True
         )
         self._start_lock = threading.Lock()
+        starts_over_after_fork(self)
 
     @property
     def progress(self) -> GrowthProgress:
@@ -159,6 +162,14 @@ class BackgroundGrowth:
             has_begun = self._thread.ident is not None
         if has_begun:
             self._thread.join()
+
+    def start_over_after_fork(self) -> None:
+        """End growth in a forked child, which has no such thread."""
+        self._start_lock = threading.Lock()
+        self._stopped.set()
+        if not self._progress.done and self._thread.ident is not None:
+            error = RuntimeError("growth does not continue in a forked child")
+            self._progress = replace(self._progress, done=True, error=error)
 
     def _run(self, commit: Callable[[int, int], None], publish: Callable[[int], None]) -> None:
         error: BaseException | None = None

@@ -18,6 +18,7 @@ import numpy as np
 
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.integers import round_up
+from kvheap.forks import starts_over_after_fork
 from kvheap.memory.pages import PAGE_BYTES
 from kvheap.memory.registrar import HostRegistrar
 
@@ -49,6 +50,7 @@ class HostRegistrations:
     def __init__(self, pointer: int) -> None:
         self._pointer = pointer
         self._lock = threading.Lock()
+        starts_over_after_fork(self)
         # By start, in order of registration. The look-ups read it with one list(), which is
         # atomic, instead of under the lock.
         self._pieces: dict[int, _Piece] = {}
@@ -56,6 +58,10 @@ class HostRegistrations:
         self._changes = 0
         self._closed = False
         self._pid = os.getpid()
+
+    def start_over_after_fork(self) -> None:
+        """Release the lock in a forked child, which inherits no registration."""
+        self._lock = threading.Lock()
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
