@@ -1,10 +1,15 @@
-"""kvheap's kernels: they know tensors, addresses and layouts, and nothing of the allocator."""
+"""kvheap's kernels and copies: of tensors and addresses, without knowledge of the allocator.
+
+Blocks in a buffer: ``block_copy``. An engine's paged cache: ``paged_copy``. Pieces anywhere:
+``pointer_copy`` by a GPU's multiprocessors, ``copy_engine`` by its copy engines, ``host_copy`` by
+the host.
+"""
 
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, move_blocks, scatter_blocks
+from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.host_copy import copy_on_host
 from kvheap.kernels.paged_copy import Chunks, load_tokens, store_tokens
 from kvheap.kernels.paged_layout import LAYOUTS, LayoutError, PagedKVCache
-from kvheap.kernels.paged_plan import ChunkLayout
 from kvheap.kernels.paged_slots import BlockIds
 from kvheap.kernels.pieces import Pieces
 from kvheap.kernels.pointer_copy import PointerCopy, copy_pieces

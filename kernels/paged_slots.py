@@ -1,4 +1,4 @@
-"""Where the tokens of a copy are in a paged cache: slots, or whole blocks, given by a caller."""
+"""Where the tokens of a copy are in a paged cache: slots or whole blocks, as callers give them."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvheap.kernels.arrays import Int64Array, int64_array
 from kvheap.kernels.paged_plan import Pairing
 
 __all__ = ["BlockIds", "Places", "Slots", "count_tokens", "first_tokens"]
 
-Int64Array = npt.NDArray[np.int64]
-
 SKIPPED = -1
-"""The slot (or block id) of a token that is not copied."""
+"""The slot or block id of tokens that are not copied."""
 
 SlotMapping: TypeAlias = "npt.NDArray[np.integer] | torch.Tensor | Sequence[int]"
 
 
 @dataclass(frozen=True, slots=True)
 class BlockIds:
-    """Tokens by the whole blocks that hold them, instead of a slot for each.
+    """The blocks that hold some tokens, instead of a slot for each token.
 
     Attributes:
         ids: block ids in the order of the tokens, integers ``[blocks]``, on the host or on the
             cache's device; -1 skips a block.
-        num_tokens: how many tokens they hold; None: every block is full. The last block may be
-            partly filled.
+        num_tokens: how many tokens the blocks hold, where the last block is filled in part; None
+            where every block is full.
     """
 
     ids: SlotMapping
@@ -40,19 +39,19 @@ class BlockIds:
 
 
 Slots: TypeAlias = "BlockIds | SlotMapping"
-"""Where tokens are in a cache: their slots, or the blocks that hold them."""
+"""Where tokens are in a cache: the slot of each, or the blocks that hold them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the tokens of one copy are in the cache, in units of tokens that stay together.
+    """Where the tokens of one copy are in the cache, in units of tokens in adjacent slots.
 
     Attributes:
-        values: int64 on the host, or int32 or int64 on the device: slots of the first token of
-            each unit, or block ids.
-        are_blocks: which of the two.
-        unit_tokens: tokens of a unit; for block ids it divides the block.
-        num_tokens: all tokens.
+        values: slot of the first token of each unit, or block ids; int64 on the host, int32 or
+            int64 on the device.
+        are_blocks: whether ``values`` are block ids.
+        unit_tokens: tokens of a unit; for block ids a divisor of the block size.
+        num_tokens: tokens of the copy; the last unit may be filled in part.
     """
 
     values: Int64Array | torch.Tensor
@@ -62,16 +61,16 @@ class Places:
 
     @classmethod
     def of(cls, slots: Slots, pairing: Pairing, eager: bool, distinct: bool) -> Places:
-        """Read slots or block ids.
+        """Check a caller's slots or block ids.
 
         Args:
-            slots: as users give them.
-            pairing: what is copied.
-            eager: also look at what is on a device, which waits for it.
-            distinct: in eager mode, refuse a slot that is named twice.
+            slots: as callers give them.
+            pairing: the cache and the chunk layout of the copy.
+            eager: whether to check also what is on a device, which waits for the device.
+            distinct: whether to refuse, in eager mode, a slot or block that is named twice.
 
         Raises:
-            ValueError: out of range, not one-dimensional, or on another device.
+            ValueError: they are out of range, not one-dimensional, or on another device.
             TypeError: they are not integers.
         """
         cache = pairing.cache
@@ -92,12 +91,12 @@ class Places:
         return cls(values, are_blocks, unit, num_tokens)
 
     def on_host(self) -> Int64Array:
-        """The values, where they are on the host."""
+        """The values, which must be on the host."""
         assert not isinstance(self.values, torch.Tensor)
         return self.values
 
     def as_slots(self, block_size: int) -> Places:
-        """Block ids on the host as the slots of their units."""
+        """The same places by slots, where these are block ids on the host."""
         if not self.are_blocks:
             return self
         ids = self.on_host()
@@ -107,17 +106,17 @@ class Places:
         return Places(starts.reshape(-1)[:num_units], False, self.unit_tokens, self.num_tokens)
 
     def as_mapping(self) -> Int64Array:
-        """Slots on the host, one for each token."""
+        """The slot of each token, int64 ``[num_tokens]``, where these are slots on the host."""
         starts = self.on_host()
         offsets = np.arange(self.unit_tokens, dtype=np.int64)
         slots = np.where(starts[:, None] < 0, SKIPPED, starts[:, None] + offsets)
         return slots.reshape(-1)[: self.num_tokens]
 
     def merged(self, pairing: Pairing) -> Places:
-        """Slots on the host with units as long as all of them allow. O(units), in arrays.
+        """The same places in the longest units that all slots allow. O(units) array operations.
 
+        >>> from kvheap.kernels.chunk_layout import ChunkLayout
         >>> from kvheap.kernels.paged_layout import PagedKVCache
-        >>> from kvheap.kernels.paged_plan import ChunkLayout
         >>> cache = PagedKVCache.of("mla", [torch.zeros(8, 4, 2)])
         >>> pairing = Pairing.of(cache, ChunkLayout.of("PLTD", (1, 1, 8, 2), 4))
         >>> Places.of([4, 5, 6, 7, 0, 1, 2, 3], pairing, False, False).merged(pairing)
@@ -141,10 +140,10 @@ class Places:
 
 
 def count_tokens(slots: Slots, block_size: int) -> int:
-    """How many tokens slots or blocks stand for.
+    """How many tokens a caller's slots or blocks stand for.
 
     Raises:
-        ValueError: the blocks cannot hold ``num_tokens``.
+        ValueError: the blocks do not hold ``num_tokens``.
     """
     if isinstance(slots, BlockIds):
         return _tokens_of_blocks(slots, len(slots.ids), block_size)
@@ -152,13 +151,14 @@ def count_tokens(slots: Slots, block_size: int) -> int:
 
 
 def first_tokens(slots: Slots, num_tokens: int, block_size: int) -> Slots:
-    """The first tokens of more."""
+    """The slots or blocks of the first ``num_tokens`` tokens."""
     if isinstance(slots, BlockIds):
         return BlockIds(slots.ids[: -(-num_tokens // block_size)], num_tokens)
     return slots[:num_tokens]
 
 
 def _integers(name: str, given: SlotMapping, device: torch.device) -> Int64Array | torch.Tensor:
+    """Integers on the host as int64 ``[N]``, or those on ``device`` as they are."""
     if isinstance(given, torch.Tensor) and given.device.type != "cpu":
         if given.device != device:
             raise ValueError(f"{name} are on {given.device}, the cache on {device}")
@@ -167,16 +167,7 @@ def _integers(name: str, given: SlotMapping, device: torch.device) -> Int64Array
         if given.dim() != 1:
             raise ValueError(f"{name} must be one-dimensional, got shape {tuple(given.shape)}")
         return given.contiguous()
-    array = given.detach().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
-    if array.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
-    if array.size == 0:
-        return np.empty(0, np.int64)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, got {array.dtype} ({array.flat[0]!r}, ...)")
-    if int(array.max()) > np.iinfo(np.int64).max:  # it would wrap, perhaps to -1
-        raise ValueError(f"{name} must be 64-bit integers with a sign, got {int(array.max())}")
-    return array.astype(np.int64, copy=False)
+    return int64_array(name, given.detach().numpy() if isinstance(given, torch.Tensor) else given)
 
 
 def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> None:
@@ -185,7 +176,9 @@ def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> No
     lowest, highest = int(values.min()), int(values.max())
     if lowest < SKIPPED or highest >= limit:
         at = int(values.argmin() if lowest < SKIPPED else values.argmax())
-        raise ValueError(f"{name}[{at}] is {int(values[at])}: the cache has {limit}, and -1 skips")
+        raise ValueError(
+            f"{name}[{at}] is {int(values[at])}: the cache has {limit} {name}, and -1 skips one"
+        )
 
 
 def _require_distinct(name: str, values: Int64Array | torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Pointer copy: N pieces of bytes, each from an address to an address, by a few multiprocessors.
+"""Pointer copy: N pieces of bytes, each from an address to an address, within an SM budget.
 
 ============================  ==============  ===============  ==========================
 launcher                      reads           writes           bytes moved
@@ -6,88 +6,82 @@ launcher                      reads           writes           bytes moved
 :meth:`PointerCopy.run`       ``sources[i]``  ``targets[i]``   2 x ``num_bytes``
 ============================  ==============  ===============  ==========================
 
-and 16 bytes for each piece where all have one size, 24 for each row otherwise. The floor is the
-bytes over the bandwidth of the slower side: of the link where one side is pinned host memory, of
-the device's memory for both directions otherwise.
+and 16 bytes for each piece where all have one size, else 24 for each row. The floor is those bytes
+over the bandwidth of the slower side: that of the link where one side is pinned host memory, else
+that of the device's memory for reading and writing.
 
-Addresses are absolute, int64 up to the pointer, and of anything that the device can reach: its own
-memory, or pinned host memory across the link. Sizes and alignments are any.
+Addresses are absolute, int64 up to the pointer. They may be of any memory that the device can
+reach: its own, or pinned host memory across the link. Sizes and alignments are arbitrary.
 
 **Rows.** A word has the largest of 8, 4, 2 and 1 bytes that divides all addresses and sizes; where
 16 does, words come in pairs and every access has 16 bytes. Pieces of one size are the rows of a
 matrix of N pieces by their words, found by index arithmetic (descriptors ``[2, N]``: sources,
-targets). Others are cut on the host into rows of at most ``COLS`` words (descriptors ``[3, rows]``:
-sources, targets, bytes). Where words would be narrower than 8 bytes, pieces of which source and
-target agree modulo a larger power of two are cut into a head and a tail, shorter than one access,
-and a body between them; bodies are copied by one launch for each width of access, and all that is
-left by one more: five launches at most.
+targets). Other pieces are cut on the host into rows of at most ``COLS`` words (descriptors
+``[3, rows]``: sources, targets, bytes). Where words would be narrower than 8 bytes, a piece whose
+source and target are equal modulo a larger power of two is cut into a head and a tail, each shorter
+than one access, and a body between them. Bodies are copied by one launch for each width of access
+and everything else by one more launch: five launches at most.
 
 **Tiles.** A program copies tiles of ``ROWS`` rows by ``COLS`` words: small pieces share a tile,
-large ones are split over many. The grid is persistent: one program for each multiprocessor of the
-budget, which bounds how many are touched however programs are spread over them; without a budget,
-a few for each that there is. Program ``p`` of ``P`` copies tiles ``p``, ``p + P``, and so on; all
-loads of a tile are on their way before its first store. A link of 55 GB/s and 2 microseconds needs
-about 100 KiB on their way, which two programs have.
+large ones are split over many. The grid is persistent. With a budget it has one program for each
+multiprocessor of the budget, so it never runs on more of them, however programs are placed; without
+a budget it has a few programs for each multiprocessor of the device. Program ``p`` of ``P`` copies
+tiles ``p``, ``p + P``, and so on; all loads of a tile are in flight before its first store. A link
+of 55 GB/s and 2 microseconds needs about 100 KiB in flight, which two programs provide.
 
-Planning is array operations on the host, and one upload. Launches are on the current stream and
+Planning takes array operations on the host and one upload. Launches are on the current stream and
 never synchronize.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from kvheap.kernels.launch import jit, staging, tl
+from kvheap.kernels.arrays import INT32_END, Int64Array
+from kvheap.kernels.launch import current, jit, staging, tl
 from kvheap.kernels.pieces import Pieces
-from kvheap.kernels.tiles import TilePlan
+from kvheap.kernels.tiles import TilePlan, tile_bounds
 
 __all__ = ["PointerCopy", "copy_pieces"]
 
-Int64Array = npt.NDArray[np.int64]
+PIECE_WARPS = 16
+"""Warps of one program: 512 threads, each with up to 128 registers, which hold the loads of a large
+tile. Reasoned, not yet measured on a GPU."""
 
-NUM_WARPS = 16
-"""512 threads, of which each may have 128 registers: room for the loads of a large tile, eight of
-16 bytes or sixteen of a narrower word. Reasoned; not yet measured on a GPU."""
+PIECE_TILE_WORDS = 8192
+"""Words of a tile, 64 KiB of 8-byte words: eight 16-byte loads for each of 512 threads, so that two
+programs fill a link of 55 GB/s and 2 microseconds. Reasoned, not yet measured on a GPU."""
 
-TILE_WORDS = 8192
-"""64 KiB of 8-byte words, eight 16-byte loads for each of 512 threads: two programs have more on
-their way than a link of 55 GB/s and 2 microseconds holds. Reasoned; not yet measured on a GPU."""
-
-SMALL_TILE_WORDS = 2048
-"""16 KiB, for copies too small to give each program large tiles: what is on its way is then
-bounded by how many programs there are. Reasoned; not yet measured on a GPU."""
+SMALL_PIECE_TILE_WORDS = 2048
+"""Words of a tile, 16 KiB, in copies that are too small to give every program large tiles.
+Reasoned, not yet measured on a GPU."""
 
 MIN_TILES_PER_PROGRAM = 2
-"""With fewer large tiles than this for each program, tiles are small. Reasoned; not yet measured
+"""Tiles are small where a program would get fewer large ones than this. Reasoned, not yet measured
 on a GPU."""
 
 PROGRAMS_PER_SM = 2
-"""Where all multiprocessors may be used: one waits for descriptors while the other copies. Where a
-thread takes more than 64 registers (rows shorter than a tile, narrow words) they run one after the
-other. Reasoned; not yet measured on a GPU."""
+"""Programs for each multiprocessor without a budget: one waits for descriptors while the other
+copies. Reasoned, not yet measured on a GPU; see benchmarks/NOTES.md."""
 
 ROW_WORDS = (4, 16, 64, 256, 2048)
-"""What rows of pieces of different sizes may be cut to; the last not above ``SMALL_TILE_WORDS``.
-Descriptors of rows of 16 KiB are 0.15 % of the bytes. Reasoned; not yet measured on a GPU."""
+"""Row lengths that pieces of different sizes may be cut to, in words; the longest is a small tile.
+Reasoned, not yet measured on a GPU; see benchmarks/NOTES.md."""
 
 ROW_COST_BYTES = 512
-"""What a row costs beside its words, counted in words' bytes that are masked off: 24 bytes to plan
-(10 to 25 ns on one core), to upload, and to read. Reasoned; not yet measured on a GPU."""
+"""What a row costs besides its words, as bytes of words masked off: planning, upload and reading of
+24 bytes. Reasoned, not yet measured on a GPU; see benchmarks/NOTES.md."""
 
 MIN_SPLIT_BYTES = 64
-"""Smaller pieces are copied whole by narrow accesses: head, body and tail would be three rows for
-what is one or two sectors of 32 bytes. Reasoned; not yet measured on a GPU."""
+"""Smaller pieces are not cut into head, body and tail: three rows for one or two 32-byte sectors.
+Reasoned, not yet measured on a GPU."""
 
 MAX_TILES = 1 << 30
-"""Half of what 32 bits count: a program steps past the last tile by up to the grid."""
-
-INT32_END = 1 << 31
+"""Half of what 32 bits count: a program steps past the last tile by up to the grid's size."""
 
 
 @jit(do_not_specialize=["num_rows", "num_tiles", "col_tiles", "vectors"])
@@ -106,17 +100,15 @@ def _copy_pieces_kernel(  # type: ignore[no-untyped-def]
 ):
     """Copy every P-th tile of ROWS rows by COLS words; ``vectors`` of VECTOR words are a row.
 
-    Pointers are reached from ``descriptor_ptr``, which is aligned to 16 bytes: an integer that is
-    cast to a pointer has no known alignment.
+    Words are counted from ``descriptor_ptr``, which is aligned to 16 bytes, because the compiler
+    knows no alignment of an integer that is cast to a pointer.
     """
     anchor = descriptor_ptr.to(tl.pointer_type(WORD))
     anchor_address = descriptor_ptr.to(tl.int64)
     target_ptr = descriptor_ptr + num_rows.to(tl.int64)
     size_ptr = target_ptr + num_rows.to(tl.int64)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        # Divided as 32 bits, which is cheaper, multiplied as 64.
-        rows = (tile // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        cols = (tile % col_tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
+        rows, cols = tile_bounds(tile, col_tiles, ROWS, COLS)
         is_row = rows < num_rows
         source = tl.load(descriptor_ptr + rows, mask=is_row, other=0)
         target = tl.load(target_ptr + rows, mask=is_row, other=0)
@@ -143,27 +135,27 @@ class PointerCopy:
     """Pieces ready to be copied by a device: descriptors uploaded, tiles planned.
 
     Attributes:
-        device: that copies.
-        num_bytes: of all pieces.
-        descriptor_bytes: what :meth:`prepare` uploaded.
+        device: the device that copies.
+        num_bytes: bytes of all pieces.
+        descriptor_bytes: bytes that :meth:`prepare` uploaded.
         launches: one for each width of access.
     """
 
     device: torch.device
     num_bytes: int
     descriptor_bytes: int
-    launches: tuple[_Launch, ...]
+    launches: tuple[Launch, ...]
 
     @classmethod
     def prepare(cls, pieces: Pieces, device: torch.device) -> PointerCopy:
         """Plan the copy and upload its descriptors, in stream order and without waiting.
 
-        O(N) array operations on the host, with a row for every 16 KiB of pieces that differ in
+        O(N) array operations on the host, and one row for every 16 KiB of pieces that differ in
         size.
 
         Args:
-            pieces: any number of any size, whose targets overlap neither each other nor a source.
-                Trusted: addresses must be those of memory that the device can reach.
+            pieces: any number, of any sizes, whose targets overlap neither each other nor a source.
+                Trusted: the device must be able to reach all addresses.
             device: a CUDA device.
 
         Raises:
@@ -172,36 +164,38 @@ class PointerCopy:
         """
         if not len(pieces):
             return cls(device, 0, 0, ())
-        plans = [_Rows.of(group) for group in _groups(pieces)]
-        # Each launch's part is an anchor, so it starts at a multiple of 16 bytes.
+        plans = [_Rows.of(part) for part in _by_access_width(pieces)]
+        # The kernel counts from the start of its part, which therefore is a multiple of 16 bytes.
         lengths = [-(-rows.num_words // 2) * 2 for rows in plans]
         ends = np.cumsum(lengths).tolist()
         parts = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
-        with _current(device):
+        with current(device):
             descriptors = staging(ends[-1], device)
             for rows, part in zip(plans, parts, strict=True):
                 rows.write(descriptors.numpy()[part])
             uploaded = descriptors.to(device, non_blocking=True)
         if uploaded.data_ptr() % 16:
-            raise RuntimeError(f"descriptors are at {uploaded.data_ptr()}, no multiple of 16")
+            raise RuntimeError(
+                f"descriptors must be at a multiple of 16 bytes, got address {uploaded.data_ptr()}"
+            )
         launches = [
-            _Launch(uploaded[part], rows.num_rows, rows.row_bytes, rows.alignment, rows.is_uniform)
+            Launch(uploaded[part], rows.num_rows, rows.row_bytes, rows.alignment, rows.is_uniform)
             for rows, part in zip(plans, parts, strict=True)
         ]
         return cls(uploaded.device, pieces.num_bytes, descriptors.nbytes, tuple(launches))
 
     @property
     def num_launches(self) -> int:
-        """Launches of one :meth:`run`: 0 for no pieces, 5 at most."""
+        """Launches of one :meth:`run`: none for no pieces, five at most."""
         return len(self.launches)
 
     def run(self, max_sms: int | None = None) -> None:
         """Copy all pieces, on the current stream of the device.
 
         Nothing is allocated or uploaded, so a run can be captured in a CUDA graph, once
-        :meth:`warm_up` or a run like it has loaded the kernel. On another stream than that of
-        :meth:`prepare`, which it must wait for, this object must be kept until the device is done;
-        in a graph, as long as that.
+        :meth:`warm_up` or a similar run has loaded the kernel. A run on another stream than that of
+        :meth:`prepare` must wait for that stream, and this object must be kept until the device has
+        finished. A graph needs this object as long as it is replayed.
 
         Args:
             max_sms: how many multiprocessors may be used; None for all.
@@ -214,13 +208,13 @@ class PointerCopy:
         if not self.launches:
             return
         programs = PROGRAMS_PER_SM * _num_sms(self.device) if max_sms is None else max_sms
-        with _current(self.device):
+        with current(self.device):
             for launch in self.launches:
                 launch.run(programs)
 
     def warm_up(self) -> None:
-        """Compile and load all that :meth:`run` may launch, with any budget; copies nothing."""
-        with _current(self.device):
+        """Compile and load every kernel that :meth:`run` may launch; copy nothing."""
+        with current(self.device):
             for launch in self.launches:
                 launch.warm_up()
 
@@ -231,8 +225,17 @@ def copy_pieces(pieces: Pieces, device: torch.device, max_sms: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Launch:
-    """One launch: its descriptors on the device, and what its tiles are planned from."""
+class Launch:
+    """One launch of a :class:`PointerCopy`.
+
+    Attributes:
+        descriptors: on the device, int64 ``[2 or 3, num_rows]``: sources, targets and, unless rows
+            are uniform, bytes.
+        num_rows: rows of all pieces.
+        row_bytes: bytes of each row, or of the longest.
+        alignment: a power of two up to 16 that divides all addresses and sizes.
+        is_uniform: whether every row has ``row_bytes``.
+    """
 
     descriptors: torch.Tensor
     num_rows: int
@@ -241,13 +244,15 @@ class _Launch:
     is_uniform: bool
 
     def run(self, max_programs: int) -> None:
-        plan = self._plan(TILE_WORDS)
+        """Copy the rows, by at most so many programs."""
+        plan = self._plan(PIECE_TILE_WORDS)
         if plan.num_tiles < MIN_TILES_PER_PROGRAM * max_programs:
-            plan = self._plan(SMALL_TILE_WORDS)
+            plan = self._plan(SMALL_PIECE_TILE_WORDS)
         self._launch(plan, min(max_programs, plan.num_tiles), plan.num_tiles)
 
     def warm_up(self) -> None:
-        for tile_words in (TILE_WORDS, SMALL_TILE_WORDS):
+        """Launch the kernels of both tile sizes for no tile."""
+        for tile_words in (PIECE_TILE_WORDS, SMALL_PIECE_TILE_WORDS):
             self._launch(self._plan(tile_words), num_programs=1, num_tiles=0)
 
     def _plan(self, tile_words: int) -> TilePlan:
@@ -262,13 +267,13 @@ class _Launch:
             plan.vectors,
             UNIFORM=self.is_uniform,
             **plan.constants(),
-            num_warps=NUM_WARPS,
+            num_warps=PIECE_WARPS,
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
-    """Pieces of one launch, and how many rows they are cut into."""
+    """The pieces of one launch and the rows that they are cut into."""
 
     pieces: Pieces
     alignment: int
@@ -285,7 +290,7 @@ class _Rows:
         else:
             num_rows, row_bytes = _ragged_rows(pieces.size_array(), min(alignment, 8))
             rows = cls(pieces, alignment, num_rows, row_bytes, False)
-        plan = _planned(rows.num_rows, rows.row_bytes, alignment, SMALL_TILE_WORDS)
+        plan = _planned(rows.num_rows, rows.row_bytes, alignment, SMALL_PIECE_TILE_WORDS)
         if rows.num_rows >= INT32_END or plan.num_tiles >= MAX_TILES:
             raise ValueError(
                 f"{pieces!r} need {rows.num_rows} rows and {plan.num_tiles} tiles: split them"
@@ -294,11 +299,11 @@ class _Rows:
 
     @property
     def num_words(self) -> int:
-        """Length of the descriptors."""
+        """Words of the descriptors."""
         return self.num_rows * (2 if self.is_uniform else 3)
 
     def write(self, out: Int64Array) -> None:
-        """Write the descriptors; one word more may be left over."""
+        """Write the descriptors to ``out``, which may be one word longer."""
         num_rows, pieces = self.num_rows, self.pieces
         sources, targets = out[:num_rows], out[num_rows : 2 * num_rows]
         out[self.num_words :] = 0
@@ -310,7 +315,7 @@ class _Rows:
             return
         counts = _row_counts(pieces.size_array(), self.row_bytes)
         ends = np.cumsum(counts)
-        # Rows count on through all pieces, so that each starts before its own first row.
+        # Rows are numbered through all pieces: shift each piece's start back by the rows before it.
         offsets = np.arange(num_rows) * self.row_bytes
         before = (ends - counts) * self.row_bytes
         np.add(np.repeat(pieces.sources - before, counts), offsets, out=sources)
@@ -320,13 +325,13 @@ class _Rows:
         sizes[ends - 1] = pieces.sizes - (counts - 1) * self.row_bytes
 
 
-def _groups(pieces: Pieces) -> list[Pieces]:
-    """The same bytes, one group for each width of access that is worth a launch of its own."""
+def _by_access_width(pieces: Pieces) -> list[Pieces]:
+    """The same bytes, in one part for each width of access that is worth a launch of its own."""
     common = pieces.alignment
     if common >= 8:
         return [pieces]
     sizes = pieces.size_array()
-    # Source and target agree modulo this, whatever they are: the lowest bit of the difference.
+    # The lowest bit in which source and target differ: they are equal modulo that power of two.
     access = (pieces.sources ^ pieces.targets) | 16
     access &= -access
     is_wide = (access > common) & (sizes >= MIN_SPLIT_BYTES)
@@ -337,15 +342,15 @@ def _groups(pieces: Pieces) -> list[Pieces]:
     tails = (sizes - heads) & (access - 1)
     ends = sizes - tails
     bodies = Pieces(wide.sources + heads, wide.targets + heads, ends - heads)
-    groups = [bodies[access == width] for width in (16, 8, 4, 2)]
+    parts = [bodies[access == width] for width in (16, 8, 4, 2)]
     has_head, has_tail = heads > 0, tails > 0
-    left = [
+    narrow = [
         pieces[~is_wide],
         Pieces(wide.sources, wide.targets, heads)[has_head],
         Pieces(wide.sources + ends, wide.targets + ends, tails)[has_tail],
     ]
-    groups.append(Pieces.joined([part for part in left if len(part)]))
-    return [group for group in groups if len(group)]
+    parts.append(Pieces.joined([part for part in narrow if len(part)]))
+    return [part for part in parts if len(part)]
 
 
 def _one_size(pieces: Pieces) -> int | None:
@@ -357,7 +362,7 @@ def _one_size(pieces: Pieces) -> int | None:
 
 
 def _ragged_rows(sizes: Int64Array, word_bytes: int) -> tuple[int, int]:
-    """How many rows, of how many bytes each: what costs least with masked words counted in."""
+    """How many rows of how many bytes to cut to: the cheapest choice, masked words included."""
     choices = []
     for words in ROW_WORDS:
         row_bytes = words * word_bytes
@@ -381,8 +386,3 @@ def _planned(num_rows: int, row_bytes: int, alignment: int, tile_words: int) -> 
 @lru_cache(maxsize=64)
 def _num_sms(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a CUDA device the current one. On a CPU, kernels run in tests only, interpreted."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

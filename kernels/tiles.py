@@ -1,47 +1,81 @@
-"""How rows of bytes are cut into words and tiles, for the kernels that copy them."""
+"""How the kernels cut rows of bytes into words and tiles.
+
+A copy is a matrix of rows by words; a row is a block, a run of tokens, or a piece. One program
+moves one tile of it, ``ROWS`` rows by ``COLS`` words.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvheap.kernels.launch import alignment_of, tl
+from kvheap.kernels.arrays import alignment_of
+from kvheap.kernels.launch import jit, tl
 
-__all__ = ["NUM_WARPS", "TilePlan"]
+__all__ = ["NUM_WARPS", "TILE_WORDS", "TilePlan", "tile_bounds"]
 
 TILE_WORDS = 2048
-"""Words of one program's tile: 16 KiB of 8-byte words, eight 16-byte loads in flight for each of
-128 threads. Chosen by counting bytes in flight; not yet measured on a GPU."""
+"""Words of one program's tile, 16 KiB of 8-byte words: eight 16-byte loads for each of 128
+threads. Reasoned, not yet measured on a GPU."""
 
 NUM_WARPS = 4
+"""Warps of one program, for tiles of ``TILE_WORDS``."""
 
 MIN_COLS = 16
-"""Words of the narrowest tile row that is worth its waste: 128 bytes of 8-byte words, one line."""
+"""Words of the narrowest tile row to choose for less waste: 128 bytes of 8-byte words, one line."""
 
 MAX_WASTED_SHARE = 0.125
-"""How much of a tile row may be masked off before a narrower one is taken."""
+"""The share of a tile row that may be masked off before a narrower tile is chosen."""
+
+
+@jit()
+def tile_bounds(  # type: ignore[no-untyped-def]
+    tile, col_tiles, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """The rows and the columns of a tile, int64; tiles of the same rows follow each other."""
+    # Divided as 32 bits, which is cheaper, multiplied as 64.
+    rows = (tile // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = (tile % col_tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
+    return rows, cols
 
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:
-    """How blocks are cut into words and tiles; the constants that a kernel is compiled for."""
+    """How a matrix of equal rows is cut into words and tiles.
+
+    Attributes:
+        word_bytes: bytes of a word: 8, 4, 2 or 1.
+        words_per_vector: words of one load or store: 2 where accesses have 16 bytes, else 1.
+        rows, cols: rows and words of a tile, both powers of two.
+        num_rows: rows of the matrix.
+        vectors: loads or stores that one row takes.
+        col_tiles: tiles side by side in one row.
+        num_tiles: all tiles, and so the programs of a launch.
+    """
 
     word_bytes: int
     words_per_vector: int
     rows: int
     cols: int
-    num_blocks: int
+    num_rows: int
     vectors: int
     col_tiles: int
     num_tiles: int
 
     @classmethod
     def of(
-        cls, num_blocks: int, block_bytes: int, alignment: int, tile_words: int = TILE_WORDS
+        cls, num_rows: int, row_bytes: int, alignment: int, tile_words: int = TILE_WORDS
     ) -> TilePlan:
-        """Plan for blocks whose sizes, strides, bases and addresses share ``alignment``."""
-        access_bytes = alignment_of(alignment, block_bytes)
+        """The plan for rows whose bases, addresses and strides ``alignment`` divides.
+
+        Args:
+            num_rows: rows of the matrix.
+            row_bytes: bytes of each.
+            alignment: a power of two.
+            tile_words: words of a tile, a power of two.
+        """
+        access_bytes = alignment_of(alignment, row_bytes)
         word_bytes = min(access_bytes, 8)
-        words = block_bytes // word_bytes
+        words = row_bytes // word_bytes
         cols = _tile_cols(words, tile_words)
         rows = tile_words // cols
         col_tiles = -(-words // cols)
@@ -50,10 +84,10 @@ class TilePlan:
             words_per_vector=access_bytes // word_bytes,
             rows=rows,
             cols=cols,
-            num_blocks=num_blocks,
-            vectors=block_bytes // access_bytes,
+            num_rows=num_rows,
+            vectors=row_bytes // access_bytes,
             col_tiles=col_tiles,
-            num_tiles=-(-num_blocks // rows) * col_tiles,
+            num_tiles=-(-num_rows // rows) * col_tiles,
         )
 
     def constants(self) -> dict[str, object]:
@@ -67,15 +101,16 @@ class TilePlan:
             "COLS": self.cols,
         }
 
-    def strides(self, stride_bytes: int) -> int:
-        """A stride in vectors."""
-        return stride_bytes // (self.word_bytes * self.words_per_vector)
+    @property
+    def access_bytes(self) -> int:
+        """Bytes of one load or store: 16, 8, 4, 2 or 1."""
+        return self.word_bytes * self.words_per_vector
 
 
-def _tile_cols(words: int, tile_words: int = TILE_WORDS) -> int:
+def _tile_cols(words: int, tile_words: int) -> int:
     """The widest power of two that wastes little of a row of ``words``.
 
-    >>> [_tile_cols(words) for words in (1, 72, 512, 5000)]
+    >>> [_tile_cols(words, 2048) for words in (1, 72, 512, 5000)]
     [1, 16, 512, 1024]
     """
     cols = min(tile_words, 1 << (words - 1).bit_length())

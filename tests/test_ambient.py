@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from kvheap import (
 )
 from kvheap.transfer import CopyPlan, copy
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
@@ -143,3 +146,35 @@ def test_settings_of_the_caller_change_no_result(
         assert tensor.device == CPU
         assert tensor.dtype == wanted.dtype
         assert torch.equal(tensor, wanted)
+
+
+FACTORIES = {"arange", "empty", "empty_strided", "eye", "full", "linspace", "ones", "rand"} | {
+    "randint",
+    "randn",
+    "randperm",
+    "scalar_tensor",
+    "tensor",
+    "zeros",
+}
+"""Functions of torch that make a tensor on the default device if none is named."""
+
+
+def factories_without_device(text: str) -> list[str]:
+    """The calls of factories in a source that name no device."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and (node.func.value.id, node.func.attr) in {("torch", name) for name in FACTORIES}
+        and "device" not in {keyword.arg for keyword in node.keywords}
+    ]
+
+
+def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
+    """Also those that only a GPU's path makes."""
+    sources = [*(ROOT / "allocator").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    found = {path.name: factories_without_device(path.read_text()) for path in sources}
+    assert {name: calls for name, calls in found.items() if calls} == {}
+    assert len(factories_without_device("torch.empty(3); torch.zeros(2, device=d)")) == 1

@@ -94,7 +94,7 @@ class CudaMeasure:
         def zeros(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             first = torch.zeros(size, dtype=torch.uint8, device=self._device)
             second = torch.zeros_like(first)
-            host = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+            host = torch.zeros(size, dtype=torch.uint8, device="cpu", pin_memory=True)
             torch.cuda.synchronize(self._device)
             return first, second, host
 

@@ -37,10 +37,9 @@ from kvheap.blocks.heap import (
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.errors import ForeignObjectError
-from kvheap.kernels.paged_convert import load_converted, store_converted
+from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.paged_copy import Chunks, load_tokens, store_tokens
 from kvheap.kernels.paged_layout import PagedKVCache
-from kvheap.kernels.paged_plan import ChunkLayout
 from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
 
 __all__ = [
@@ -94,15 +93,12 @@ def store(
         LifetimeError: a chunk is freed; nothing is written.
     """
     heap = heap_of(batch)
-    chunks, scale_offset = _chunks(heap, batch, cache, convert)
+    chunks = _chunks(heap, batch, cache, convert)
+    segments = heap.segments  # whoever closes the heap does not take the buffers from under us
     if not isinstance(batch, MemoryBatch) and len(np.unique(chunks.addresses)) < len(batch):
         raise ValueError("a chunk is named twice: it cannot be stored to twice")
-    if convert:
-        store_converted(
-            cache, slots, chunks, scale_offset, layers=layers, heads=heads, eager=heap.debug
-        )
-    else:
-        store_tokens(cache, slots, chunks, layers=layers, heads=heads, eager=heap.debug)
+    store_tokens(cache, slots, chunks, layers=layers, heads=heads, eager=heap.debug)
+    del segments
 
 
 def load(
@@ -119,13 +115,10 @@ def load(
     Arguments and errors are those of :func:`store`. Two tokens must not have the same slot.
     """
     heap = heap_of(batch)
-    chunks, scale_offset = _chunks(heap, batch, cache, convert)
-    if convert:
-        load_converted(
-            chunks, cache, slots, scale_offset, layers=layers, heads=heads, eager=heap.debug
-        )
-    else:
-        load_tokens(chunks, cache, slots, layers=layers, heads=heads, eager=heap.debug)
+    chunks = _chunks(heap, batch, cache, convert)
+    segments = heap.segments  # as in store
+    load_tokens(chunks, cache, slots, layers=layers, heads=heads, eager=heap.debug)
+    del segments
 
 
 # -- methods of a heap -----------------------------------------------------------------------------
@@ -242,7 +235,7 @@ def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = No
     expected = (len(objs), *shape)
     if out is None:
         pinned = heap.device.type == "cuda"
-        out = torch.empty(expected, dtype=dtype, pin_memory=pinned)
+        out = torch.empty(expected, dtype=dtype, device="cpu", pin_memory=pinned)
     if out.device == heap.device:
         heap.batched_free(objs, out=out)
         return out
@@ -304,24 +297,21 @@ def chunk_shape(
     }[fmt]
 
 
-def _chunks(
-    heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool
-) -> tuple[Chunks, int]:
-    """The chunks in the kernels' terms, and where in each its scales are."""
+def _chunks(heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool) -> Chunks:
+    """The chunks in the kernels' terms."""
     layout, addresses = layout_and_addresses(objs)
     await_filling(objs, heap.device)
     absolute, alignment = heap.absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset = parts(layout, cache.dtype, cache.head_dim)
     first_buffer = heap.segments[0][1]
-    chunks = Chunks(first_buffer, absolute, layout.size_bytes, alignment, chunk_layout)
-    return chunks, scale_offset
+    return Chunks(first_buffer, absolute, layout.size_bytes, alignment, chunk_layout, scale_offset)
 
 
 @lru_cache(maxsize=256)
 def _chunk_layout(
     layout: BlockLayout, dtype: torch.dtype, head_dim: int
-) -> tuple[ChunkLayout, int]:
+) -> tuple[ChunkLayout, None]:
     """The chunk layout of a block, for a cache of ``dtype``; there are no scales."""
     if len(layout.shapes) != 1:
         raise ValueError(f"chunks of one group are copied bit by bit, got {layout}")
@@ -334,7 +324,7 @@ def _chunk_layout(
             f"the chunks hold {found}, the cache {dtype}: only with convert=True, and scales "
             f"beside float8_e4m3fn, is one made of the other"
         )
-    return ChunkLayout.of(order, layout.shapes[0], found.itemsize), 0
+    return ChunkLayout.of(order, layout.shapes[0], found.itemsize), None
 
 
 @lru_cache(maxsize=256)

@@ -16,8 +16,8 @@ from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.device.copy_device import CopyDevice, known_ranges
+from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
-from kvheap.kernels.launch import alignment_of
 
 __all__ = ["Segments", "as_buffer"]
 

@@ -242,7 +242,7 @@ class EngineCache:
         """
         if num_chunks > self.num_chunks:
             raise ValueError(f"the pool has room for {self.num_chunks} chunks, got {num_chunks}")
-        ids = torch.randperm(self._num_blocks, generator=self._random)
+        ids = torch.randperm(self._num_blocks, generator=self._random, device="cpu")
         ids = ids[: num_chunks * self._blocks_per_chunk]
         return ids.view(num_chunks, self._blocks_per_chunk).to(self._device)
 

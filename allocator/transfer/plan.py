@@ -24,7 +24,7 @@ from kvheap.device import cuda
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice, PreparedCopy
 from kvheap.device.directions import Direction
-from kvheap.kernels.launch import host_addresses
+from kvheap.kernels.block_addresses import host_addresses
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.sides import NOWHERE, Blocks, Side, layer_offsets, paired, walls_of
 

@@ -18,8 +18,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvheap.kernels import host_copy
-from kvheap.kernels.host_copy import FEW, LARGE_BYTES, ROW_BYTES, THREAD_BYTES, copy_on_host
+from kvheap.kernels import host_copy, shared_work
+from kvheap.kernels.host_copy import (
+    LARGE_BYTES,
+    MAX_SINGLE_MOVES,
+    ROW_BYTES,
+    THREAD_BYTES,
+    copy_on_host,
+)
 from kvheap.kernels.pieces import Pieces
 
 POISON = 0xA5
@@ -98,9 +104,16 @@ def many_threads(monkeypatch):
 
 
 @pytest.fixture
+def thread_bytes(monkeypatch):
+    """Bytes for each thread: a quarter of what they are."""
+    monkeypatch.setattr(host_copy, "THREAD_BYTES", THREAD_BYTES // 4)
+    return THREAD_BYTES // 4
+
+
+@pytest.fixture
 def rows_only(monkeypatch):
     """No pieces are too few to be rows."""
-    monkeypatch.setattr(host_copy, "FEW", 0)
+    monkeypatch.setattr(host_copy, "MAX_SINGLE_MOVES", 0)
 
 
 def test_no_pieces():
@@ -108,17 +121,16 @@ def test_no_pieces():
     copy_on_host(Pieces.of([], [], 64), threads=4)
 
 
-@pytest.mark.parametrize("size", [1, 7, 4096, LARGE_BYTES, 5 * THREAD_BYTES + 3])
 @pytest.mark.parametrize("threads", [None, 1, 2, 4])
-def test_one_piece(size, threads):
-    Case.of([3], [8], [size]).check(threads)
+def test_one_piece(threads, thread_bytes):
+    for size in (1, 7, 4096, LARGE_BYTES, 5 * thread_bytes + 3):
+        Case.of([3], [8], [size]).check(threads)
 
 
-@pytest.mark.parametrize("source_offset", range(18))
-def test_every_alignment(source_offset, rows_only):
-    for target_offset in range(18):
-        sizes = np.arange(1, 100)
-        starts = np.cumsum(sizes + 3) - sizes
+def test_every_alignment(rows_only):
+    sizes = np.arange(1, 100)
+    starts = np.cumsum(sizes + 3) - sizes
+    for source_offset, target_offset in np.ndindex(18, 18):
         Case.of(starts + source_offset, starts[::-1].copy() * 2 + target_offset, sizes).check()
         Case.of(
             np.arange(40) * 96 + source_offset, np.arange(40)[::-1] * 96 + target_offset, 48
@@ -126,10 +138,10 @@ def test_every_alignment(source_offset, rows_only):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
-@pytest.mark.parametrize("seed", range(3))
-def test_random_sizes(seed, threads, many_threads):
-    sizes = np.random.default_rng(seed).integers(1, 301, 3000)
-    Case.scattered(sizes, seed).check(threads)
+def test_random_sizes(threads, many_threads):
+    for seed in range(3):
+        sizes = np.random.default_rng(seed).integers(1, 301, 3000)
+        Case.scattered(sizes, seed).check(threads)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -140,13 +152,18 @@ def test_every_small_size(threads, rows_only, many_threads):
         Case.scattered(np.random.default_rng(1).permutation(sizes)).check(threads)
 
 
+SMALL_SIZES = (1, 2, 3, 8, 16, 48, 64, 100, 1000, 4096, 4097, 5000, 8192, 3 * 4096, 20_000, 32_767)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(
-    "size", [1, 2, 3, 8, 16, 48, 64, 100, 1000, 4096, 4097, 5000, 8192, 3 * 4096, 20_000, 32_767]
-)
 @pytest.mark.parametrize("dense", ["neither", "source", "target"])
-def test_one_size(size, dense, threads, many_threads):
-    count = 2 * FEW if size > 1000 else 1500
+def test_one_size(dense, threads, many_threads):
+    for size in SMALL_SIZES:
+        check_one_size(size, dense, threads)
+
+
+def check_one_size(size: int, dense: str, threads: int) -> None:
+    count = 2 * MAX_SINGLE_MOVES if size > 1000 else 600
     generator = np.random.default_rng(size)
     for offset, gap in ((0, 1), (5, 3)):
         stride = size * 2 if gap == 1 else size + gap
@@ -159,13 +176,13 @@ def test_one_size(size, dense, threads, many_threads):
 
 
 @pytest.mark.parametrize("threads", [None, 2, 4])
-def test_large_and_small_pieces(threads):
+def test_large_and_small_pieces(threads, thread_bytes):
     generator = np.random.default_rng(0)
     sizes = np.concatenate(
         (
             generator.integers(1, 2000, 500),
             generator.integers(LARGE_BYTES - 100, 5 * LARGE_BYTES, 40),
-            [7 * THREAD_BYTES + 1],
+            [7 * thread_bytes + 1],
         )
     )
     Case.scattered(generator.permutation(sizes)).check(threads)
@@ -198,10 +215,10 @@ def test_any_pieces(data, sizes, align, threads):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_copy, "THREAD_BYTES", data.draw(st.sampled_from([1, THREAD_BYTES])))
         patch.setattr(host_copy, "SHARE_BYTES", 1)
-        patch.setattr(host_copy, "FEW", data.draw(st.integers(0, 3)))
+        patch.setattr(host_copy, "MAX_SINGLE_MOVES", data.draw(st.integers(0, 3)))
         patch.setattr(host_copy, "LARGE_BYTES", data.draw(st.sampled_from([4096, LARGE_BYTES])))
-        patch.setattr(host_copy, "MIN_ROWS", data.draw(st.integers(1, 100)))
-        patch.setattr(host_copy, "STEP_BYTES", data.draw(st.integers(1, 1000)))
+        patch.setattr(host_copy, "MIN_CALL_ROWS", data.draw(st.integers(1, 100)))
+        patch.setattr(host_copy, "CALL_BYTES", data.draw(st.integers(1, 1000)))
         patch.setattr(host_copy, "SELECT_WORDS", data.draw(st.integers(1024, 2000)))
         seed, gap = data.draw(st.integers(0, 1000)), data.draw(st.integers(1, 30))
         Case.scattered(sizes, seed, gap, align).check(threads)
@@ -367,7 +384,7 @@ def test_interrupts_wait_for_running_copies(monkeypatch, many_threads):
 
 def test_two_callers_at_once(many_threads):
     cases = [
-        Case.scattered(np.random.default_rng(seed).integers(1, 40_000, 400), seed)
+        Case.scattered(np.random.default_rng(seed).integers(1, 40_000, 200), seed)
         for seed in range(6)
     ]
     with ThreadPoolExecutor(3) as callers:
@@ -379,7 +396,7 @@ def test_helpers_that_cannot_be_had_are_done_without(monkeypatch, many_threads):
     def refuse(pid):
         raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
-    monkeypatch.setattr(host_copy, "_helpers", refuse)
+    monkeypatch.setattr(shared_work, "_helpers", refuse)
     Case.scattered(np.random.default_rng(0).integers(1, 40_000, 400)).check(4)
 
 
@@ -433,7 +450,7 @@ def test_no_python_for_each_piece(is_mixed):
 
     (few_python, few_c), (many_python, many_c) = calls(1_000), calls(100_000)
     assert many_python == few_python
-    assert many_c - few_c < 100_000 // host_copy.MIN_ROWS
+    assert many_c - few_c < 100_000 // host_copy.MIN_CALL_ROWS
 
 
 def test_torch_memory():

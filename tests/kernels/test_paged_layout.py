@@ -161,7 +161,8 @@ class TestDetect:
         ],
     )
     def test_two_meanings_are_not_guessed(self, layout: str, sizes: Sizes, others: str) -> None:
-        with pytest.raises(LayoutError, match=f"several layouts fit, name one: {others}"):
+        message = f"several engine layouts fit, name one: {others}"
+        with pytest.raises(LayoutError, match=message):
             detect(Engine(layout, sizes))
 
     @pytest.mark.parametrize(
@@ -182,12 +183,13 @@ class TestDetect:
     @pytest.mark.parametrize("changes", [{"num_kv_heads": 6}, {"head_dim": 16}, {"block_size": 3}])
     @pytest.mark.parametrize("layout", ["vllm-flash-nhd", "mla", "trtllm", "sglang-mha"])
     def test_sizes_that_fit_nothing_are_refused(self, layout: str, changes: Any) -> None:
-        with pytest.raises(LayoutError, match=f"(?s)no layout fits.*[;=] .*{layout}: ") as caught:
+        message = f"(?s)no engine layout fits.*[;=] .*{layout}: "
+        with pytest.raises(LayoutError, match=message) as caught:
             detect(Engine(layout, Sizes(num_blocks=50)), **changes)
         assert len(str(caught.value)) < 5000  # no tensor is printed
 
     def test_opaque_is_never_guessed(self) -> None:
-        with pytest.raises(LayoutError, match="no layout fits"):
+        with pytest.raises(LayoutError, match="no engine layout fits"):
             PagedKVCache.detect([torch.zeros(4, 10)], num_kv_heads=1, head_dim=10, block_size=1)
 
 
@@ -235,7 +237,7 @@ FLASH = (2, 4, 3, 5, 8)
 BYTES = {"dtype": torch.uint8}
 
 WRONG: list[tuple[str, Callable[[], Any], str]] = [
-    ("vllm-flash", like(FLASH), "unknown layout 'vllm-flash'; known are vllm-flash-nhd, "),
+    ("vllm-flash", like(FLASH), "unknown engine layout 'vllm-flash'; known are vllm-flash-nhd, "),
     ("vllm-flash-nhd", like(FLASH, (4, 3, 5, 8)), "layer 1 of vllm-flash-nhd must be L x [2, B, "),
     ("vllm-flash-nhd", like((3, 4, 3, 5, 8)), "layer 0 .* a dimension of 2 for K and V"),
     ("vllm-flashinfer-hnd", like((2, 4, 3, 5, 8)), "layer 0 .* a dimension of 2 for K and V"),

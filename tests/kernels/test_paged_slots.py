@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from kernel_paths import PATHS, on_a_gpu, running
 
 import kvheap
 from kvheap import BlockIds, PagedKVCache, TensorMemoryAllocator
 from kvheap.kernels import paged_copy
-from kvheap.kernels.launch import triton
-from kvheap.kernels.paged_copy import TokenCopy, pairing_of
-from kvheap.kernels.paged_slots import Places
+from kvheap.kernels.chunk_layout import ChunkLayout
+from kvheap.kernels.token_copy import Chunks, TokenCopy
 
-needs_triton = pytest.mark.skipif(triton is None, reason="needs the triton package")
-DEVICES = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=needs_triton),
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
-    ],
-)
+BY_KERNELS = pytest.mark.parametrize("path", PATHS[1:])
 BLOCKS, BLOCK_SIZE = 6, 4
 CHUNK = (2, 2, 8, 32)
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """The kernel on CPU tensors."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    kernel = InterpretedFunction(paged_copy._copy_tokens_kernel.fn)
-    monkeypatch.setattr(paged_copy, "_copy_tokens_kernel", kernel)
 
 
 def make(device, **options):
@@ -48,67 +28,112 @@ def make(device, **options):
     return PagedKVCache.of("vllm-flash-nhd", tensors), tensors, batch
 
 
-def copy_unseen(cache, values, batch, num_tokens, are_blocks, to_heap=True):
-    """A copy whose slots are not looked at on the host, as where they are on a device."""
-    chunks, _ = kvheap.engine.chunks._chunks(batch.allocator, batch, cache, False)
-    pairing = pairing_of(cache, chunks.layout, None, None)
-    unit = pairing.block_unit if are_blocks else 1
-    places = Places(values.to(cache.device), are_blocks, unit, num_tokens)
-    paged_copy._copy_on_gpu(TokenCopy(pairing, places, chunks, to_heap))
+def chunks_in(memory, item_bytes, scale_offset=None):
+    """Two chunks at the ends of the memory."""
+    layout = ChunkLayout.of("PLTD", CHUNK, item_bytes)
+    size_bytes = layout.size_bytes + (0 if scale_offset is None else 4 * 2 * 2 * 2)
+    starts = memory.data_ptr() + np.array([0, len(memory) - size_bytes])
+    return Chunks(memory, starts, size_bytes, 16, layout, scale_offset)
 
 
-@DEVICES
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def tokens_of(chunks, dtype):
+    """What the chunks hold, ``[planes, layers, tokens, elements]``."""
+    size = chunks.layout.size_bytes
+    starts = (chunks.addresses - chunks.buffer.data_ptr()).tolist()
+    parts = [chunks.buffer[start : start + size].view(dtype).view(CHUNK) for start in starts]
+    return torch.cat(parts, dim=2)
+
+
+def copy_unseen(cache, values, chunks, num_tokens, are_blocks, to_heap=True):
+    """A copy whose slots are not checked on the host, as where they are on a device."""
+    slots = BlockIds([0] * len(values), num_tokens) if are_blocks else [0] * num_tokens
+    copy = TokenCopy.of(cache, slots, chunks, None, None, eager=False, to_heap=to_heap)
+    unseen = values.to(cache.device)
+    paged_copy._run(replace(copy, places=replace(copy.places, values=unseen)))
+
+
+def make_unseen(device, dtype=torch.float32):
+    """A cache, its tensors, and chunks for 16 of its tokens, which hold fp8 unless of float32."""
+    shape = (2, BLOCKS, BLOCK_SIZE, 2, 16)
+    tensors = [(torch.rand(shape) + 1).to(dtype).to(device) for _ in range(2)]
+    memory = torch.zeros(1 << 15, dtype=torch.uint8, device=device)
+    chunks = chunks_in(memory, 4) if dtype == torch.float32 else chunks_in(memory, 1, 2048)
+    return PagedKVCache.of("vllm-flash-nhd", tensors), tensors, chunks
+
+
+@BY_KERNELS
 @pytest.mark.parametrize("bad", [BLOCKS * BLOCK_SIZE, -2, 2**31 - 1, -(2**31)])
-def test_a_slot_out_of_range_is_skipped_and_named(device, dtype, bad, request):
-    if device == "cpu":
-        request.getfixturevalue("interpreted")
-    cache, tensors, batch = make(device)
-    slots = torch.randperm(BLOCKS * BLOCK_SIZE)[:15].to(dtype)
-    slots[6], slots[9], slots[12] = -1, bad, bad
-    copy_unseen(cache, slots, batch, 15, are_blocks=False)
-    for token, slot in enumerate(slots.tolist()):
-        stored = batch[token // 8].tensor[:, :, token % 8]
-        if token in (6, 9, 12):
-            assert (stored == 0).all()
-        else:
-            rows = torch.stack([t.reshape(2, -1, 32)[:, slot] for t in tensors], dim=1)
-            assert torch.equal(stored, rows)
-    with pytest.raises(ValueError, match=rf"token 9 of a copy had slot or block {bad}:"):
-        cache.synchronize()
-    cache.synchronize()  # it was said once
+def test_a_slot_out_of_range_is_skipped_and_named(path, bad):
+    for dtype in (torch.int32, torch.int64):
+        with running(path) as device:
+            cache, tensors, chunks = make_unseen(device)
+            slots = torch.randperm(BLOCKS * BLOCK_SIZE)[:15].to(dtype)
+            slots[6], slots[9], slots[12] = -1, bad, bad
+            copy_unseen(cache, slots, chunks, 15, are_blocks=False)
+            found = tokens_of(chunks, torch.float32)
+            for token, slot in enumerate(slots.tolist()):
+                if token in (6, 9, 12):
+                    assert (found[:, :, token] == 0).all()
+                else:
+                    rows = torch.stack([t.reshape(2, -1, 32)[:, slot] for t in tensors], dim=1)
+                    assert torch.equal(found[:, :, token], rows)
+            with pytest.raises(ValueError, match=rf"token 9 of a copy had slot or block {bad}:"):
+                cache.synchronize()
+            cache.synchronize()  # reported once
 
 
-@DEVICES
+@BY_KERNELS
 @pytest.mark.parametrize("bad", [BLOCKS, 1 << 40])
-def test_a_block_out_of_range_is_skipped_and_named(device, bad, request):
-    if device == "cpu":
-        request.getfixturevalue("interpreted")
-    cache, tensors, batch = make(device)
-    batch[1].tensor.zero_()
-    ids = torch.tensor([4, bad, -1, 2])
-    before = [tensor.clone() for tensor in tensors]
-    copy_unseen(cache, ids, batch, 16, are_blocks=True)
-    expected = torch.stack([t[:, 2].reshape(2, BLOCK_SIZE, 32) for t in tensors], dim=1)
-    assert torch.equal(batch[1].tensor[:, :, BLOCK_SIZE:], expected)
-    assert (batch[0].tensor[:, :, BLOCK_SIZE:] == 0).all()
-    assert (batch[1].tensor[:, :, :BLOCK_SIZE] == 0).all()
-    with pytest.raises(ValueError, match="token 4 of a copy had slot or block"):
-        cache.synchronize()
-    copy_unseen(cache, ids, batch, 16, are_blocks=True, to_heap=False)
-    assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
-    with pytest.raises(ValueError, match="token 4"):
-        cache.synchronize()
+def test_a_block_out_of_range_is_skipped_and_named(path, bad):
+    with running(path) as device:
+        cache, tensors, chunks = make_unseen(device)
+        ids = torch.tensor([4, bad, -1, 2])
+        before = [tensor.clone() for tensor in tensors]
+        copy_unseen(cache, ids, chunks, 16, are_blocks=True)
+        found = tokens_of(chunks, torch.float32).unflatten(2, (4, BLOCK_SIZE))
+        for at, block in ((0, 4), (3, 2)):
+            rows = [t[:, block].reshape(2, BLOCK_SIZE, 32) for t in tensors]
+            assert torch.equal(found[:, :, at], torch.stack(rows, dim=1))
+        assert (found[:, :, 1:3] == 0).all()
+        with pytest.raises(ValueError, match="token 4 of a copy had slot or block"):
+            cache.synchronize()
+        copy_unseen(cache, ids, chunks, 16, are_blocks=True, to_heap=False)
+        assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
+        with pytest.raises(ValueError, match="token 4"):
+            cache.synchronize()
 
 
-@DEVICES
-def test_good_slots_and_skipped_ones_report_nothing(device, request):
-    if device == "cpu":
-        request.getfixturevalue("interpreted")
-    cache, _, batch = make(device)
-    cache.synchronize()
-    copy_unseen(cache, torch.tensor([-1, 0, 23, -1, *range(1, 12)]), batch, 15, are_blocks=False)
-    cache.synchronize()
+@BY_KERNELS
+@pytest.mark.parametrize("are_blocks", [False, True])
+def test_a_conversion_skips_and_names_them_too(path, are_blocks):
+    with running(path) as device:
+        cache, tensors, chunks = make_unseen(device, torch.float16)
+        good = [3, 0, 5, 1] if are_blocks else torch.randperm(BLOCKS * BLOCK_SIZE)[:15].tolist()
+        values = torch.tensor(good)
+        values[1], values[2] = -1, -7
+        copy_unseen(cache, values, chunks, 15, are_blocks)
+        width = BLOCK_SIZE if are_blocks else 1
+        with pytest.raises(ValueError, match=rf"token {2 * width} of a copy had slot or block -7:"):
+            cache.synchronize()
+        codes = tokens_of(chunks, torch.uint8)
+        is_stored = codes.bool().all(dim=3).all(dim=1).all(dim=0)
+        assert is_stored.tolist() == [not width <= at < 3 * width and at < 15 for at in range(16)]
+        before = [tensor.clone() for tensor in tensors]
+        copy_unseen(cache, torch.full_like(values, -7), chunks, 15, are_blocks, to_heap=False)
+        assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
+        with pytest.raises(ValueError, match="token 0 of a copy had slot or block -7:"):
+            cache.synchronize()
+
+
+@BY_KERNELS
+def test_good_slots_and_skipped_ones_report_nothing(path):
+    with running(path) as device:
+        for dtype in (torch.float32, torch.float16):
+            cache, _, chunks = make_unseen(device, dtype)
+            cache.synchronize()
+            slots = torch.tensor([-1, 0, 23, -1, *range(1, 12)])
+            copy_unseen(cache, slots, chunks, 15, are_blocks=False)
+            cache.synchronize()
 
 
 def test_debug_mode_refuses_to_load_two_tokens_into_one_slot():
@@ -124,8 +149,7 @@ def test_debug_mode_refuses_to_load_two_tokens_into_one_slot():
     kvheap.store(cache, slots, batch)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_a_gpu
 def test_debug_mode_refuses_bad_slots_on_a_device_before_anything_moves():
     cache, _, batch = make("cuda", debug=True)
     before = batch[0].raw_tensor.clone()
@@ -136,8 +160,7 @@ def test_debug_mode_refuses_bad_slots_on_a_device_before_anything_moves():
     cache.synchronize()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_a_gpu
 @pytest.mark.parametrize("is_pinned", [True, False])
 def test_chunks_may_lie_in_pinned_host_memory_only(is_pinned):
     cache, tensors, _ = make("cuda")
@@ -183,21 +206,3 @@ def test_unsigned_slots_do_not_wrap_to_skipped_ones(bad):
     slots[3] = bad
     with pytest.raises(ValueError, match=str(bad)):
         kvheap.store(cache, slots, batch)
-
-
-def test_what_cannot_be_written_out_is_not_evicted(monkeypatch):
-    cache, _, batch = make("cpu")
-    heap = batch.allocator
-    kvheap.store(cache, range(15), batch)
-    expected = torch.stack([obj.tensor.clone() for obj in batch])
-    with pytest.raises(ValueError, match="or the host, got meta"):
-        heap.batched_evict(batch, out=torch.empty(expected.shape, device="meta"))
-    # A heap that is elsewhere than ``out``, whose copy fails.
-    monkeypatch.setattr(type(heap), "device", torch.device("cpu", 0))
-    monkeypatch.setattr(heap, "_require_gatherable", lambda parts, out: None)
-    with pytest.raises(RuntimeError):
-        heap.batched_evict(batch, out=torch.empty(CHUNK).expand(expected.shape))
-    assert batch.live.all()
-    out = torch.empty(expected.shape)
-    assert torch.equal(heap.batched_evict(batch, out=out), expected)
-    assert not batch.live.any()

@@ -180,6 +180,23 @@ class TestOverlaps:
         else:
             pieces.require_apart()
 
+    @given(st.data(), st.sampled_from([1, 3, 4, 7, 8]), st.sampled_from([0, 64]))
+    def test_targets_of_one_size_against_sets(
+        self, data: st.DataObject, size: int, max_cells: int
+    ) -> None:
+        near = st.sampled_from([size, size, size, size + 1, 2 * size + 1, size - 1])
+        steps = data.draw(st.lists(near, max_size=6))
+        targets = data.draw(st.permutations((100 + np.cumsum([0, *steps])).tolist()))
+        pieces = Pieces.of([900] * len(targets), targets, size)
+        written = [target for _, target in each_byte(pieces)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("kvheap.kernels.pieces.MAX_CELLS_PER_PIECE", max_cells)
+            if len(set(written)) == len(written):
+                pieces.require_distinct_targets()
+            else:
+                with pytest.raises(ValueError, match="targets overlap: piece"):
+                    pieces.require_distinct_targets()
+
     def test_the_two_are_named(self) -> None:
         with pytest.raises(ValueError, match="piece 2 ends at address 108, piece 1 starts at 104"):
             Pieces.of([16, 32, 48], [300, 104, 100], 8).require_distinct_targets()

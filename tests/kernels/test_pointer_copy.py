@@ -7,8 +7,6 @@ them must be as before.
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,15 +17,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_paths import T, interpreted, needs_gpu, needs_triton, on_a_gpu, sample
 
 from kvheap.kernels import pointer_copy
-from kvheap.kernels.launch import triton
 from kvheap.kernels.pieces import Pieces
 from kvheap.kernels.pointer_copy import (
     MIN_TILES_PER_PROGRAM,
+    PIECE_TILE_WORDS,
     PROGRAMS_PER_SM,
-    SMALL_TILE_WORDS,
-    TILE_WORDS,
+    SMALL_PIECE_TILE_WORDS,
     PointerCopy,
     copy_pieces,
 )
@@ -36,25 +34,6 @@ POISON = 0xA5
 CPU = torch.device("cpu")
 NUM_SMS = 3
 """Multiprocessors of the interpreter's device."""
-
-WITHOUT_TRITON = """
-import sys
-sys.modules["triton"] = None
-import torch
-from kvheap.kernels.pieces import Pieces
-from kvheap.kernels.pointer_copy import PointerCopy
-ready = PointerCopy.prepare(Pieces.of([4096], [8192], 64), torch.device("cpu"))
-try:
-    ready.run(max_sms=1)
-except RuntimeError as error:
-    print(error)
-"""
-
-needs_triton = pytest.mark.skipif(triton is None, reason="needs the triton package")
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
 
 
 @dataclass(frozen=True)
@@ -65,6 +44,10 @@ class Path:
     source: str
     target: str
 
+    def sample(self, values: Sequence[T], at: int, count: int) -> list[T]:
+        """All values on a GPU; for the interpreted kernel, ``count`` of them, from index ``at``."""
+        return sample(values, "interpreter" if self.device == "cpu" else "cuda", at, count)
+
 
 PATHS = [
     pytest.param(Path("cpu", "cpu", "cpu"), marks=needs_triton, id="interpreter"),
@@ -74,7 +57,8 @@ PATHS = [
     pytest.param(Path("cuda", "pinned", "pinned"), marks=needs_gpu, id="host-to-host"),
 ]
 ON_ALL_PATHS = pytest.mark.parametrize("path", PATHS)
-BUDGETS = pytest.mark.parametrize("max_sms", [1, 2, 8, None])
+BUDGETS = (1, 2, 8, None)
+LARGE = [[200_003], [300_000], [200_000, 65, 48]]
 
 
 @contextmanager
@@ -83,11 +67,7 @@ def running(path: Path) -> Iterator[torch.device]:
     if path.device == "cuda":
         yield torch.device("cuda")
         return
-    from triton.runtime.interpreter import InterpretedFunction
-
-    kernel = pointer_copy._copy_pieces_kernel
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pointer_copy, "_copy_pieces_kernel", InterpretedFunction(kernel.fn))
+    with interpreted(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(pointer_copy, "_num_sms", lambda _: NUM_SMS)
         yield CPU
 
@@ -194,24 +174,24 @@ def scattered(
 
 
 @ON_ALL_PATHS
-@BUDGETS
-@pytest.mark.parametrize("size", [1, 7, 12, 16, 24, 132, 576, 4096, 5000, 70_000])
-def test_pieces_of_one_size_are_copied_and_nothing_else(path, size, max_sms):
-    step = -(-size // 16) * 16 + 16
-    slots = np.random.default_rng(size).permutation(9) * step
-    ready = World(path, np.arange(9)[::-1] * step, slots, size).check(max_sms)
-    assert ready.num_launches == (2 if size % 8 and size > 64 else 1)
+def test_pieces_of_one_size_are_copied_and_nothing_else(path):
+    for at, size in enumerate((1, 7, 12, 16, 24, 132, 576, 4096, 5000, 70_000)):
+        step = -(-size // 16) * 16 + 16
+        targets = np.random.default_rng(size).permutation(9) * step
+        for max_sms in path.sample(BUDGETS, at, count=2):
+            ready = World(path, np.arange(9)[::-1] * step, targets, size).check(max_sms)
+            assert ready.num_launches == (2 if size % 8 and size > 64 else 1)
 
 
 @ON_ALL_PATHS
-@BUDGETS
 @pytest.mark.parametrize("granule", [1, 4, 8, 16])
-def test_pieces_of_many_sizes_are_copied_and_nothing_else(path, granule, max_sms):
+def test_pieces_of_many_sizes_are_copied_and_nothing_else(path, granule):
     generator = np.random.default_rng(granule)
     sizes = generator.integers(1, 5001 // granule, 60) * granule
     residues = [generator.integers(0, 18 // granule, 60) * granule for _ in range(2)]
-    ready = scattered(path, sizes, *residues).check(max_sms)
-    assert (ready.num_launches == 1) == (granule >= 8)
+    for max_sms in path.sample(BUDGETS, granule.bit_length(), count=2):
+        ready = scattered(path, sizes, *residues).check(max_sms)
+        assert (ready.num_launches == 1) == (granule >= 8)
 
 
 @ON_ALL_PATHS
@@ -224,20 +204,20 @@ def test_every_pair_of_residues_is_copied_together(path, size):
 
 @ON_ALL_PATHS
 def test_every_pair_of_residues_is_copied_alone(path):
+    shifts = (0, 16, 8, 4, 2, 1, 12, 6, 3, 5, 7, 9, 10, 11, 13, 14, 15, 17)
     for source in range(18):
-        for target in range(18):
-            World(path, [source], [target], [70 + target]).check(1)
+        for shift in path.sample(shifts, 3 * source, count=3):
+            World(path, [source], [source + shift], [70 + source + shift]).check(1)
 
 
 @ON_ALL_PATHS
-@BUDGETS
-@pytest.mark.parametrize(
-    ("source", "target"), [(0, 0), (8, 0), (4, 0), (2, 0), (1, 0), (3, 3), (7, 15)]
-)
-@pytest.mark.parametrize("sizes", [[200_003], [300_000], [200_000, 65, 48]])
-def test_a_piece_larger_than_a_tile_is_split_over_programs(path, sizes, source, target, max_sms):
-    residues = [np.full(len(sizes), residue) for residue in (source, target)]
-    scattered(path, np.array(sizes), *residues).check(max_sms)
+@pytest.mark.parametrize("sizes", LARGE, ids=str)
+def test_a_piece_larger_than_a_tile_is_split_over_programs(path, sizes):
+    pairs = [(0, 0), (8, 0), (4, 0), (2, 0), (1, 0), (3, 3), (7, 15)]
+    for at, (source, target) in enumerate(pairs):
+        residues = [np.full(len(sizes), residue) for residue in (source, target)]
+        for max_sms in path.sample(BUDGETS, at + LARGE.index(sizes), count=1):
+            scattered(path, np.array(sizes), *residues).check(max_sms)
 
 
 @ON_ALL_PATHS
@@ -308,16 +288,18 @@ def worlds(draw: st.DrawFn) -> tuple[Any, ...]:
 
 
 @ON_ALL_PATHS
-@settings(max_examples=150, deadline=None)
-@given(drawn=worlds())
-def test_any_pieces_are_copied_and_nothing_else(path, drawn):
-    sizes, ((source, source_order), (target, target_order)), max_sms = drawn
-    starts = [laid_out(sizes, source, source_order), laid_out(sizes, target, target_order)]
-    World(path, *starts, sizes).check(max_sms)
+def test_any_pieces_are_copied_and_nothing_else(path):
+    @settings(max_examples=60 if path.device == "cpu" else 150, deadline=None)
+    @given(drawn=worlds())
+    def look(drawn):
+        sizes, ((source, source_order), (target, target_order)), max_sms = drawn
+        starts = [laid_out(sizes, source, source_order), laid_out(sizes, target, target_order)]
+        World(path, *starts, sizes).check(max_sms)
+
+    look()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_a_gpu
 @pytest.mark.parametrize("max_sms", [4, None])
 @pytest.mark.parametrize("path", PATHS[1:])
 def test_a_captured_copy_replays_with_other_bytes(path, max_sms):
@@ -338,8 +320,7 @@ def test_a_captured_copy_replays_with_other_bytes(path, max_sms):
         world.require_copied()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_a_gpu
 def test_a_piece_beyond_two_to_the_31_bytes():
     for size in ((2 << 30) + 48, (2 << 30) + 49):
         source = torch.empty(size + 64, dtype=torch.uint8, device="cuda").random_(0, 256)
@@ -388,8 +369,8 @@ def test_no_launch_has_more_programs_than_the_budget_or_than_tiles(recorder, pie
     allowed = max_sms or NUM_SMS * PROGRAMS_PER_SM
     for grid, num_tiles, tile_words in recorder.launches:
         assert grid == min(allowed, num_tiles)
-        assert tile_words in (SMALL_TILE_WORDS, TILE_WORDS)
-        if tile_words == TILE_WORDS:
+        assert tile_words in (SMALL_PIECE_TILE_WORDS, PIECE_TILE_WORDS)
+        if tile_words == PIECE_TILE_WORDS:
             assert num_tiles >= MIN_TILES_PER_PROGRAM * grid
 
 
@@ -398,7 +379,7 @@ def test_tiles_are_large_where_every_program_gets_some(recorder):
     ready = PointerCopy.prepare(imagined(1 << 20), CPU)
     for max_sms in (8, 9):
         ready.run(max_sms)
-    assert recorder.launches == [(8, 16, TILE_WORDS), (9, 64, SMALL_TILE_WORDS)]
+    assert recorder.launches == [(8, 16, PIECE_TILE_WORDS), (9, 64, SMALL_PIECE_TILE_WORDS)]
 
 
 @pytest.mark.parametrize("max_sms", [0, -1])
@@ -433,22 +414,15 @@ def test_descriptors_that_are_not_aligned_are_refused(monkeypatch):
         return torch.empty(num_words + 1, dtype=torch.int64)[1:]
 
     monkeypatch.setattr(pointer_copy, "staging", misplaced)
-    with pytest.raises(RuntimeError, match="no multiple of 16"):
+    with pytest.raises(RuntimeError, match=r"must be at a multiple of 16 bytes, got address \d+"):
         PointerCopy.prepare(imagined(64), CPU)
 
 
 def test_a_capture_refuses_to_prepare(monkeypatch):
-    monkeypatch.setattr(pointer_copy, "_current", lambda _: nullcontext())
+    monkeypatch.setattr(pointer_copy, "current", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="cannot be captured"):
         PointerCopy.prepare(imagined(64), torch.device("cuda", 0))
-
-
-def test_without_triton_a_run_says_what_is_missing():
-    command = [sys.executable, "-c", WITHOUT_TRITON]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "_copy_pieces_kernel needs the triton package, which is missing"
 
 
 def rows_of(launch: Any) -> Pieces:
@@ -470,16 +444,17 @@ def test_rows_are_all_bytes_once_and_accesses_divide_them(drawn):
         assert part.alignment % launch.alignment == 0
         assert (part.size_array() <= launch.row_bytes).all()
     pieces = Pieces.of(sources, targets, sizes)
-    assert bytes_of(Pieces.joined(rows)) == bytes_of(pieces)
+    np.testing.assert_array_equal(bytes_of(Pieces.joined(rows)), bytes_of(pieces))
 
 
-def bytes_of(pieces: Pieces) -> list[tuple[int, int]]:
-    """Source and target of every byte, in order of the sources."""
+def bytes_of(pieces: Pieces) -> np.ndarray:
+    """Source and target of every byte, ``[2, bytes]``, in order of the sources."""
     within = np.concatenate([np.arange(size) for size in pieces.size_array()])
     each = pieces.size_array()
     sources = np.repeat(pieces.sources, each) + within
     targets = np.repeat(pieces.targets, each) + within
-    return sorted(zip(sources.tolist(), targets.tolist(), strict=True))
+    order = np.lexsort((targets, sources))
+    return np.stack((sources[order], targets[order]))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """A stand-in for libcuda: C functions that read their arguments as bytes, and copy by memmove.
 
-``Driver(FakeDriver())`` calls real function pointers through ctypes, so that what arrives has
-crossed the same boundary as on the way to the driver. Addresses are this process's own, whatever
-they stand for: "device" memory is host memory that was declared with :meth:`FakeDriver.register`.
+``Driver(FakeDriver())`` calls real function pointers through ctypes, so that arguments cross the
+same boundary as on the way to the driver. Addresses are this process's own, whatever they stand
+for: "device" memory is host memory that was declared by :meth:`FakeDriver.register`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ATTRIBUTES_BYTES = 24
 _int, _uint, _pointer = ctypes.c_int, ctypes.c_uint, ctypes.c_void_p
 _address, _size = ctypes.c_uint64, ctypes.c_size_t
 _BATCH = (_pointer, _pointer, _pointer, _size, _pointer, _pointer, _size)
-# Written down a second time, from cuda.h, and not taken from the module under test.
+# Written down a second time, from cuda.h, instead of taken from the module under test.
 PROTOTYPES = {
     "cuDriverGetVersion": (_pointer,),
     "cuGetErrorName": (_int, _pointer),
@@ -158,7 +158,7 @@ class FakeDriver:
         if self.version >= 12080:
             bodies["cuMemcpyBatchAsync"] = partial(self._batch, "cuMemcpyBatchAsync")
         if self.version >= 13000:
-            bodies["cuMemcpyBatchAsync_v2"] = self._batch_v2
+            bodies["cuMemcpyBatchAsync_v2"] = partial(self._batch, "cuMemcpyBatchAsync_v2")
         for name, body in bodies.items():
             setattr(self, name, self.as_function(name, body))
 
@@ -290,9 +290,11 @@ class FakeDriver:
         attributes: int,
         attribute_indices: int,
         num_attributes: int,
-        fail_index: int | None,
-        stream: int | None,
+        *fail_index_and_stream: int | None,
     ) -> int:
+        """Of either form: the one of eight arguments has no place for an index."""
+        *place, stream = fail_index_and_stream
+        fail_index = place[0] if place else None
         call = BatchCall(
             name,
             ctypes.string_at(dsts, 8 * count),
@@ -313,30 +315,6 @@ class FakeDriver:
             known = SIZE_MAX if index is None else index
             ctypes.c_size_t.from_address(fail_index).value = known
         return code
-
-    def _batch_v2(
-        self,
-        dsts: int,
-        srcs: int,
-        sizes: int,
-        count: int,
-        attributes: int,
-        attribute_indices: int,
-        num_attributes: int,
-        stream: int | None,
-    ) -> int:
-        return self._batch(
-            "cuMemcpyBatchAsync_v2",
-            dsts,
-            srcs,
-            sizes,
-            count,
-            attributes,
-            attribute_indices,
-            num_attributes,
-            None,
-            stream,
-        )
 
     def _judge(self, call: BatchCall) -> tuple[int, int | None, list[Copy]]:
         """The status, the piece that fails, and the copies that are made."""

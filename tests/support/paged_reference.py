@@ -1,7 +1,7 @@
-"""Paged KV caches and chunks of a heap as tensors, and a copy between them token by token.
+"""Paged KV caches and chunks of a heap as tensors, and which rows of both belong together.
 
-Every layout is written down once more, as an index into the engine's tensors, and every format as
-an index into a chunk. Nothing here knows of strides or addresses.
+Every engine layout is written down a second time, as an index into the engine's tensors, and every
+format as an index into a chunk. Nothing here uses strides or addresses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvheap import MemoryBatch, MemoryFormat, TensorMemoryAllocator
+from kvheap import MemoryBatch, MemoryFormat
 
 SCALE_BYTES = 4
 FUSED_ORDERS = ("LBHNF", "LBNHF", "LHBNF", "BLHNF", "BLNHF", "BHLNF")
@@ -63,10 +63,6 @@ def _indexer_at(t: Any, layer: int, plane: int, block: int, slot: int, head: int
     return (values, scales)[plane].view(block_size, -1)[slot]
 
 
-def _slot_at(t: Any, block: int, slot: int, block_size: int) -> torch.Tensor:
-    return t[block * block_size + slot]
-
-
 SPECS: dict[str, Spec] = {
     "vllm-flash-nhd": Spec("L", "PBNHC", lambda t, i, p, b, n, h: t[i][p, b, n, h]),
     "vllm-flash-hnd": Spec("L", "PBHNC", lambda t, i, p, b, n, h: t[i][p, b, h, n]),
@@ -86,7 +82,7 @@ SPECS: dict[str, Spec] = {
     "kv-tuples-hnd": Spec("LP", "BHNC", lambda t, i, p, b, n, h: t[i][p][b, h, n]),
     "opaque": Spec("L", "BNC", lambda t, i, p, b, n, h: t[i][b].reshape(-1)),
 }
-"""By name. Where a layout only knows slots, the slot is passed as the block."""
+"""By name of the engine layout. Where it only has slots, the slot is passed as the block."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +99,9 @@ class Strides:
 
 
 class Engine:
-    """The KV cache of an engine in one layout: random bytes, the padding included.
+    """The KV cache of an engine in one engine layout: random bytes, the padding included.
 
-    ``is_list`` hands out one tensor of all layers as a list of its layers.
+    With ``is_list``, a tensor of all layers is given as a list of its layers.
     """
 
     def __init__(
@@ -306,79 +302,3 @@ def pairs(
                         engine.row(layer, plane, slot, here),
                         chunks.row(chunk_layer, plane, token, there),
                     )
-
-
-class World:
-    """An engine, a heap and a batch of it, among blocks that must not change."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        fmt: MemoryFormat,
-        num_tokens: int,
-        chunk_tokens: int,
-        *,
-        num_layers: int | None = None,
-        num_heads: int | None = None,
-        num_buffers: int = 1,
-        align_bytes: int = 64,
-        seed: int = 1,
-    ) -> None:
-        self.engine, self.num_tokens = engine, num_tokens
-        shape = chunk_shape(engine, fmt, chunk_tokens, num_layers, num_heads)
-        num_blocks = -(-num_tokens // chunk_tokens)
-        if fmt in PER_LAYER:
-            num_blocks *= engine.sizes.num_layers if num_layers is None else num_layers
-        size = torch.Size(shape).numel() * engine.sizes.dtype.itemsize
-        size = -(-size // align_bytes) * align_bytes
-        # Just enough for _scattered, so that blocks are taken wherever there are any.
-        room = -(-(num_blocks + num_blocks // 2 + 1) // num_buffers) * size
-        generator = torch.Generator().manual_seed(seed)
-        self.buffers = [random_bytes(room, generator).to(engine.device) for _ in range(num_buffers)]
-        self.heap = TensorMemoryAllocator(self.buffers[0], align_bytes)
-        for buffer in self.buffers[1:]:
-            self.heap.add_buffer(buffer)
-        self.batch = self._scattered(shape, fmt, num_blocks)
-
-    def _scattered(self, shape: tuple[int, ...], fmt: MemoryFormat, num_blocks: int) -> MemoryBatch:
-        """Blocks that are not all neighbours: every third place is somebody else's."""
-        dtype = self.engine.sizes.dtype
-        others = self.heap.batched_allocate(shape, dtype, num_blocks + num_blocks // 2, fmt)
-        assert others is not None
-        self.neighbours = list(others)[::3]
-        self.heap.batched_free([obj for i, obj in enumerate(others) if i % 3])
-        batch = self.heap.batched_allocate(shape, dtype, num_blocks, fmt)
-        assert batch is not None
-        return batch
-
-    def parts(self) -> list[torch.Tensor]:
-        return [*self.engine.storages, *self.buffers]
-
-    def snapshot(self) -> list[torch.Tensor]:
-        return [part.clone() for part in self.parts()]
-
-    def restore(self, snapshot: list[torch.Tensor]) -> None:
-        for part, saved in zip(self.parts(), snapshot, strict=True):
-            part.copy_(saved)
-
-    def differences(self, expected: list[torch.Tensor]) -> list[tuple[int, int]]:
-        """(which part, how many bytes of it are not as expected)."""
-        counts = [int((a != b).sum()) for a, b in zip(self.parts(), expected, strict=True)]
-        return [(at, count) for at, count in enumerate(counts) if count]
-
-    def expected(self, slots: Sequence[int], is_store: bool, **kept: Any) -> list[torch.Tensor]:
-        """Every byte after the transfer; the world is as before."""
-        before = self.snapshot()
-        for engine_row, heap_row in pairs(self.engine, self.batch, slots, **kept):
-            if is_store:
-                heap_row.copy_(engine_row)
-            else:
-                engine_row.copy_(heap_row)
-        after = self.snapshot()
-        self.restore(before)
-        return after
-
-
-def slots_of_blocks(ids: Sequence[int], block_size: int, num_tokens: int) -> list[int]:
-    """The slots of the first tokens of some blocks."""
-    return [ids[i // block_size] * block_size + i % block_size for i in range(num_tokens)]

@@ -1,7 +1,7 @@
 """Small cases of every kernel, for ``compute-sanitizer``: run by benchmarks/gpu_evidence.sh.
 
-Allocations end where the last block ends, and with PYTORCH_NO_CUDA_MEMORY_CACHING=1 each tensor
-has its own, so that an access beyond a block is an access beyond an allocation.
+Allocations end where the last block ends. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 each tensor has an
+allocation of its own, so that an access beyond the last block is an access beyond an allocation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ BLOCK_BYTES = (4096, 16, 8, 132, 6, 7, 656, 70_000)
 CHUNK_TOKENS = 24
 """No whole number of blocks, and the last chunk is filled in part."""
 
-# Layout, shape of one layer's tensor, dtype; heads of 160 and 33 bytes, rows of 1152 and 656.
+# Engine layout, shape of one layer's tensor, dtype; heads of 160 and 33 bytes, tokens of 1152 and
+# 656 bytes.
 PAGED_CASES = (
     ("vllm-flash-nhd", (2, 5, 16, 3, 80), torch.bfloat16),
     ("vllm-flash-nhd", (2, 5, 16, 3, 33), torch.uint8),
@@ -90,8 +91,39 @@ def round_trip(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert all(map(torch.equal, raw, before))
 
 
+def convert_round_trip(name: str, shape: tuple[int, ...]) -> None:
+    """Store all slots of a cache as fp8 and load them back: 0 and 448 come back exactly."""
+    tensors = [(torch.randint(0, 2, shape, device="cuda") * 448).bfloat16() for _ in range(2)]
+    for tensor in tensors:
+        tensor[..., 0] = 448  # so that every scale is 1
+    cache = PagedKVCache.of(name, tensors)
+    shapes = [
+        (cache.num_planes, 2, CHUNK_TOKENS, cache.num_heads * cache.head_dim),
+        (cache.num_planes, 2, cache.num_heads),
+    ]
+    dtypes = [torch.float8_e4m3fn, torch.float32]
+    code_bytes, scale_bytes = torch.Size(shapes[0]).numel(), 4 * torch.Size(shapes[1]).numel()
+    chunk_bytes = -(-(code_bytes + scale_bytes) // 16) * 16
+    num_chunks = -(-cache.num_slots // CHUNK_TOKENS)
+    buffer = torch.zeros(num_chunks * chunk_bytes, dtype=torch.uint8, device="cuda")
+    heap = TensorMemoryAllocator(buffer, 16, debug=False)
+    batch = heap.batched_allocate(shapes, dtypes, num_chunks, MemoryFormat.KV_2LTD)
+    assert batch is not None
+    generator = np.random.default_rng(cache.head_dim)
+    slots = torch.from_numpy(generator.permutation(cache.num_slots)).cuda()
+    blocks = BlockIds(torch.from_numpy(generator.permutation(cache.num_blocks)).cuda())
+    before = [tensor.clone() for tensor in tensors]
+    for places in (slots, blocks):
+        kvheap.store(cache, places, batch, convert=True)
+        for tensor in tensors:
+            tensor.zero_()
+        kvheap.load(batch, cache, places, convert=True)
+        cache.synchronize()
+        assert all(map(torch.equal, tensors, before))
+
+
 def copy_by_pointers(source_start: int, target_start: int, sizes: tuple[int, ...]) -> None:
-    """Copy pieces that lie one behind another, last piece first, up to the ends of both sides."""
+    """Copy pieces that follow each other, the last one first, up to the ends of both sides."""
     num_bytes = sum(sizes)
     starts = np.cumsum((0, *sizes))[:-1]
     for memory in ("cuda", "pinned"):
@@ -117,11 +149,13 @@ def byte_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def main() -> None:
-    """Run every case; the sanitizer reports what they touch."""
+    """Run every case; the sanitizer reports wrong accesses."""
     for block_bytes in BLOCK_BYTES:
         copy_and_check(block_bytes, num_blocks=5)
     for case in PAGED_CASES:
         round_trip(*case)
+    for name in ("vllm-flash-nhd", "vllm-flash-hnd"):
+        convert_round_trip(name, (2, 5, 16, 16, 80))
     for start_and_sizes in PIECE_CASES:
         copy_by_pointers(*start_and_sizes)
     torch.cuda.synchronize()

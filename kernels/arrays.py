@@ -1,0 +1,103 @@
+"""Integer arrays of addresses, sizes and slots: their type, their checks, and their alignment.
+
+Imports NumPy only.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "INT32_END",
+    "INT64_END",
+    "MAX_ACCESS_BYTES",
+    "Int64Array",
+    "alignment_of",
+    "combined_bits",
+    "int64_array",
+    "require_all",
+]
+
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+
+INT32_END = 1 << 31
+"""Kernels count programs, rows and slots with signed 32-bit integers, which divide faster."""
+
+INT64_END = 1 << 63
+"""The first integer that int64 cannot hold."""
+
+MAX_ACCESS_BYTES = 16
+"""The widest load or store of one thread on sm_80 to sm_100."""
+
+
+def alignment_of(*values: int) -> int:
+    """The largest power of two up to 16 that divides all ``values``.
+
+    >>> alignment_of(4096, 24), alignment_of(0)
+    (8, 16)
+    """
+    bits = MAX_ACCESS_BYTES
+    for value in values:
+        bits |= value
+    return bits & -bits
+
+
+def combined_bits(values: Int64Array) -> int:
+    """All values of an array or'ed, of any shape: a power of two divides it if it divides each.
+
+    >>> alignment_of(combined_bits(np.array([4096, 24])))
+    8
+    """
+    return int(np.bitwise_or.reduce(values, axis=None, initial=0))
+
+
+def int64_array(name: str, values: npt.ArrayLike, *, allow_scalar: bool = False) -> Int64Array:
+    """A caller's integers as int64 ``[N]``, or ``[]`` where one integer alone is allowed.
+
+    No copy is made of what is int64 already.
+
+    Raises:
+        TypeError: the values are not integers.
+        ValueError: they are not one-dimensional, or one is 2**63 or more.
+
+    >>> int64_array("slots", [3, 1])
+    array([3, 1])
+    >>> int64_array("slots", [[3, 1]])
+    Traceback (most recent call last):
+    ValueError: slots must be one-dimensional, got shape (1, 2)
+    """
+    array = np.asarray(values)
+    if array.ndim != 1 and not (allow_scalar and array.ndim == 0):
+        raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {array.dtype} ({array.flat[0]!r}, ...)")
+    if array.dtype == np.uint64:
+        require_all(name, array, array < INT64_END, "must be below 2**63")
+    return array.astype(np.int64, copy=False)
+
+
+def require_all(
+    name: str, values: npt.NDArray[np.integer], is_right: npt.NDArray[np.bool_], rule: str
+) -> None:
+    """Refuse values of which one breaks a rule.
+
+    Args:
+        name: of the values, as the caller calls them.
+        values: one integer, or integers ``[N]``.
+        is_right: of the same shape, whether each keeps the rule.
+        rule: in words, to follow the name: ``"must be positive"``.
+
+    Raises:
+        ValueError: names the first value that breaks the rule.
+    """
+    if np.all(is_right):
+        return
+    if values.ndim == 0:
+        raise ValueError(f"{name} {rule}, got {int(values)}")
+    at = int(np.argmin(is_right))
+    raise ValueError(f"{name} {rule}: {name}[{at}] is {int(values[at])}")

@@ -1,0 +1,80 @@
+"""Block copy on a CPU; also the reference of the kernels.
+
+Blocks that lie in one run on both sides are one ``copy_``. Otherwise the buffer is viewed as
+overlapping rows, one for each word that a block can start at, and one indexing call picks the
+rows. A word has 16 bytes, or as many as divide all addresses, strides and the block size.
+
+Bytes read and written: those of the blocks, once each, and 8 for each address. Several runs are
+not copied by a ``copy_`` each, since each ``copy_`` waits for all of torch's threads; see
+benchmarks/NOTES.md.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kvheap.kernels.arrays import Int64Array, alignment_of
+from kvheap.kernels.block_sides import Dense, Scattered, Side
+from kvheap.kernels.words import CPU_WORDS
+
+__all__ = ["copy_on_cpu", "fill_on_cpu", "repeated_byte"]
+
+
+def copy_on_cpu(source: Side, target: Side, block_bytes: int) -> None:
+    """Copy blocks of ``block_bytes``, at least one, between CPU tensors.
+
+    Args:
+        source: where from.
+        target: where to; if ``source`` is dense, this is scattered.
+        block_bytes: bytes of each block, positive.
+    """
+    if _is_one_run(source.starts(), block_bytes) and _is_one_run(target.starts(), block_bytes):
+        num_bytes = len(source.starts()) * block_bytes
+        first, place = int(source.starts()[0]), int(target.starts()[0])
+        target.flat()[place : place + num_bytes].copy_(source.flat()[first : first + num_bytes])
+        return
+    word = _widest_word(block_bytes, source, target)
+    blocks = source.rows(block_bytes, word)
+    if isinstance(target, Dense):
+        assert isinstance(source, Scattered)
+        out = target.rows(block_bytes, word)
+        torch.index_select(blocks, 0, source.row_numbers(word), out=out)
+        return
+    if isinstance(source, Scattered):
+        blocks = blocks.index_select(0, source.row_numbers(word))
+    places, rows = target.row_numbers(word), target.rows(block_bytes, word)
+    if word == torch.uint8:  # where NumPy's indexing is faster
+        rows.numpy()[places.numpy()] = blocks.numpy()
+    else:
+        rows.index_copy_(0, places, blocks)
+
+
+def fill_on_cpu(target: Scattered, block_bytes: int, value: int) -> None:
+    """Set every byte of the blocks, at least one, to ``value``, 0 to 255."""
+    word = _widest_word(block_bytes, target)
+    if word.itemsize >= 8:
+        rows = target.rows(block_bytes, torch.int64)
+        rows.index_fill_(0, target.row_numbers(torch.int64), repeated_byte(value, 8))
+    else:
+        rows = target.rows(block_bytes, torch.uint8)
+        rows.numpy()[target.starts()] = value
+
+
+def repeated_byte(byte: int, word_bytes: int) -> int:
+    """A signed word of which every byte is ``byte``.
+
+    >>> hex(repeated_byte(0x5A, 4)), repeated_byte(0xFF, 8)
+    ('0x5a5a5a5a', -1)
+    """
+    return int.from_bytes(bytes([byte]) * word_bytes, "little", signed=True)
+
+
+def _widest_word(block_bytes: int, *sides: Side) -> torch.dtype:
+    """The widest word of which all blocks are multiples, counted in their storage and in memory."""
+    alignments = [alignment_of(side.alignment, side.offset_bytes) for side in sides]
+    return CPU_WORDS[alignment_of(block_bytes, *alignments)]
+
+
+def _is_one_run(starts: Int64Array, block_bytes: int) -> bool:
+    return bool((np.diff(starts) == block_bytes).all())

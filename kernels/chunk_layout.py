@@ -1,0 +1,114 @@
+"""The chunk layout: where in a chunk of the heap the KV of each token is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["ChunkLayout"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLayout:
+    """Where in a chunk the KV of a token is; strides in bytes.
+
+    Attributes:
+        num_tokens: tokens of a chunk.
+        page_tokens: tokens that lie ``token_stride`` apart: ``num_tokens``, or fewer where the
+            order of the dimensions has pages.
+        num_planes: planes.
+        num_layers: layers; 1 where each layer has chunks of its own.
+        row_bytes: bytes of one token in one layer and plane, all heads.
+        is_per_layer: whether a chunk holds one layer only.
+        page_stride, token_stride, plane_stride, layer_stride: from one to the next.
+    """
+
+    num_tokens: int
+    page_tokens: int
+    num_planes: int
+    num_layers: int
+    row_bytes: int
+    is_per_layer: bool
+    page_stride: int
+    token_stride: int
+    plane_stride: int
+    layer_stride: int
+
+    @classmethod
+    def of(cls, order: str, shape: Sequence[int], item_bytes: int) -> ChunkLayout:
+        """A contiguous chunk, by the order of its dimensions.
+
+        Args:
+            order: letters of the dimensions, outermost first: P planes, L layers, T tokens, D
+                elements of all heads, G pages of T tokens.
+            shape: sizes of the dimensions; D may be split into heads and elements.
+            item_bytes: bytes of an element.
+
+        Raises:
+            ValueError: the shape has another number of dimensions.
+
+        >>> chunk = ChunkLayout.of("PLTD", (2, 32, 256, 1024), 2)
+        >>> chunk.token_stride, chunk.layer_stride, chunk.plane_stride
+        (2048, 524288, 16777216)
+        """
+        extents = tuple(shape)
+        if len(extents) == len(order) + 1:
+            extents = (*extents[:-2], extents[-2] * extents[-1])
+        if len(extents) != len(order):
+            raise ValueError(f"a chunk {' '.join(order)} cannot have shape {tuple(shape)}")
+        sizes = dict(zip(order, extents, strict=True))
+        strides: dict[str, int] = {}
+        stride = item_bytes
+        for letter in reversed(order):
+            strides[letter] = stride
+            stride *= sizes[letter]
+        num_tokens = sizes["T"] * sizes.get("G", 1)
+        return cls(
+            num_tokens=num_tokens,
+            page_tokens=sizes["T"],
+            num_planes=sizes["P"],
+            num_layers=sizes.get("L", 1),
+            row_bytes=sizes["D"] * item_bytes,
+            is_per_layer="L" not in sizes,
+            page_stride=strides.get("G", 0),
+            token_stride=strides["T"],
+            plane_stride=strides["P"],
+            layer_stride=strides.get("L", 0),
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of a chunk."""
+        return self.num_planes * self.num_layers * self.num_tokens * self.row_bytes
+
+    def with_item_bytes(self, item_bytes: int) -> ChunkLayout:
+        """The same order with elements of ``item_bytes``, where this one's have one byte."""
+        return ChunkLayout(
+            self.num_tokens,
+            self.page_tokens,
+            self.num_planes,
+            self.num_layers,
+            self.row_bytes * item_bytes,
+            self.is_per_layer,
+            self.page_stride * item_bytes,
+            self.token_stride * item_bytes,
+            self.plane_stride * item_bytes,
+            self.layer_stride * item_bytes,
+        )
+
+    def view(self, elements: torch.Tensor, num_heads: int) -> torch.Tensor:
+        """A chunk's elements as ``[planes, layers, tokens, heads, dims]``, without a copy."""
+        item_bytes = elements.element_size()
+        head_dim = self.row_bytes // item_bytes // num_heads
+        sizes = (self.num_planes, self.num_layers, self.num_tokens, num_heads, head_dim)
+        strides = (self.plane_stride, self.layer_stride, self.token_stride, head_dim * item_bytes)
+        return elements.as_strided(
+            sizes, (*(s // item_bytes for s in strides), 1), elements.storage_offset()
+        )
+
+    def num_chunks(self, num_tokens: int, num_layers: int) -> int:
+        """How many chunks ``num_tokens`` tokens of ``num_layers`` layers take."""
+        chunks = -(-num_tokens // self.num_tokens)
+        return chunks * num_layers if self.is_per_layer else chunks

@@ -1,0 +1,64 @@
+"""Where a token is in a paged cache, as kernels look it up, and how they report a bad place.
+
+A token's place is a slot or the id of its block. A kernel that finds a place out of range skips the
+token and writes it to the cache's error word, because a check on the host would have to wait for
+the device. The word keeps the smallest report, so the report of the lowest such token: the token's
+number in the high 32 bits, and in the low 32 bits its place, plus 2**31.
+"""
+
+from __future__ import annotations
+
+from kvheap.kernels.arrays import INT32_END, INT64_END
+from kvheap.kernels.launch import jit, tl
+
+__all__ = ["NO_REPORT", "locate_tokens", "read_report", "report_bad_places"]
+
+NO_REPORT = INT64_END - 1
+"""The error word while every place was in range."""
+
+
+@jit()
+def locate_tokens(  # type: ignore[no-untyped-def]
+    place_ptr,
+    token,
+    is_token,
+    num_blocks,
+    ARE_BLOCKS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The place, the block and the offset in the block of each token, and whether it is in range.
+
+    ``place_ptr`` has block ids, or the slot of the first token of each UNIT tokens.
+    """
+    if ARE_BLOCKS:
+        place = tl.load(place_ptr + token // BLOCK_SIZE, mask=is_token, other=-1).to(tl.int64)
+        is_inside = (place >= 0) & (place < num_blocks)
+        block = place
+        offset = token % BLOCK_SIZE
+    else:
+        place = tl.load(place_ptr + token // UNIT, mask=is_token, other=-1).to(tl.int64)
+        is_inside = (place >= 0) & (place < num_blocks.to(tl.int64) * BLOCK_SIZE)
+        slot = tl.where(is_inside, place, 0).to(tl.int32)
+        block = (slot // BLOCK_SIZE).to(tl.int64)
+        offset = slot % BLOCK_SIZE
+    return place, block, offset, is_inside
+
+
+@jit()
+def report_bad_places(error_ptr, token, is_token, place, is_inside):  # type: ignore[no-untyped-def]
+    """Write the tokens that are neither skipped nor in range to the error word."""
+    near = tl.minimum(tl.maximum(place, -2147483648), 2147483647)
+    report = token.to(tl.int64) * 4294967296 + (near + 2147483648)
+    is_bad = is_token & (place != -1) & (is_inside == 0)
+    tl.atomic_min(error_ptr + token * 0, report, mask=is_bad)
+
+
+def read_report(error_word: int) -> tuple[int, int]:
+    """The token and its place, cut off to 32 bits, that an error word reports.
+
+    >>> read_report((7 << 32) + 20 + (1 << 31))
+    (7, 20)
+    """
+    token, low = divmod(error_word, 2 * INT32_END)
+    return token, low - INT32_END

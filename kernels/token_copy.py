@@ -1,0 +1,162 @@
+"""One copy of tokens between an engine's paged cache and chunks: what is copied, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvheap.kernels.arrays import Int64Array
+from kvheap.kernels.chunk_layout import ChunkLayout
+from kvheap.kernels.launch import bytes_of, staging
+from kvheap.kernels.paged_layout import PagedKVCache
+from kvheap.kernels.paged_plan import Pairing, pairing_of
+from kvheap.kernels.paged_slots import Places, Slots
+
+__all__ = ["CONVERTIBLE", "Chunks", "TokenCopy"]
+
+CONVERTIBLE = (torch.bfloat16, torch.float16)
+"""The dtypes of caches whose KV can be converted to fp8."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Equal chunks in memory.
+
+    Attributes:
+        buffer: any tensor of the memory that they are in; the caller keeps it alive.
+        addresses: absolute address of each, int64 ``[N]`` on the host; where a chunk holds one
+            layer, those of the first layer first.
+        size_bytes: bytes of each.
+        alignment: a power of two that divides all addresses.
+        layout: the chunk layout.
+        scale_offset: None where the chunks hold the cache's own bytes. Where they hold fp8 e4m3,
+            whose elements have one byte in the chunk layout: where in a chunk its scales begin,
+            bytes; they are float32 ``[planes, layers, heads]``.
+    """
+
+    buffer: torch.Tensor
+    addresses: Int64Array
+    size_bytes: int
+    alignment: int
+    layout: ChunkLayout
+    scale_offset: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCopy:
+    """One copy of tokens, checked.
+
+    Attributes:
+        pairing: the cache beside chunks of the cache's own dtype, also where the copy converts.
+        places: where the tokens are in the cache.
+        chunks: where they are in the heap.
+        to_heap: whether the cache is copied to the chunks, else the chunks to the cache.
+    """
+
+    pairing: Pairing
+    places: Places
+    chunks: Chunks
+    to_heap: bool
+
+    @classmethod
+    def of(
+        cls,
+        cache: PagedKVCache,
+        slots: Slots,
+        chunks: Chunks,
+        layers: range | None,
+        heads: slice | None,
+        eager: bool,
+        to_heap: bool,
+    ) -> TokenCopy:
+        """Check a copy; arguments and errors are those of ``store_tokens``."""
+        pairing = pairing_of(cache, _exact_layout(cache, chunks), layers, heads)
+        places = Places.of(slots, pairing, eager, distinct=not to_heap)
+        _require_chunks(pairing, places.num_tokens, chunks)
+        _require_reachable(cache, chunks.buffer)
+        return cls(pairing, places, chunks, to_heap)
+
+    def kernel_tensors(
+        self, table: torch.Tensor, places: Places, access_bytes: int
+    ) -> tuple[torch.Tensor, ...]:
+        """The first arguments of a kernel, one for each of its pointers.
+
+        The bytes of the cache's first tensor, the bytes of the chunks' buffer, the table, the
+        places, the chunks' offsets in the buffer, and the cache's error word. What is on the host
+        is uploaded, all at once.
+
+        Args:
+            table: of the pairing, on the device.
+            places: those of this copy, perhaps in longer units.
+            access_bytes: a power of two; offsets of chunks are counted in it.
+        """
+        cache, chunks = self.pairing.cache, self.chunks
+        num_chunks = len(chunks.addresses)
+        # Both parts begin at a multiple of 16 bytes: other alignments would be compiled for, too.
+        num_words = -(-num_chunks // 2) * 2
+        on_host = None if isinstance(places.values, torch.Tensor) else places.values
+        words = staging(num_words + (0 if on_host is None else len(on_host)), cache.device)
+        host_words = words.numpy()
+        shift = access_bytes.bit_length() - 1
+        host_words[:num_chunks] = (chunks.addresses - chunks.buffer.data_ptr()) >> shift
+        if on_host is not None:
+            host_words[num_words:] = on_host
+        uploaded = words.to(cache.device, non_blocking=True)
+        return (
+            _anchor_bytes(cache),
+            bytes_of(chunks.buffer),
+            table,
+            places.values if isinstance(places.values, torch.Tensor) else uploaded[num_words:],
+            uploaded,
+            cache.error_word(),
+        )
+
+
+def _anchor_bytes(cache: PagedKVCache) -> torch.Tensor:
+    """The bytes of the cache's first tensor, from which tables count."""
+    found: torch.Tensor | None = cache.kept.get("anchor")
+    if found is None:
+        found = cache.kept["anchor"] = bytes_of(cache.tensors[0])
+    return found
+
+
+def _exact_layout(cache: PagedKVCache, chunks: Chunks) -> ChunkLayout:
+    """The layout of chunks of the cache's own dtype, with the tokens in the same order."""
+    layout = chunks.layout
+    if chunks.scale_offset is None:
+        return layout
+    if cache.dtype not in CONVERTIBLE:
+        raise ValueError(f"a cache of bfloat16 or float16 can be converted, got {cache.dtype}")
+    if layout.num_planes != cache.num_planes:
+        raise ValueError(
+            f"{cache.layout.name} has {cache.num_planes} planes, the chunk {layout.num_planes}"
+        )
+    if layout.page_tokens < layout.num_tokens:
+        raise ValueError(
+            f"chunks of several pages are not converted, got {layout.num_tokens} tokens in pages "
+            f"of {layout.page_tokens}"
+        )
+    return layout.with_item_bytes(cache.dtype.itemsize)
+
+
+def _require_chunks(pairing: Pairing, num_tokens: int, chunks: Chunks) -> None:
+    """Refuse another number of chunks than the tokens need."""
+    needed = chunks.layout.num_chunks(num_tokens, pairing.num_layers)
+    if len(chunks.addresses) != needed:
+        raise ValueError(
+            f"{num_tokens} tokens of {pairing.num_layers} layers need {needed} chunks of "
+            f"{chunks.layout.num_tokens} tokens, got {len(chunks.addresses)}"
+        )
+
+
+def _require_reachable(cache: PagedKVCache, buffer: torch.Tensor) -> None:
+    """Refuse chunks that the cache's device cannot address."""
+    if buffer.device == cache.device:
+        return
+    if cache.device.type == "cuda" and buffer.device.type == "cpu" and buffer.is_pinned():
+        return
+    raise ValueError(
+        f"the cache is on {cache.device}, the chunks on {buffer.device}: chunks must be on the "
+        f"cache's device or in pinned host memory"
+    )
