@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from kvheap.memory.host_memory import HostBuffer as HostBuffer
     from kvheap.memory.host_memory import numa_node_of_gpu as numa_node_of_gpu
     from kvheap.prefix.index import PrefixIndex as PrefixIndex
+    from kvheap.prefix.store import PrefixStore as PrefixStore
     from kvheap.transfer import Transfer as Transfer
     from kvheap.transfer import offload as offload
     from kvheap.transfer import restore as restore
@@ -108,6 +109,7 @@ _MODULE_OF = {
     "PagedTensorMemoryAllocator": "heaps.paged_allocator",
     "PinMemoryAllocator": "heaps.host_allocators",
     "PrefixIndex": "prefix.index",
+    "PrefixStore": "prefix.store",
     "TensorMemoryAllocator": "heaps.tensor_allocator",
     "Transfer": "transfer",
     "TransferError": "errors",

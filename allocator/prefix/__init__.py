@@ -6,6 +6,9 @@ module        idea
 policies/     which chunk goes next: LRU, GDSF, S3FIFO, ARC
 books         chunks by state, changed whole or not at all
 index         ``PrefixIndex``: look-ups, holds, stores and evictions by key; needs no torch
+space         room in a heap for new chunks, and freeing what has ended
+handles       what users hold of a store: ``ChunkHold``, ``StoreInFlight``
+sources       checks of what chunks are stored from
 store         ``PrefixStore``: an index over a heap
 ============  ====================================================================================
 
@@ -19,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvheap.prefix.books import IndexStats as IndexStats
+    from kvheap.prefix.handles import ChunkHold as ChunkHold
+    from kvheap.prefix.handles import StoreInFlight as StoreInFlight
     from kvheap.prefix.index import Hold as Hold
     from kvheap.prefix.index import PendingStore as PendingStore
     from kvheap.prefix.index import PrefixIndex as PrefixIndex
@@ -29,10 +34,14 @@ if TYPE_CHECKING:
     from kvheap.prefix.policies import S3FIFO as S3FIFO
     from kvheap.prefix.policies import CachedChunk as CachedChunk
     from kvheap.prefix.policies import EvictionPolicy as EvictionPolicy
+    from kvheap.prefix.space import RequestTooLargeError as RequestTooLargeError
+    from kvheap.prefix.store import PrefixStore as PrefixStore
+    from kvheap.prefix.store import StoreStats as StoreStats
 
 _MODULE_OF = {
     "ARC": "policies",
     "CachedChunk": "policies",
+    "ChunkHold": "handles",
     "EvictionPolicy": "policies",
     "GDSF": "policies",
     "Hold": "index",
@@ -41,7 +50,11 @@ _MODULE_OF = {
     "POLICIES": "policies",
     "PendingStore": "index",
     "PrefixIndex": "index",
+    "PrefixStore": "store",
+    "RequestTooLargeError": "space",
     "S3FIFO": "policies",
+    "StoreInFlight": "handles",
+    "StoreStats": "store",
 }
 
 __all__ = [*_MODULE_OF]
