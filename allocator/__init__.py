@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from kvheap.memory.growth import GrowthProgress as GrowthProgress
     from kvheap.memory.host_memory import HostBuffer as HostBuffer
     from kvheap.memory.numa import numa_node_of_gpu as numa_node_of_gpu
+    from kvheap.prefix.index import PrefixIndex as PrefixIndex
+    from kvheap.prefix.store import PrefixStore as PrefixStore
     from kvheap.transfer import Transfer as Transfer
     from kvheap.transfer import offload as offload
     from kvheap.transfer import restore as restore
@@ -106,6 +108,8 @@ _MODULE_OF = {
     "PagedKVCache": "kernels.paged_layout",
     "PagedTensorMemoryAllocator": "heaps.paged_allocator",
     "PinMemoryAllocator": "heaps.host_allocators",
+    "PrefixIndex": "prefix.index",
+    "PrefixStore": "prefix.store",
     "TensorMemoryAllocator": "heaps.tensor_allocator",
     "Transfer": "transfer",
     "TransferError": "errors",

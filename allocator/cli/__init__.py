@@ -20,8 +20,8 @@ REPLAY_HELP = """\
 Replay request traffic as a serving engine with a prefix cache would, and check every byte.
 
 For each request, the leading chunks that the heap holds are hits: they are gathered and compared
-with what was stored. The others are stored by one batched_allocate. When the heap is full, the
-least recently used chunks are freed by one batched_free, and the allocation is tried again.
+with what was stored. The others are stored by one batched_allocate. When the heap is full, chunks
+are evicted first, in the order of --policy, and freed by one batched_free.
 
 With --engine-layout, chunks go through a paged KV cache in the layout of that engine. Hits are
 loaded from the heap into random blocks of the cache, and compared at the places where the engine
@@ -51,11 +51,18 @@ engine layouts (blocks of 16 tokens):
   MLA          mla, sglang-mla
   other        indexer, opaque
 
+policies:
+  lru      the least recently used chunks are evicted first
+  gdsf     those used least often for their age; uses are remembered after an eviction
+  s3fifo   chunks that are not used a second time go early, the others queue
+  arc      the least recently used of those used once, or of those used again, by what paid
+
 examples:
   kvheap replay                                        made-up traffic, 16 MiB heap
   kvheap replay trace.jsonl --heap 1GiB --json out.json
   kvheap replay --geometry llama-3-8b --heap 40GiB --device cuda --plot heap.png
   kvheap replay trace.jsonl --engine-layout vllm-flash-hnd --heap 512MiB
+  kvheap replay trace.jsonl --policy gdsf --heap 64MiB
 
 a trace has one request per line:
   {"timestamp": 0, "input_length": 900, "output_length": 52, "hash_ids": [46, 47]}
@@ -179,6 +186,12 @@ def _add_replay(commands: Commands) -> None:
         "--engine-layout",
         metavar="NAME",
         help="copy to and from an engine's paged KV cache of this layout, see below",
+    )
+    replay.add_argument(
+        "--policy",
+        default="lru",
+        metavar="NAME",
+        help="which chunks are evicted first, see below (default: %(default)s)",
     )
     replay.add_argument(
         "--device",

@@ -1,4 +1,4 @@
-"""``kvheap replay``: options in, a table and files out; the work is :mod:`kvheap.replay`'s."""
+"""``kvheap replay``: reads the options, runs the replay, prints and writes the results."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ from kvheap import __version__
 from kvheap.cli import CommandError
 from kvheap.cli.outputs import require_picture, require_writable
 from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
-from kvheap.prefix.store import RequestTooLargeError
+from kvheap.prefix.policies import POLICIES, EvictionPolicy
+from kvheap.prefix.space import RequestTooLargeError
+from kvheap.replay.copies import EngineCopies
 from kvheap.replay.engine_cache import ENGINE_LAYOUTS, EngineCache
-from kvheap.replay.engine_replay import EngineReplay
 from kvheap.replay.geometry import GEOMETRIES, Geometry
 from kvheap.replay.replay import Replay
 from kvheap.replay.trace import Request, TraceError, read_trace, synthetic_trace
 
 __all__ = ["parse_bytes", "run"]
 
-SYNTHETIC_REQUESTS = 2000
+DEFAULT_REQUESTS = 2000
+"""Requests of made-up traffic, unless ``--requests`` says otherwise."""
+
 PLOT_SAMPLES = 300
+"""Samples of the heap for a picture."""
+
 HEAP_BYTES_END = 1 << 63
-"""Sizes of tensors are int64."""
+"""``--heap`` must be below this: sizes of tensors are int64."""
 
 _DEFAULT_GEOMETRIES = {
     "attention": "small",
@@ -42,7 +47,7 @@ _DEFAULT_GEOMETRIES = {
     "indexer": "small-indexer",
     "opaque": "small-opaque",
 }
-"""With an engine layout, by what it keeps."""
+"""The geometry with an engine layout, by the kind of KV that this keeps."""
 
 _COPIES = {
     "gather": "gathered",
@@ -50,7 +55,7 @@ _COPIES = {
     "load": "loaded into the engine",
     "store": "stored from the engine",
 }
-"""What the table calls their speeds."""
+"""What the table calls the speed of each copy."""
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4} | {
     f"{prefix}i": 1024 ** (power + 1) for power, prefix in enumerate("kmgt")
@@ -58,27 +63,29 @@ _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4} | {
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the options say; returns the exit status.
+    """Run the replay that the options describe, and return the exit status.
 
     Raises:
-        CommandError: the options, the trace or the machine do not allow it.
+        CommandError: the options are wrong, a file cannot be read or written, or there is too
+            little memory.
     """
     geometry = _geometry(options.geometry, options.engine_layout)
     device = _device(options.device)
     heap_bytes = parse_bytes(options.heap)
+    policy = _policy(options.policy)
     _require_outputs(options)
     requests = _requests(options)
     _require_room(requests, geometry, heap_bytes)
     # The copies are timed by events on the current device.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         allocator = _allocator(heap_bytes, device)
-        if options.engine_layout is None:
-            replay = Replay(allocator, geometry)
-        else:
-            replay = EngineReplay(allocator, geometry, _engine(options, geometry, device))
+        copies = None
+        if options.engine_layout is not None:
+            copies = EngineCopies(_engine(options, geometry, device))
+        replay = Replay(allocator, geometry, copies, policy)
         seconds = _replay(replay, requests, PLOT_SAMPLES if options.plot else 0)
     name = options.trace.name if options.trace else f"made-up traffic, seed {options.seed}"
-    figures = _figures(replay, seconds, name, options.engine_layout)
+    figures = _figures(replay, seconds, name, options)
     Console().print(_table(figures))
     try:
         _write(options, replay, figures)
@@ -90,13 +97,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """A number of bytes with an optional unit: B, kB, MB, GB, TB, KiB, MiB, GiB or TiB.
+    """Parse a number of bytes with an optional unit: B, kB, MB, GB, TB, KiB, MiB, GiB or TiB.
 
     >>> parse_bytes("4096"), parse_bytes("1.5 GiB"), parse_bytes("2kB")
     (4096, 1610612736, 2000)
 
     Raises:
-        CommandError: it is no positive number with a known unit, or beyond int64.
+        CommandError: the text is not a positive number with a known unit, or exceeds int64.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
     size = int(Decimal(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
@@ -124,6 +131,12 @@ def _geometry(name: str | None, engine_layout: str | None) -> Geometry:
     return geometry
 
 
+def _policy(name: str) -> EvictionPolicy:
+    if name not in POLICIES:
+        raise CommandError(f"unknown policy {name!r}; known are {', '.join(POLICIES)}")
+    return POLICIES[name]()
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -140,7 +153,7 @@ def _device(name: str) -> torch.device:
 
 
 def _require_outputs(options: argparse.Namespace) -> None:
-    """Find out before a long run, not after it, that a result could not be written."""
+    """Refuse results that could not be written, before a long run and not after it."""
     if options.plot:
         require_picture(options.plot)
     for path in (options.json, options.plot):
@@ -155,7 +168,7 @@ def _requests(options: argparse.Namespace) -> Sequence[Request]:
     if limit is not None and limit <= 0:
         raise CommandError(f"--requests must be positive, got {limit}")
     if options.trace is None:
-        return synthetic_trace(limit or SYNTHETIC_REQUESTS, options.seed)
+        return synthetic_trace(limit or DEFAULT_REQUESTS, options.seed)
     try:
         requests = read_trace(options.trace, limit)
     except TraceError as error:
@@ -183,7 +196,7 @@ def _allocator(heap_bytes: int, device: torch.device) -> TensorMemoryAllocator:
     except RuntimeError as error:  # torch's out-of-memory errors
         reason = str(error).splitlines()[0]
         raise CommandError(f"{device} has no room for {heap_bytes} bytes: {reason}") from None
-    return TensorMemoryAllocator(buffer, on_full=None)  # full is what a cache is
+    return TensorMemoryAllocator(buffer, on_full=None)  # a cache is always full
 
 
 def _engine(options: argparse.Namespace, geometry: Geometry, device: torch.device) -> EngineCache:
@@ -195,7 +208,7 @@ def _engine(options: argparse.Namespace, geometry: Geometry, device: torch.devic
 
 
 def _replay(replay: Replay, requests: Sequence[Request], num_samples: int) -> float:
-    """Replay under a progress bar; returns the seconds it took."""
+    """Run the replay under a progress bar, and return how many seconds it took."""
     console = Console(stderr=True)
     columns = (TextColumn("replay"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     start = perf_counter()
@@ -212,12 +225,11 @@ def _replay(replay: Replay, requests: Sequence[Request], num_samples: int) -> fl
 
 
 def _figures(
-    replay: Replay, seconds: float, trace: str, engine_layout: str | None
+    replay: Replay, seconds: float, trace: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     stats = replay.stats()
-    device = replay.store.allocator.buffer.device
+    device = replay.heap.heap.device
     is_cuda = device.type == "cuda"
-    store = replay.store
     return {
         "requests": replay.requests,
         "block_refs": replay.block_refs,
@@ -225,20 +237,21 @@ def _figures(
         "hit_rate": replay.hits / replay.block_refs if replay.block_refs else 0.0,
         "stored": replay.stored,
         "resident": replay.resident,
-        "evicted": store.num_evicted,
+        "evicted": replay.store.stats().evicted_chunks,
         "mismatches": replay.mismatches,
         "utilization_peak": replay.utilization_peak,
         "utilization_final": stats.utilization,
         "free_extents": stats.free_extents,
         "largest_free_bytes": stats.largest_free_bytes,
-        "batched_allocate_us": _percentiles(store.allocate_seconds),
-        "batched_free_us": _percentiles(store.free_seconds),
+        "batched_allocate_us": _percentiles(replay.heap.allocations),
+        "batched_free_us": _percentiles(replay.heap.frees),
         **{f"{name}_gbps": speed for name, speed in replay.speeds_gbps().items()},
         "seconds": seconds,
         "device": torch.cuda.get_device_name(device) if is_cuda else f"cpu ({platform.machine()})",
         "geometry": replay.geometry.name,
         "chunk_bytes": replay.geometry.chunk_bytes,
-        "engine_layout": engine_layout,
+        "engine_layout": options.engine_layout,
+        "policy": options.policy,
         "heap_bytes": stats.heap_bytes,
         "trace": trace,
         "versions": {
@@ -260,7 +273,7 @@ def _write(options: argparse.Namespace, replay: Replay, figures: dict[str, Any])
 
 
 def _percentiles(calls: Sequence[tuple[float, int]]) -> dict[str, float | None]:
-    """p50 and p99 in us, of the calls and of each call's share for one block."""
+    """p50 and p99 in us of whole calls, and of calls divided by their blocks."""
     if not calls:
         return {"p50": None, "p99": None, "p50_per_block": None, "p99_per_block": None}
     seconds, blocks = np.array(calls).T
@@ -281,6 +294,7 @@ def _table(figures: dict[str, Any]) -> Table:
     table.add_column("value", justify="right")
     if figures["engine_layout"]:
         table.add_row("engine layout", figures["engine_layout"])
+    table.add_row("policy", figures["policy"])
     for name in ("requests", "block_refs"):
         table.add_row(name.replace("block_refs", "block references"), f"{figures[name]:,}")
     table.add_row("hits", f"{figures['hits']:,} ({figures['hit_rate']:.2%})")

@@ -1,4 +1,4 @@
-"""The picture of a replay: occupancy and hit rate, the heap's map over time and at the end."""
+"""The picture of a replay: occupancy and hit rate, and the map of the heap over time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kvheap.replay.replay import Replay
 
 __all__ = ["draw"]
 
-AGES = "cividis_r"
-"""A colour map that reads the same with colour-blind eyes and in grey: old is dark."""
+AGE_COLOURS = "cividis_r"
+"""A colour map from new (light) to old (dark) that colour-blind readers and grey prints show."""
 
 
 def draw(path: Path, replay: Replay, figures: dict[str, Any]) -> None:
-    """Draw the replay's samples to ``path``; the suffix chooses the format (PNG, SVG, PDF)."""
+    """Draw the replay's samples into a file whose suffix chooses the format: PNG, SVG or PDF."""
     samples = replay.samples
-    # Requests are served in the file's order: where its clock steps back, time stands still.
+    # Requests are served in the order of the file; where its clock steps back, time stands still.
     minutes = np.maximum.accumulate([sample.timestamp_ms for sample in samples]) / 60_000
     occupancy = np.array([sample.occupancy for sample in samples])
     heap_mib = figures["heap_bytes"] / 2**20
@@ -29,7 +29,8 @@ def draw(path: Path, replay: Replay, figures: dict[str, Any]) -> None:
     FigureCanvasAgg(figure)
     top, middle, bottom = figure.subplots(3, 1, height_ratios=[3, 4, 0.7])
     figure.suptitle(
-        f"{figures['trace']}: {figures['geometry']} in a heap of {heap_mib:,.0f} MiB\n"
+        f"{figures['trace']}: {figures['geometry']} in a heap of {heap_mib:,.0f} MiB, "
+        f"policy {figures['policy']}\n"
         f"{figures['device']}, kvheap {figures['versions']['kvheap']}: "
         f"{figures['requests']:,} requests, {figures['hit_rate']:.1%} hits, "
         f"{figures['evicted']:,} evicted, {figures['mismatches']:,} mismatches",
@@ -48,7 +49,7 @@ def draw(path: Path, replay: Replay, figures: dict[str, Any]) -> None:
     top.grid(alpha=0.3)
     top.legend(loc="lower right", ncols=2)
 
-    # What is mostly free stays white; the rest is coloured by how long ago it was stored.
+    # Ranges that are mostly free stay white; the others are coloured by their age.
     ages = np.array([sample.age_ms for sample in samples]) / 60_000
     ages = np.where(occupancy > 0.5, ages, np.nan)
     oldest = max(float(np.nanmax(ages, initial=0.0)), 1e-9)
@@ -56,7 +57,7 @@ def draw(path: Path, replay: Replay, figures: dict[str, Any]) -> None:
         minutes,
         np.linspace(0, heap_mib, ages.shape[1]),
         ages.T,
-        cmap=AGES,
+        cmap=AGE_COLOURS,
         vmin=0,
         vmax=oldest,
         shading="nearest",
@@ -67,7 +68,7 @@ def draw(path: Path, replay: Replay, figures: dict[str, Any]) -> None:
         image, ax=[middle, bottom], label="minutes since stored (white: free)", pad=0.01
     )
     bottom.imshow(
-        ages[-1:], aspect="auto", cmap=AGES, vmin=0, vmax=oldest, extent=(0, heap_mib, 0, 1)
+        ages[-1:], aspect="auto", cmap=AGE_COLOURS, vmin=0, vmax=oldest, extent=(0, heap_mib, 0, 1)
     )
     bottom.set(yticks=[], xlabel="address, MiB")
     bottom.set_title(

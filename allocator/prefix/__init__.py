@@ -1,1 +1,72 @@
-"""What is stored under which key, and what is evicted next."""
+"""What is stored under which key, and what is evicted next.
+
+============  ====================================================================================
+module        idea
+============  ====================================================================================
+policies/     which chunk goes next: LRU, GDSF, S3FIFO, ARC
+books         chunks by state, changed whole or not at all
+index         ``PrefixIndex``: look-ups, holds, stores and evictions by key; needs no torch
+space         room in a heap for new chunks, and freeing what has ended
+handles       what users hold of a store: ``ChunkHold``, ``StoreInFlight``
+sources       checks of what chunks are stored from
+store         ``PrefixStore``: an index over a heap
+============  ====================================================================================
+
+Names are loaded when first used, so that ``PrefixIndex`` and the policies never import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvheap.prefix.books import IndexStats as IndexStats
+    from kvheap.prefix.handles import ChunkHold as ChunkHold
+    from kvheap.prefix.handles import StoreInFlight as StoreInFlight
+    from kvheap.prefix.index import Hold as Hold
+    from kvheap.prefix.index import PendingStore as PendingStore
+    from kvheap.prefix.index import PrefixIndex as PrefixIndex
+    from kvheap.prefix.policies import ARC as ARC
+    from kvheap.prefix.policies import GDSF as GDSF
+    from kvheap.prefix.policies import LRU as LRU
+    from kvheap.prefix.policies import POLICIES as POLICIES
+    from kvheap.prefix.policies import S3FIFO as S3FIFO
+    from kvheap.prefix.policies import CachedChunk as CachedChunk
+    from kvheap.prefix.policies import EvictionPolicy as EvictionPolicy
+    from kvheap.prefix.space import RequestTooLargeError as RequestTooLargeError
+    from kvheap.prefix.store import PrefixStore as PrefixStore
+    from kvheap.prefix.store import StoreStats as StoreStats
+
+_MODULE_OF = {
+    "ARC": "policies",
+    "CachedChunk": "policies",
+    "ChunkHold": "handles",
+    "EvictionPolicy": "policies",
+    "GDSF": "policies",
+    "Hold": "index",
+    "IndexStats": "books",
+    "LRU": "policies",
+    "POLICIES": "policies",
+    "PendingStore": "index",
+    "PrefixIndex": "index",
+    "PrefixStore": "store",
+    "RequestTooLargeError": "space",
+    "S3FIFO": "policies",
+    "StoreInFlight": "handles",
+    "StoreStats": "store",
+}
+
+__all__ = [*_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'kvheap.prefix' has no attribute {name!r}")
+    value = getattr(import_module(f"kvheap.prefix.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

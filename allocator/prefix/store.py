@@ -1,203 +1,472 @@
-"""``PrefixStore``: chunks of KV by the hash of their prefix, the least recently used evicted.
+"""``PrefixStore``: chunks of KV in a heap, found by key, evicted when the heap is full.
 
-A thin use of one ``TensorMemoryAllocator``, as a serving engine
-has it: look up the longest stored prefix of a request, pin it, store what is missing in one batch,
-evict when the heap is full. Not thread-safe: it belongs to one scheduler.
+>>> import torch
+>>> from kvheap import BlockLayout, MemoryFormat, TensorMemoryAllocator
+>>> heap = TensorMemoryAllocator(torch.zeros(3 * 4096, dtype=torch.uint8), on_full=None)
+>>> layout = BlockLayout.of([2, 1, 512, 2], torch.float16, MemoryFormat.KV_2LTD)
+>>> store = PrefixStore(heap, layout)
+>>> store.store(["a", "b"], torch.ones(2, 2, 1, 512, 2, dtype=torch.float16))
+>>> store.prefix_length(["a", "b", "c"])
+2
+>>> with store.hold(["a"]) as hold:  # evicts b, which is not held
+...     store.store(["x", "y"], torch.zeros(2, 2, 1, 512, 2, dtype=torch.float16))
+...     hold.chunks[0].tensor.sum(), store.state("b")
+(tensor(2048., dtype=torch.float16), 'absent')
+>>> store.close()
+>>> heap.leaks()
+()
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from time import perf_counter
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.heap import BlockObjects
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
-from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
-from kvheap.replay.geometry import Geometry
+from kvheap.errors import ClosedError, TransferError
+from kvheap.prefix.books import IndexStats
+from kvheap.prefix.handles import ChunkHold, StoreInFlight
+from kvheap.prefix.index import ChunkState, Hold, PendingStore, PrefixIndex
+from kvheap.prefix.policies.base import EvictionPolicy
+from kvheap.prefix.sources import engine_chunk_tokens, require_blocks, require_tensor
+from kvheap.prefix.space import ChunkHeap, ChunkSpace
+from kvheap.transfer import offload
 
 if TYPE_CHECKING:
-    from kvheap.kernels.paged_copy import BlockIds
+    from typing import Self
+
+    from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
+    from kvheap.device.directions import Path
     from kvheap.kernels.paged_layout import PagedKVCache
+    from kvheap.kernels.paged_slots import Slots
 
-__all__ = ["PrefixStore", "RequestTooLargeError"]
+__all__ = ["PrefixStore", "StoreStats"]
+
+K = TypeVar("K", bound=Hashable)
 
 
-class RequestTooLargeError(RuntimeError):
-    """The chunks of one request do not fit the heap, with all that may be evicted gone."""
-
-
-class PrefixStore:
-    """A prefix cache over one heap, all chunks of one geometry.
-
-    Args:
-        allocator: where the chunks live.
-        geometry: what a chunk is.
+@dataclass(frozen=True, slots=True)
+class StoreStats(IndexStats):
+    """Chunks and bytes of a store by state, and counters, at one moment.
 
     Attributes:
-        num_evicted: chunks evicted so far.
-        allocate_seconds: host time and number of blocks of each successful ``batched_allocate``,
-            or ``batched_store``, the launch of the copy included.
-        free_seconds: the same of each ``batched_free``.
+        stores_in_flight: stores that were begun and have not ended.
+        evicted_chunks, evicted_bytes: evicted so far.
     """
 
-    def __init__(self, allocator: TensorMemoryAllocator, geometry: Geometry) -> None:
-        self.allocator = allocator
-        self.geometry = geometry
-        self.num_evicted = 0
-        self.allocate_seconds: list[tuple[float, int]] = []
-        self.free_seconds: list[tuple[float, int]] = []
-        self._chunks: OrderedDict[int, MemoryObj] = OrderedDict()  # least recently used first
+    stores_in_flight: int
+    evicted_chunks: int
+    evicted_bytes: int
+
+
+class PrefixStore(Generic[K]):
+    """A heap and a ``PrefixIndex``: chunks of one layout under keys, their bytes included.
+
+    A look-up finds the chunks of a request's prefix, a hold protects them while they are read,
+    and what is missing is stored in one batch. Where the heap has no room, chunks are evicted
+    first and freed by one ``batched_free``. Freed bytes that wait for a stream count as room: the
+    allocation waits for them as long as the heap's ``stream_wait_s`` says, and nothing else is
+    evicted in their place.
+
+    Make the heap with ``on_full=None``, since a full heap is what a cache works with. The heap
+    may have other users: the store evicts until its chunks fit beside theirs, or raises.
+
+    The store has one reference to each of its chunks. Whoever pins a chunk or adds a reference
+    keeps the bytes alive beyond the chunk's eviction or removal. Nobody else may free a chunk.
+
+    An exception in the middle of a call, for example a ``KeyboardInterrupt``, loses no bytes: what
+    the call had allocated or evicted is freed by the next call, or reclaimed by the heap. A store
+    that is dropped without :meth:`close` drops its chunks, which the heap reclaims.
+
+    Not thread-safe: it belongs to one scheduler.
+
+    =============  ===========================================================================
+    purpose        methods
+    =============  ===========================================================================
+    look up        ``prefix_length``, ``state``, ``in``, ``len``, ``missing``, ``chunks``,
+                   ``addresses``
+    use            ``touch``, ``hold``
+    store          ``store``, ``store_from_engine``; for copies that end later ``begin``,
+                   ``offload`` and ``poll``
+    end            ``remove``, ``clear``, ``close``
+    watch          ``stats``, ``check``
+    =============  ===========================================================================
+
+    Complexities are for N keys; P is what the policy takes for one chunk, see ``PrefixIndex``.
+
+    Args:
+        heap: where the chunks live.
+        layout: what each chunk holds.
+        policy: the order of eviction, a new object; None: ``LRU()``. See
+            :mod:`kvheap.prefix.policies`.
+
+    Raises:
+        ValueError: the policy orders the chunks of another index.
+    """
+
+    def __init__(
+        self, heap: ChunkHeap, layout: BlockLayout, policy: EvictionPolicy | None = None
+    ) -> None:
+        self._index: PrefixIndex[K, MemoryObj] = PrefixIndex(policy)
+        self._space = ChunkSpace(heap, layout, self._index)
+        self._in_flight: dict[StoreInFlight[K], None] = {}
+        self._closed = False
+
+    @property
+    def heap(self) -> ChunkHeap:
+        """Where the chunks live."""
+        return self._space.heap
+
+    @property
+    def layout(self) -> BlockLayout:
+        """What each chunk holds."""
+        return self._space.layout
+
+    # -- look up -------------------------------------------------------------------------------
+
+    def prefix_length(self, keys: Iterable[K]) -> int:
+        """How many leading keys are ready: what a request need not compute. O(result)."""
+        self._require_open()
+        return self._index.prefix_length(keys)
+
+    def state(self, key: K) -> ChunkState:
+        """Whether the chunk of a key is ready, pending or absent. O(1)."""
+        self._require_open()
+        return self._index.state(key)
+
+    def __contains__(self, key: K) -> bool:
+        """Whether the chunk of a key is ready. O(1)."""
+        return key in self._index
 
     def __len__(self) -> int:
-        """The number of chunks stored."""
-        return len(self._chunks)
+        """How many chunks are ready. O(1)."""
+        return len(self._index)
 
-    def __contains__(self, hash_id: int) -> bool:
-        """Whether the chunk is stored."""
-        return hash_id in self._chunks
+    def missing(self, keys: Iterable[K]) -> list[K]:
+        """The keys that are neither ready nor pending, each once: what is to be stored. O(N)."""
+        self._require_open()
+        return self._index.missing(keys)
 
-    def prefix_length(self, hash_ids: Sequence[int]) -> int:
-        """How many leading ids are stored: what a request need not compute."""
-        for position, hash_id in enumerate(hash_ids):
-            if hash_id not in self._chunks:
-                return position
-        return len(hash_ids)
+    def chunks(self, keys: Iterable[K]) -> list[MemoryObj]:
+        """Ready chunks, in the order of the keys. O(N).
 
-    def addresses(self, hash_ids: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Where stored chunks are, int64 ``[N]``.
+        The next store may evict them unless they are held.
 
         Raises:
-            KeyError: one of them is not stored.
+            KeyError: a key, which it names, is not ready.
+            ClosedError: the store is closed.
         """
-        chunks = self._chunks
-        return np.array([chunks[hash_id].address for hash_id in hash_ids], np.int64)
+        self._require_open()
+        return self._index.values(keys)
 
-    def chunks(self, hash_ids: Sequence[int]) -> list[MemoryObj]:
-        """Stored chunks, in the order of the ids.
+    def addresses(self, keys: Iterable[K]) -> npt.NDArray[np.int64]:
+        """Where ready chunks are in the heap, int64 ``[N]``, in the order of the keys. O(N).
 
         Raises:
-            KeyError: one of them is not stored.
+            KeyError: a key, which it names, is not ready.
+            ClosedError: the store is closed.
         """
-        return [self._chunks[hash_id] for hash_id in hash_ids]
+        return np.array([chunk.address for chunk in self.chunks(keys)], np.int64)
 
-    @contextmanager
-    def in_flight(self, hash_ids: Sequence[int]) -> Iterator[None]:
-        """Keep stored chunks from eviction inside the block, and then mark all as just used.
+    # -- use -----------------------------------------------------------------------------------
 
-        The last id becomes the least recently used of them: when space runs out a request loses
-        its tail first, since a tail without its head is of no use.
-        """
-        pinned = [self._chunks[hash_id] for hash_id in hash_ids if hash_id in self._chunks]
-        held: list[MemoryObj] = []
-        try:
-            for chunk in pinned:
-                chunk.pin()
-                held.append(chunk)
-            yield
-        finally:
-            for chunk in held:
-                chunk.unpin()
-            for hash_id in reversed(hash_ids):
-                if hash_id in self._chunks:
-                    self._chunks.move_to_end(hash_id)
+    def touch(self, keys: Iterable[K]) -> None:
+        """Tell the policy that one request used chunks; see ``PrefixIndex.touch``. O(N * P)."""
+        self._require_open()
+        self._index.touch(keys)
 
-    def store(self, hash_ids: Sequence[int], source: torch.Tensor) -> None:
-        """Store new chunks in one batch, evicting others where the heap is full.
+    def hold(self, keys: Iterable[K]) -> ChunkHold[K]:
+        """Protect ready chunks from eviction until the hold is released. O(N * P).
+
+        Holds nest, and holding a chunk does not count as a use of it; see ``PrefixIndex.hold``.
 
         Args:
-            hash_ids: N distinct ids, none of them stored.
-            source: ``[N, *shape]`` of the geometry's dtype, the chunks' contents.
+            keys: the head of the prefix first. A key that is named twice is held once.
+
+        Returns:
+            The hold, also a context manager.
 
         Raises:
-            ValueError: an id is stored already or named twice; nothing is stored.
-            RequestTooLargeError: the chunks do not fit; nothing is stored.
+            KeyError: a key, which it names, is not ready; nothing is held.
+            ClosedError: the store is closed.
         """
-        geometry = self.geometry
+        self._settle()
+        unclaimed = self._space.unclaimed
+        unclaimed.append(self._index.hold(keys))
+        hold = ChunkHold(self._space, cast("Hold[K, MemoryObj]", unclaimed[-1]))
+        unclaimed.clear()
+        return hold
+
+    # -- store ---------------------------------------------------------------------------------
+
+    def store(self, keys: Sequence[K], source: torch.Tensor) -> None:
+        """Store chunks in one batch from a tensor, evicting others where the heap is full.
+
+        They are ready on return: the copy is queued on the current stream of the heap's device,
+        and whoever reads them does so in stream order.
+
+        Args:
+            keys: N keys, the head of the prefix first, none of them ready or pending.
+            source: ``[N, *shape]`` of the layout's dtype, the chunks' contents; for a layout of
+                several groups ``[N, size_bytes]`` of uint8.
+
+        Raises:
+            ValueError: a key is stored or being stored already or named twice, or ``source`` does
+                not match.
+            RequestTooLargeError: the chunks do not fit.
+            ClosedError: the store or its heap is closed.
+            After any of them nothing is stored.
+        """
+        self._settle()
+        self._require_new(keys)
+        layout = self.layout
+        require_tensor(layout, len(keys), source)
         self._store(
-            hash_ids,
-            lambda: self.allocator.batched_allocate(
-                geometry.shape, geometry.dtype, len(hash_ids), geometry.fmt, source=source
+            keys,
+            lambda: self.heap.batched_allocate(
+                list(layout.shapes), list(layout.dtypes), len(keys), layout.fmt, source=source
             ),
         )
 
-    def store_paged(self, hash_ids: Sequence[int], cache: PagedKVCache, slots: BlockIds) -> None:
-        """The same, with the contents read where an engine keeps them.
+    def store_from_engine(self, keys: Sequence[K], cache: PagedKVCache, slots: Slots) -> None:
+        """Store chunks in one batch from an engine's paged cache, as :meth:`store` does.
 
         Args:
-            hash_ids: N distinct ids, none of them stored.
+            keys: N keys, the head of the prefix first, none of them ready or pending.
             cache: the engine's KV cache.
-            slots: the chunks' blocks, chunk after chunk.
+            slots: the tokens' slots, or :class:`~kvheap.BlockIds`, chunk after chunk.
 
         Raises:
-            ValueError: an id is stored already or named twice, or the slots are not those of N
-                chunks; nothing is stored.
-            RequestTooLargeError: the chunks do not fit; nothing is stored.
+            ValueError: as for :meth:`store`; or the cache's chunks differ from the layout, or the
+                slots are not those of N chunks.
+            RequestTooLargeError: the chunks do not fit.
+            ClosedError: the store or its heap is closed.
+            After any of them nothing is stored.
         """
-        chunk_tokens = self.geometry.shape[2]
-        self._store(hash_ids, lambda: self.allocator.batched_store(cache, slots, chunk_tokens))
+        self._settle()
+        self._require_new(keys)
+        layout = self.layout
+        chunk_tokens = engine_chunk_tokens(layout, len(keys), cache, slots)
+        self._store(keys, lambda: self.heap.batched_store(cache, slots, chunk_tokens, layout.fmt))
 
-    def _store(self, hash_ids: Sequence[int], make_batch: Callable[[], MemoryBatch | None]) -> None:
-        """Make the batch of new chunks, evicting others as long as there is no room (None)."""
-        self._require_new(hash_ids)
-        while True:
-            start = perf_counter()
-            batch = make_batch()
-            if batch is not None:
-                self.allocate_seconds.append((perf_counter() - start, len(batch)))
-                # From lists, this update cannot be interrupted half-way.
-                self._chunks.update(zip(hash_ids, list(batch), strict=True))
-                return
-            self._evict_for(len(hash_ids))
+    def begin(self, keys: Sequence[K]) -> StoreInFlight[K]:
+        """Allocate chunks that a copy of the caller's fills; they are found when it has ended.
 
-    def _require_new(self, hash_ids: Sequence[int]) -> None:
-        if len(set(hash_ids)) != len(hash_ids):
-            raise ValueError(f"an id is named twice in {list(hash_ids)}")
-        for hash_id in hash_ids:
-            if hash_id in self._chunks:
-                raise ValueError(f"chunk {hash_id} is stored already")
+        Args:
+            keys: N keys, the head of the prefix first, none of them ready or pending.
 
-    def _evict_for(self, num_chunks: int) -> None:
-        """Free as many of the least recently used chunks as ``num_chunks`` more need."""
-        chunk_bytes = self.allocator.address_manager.compute_aligned_size(self.geometry.chunk_bytes)
-        stats = self.allocator.stats()
-        # All chunks have one size, so every hole holds a whole number of them.
-        missing = max(num_chunks - stats.free_bytes // chunk_bytes, 1)
-        victims = self._least_recently_used(missing)
-        if len(victims) < missing:
-            raise RequestTooLargeError(
-                f"a request needs {num_chunks} more chunks of {chunk_bytes} bytes than the heap of "
-                f"{stats.heap_bytes} bytes can hold beside the {len(self)} chunks stored, of which "
-                f"only {len(victims)} may be evicted"
-            )
-        # Forgotten before they are freed: a lookup must never find bytes that others may own.
-        evicted = [(hash_id, self._chunks.pop(hash_id)) for hash_id in victims]
-        start = perf_counter()
-        try:
-            self.allocator.batched_free([chunk for _, chunk in evicted])
-        except BaseException:
-            self._remember(evicted)
-            raise
-        self.free_seconds.append((perf_counter() - start, len(victims)))
-        self.num_evicted += len(victims)
+        Returns:
+            The store; block ``i`` of its ``batch`` is for ``keys[i]``, with undefined contents.
+            Either assign the ``Transfer`` that fills it to ``batch.transfer``, and :meth:`poll`
+            completes or aborts the store; or call its ``complete()`` or ``abort()``.
 
-    def _remember(self, evicted: list[tuple[int, MemoryObj]]) -> None:
-        """Put back, as the least recently used, what is not freed."""
-        for hash_id, chunk in reversed(evicted):
-            if chunk.is_valid():
-                self._chunks[hash_id] = chunk
-                self._chunks.move_to_end(hash_id, last=False)
+        Raises:
+            ValueError: a key is stored or being stored already or named twice.
+            RequestTooLargeError: the chunks do not fit.
+            ClosedError: the store or its heap is closed.
+            After any of them nothing is allocated.
+        """
+        self._settle()
+        self._require_new(keys)
+        layout = self.layout
+        return self._begin(
+            keys,
+            lambda: self.heap.batched_allocate(
+                list(layout.shapes), list(layout.dtypes), len(keys), layout.fmt
+            ),
+        )
 
-    def _least_recently_used(self, count: int) -> list[int]:
-        victims: list[int] = []
-        for hash_id, chunk in self._chunks.items():
-            if len(victims) == count:
-                break
-            if not chunk.pin_count:
-                victims.append(hash_id)
-        return victims
+    def offload(
+        self,
+        keys: Sequence[K],
+        blocks: BlockObjects,
+        stream: torch.cuda.Stream | None = None,
+        *,
+        free: bool = False,
+        path: Path | None = None,
+        max_sms: int | None = None,
+    ) -> StoreInFlight[K]:
+        """Begin to store chunks from blocks of another heap, by :func:`kvheap.offload`.
+
+        Args:
+            keys: N keys, the head of the prefix first, none of them ready or pending.
+            blocks: N blocks of another heap, of this store's layout.
+            stream: as for :func:`kvheap.offload`.
+            free: as for :func:`kvheap.offload`.
+            path: as for :func:`kvheap.offload`.
+            max_sms: as for :func:`kvheap.offload`.
+
+        Returns:
+            The store. :meth:`poll` completes it when the transfer has ended.
+
+        Raises:
+            ValueError: a key is stored or being stored already or named twice, or the blocks
+                differ from the layout or are not N.
+            RequestTooLargeError: the chunks do not fit.
+            ClosedError: the store or its heap is closed.
+            Others as :func:`kvheap.offload`. After any of them nothing is stored or freed.
+        """
+        self._settle()
+        self._require_new(keys)
+        require_blocks(self.layout, len(keys), blocks)
+        into = cast("MemoryAllocatorInterface", self.heap)
+        return self._begin(
+            keys,
+            lambda: offload(blocks, into, stream, free=free, path=path, max_sms=max_sms),
+        )
+
+    def poll(self) -> list[StoreInFlight[K]]:
+        """Look at the transfers of stores in flight, without waiting; call it once a step.
+
+        Chunks whose transfer has ended well become ready. Those whose transfer failed are freed.
+        Stores without a transfer are left alone. O(stores in flight).
+
+        Returns:
+            The stores that this call has ended; their ``state`` and ``error`` say how.
+
+        Raises:
+            ClosedError: the store is closed.
+        """
+        self._settle()
+        ended = []
+        for store in list(self._in_flight):
+            transfer = store.batch.transfer
+            if transfer is None or not transfer.done():
+                continue
+            try:
+                store.complete()
+            except TransferError:
+                if store.error is None:  # another error than the transfer's own
+                    raise
+            ended.append(store)
+        return ended
+
+    # -- end -----------------------------------------------------------------------------------
+
+    def remove(self, keys: Iterable[K]) -> None:
+        """Remove ready and pending chunks and free them; other keys are skipped. O(N * P).
+
+        Look-ups no longer find them. The bytes of a chunk that is held are freed with its last
+        hold, those of a chunk that is pending when its store ends.
+
+        Raises:
+            ClosedError: the store is closed.
+        """
+        self._settle()
+        self._space.ended.append(self._index.remove(keys))
+        self._space.settle()
+
+    def clear(self) -> None:
+        """Remove all chunks, as :meth:`remove` does, and let the policy forget its history. O(n).
+
+        Raises:
+            ClosedError: the store is closed.
+        """
+        self._settle()
+        self._space.ended.append(self._index.clear())
+        self._space.settle()
+
+    def close(self) -> None:
+        """Abort all stores in flight, free all chunks, and refuse further use.
+
+        The heap stays open; one that is closed already is no error. Chunks that are held are
+        freed when their hold is released. A second call does nothing.
+        """
+        if self._closed:
+            return
+        self._space.settle()
+        for store in list(self._in_flight):
+            store.abort()
+        self._space.ended.append(self._index.clear())
+        self._space.settle()
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        self._require_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- watch ---------------------------------------------------------------------------------
+
+    def stats(self) -> StoreStats:
+        """Chunks and bytes by state, and counters. O(1)."""
+        index, evicted_chunks = self._index.stats(), self._space.evicted_chunks
+        return StoreStats(
+            **{field.name: getattr(index, field.name) for field in fields(IndexStats)},
+            stores_in_flight=len(self._in_flight),
+            evicted_chunks=evicted_chunks,
+            evicted_bytes=evicted_chunks * self._space.chunk_bytes,
+        )
+
+    def check(self) -> None:
+        """Check every invariant of the index. O(n).
+
+        Raises:
+            HeapCorruptionError: one does not hold.
+        """
+        self._space.settle()
+        self._index.check()
+
+    def __repr__(self) -> str:
+        """The layout and the index."""
+        return f"PrefixStore({self.layout}, {self._index!r})"
+
+    # -- helpers -------------------------------------------------------------------------------
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this PrefixStore is closed")
+
+    def _settle(self) -> None:
+        """Begin a call: free what an interrupted one has left."""
+        self._require_open()
+        self._space.settle()
+
+    def _require_new(self, keys: Sequence[K]) -> None:
+        """Refuse keys that are known or named twice, before anything is evicted for them."""
+        if len(self._index.missing(keys)) == len(keys):
+            return
+        seen: set[K] = set()
+        for key in keys:
+            state = self._index.state(key)
+            if state != "absent":
+                word = "stored" if state == "ready" else "being stored"
+                raise ValueError(f"{key!r} is {word} already")
+            if key in seen:
+                raise ValueError(f"{key!r} is named twice")
+            seen.add(key)
+
+    def _store(self, keys: Sequence[K], make_batch: Callable[[], MemoryBatch | None]) -> None:
+        store = self._enter(keys, self._space.allocate(len(keys), make_batch, self.poll))
+        self._space.ended.append(store.complete())
+        self._space.unclaimed.clear()
+
+    def _begin(
+        self, keys: Sequence[K], make_batch: Callable[[], MemoryBatch | None]
+    ) -> StoreInFlight[K]:
+        batch = self._space.allocate(len(keys), make_batch, self.poll)
+        store = StoreInFlight(self._space, batch, self._enter(keys, batch), self._in_flight)
+        self._in_flight[store] = None
+        self._space.unclaimed.clear()
+        return store
+
+    def _enter(self, keys: Sequence[K], batch: MemoryBatch) -> PendingStore[K, MemoryObj]:
+        """Enter pending chunks; until ``unclaimed`` is cleared, an exception gives them up."""
+        unclaimed = self._space.unclaimed
+        unclaimed.append(self._index.begin(keys, batch[:], batch.allocated_bytes))
+        return cast("PendingStore[K, MemoryObj]", unclaimed[-1])

@@ -2,9 +2,9 @@
 
 Layers, KV heads, head dimensions and dtypes are those of each model's published ``config.json``
 (Hugging Face: meta-llama/Meta-Llama-3-8B and -70B, mistralai/Mistral-7B-v0.1, Qwen/Qwen3-8B,
-openai/gpt-oss-20b, deepseek-ai/DeepSeek-V3); for MLA, ``kv_lora_rank + qk_rope_head_dim`` = 512 +
-64 elements a token and layer. ``tiny`` and the ``small`` ones are no models: they are for tests,
-and for timing what is not copying.
+openai/gpt-oss-20b, deepseek-ai/DeepSeek-V3). MLA keeps ``kv_lora_rank + qk_rope_head_dim`` = 512 +
+64 elements for each token and layer. ``tiny`` and the ``small`` ones are not models: they are for
+tests, and for runs that time everything except copying.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.kernels.paged_layout import INDEXER_BYTES
 from kvheap.replay.trace import CHUNK_TOKENS
@@ -22,8 +23,8 @@ from kvheap.replay.trace import CHUNK_TOKENS
 __all__ = ["GEOMETRIES", "Geometry", "Kind"]
 
 Kind = Literal["attention", "latent", "indexer", "opaque"]
-"""What is kept of a token: K and V, one latent vector, or 128 values and a scale; or, opaque,
-whole blocks of which nothing is known."""
+"""What an engine keeps for each token: K and V; one latent vector; 128 values and a scale; or, for
+``opaque``, whole blocks whose contents are unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,12 @@ class Geometry:
     """What one chunk holds.
 
     Attributes:
-        name: what users call it.
-        kind: what is kept of a token.
-        shape: ``[2, L, T, H * C]`` for attention, else ``[1, L, T, D]``; T counts tokens, for
-            opaque chunks the engine's blocks.
-        dtype: of its elements.
-        num_heads: KV heads H; 1 where there are none.
+        name: the name on the command line.
+        kind: what is kept for each token.
+        shape: ``[2, L, T, H * C]`` for attention, else ``[1, L, T, D]``; T counts tokens, or the
+            engine's blocks if they are opaque.
+        dtype: of the elements.
+        num_heads: KV heads H; 1 for kinds without heads.
     """
 
     name: str
@@ -52,13 +53,18 @@ class Geometry:
         return MemoryFormat.KV_2LTD if is_attention else MemoryFormat.KV_MLA_FMT
 
     @property
+    def layout(self) -> BlockLayout:
+        """A chunk as a heap keeps it."""
+        return BlockLayout.of(self.shape, self.dtype, self.fmt)
+
+    @property
     def num_layers(self) -> int:
         """Layers L."""
         return self.shape[1]
 
     @property
     def head_dim(self) -> int:
-        """Elements of one head; of a token, where there are no heads."""
+        """Elements of one head; of one token for kinds without heads."""
         return self.shape[3] // self.num_heads
 
     @property
@@ -100,4 +106,4 @@ GEOMETRIES = {
         _latent_attention("deepseek-v3", 61, 576),
     )
 }
-"""By name. An opaque chunk is 32 blocks of 192 bytes a layer: 16 tokens of 12 bytes each."""
+"""Geometries by name. ``small-opaque`` has 32 blocks of 192 bytes in each layer."""

@@ -1,7 +1,8 @@
 """Request traces: one JSON object a line, as published with Mooncake (FAST'25).
 
-``timestamp`` is in ms, ``input_length`` and ``output_length`` in tokens, ``hash_ids`` names the
-512-token chunks of the prompt in order; equal ids mean the same KV, prefix included.
+``timestamp`` is in ms; ``input_length`` and ``output_length`` are in tokens; ``hash_ids`` names the
+512-token chunks of the prompt in order. Equal ids mean equal KV, because an id stands for the
+chunk and everything before it.
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ from typing import Any
 __all__ = ["CHUNK_TOKENS", "Request", "TraceError", "read_trace", "synthetic_trace"]
 
 CHUNK_TOKENS = 512
-"""Tokens that one hash id stands for."""
+"""Tokens of the chunk that a hash id names."""
 
 INT64_END = 1 << 63
-"""Ids and counts end up in int64 tensors and arrays."""
+"""Ids and counts must fit int64: they end up in such tensors and arrays."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request of a trace: arrival in ms, lengths in tokens, and its chunks' hash ids."""
+    """One request of a trace.
+
+    Attributes:
+        timestamp_ms: when it arrives.
+        input_length, output_length: tokens of its prompt and of its answer.
+        hash_ids: ids of the prompt's chunks, in order.
+    """
 
     timestamp_ms: int
     input_length: int
@@ -34,12 +41,12 @@ class Request:
 
 
 class TraceError(ValueError):
-    """A line that is no request.
+    """A line of a trace is not a request.
 
     Attributes:
         path: the file.
-        line_number: counted from 1.
-        reason: what is wrong with it.
+        line_number: the line, counted from 1.
+        reason: what is wrong with the line.
     """
 
     def __init__(self, path: Path, line_number: int, reason: str) -> None:
@@ -53,7 +60,7 @@ class TraceError(ValueError):
 
 
 def read_trace(path: Path, limit: int | None = None) -> list[Request]:
-    """Read the first ``limit`` requests of a file, or all.
+    """Read the first ``limit`` requests of a file; None: all.
 
     Raises:
         TraceError: a line is malformed.
@@ -122,11 +129,11 @@ def _shown(value: object) -> str:
 
 
 def synthetic_trace(num_requests: int, seed: int = 0) -> list[Request]:
-    """Chat traffic with shared prefixes, the same for the same seed.
+    """Made-up chat traffic with shared prefixes; the same seed makes the same traffic.
 
-    Conversations start with one of 16 system prompts, the popular ones more often, and grow by a
-    few chunks a turn: the next turn's prompt is all that was said before and a new question. A
-    request continues one of the 200 conversations used last, or begins a new one (one in four).
+    A conversation starts with one of 16 system prompts, of which some are more popular, and grows
+    by 1 to 6 chunks in each turn: the prompt of a turn is everything said before and a new
+    question. One request in four begins a conversation; the others continue one of the last 200.
 
     >>> synthetic_trace(3) == synthetic_trace(3), len(synthetic_trace(3))
     (True, 3)

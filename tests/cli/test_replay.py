@@ -14,9 +14,10 @@ from optional import need_matplotlib
 
 from kvheap.cli import REPLAY_NOTES, CommandError, main
 from kvheap.cli.replay import parse_bytes
-from kvheap.prefix import store as prefix_store
-from kvheap.replay import replay
+from kvheap.prefix import POLICIES, PrefixStore
+from kvheap.replay import copies
 from kvheap.replay.engine_cache import ENGINE_LAYOUTS, EngineCache
+from kvheap.replay.replay import Replay
 
 TRACE = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
 LINE = '{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}\n'
@@ -60,6 +61,22 @@ class TestMadeUpTraffic:
         for name in ("free_extents", "largest_free_bytes", "device", "versions"):
             assert name in figures
 
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_the_policy_is_shown_and_changes_the_hits_only(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str
+    ) -> None:
+        arguments = ("--requests", "400", "--heap", "1MiB")
+        default = figures_of(tmp_path, *arguments)
+        capsys.readouterr()
+        chosen = figures_of(tmp_path, *arguments, "--policy", policy)
+        assert (default["policy"], chosen["policy"]) == ("lru", policy)
+        assert any(
+            "policy" in line and policy in line for line in capsys.readouterr().out.splitlines()
+        )
+        assert default["block_refs"] == chosen["block_refs"]
+        assert chosen["evicted"] > 0
+        assert (default["hits"] == chosen["hits"]) == (policy == "lru")
+
     def test_the_same_seed_is_the_same_traffic(self, tmp_path: Path) -> None:
         runs = [figures_of(tmp_path, "--requests", "300", "--seed", seed) for seed in (1, 1, 2)]
         counts = [(run["hits"], run["stored"]) for run in runs]
@@ -101,14 +118,14 @@ class TestMadeUpTraffic:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         rows = []
-        gather = replay.gather_blocks
+        gather = copies.gather_blocks
 
         def gather_and_count(buffer, addresses, out):
             rows.append(len(out))
             return gather(buffer, addresses, out)
 
-        monkeypatch.setattr(replay, "CHECK_BYTES", 3 * 4096)
-        monkeypatch.setattr(replay, "gather_blocks", gather_and_count)
+        monkeypatch.setattr(copies, "GATHERED_BYTES", 3 * 4096)
+        monkeypatch.setattr(copies, "gather_blocks", gather_and_count)
         trace = tmp_path / "trace.jsonl"
         trace.write_text(LINE.replace("[1, 2]", "[1, 2, 3, 4, 5, 6, 7, 8]") * 2)
         assert figures_of(tmp_path, trace)["hits"] == 8
@@ -120,15 +137,15 @@ class TestMadeUpTraffic:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        store = prefix_store.PrefixStore.store
+        store = PrefixStore.store
 
         def store_and_spoil(self, hash_ids, source) -> None:
             store(self, hash_ids, source)
             if 7 in hash_ids:
-                tensor = self._chunks[7].tensor
-                tensor.view(torch.int16).reshape(-1)[-1] ^= 1
+                (chunk,) = self.chunks([7])
+                chunk.tensor.view(torch.int16).reshape(-1)[-1] ^= 1
 
-        monkeypatch.setattr(prefix_store.PrefixStore, "store", store_and_spoil)
+        monkeypatch.setattr(PrefixStore, "store", store_and_spoil)
         trace = tmp_path / "trace.jsonl"
         trace.write_text(LINE.replace("[1, 2]", "[6, 7, 8]") * 3)
         assert main(["replay", str(trace), "--json", str(tmp_path / "out.json")]) == 1
@@ -172,7 +189,7 @@ class TestEngineLayouts:
 
     def test_the_help_lists_all(self) -> None:
         words = REPLAY_NOTES.replace(",", " ").split()
-        assert not set(ENGINE_LAYOUTS) - set(words)
+        assert not {*ENGINE_LAYOUTS, *POLICIES} - set(words)
 
     def test_a_wrong_byte_in_the_engine_is_status_1_and_the_layout_is_shown(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -236,6 +253,7 @@ def test_a_malformed_line_is_named(
         (["--heap", "9" * 400], "must be a positive number of bytes such as 64MiB, got '999"),
         (["--heap", "99999999999TiB"], "got '99999999999TiB'"),
         (["--heap", "4KiB"], "a heap of 4096 bytes is smaller than the request"),
+        (["--policy", "fifo"], "unknown policy 'fifo'; known are lru, gdsf, s3fifo, arc"),
         (["--requests", "0"], "--requests must be positive, got 0"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--device", "meta"], "--device must be cpu or cuda, got 'meta'"),
@@ -292,7 +310,7 @@ def test_control_c_ends_with_one_line_and_status_130(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(replay.Replay, "serve", interrupt)
+    monkeypatch.setattr(Replay, "serve", interrupt)
     assert main(["replay"]) == 130
     assert capsys.readouterr().err == "kvheap replay: interrupted\n"
 

@@ -10,11 +10,12 @@ import torch
 from kvheap import TensorMemoryAllocator
 from kvheap.engine.chunks import load
 from kvheap.kernels.paged_layout import LAYOUTS
-from kvheap.prefix.store import PrefixStore
-from kvheap.replay.engine_cache import ENGINE_LAYOUTS, MAX_BYTES, EngineCache
-from kvheap.replay.engine_replay import EngineReplay
+from kvheap.prefix import PrefixStore
+from kvheap.replay.contents import Contents
+from kvheap.replay.copies import EngineCopies
+from kvheap.replay.engine_cache import ENGINE_LAYOUTS, MAX_POOL_BYTES, EngineCache
 from kvheap.replay.geometry import GEOMETRIES, Geometry
-from kvheap.replay.replay import Contents
+from kvheap.replay.replay import Replay
 
 CPU = torch.device("cpu")
 SMALL = {GEOMETRIES[name].kind: GEOMETRIES[name] for name in GEOMETRIES if "small" in name}
@@ -124,7 +125,7 @@ def test_the_pool_is_bounded_and_holds_two_chunks(
     engine = EngineCache(layout, GEOMETRIES[geometry], CPU)
     assert engine.num_chunks == num_chunks
     pool_bytes = engine.cache.token_bytes * engine.cache.num_slots
-    assert pool_bytes <= max(MAX_BYTES, 2 * GEOMETRIES[geometry].chunk_bytes)
+    assert pool_bytes <= max(MAX_POOL_BYTES, 2 * GEOMETRIES[geometry].chunk_bytes)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -138,20 +139,22 @@ def test_what_does_not_fit_is_refused() -> None:
         EngineCache("vllm", SMALL["latent"], CPU)
 
 
-class TestEngineReplay:
-    def replay_of(self, layout: str, heap_chunks: int = 12) -> EngineReplay:
+class TestReplay:
+    def replay_of(self, layout: str, heap_chunks: int = 12, num_blocks: int = 80) -> Replay:
         geometry = geometry_of(layout)
-        return EngineReplay(heap_of(heap_chunks, geometry), geometry, engine_of(layout, 80))
+        copies = EngineCopies(engine_of(layout, num_blocks))
+        return Replay(heap_of(heap_chunks, geometry), geometry, copies)
 
     @each_layout
     def test_requests_larger_than_the_engine_go_piece_by_piece(self, layout: str) -> None:
         replay = self.replay_of(layout)
+        assert engine_of(layout, 80).num_chunks == 2
         for first in (1, 1, 20, 21, 20, 1, 1):
             replay.serve(range(first, first + 7))
-        assert replay.engine.num_chunks == 2
         assert replay.mismatches == 0
         # Hits: 1-7, 21-26, 20-26, 1-4, 1-7. Evicted: 7 6, 5, and for 5-7 again 27 26 25.
-        assert (replay.hits, replay.stored, replay.store.num_evicted) == (31, 18, 6)
+        evicted = replay.store.stats().evicted_chunks
+        assert (replay.hits, replay.stored, evicted) == (31, 18, 6)
 
     def test_a_chunk_that_is_named_twice_is_loaded_once(self) -> None:
         replay = self.replay_of("sglang-mha")
@@ -200,7 +203,7 @@ class TestEngineReplay:
         assert (replay.hits, replay.mismatches) == (3, 1)
 
     def test_a_load_that_does_nothing_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvheap.replay.engine_replay.load", lambda *arguments: None)
+        monkeypatch.setattr("kvheap.replay.copies.load", lambda *arguments: None)
         replay = self.replay_of("trtllm")
         replay.serve([1, 2])
         replay.serve([1, 2])

@@ -9,8 +9,8 @@ import torch
 
 from kvheap import MemoryFormat
 from kvheap.cli import REPLAY_NOTES
+from kvheap.replay.contents import Contents
 from kvheap.replay.geometry import GEOMETRIES, Geometry
-from kvheap.replay.replay import Contents
 
 MIB = 1 << 20
 
@@ -37,6 +37,9 @@ def test_a_chunk_has_the_published_shape(
     assert geometry.dtype == (torch.float16 if name == "tiny" else torch.bfloat16)
     is_latent = name == "deepseek-v3"
     assert geometry.fmt == (MemoryFormat.KV_MLA_FMT if is_latent else MemoryFormat.KV_2LTD)
+    layout = geometry.layout
+    assert (layout.size_bytes, layout.fmt) == (chunk_bytes, geometry.fmt)
+    assert (layout.shapes, layout.dtypes) == ((geometry.shape,), (geometry.dtype,))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)

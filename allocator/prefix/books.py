@@ -1,0 +1,396 @@
+"""``Books``: chunks by state, and the changes between states that no exception leaves half-done.
+
+=========  ==============================================  ===================================
+state      meaning                                         ends up as
+=========  ==============================================  ===================================
+pending    begun, found by nobody                          ready, ended, or removed
+ready      found by look-ups; held, or in the policy's     ended, or removed
+           order of eviction
+removed    no longer found, but still held or pending      ended
+ended      the caller must free its value                  taken
+=========  ==============================================  ===================================
+
+A change is written down in ``unfinished`` before it is made, and struck out when it is made. What
+an exception interrupts is therefore known: the next operation calls :meth:`Books.settle` first,
+which undoes the change (``begin``, ``hold``) or makes it again (all others). A change that is made
+twice leaves states and counts of holds as one does; totals and the policy's order are computed
+anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar, cast
+
+from kvheap.errors import HeapCorruptionError
+from kvheap.prefix.policies.base import CachedChunk, EvictionPolicy, total_bytes
+
+__all__ = ["Books", "Chunk", "IndexStats", "OpenChunks"]
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class Chunk(CachedChunk, Generic[K, V]):
+    """One chunk in the books.
+
+    Attributes:
+        key, value: the caller's.
+        holds: how many holds protect it.
+        is_removed: whether it was removed while it was held or pending.
+    """
+
+    __slots__ = ("holds", "is_removed", "key", "value")
+
+    def __init__(self, key: K, value: V, size_bytes: int, fingerprint: int) -> None:
+        # The base class's attributes too: a call of its constructor would cost a quarter of this.
+        self.size_bytes = size_bytes
+        self.fingerprint = fingerprint
+        self.uses = 0
+        self.rank = self.queue = None
+        self.key = key
+        self.value = value
+        self.holds = 0
+        self.is_removed = False
+
+
+class OpenChunks(Generic[K, V]):
+    """The chunks of one hold or one store that it has not given up yet, by key."""
+
+    __slots__ = ("chunks",)
+
+    def __init__(self, chunks: dict[K, Chunk[K, V]]) -> None:
+        self.chunks = chunks
+
+    def without(self, ended: dict[K, Chunk[K, V]]) -> dict[K, Chunk[K, V]]:
+        """What remains when some end."""
+        if ended is self.chunks:
+            return {}
+        return {key: chunk for key, chunk in self.chunks.items() if key not in ended}
+
+
+@dataclass(frozen=True, slots=True)
+class IndexStats:
+    """Chunks and bytes by state, at one moment.
+
+    Attributes:
+        ready_chunks, ready_bytes: found by look-ups.
+        pending_chunks, pending_bytes: their stores have not ended.
+        held_chunks, held_bytes: the ready ones that are held.
+        evictable_chunks, evictable_bytes: the ready ones that are not held.
+        removed_chunks, removed_bytes: no longer found, but still held or pending.
+        ended_chunks, ended_bytes: for the caller to free, and not returned to it yet.
+    """
+
+    ready_chunks: int
+    ready_bytes: int
+    pending_chunks: int
+    pending_bytes: int
+    held_chunks: int
+    held_bytes: int
+    evictable_chunks: int
+    evictable_bytes: int
+    removed_chunks: int
+    removed_bytes: int
+    ended_chunks: int
+    ended_bytes: int
+
+
+class Books(Generic[K, V]):
+    """All chunks of one index. See the module's docstring.
+
+    The methods expect valid arguments, and no ``unfinished`` change.
+
+    =================  ======================================================
+    purpose            methods
+    =================  ======================================================
+    chunks in use      ``hold``, ``release``
+    stores             ``begin``, ``complete``, ``abort``
+    chunks that end    ``evict``, ``remove``, ``clear``, ``take_ended``
+    upkeep             ``settle``, ``stats``, ``check``
+    =================  ======================================================
+
+    Attributes:
+        policy: the order of the ready chunks that are not held.
+        ready, pending: chunks by key.
+        evictable_bytes: bytes of the chunks in the policy's order.
+        unfinished: undoes or repeats the change that was interrupted; None if there is none.
+    """
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self.policy = policy
+        self.ready: dict[K, Chunk[K, V]] = {}
+        self.pending: dict[K, Chunk[K, V]] = {}
+        self._removed: dict[Chunk[K, V], None] = {}
+        self._ended: dict[Chunk[K, V], None] = {}
+        self.evictable_bytes = 0
+        self._ready_bytes = self._pending_bytes = self._removed_bytes = self._ended_bytes = 0
+        self.unfinished: Callable[[], None] | None = None
+
+    # -- chunks in use -------------------------------------------------------------------------
+
+    def touch(self, chunks: list[Chunk[K, V]]) -> None:
+        """Tell the policy that one request used ready chunks."""
+        self._make(partial(self.policy.touch, chunks))
+
+    def hold(self, chunks: dict[K, Chunk[K, V]]) -> None:
+        """Count one more hold on each ready chunk; undone if it is interrupted."""
+        held = list(chunks.values())
+        counts = [chunk.holds for chunk in held]
+        idle = [chunk for chunk in held if not chunk.holds]
+        self.unfinished = partial(self._undo_hold, held, counts, idle)
+        for chunk in held:
+            chunk.holds += 1
+        self.policy.take_out(idle)
+        self.evictable_bytes -= total_bytes(idle)
+        self.unfinished = None
+
+    def _undo_hold(
+        self, held: list[Chunk[K, V]], counts: list[int], idle: list[Chunk[K, V]]
+    ) -> None:
+        for chunk, count in zip(held, counts, strict=True):
+            chunk.holds = count
+        self.policy.put_back(idle)
+
+    def release(self, hold: OpenChunks[K, V], chunks: dict[K, Chunk[K, V]]) -> None:
+        """Take back one hold on each of some of the chunks of a hold."""
+        counts = [chunk.holds - 1 for chunk in chunks.values()]
+        released = list(chunks.values())
+        self._make(partial(self._release, hold, hold.without(chunks), released, counts))
+
+    def _release(
+        self,
+        hold: OpenChunks[K, V],
+        left: dict[K, Chunk[K, V]],
+        released: list[Chunk[K, V]],
+        counts: list[int],
+    ) -> None:
+        for chunk, count in zip(released, counts, strict=True):
+            chunk.holds = count
+        idle = [chunk for chunk in released if not chunk.holds]
+        removed = [chunk for chunk in idle if chunk.is_removed]
+        if removed:
+            idle = [chunk for chunk in idle if not chunk.is_removed]
+            self._end_removed(removed)
+        self.policy.put_back(idle)
+        self.evictable_bytes += total_bytes(idle)
+        hold.chunks = left
+
+    # -- stores --------------------------------------------------------------------------------
+
+    def begin(self, chunks: dict[K, Chunk[K, V]]) -> None:
+        """Enter pending chunks; undone if it is interrupted."""
+        num_bytes = total_bytes(chunks.values())
+        self.unfinished = partial(self._undo_begin, chunks)
+        self.pending.update(chunks)
+        self._pending_bytes += num_bytes
+        self.unfinished = None
+
+    def _undo_begin(self, chunks: dict[K, Chunk[K, V]]) -> None:
+        for key, chunk in chunks.items():
+            if self.pending.get(key) is chunk:
+                del self.pending[key]
+
+    def complete(self, store: OpenChunks[K, V], chunks: dict[K, Chunk[K, V]]) -> None:
+        """Make some of the chunks of a store ready; those that were removed end."""
+        removed = [chunk for chunk in chunks.values() if chunk.is_removed]
+        kept = chunks
+        if removed:
+            kept = {key: chunk for key, chunk in chunks.items() if not chunk.is_removed}
+        self._make(partial(self._complete, store, store.without(chunks), kept, removed))
+
+    def _complete(
+        self,
+        store: OpenChunks[K, V],
+        left: dict[K, Chunk[K, V]],
+        kept: dict[K, Chunk[K, V]],
+        removed: list[Chunk[K, V]],
+    ) -> None:
+        self.ready.update(kept)
+        for key in kept:
+            self.pending.pop(key, None)
+        self.policy.insert(list(kept.values()))
+        num_bytes = total_bytes(kept.values())
+        self._pending_bytes -= num_bytes
+        self._ready_bytes += num_bytes
+        self.evictable_bytes += num_bytes
+        self._end_removed(removed)
+        store.chunks = left
+
+    def abort(self, store: OpenChunks[K, V], chunks: dict[K, Chunk[K, V]]) -> None:
+        """End some of the chunks of a store."""
+        removed = [chunk for chunk in chunks.values() if chunk.is_removed]
+        kept = [chunk for chunk in chunks.values() if not chunk.is_removed]
+        self._make(partial(self._abort, store, store.without(chunks), kept, removed))
+
+    def _abort(
+        self,
+        store: OpenChunks[K, V],
+        left: dict[K, Chunk[K, V]],
+        kept: list[Chunk[K, V]],
+        removed: list[Chunk[K, V]],
+    ) -> None:
+        for chunk in kept:
+            self.pending.pop(chunk.key, None)
+        self._pending_bytes -= total_bytes(kept)
+        self._end(kept)
+        self._end_removed(removed)
+        store.chunks = left
+
+    # -- chunks that end -----------------------------------------------------------------------
+
+    def evict(self, num_bytes: int, protected: list[Chunk[K, V]]) -> None:
+        """End the chunks that the policy chooses; there are enough beside ``protected``."""
+        # Undone, if it is interrupted before the victims are known.
+        self.unfinished = partial(self.policy.put_back, protected)
+        self.policy.take_out(protected)
+        victims = cast("list[Chunk[K, V]]", self.policy.evict(num_bytes))
+        self.policy.put_back(protected)
+        self._make(partial(self._evict, victims))
+
+    def _evict(self, victims: list[Chunk[K, V]]) -> None:
+        for chunk in victims:
+            self.ready.pop(chunk.key, None)
+        num_bytes = total_bytes(victims)
+        self._ready_bytes -= num_bytes
+        self.evictable_bytes -= num_bytes
+        self._end(victims)
+
+    def remove(self, ready: list[Chunk[K, V]], pending: list[Chunk[K, V]]) -> None:
+        """End chunks; those that are held or pending are only removed for now."""
+        idle = [chunk for chunk in ready if not chunk.holds]
+        held = [chunk for chunk in ready if chunk.holds]
+        self._make(partial(self._remove, idle, held, pending))
+
+    def _remove(
+        self, idle: list[Chunk[K, V]], held: list[Chunk[K, V]], pending: list[Chunk[K, V]]
+    ) -> None:
+        for chunk in (*idle, *held):
+            self.ready.pop(chunk.key, None)
+        for chunk in pending:
+            self.pending.pop(chunk.key, None)
+        self.policy.remove([*idle, *held])
+        self._count_removed(idle, held, pending)
+
+    def clear(self) -> None:
+        """Remove all chunks."""
+        idle = [chunk for chunk in self.ready.values() if not chunk.holds]
+        held = [chunk for chunk in self.ready.values() if chunk.holds]
+        self._make(partial(self._clear, idle, held, list(self.pending.values())))
+
+    def _clear(
+        self, idle: list[Chunk[K, V]], held: list[Chunk[K, V]], pending: list[Chunk[K, V]]
+    ) -> None:
+        self.ready, self.pending = {}, {}
+        self.policy.clear()
+        self._count_removed(idle, held, pending)
+
+    def _count_removed(
+        self, idle: list[Chunk[K, V]], held: list[Chunk[K, V]], pending: list[Chunk[K, V]]
+    ) -> None:
+        in_use = [*held, *pending]
+        for chunk in in_use:
+            chunk.is_removed = True
+        self._removed.update(dict.fromkeys(in_use))
+        self._removed_bytes += total_bytes(in_use)
+        self._ready_bytes -= total_bytes(idle) + total_bytes(held)
+        self.evictable_bytes -= total_bytes(idle)
+        self._pending_bytes -= total_bytes(pending)
+        self._end(idle)
+
+    def _end(self, chunks: list[Chunk[K, V]]) -> None:
+        self._ended.update(dict.fromkeys(chunks))
+        self._ended_bytes += total_bytes(chunks)
+
+    def _end_removed(self, chunks: list[Chunk[K, V]]) -> None:
+        """End chunks that were removed before."""
+        for chunk in chunks:
+            self._removed.pop(chunk, None)
+        self._removed_bytes -= total_bytes(chunks)
+        self._end(chunks)
+
+    def take_ended(self) -> list[tuple[K, V]]:
+        """Keys and values of the ended chunks, which are then forgotten."""
+        ended = [(chunk.key, chunk.value) for chunk in self._ended]
+        self._ended, self._ended_bytes = {}, 0
+        return ended
+
+    # -- upkeep --------------------------------------------------------------------------------
+
+    def _make(self, change: Callable[[], None]) -> None:
+        """Make a change that stands from here on: if it is interrupted, it is made again."""
+        self.unfinished = change
+        change()
+        self.unfinished = None
+
+    def settle(self) -> None:
+        """Undo or repeat what was interrupted, and compute every total anew. O(n log n)."""
+        if self.unfinished is None:
+            return
+        self.unfinished()
+        ready = self.ready.values()
+        idle = [chunk for chunk in ready if not chunk.holds]
+        self.policy.repair(idle, [chunk for chunk in ready if chunk.holds])
+        self.evictable_bytes = total_bytes(idle)
+        self._ready_bytes = total_bytes(ready)
+        self._pending_bytes = total_bytes(self.pending.values())
+        self._removed_bytes = total_bytes(self._removed)
+        self._ended_bytes = total_bytes(self._ended)
+        self.unfinished = None
+
+    def stats(self) -> IndexStats:
+        """Chunks and bytes by state."""
+        evictable = len(self.policy)
+        return IndexStats(
+            ready_chunks=len(self.ready),
+            ready_bytes=self._ready_bytes,
+            pending_chunks=len(self.pending),
+            pending_bytes=self._pending_bytes,
+            held_chunks=len(self.ready) - evictable,
+            held_bytes=self._ready_bytes - self.evictable_bytes,
+            evictable_chunks=evictable,
+            evictable_bytes=self.evictable_bytes,
+            removed_chunks=len(self._removed),
+            removed_bytes=self._removed_bytes,
+            ended_chunks=len(self._ended),
+            ended_bytes=self._ended_bytes,
+        )
+
+    def check(self) -> None:
+        """Check every invariant. O(n).
+
+        Raises:
+            HeapCorruptionError: one does not hold.
+        """
+        require = self._require
+        ready, pending = list(self.ready.values()), list(self.pending.values())
+        idle = [chunk for chunk in ready if not chunk.holds]
+        held = [chunk for chunk in ready if chunk.holds]
+        for keyed in (self.ready, self.pending):
+            for key, chunk in keyed.items():
+                require(chunk.key is key, f"the chunk of {chunk.key!r} is kept under {key!r}")
+        require(not self.ready.keys() & self.pending.keys(), "a key is ready and pending")
+        everything = [*ready, *pending, *self._removed, *self._ended]
+        require(len(set(everything)) == len(everything), "a chunk is in two states")
+        require(all(chunk.holds >= 0 for chunk in everything), "a count of holds is negative")
+        require(not any(chunk.holds for chunk in pending), "a pending chunk is held")
+        require(not any(chunk.holds for chunk in self._ended), "an ended chunk is held")
+        require(not any(c.is_removed for c in (*ready, *pending)), "a chunk is removed and found")
+        require(all(chunk.is_removed for chunk in self._removed), "a removed chunk is not marked")
+        self._check_bytes("ready", ready, self._ready_bytes)
+        self._check_bytes("pending", pending, self._pending_bytes)
+        self._check_bytes("evictable", idle, self.evictable_bytes)
+        self._check_bytes("removed", self._removed, self._removed_bytes)
+        self._check_bytes("ended", self._ended, self._ended_bytes)
+        require(len(self.policy) == len(idle), "the policy orders more or fewer chunks")
+        self.policy.check(idle, held, require)
+
+    def _check_bytes(self, state: str, chunks: Iterable[Chunk[K, V]], num_bytes: int) -> None:
+        expected = total_bytes(chunks)
+        self._require(expected == num_bytes, f"{num_bytes} {state} bytes should be {expected}")
+
+    def _require(self, holds: bool, message: str) -> None:
+        if not holds:
+            raise HeapCorruptionError(f"{message}; {self.stats()}")

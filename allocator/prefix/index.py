@@ -1,0 +1,457 @@
+"""``PrefixIndex``: which chunks are stored under which keys, and which of them are evicted next.
+
+Books only: no bytes, no tensor, no address space. A key leads to a value of the caller's (an
+address, a ``MemoryObj``, a group and an address) and a size in bytes. A serving engine's scheduler
+asks it what a request finds, protects what is being read, and learns from it what to free.
+
+>>> index = PrefixIndex()
+>>> store = index.begin(["a", "b", "c"], [0, 4096, 8192], 4096)  # copies begin
+>>> index.prefix_length(["a", "b", "z"])
+0
+>>> store.complete()  # the copies have ended
+[]
+>>> index.prefix_length(["a", "b", "z"])
+2
+>>> with index.hold(["a", "b"]) as hold:  # a load begins
+...     index.evict(8192), index.evict(4096), hold.values
+(None, [('c', 8192)], [0, 4096])
+>>> index.remove(["a"]), index.clear()
+([('a', 0)], [('b', 4096)])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence, Sized
+from operator import index as as_int
+from types import TracebackType
+from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
+
+from kvheap.errors import LifetimeError
+from kvheap.prefix.books import Books, Chunk, IndexStats, OpenChunks
+from kvheap.prefix.policies.base import EvictionPolicy
+from kvheap.prefix.policies.lru import LRU
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["ChunkState", "Hold", "IndexStats", "PendingStore", "PrefixIndex"]
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+ChunkState: TypeAlias = Literal["ready", "pending", "absent"]
+"""``ready``: found by look-ups; ``pending``: its store has not ended; ``absent``: neither."""
+
+
+class PrefixIndex(Generic[K, V]):
+    """Chunks by key, in the states pending and ready, with an order of eviction.
+
+    A chunk is *pending* from :meth:`begin` until its store is completed or aborted. Once it is
+    completed it is *ready*, and look-ups find it. A ready chunk that no hold protects can be
+    evicted. A chunk that is removed while it is held or pending is no longer found, but its value
+    stays here until the last hold or the store ends.
+
+    The index frees nothing. Every value that is passed in comes back exactly once, as a pair (key,
+    value) in a list that a call returns: :meth:`evict`, :meth:`remove`, :meth:`clear`,
+    :meth:`take_ended`, ``hold.release()``, ``store.complete()`` or ``store.abort()``. Each such
+    list holds everything that has ended and was not returned before, so one batched free after
+    the call suffices. The end of a ``with`` block returns nothing; what it ends is in the next
+    list.
+
+    An exception in the middle of a call, for example a ``KeyboardInterrupt`` or one from a key's
+    ``__hash__`` or ``__eq__``, leaves the index whole. A :meth:`begin` or :meth:`hold` that raises
+    has not happened. Any other call has not happened, or the next call finishes it.
+
+    Not thread-safe: it belongs to one scheduler.
+
+    =============  ==========================================================================
+    purpose        methods
+    =============  ==========================================================================
+    look up        ``prefix_length``, ``state``, ``in``, ``values``, ``missing``, ``len``
+    use            ``touch``, ``hold``
+    store          ``begin``; ``complete`` and ``abort`` of the store that it returns
+    make room      ``evict``, ``remove``, ``clear``, ``take_ended``
+    watch          ``stats``, ``evictable_bytes``, ``check``
+    =============  ==========================================================================
+
+    Complexities below are for N keys among n chunks; P is what the policy takes for one chunk,
+    O(1) with those of :mod:`kvheap.prefix.policies`. No cost depends on how many chunks are ready,
+    held or pending, unless it says so.
+
+    Args:
+        policy: the order of eviction, a new object that no other index uses; None: ``LRU()``.
+
+    Raises:
+        ValueError: the policy orders chunks already.
+    """
+
+    def __init__(self, policy: EvictionPolicy | None = None) -> None:
+        policy = LRU() if policy is None else policy
+        if len(policy):
+            raise ValueError(f"the {policy.name} policy is another index's: each needs a new one")
+        self._books: Books[K, V] = Books(policy)
+
+    # -- look up -------------------------------------------------------------------------------
+
+    def prefix_length(self, keys: Iterable[K]) -> int:
+        """How many leading keys are ready: what a request need not compute. O(result).
+
+        >>> index = PrefixIndex()
+        >>> index.begin([1, 2], ["x", "y"], 10).complete()
+        []
+        >>> index.prefix_length([1, 3, 2])
+        1
+        """
+        ready = self._settled().ready
+        length = 0
+        for key in keys:
+            if key not in ready:
+                break
+            length += 1
+        return length
+
+    def state(self, key: K) -> ChunkState:
+        """Whether the chunk of a key is ready, pending or absent. O(1)."""
+        books = self._settled()
+        if key in books.ready:
+            return "ready"
+        return "pending" if key in books.pending else "absent"
+
+    def __contains__(self, key: K) -> bool:
+        """Whether the chunk of a key is ready. O(1)."""
+        return key in self._settled().ready
+
+    def __len__(self) -> int:
+        """How many chunks are ready. O(1)."""
+        return len(self._settled().ready)
+
+    def values(self, keys: Iterable[K]) -> list[V]:
+        """The values of ready chunks, in the order of the keys. O(N).
+
+        Raises:
+            KeyError: a key, which it names, is not ready.
+        """
+        ready = self._settled().ready
+        return [ready[key].value for key in keys]
+
+    def missing(self, keys: Iterable[K]) -> list[K]:
+        """The keys that are neither ready nor pending, each once: what is to be stored. O(N).
+
+        >>> index = PrefixIndex()
+        >>> store = index.begin([1], ["x"], 10)
+        >>> index.missing([1, 2, 3, 2])
+        [2, 3]
+        """
+        books = self._settled()
+        ready, pending = books.ready, books.pending
+        return [key for key in dict.fromkeys(keys) if key not in ready and key not in pending]
+
+    # -- use -----------------------------------------------------------------------------------
+
+    def touch(self, keys: Iterable[K]) -> None:
+        """Tell the policy that one request used chunks. O(N * P).
+
+        Args:
+            keys: the request's keys, the head of the prefix first. A key that is not ready is
+                skipped, and one that is named twice counts once.
+        """
+        books = self._settled()
+        find = books.ready.get
+        books.touch([chunk for key in dict.fromkeys(keys) if (chunk := find(key)) is not None])
+
+    def hold(self, keys: Iterable[K]) -> Hold[K, V]:
+        """Protect ready chunks from eviction until the hold is released. O(N * P).
+
+        Holds nest: a chunk can be evicted when every hold on it has been released. Holding a
+        chunk does not count as a use of it; see :meth:`touch`.
+
+        Args:
+            keys: the head of the prefix first. A key that is named twice is held once.
+
+        Returns:
+            The hold. It is a context manager too, whose end releases it. A hold that is dropped
+            without being released protects its chunks for ever.
+
+        Raises:
+            KeyError: a key, which it names, is not ready; nothing is held.
+        """
+        books = self._settled()
+        ready = books.ready
+        chunks = {key: ready[key] for key in keys}
+        hold = Hold(books, OpenChunks(chunks))
+        books.hold(chunks)
+        return hold
+
+    # -- store ---------------------------------------------------------------------------------
+
+    def begin(
+        self, keys: Sequence[K], values: Sequence[V], size_bytes: int | Sequence[int]
+    ) -> PendingStore[K, V]:
+        """Enter chunks whose bytes are on their way. They are found once they are completed. O(N).
+
+        Args:
+            keys: N keys, the head of the prefix first, none of them ready or pending.
+            values: a value for each key.
+            size_bytes: a positive number of bytes for each key, or one for all: what freeing the
+                chunk gives back.
+
+        Returns:
+            The store, which must be completed or aborted. A store that is dropped instead leaves
+            its chunks pending for ever.
+
+        Raises:
+            ValueError: a key is ready or pending already, or named twice; a size is not positive;
+                or the lists differ in length. The key is named.
+            TypeError: a size is not an integer, or a key cannot be hashed.
+            After any of them nothing is entered, and the values are still the caller's.
+        """
+        books = self._settled()
+        if len(keys) != len(values):
+            raise ValueError(f"{len(keys)} keys need as many values, got {len(values)}")
+        chunks = {
+            key: Chunk(key, value, size, hash(key))
+            for key, value, size in zip(keys, values, _sizes(keys, size_bytes), strict=True)
+        }
+        _require_new(books, keys, chunks)
+        store = PendingStore(books, OpenChunks(chunks))
+        books.begin(chunks)
+        return store
+
+    # -- make room -----------------------------------------------------------------------------
+
+    def evict(self, num_bytes: int, protected: Iterable[K] = ()) -> list[tuple[K, V]] | None:
+        """End ready chunks that no hold protects, in the policy's order, whole or not at all.
+
+        O((V + protected) * P) for V chunks that are evicted.
+
+        Args:
+            num_bytes: how many bytes to free at least.
+            protected: keys that must stay, the head of the prefix first, as if they were held
+                during the call. Keys that are not ready have no effect.
+
+        Returns:
+            Keys and values of what has ended, for the caller to free. None if all chunks that may
+            go have fewer bytes together; nothing is evicted then.
+
+        Raises:
+            ValueError: ``num_bytes`` is negative.
+        """
+        if num_bytes < 0:
+            raise ValueError(f"num_bytes must be non-negative, got {num_bytes}")
+        books = self._settled()
+        find = books.ready.get
+        found = [chunk for key in dict.fromkeys(protected) if (chunk := find(key)) is not None]
+        kept = [chunk for chunk in found if not chunk.holds]
+        if num_bytes > books.evictable_bytes - sum([chunk.size_bytes for chunk in kept]):
+            return None
+        if num_bytes:
+            books.evict(num_bytes, kept)
+        return books.take_ended()
+
+    def remove(self, keys: Iterable[K]) -> list[tuple[K, V]]:
+        """End chunks whatever the policy thinks of them; look-ups no longer find them. O(N * P).
+
+        Args:
+            keys: of ready or pending chunks. Others are skipped.
+
+        Returns:
+            Keys and values of what has ended, for the caller to free. A chunk that is held or
+            pending ends later, with its last hold or its store, and is in the list returned then.
+        """
+        books = self._settled()
+        wanted = dict.fromkeys(keys)
+        find_ready, find_pending = books.ready.get, books.pending.get
+        ready = [chunk for key in wanted if (chunk := find_ready(key)) is not None]
+        pending = [chunk for key in wanted if (chunk := find_pending(key)) is not None]
+        books.remove(ready, pending)
+        return books.take_ended()
+
+    def clear(self) -> list[tuple[K, V]]:
+        """End all chunks, as :meth:`remove` does, and let the policy forget its history. O(n)."""
+        books = self._settled()
+        books.clear()
+        return books.take_ended()
+
+    def take_ended(self) -> list[tuple[K, V]]:
+        """Keys and values of what has ended and was not returned before. O(result).
+
+        That is what ``with`` blocks and interrupted calls have ended. The caller frees it.
+        """
+        return self._settled().take_ended()
+
+    # -- watch ---------------------------------------------------------------------------------
+
+    @property
+    def evictable_bytes(self) -> int:
+        """How many bytes :meth:`evict` could free. O(1)."""
+        return self._settled().evictable_bytes
+
+    def stats(self) -> IndexStats:
+        """Chunks and bytes by state. O(1).
+
+        >>> index = PrefixIndex()
+        >>> index.begin([1, 2], ["x", "y"], [10, 20]).complete([1])
+        []
+        >>> stats = index.stats()
+        >>> stats.ready_bytes, stats.pending_bytes, stats.evictable_chunks
+        (10, 20, 1)
+        """
+        return self._settled().stats()
+
+    def check(self) -> None:
+        """Check every invariant. O(n).
+
+        Raises:
+            HeapCorruptionError: one does not hold: a bug in kvheap or in the policy.
+        """
+        self._settled().check()
+
+    def __repr__(self) -> str:
+        """The policy and the counts."""
+        return f"PrefixIndex({self._books.policy.name}, {self._books.stats()})"
+
+    def _settled(self) -> Books[K, V]:
+        """The books, after making good what an exception interrupted."""
+        books = self._books
+        if books.unfinished is not None:
+            books.settle()
+        return books
+
+
+class _Handle(Generic[K, V]):
+    """What holds and stores share: the keys that they have not given up."""
+
+    __slots__ = ("_books", "_is_empty", "_open")
+
+    def __init__(self, books: Books[K, V], open_chunks: OpenChunks[K, V]) -> None:
+        self._books = books
+        self._open = open_chunks
+        self._is_empty = not open_chunks.chunks  # from the beginning
+
+    @property
+    def keys(self) -> list[K]:
+        """The keys that have not ended, in the order that they were given in."""
+        return list(self._open.chunks)
+
+    @property
+    def values(self) -> list[V]:
+        """The values of those keys. They are valid even if the chunks were removed meanwhile."""
+        return [chunk.value for chunk in self._open.chunks.values()]
+
+    def __len__(self) -> int:
+        """How many keys have not ended."""
+        return len(self._open.chunks)
+
+    def _select(self, keys: Iterable[K] | None) -> dict[K, Chunk[K, V]]:
+        """The chunks of ``keys``; None: of all keys that have not ended."""
+        self._books.settle()
+        chunks = self._open.chunks
+        return chunks if keys is None else {key: chunks[key] for key in keys}
+
+    def __repr__(self) -> str:
+        """How many keys have not ended."""
+        return f"{type(self).__name__}({len(self)} chunks)"
+
+
+class Hold(_Handle[K, V]):
+    """Ready chunks that are protected from eviction. Made by :meth:`PrefixIndex.hold`."""
+
+    __slots__ = ()
+
+    def release(self, keys: Iterable[K] | None = None) -> list[tuple[K, V]]:
+        """End the hold. Once it is released, a second call changes nothing. O(N * P).
+
+        Args:
+            keys: end it for these only; None: for all that are left.
+
+        Returns:
+            Keys and values of what has ended, for the caller to free: among others the chunks
+            that were removed while they were held.
+
+        Raises:
+            KeyError: a key, which it names, is not held by this hold; nothing is released.
+        """
+        self._books.release(self._open, self._select(keys))
+        return self._books.take_ended()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._books.release(self._open, self._select(None))
+
+
+class PendingStore(_Handle[K, V]):
+    """Chunks whose bytes are on their way. Made by :meth:`PrefixIndex.begin`."""
+
+    __slots__ = ()
+
+    def complete(self, keys: Iterable[K] | None = None) -> list[tuple[K, V]]:
+        """Make chunks ready, because their bytes have arrived. O(N * P).
+
+        Args:
+            keys: complete these only; None: all that are left.
+
+        Returns:
+            Keys and values of what has ended, for the caller to free: among others the chunks
+            that were removed while they were pending, which do not become ready.
+
+        Raises:
+            KeyError: a key, which it names, is not pending in this store; nothing is completed.
+            LifetimeError: the whole store is completed or aborted already.
+        """
+        chunks = self._select(keys)
+        if not self._open.chunks and not self._is_empty:
+            raise LifetimeError("this store is completed or aborted already")
+        self._books.complete(self._open, chunks)
+        return self._books.take_ended()
+
+    def abort(self, keys: Iterable[K] | None = None) -> list[tuple[K, V]]:
+        """End chunks, because their bytes will not arrive. O(N).
+
+        On a store that is completed or aborted as a whole it changes nothing.
+
+        Args:
+            keys: abort these only; None: all that are left.
+
+        Returns:
+            Keys and values of what has ended, for the caller to free.
+
+        Raises:
+            KeyError: a key, which it names, is not pending in this store; nothing is aborted.
+        """
+        self._books.abort(self._open, self._select(keys))
+        return self._books.take_ended()
+
+
+def _sizes(keys: Sequence[object], size_bytes: int | Sequence[int]) -> list[int]:
+    """The bytes of each key's chunk."""
+    if isinstance(size_bytes, Sized):
+        sizes = [as_int(size) for size in size_bytes]
+    else:
+        sizes = [as_int(size_bytes)] * len(keys)
+    if len(sizes) != len(keys):
+        raise ValueError(f"{len(keys)} keys need as many sizes, got {len(sizes)}")
+    if sizes and min(sizes) <= 0:
+        at = next(at for at, size in enumerate(sizes) if size <= 0)
+        raise ValueError(f"size_bytes of {keys[at]!r} must be positive, got {sizes[at]}")
+    return sizes
+
+
+def _require_new(books: Books[K, V], keys: Sequence[K], chunks: dict[K, Chunk[K, V]]) -> None:
+    """Refuse keys that are in the books, or named twice."""
+    if not books.ready.keys().isdisjoint(chunks):
+        key = next(key for key in chunks if key in books.ready)
+        raise ValueError(f"{key!r} is stored already")
+    if not books.pending.keys().isdisjoint(chunks):
+        key = next(key for key in chunks if key in books.pending)
+        raise ValueError(f"{key!r} is being stored already")
+    if len(chunks) != len(keys):
+        seen: set[K] = set()
+        key = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{key!r} is named twice")

@@ -1,0 +1,73 @@
+"""What a store takes chunks from: arguments are checked before anything is evicted for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.heap import BlockObjects, layout_and_addresses
+from kvheap.engine.chunks import chunk_shape, dim_order_of
+from kvheap.kernels.chunk_layout import ChunkLayout
+from kvheap.kernels.paged_slots import count_tokens
+
+if TYPE_CHECKING:
+    from kvheap.kernels.paged_layout import PagedKVCache
+    from kvheap.kernels.paged_slots import Slots
+
+__all__ = ["engine_chunk_tokens", "require_blocks", "require_tensor"]
+
+
+def require_tensor(layout: BlockLayout, num_chunks: int, source: torch.Tensor) -> None:
+    """Refuse a tensor that does not hold so many chunks of a layout.
+
+    Raises:
+        ValueError: the shape or the dtype differs.
+    """
+    shape, dtype = (num_chunks, *layout.shapes[0]), layout.dtypes[0]
+    if len(layout.shapes) > 1:
+        shape, dtype = (num_chunks, layout.size_bytes), torch.uint8
+    if tuple(source.shape) != shape:
+        raise ValueError(f"source must have shape {shape}, got {tuple(source.shape)}")
+    if source.dtype != dtype:
+        raise ValueError(f"source must be {dtype}, got {source.dtype}")
+
+
+def require_blocks(layout: BlockLayout, num_chunks: int, blocks: BlockObjects) -> None:
+    """Refuse blocks that are not so many of a layout.
+
+    Raises:
+        ValueError: the number or the layout differs.
+        LifetimeError: a block is freed.
+        ForeignObjectError: the blocks are of several heaps.
+    """
+    if len(blocks) != num_chunks:
+        raise ValueError(f"{num_chunks} keys need as many blocks, got {len(blocks)}")
+    if num_chunks:
+        found, _ = layout_and_addresses(blocks)
+        if found != layout:
+            raise ValueError(f"the blocks must be {layout}, got {found}")
+
+
+def engine_chunk_tokens(
+    layout: BlockLayout, num_chunks: int, cache: PagedKVCache, slots: Slots
+) -> int:
+    """How many tokens of an engine's cache a chunk of a layout holds.
+
+    Raises:
+        ValueError: the chunks of the cache differ from the layout, or the slots do not make so
+            many chunks.
+    """
+    if len(layout.shapes) != 1:
+        raise ValueError(f"chunks of one group can be stored from an engine, not {layout}")
+    order = dim_order_of(layout.fmt)
+    chunk = ChunkLayout.of(order, layout.shapes[0], layout.dtypes[0].itemsize)
+    shape = chunk_shape(cache, layout.fmt, chunk.num_tokens, cache.num_layers)
+    if shape != tuple(layout.shapes[0]) or cache.dtype != layout.dtypes[0]:
+        raise ValueError(f"the cache's chunks are {shape} {cache.dtype}, not {layout}")
+    num_tokens = count_tokens(slots, cache.block_size)
+    found = chunk.num_chunks(num_tokens, cache.num_layers)
+    if found != num_chunks:
+        raise ValueError(f"{num_chunks} keys need as many chunks, but the slots make {found}")
+    return chunk.num_tokens

@@ -1,0 +1,130 @@
+"""What a replay times: the heap's calls one by one, and copies on their device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+
+from kvheap.addresses.address_manager import AddressManager
+from kvheap.blocks.block_layout import Dtypes, Shapes
+from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
+from kvheap.blocks.memory_format import MemoryFormat
+from kvheap.heaps.tensor_allocator import AllocatorStats, TensorMemoryAllocator
+from kvheap.kernels.paged_layout import PagedKVCache
+from kvheap.kernels.paged_slots import Slots
+
+__all__ = ["Stopwatch", "TimedHeap"]
+
+
+class TimedHeap:
+    """A heap, as a ``PrefixStore`` uses it, that remembers how long its calls took.
+
+    Times are of the host, in seconds, from call to return. Calls that fail, or do not fit, do not
+    count.
+
+    Args:
+        heap: the heap that does the work.
+
+    Attributes:
+        heap: as given.
+        allocations: seconds and number of blocks of each ``batched_allocate`` or
+            ``batched_store``; the launch of the copy is included.
+        frees: seconds and number of blocks of each ``batched_free``.
+    """
+
+    def __init__(self, heap: TensorMemoryAllocator) -> None:
+        self.heap = heap
+        self.allocations: list[tuple[float, int]] = []
+        self.frees: list[tuple[float, int]] = []
+
+    @property
+    def address_manager(self) -> AddressManager:
+        """The heap's."""
+        return self.heap.address_manager
+
+    def batched_allocate(
+        self,
+        shape: Shapes,
+        dtype: Dtypes,
+        batch_size: int,
+        fmt: MemoryFormat = MemoryFormat.KV_2LTD,
+        source: torch.Tensor | None = None,
+    ) -> MemoryBatch | None:
+        """Allocate and fill blocks, timed; see ``TensorMemoryAllocator.batched_allocate``."""
+        start = perf_counter()
+        batch = self.heap.batched_allocate(shape, dtype, batch_size, fmt, source=source)
+        return self._allocated(batch, start)
+
+    def batched_store(
+        self,
+        cache: PagedKVCache,
+        slots: Slots,
+        chunk_tokens: int = 256,
+        fmt: MemoryFormat | None = None,
+    ) -> MemoryBatch | None:
+        """Allocate and fill chunks, timed; see ``TensorMemoryAllocator.batched_store``."""
+        start = perf_counter()
+        return self._allocated(self.heap.batched_store(cache, slots, chunk_tokens, fmt), start)
+
+    def _allocated(self, batch: MemoryBatch | None, start: float) -> MemoryBatch | None:
+        if batch is not None:
+            self.allocations.append((perf_counter() - start, len(batch)))
+        return batch
+
+    def batched_free(self, objs: Iterable[MemoryObj]) -> None:
+        """Free blocks, timed; see ``TensorMemoryAllocator.batched_free``."""
+        blocks = list(objs)
+        start = perf_counter()
+        self.heap.batched_free(blocks)
+        self.frees.append((perf_counter() - start, len(blocks)))
+
+    def max_batch(self, shape: Shapes, dtype: Dtypes) -> int:
+        """How many blocks one ``batched_allocate`` could have now."""
+        return self.heap.max_batch(shape, dtype)
+
+    def stats(self) -> AllocatorStats:
+        """The heap's counters."""
+        return self.heap.stats()
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Seconds spent in copies: on a GPU by events that are added up at the end, else by the clock.
+
+    Attributes:
+        device: where the copies run.
+    """
+
+    device: torch.device
+    _seconds: float = 0.0
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Count what the block takes."""
+        if self.device.type == "cuda":
+            begin, end = _timing_event(), _timing_event()
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            start = perf_counter()
+            yield
+            self._seconds += perf_counter() - start
+
+    def total_seconds(self) -> float:
+        """Seconds so far; waits for a GPU."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
+            self._events.clear()
+        return self._seconds
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,0 +1,112 @@
+"""Replay against a naive model of the default policy, and with every other one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from kvheap import TensorMemoryAllocator
+from kvheap.prefix import POLICIES
+from kvheap.replay.copies import EngineCopies
+from kvheap.replay.engine_cache import EngineCache
+from kvheap.replay.geometry import GEOMETRIES, Geometry
+from kvheap.replay.replay import Replay
+from kvheap.replay.trace import synthetic_trace
+
+TINY, SMALL = GEOMETRIES["tiny"], GEOMETRIES["small"]
+
+
+def heap_of(chunks: int, geometry: Geometry = TINY) -> TensorMemoryAllocator:
+    buffer = torch.zeros(chunks * geometry.chunk_bytes, dtype=torch.uint8)
+    return TensorMemoryAllocator(buffer, on_full=None)
+
+
+class NaiveCache:
+    """The default policy in so many words: a list, least recently used first."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.order: list[int] = []
+        self.hits = self.evicted = 0
+
+    def serve(self, ids: list[int]) -> None:
+        hits = 0
+        while hits < len(ids) and ids[hits] in self.order:
+            hits += 1
+        self.hits += hits
+        pinned = set(ids) & set(self.order)
+        missing = [i for i in dict.fromkeys(ids[hits:]) if i not in self.order]
+        while len(self.order) + len(missing) > self.capacity:
+            self.order.remove(next(i for i in self.order if i not in pinned))
+            self.evicted += 1
+        self.order += missing
+        for i in reversed(ids):
+            self.order.remove(i)
+            self.order.append(i)
+
+
+def order_of(replay: Replay) -> list[int]:
+    return [chunk.key for chunk in replay.store._index._books.policy._order]
+
+
+def random_ids(source: random.Random) -> list[int]:
+    """One of six prefixes, and then anything, also ids named twice and ids behind a gap."""
+    prompt = source.randrange(6)
+    ids = [100 * prompt + i for i in range(source.randint(1, 8))]
+    return ids + [source.randrange(1000) for _ in range(source.randint(0, 4))]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_evicts_what_the_naive_model_evicts(seed: int) -> None:
+    source = random.Random(seed)
+    replay, model = Replay(heap_of(20), TINY), NaiveCache(20)
+    for _ in range(300):
+        ids = random_ids(source)
+        replay.serve(ids)
+        model.serve(ids)
+        assert order_of(replay) == model.order
+    assert (replay.hits, replay.store.stats().evicted_chunks) == (model.hits, model.evicted)
+    assert replay.mismatches == 0
+    assert model.evicted > 100
+    replay.heap.address_manager.check()
+    replay.store.check()
+
+
+def test_an_engine_that_holds_two_chunks_changes_nothing() -> None:
+    source, model = random.Random(1), NaiveCache(20)
+    engine = EngineCache("vllm-flash-nhd", SMALL, torch.device("cpu"), num_blocks=64)
+    assert engine.num_chunks == 2
+    replay = Replay(heap_of(20, SMALL), SMALL, EngineCopies(engine))
+    for _ in range(60):
+        ids = random_ids(source)
+        replay.serve(ids)
+        model.serve(ids)
+        assert order_of(replay) == model.order
+    assert (replay.hits, replay.mismatches) == (model.hits, 0)
+    assert model.evicted > 20
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_serves_the_same_traffic_and_every_byte_is_right(name: str) -> None:
+    replay = Replay(heap_of(300), TINY, policy=POLICIES[name]())
+    replay.run(synthetic_trace(400))
+    assert replay.hits + replay.stored + replay.resident == replay.block_refs
+    evicted = replay.store.stats().evicted_chunks
+    assert evicted == replay.stored - len(replay.store)
+    assert evicted > 200
+    assert replay.mismatches == 0
+    replay.store.check()
+    replay.store.close()
+    assert replay.heap.heap.leaks() == ()
+
+
+def test_calls_of_the_heap_are_timed_with_their_blocks() -> None:
+    replay = Replay(heap_of(4), TINY)
+    replay.serve([1, 2, 3])
+    replay.serve([1, 2, 3])
+    replay.serve([4, 5, 6])
+    assert [blocks for _, blocks in replay.heap.allocations] == [3, 3]
+    assert [blocks for _, blocks in replay.heap.frees] == [2]
+    assert all(seconds > 0 for seconds, _ in replay.heap.allocations + replay.heap.frees)
