@@ -69,6 +69,7 @@ class HostMemoryAllocator(HostHeap):
         ValueError: an argument is wrong.
         OSError: the system does not provide the memory.
 
+    >>> import torch
     >>> with HostMemoryAllocator(1 << 20) as heap:
     ...     obj = heap.allocate([16], torch.float16)
     """
@@ -118,6 +119,7 @@ class PinMemoryAllocator(HostHeap):
         RuntimeError: something could not be pinned, or there is no CUDA, and ``allow_unpinned``
             is false.
 
+    >>> import torch
     >>> with PinMemoryAllocator(1 << 20, allow_unpinned=True) as heap:
     ...     obj = heap.allocate([16], torch.float16)
     """
