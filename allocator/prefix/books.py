@@ -45,11 +45,9 @@ class Chunk(CachedChunk, Generic[K, V]):
     __slots__ = ("holds", "is_removed", "key", "value")
 
     def __init__(self, key: K, value: V, size_bytes: int, fingerprint: int) -> None:
-        # The base class's attributes too: a call of its constructor would cost a quarter of this.
+        # The base class's attributes too: calling its constructor would cost a quarter more.
         self.size_bytes = size_bytes
         self.fingerprint = fingerprint
-        self.uses = 0
-        self.rank = self.queue = None
         self.key = key
         self.value = value
         self.holds = 0

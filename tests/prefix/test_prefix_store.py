@@ -56,6 +56,19 @@ def ready(store: PrefixStore, keys: Sequence[object]) -> list[object]:
     return [key for key in keys if key in store]
 
 
+def frees_of(store: PrefixStore, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks each ``batched_free`` from now on frees."""
+    freed: list[int] = []
+    batched_free = store.heap.batched_free
+
+    def counted_free(objs: list[MemoryObj]) -> None:
+        freed.append(len(objs))
+        batched_free(objs)
+
+    monkeypatch.setattr(store.heap, "batched_free", counted_free)
+    return freed
+
+
 class TestLookUp:
     def test_the_longest_stored_prefix_and_where_it_is(self) -> None:
         store = store_of(4, 1, 2, 3)
@@ -81,14 +94,7 @@ class TestEviction:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         store = store_of(4, 1, 2, 3, 4)
-        freed: list[int] = []
-        batched_free = store.heap.batched_free
-
-        def counted_free(objs: list[MemoryObj]) -> None:
-            freed.append(len(objs))
-            batched_free(objs)
-
-        monkeypatch.setattr(store.heap, "batched_free", counted_free)
+        freed = frees_of(store, monkeypatch)
         store.store([8, 9], contents([8, 9]))
         assert ready(store, range(10)) == [1, 2, 8, 9]
         assert freed == [2]
@@ -292,7 +298,9 @@ class TestOtherHolders:
         store.heap.batched_free(others)
         store.store([2, 3, 4], contents([2, 3, 4]))
 
-    def test_it_evicts_on_until_scattered_holes_are_large_enough(self) -> None:
+    def test_it_evicts_on_until_scattered_holes_are_large_enough(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Blocks of another user, half as large, leave half a chunk free at four places."""
         heap = heap_of(8, align_bytes=CHUNK // 2)
         store: PrefixStore = PrefixStore(heap, LAYOUT)
@@ -300,11 +308,13 @@ class TestOtherHolders:
         store.store([1, 2, 3, 4], contents([1, 2, 3, 4]))
         heap.batched_free(halves[::2])
         assert heap.stats().free_bytes == 2 * CHUNK
-        assert heap.max_batch(*[[LAYOUT.shapes[0]], [LAYOUT.dtypes[0]]]) == 0
-        store.store([5], contents([5]))
-        assert ready(store, range(10)) == [1, 2, 3, 5]
-        with store.hold([1, 2, 3, 5]), pytest.raises(RequestTooLargeError) as caught:
-            store.store([6], contents([6]))
+        assert heap.max_batch(LAYOUT.shapes[0], LAYOUT.dtypes[0]) == 0
+        freed = frees_of(store, monkeypatch)
+        store.store([5, 6], contents([5, 6]))
+        assert ready(store, range(10)) == [1, 2, 5, 6]
+        assert freed == [2]
+        with store.hold([1, 2, 5, 6]), pytest.raises(RequestTooLargeError) as caught:
+            store.store([7], contents([7]))
         assert caught.value.free_bytes == 2 * CHUNK
 
 

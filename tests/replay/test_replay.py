@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from naive_policies import NAIVE, Naive
 
 from kvheap import TensorMemoryAllocator
 from kvheap.prefix import POLICIES
@@ -72,6 +73,44 @@ def test_it_evicts_what_the_naive_model_evicts(seed: int) -> None:
     assert model.evicted > 100
     replay.heap.address_manager.check()
     replay.store.check()
+
+
+class NaiveServer:
+    """Requests through a naive policy: what is stored is held and used, then all in order."""
+
+    def __init__(self, policy: Naive, capacity: int) -> None:
+        self.policy = policy
+        self.capacity = capacity
+        self.hits = self.evicted = 0
+
+    def serve(self, ids: list[int]) -> None:
+        policy = self.policy
+        distinct = list(dict.fromkeys(ids))
+        stored = [i for i in distinct if i in policy.sizes]
+        missing = [i for i in distinct if i not in policy.sizes]
+        self.hits += next((n for n, i in enumerate(ids) if i not in policy.sizes), len(ids))
+        policy.hold(stored)
+        policy.touch(stored)
+        excess = len(policy.sizes) + len(missing) - self.capacity
+        if excess > 0:
+            self.evicted += len(policy.evict(excess))
+        policy.insert(missing, dict.fromkeys(missing, 1))
+        policy.release(distinct)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_request_uses_and_holds_its_chunks_once(name: str, seed: int) -> None:
+    source = random.Random(seed)
+    replay = Replay(heap_of(20), TINY, policy=POLICIES[name]())
+    model = NaiveServer(NAIVE[name](), 20)
+    for _ in range(300):
+        ids = random_ids(source)
+        replay.serve(ids)
+        model.serve(ids)
+        assert sorted(replay.store._index._books.ready) == sorted(model.policy.sizes)
+    assert (replay.hits, replay.store.stats().evicted_chunks) == (model.hits, model.evicted)
+    assert model.evicted > 100
 
 
 def test_an_engine_that_holds_two_chunks_changes_nothing() -> None:

@@ -16,8 +16,8 @@ class CachedChunk:
         size_bytes: bytes that its eviction frees.
         fingerprint: the hash of its key. It tells whether a chunk that is stored now was evicted
             before; two keys with one fingerprint cost hit rate, nothing else.
-        uses, rank, queue: the policy's own notes; nothing else reads or writes them. They stay
-            while the chunk is in use and out of the policy's order.
+        uses, rank, queue: the policy's own notes. Nothing else reads or writes them, so they are
+            not set before the policy sets them. They stay while the chunk is in use.
     """
 
     __slots__ = ("fingerprint", "queue", "rank", "size_bytes", "uses")
@@ -31,9 +31,6 @@ class CachedChunk:
     def __init__(self, size_bytes: int, fingerprint: int) -> None:
         self.size_bytes = size_bytes
         self.fingerprint = fingerprint
-        self.uses = 0
-        self.rank = None
-        self.queue = None
 
 
 class EvictionPolicy(ABC):

@@ -69,8 +69,9 @@ class ChunkLists:
     def first(self, *names: str) -> CachedChunk | None:
         """The first chunk of the first of these lists that has one; None if none has."""
         for name in names:
-            for chunk in self._orders[name]:
-                return chunk
+            order = self._orders[name]
+            if order:
+                return next(iter(order))
         return None
 
     def clear(self) -> None:
