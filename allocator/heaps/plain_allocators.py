@@ -45,7 +45,7 @@ class AdHocMemoryAllocator(BlockAllocator):
     ) -> None:
         super().__init__()
         self.device = torch.device(device)
-        self.lifetime = Lifetime(self._give_back, trace_frames)
+        self.lifetime = Lifetime(_keep_with_batch, trace_frames)
         self.idempotent_free = idempotent_free
 
     def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
@@ -91,9 +91,6 @@ class AdHocMemoryAllocator(BlockAllocator):
     def close_memory(self, timeout_s: float) -> None:
         """Nothing to do: each batch holds its memory."""
 
-    def _give_back(self, release: Release) -> None:
-        """Nothing to do: each batch holds its memory."""
-
     def __repr__(self) -> str:
         """The device."""
         return f"{type(self).__name__}({str(self.device)!r})"
@@ -116,3 +113,7 @@ class BufferAllocator(AdHocMemoryAllocator):
         first = shape[0]
         num_bytes = first if isinstance(first, (int, np.integer)) else first[0]
         return BlockLayout.of((int(num_bytes),), torch.uint8, MemoryFormat.BINARY_BUFFER)
+
+
+def _keep_with_batch(release: Release) -> None:
+    """Nothing to give back: each batch holds its memory."""

@@ -35,9 +35,10 @@ from kvheap.blocks.rows import Rows
 from kvheap.device.copy_device import CopyDevice
 from kvheap.engine import chunks
 from kvheap.heaps.block_tensors import require_gatherable, require_matching
+from kvheap.heaps.freed_bytes import FreedBytes
 from kvheap.heaps.segments import Segments, as_buffer
 from kvheap.heaps.waiting_space import WaitingSpace
-from kvheap.heaps.wiping import Poison, Scrub, Wiping
+from kvheap.heaps.wiping import Poison, Scrub
 
 __all__ = ["AllocatorStats", "TensorMemoryAllocator"]
 
@@ -145,11 +146,11 @@ class TensorMemoryAllocator(Heap):
         """What is free; use it to look, not to free what objects hold."""
         self.page_layout = page_layout
         self.idempotent_free = idempotent_free
-        self.lifetime = Lifetime(self._give_back, trace_frames)
-        self._segments = Segments((buffer,), (0,))
+        wiping = Poison() if debug else Scrub() if scrub else None
+        self._bytes = FreedBytes(address_manager, Segments((buffer,), (0,)), wiping)
+        self.lifetime = Lifetime(self._bytes.give_back, trace_frames)
         self._checked_layout: BlockLayout | None = None
         self._grow_lock = threading.Lock()
-        self._wiping: Wiping | None = Poison() if debug else Scrub() if scrub else None
         self._full_reporter = FullReporter(on_full, on_full_interval_s)
         self._space = WaitingSpace(
             address_manager, self.lifetime, self._full_reporter, stream_wait_s
@@ -186,9 +187,10 @@ class TensorMemoryAllocator(Heap):
         )
         if addresses is None:
             return None
-        if self._wiping is not None:
+        wiping = self._bytes.wiping
+        if wiping is not None:
             try:
-                self._wiping.allocated(addresses, self._open_segments())
+                wiping.allocated(addresses, self._open_segments())
             except BaseException:  # the bytes are poisoned still
                 self.address_manager.batched_free(addresses)
                 raise
@@ -201,7 +203,7 @@ class TensorMemoryAllocator(Heap):
             if batch is not None:
                 batch.disown()
             # Part of the source may have been written: wipe it, as after any free.
-            self._give_back(Release(addresses, 0, layout.__str__))
+            self._bytes.give_back(Release(addresses, 0, layout.__str__))
             raise
         return batch
 
@@ -283,19 +285,10 @@ class TensorMemoryAllocator(Heap):
 
     def merged_releases(self, releases: list[Release]) -> list[Release]:
         """One release for all blocks that wait for no stream, unless owners are told apart."""
-        if self._wiping is not None and self._wiping.tells_owners_apart:
+        wiping = self._bytes.wiping
+        if wiping is not None and wiping.tells_owners_apart:
             return releases
         return merged(releases)
-
-    def _give_back(self, release: Release) -> None:
-        """Put the bytes of a release into the free list, wiped if that was asked for."""
-        segments = self._segments
-        if self._wiping is not None and len(segments):  # none once the heap is closed
-            self._wiping.freed(release, segments)
-        if isinstance(release.blocks, AddressBatch):
-            self.address_manager.batched_free(release.blocks)
-        else:
-            self.address_manager.batched_free(release.blocks, release.sizes)
 
     # -- an engine's cache ---------------------------------------------------------------------
 
@@ -331,12 +324,12 @@ class TensorMemoryAllocator(Heap):
     @property
     def debug(self) -> bool:
         """Whether freed bytes are poisoned, and arguments on a device are checked."""
-        return isinstance(self._wiping, Poison)
+        return isinstance(self._bytes.wiping, Poison)
 
     @property
     def pinned_bytes(self) -> int:
         """Bytes of the heap that are page-locked host memory."""
-        return self._segments.pinned_bytes
+        return self._bytes.segments.pinned_bytes
 
     @property
     def total_allocated_size(self) -> int:
@@ -409,7 +402,7 @@ class TensorMemoryAllocator(Heap):
         Raises:
             ClosedError: the heap is closed.
         """
-        segments = self._segments  # before the check: closing empties them after it is closed
+        segments = self._bytes.segments  # before the check: closing empties them after it is closed
         self.require_open()
         return segments
 
@@ -440,7 +433,7 @@ class TensorMemoryAllocator(Heap):
         if not usable:
             raise ValueError(f"the buffer must have {unit} bytes or more, got {buffer.numel()}")
         with self._grow_lock:
-            before = self._segments
+            before = self._bytes.segments
             start, last_end = self.address_manager.get_heap_size(), before.end(unit)
             if start < last_end:
                 raise ValueError(
@@ -448,13 +441,13 @@ class TensorMemoryAllocator(Heap):
                     f"grown or cut before another follows"
                 )
             # Published before a block in it can be allocated.
-            self._segments = before.with_buffer(buffer, start)
+            self._bytes.segments = before.with_buffer(buffer, start)
             self._checked_layout = None
             try:
                 self.address_manager.sbrk(usable, new_segment=True)
             except BaseException:
                 if self.address_manager.get_heap_size() == start:
-                    self._segments = before
+                    self._bytes.segments = before
                 raise
 
     def close_memory(self, timeout_s: float) -> None:
@@ -469,4 +462,4 @@ class TensorMemoryAllocator(Heap):
                 f"({self.lifetime.pending_bytes} of its bytes are freed): the buffers are not "
                 f"released; close it again later"
             )
-        self._segments = Segments((), ())
+        self._bytes.segments = Segments((), ())

@@ -435,14 +435,14 @@ class TestStreams:
         for _ in range(2):  # a close that gave up is not forgotten
             with pytest.raises(TimeoutError, match="the buffers are not released"):
                 heaps[0].close(timeout_s=0.05)
-            assert len(heaps[0]._segments)
+            assert len(heaps[0]._bytes.segments)
             with pytest.raises(ClosedError):
                 heaps[0].allocate([1], torch.uint8)
         threading.Timer(0.02, stream.finish).start()
         heaps[1].close()
         assert stream.done == 1
         heaps[0].close()
-        assert not len(heaps[0]._segments)
+        assert not len(heaps[0]._bytes.segments)
         heaps[0].close()
 
     @pytest.mark.parametrize("timeout_s", [-1.0, float("nan")])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -31,9 +33,11 @@ from kvheap import (
     MemoryFormat,
     MixedMemoryAllocator,
     NegativeBatchSizeError,
+    PagedKVCache,
     PagedTensorMemoryAllocator,
     PinMemoryAllocator,
     TensorMemoryAllocator,
+    offload,
 )
 
 PAGE = 4096
@@ -621,3 +625,55 @@ def test_a_host_buffer_of_ones_own(tmp_path: object) -> None:
     with HostMemoryAllocator(4 * PAGE, host_buffer=buffer, populate=True) as heap:
         assert heap.stats().heap_bytes == 4 * PAGE
     assert buffer.closed
+
+
+@pytest.mark.parametrize("options", [{}, {"scrub": True}, {"debug": True, "trace_frames": 2}])
+@pytest.mark.parametrize(
+    "use",
+    [
+        "nothing",
+        "freed",
+        "dropped",
+        "lease ended",
+        "grown",
+        "full",
+        "stored",
+        "offloaded",
+        "viewed",
+    ],
+)
+def test_a_dropped_heap_frees_its_memory_at_once(options: dict[str, object], use: str) -> None:
+    """Engines freeze the cycle collector: no cycle may hold a buffer."""
+    memory = np.zeros(16 * PAGE, np.uint8)
+    buffer = torch.from_numpy(memory)
+    heap = TensorMemoryAllocator(buffer, on_full=None, **options)  # type: ignore[arg-type]
+    gc.collect()
+    gc.disable()
+    try:
+        batch = heap.batched_allocate([PAGE], torch.uint8, 4, source=buffer.new_ones(4, PAGE))
+        assert batch is not None
+        if use == "freed":
+            heap.batched_free(batch, out=torch.empty(4, PAGE, dtype=torch.uint8))
+        elif use == "dropped":
+            del batch
+            heap.stats()
+        elif use == "lease ended":  # one that is held keeps its block, and the heap
+            batch[0].pin(ttl=3600).release()
+        elif use == "grown":
+            heap.add_buffer(torch.zeros(PAGE, dtype=torch.uint8))
+        elif use == "full":
+            assert heap.allocate([99 * PAGE], torch.uint8) is None
+        elif use == "stored":
+            cache = PagedKVCache.of("mla", [torch.zeros(4, 16, 8, dtype=torch.uint8)])
+            heap.batched_load(heap.batched_store(cache, range(64), 16), cache, range(64))
+        elif use == "offloaded":
+            with HostMemoryAllocator(1 << 16) as far:
+                offload(batch, far).transfer.result()  # type: ignore[union-attr]
+        elif use == "viewed":
+            assert heap.view(batch.metadata)[1].tensor is not None
+        its_heap, its_memory = weakref.ref(heap), weakref.ref(memory)
+        heap = batch = buffer = memory = cache = None  # type: ignore[assignment]
+        assert its_heap() is None
+        assert its_memory() is None
+    finally:
+        gc.enable()

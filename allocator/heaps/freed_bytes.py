@@ -1,0 +1,44 @@
+"""``FreedBytes``: where a heap's bytes are, and how freed ones return to its free list.
+
+A part of its own so that no cycle of references holds the buffers: a heap's ``Lifetime`` calls this
+object, and this object knows neither of the two. A dropped heap frees its memory at once.
+"""
+
+from __future__ import annotations
+
+from kvheap.addresses.address_batch import AddressBatch
+from kvheap.addresses.address_manager import AddressManager
+from kvheap.blocks.release import Release
+from kvheap.heaps.segments import Segments
+from kvheap.heaps.wiping import Wiping
+
+__all__ = ["FreedBytes"]
+
+
+class FreedBytes:
+    """Puts the bytes of releases into the free list, wiped if that was asked for.
+
+    Args:
+        address_manager: the free list.
+        segments: the heap's buffers.
+        wiping: what is done to freed bytes; None: nothing.
+    """
+
+    def __init__(
+        self, address_manager: AddressManager, segments: Segments, wiping: Wiping | None
+    ) -> None:
+        self._address_manager = address_manager
+        self.segments = segments
+        """The heap's buffers now; replaced as a whole when the heap grows or closes."""
+        self.wiping = wiping
+        """What is done to freed bytes; None: nothing."""
+
+    def give_back(self, release: Release) -> None:
+        """Free the bytes of a release."""
+        segments = self.segments
+        if self.wiping is not None and len(segments):  # none once the heap is closed
+            self.wiping.freed(release, segments)
+        if isinstance(release.blocks, AddressBatch):
+            self._address_manager.batched_free(release.blocks)
+        else:
+            self._address_manager.batched_free(release.blocks, release.sizes)
