@@ -92,6 +92,11 @@ class BlockLayout:
             return (self.size_bytes,), torch.uint8
         return tuple(self.shapes[0]), self.dtypes[0]
 
+    @property
+    def packed_elements(self) -> int:
+        """Elements of a block in a tensor of blocks; see :attr:`packed`."""
+        return math.prod(self.packed[0])
+
     def view(self, block: torch.Tensor, group: int = 0) -> torch.Tensor:
         """Group ``group`` of a block's bytes, uint8 ``[size_bytes]``, without a copy."""
         begin, end = self.offsets[group], self.offsets[group + 1]

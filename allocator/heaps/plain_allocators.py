@@ -20,12 +20,13 @@ from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.release import Release
 from kvheap.blocks.rows import Rows
 from kvheap.errors import NegativeBatchSizeError
+from kvheap.heaps.block_tensors import require_gatherable, require_matching
 
 __all__ = ["AdHocMemoryAllocator", "BufferAllocator"]
 
 
 class AdHocMemoryAllocator(BlockAllocator):
-    """Allocates each batch as a tensor of its own. A ``source`` may have any shape and dtype.
+    """Allocates each batch as a tensor of its own.
 
     Args:
         device: where.
@@ -64,23 +65,27 @@ class AdHocMemoryAllocator(BlockAllocator):
             self.lifetime.settle()
         if batch_size < 0:
             raise NegativeBatchSizeError(batch_size)
+        if source is not None:
+            require_matching("source", source, batch_size, layout, self.device, cpu_is_fine=True)
         # Each block begins at a multiple of its widest item.
         block_bytes = -(-layout.size_bytes // layout.alignment) * layout.alignment
         storage = torch.empty((batch_size, block_bytes), dtype=torch.uint8, device=self.device)
         if source is not None:
-            content = source.reshape(batch_size, -1).view(torch.uint8)
-            storage[:, : layout.size_bytes].copy_(content)
+            content = source.detach().reshape(batch_size, layout.packed_elements)
+            storage[:, : layout.size_bytes].copy_(content.view(torch.uint8))
         runs = [[0], [batch_size]] if batch_size else [[], []]
         return MemoryBatch(self, AddressBatch(block_bytes, *runs), layout, storage=storage.view(-1))
 
     def require_gatherable(self, parts: Sequence[Rows], out: torch.Tensor) -> None:
-        """Nothing to check before: :meth:`gather` copies block by block."""
+        """Refuse an ``out`` of ``batched_free`` that does not match the blocks."""
+        require_gatherable(parts, out, self.device)
 
     def gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
         """Copy the contents of block ``i`` into ``out[i]``."""
         for row, obj in zip(out, objs, strict=True):
             block = self.block_bytes(obj.batch, obj.address, obj.size_bytes)
-            row.copy_(obj.batch.layout.view(block))
+            layout = obj.batch.layout
+            row.copy_(block if len(layout.shapes) > 1 else layout.view(block))
 
     def block_bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:
         """The first bytes of a block, uint8 ``[size_bytes]``, without a copy."""

@@ -142,6 +142,63 @@ class TestEveryAllocator:
         heap.close()
 
 
+FILLED = [name for name in MAKERS if name != "buffer"]
+
+
+class TestOneContract:
+    """Every allocator fills and collects by the same rules."""
+
+    @pytest.mark.parametrize("name", FILLED)
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            (torch.zeros(2, dtype=torch.uint8), "source must have shape"),
+            (torch.zeros(3, 4), "source must have shape"),
+            (torch.zeros(2, 4, dtype=torch.int16), "source must be torch.float32"),
+            (torch.zeros(2, 16, dtype=torch.uint8), "source must have shape"),
+            (torch.zeros(4, 2).t(), "each block of source must be contiguous"),
+            (torch.zeros(2, 4, device="meta"), "source must be on cpu"),
+        ],
+    )
+    def test_a_source_that_does_not_match(
+        self, name: str, source: torch.Tensor, message: str
+    ) -> None:
+        with MAKERS[name]() as allocator:
+            with pytest.raises(ValueError, match=message):
+                allocator.batched_allocate([4], torch.float32, 2, source=source)
+            assert allocator.leaks() == ()
+
+    @pytest.mark.parametrize("name", FILLED)
+    @pytest.mark.parametrize(
+        ("out", "message"),
+        [
+            (torch.zeros(2, 4, dtype=torch.int8), "out must be torch.float32"),
+            (torch.zeros(1, 4), "out must have shape"),
+            (torch.zeros(2, 5), "out must have shape"),
+            (torch.zeros(1, 4).expand(2, 4), "the rows of out overlap"),
+        ],
+    )
+    def test_an_out_that_does_not_match(self, name: str, out: torch.Tensor, message: str) -> None:
+        with MAKERS[name]() as allocator:
+            batch = allocator.batched_allocate([4], torch.float32, 2)
+            assert batch is not None
+            with pytest.raises(ValueError, match=message):
+                allocator.batched_free(batch, out=out)
+            assert batch.live.all()
+            allocator.batched_free(batch)
+
+    @pytest.mark.parametrize("name", FILLED)
+    def test_groups_go_in_and_come_out_as_bytes(self, name: str) -> None:
+        source = torch.arange(3 * 22, dtype=torch.uint8).reshape(3, 22)
+        shapes, dtypes = [[2, 2], [3]], [torch.float32, torch.int16]
+        with MAKERS[name]() as allocator:
+            batch = allocator.batched_allocate(shapes, dtypes, 3, source=source)
+            assert batch is not None
+            out = torch.zeros_like(source)
+            allocator.batched_free(batch, out=out)
+            assert torch.equal(out, source)
+
+
 class TestOptions:
     @pytest.mark.parametrize("name", ["gpu", "host", "pin", "lazy", "paged"])
     def test_all_heaps_take_them(self, name: str) -> None:
