@@ -51,11 +51,12 @@ engine layouts (blocks of 16 tokens):
   MLA          mla, sglang-mla
   other        indexer, opaque
 
-policies:
-  lru      the least recently used chunks are evicted first
-  gdsf     those used least often for their age; uses are remembered after an eviction
-  s3fifo   chunks that are not used a second time go early, the others queue
-  arc      the least recently used of those used once, or of those used again, by what paid
+policies (which chunks are evicted first):
+  lru      the least recently used
+  gdsf     those with the fewest uses, where a use counts less the longer ago it was
+  s3fifo   those that were not used again soon after they were stored; then the oldest
+  arc      the least recently used, of those used once or of those used again: of the list that
+           has more than its share, which follows the hits
 
 examples:
   kvheap replay                                        made-up traffic, 16 MiB heap

@@ -110,10 +110,10 @@ class ChunkHeap(Protocol):
 
 
 class ChunkSpace(Generic[K]):
-    """A heap, and the index whose chunks live in it; all of one layout.
+    """A heap, and the index of the chunks that live in it; all of one layout.
 
-    Two lists keep what an exception would otherwise lose until :meth:`settle`, which every call
-    of a store begins with.
+    Two lists, ``unclaimed`` and ``ended``, keep what an exception would otherwise lose. Every call
+    of a store begins with :meth:`settle`, which empties them.
 
     Args:
         heap: where the chunks live.
@@ -123,8 +123,8 @@ class ChunkSpace(Generic[K]):
     Attributes:
         heap, layout, index: as given.
         evicted_chunks: how many chunks were evicted so far.
-        unclaimed: handles of the index that have not reached a user yet; they are given up.
-        ended: what the index returned for freeing.
+        unclaimed: handles of the index that have not reached a user yet; ``settle`` ends them.
+        ended: lists of chunks that the index returned; ``settle`` frees them.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class ChunkSpace(Generic[K]):
             batch = make_batch()
             if batch is not None:
                 return batch
-            # What is free is scattered among the heap's other users, or still waits for a stream.
+            # Free bytes are scattered among the heap's other users, or still wait for a stream.
             pending_bytes = self.heap.stats().pending_bytes
             usable_bytes = self._usable_bytes() + pending_bytes
             if usable_bytes >= wanted_bytes and pending_bytes:
@@ -208,7 +208,7 @@ class ChunkSpace(Generic[K]):
     # -- freeing -------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Give up the handles that reached no user, and free what has ended, by one free."""
+        """End the handles that reached no user, and free what has ended by one ``batched_free``."""
         for handle in self.unclaimed:
             self.ended.append(handle.release() if isinstance(handle, Hold) else handle.abort())
         self.unclaimed.clear()
@@ -227,7 +227,7 @@ class ChunkSpace(Generic[K]):
 
 
 def _drop_references(ended: list[tuple[K, MemoryObj]]) -> None:
-    """Drop the store's reference to each chunk: others have pinned some, or have freed them."""
+    """Drop the store's reference to each chunk, because others pin some of them or freed them."""
     while ended:
         _, chunk = ended.pop()  # first, so that no reference is dropped twice
         if chunk.is_valid():

@@ -17,7 +17,7 @@ from kvheap.replay.timing import Stopwatch
 
 __all__ = ["Copies", "EngineCopies", "TensorCopies"]
 
-GATHERED_BYTES = 64 << 20
+GATHER_PIECE_BYTES = 64 << 20
 """Hits are gathered and compared in pieces of about so many bytes, so that memory stays bounded."""
 
 
@@ -89,7 +89,7 @@ class TensorCopies(Copies):
         """Gather ready chunks in pieces, and count those that do not hold their contents."""
         geometry, buffer = self.geometry, self._buffer
         mismatches = 0
-        for piece in _pieces(hash_ids, max(1, GATHERED_BYTES // geometry.chunk_bytes)):
+        for piece in _pieces(hash_ids, max(1, GATHER_PIECE_BYTES // geometry.chunk_bytes)):
             shape = (len(piece), *geometry.shape)
             out = torch.empty(shape, dtype=geometry.dtype, device=buffer.device)
             with self.read_time.measure():

@@ -98,7 +98,7 @@ def _attention(
 
 
 def _fused(order: str) -> EngineTensors:
-    """VLLM's single tensor ``[L, B, H, N, 2C]``, K then V of each head, in any physical order."""
+    """One tensor ``[L, B, H, N, 2C]`` of vLLM: K then V of each head, in any physical order."""
     return _attention(
         lambda sizes: sizes.permuted("LBHNF", order),
         lambda tensor, layer, _: tensor[layer].transpose(1, 2).chunk(2, dim=-1),
@@ -117,9 +117,8 @@ def _indexer_planes(
     of_block = tensors[layer].flatten(1)
     end = block_size * INDEXER_VALUE_BYTES
     values, scales = of_block[:, :end], of_block[:, end:]
-    return values.view(-1, block_size, 1, INDEXER_VALUE_BYTES), scales.view(
-        -1, block_size, 1, SCALE_BYTES
-    )
+    shape = (-1, block_size, 1)
+    return values.view(*shape, INDEXER_VALUE_BYTES), scales.view(*shape, SCALE_BYTES)
 
 
 ENGINE_LAYOUTS: Mapping[str, EngineTensors] = {

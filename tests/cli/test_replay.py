@@ -124,7 +124,7 @@ class TestMadeUpTraffic:
             rows.append(len(out))
             return gather(buffer, addresses, out)
 
-        monkeypatch.setattr(copies, "GATHERED_BYTES", 3 * 4096)
+        monkeypatch.setattr(copies, "GATHER_PIECE_BYTES", 3 * 4096)
         monkeypatch.setattr(copies, "gather_blocks", gather_and_count)
         trace = tmp_path / "trace.jsonl"
         trace.write_text(LINE.replace("[1, 2]", "[1, 2, 3, 4, 5, 6, 7, 8]") * 2)

@@ -13,6 +13,7 @@ from naive_policies import NAIVE, Naive, NaiveGDSF
 
 from kvheap.prefix import ARC, GDSF, LRU, POLICIES, S3FIFO, EvictionPolicy, PrefixIndex
 from kvheap.prefix.policies.base import CachedChunk
+from kvheap.prefix.policies.buckets import PriorityBuckets
 from kvheap.prefix.policies.ghosts import GhostList
 
 each_policy = pytest.mark.parametrize("name", POLICIES)
@@ -158,6 +159,32 @@ def test_gdsf_keeps_a_head_until_its_tail_is_gone() -> None:
             request = index.hold(keys)
         request.release()
     assert evicted > 500
+
+
+class TestBuckets:
+    def test_the_lowest_priority_goes_first_and_of_equals_the_first_added(self) -> None:
+        buckets, chunks = PriorityBuckets(), [CachedChunk(1, number) for number in range(6)]
+        for chunk, rank in zip(chunks, (2, 1, 1, 3, 1, 2), strict=True):
+            chunk.rank = rank
+            buckets.add(chunk)
+        buckets.discard(chunks[2])
+        buckets.discard(chunks[2])
+        chunks[1].rank = 2
+        buckets.add(chunks[1])
+        order = [chunks.index(buckets.pop()) for _ in range(5)]
+        assert order == [4, 0, 5, 1, 3]
+        assert len(buckets) == 0
+        with pytest.raises(IndexError):
+            buckets.pop()
+
+    def test_a_chunk_that_is_used_for_ever_leaves_no_buckets_behind(self) -> None:
+        index: PrefixIndex[str, int] = PrefixIndex(policy := GDSF())
+        index.begin(["hot", "cold"], [1, 2], 1).complete()
+        for _ in range(5000):
+            index.touch(["hot"])
+        assert len(policy._order._priorities) < 200
+        index.check()
+        assert index.evict(2) == [("cold", 2), ("hot", 1)]
 
 
 class TestGhosts:
