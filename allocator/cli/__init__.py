@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -14,7 +18,7 @@ from kvheap import __version__
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
-__all__ = ["CommandError", "main"]
+__all__ = ["CommandError", "MachineError", "main"]
 
 REPLAY_HELP = """\
 Replay request traffic as a serving engine with a prefix cache would, and check every byte.
@@ -72,7 +76,8 @@ a trace has one request per line:
 times are measured on the host, from call to return. batched_allocate (with an engine layout,
 batched_store) includes the copy; on a GPU, its launch. GB/s count each byte of KV once.
 
-exit status: 0 all bytes were right, 1 some were wrong, 2 the replay could not run, 130 interrupted.
+exit status: 0 all bytes were right, 1 some were wrong, 2 an argument or the trace is wrong,
+3 the machine cannot do it (memory, device, disk, package), 130 interrupted.
 """
 
 CALIBRATE_HELP = """\
@@ -125,27 +130,59 @@ examples:
   kvheap calibrate --show --device-name "NVIDIA H100 80GB HBM3" --plot h100.png
   kvheap calibrate --show --table table.json           a table from another machine
 
-exit status: 0 done, 2 the calibration could not run, 130 interrupted.
+exit status: 0 done, 2 an argument or a table is wrong, 3 the machine cannot do it (no CUDA device,
+memory, disk, package), 130 interrupted.
 """
 
 
 class CommandError(Exception):
-    """A mistake that the user can correct; printed as one line, exit status 2."""
+    """A mistake in the arguments or in a file's contents; printed as one line, exit status 2."""
+
+    status = 2
+
+
+class MachineError(CommandError):
+    """What the machine does not provide: memory, a device, a package, room on a disk; status 3."""
+
+    status = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command; returns the exit status.
+
+    1 is a verdict (bytes were wrong) and nothing else: an error that nobody foresaw is 3.
+    """
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal may lack characters of a file's name
+            stream.reconfigure(errors="backslashreplace")
     try:
         command = importlib.import_module(f"kvheap.cli.{options.command}")
         status: int = command.run(options)
+        sys.stdout.flush()
         return status
     except CommandError as error:
-        print(f"kvheap {options.command}: {error}", file=sys.stderr)
-        return 2
+        return _fail(options.command, str(error), error.status)
     except KeyboardInterrupt:
-        print(f"kvheap {options.command}: interrupted", file=sys.stderr)
-        return 130
+        return _fail(options.command, "interrupted", 130)
+    except (BrokenPipeError, SystemExit):  # rich makes SystemExit(1) of the former
+        # Python flushes standard output at exit, which would fail once more.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(options.command, "nobody reads the output any more", MachineError.status)
+    except MemoryError:
+        return _fail(options.command, "out of memory", MachineError.status)
+    except OSError as error:
+        return _fail(options.command, str(error), MachineError.status)
+    except Exception:
+        traceback.print_exc()
+        return _fail(options.command, "this is a bug in kvheap; please report it", 3)
+
+
+def _fail(command: str, message: str, status: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"kvheap {command}: {message}", file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

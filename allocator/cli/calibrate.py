@@ -12,10 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from kvheap.calibration.calibrate import calibrate
 from kvheap.calibration.measure import CalibrationError
-from kvheap.cli import CommandError
+from kvheap.cli import CommandError, MachineError
 from kvheap.cli.outputs import cannot_write, has_matplotlib, require_picture, require_writable
 from kvheap.device.directions import Direction
 from kvheap.errors import TransferError
@@ -116,9 +117,9 @@ def _device(text: str, hint: str = "") -> tuple[str, str, int]:
     if device.type != "cuda":
         raise CommandError(f"--device must be a CUDA device, got {text!r}")
     if not torch.cuda.is_available():
-        raise CommandError(f"--device {text}: torch sees no CUDA device here{hint}")
+        raise MachineError(f"--device {text}: torch sees no CUDA device here{hint}")
     if device.index is not None and device.index >= torch.cuda.device_count():
-        raise CommandError(f"--device {text}: there are {torch.cuda.device_count()} devices")
+        raise MachineError(f"--device {text}: there are {torch.cuda.device_count()} devices")
 
     from kvheap.device.cuda import find_device
 
@@ -161,7 +162,7 @@ def _calibrated(name: str, driver_version: str, index: int, budget_s: float) -> 
                 versions=versions,
             )
         except (CalibrationError, TransferError) as error:
-            raise CommandError(str(error)) from None
+            raise MachineError(str(error)) from None
 
 
 def _require_outputs(options: argparse.Namespace) -> None:
@@ -202,7 +203,7 @@ def source_words(table: CopyTable) -> str:
 
 def _print(table: CopyTable) -> None:
     console = Console()
-    text = Table(title=f"{table.device_name}: which path, from how many pieces on")
+    text = Table(title=Text(f"{table.device_name}: which path, from how many pieces on"))
     text.add_column("piece", justify="right")
     for direction in MEASURED_DIRECTIONS:
         text.add_column(direction)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from kvheap.cli import CommandError
+from kvheap.cli import CommandError, MachineError
 
 __all__ = [
     "PICTURE_SUFFIXES",
@@ -14,6 +14,14 @@ __all__ = [
     "require_picture",
     "require_writable",
 ]
+
+_WRONG_PATH = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -27,10 +35,11 @@ def require_picture(path: Path) -> None:
     """Check that a picture can be drawn to ``path``, the value of ``--plot``.
 
     Raises:
-        CommandError: matplotlib is missing, or the suffix names no format that is supported.
+        MachineError: matplotlib is missing.
+        CommandError: the suffix names no format that is supported.
     """
     if not has_matplotlib():
-        raise CommandError("--plot needs matplotlib: pip install 'kvheap[plot]'")
+        raise MachineError("--plot needs matplotlib: pip install 'kvheap[plot]'")
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         suffixes = ", ".join(PICTURE_SUFFIXES)
         raise CommandError(f"--plot {path}: the name must end in {suffixes}")
@@ -53,5 +62,10 @@ def require_writable(path: Path) -> None:
 
 
 def cannot_write(path: object, error: OSError) -> CommandError:
-    """The error to raise when writing ``path`` failed with ``error``."""
-    return CommandError(f"cannot write {path}: {error.strerror}")
+    """The error to raise when writing ``path`` failed with ``error``.
+
+    A path that leads nowhere is the user's mistake; a full or broken disk is the machine's.
+    """
+    is_wrong_path = isinstance(error, _WRONG_PATH)
+    kind = CommandError if is_wrong_path else MachineError
+    return kind(f"cannot write {path}: {error.strerror}")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from decimal import Decimal
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -17,10 +18,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from kvheap import __version__
-from kvheap.cli import CommandError
-from kvheap.cli.outputs import require_picture, require_writable
+from kvheap.cli import CommandError, MachineError
+from kvheap.cli.outputs import cannot_write, require_picture, require_writable
 from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 from kvheap.prefix.policies import POLICIES, EvictionPolicy
 from kvheap.prefix.space import RequestTooLargeError
@@ -86,13 +88,11 @@ def run(options: argparse.Namespace) -> int:
         seconds = _replay(replay, requests, PLOT_SAMPLES if options.plot else 0)
     name = options.trace.name if options.trace else f"made-up traffic, seed {options.seed}"
     figures = _figures(replay, seconds, name, options)
-    Console().print(_table(figures))
-    try:
+    try:  # before anything is printed, which may fail by itself
         _write(options, replay, figures)
     except OSError as error:
-        raise CommandError(
-            f"cannot write {error.filename or 'a result'}: {error.strerror}"
-        ) from None
+        raise cannot_write(error.filename or "a result", error) from None
+    Console().print(_table(figures))
     return 1 if replay.mismatches else 0
 
 
@@ -146,9 +146,9 @@ def _device(name: str) -> torch.device:
         raise CommandError(f"--device must be cpu or cuda, got {name!r}")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise CommandError("--device cuda: torch sees no CUDA device here")
+            raise MachineError("--device cuda: torch sees no CUDA device here")
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise CommandError(f"--device {name}: there are {torch.cuda.device_count()} devices")
+            raise MachineError(f"--device {name}: there are {torch.cuda.device_count()} devices")
     return device
 
 
@@ -158,9 +158,17 @@ def _require_outputs(options: argparse.Namespace) -> None:
         require_picture(options.plot)
     for path in (options.json, options.plot):
         if path is not None:
-            if options.trace is not None and path.resolve() == options.trace.resolve():
+            if options.trace is not None and _is_same_file(path, options.trace):
                 raise CommandError(f"{path} is the trace itself: it would be overwritten")
             require_writable(path)
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    """Whether two names are of one file, also by a link of either kind."""
+    try:
+        return path.samefile(other)
+    except OSError:  # one of them does not exist yet
+        return path.resolve() == other.resolve()
 
 
 def _requests(options: argparse.Namespace) -> Sequence[Request]:
@@ -195,7 +203,7 @@ def _allocator(heap_bytes: int, device: torch.device) -> TensorMemoryAllocator:
         buffer = torch.empty(heap_bytes, dtype=torch.uint8, device=device)
     except RuntimeError as error:  # torch's out-of-memory errors
         reason = str(error).splitlines()[0]
-        raise CommandError(f"{device} has no room for {heap_bytes} bytes: {reason}") from None
+        raise MachineError(f"{device} has no room for {heap_bytes} bytes: {reason}") from None
     return TensorMemoryAllocator(buffer, on_full=None)  # a cache is always full
 
 
@@ -204,7 +212,7 @@ def _engine(options: argparse.Namespace, geometry: Geometry, device: torch.devic
         return EngineCache(options.engine_layout, geometry, device, seed=options.seed)
     except RuntimeError as error:  # torch's out-of-memory errors
         reason = str(error).splitlines()[0]
-        raise CommandError(f"{device} has no room for the engine's KV cache: {reason}") from None
+        raise MachineError(f"{device} has no room for the engine's KV cache: {reason}") from None
 
 
 def _replay(replay: Replay, requests: Sequence[Request], num_samples: int) -> float:
@@ -220,7 +228,7 @@ def _replay(replay: Replay, requests: Sequence[Request], num_samples: int) -> fl
             raise CommandError(str(error)) from None
         except torch.cuda.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
-            raise CommandError(f"no room beside the heap for a request: {reason}") from None
+            raise MachineError(f"no room beside the heap for a request: {reason}") from None
     return perf_counter() - start
 
 
@@ -289,7 +297,7 @@ def _percentiles(calls: Sequence[tuple[float, int]]) -> dict[str, float | None]:
 
 def _table(figures: dict[str, Any]) -> Table:
     title = f"{figures['trace']}: {figures['geometry']} in {_bytes(figures['heap_bytes'])}"
-    table = Table(title=f"{title} on {figures['device']}", show_header=False)
+    table = Table(title=Text(f"{title} on {figures['device']}"), show_header=False)
     table.add_column("figure")
     table.add_column("value", justify="right")
     if figures["engine_layout"]:
