@@ -65,8 +65,8 @@ class MemoryBatch(Sequence["MemoryObj"]):
     - what the blocks are: ``layout``, ``shape``, ``dtype``, ``fmt``, ``size_bytes``;
     - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
     - who needs them: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
-    - for allocators and transfers: ``counts``, ``await_filling``, ``claim``, ``unclaim``,
-      ``disown``, ``release_of``, ``describe``.
+    - for allocators and transfers: ``counts``, ``own``, ``is_owner``, ``await_filling``, ``claim``,
+      ``unclaim``, ``disown``, ``release_of``, ``describe``.
 
     Attributes:
         allocator: the allocator that made it.
@@ -100,10 +100,9 @@ class MemoryBatch(Sequence["MemoryObj"]):
         address_batch: AddressBatch,
         layout: BlockLayout,
         *,
-        owned: bool = True,
         storage: torch.Tensor | None = None,
     ) -> None:
-        self._owned = False  # until the batch is complete: the finalizer then has nothing to do
+        self._owned = False
         self.allocator = allocator
         self.layout = layout
         self.born = 0.0
@@ -114,9 +113,21 @@ class MemoryBatch(Sequence["MemoryObj"]):
         self.counts = RowCounts(length)
         self._used_sizes: dict[int, int] = {}
         self.storage = storage
-        if owned:
-            allocator.lifetime.begin(self)
-            self._owned = True
+
+    def own(self) -> MemoryBatch:
+        """Make the batch the owner of its blocks' bytes; returns the batch.
+
+        The last store here is the moment at which ownership passes. Before it the bytes are the
+        caller's to free, after it they are the batch's, also if an exception strikes.
+        """
+        self.allocator.lifetime.begin(self)
+        self._owned = True
+        return self
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether the batch owns its blocks' bytes; a view does not."""
+        return self._owned
 
     def __del__(self) -> None:
         # Runs anywhere, even inside the allocator's own locks on this thread: takes none.

@@ -74,7 +74,8 @@ class AdHocMemoryAllocator(BlockAllocator):
             content = source.detach().reshape(batch_size, layout.packed_elements)
             storage[:, : layout.size_bytes].copy_(content.view(torch.uint8))
         runs = [[0], [batch_size]] if batch_size else [[], []]
-        return MemoryBatch(self, AddressBatch(block_bytes, *runs), layout, storage=storage.view(-1))
+        addresses = AddressBatch(block_bytes, *runs)
+        return MemoryBatch(self, addresses, layout, storage=storage.view(-1)).own()
 
     def require_gatherable(self, parts: Sequence[Rows], out: torch.Tensor) -> None:
         """Refuse an ``out`` of ``batched_free`` that does not match the blocks."""

@@ -197,10 +197,11 @@ class TensorMemoryAllocator(Heap):
         batch = None
         try:
             batch = MemoryBatch(self, addresses, layout)
+            batch.own()
             if source is not None and len(batch):
                 self._open_segments().scatter(source[: len(batch)], addresses.addresses)
         except BaseException:
-            if batch is not None:
+            if batch is not None and batch.is_owner:
                 batch.disown()
             # Part of the source may have been written: wipe it, as after any free.
             self._bytes.give_back(Release(addresses, 0, layout.__str__))
@@ -250,7 +251,7 @@ class TensorMemoryAllocator(Heap):
             layout = self.layout_of(shape, dtype, fmt)
             addresses = self._as_address_batch(blocks, layout)
         self._open_segments().require_inside(addresses)
-        return MemoryBatch(self, addresses, layout, owned=False)
+        return MemoryBatch(self, addresses, layout)
 
     def _as_address_batch(
         self, blocks: AddressBatch | Sequence[int] | Int64Array, layout: BlockLayout
