@@ -1,1 +1,1 @@
-"""Request traffic through a heap, every byte checked."""
+"""Replays request traffic through a heap and checks every byte."""
