@@ -74,8 +74,8 @@ class CopyEngineError(RuntimeError):
         call: name of the driver's function.
         code: the status that it returned.
         name: name of that status, ``CUDA_ERROR_...``.
-        details: the driver's description, and what was to be copied.
-        piece: index of the piece that failed, or None where it is not known.
+        details: the driver's description of the status, and the copy that failed.
+        piece: index of the piece that failed, or None if it is not known.
 
     >>> print(CopyEngineError("cuMemcpyAsync", 1, "CUDA_ERROR_INVALID_VALUE", "invalid argument"))
     cuMemcpyAsync: CUDA_ERROR_INVALID_VALUE (1): invalid argument

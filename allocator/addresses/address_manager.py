@@ -414,7 +414,7 @@ class AddressManager:
         """Assert every invariant of the module's docstring. O(F log F).
 
         Raises:
-            HeapCorruptionError: names the broken invariant and shows the state.
+            HeapCorruptionError: an invariant is broken; the message names it and shows the state.
         """
         with self._lock:
             self._settled_free_list().check()
@@ -428,7 +428,7 @@ class AddressManager:
         return True
 
     def start_over_after_fork(self) -> None:
-        """Release the lock in a forked child; what another thread had begun is then undone."""
+        """Release the lock in a forked child; the next call undoes an unfinished one."""
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:

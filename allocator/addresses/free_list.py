@@ -295,7 +295,7 @@ class FreeList:
         """Assert every invariant of the free list. O(F log F).
 
         Raises:
-            HeapCorruptionError: names the broken invariant and shows the extents.
+            HeapCorruptionError: an invariant is broken; the message names it and shows the extents.
         """
         self._index.check()
         total = sum(size for _, size in self._index)

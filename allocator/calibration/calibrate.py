@@ -1,4 +1,4 @@
-"""Calibration: measure what each path of a copy costs on a device.
+"""Calibration: measures the cost of each path of a copy on a device.
 
 :func:`calibrate` decides what to measure and how often. It measures through a
 :data:`~kvheap.calibration.measure.Measure`: on a GPU that is
@@ -81,7 +81,7 @@ def calibrate(
     versions: Mapping[str, str] | None = None,
     clock: Callable[[], float] = perf_counter,
 ) -> CopyTable:
-    """Measure what each path costs in each direction. Stores nothing.
+    """Measure the cost of each path in each direction. Stores nothing.
 
     Args:
         measure: measures one cell; it decides how often a call repeats the copy.

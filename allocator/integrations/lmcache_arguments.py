@@ -61,7 +61,7 @@ def page_layout_of(use_paging: bool, arguments: PageArguments) -> BlockLayout | 
     """The layout of a page; None without paging.
 
     Raises:
-        ValueError: paging is asked for, but the shapes, the dtypes or the format are missing.
+        ValueError: paging is requested, but the shapes, the dtypes or the format are missing.
     """
     if not use_paging:
         return None

@@ -1,4 +1,4 @@
-"""A table of what each path of a copy costs on one device, and the choice of the fastest path."""
+"""``CopyTable``: the cost of each path of a copy on one device, and the choice of the fastest."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Contents:
     """The contents of the chunks of a geometry.
 
     Args:
-        geometry: what a chunk is; its bytes are a multiple of 8.
+        geometry: the geometry of a chunk, whose bytes must be a multiple of 8.
         device: where the contents are made.
     """
 

@@ -25,7 +25,7 @@ class Copies(ABC):
     """Both directions of the copies of one replay.
 
     Args:
-        geometry: what a chunk is.
+        geometry: the geometry of a chunk.
         device: where the copies run.
 
     Attributes:
@@ -65,7 +65,7 @@ class TensorCopies(Copies):
     """Chunks are stored from a tensor and gathered into another.
 
     Args:
-        geometry: what a chunk is.
+        geometry: the geometry of a chunk.
         buffer: the heap's bytes.
     """
 

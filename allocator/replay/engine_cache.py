@@ -188,7 +188,7 @@ class EngineCache:
 
     Args:
         engine_layout: a name of :data:`ENGINE_LAYOUTS`.
-        geometry: what a chunk is; its kind must be the one that the engine layout keeps.
+        geometry: the geometry of a chunk; its kind must be the one that the engine layout keeps.
         device: where the tensors live.
         num_blocks: blocks of the pool; None: as many as the limits of this module allow.
         seed: determines the order in which blocks are taken.

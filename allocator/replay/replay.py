@@ -30,8 +30,8 @@ class Replay:
 
     Args:
         allocator: an empty heap.
-        geometry: what a chunk is.
-        copies: how chunks are filled and read; None: by tensors.
+        geometry: the geometry of a chunk.
+        copies: how chunks are filled and read; None: with tensors.
         policy: which chunks are evicted first; None: the least recently used.
 
     Attributes:
