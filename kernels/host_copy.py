@@ -55,7 +55,7 @@ MAX_SINGLE_MOVES = 24
 """The pieces of a class with at most this many are moved one by one; see benchmarks/NOTES.md."""
 
 THREAD_BYTES = 4 << 20
-"""A copy uses at most one thread for each of this many bytes; see benchmarks/NOTES.md."""
+"""A copy gets one more thread only for this many more bytes; see benchmarks/NOTES.md."""
 
 SHARE_BYTES = MIN_CALL_ROWS * ROW_BYTES
 """The smallest share of the work that a thread takes, in bytes."""
