@@ -5,12 +5,12 @@ error                     raised when
 ========================  ==========================================================
 OutOfMemoryError          the free list cannot serve a request
 NegativeBatchSizeError    a batch of fewer than zero blocks is requested
-InvalidFreeError          a free names bytes that are not allocated, in whole or part
+InvalidFreeError          bytes are freed that are not allocated, in whole or in part
 DoubleFreeError           bytes that are free already are freed again
 ForeignObjectError        an allocator receives an object of another allocator
 LifetimeError             a reference or pin count would go below zero, or a freed
                           object is used
-BlockInUseError           a block is freed although it is referenced or pinned elsewhere
+BlockInUseError           a block is freed that is referenced or pinned elsewhere
 WriteAfterFreeError       debug mode finds that freed bytes have changed
 ClosedError               a closed allocator is used
 TransferError             a transfer was started but did not complete
@@ -91,7 +91,7 @@ class LifetimeError(RuntimeError):
 
 
 class BlockInUseError(LifetimeError):
-    """The block is still held elsewhere (reference count above one, or pinned): not freed."""
+    """The block is held elsewhere (reference count above one, or pinned) and was not freed."""
 
 
 class WriteAfterFreeError(LifetimeError):
@@ -99,7 +99,7 @@ class WriteAfterFreeError(LifetimeError):
 
 
 class ClosedError(RuntimeError):
-    """The allocator was closed before."""
+    """The allocator is closed."""
 
 
 class TransferError(RuntimeError):

@@ -1,7 +1,7 @@
-"""What a forked child must do before it uses objects of its parent.
+"""Resets objects in a forked child, before the child uses them.
 
-A fork copies locks as they are: one that another thread held at that moment is never released in
-the child. Objects that own locks, or threads, register here, and start over in the child.
+A fork copies locks as they are: a lock that another thread holds at that moment is never released
+in the child. Objects that own locks or threads register here, and start over in the child.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Forkable(Protocol):
     """An object with state that a fork invalidates."""
 
     def start_over_after_fork(self) -> None:
-        """Make that state anew; called in the child, which has one thread."""
+        """Create that state again; called in the child, which has one thread."""
         ...
 
 

@@ -1,8 +1,8 @@
-"""kvheap's kernels and copies: of tensors and addresses, without knowledge of the allocator.
+"""kvheap's kernels and copies. They work on tensors and addresses and do not know the allocator.
 
-Blocks in a buffer: ``block_copy``. An engine's paged cache: ``paged_copy``. Pieces anywhere:
-``pointer_copy`` by a GPU's multiprocessors, ``copy_engine`` by its copy engines, ``host_copy`` by
-the host.
+``block_copy`` copies blocks of a buffer, and ``paged_copy`` copies to and from an engine's paged
+cache. Pieces anywhere in memory are copied by a GPU's multiprocessors (``pointer_copy``), by its
+copy engines (``copy_engine``) or by the host (``host_copy``).
 """
 
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, move_blocks, scatter_blocks

@@ -46,7 +46,9 @@ def alignment_of(*values: int) -> int:
 
 
 def combined_bits(values: Int64Array) -> int:
-    """All values of an array or'ed, of any shape: a power of two divides it if it divides each.
+    """The bitwise OR of all values of an array of any shape.
+
+    A power of two divides the result exactly if it divides every value.
 
     >>> alignment_of(combined_bits(np.array([4096, 24])))
     8
@@ -55,9 +57,9 @@ def combined_bits(values: Int64Array) -> int:
 
 
 def int64_array(name: str, values: npt.ArrayLike, *, allow_scalar: bool = False) -> Int64Array:
-    """A caller's integers as int64 ``[N]``, or ``[]`` where one integer alone is allowed.
+    """Check a caller's integers and return them as int64 ``[N]``, without a copy if they are int64.
 
-    No copy is made of what is int64 already.
+    With ``allow_scalar``, a single integer is allowed too and gives shape ``[]``.
 
     Raises:
         TypeError: the values are not integers.
@@ -84,16 +86,16 @@ def int64_array(name: str, values: npt.ArrayLike, *, allow_scalar: bool = False)
 def require_all(
     name: str, values: npt.NDArray[np.integer], is_right: npt.NDArray[np.bool_], rule: str
 ) -> None:
-    """Refuse values of which one breaks a rule.
+    """Check that every value keeps a rule.
 
     Args:
-        name: of the values, as the caller calls them.
+        name: the caller's name for the values.
         values: one integer, or integers ``[N]``.
-        is_right: of the same shape, whether each keeps the rule.
-        rule: in words, to follow the name: ``"must be positive"``.
+        is_right: whether each value keeps the rule, bools of the same shape.
+        rule: the rule, in words that follow the name, such as ``"must be positive"``.
 
     Raises:
-        ValueError: names the first value that breaks the rule.
+        ValueError: a value breaks the rule; the message names the first one.
     """
     if np.all(is_right):
         return

@@ -1,4 +1,4 @@
-"""Addresses of equal blocks in one buffer: the forms that callers give, and their checks."""
+"""Addresses of equal blocks in one buffer: the types that callers may pass, and their checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def host_addresses(
 
     Raises:
         TypeError: the addresses are not integers, or are on a device.
-        ValueError: they are not one-dimensional, or a block leaves the buffer.
+        ValueError: they are not one-dimensional, or a block is not within the buffer.
     """
     if isinstance(addresses, torch.Tensor):
         if addresses.device.type != "cpu":
@@ -36,8 +36,8 @@ def host_addresses(
     if lowest < 0 or highest + block_bytes > buffer_bytes:
         at = int(array.argmin() if lowest < 0 else array.argmax())
         raise ValueError(
-            f"{name}[{at}] is {int(array[at])}: a block of {block_bytes} bytes there leaves the "
-            f"buffer of {buffer_bytes}"
+            f"{name}[{at}] is {int(array[at])}: a block of {block_bytes} bytes there is not "
+            f"within the buffer of {buffer_bytes} bytes"
         )
     return array
 
@@ -46,7 +46,7 @@ def require_disjoint(name: str, addresses: Int64Array, block_bytes: int) -> None
     """Refuse blocks that overlap each other. O(N) for ascending addresses, else a sort.
 
     Raises:
-        ValueError: names two blocks that overlap by their positions in the list.
+        ValueError: two blocks overlap; the message names their positions in the list.
     """
     if len(addresses) < 2:
         return
@@ -68,7 +68,7 @@ def require_apart(sources: Int64Array, targets: Int64Array, block_bytes: int) ->
     """Refuse target blocks that overlap a source block. O(N log N).
 
     Raises:
-        ValueError: names a target address and the source address that it overlaps.
+        ValueError: a target block overlaps a source block; the message names both addresses.
     """
     if not len(sources) or not len(targets):
         return

@@ -9,20 +9,22 @@ launcher                      reads                  writes                  byt
 :func:`fill_blocks`           nothing                ``buffer[address[i]]``  1 x N x block
 ============================  =====================  ======================  =================
 
-and 8 bytes for each address. The floor is those bytes over the memory's bandwidth.
+plus 8 bytes for each address. The shortest possible time is those bytes divided by the memory
+bandwidth.
 
-``buffer`` is a contiguous tensor, seen as bytes. Addresses are byte offsets in it, one for each
-block; any value is allowed, also an odd one. ``blocks`` and ``out`` are ``[N, ...]`` of any dtype,
+``buffer`` is a contiguous tensor, viewed as bytes. Addresses are byte offsets in it, one for each
+block; any value is allowed, even an odd one. ``blocks`` and ``out`` are ``[N, ...]`` of any dtype,
 each block contiguous, with any stride between blocks; the blocks of ``out`` must not overlap.
-Copies are of bytes: NaN patterns, fp8 and bool survive. Addressing is int64 from the first
-multiplication on.
+Bytes are copied unchanged, so NaN patterns, fp8 and bool survive. Addressing is int64 from the
+first multiplication on.
 
-**On a GPU**, one kernel does the three copies: each side is either indexed (a base, and an address
+**On a GPU**, one kernel does all three copies: each side is either indexed (a base, and an address
 for each block) or strided (a base and a stride). The blocks form a matrix of N rows; a program
 moves one tile of it, ``ROWS`` blocks by ``COLS`` words, so that small blocks share a program and
-large ones are split over many. The grid has one program for each tile, tiles of the same block next
-to each other. A word has the largest of 8, 4, 2 and 1 bytes that divides both bases, all addresses,
-the strides and the block size; where 16 does, words come in pairs and every access has 16 bytes.
+large ones are split over many. The grid has one program for each tile, and tiles of the same block
+are next to each other. A word has the largest of 8, 4, 2 and 1 bytes that divides both bases, all
+addresses, the strides and the block size. If 16 bytes divide them all, each access moves a pair of
+words, 16 bytes.
 
 **On a CPU**: :mod:`kvheap.kernels.block_copy_cpu`, which is also the reference.
 
@@ -106,7 +108,7 @@ def _fill_blocks_kernel(  # type: ignore[no-untyped-def]
 def _first_words(  # type: ignore[no-untyped-def]
     address_ptr, rows, is_block, stride, WORD_BYTES: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """The number of each block's first word: by its address, or where there are none by stride."""
+    """The index of each block's first word, from its address or, without addresses, the stride."""
     if address_ptr is not None:
         address = tl.load(address_ptr + rows, mask=is_block, other=0)
         row = tl.multiple_of(address // WORD_BYTES, VECTOR)
@@ -125,8 +127,8 @@ def scatter_blocks(
         buffer: contiguous, any dtype.
         addresses: N byte offsets. Those on the host are checked: blocks must not overlap. An int64
             tensor on the buffer's GPU is trusted.
-        address_alignment: for addresses on a GPU, a power of two that divides all of them. The
-            caller promises it, which allows wide accesses; for host addresses it is computed.
+        address_alignment: for addresses on a GPU, a power of two that divides all of them. It
+            allows wide accesses and is not checked; for host addresses it is computed.
 
     Raises:
         ValueError: shapes, strides, devices or addresses do not fit; nothing is written.
@@ -189,8 +191,8 @@ def move_blocks(
         block_bytes: bytes of each block.
 
     Raises:
-        ValueError: a block leaves the buffer, lengths differ, or blocks overlap in another way;
-            nothing is moved.
+        ValueError: a block is not within the buffer, lengths differ, or blocks overlap in a way
+            that is not allowed; nothing is moved.
         TypeError: addresses are not integers, or are on a GPU; nothing is moved.
     """
     require_buffer(buffer)
@@ -228,8 +230,8 @@ def fill_blocks(
         address_alignment: as for :func:`scatter_blocks`.
 
     Raises:
-        ValueError: ``value`` is not a byte, a block leaves the buffer, or two overlap; nothing is
-            written.
+        ValueError: ``value`` is not a byte, a block is not within the buffer, or two blocks
+            overlap; nothing is written.
         TypeError: ``addresses``, ``block_bytes`` or ``value`` are not integers; nothing is written.
     """
     require_buffer(buffer)

@@ -1,11 +1,12 @@
-"""Block copy on a CPU; also the reference of the kernels.
+"""Block copy on a CPU; also the reference for the kernels.
 
-Blocks that lie in one run on both sides are one ``copy_``. Otherwise the buffer is viewed as
-overlapping rows, one for each word that a block can start at, and one indexing call picks the
-rows. A word has 16 bytes, or as many as divide all addresses, strides and the block size.
+If the blocks form one run on both sides, a single ``copy_`` copies them. Otherwise the buffer is
+viewed as overlapping rows, one for each word that a block can start at, and one indexing call picks
+the rows. A word has 16 bytes, or the largest smaller power of two that divides all addresses,
+strides and the block size.
 
-Bytes read and written: those of the blocks, once each, and 8 for each address. Several runs are
-not copied by a ``copy_`` each, since each ``copy_`` waits for all of torch's threads; see
+Each byte of the blocks is read and written once, plus 8 bytes for each address. Several runs do not
+get one ``copy_`` each, because every ``copy_`` waits for all of torch's threads; see
 benchmarks/NOTES.md.
 """
 
@@ -25,8 +26,8 @@ def copy_on_cpu(source: Side, target: Side, block_bytes: int) -> None:
     """Copy blocks of ``block_bytes``, at least one, between CPU tensors.
 
     Args:
-        source: where from.
-        target: where to; if ``source`` is dense, this is scattered.
+        source: the side to read.
+        target: the side to write; it must be scattered if ``source`` is dense.
         block_bytes: bytes of each block, positive.
     """
     if _is_one_run(source.starts(), block_bytes) and _is_one_run(target.starts(), block_bytes):
@@ -44,14 +45,14 @@ def copy_on_cpu(source: Side, target: Side, block_bytes: int) -> None:
     if isinstance(source, Scattered):
         blocks = blocks.index_select(0, source.row_numbers(word))
     places, rows = target.row_numbers(word), target.rows(block_bytes, word)
-    if word == torch.uint8:  # where NumPy's indexing is faster
+    if word == torch.uint8:  # NumPy indexes single bytes faster
         rows.numpy()[places.numpy()] = blocks.numpy()
     else:
         rows.index_copy_(0, places, blocks)
 
 
 def fill_on_cpu(target: Scattered, block_bytes: int, value: int) -> None:
-    """Set every byte of the blocks, at least one, to ``value``, 0 to 255."""
+    """Set every byte of the blocks (at least one block) to ``value`` (0 to 255)."""
     word = _widest_word(block_bytes, target)
     if word.itemsize >= 8:
         rows = target.rows(block_bytes, torch.int64)
@@ -62,7 +63,7 @@ def fill_on_cpu(target: Scattered, block_bytes: int, value: int) -> None:
 
 
 def repeated_byte(byte: int, word_bytes: int) -> int:
-    """A signed word of which every byte is ``byte``.
+    """The signed word whose bytes are all ``byte``.
 
     >>> hex(repeated_byte(0x5A, 4)), repeated_byte(0xFF, 8)
     ('0x5a5a5a5a', -1)
@@ -71,7 +72,7 @@ def repeated_byte(byte: int, word_bytes: int) -> int:
 
 
 def _widest_word(block_bytes: int, *sides: Side) -> torch.dtype:
-    """The widest word of which all blocks are multiples, counted in their storage and in memory."""
+    """The widest word that divides the block size and every block's address and storage offset."""
     alignments = [alignment_of(side.alignment, side.offset_bytes) for side in sides]
     return CPU_WORDS[alignment_of(block_bytes, *alignments)]
 

@@ -1,7 +1,7 @@
 """The two sides of a block copy: a dense tensor of blocks, and addresses in a flat buffer.
 
-Both answer the same questions: for the kernels where each block begins on the device, and for the
-CPU path how the memory looks as rows of words.
+Both sides have the same methods. They tell the kernels where each block begins on the device, and
+give the CPU path a view of the memory as rows of words.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Scattered:
 
     Attributes:
         tensor: the buffer, contiguous.
-        on_host: the addresses, checked, where the host knows them; else None.
-        on_device: the addresses on the buffer's device where only that has them; else None.
+        on_host: the checked addresses, if the host has them; else None.
+        on_device: the addresses on the buffer's device, if only the device has them; else None.
         address_alignment: a power of two up to 16 that divides all addresses.
     """
 
@@ -137,14 +137,14 @@ class Scattered:
         return alignment_of(self.tensor.data_ptr(), self.address_alignment)
 
     def device_addresses(self) -> torch.Tensor:
-        """The addresses on the buffer's device, uploaded where they are not there."""
+        """The addresses on the buffer's device; uploaded first if only the host has them."""
         if self.on_device is not None:
             return self.on_device
         assert self.on_host is not None
         return upload(self.on_host, self.tensor.device)
 
     def starts(self) -> Int64Array:
-        """Where each block starts in :meth:`flat`; the addresses, on the host."""
+        """Where each block starts in :meth:`flat`: the host addresses, int64 ``[N]``."""
         assert self.on_host is not None
         return self.on_host
 
@@ -166,7 +166,7 @@ class Scattered:
         return view_words(self.tensor, word, self.offset_bytes, size, (1, 1))
 
     def row_numbers(self, word: torch.dtype) -> torch.Tensor:
-        """Which of :meth:`rows` each block is, int64 ``[N]``."""
+        """The index of each block in :meth:`rows`, int64 ``[N]``."""
         return torch.from_numpy(self.starts() // word.itemsize)
 
 

@@ -1,4 +1,4 @@
-"""The chunk layout: where in a chunk of the heap the KV of each token is."""
+"""The chunk layout: where the KV of each token is in a chunk of the heap."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ __all__ = ["ChunkLayout"]
 
 @dataclass(frozen=True, slots=True)
 class ChunkLayout:
-    """Where in a chunk the KV of a token is; strides in bytes.
+    """Where the KV of each token is in a chunk; strides in bytes.
 
     Attributes:
         num_tokens: tokens of a chunk.
-        page_tokens: tokens that lie ``token_stride`` apart: ``num_tokens``, or fewer where the
-            order of the dimensions has pages.
+        page_tokens: tokens that lie ``token_stride`` apart: ``num_tokens``, or fewer if the order
+            of the dimensions has pages.
         num_planes: planes.
-        num_layers: layers; 1 where each layer has chunks of its own.
+        num_layers: layers; 1 if each layer has its own chunks.
         row_bytes: bytes of one token in one layer and plane, all heads.
         is_per_layer: whether a chunk holds one layer only.
-        page_stride, token_stride, plane_stride, layer_stride: from one to the next.
+        page_stride, token_stride, plane_stride, layer_stride: bytes from one page, token, plane
+            or layer to the next.
     """
 
     num_tokens: int
@@ -84,7 +85,7 @@ class ChunkLayout:
         return self.num_planes * self.num_layers * self.num_tokens * self.row_bytes
 
     def with_item_bytes(self, item_bytes: int) -> ChunkLayout:
-        """The same order with elements of ``item_bytes``, where this one's have one byte."""
+        """The same layout with elements of ``item_bytes``; its own must have one byte."""
         return ChunkLayout(
             self.num_tokens,
             self.page_tokens,

@@ -1,28 +1,28 @@
 """``Driver``: the CUDA driver's asynchronous copies and its knowledge of memory, through ctypes.
 
 ``cuMemcpyBatchAsync`` takes any number of copies in one call, as three arrays of addresses and
-sizes. NumPy's own arrays are passed, so that a transfer of 10,000 pieces costs Python as much as
-one of 10. The driver itself spends 0.5 us on each piece on an H100 (vLLM #48434). What is known of
-the call, with sources:
+sizes. NumPy's own arrays are passed, so a transfer of 10,000 pieces costs Python as much as one of
+10. The driver itself spends 0.5 us on each piece on an H100 (vLLM #48434). Known facts about the
+call, with sources:
 
 * CUDA 12.8 has it with nine arguments; the eighth receives the index of the piece that failed. CUDA
   13.0 has it without that argument, as ``cuMemcpyBatchAsync_v2``, and still exports the first under
   the plain name (``cuda.h`` 13.1, both prototypes).
 * It refuses the legacy default stream (``cuda.h``: "Must not be legacy NULL stream") but accepts
   the per-thread one (cuda-python #2636, vLLM #46379).
-* It cannot be captured: it fails without ending the capture, so that a caller who misses the error
-  gets a graph that lacks the copy (rmm #2518).
+* It cannot be captured. It fails without ending the capture, so a caller that ignores the error
+  gets a graph without the copy (rmm #2518).
 * The copies of one batch run in any order; the batch as a whole runs in stream order.
-* A piece must be inside one registration of host memory: one that crosses into a second is an
-  invalid argument (sglang #36798). Pieces of no bytes are refused (rmm #2509).
-* When the driver reads the arrays is not documented. This module assumes that it has read them when
-  the call returns, as callers do that pass arrays on their stack (rmm #2511).
+* A piece must lie within one registration of host memory. A piece that crosses into a second one is
+  an invalid argument (sglang #36798). Pieces of no bytes are refused (rmm #2509).
+* The documentation does not say when the driver reads the arrays. This module assumes that it has
+  read them when the call returns, as do callers that pass arrays on their stack (rmm #2511).
 * One call of 51,828 pieces crashed in driver 580 (vLLM #49276); callers must split such batches.
 
-A call needs the device's context to be current on the calling thread, else it fails with
-CUDA_ERROR_INVALID_CONTEXT. The caller must bind it; torch does so when a thread first uses a
-device. Unlike the runtime, the driver keeps no last error: after a refused call there is nothing
-that a later launch would report. But any call may report the failure of earlier work.
+The device's context must be current on the calling thread, else a call fails with
+CUDA_ERROR_INVALID_CONTEXT. The caller must bind the context; torch does so when a thread first uses
+a device. Unlike the runtime, the driver keeps no last error, so a later launch does not report a
+refused call. But any call may report the failure of earlier work.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ LEGACY_STREAMS = (0, 1)
 stream, 2, is a stream like any other."""
 
 NO_INDEX = ctypes.c_size_t(-1).value
-"""``SIZE_MAX``: what the driver writes where it names no piece that failed."""
+"""``SIZE_MAX``: the index if the driver does not name the piece that failed."""
 
 
 class CopyEngineError(RuntimeError):
@@ -74,8 +74,8 @@ class CopyEngineError(RuntimeError):
         call: name of the driver's function.
         code: the status that it returned.
         name: name of that status, ``CUDA_ERROR_...``.
-        details: the driver's description, and what was to be copied.
-        piece: index of the piece that failed, or None where it is not known.
+        details: the driver's description of the status, and the copy that failed.
+        piece: index of the piece that failed, or None if it is not known.
 
     >>> print(CopyEngineError("cuMemcpyAsync", 1, "CUDA_ERROR_INVALID_VALUE", "invalid argument"))
     cuMemcpyAsync: CUDA_ERROR_INVALID_VALUE (1): invalid argument
@@ -97,12 +97,12 @@ class CopyEngineError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """What the driver knows of an address.
+    """What the driver knows about an address.
 
     Attributes:
-        kind: ``"device"`` or ``"managed"``; for host memory ``"pinned"``, or ``"aliased"`` where it
-            is pinned but devices reach it at another address. A batched copy that is given an
-            aliased address faults later (WSL2; sglang #40232).
+        kind: ``"device"`` or ``"managed"``; for host memory ``"pinned"``, or ``"aliased"`` if it is
+            pinned but devices reach it at another address. A batched copy with an aliased address
+            faults later (WSL2; sglang #40232).
         device: ordinal of the device that has the memory, or for which it was registered.
         start: first address of the allocation or registration.
         end: address after its last byte.
@@ -121,11 +121,12 @@ class Driver:
     :meth:`is_capturing`, :meth:`locate`.
 
     Args:
-        library: has the driver's functions as attributes: a ``ctypes.CDLL``, or a stand-in.
+        library: an object with the driver's functions as attributes: a ``ctypes.CDLL`` or a
+            stand-in.
 
     Attributes:
         version: the CUDA version that the driver supports, 1000 * major + 10 * minor.
-        batch_form: how many arguments its batched copy takes; None where it has none.
+        batch_form: the number of arguments of its batched copy; None if it has no batched copy.
 
     Raises:
         CopyEngineError: the driver refuses to tell its version.
@@ -170,24 +171,25 @@ class Driver:
         return self._batch is not None
 
     def copy_batch(self, pieces: Pieces, stream: int, *, over_link: bool) -> None:
-        """Enqueue all pieces in one call of ``cuMemcpyBatchAsync``; without pieces, call nothing.
+        """Enqueue all pieces with one call of ``cuMemcpyBatchAsync``; with no pieces, do nothing.
 
-        Sources are read, and targets written, in stream order; the pieces among themselves in any
-        order. The pieces and their arrays may be dropped when the call returns; the memory must
-        stay. Costs Python O(1), and O(N) array work where a common size must be written out.
+        The batch as a whole reads and writes in stream order; its pieces are copied in any order.
+        The pieces and their arrays may be dropped when the call returns, but the memory that they
+        refer to must stay. Costs Python O(1), plus O(N) array work if all pieces have one size,
+        which must be repeated for each.
 
         Args:
             pieces: none may cross the end of a registration or allocation, on either side.
             stream: handle of a stream other than the legacy default one.
-            over_link: whether one side is host memory, so that the bytes cross the host's link. A
-                hint to stay off the SMs, which need not be true.
+            over_link: whether one side is host memory, so that the bytes cross the host link. It
+                only gives the driver a hint to stay off the SMs, so it need not be right.
 
         Raises:
             ValueError: the stream is the legacy default one, or the arrays of ``pieces`` differ in
                 length; nothing was called.
             RuntimeError: the driver has no batched copy, or the stream is being captured; nothing
                 was enqueued.
-            CopyEngineError: the driver refused. What it enqueued before that is not documented, so
+            CopyEngineError: the driver refused. It may have enqueued some pieces before that, so
                 the targets are undefined once the stream has run.
         """
         if stream in LEGACY_STREAMS:
@@ -205,8 +207,8 @@ class Driver:
             return
         if self.is_capturing(stream):
             raise RuntimeError(
-                "cuMemcpyBatchAsync cannot be captured in a CUDA graph, which would lack the "
-                "copies; copy before or after the capture, or each piece by itself"
+                "cuMemcpyBatchAsync cannot be captured in a CUDA graph: the graph would lack the "
+                "copies; copy before or after the capture, or copy each piece by itself"
             )
         # These must live until the call has returned; most are the pieces' own arrays.
         targets = np.ascontiguousarray(pieces.targets, np.int64)
@@ -214,7 +216,7 @@ class Driver:
         sizes = np.ascontiguousarray(pieces.size_array(), np.int64)
         flags = FLAG_PREFER_OVERLAP_WITH_COMPUTE if over_link else FLAG_DEFAULT
         attributes = MemcpyAttributes(src_access_order=SRC_ACCESS_ORDER_STREAM, flags=flags)
-        # Each entry of the attributes has the index of the first piece that it is for.
+        # One set of attributes, with the index of the first piece that it applies to.
         first_piece = ctypes.c_size_t(0)
         failed_piece = ctypes.c_size_t(NO_INDEX)
         code = self._batch(
@@ -232,7 +234,7 @@ class Driver:
             raise self._batch_error(code, pieces, failed_piece.value, stream)
 
     def copy_each(self, pieces: Pieces, stream: int) -> None:
-        """Enqueue the pieces by one ``cuMemcpyAsync`` each, in their order.
+        """Enqueue the pieces in order, with one ``cuMemcpyAsync`` each.
 
         For drivers without a batched copy, for the legacy default stream, for captures, and for
         few pieces.
@@ -256,11 +258,11 @@ class Driver:
                 raise self._error("cuMemcpyAsync", code, what, index)
 
     def is_capturing(self, stream: int) -> bool:
-        """Whether ``stream`` is being captured in a CUDA graph, also by a capture that has failed.
+        """Whether ``stream`` is being captured in a CUDA graph, even if the capture has failed.
 
         Raises:
-            CopyEngineError: the driver refused. For the legacy default stream it does so while a
-                stream that waits for that one is being captured.
+            CopyEngineError: the driver refused. It refuses for the legacy default stream while a
+                stream that waits for the default stream is being captured.
         """
         status = ctypes.c_int(0)
         code = self._stream_is_capturing(stream, ctypes.byref(status))
@@ -268,7 +270,7 @@ class Driver:
         return status.value != 0
 
     def locate(self, address: int) -> Location | None:
-        """What the driver knows of ``address``; None for pageable memory, which it does not know.
+        """What the driver knows about ``address``; None for pageable memory, unknown to the driver.
 
         Raises:
             CopyEngineError: the driver refused.
@@ -327,7 +329,7 @@ def driver() -> Driver:
 
 
 def _text(get_text: Callable[..., int], code: int) -> str:
-    """The driver's name or description of a status; empty where it has none."""
+    """The driver's name or description of a status; empty if it has none."""
     text = ctypes.c_char_p()
     get_text(code, ctypes.byref(text))
     return (text.value or b"").decode(errors="replace")

@@ -1,6 +1,6 @@
 """Declarations of ``cuda.h``: the structures, constants and prototypes that kvheap uses.
 
-Tests compare them with the header that comes with Triton and with a C compiler.
+Tests compare them with the header that Triton ships, by means of a C compiler.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = [
 ]
 
 SRC_ACCESS_ORDER_STREAM = 1
-"""Sources are read in stream order. With ``ANY`` they may be read before work that the stream waits
-for has written them: wrong KV in vLLM #39306 and #45704."""
+"""Sources are read in stream order. With ``ANY``, they may be read before work that the stream
+waits for has written them, which gave wrong KV in vLLM #39306 and #45704."""
 
 FLAG_DEFAULT = 0
 
 FLAG_PREFER_OVERLAP_WITH_COMPUTE = 1
-"""The hint to stay off the SMs. It is given on host links only: within a device a copy engine moved
-87 GiB/s where the SMs move 1,627 (nccl #2177)."""
+"""The hint to stay off the SMs, given only for host links: within a device, a copy engine moved
+87 GiB/s and the SMs 1,627 GiB/s (nccl #2177)."""
 
 MEMORY_TYPE_HOST = 1
 MEMORY_TYPE_DEVICE = 2
@@ -58,7 +58,7 @@ class MemcpyAttributes(ctypes.Structure):
 
 
 class PointerFacts(ctypes.Structure):
-    """The attributes that ``cuPointerGetAttributes`` is asked for, in the types that it writes."""
+    """The attributes requested from ``cuPointerGetAttributes``, with the types that it writes."""
 
     _fields_ = (
         ("memory_type", ctypes.c_uint),
@@ -103,7 +103,7 @@ all. The variants for the per-thread default stream (``_ptsz``) are never used."
 def bind(library: object, name: str) -> Callable[..., int]:
     """A function of the driver's library, with its prototype.
 
-    The library's own attribute keeps its prototype, since others may share the library.
+    The library's own attribute is left as it is, because other code may share the library.
 
     Raises:
         AttributeError: the library has no such function.

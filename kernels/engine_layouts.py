@@ -1,8 +1,8 @@
 """The engine layouts: how serving engines arrange their paged KV caches, by name.
 
 ``L`` layers, ``B`` blocks, ``N`` slots of a block (its tokens), ``H`` KV heads, ``C`` elements of
-one head. A *plane* is one of the parts that a token has in every layer: K and V; the single one of
-latent attention; values and scales of the sparse-attention indexer.
+one head. A *plane* is one part of a token's KV in a layer: K or V; the single vector of latent
+attention; the values or the scales of the sparse-attention indexer.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 __all__ = ["INDEXER_BYTES", "LAYOUTS", "SCALE_BYTES", "KVLayout", "LayoutError"]
 
 SCALE_BYTES = 4
-"""Bytes of the indexer's scale of a token, a float32 (vLLM's ``indexer_k_quant_and_cache``)."""
+"""Bytes of the indexer's scale for a token, a float32 (vLLM's ``indexer_k_quant_and_cache``)."""
 
 INDEXER_BYTES = 132
 """Bytes of a token in the indexer's cache: 128 fp8 values and their scale."""
 
 
 class LayoutError(ValueError):
-    """Tensors that do not fit an engine layout, or the name of no engine layout."""
+    """Tensors do not fit an engine layout, or the name of an engine layout is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class KVLayout:
         dims: a letter for each dimension of a tensor: L, B, N, H and C as above, P for K and V,
             S for all slots (B x N), F for K then V of one head, I for values and scales of an
             indexer, X for any number of dimensions, whose bytes are copied as they are.
-        order: physical order of the dimensions, outermost first; "" where any will do.
+        order: physical order of the dimensions, outermost first; "" if any order is allowed.
         tensors: nesting and dimensions in words, for error messages.
     """
 

@@ -1,7 +1,7 @@
-"""Reading an engine's KV cache off its tensors: addresses, strides and sizes.
+"""Reads the geometry of an engine's KV cache from its tensors: addresses, strides and sizes.
 
-The tensors' physical strides are read, in bytes. Shapes alone are not enough: engines pad blocks,
-and hand out permuted views.
+It uses the tensors' physical strides, in bytes. Shapes alone are not enough, because engines pad
+blocks and use permuted views.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ EngineTensors: TypeAlias = (
     "torch.Tensor | Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]] "
     "| Mapping[str, torch.Tensor]"
 )
-"""What an engine registers: one tensor, one for each layer, or lists of K and V."""
+"""The tensors that an engine registers: one tensor, one for each layer, or lists of K and V."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """Strides of one plane of a cache, the same in all layers; bytes.
+    """Strides of one plane of a cache, in bytes. They are the same in all layers.
 
     Attributes:
         row_bytes: contiguous bytes of one head of one token.
@@ -45,9 +45,9 @@ class Plane:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CacheGeometry:
-    """Where the KV of a cache is, read off its tensors.
+    """Where the KV of a cache is, as read from its tensors.
 
-    The attributes are those of the same names of
+    The attributes are documented under the same names in
     :class:`~kvheap.kernels.paged_layout.PagedKVCache`.
     """
 
@@ -71,7 +71,7 @@ def read_tensors(
         tensors: one tensor or lists of tensors, as the engine layout says; a dict of one tensor for
             each layer counts as a list.
         block_size: slots of a block, for engine layouts that only have slots; 1 if not given. For
-            the others, what the tensors must agree with.
+            the others, the block size that the tensors must have.
 
     Raises:
         LayoutError: a tensor has another rank, device, dtype or size than the engine layout or the
@@ -101,7 +101,7 @@ def read_tensors(
 def _flatten(layout: KVLayout, tensors: Any) -> tuple[KVLayout, list[tuple[str, torch.Tensor]]]:
     """The tensors in one list, layers outermost, each with a label for error messages.
 
-    Also the engine layout, adapted where the layers of one tensor came as a list.
+    Returns the engine layout too, adapted if the layers of a one-tensor layout came as a list.
     """
     if isinstance(tensors, Mapping):
         tensors = list(tensors.values())
@@ -292,7 +292,7 @@ class _Blocks:
 def _planes(
     layout: KVLayout, dims: _Dims, blocks: _Blocks, item_bytes: int
 ) -> tuple[tuple[Plane, ...], int, int]:
-    """The planes, and how many heads of how many elements each has."""
+    """The planes, the number of heads of each, and the number of elements of a head."""
     sizes = dims.sizes
     if "I" in sizes:
         planes = tuple(
@@ -326,7 +326,7 @@ def _base_addresses(
 
 
 def _plane_offsets(dims: _Dims, first_plane: Plane, block_size: int) -> Iterator[int]:
-    """Bytes from the first plane of a layer to each plane, where one tensor has them all."""
+    """Bytes from the first plane of a layer to each plane, if one tensor holds them all."""
     yield 0
     if "P" in dims.sizes:
         yield dims.strides["P"]

@@ -1,19 +1,19 @@
-"""Copies of pieces between places in host memory: large ones singly, small ones by the thousand.
+"""Copies pieces between places in host memory: large pieces one by one, small ones in bulk.
 
-Pieces of :data:`LARGE_BYTES` and more are moved singly, each by a C call that releases the GIL;
-they are cut where several threads are to share them. Smaller pieces are copied as rows. Memory is
-viewed as an array of overlapping elements, one starting at each byte, of dtype ``V<row bytes>``;
-indexing it is one ``memcpy`` for each row, at any alignment. Pieces of one size are rows of that
-size, or several rows where they are longer than :data:`ROW_BYTES`. Pieces of different sizes are
-sorted into classes, two for each power of two. All pieces of a class are covered by the same number
-of rows of one length. The last row ends where its piece ends and may repeat bytes of the row
-before, at the same offset on both sides, so that no byte outside a piece is read or written.
+Pieces of :data:`LARGE_BYTES` and more are moved one by one, each by a C call that releases the GIL;
+they are cut if several threads share them. Smaller pieces are copied as rows. Memory is viewed as
+an array of overlapping elements of dtype ``V<row bytes>``, one starting at each byte; indexing it
+costs one ``memcpy`` for each row, at any alignment. Pieces of one size are one row each, or several
+rows if they are longer than :data:`ROW_BYTES`. Pieces of different sizes are sorted into classes,
+two for each power of two. All pieces of a class are covered by the same number of rows of one
+length. The last row ends where its piece ends and may repeat bytes of the row before, at the same
+offset on both sides, so that no byte outside a piece is read or written.
 
-Bytes read and written: those of the pieces, once each, and up to half as many again in a class of
-mixed sizes. Where both sides are scattered the bytes pass through a temporary that stays in the
-cache. Where one side is one run there is none: rows are written straight from a run, and gathered
-straight into one by ``index_select`` if all of it is whole words of 8 or 16 bytes. Speeds, beside
-those of other methods, are in benchmarks/NOTES.md.
+Each byte of the pieces is read and written once; in a class of mixed sizes, up to half as many
+bytes are copied a second time. If both sides are scattered, the bytes pass through a temporary that
+stays in the CPU's cache. If the source is one run, rows are written straight from it. If the target
+is one run and everything is whole words of 8 or 16 bytes, ``index_select`` gathers rows straight
+into it. benchmarks/NOTES.md compares the speed with that of other methods.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ from kvheap.kernels.words import CPU_WORDS, overlapping_rows
 __all__ = ["copy_on_host"]
 
 LARGE_BYTES = 32 << 10
-"""Bytes of a piece from which it is moved by a C call of its own; see benchmarks/NOTES.md."""
+"""Pieces of at least this many bytes are moved by a C call each; see benchmarks/NOTES.md."""
 
 ROW_BYTES = 4 << 10
 """Bytes of the longest row; see benchmarks/NOTES.md."""
 
 CALL_BYTES = 512 << 10
-"""Bytes of one indexing call and of its temporary, unless ``MIN_CALL_ROWS`` rows are more; see
+"""Bytes of one indexing call and of its temporary, or ``MIN_CALL_ROWS`` rows if that is more; see
 benchmarks/NOTES.md."""
 
 MIN_CALL_ROWS = 512
-"""Rows of one indexing call at least: NumPy holds the GIL for calls of up to 500 rows."""
+"""The fewest rows of one indexing call: NumPy holds the GIL for calls of up to 500 rows."""
 
 CLASS_BITS = 1
-"""Bits of a size below its highest bit that decide its class; see benchmarks/NOTES.md."""
+"""How many bits below the highest bit of a size decide its class; see benchmarks/NOTES.md."""
 
 MAX_SINGLE_MOVES = 24
-"""Pieces of a class up to which each is moved by a call of its own; see benchmarks/NOTES.md."""
+"""The pieces of a class with at most this many are moved one by one; see benchmarks/NOTES.md."""
 
 THREAD_BYTES = 4 << 20
-"""Bytes of a copy that are worth one more thread; see benchmarks/NOTES.md."""
+"""A copy gets one more thread only for this many more bytes; see benchmarks/NOTES.md."""
 
 SHARE_BYTES = MIN_CALL_ROWS * ROW_BYTES
-"""Bytes of the smallest share of the work that a thread takes."""
+"""The smallest share of the work that a thread takes, in bytes."""
 
 SHARES = 4
-"""Shares for each thread, so that others take over where one thread is held up."""
+"""Shares for each thread, so that others take over the work of a thread that is held up."""
 
 MAX_THREADS = 8
-"""Threads by default at most. A guess: measured on 2 cores only."""
+"""The largest default number of threads. A guess: measured on 2 cores only."""
 
 SELECT_WORDS = 32768
-"""Words up to which ``index_select`` copies in the calling thread and starts no others."""
+"""Up to this many words, ``index_select`` copies in the calling thread and starts no others."""
 
 
 def copy_on_host(pieces: Pieces, threads: int | None = None) -> None:
@@ -80,13 +80,13 @@ def copy_on_host(pieces: Pieces, threads: int | None = None) -> None:
     Args:
         pieces: absolute addresses of host memory that the caller keeps alive. Targets must overlap
             neither each other nor any source.
-        threads: how many threads copy at most, the caller's among them; by default as many as torch
-            uses, up to :data:`MAX_THREADS`.
+        threads: the largest number of threads that copy, including the caller's; by default as many
+            as torch uses, up to :data:`MAX_THREADS`.
 
     Raises:
         ValueError: ``threads`` is not positive; nothing is copied.
 
-    When this raises anything, KeyboardInterrupt included, no thread is copying any more, and some
+    If this raises anything, including KeyboardInterrupt, no thread is copying any more, and some
     pieces may have been copied.
 
     >>> source, target = np.arange(8, dtype=np.uint8), np.zeros(8, np.uint8)
@@ -119,7 +119,7 @@ def copy_on_host(pieces: Pieces, threads: int | None = None) -> None:
 
 
 def _classified(pieces: Pieces) -> tuple[Pieces, list[Pieces]]:
-    """The pieces to move singly, and the others in classes of similar sizes."""
+    """The pieces to move one by one, and the others in classes of similar sizes."""
     sizes = pieces.sizes
     if isinstance(sizes, int):
         if sizes >= LARGE_BYTES or len(pieces) <= MAX_SINGLE_MOVES:
@@ -210,7 +210,7 @@ def _is_run(starts: Int64Array, row_bytes: int) -> bool:
 
 
 def _move(sources: Int64Array, targets: Int64Array, row_bytes: int) -> None:
-    """Copy rows from anywhere to anywhere."""
+    """Copy scattered rows to scattered targets, through a temporary."""
     source_rows, source_numbers = _all_rows(sources, row_bytes)
     target_rows, target_numbers = _all_rows(targets, row_bytes)
     step = max(MIN_CALL_ROWS, CALL_BYTES // row_bytes)
@@ -220,13 +220,13 @@ def _move(sources: Int64Array, targets: Int64Array, row_bytes: int) -> None:
 
 
 def _scatter(source: int, targets: Int64Array, row_bytes: int) -> None:
-    """Copy rows that follow each other from ``source`` on to anywhere."""
+    """Copy a run of rows that begins at ``source`` to scattered targets."""
     target_rows, numbers = _all_rows(targets, row_bytes)
     target_rows[numbers] = _array(source, len(targets), f"V{row_bytes}", row_bytes)
 
 
 def _gather(sources: Int64Array, target: int, row_bytes: int, word: torch.dtype) -> None:
-    """Copy rows from anywhere so that they follow each other from ``target`` on, as whole words."""
+    """Copy scattered rows of whole words to a run of rows that begins at ``target``."""
     low = int(sources.min())
     span_bytes = int(sources.max()) + row_bytes - low
     words = torch.from_numpy(_array(low, span_bytes, "u1", 1)).view(word)
@@ -242,19 +242,19 @@ def _gather(sources: Int64Array, target: int, row_bytes: int, word: torch.dtype)
 
 
 def _all_rows(starts: Int64Array, row_bytes: int) -> tuple[npt.NDArray[np.void], Int64Array]:
-    """All rows from the lowest to the highest start, overlapping, and which of them are given."""
+    """All overlapping rows from the lowest to the highest start, and the numbers of those given."""
     low = starts.min()
     rows = _array(int(low), int(starts.max() - low) + 1, f"V{row_bytes}", 1)
     return rows, starts - low
 
 
 def _array(address: int, length: int, dtype: str, stride: int) -> npt.NDArray[Any]:
-    """Memory as an array; nothing keeps it alive."""
+    """A view of memory as an array, which does not keep the memory alive."""
     return np.asarray(_ArrayInterface(address, length, dtype, stride))
 
 
 class _ArrayInterface:
-    """Memory for ``np.asarray``; cheaper than a ctypes array, where each length is a new type."""
+    """Memory for ``np.asarray``; cheaper than a ctypes array, which needs a type per length."""
 
     def __init__(self, address: int, length: int, dtype: str, stride: int) -> None:
         self.__array_interface__ = {

@@ -1,4 +1,4 @@
-"""What every launch of a kernel needs: Triton, where it is installed, and arrays on the device."""
+"""What all kernel launches share: Triton, if it is installed, and uploads of arrays."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _NoTriton:
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """``triton.jit``, or where Triton is missing a kernel whose launch raises RuntimeError."""
+    """``triton.jit``; if Triton is missing, a stand-in kernel whose launch raises RuntimeError."""
     if triton is None:
         return _NoTriton
     return triton.jit(**options)  # type: ignore[no-any-return]
@@ -39,7 +39,7 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 def runs_kernels(device: torch.device) -> bool:
     """Whether copies on ``device`` are done by Triton kernels; on a CPU, torch and NumPy do them.
 
-    Tests replace it where they run the kernels interpreted, on CPU tensors.
+    Tests replace this function to run the kernels in the interpreter, on CPU tensors.
     """
     return device.type != "cpu"
 
@@ -61,7 +61,7 @@ def upload(array: Int64Array, device: torch.device) -> torch.Tensor:
 
 
 def staging(num_words: int, device: torch.device) -> torch.Tensor:
-    """Host memory for words that are then uploaded to ``device``, int64 ``[num_words]``.
+    """Host memory for words that will be uploaded to ``device``, int64 ``[num_words]``.
 
     The caller writes the words and uploads them by ``to(device, non_blocking=True)``, which is
     ordered by the current stream.
@@ -80,7 +80,7 @@ def staging(num_words: int, device: torch.device) -> torch.Tensor:
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A uint8 tensor at the same address: Triton knows few dtypes, and compiles once for each."""
+    """A uint8 tensor at the same address: Triton has few dtypes, and compiles once for each."""
     if tensor.dtype == torch.uint8:
         return tensor
     offset_bytes = int(tensor.storage_offset()) * tensor.element_size()

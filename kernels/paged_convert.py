@@ -25,8 +25,9 @@ chunks.
 e4m3 is rounded to nearest even in integer arithmetic, since sm_80 has no instruction for it; from
 sm_89 on the instruction is used.
 
-A chunk is stored whole: tokens that an earlier call stored in it keep their bytes but lose their
-scale. On a CPU: :mod:`kvheap.kernels.paged_convert_cpu`, which is also the reference.
+Store all tokens of a chunk in one call: a later call leaves the bytes of earlier tokens as they are
+but overwrites their scale. On a CPU: :mod:`kvheap.kernels.paged_convert_cpu`, which is also the
+reference.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from kvheap.kernels.token_copy import Chunks, TokenCopy
 __all__ = ["launch_conversion"]
 
 TILE_ELEMENTS = 4096
-"""Elements of one step of a program, 8 KiB of 2 bytes: four 16-byte loads for each of 128 threads.
-Reasoned, not yet measured on a GPU."""
+"""Elements that a program converts in one step, 8 KiB at 2 bytes each: four 16-byte loads for each
+of 128 threads. Reasoned, not yet measured on a GPU."""
 
 INSTRUCTION_CAPABILITY = (8, 9)
 """The first compute capability with an instruction for e4m3."""
@@ -173,7 +174,7 @@ def _convert_tokens_kernel(  # type: ignore[no-untyped-def]
                     largest = tl.maximum(largest, tl.max(size, 1))
                     any_token |= kept.to(tl.int32)
                 else:
-                    # Comparisons pass NaN on, where a minimum might not.
+                    # Comparisons keep NaN; a minimum might not.
                     y = x / scale
                     y = tl.where(y > 448.0, 448.0, tl.where(y < -448.0, -448.0, y))
                     if INSTRUCTION:
@@ -194,7 +195,7 @@ def launch_conversion(copy: TokenCopy) -> None:
     """Convert at least one token on the current device, on its current stream.
 
     Args:
-        copy: with chunks of fp8.
+        copy: the copy; its chunks hold fp8.
     """
     pairing, places, chunks = copy.pairing, copy.places, copy.chunks
     cache, layout = pairing.cache, chunks.layout
@@ -247,7 +248,7 @@ def _chunk_alignment(chunks: Chunks, head_dim: int) -> int:
 
 
 def _table(copy: TokenCopy) -> Int64Array:
-    """The pairing's table in bytes, int64 ``[planes * layers, 7]``, with other columns 1 and 5.
+    """The pairing's table in bytes, int64 ``[planes * layers, 7]``, with columns 1 and 5 replaced.
 
     Column 1 is the offset in a chunk of fp8, column 5 the offset of the first head's scale.
     """

@@ -1,7 +1,7 @@
-"""Paged copy with conversion to fp8 e4m3 on a CPU; also the reference of the kernel.
+"""Paged copy with conversion to fp8 e4m3 on a CPU; also the reference for the kernel.
 
-Tokens are copied to or from chunks of the cache's own dtype, and these are converted by a few torch
-calls for each chunk: 2 bytes more are read and written for each element than by the kernel.
+Tokens are copied to or from temporary chunks of the cache's own dtype, and a few torch calls
+convert each of these chunks. This reads and writes 2 bytes more for each element than the kernel.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def convert_on_cpu(copy: TokenCopy) -> None:
 
 
 def _convert_chunk(copy: TokenCopy, plain: torch.Tensor, address: int, kept: torch.Tensor) -> None:
-    """Convert one chunk to fp8 or back; ``kept`` says which of its tokens, bool ``[tokens]``."""
+    """Convert one chunk to fp8 or back; ``kept`` marks the tokens to store, bool ``[tokens]``."""
     pairing, chunks = copy.pairing, copy.chunks
     layout, scale_offset = chunks.layout, chunks.scale_offset
     assert scale_offset is not None

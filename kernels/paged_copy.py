@@ -7,22 +7,22 @@ launcher               reads                         writes
 :func:`load_tokens`    chunks, token after token     the cache, at ``slots``
 =====================  ============================  ============================
 
-Bytes moved: 2 x tokens x ``cache.token_bytes``, and 8 for each unit (a token or a block) in each
-program that looks it up. The floor is those bytes over the memory's bandwidth.
+Bytes moved: 2 x tokens x ``cache.token_bytes``, plus 8 for each unit (a token or a block) in each
+program that looks it up. The shortest possible time is those bytes divided by the memory bandwidth.
 
-Bytes that are contiguous on both sides are one run: all heads of a token, all tokens of a block, as
-far as the strides allow (:class:`~kvheap.kernels.paged_plan.Pairing`). The runs of one (layer,
-plane) form a matrix of rows, one for each run of each unit, by words. The grid has one program for
-each tile of it and each (layer, plane), the tiles of one (layer, plane) next to each other. A
-program reads its entry of a small table (bases, offset in the chunk, strides, run), the slots of
-its rows and the addresses of their chunks, and moves its tile with accesses of up to 16 bytes.
-Adjacent blocks need no merging, since a tile holds as many rows as fit; slots on the host are
-merged into longer runs where all of them allow it. The code is the same for any number of heads,
+Bytes that are contiguous on both sides are one run: all heads of a token or all tokens of a block,
+as far as the strides allow (:class:`~kvheap.kernels.paged_plan.Pairing`). The runs of one (layer,
+plane) form a matrix with a row for each run of each unit and a column for each word. The grid has
+one program for each tile of each (layer, plane); the tiles of one (layer, plane) are next to each
+other. A program reads its entry of a small table (bases, offset in the chunk, strides, run), the
+slots of its rows and the addresses of their chunks, and moves its tile with accesses of up to 16
+bytes. Adjacent blocks need no merging, since a tile holds as many rows as fit. Slots on the host
+are merged into longer runs if all of them allow it. The code is the same for any number of heads,
 layers, chunks and tokens.
 
-A slot of -1 skips its token. A slot out of range is refused before anything is written where it is
-on the host. On a device its token is skipped and reported to the error word that
-``cache.synchronize()`` reads, since a check at once would have to wait for the device.
+A slot of -1 skips its token. If the slots are on the host, a slot out of range is refused before
+anything is written. If they are on a device, its token is skipped and recorded in the error word
+that ``cache.synchronize()`` reads, because an immediate check would have to wait for the device.
 
 Chunks of fp8 are converted on the way: :mod:`kvheap.kernels.paged_convert`. On CPU tensors:
 :mod:`kvheap.kernels.paged_copy_cpu` and :mod:`kvheap.kernels.paged_convert_cpu`, which are also the
@@ -51,11 +51,11 @@ from kvheap.kernels.token_copy import Chunks, TokenCopy
 __all__ = ["BlockIds", "Chunks", "load_tokens", "store_tokens"]
 
 MANY_TILES = 1024
-"""Programs below which tiles are made smaller: about eight for each multiprocessor of an H100.
-Reasoned, not yet measured on a GPU."""
+"""Copies of fewer programs than this get smaller tiles: about eight programs for each
+multiprocessor of an H100. Reasoned, not yet measured on a GPU."""
 
 SMALL_TOKEN_TILE_WORDS = 512
-"""Words of a tile of a copy of few tokens."""
+"""Words of the smaller tiles."""
 
 
 @jit(
@@ -99,7 +99,7 @@ def _copy_tokens_kernel(  # type: ignore[no-untyped-def]
     COLS: tl.constexpr,
 ):
     """Copy one tile of one (layer, plane); strides and table entries count VECTOR words."""
-    program = tl.program_id(0)  # divided as 32 bits, which is cheaper, multiplied as 64
+    program = tl.program_id(0)  # divide in 32 bits, which is cheaper; multiply in 64
     number = program // num_tiles
     tile = program % num_tiles
     entry = table_ptr + number * 7
@@ -157,19 +157,19 @@ def store_tokens(
     """Copy the KV of the tokens at ``slots`` from a cache into chunks, in one launch.
 
     Args:
-        cache: where from; of bfloat16 or float16 where the chunks hold fp8.
+        cache: the source; bfloat16 or float16 if the chunks hold fp8.
         slots: the slot of each token, integers ``[T]``, or :class:`BlockIds`; on the host or on
             the cache's device. -1 skips a token.
-        chunks: where to. Chunk ``i`` takes tokens ``[i * n, (i + 1) * n)`` of the T, for ``n`` =
+        chunks: the target. Chunk ``i`` takes tokens ``[i * n, (i + 1) * n)`` of the T, for ``n`` =
             ``chunks.layout.num_tokens``. There must be as many chunks as the tokens need.
         layers: the layers to copy; see :meth:`~kvheap.kernels.paged_plan.Pairing.of`.
         heads: the heads to copy; see there.
-        eager: whether to check also slots that are on a device, which waits for the device.
+        eager: whether to check slots on a device too, which waits for the device.
 
     Raises:
         ValueError: slots are out of range, or cache and chunks do not fit; nothing is written.
-        TypeError: slots are not integers, or ``layers`` or ``heads`` are of another type; nothing
-            is written.
+        TypeError: slots are not integers, or ``layers`` or ``heads`` have a wrong type; nothing is
+            written.
     """
     _run(TokenCopy.of(cache, slots, chunks, layers, heads, eager, to_heap=True))
 
@@ -209,14 +209,17 @@ def _launch_copy(copy: TokenCopy) -> None:
     if not places.are_blocks and not isinstance(places.values, torch.Tensor):
         places = places.merged(pairing)
     num_entries = len(pairing.entries) * pairing.num_layers
-    # The table counts from the first tensor, which need not be of a layer that is copied.
+    # Offsets in the table count from the first tensor, even if its layer is not copied.
     alignment = alignment_of(pairing.alignment, chunks.alignment, cache.tensors[0].data_ptr())
     num_rows = -(-places.num_tokens // places.unit_tokens) * pairing.runs_per_token
     run_bytes = pairing.max_run_bytes * places.unit_tokens
     plan, constants = _planned(num_rows, run_bytes, alignment, num_entries)
     num_programs = plan.num_tiles * num_entries
     if num_programs >= INT32_END:
-        raise ValueError(f"{places.num_tokens} tokens need {num_programs} programs: split them")
+        raise ValueError(
+            f"{places.num_tokens} tokens need {num_programs} programs, too many for one launch: "
+            f"split them"
+        )
     access_bytes = plan.access_bytes
     _copy_tokens_kernel[(num_programs,)](
         *copy.kernel_tensors(_table(pairing, access_bytes), places, access_bytes),
@@ -257,7 +260,7 @@ def _table(pairing: Pairing, access_bytes: int) -> torch.Tensor:
     if found is None:
         table = pairing.table()
         table[:, :6] //= access_bytes
-        # Copied when this returns, so that any stream may read it.
+        # The upload has ended when this returns, so any stream may read the table.
         found = torch.from_numpy(table.reshape(-1)).to(pairing.cache.device)
         pairing.tables[access_bytes] = found
     return found

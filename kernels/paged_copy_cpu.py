@@ -1,14 +1,14 @@
-"""Paged copy on a CPU: indexing of rows of memory, without Python work for each token or block.
+"""Paged copy on a CPU, by indexing rows of memory. It does no Python work for each token or block.
 
 Memory is viewed as overlapping rows of words, one starting at each word, from the lowest address of
-either side to the highest, so that one call reaches layers that are separate tensors. Rows of the
-cache are picked by an index. Chunks at equal distances, as those of a new batch mostly are, form a
-strided view of up to six dimensions; chunks at other distances take a call each. Either way every
-byte is copied once. Where tokens are skipped, or many small chunks are scattered, both sides are
-indexed and the bytes pass through a temporary.
+either side to the highest, so that one call reaches layers in separate tensors. An index picks rows
+of the cache. Chunks at equal distances, as in most new batches, form a strided view of up to six
+dimensions; other chunks take one call each. Either way, every byte is copied once. If tokens are
+skipped, or many small chunks are scattered, both sides are indexed and the bytes pass through a
+temporary.
 
-Bytes read and written: those of the tokens, once each, and 8 for the index of each row. Speeds,
-beside those of other methods, are in benchmarks/NOTES.md.
+Each byte of the tokens is read and written once, plus 8 bytes for the index of each row.
+benchmarks/NOTES.md compares the speed with that of other methods.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from kvheap.kernels.words import CPU_WORDS, overlapping_rows
 __all__ = ["copy_on_cpu"]
 
 MAX_ROWS = 1 << 20
-"""Rows of one call, which has 8 MiB of index; longer copies take several calls, by layers."""
+"""The most rows of one call, with 8 MiB of index; longer copies take several calls, by layers."""
 
 DENSE_PLANE_BYTES = 256 << 10
-"""Bytes of a contiguous plane of a chunk, all layers, from which it is stored by a call of its own;
-see benchmarks/NOTES.md."""
+"""A contiguous plane of a chunk (all layers) with at least this many bytes is stored by its own
+call; see benchmarks/NOTES.md."""
 
 FEW_CHUNK_RUNS = 8
-"""Runs of equally spaced chunks up to which each run is copied by a call of its own."""
+"""Up to this many runs of equally spaced chunks, each run is copied by its own call."""
 
 SMALL_PLANE_BYTES = 64 << 10
-"""Bytes of a chunk's plane below which more than ``FEW_CHUNK_RUNS`` runs of chunks are copied
-through a temporary; see benchmarks/NOTES.md."""
+"""If a chunk's plane has fewer bytes than this, more than ``FEW_CHUNK_RUNS`` runs of chunks are
+copied through a temporary; see benchmarks/NOTES.md."""
 
 
 def copy_on_cpu(copy: TokenCopy) -> None:
@@ -51,7 +51,7 @@ def copy_on_cpu(copy: TokenCopy) -> None:
     memory = _Memory.over(pairing, chunks.addresses, chunks.size_bytes)
     parts = [(starts[:num_full], 0, unit)]
     rest = places.num_tokens - num_full * unit
-    if rest:  # the last unit is filled in part: token by token
+    if rest:  # the last unit is only partly filled: copy it token by token
         tail = np.full(rest, starts[-1]) if starts[-1] < 0 else starts[-1] + np.arange(rest)
         parts.append((tail, num_full * unit, 1))
     for slots, first_token, unit_tokens in parts:
@@ -64,8 +64,8 @@ def copy_on_cpu(copy: TokenCopy) -> None:
 class _Memory:
     """All memory from the lowest address of either side to the highest, as words.
 
-    There are two tensors of it, since torch refuses to read and write one tensor in a call: rows of
-    the cache and views of chunks never share a byte, but torch cannot see that.
+    Two tensors cover the same memory, because torch refuses to read and write one tensor in one
+    call. Rows of the cache and views of chunks never share a byte, but torch cannot know that.
     """
 
     for_rows: torch.Tensor
@@ -94,13 +94,13 @@ class _Memory:
         return overlapping_rows(self.for_rows, row_words)
 
     def view(self, address: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
-        """A strided view; strides in bytes, without that of the last dimension, one word."""
+        """A strided view; ``strides`` are in bytes and omit the last dimension, which is a word."""
         in_words = (*(stride // self.word_bytes for stride in strides), 1)
         return self.for_views.as_strided(sizes, in_words, (address - self.start) // self.word_bytes)
 
 
 def _end_of(tensor: torch.Tensor) -> int:
-    """The address after the last byte of a tensor of positive strides."""
+    """The address after the last byte of a tensor with positive strides."""
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return int(tensor.data_ptr()) + (last + 1) * tensor.element_size()
 
@@ -123,7 +123,7 @@ class _Rectangle:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A part of a copy whose units have one length; consecutive tokens."""
+    """A part of a copy: consecutive tokens, in units of one length."""
 
     pairing: Pairing
     memory: _Memory
@@ -207,7 +207,7 @@ class _Step:
                 torch.ops.aten.index.Tensor_out(rows, [where], out=view)
 
     def _rectangles(self, addresses: Int64Array) -> Iterator[_Rectangle]:
-        """All units, from the first token of the first chunk on, in as few rectangles as fit."""
+        """All units, from the first token of the first chunk on, in the fewest rectangles."""
         chunk, unit = self.pairing.chunk, self.unit_tokens
         per_page, per_chunk = chunk.page_tokens // unit, chunk.num_tokens // unit
         pages = per_chunk // per_page

@@ -1,7 +1,7 @@
 """``PagedKVCache``: where an engine keeps the KV of each token, in any of the engine layouts.
 
-A base address for each layer and plane, and physical strides in bytes. The engine layouts and the
-letters of their dimensions are in :mod:`kvheap.kernels.engine_layouts`.
+It has a base address for each layer and plane, and physical strides in bytes. The engine layouts
+and the letters of their dimensions are in :mod:`kvheap.kernels.engine_layouts`.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class PagedKVCache:
         block_size: slots of a block N.
         num_heads: KV heads H.
         head_dim: elements of one head in one plane.
-        dtype: of the elements.
+        dtype: dtype of the elements.
         device: where the tensors are.
-        tensors: the engine's, layer by layer.
+        tensors: the engine's tensors, layer by layer.
 
     >>> tensors = [torch.zeros(2, 8, 16, 4, 64, dtype=torch.float16) for _ in range(3)]
     >>> cache = PagedKVCache.of("vllm-flash-nhd", tensors)
@@ -70,7 +70,7 @@ class PagedKVCache:
     device: torch.device
     tensors: tuple[torch.Tensor, ...] = field(repr=False)
     kept: dict[object, Any] = field(default_factory=dict, repr=False)
-    """What copies compute once for this cache and use again."""
+    """Results that copies compute once for this cache and reuse."""
 
     @classmethod
     def of(
@@ -84,7 +84,7 @@ class PagedKVCache:
                 for each layer counts as a list. Strides may be any that keep heads contiguous and
                 elements apart.
             block_size: slots of a block, for engine layouts that only have slots; 1 if not given.
-                For the others, what the tensors must agree with.
+                For the others, the block size that the tensors must have.
 
         Raises:
             LayoutError: the name is unknown; or a tensor has another rank, device, dtype or size
@@ -115,7 +115,9 @@ class PagedKVCache:
     def detect(
         cls, tensors: EngineTensors, *, num_kv_heads: int, head_dim: int, block_size: int
     ) -> PagedKVCache:
-        """The cache that an engine keeps in ``tensors``, found by their shapes and strides.
+        """The cache that an engine keeps in ``tensors``; detects the engine layout.
+
+        The engine layout is recognized by the tensors' shapes and strides.
 
         Args:
             tensors: as for :meth:`of`.
@@ -124,7 +126,7 @@ class PagedKVCache:
             block_size: slots of a block.
 
         Raises:
-            LayoutError: no engine layout fits, or two fit that put a token at different addresses.
+            LayoutError: no engine layout fits, or two that fit put a token at different addresses.
                 ``opaque`` is never guessed.
         """
         found: dict[str, PagedKVCache] = {}
@@ -150,7 +152,7 @@ class PagedKVCache:
             )
         first = next(iter(found.values()))
         if any(not first.addresses_like(other) for other in found.values()):
-            raise LayoutError(f"several engine layouts fit, name one: {', '.join(found)}")
+            raise LayoutError(f"several engine layouts fit, choose one by name: {', '.join(found)}")
         return first
 
     @property
@@ -175,7 +177,7 @@ class PagedKVCache:
 
     @property
     def plane_strides(self) -> Int64Array:
-        """From the first plane of each layer to the others, bytes, int64 ``[L, planes - 1]``."""
+        """Bytes from the first plane of each layer to the others, int64 ``[L, planes - 1]``."""
         return self.base_addresses[:, 1:] - self.base_addresses[:, :1]
 
     @cached_property
@@ -195,26 +197,26 @@ class PagedKVCache:
         return self.num_planes == 2 and "I" not in self.layout.dims
 
     def error_word(self) -> torch.Tensor:
-        """Where kernels report the lowest token whose place is out of range, int64 ``[1]``.
+        """The word in which kernels report the lowest token out of range, int64 ``[1]``.
 
         See :mod:`kvheap.kernels.paged_places`.
         """
         found: torch.Tensor | None = self.kept.get("error")
         if found is None:
-            # Written when this returns, so that any stream may use it.
+            # The write has ended when this returns, so any stream may use the word.
             found = torch.tensor([NO_REPORT], dtype=torch.int64, device="cpu").to(self.device)
             self.kept["error"] = found
         return found
 
     def synchronize(self) -> None:
-        """Wait for the current stream; report a slot that was out of range since the last call.
+        """Wait for the current stream; raise if a slot was out of range since the last call.
 
         Only slots and block ids that were on a device are reported here; those on the host are
         refused at once.
 
         Raises:
-            ValueError: names the first such token of a copy, and its slot or block. It was skipped;
-                the other tokens were copied.
+            ValueError: a slot or block id was out of range. The message names the first such token
+                of a copy, and its slot or block. It was skipped; the other tokens were copied.
         """
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()

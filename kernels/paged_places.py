@@ -1,9 +1,9 @@
-"""Where a token is in a paged cache, as kernels look it up, and how they report a bad place.
+"""How kernels look up where a token is in a paged cache, and how they report a bad place.
 
 A token's place is a slot or the id of its block. A kernel that finds a place out of range skips the
-token and writes it to the cache's error word, because a check on the host would have to wait for
-the device. The word keeps the smallest report, so the report of the lowest such token: the token's
-number in the high 32 bits, and in the low 32 bits its place, plus 2**31.
+token and reports it in the cache's error word, because a check on the host would have to wait for
+the device. A report has the token's number in its high 32 bits, and its place plus 2**31 in its low
+32 bits. The word keeps the smallest report, which is that of the lowest such token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kvheap.kernels.launch import jit, tl
 __all__ = ["NO_REPORT", "locate_tokens", "read_report", "report_bad_places"]
 
 NO_REPORT = INT64_END - 1
-"""The error word while every place was in range."""
+"""The error word if every place was in range."""
 
 
 @jit()
@@ -55,7 +55,7 @@ def report_bad_places(error_ptr, token, is_token, place, is_inside):  # type: ig
 
 
 def read_report(error_word: int) -> tuple[int, int]:
-    """The token and its place, cut off to 32 bits, that an error word reports.
+    """The token that an error word reports, and its place, limited to 32 bits.
 
     >>> read_report((7 << 32) + 20 + (1 << 31))
     (7, 20)

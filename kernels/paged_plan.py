@@ -1,4 +1,4 @@
-"""Which runs of bytes a copy between a paged KV cache and chunks consists of, and where they are.
+"""The runs of bytes in a copy between a paged KV cache and chunks.
 
 A chunk keeps the KV of consecutive tokens in one range of memory. A :class:`Pairing` compares a
 cache and a chunk layout: for each (layer, plane) it says where both begin, how far apart tokens and
@@ -43,14 +43,14 @@ class Pairing:
 
     Attributes:
         cache, chunk: the two sides.
-        layers, heads: which are copied, as the caller gave them.
-        chunk_layers: the same layers as the chunk numbers them.
-        chunk_head: the first of the heads in the chunk.
+        layers, heads: the layers and heads to copy, as the caller gave them.
+        chunk_layers: the same layers, as the chunk numbers them.
+        chunk_head: index in the chunk of the first head to copy.
         num_heads: how many heads are copied.
-        entries: for each plane, one for each layer.
-        runs_per_token: runs of one token in one (layer, plane): 1 where its heads are contiguous on
+        entries: for each plane, one entry for each layer.
+        runs_per_token: runs of one token in one (layer, plane): 1 if its heads are contiguous on
             both sides, else one for each head.
-        chunk_head_stride: from a head to the next in the chunk, bytes.
+        chunk_head_stride: bytes from a head to the next in the chunk.
         tokens_merge: whether tokens in adjacent slots of a block are one run on both sides.
         blocks_merge: whether tokens of adjacent blocks are one run, too.
         alignment: the largest power of two up to 16 that divides all addresses, strides and runs.
@@ -70,7 +70,7 @@ class Pairing:
     blocks_merge: bool
     alignment: int
     tables: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
-    """Tables of the entries on the cache's device, by the bytes in which they count."""
+    """Tables of the entries on the cache's device, by the size of their unit in bytes."""
 
     @classmethod
     def of(
@@ -87,12 +87,12 @@ class Pairing:
             chunk: the heap's side.
             layers: the layers of the cache to copy, in steps of 1; None for all. The chunk holds
                 all layers of the cache, or only these.
-            heads: the heads to copy, in steps of 1; None for all. They are counted on the side that
-                has more heads. The other side has only these, or has equally many and is sliced
-                in the same way.
+            heads: the heads to copy, in steps of 1; None for all. They are numbered on the side
+                that has more heads. The other side has only these heads, or as many as the first
+                side, and is then sliced in the same way.
 
         Raises:
-            ValueError: the two sides differ in planes, layers or heads, or a range leaves them.
+            ValueError: the two sides differ in planes, layers or heads, or a range exceeds them.
         """
         is_joined = chunk.num_planes == 1 and cache.num_planes > 1
         if not is_joined and chunk.num_planes != cache.num_planes:
@@ -189,7 +189,7 @@ class Pairing:
 
     @property
     def block_unit(self) -> int:
-        """Tokens of a block that are one run on both sides, wherever a block begins in a chunk."""
+        """How many tokens of a block are one run on both sides, wherever it begins in a chunk."""
         if not self.tokens_merge:
             return 1
         return math.gcd(self.cache.block_size, self.chunk.num_tokens, self.chunk.page_tokens)

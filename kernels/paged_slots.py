@@ -25,13 +25,13 @@ SlotMapping: TypeAlias = "npt.NDArray[np.integer] | torch.Tensor | Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class BlockIds:
-    """The blocks that hold some tokens, instead of a slot for each token.
+    """Where tokens are, given by the blocks that hold them instead of a slot for each token.
 
     Attributes:
         ids: block ids in the order of the tokens, integers ``[blocks]``, on the host or on the
             cache's device; -1 skips a block.
-        num_tokens: how many tokens the blocks hold, where the last block is filled in part; None
-            where every block is full.
+        num_tokens: how many tokens the blocks hold, if the last block is only partly filled; None
+            if every block is full.
     """
 
     ids: SlotMapping
@@ -51,7 +51,7 @@ class Places:
             int64 on the device.
         are_blocks: whether ``values`` are block ids.
         unit_tokens: tokens of a unit; for block ids a divisor of the block size.
-        num_tokens: tokens of the copy; the last unit may be filled in part.
+        num_tokens: tokens of the copy; the last unit may be only partly filled.
     """
 
     values: Int64Array | torch.Tensor
@@ -64,10 +64,10 @@ class Places:
         """Check a caller's slots or block ids.
 
         Args:
-            slots: as callers give them.
+            slots: the caller's slots or block ids.
             pairing: the cache and the chunk layout of the copy.
-            eager: whether to check also what is on a device, which waits for the device.
-            distinct: whether to refuse, in eager mode, a slot or block that is named twice.
+            eager: whether to check slots and ids on a device too, which waits for the device.
+            distinct: whether eager mode also refuses a slot or block that appears twice.
 
         Raises:
             ValueError: they are out of range, not one-dimensional, or on another device.
@@ -96,7 +96,7 @@ class Places:
         return self.values
 
     def as_slots(self, block_size: int) -> Places:
-        """The same places by slots, where these are block ids on the host."""
+        """The same places as slots. Block ids must be on the host."""
         if not self.are_blocks:
             return self
         ids = self.on_host()
@@ -106,7 +106,7 @@ class Places:
         return Places(starts.reshape(-1)[:num_units], False, self.unit_tokens, self.num_tokens)
 
     def as_mapping(self) -> Int64Array:
-        """The slot of each token, int64 ``[num_tokens]``, where these are slots on the host."""
+        """The slot of each token, int64 ``[num_tokens]``; the places must be slots on the host."""
         starts = self.on_host()
         offsets = np.arange(self.unit_tokens, dtype=np.int64)
         slots = np.where(starts[:, None] < 0, SKIPPED, starts[:, None] + offsets)
@@ -143,7 +143,7 @@ def count_tokens(slots: Slots, block_size: int) -> int:
     """How many tokens a caller's slots or blocks stand for.
 
     Raises:
-        ValueError: the blocks do not hold ``num_tokens``.
+        ValueError: the number of blocks does not fit their ``num_tokens``.
     """
     if isinstance(slots, BlockIds):
         return _tokens_of_blocks(slots, len(slots.ids), block_size)
@@ -187,7 +187,7 @@ def _require_distinct(name: str, values: Int64Array | torch.Tensor) -> None:
     repeated = ordered[1:] == ordered[:-1]
     if repeated.any():
         raise ValueError(
-            f"{name} to load into must differ: {ordered[int(repeated.argmax())]} twice"
+            f"{name} to load into must differ: {ordered[int(repeated.argmax())]} appears twice"
         )
 
 

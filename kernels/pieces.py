@@ -1,8 +1,7 @@
-"""``Pieces``: N ranges of bytes to copy, each from an address to an address, as arrays.
+"""``Pieces``: N ranges of bytes to copy, as arrays of sources, targets and sizes.
 
-Everything that happens to pieces before they are copied is here, as array operations: pieces that
-follow each other on both sides are merged into one run, runs are split where one call cannot copy
-them whole, and pieces that overlap are refused.
+This module prepares pieces for a copy, with array operations: it merges pieces that follow each
+other on both sides, splits pieces that one call cannot copy whole, and refuses pieces that overlap.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from kvheap.kernels.arrays import (
 __all__ = ["Pieces", "first_outside"]
 
 MAX_CELLS_PER_PIECE = 64
-"""Equal targets are checked for overlaps in a table of at most this many bytes for each piece;
-where the table would be larger, by a sort."""
+"""Targets of one size are checked for overlaps in a table with at most this many one-byte cells for
+each piece, or by a sort if the table would be larger."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pieces:
-    """N ranges of bytes to copy, each from an address to an address, in this order.
+    """N ranges of bytes to copy, each from a source address to a target address, in this order.
 
     Attributes:
         sources: absolute address of the first byte to read of each, int64 ``[N]``.
         targets: absolute address of the first byte to write of each, int64 ``[N]``.
-        sizes: bytes of each, all positive: int64 ``[N]``, or one int where all are equal.
+        sizes: bytes of each, all positive: int64 ``[N]``, or one int if all are equal.
 
     >>> pieces = Pieces.of([4096, 4160, 8192], [64, 128, 1024], 64)
     >>> pieces.merged()
@@ -56,7 +55,7 @@ class Pieces:
         targets: npt.ArrayLike,
         sizes: npt.ArrayLike,
     ) -> Pieces:
-        """Check a caller's arrays; pieces of no bytes are left out.
+        """Check a caller's arrays and leave out pieces of no bytes.
 
         Args:
             sources: absolute addresses, integers ``[N]``.
@@ -148,7 +147,7 @@ class Pieces:
         return alignment_of(sizes, combined_bits(self.sources), combined_bits(self.targets))
 
     def size_array(self) -> Int64Array:
-        """The size of each piece, int64 ``[N]``, also where all are equal."""
+        """The size of each piece, int64 ``[N]``, even if all are equal."""
         if isinstance(self.sizes, int):
             return np.full(len(self), self.sizes, np.int64)
         return self.sizes
@@ -256,10 +255,10 @@ class Pieces:
     def require_distinct_targets(self) -> None:
         """Refuse targets that overlap each other.
 
-        O(N) where targets ascend, or have one size and are not too far apart; else a sort.
+        O(N) if targets ascend, or have one size and are not too far apart; else a sort.
 
         Raises:
-            ValueError: names two pieces that overlap.
+            ValueError: two targets overlap; the message names their pieces.
         """
         if len(self) < 2:
             return
@@ -284,10 +283,10 @@ class Pieces:
     def require_apart(self) -> None:
         """Refuse a target that overlaps a source, which would change while it is read.
 
-        O(N) where all targets are above or below all sources, as between two buffers; else a sort.
+        O(N) if all targets are above or below all sources, as between two buffers; else a sort.
 
         Raises:
-            ValueError: names a target and the source that it overlaps.
+            ValueError: a target overlaps a source; the message names both.
         """
         if not len(self):
             return
@@ -340,7 +339,7 @@ def first_outside(starts: Int64Array, ends: Int64Array, ranges: Int64Array) -> i
 
 
 def _are_disjoint(starts: Int64Array, size_bytes: int) -> bool:
-    """Whether ranges of one size are disjoint. O(N), or a sort where they are far apart.
+    """Whether ranges of one size are disjoint. O(N), or a sort if they are far apart.
 
     Memory is divided into cells of that size. Ranges are disjoint if no two start in the same cell
     and none reaches into the next cell beyond the start of the range there.
@@ -370,5 +369,5 @@ def _are_disjoint(starts: Int64Array, size_bytes: int) -> bool:
 
 
 def _one_if_equal(sizes: Int64Array) -> Int64Array | int:
-    """One int where all sizes are equal."""
+    """One int if all sizes are equal, else the array."""
     return int(sizes[0]) if len(sizes) and (sizes == sizes[0]).all() else sizes

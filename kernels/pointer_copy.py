@@ -1,4 +1,4 @@
-"""Pointer copy: N pieces of bytes, each from an address to an address, within an SM budget.
+"""Pointer copy: N pieces of bytes between arbitrary addresses, within an SM budget.
 
 ============================  ==============  ===============  ==========================
 launcher                      reads           writes           bytes moved
@@ -6,21 +6,22 @@ launcher                      reads           writes           bytes moved
 :meth:`PointerCopy.run`       ``sources[i]``  ``targets[i]``   2 x ``num_bytes``
 ============================  ==============  ===============  ==========================
 
-and 16 bytes for each piece where all have one size, else 24 for each row. The floor is those bytes
-over the bandwidth of the slower side: that of the link where one side is pinned host memory, else
-that of the device's memory for reading and writing.
+plus 16 bytes for each piece if all have one size, else 24 for each row. The shortest possible time
+is those bytes divided by the bandwidth of the slower side: the link's if one side is pinned host
+memory, else that of the device's memory for reading and writing.
 
-Addresses are absolute, int64 up to the pointer. They may be of any memory that the device can
-reach: its own, or pinned host memory across the link. Sizes and alignments are arbitrary.
+Addresses are absolute, and int64 until they become pointers. They may point to any memory that the
+device can reach: its own, or pinned host memory across the link. Sizes and alignments are
+arbitrary.
 
-**Rows.** A word has the largest of 8, 4, 2 and 1 bytes that divides all addresses and sizes; where
-16 does, words come in pairs and every access has 16 bytes. Pieces of one size are the rows of a
-matrix of N pieces by their words, found by index arithmetic (descriptors ``[2, N]``: sources,
+**Rows.** A word has the largest of 8, 4, 2 and 1 bytes that divides all addresses and sizes. If 16
+bytes divide them all, each access moves a pair of words, 16 bytes. Pieces of one size are the rows
+of a matrix of N pieces by their words, found by index arithmetic (descriptors ``[2, N]``: sources,
 targets). Other pieces are cut on the host into rows of at most ``COLS`` words (descriptors
-``[3, rows]``: sources, targets, bytes). Where words would be narrower than 8 bytes, a piece whose
+``[3, rows]``: sources, targets, bytes). If words would be narrower than 8 bytes, a piece whose
 source and target are equal modulo a larger power of two is cut into a head and a tail, each shorter
-than one access, and a body between them. Bodies are copied by one launch for each width of access
-and everything else by one more launch: five launches at most.
+than one access, and a body between them. One launch for each width of access copies the bodies, and
+one more launch copies everything else: five launches at most.
 
 **Tiles.** A program copies tiles of ``ROWS`` rows by ``COLS`` words: small pieces share a tile,
 large ones are split over many. The grid is persistent. With a budget it has one program for each
@@ -61,7 +62,7 @@ SMALL_PIECE_TILE_WORDS = 2048
 Reasoned, not yet measured on a GPU."""
 
 MIN_TILES_PER_PROGRAM = 2
-"""Tiles are small where a program would get fewer large ones than this. Reasoned, not yet measured
+"""If a program would get fewer large tiles than this, tiles are small. Reasoned, not yet measured
 on a GPU."""
 
 PROGRAMS_PER_SM = 2
@@ -73,15 +74,15 @@ ROW_WORDS = (4, 16, 64, 256, 2048)
 Reasoned, not yet measured on a GPU; see benchmarks/NOTES.md."""
 
 ROW_COST_BYTES = 512
-"""What a row costs besides its words, as bytes of words masked off: planning, upload and reading of
-24 bytes. Reasoned, not yet measured on a GPU; see benchmarks/NOTES.md."""
+"""The overhead of a row (planning, uploading and reading 24 bytes), as bytes of masked-off words.
+Reasoned, not yet measured on a GPU; see benchmarks/NOTES.md."""
 
 MIN_SPLIT_BYTES = 64
-"""Smaller pieces are not cut into head, body and tail: three rows for one or two 32-byte sectors.
-Reasoned, not yet measured on a GPU."""
+"""Smaller pieces are not cut into head, body and tail: that makes three rows of one or two 32-byte
+sectors. Reasoned, not yet measured on a GPU."""
 
 MAX_TILES = 1 << 30
-"""Half of what 32 bits count: a program steps past the last tile by up to the grid's size."""
+"""Half the range of int32, because a program steps past the last tile by up to the grid's size."""
 
 
 @jit(do_not_specialize=["num_rows", "num_tiles", "col_tiles", "vectors"])
@@ -98,10 +99,10 @@ def _copy_pieces_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Copy every P-th tile of ROWS rows by COLS words; ``vectors`` of VECTOR words are a row.
+    """Copy every P-th tile of ROWS rows by COLS words; a row has ``vectors`` times VECTOR words.
 
-    Words are counted from ``descriptor_ptr``, which is aligned to 16 bytes, because the compiler
-    knows no alignment of an integer that is cast to a pointer.
+    The compiler knows no alignment of an integer that is cast to a pointer, so words are counted
+    from ``descriptor_ptr``, which is aligned to 16 bytes.
     """
     anchor = descriptor_ptr.to(tl.pointer_type(WORD))
     anchor_address = descriptor_ptr.to(tl.int64)
@@ -155,7 +156,7 @@ class PointerCopy:
 
         Args:
             pieces: any number, of any sizes, whose targets overlap neither each other nor a source.
-                Trusted: the device must be able to reach all addresses.
+                This is not checked. The device must be able to reach all addresses.
             device: a CUDA device.
 
         Raises:
@@ -165,7 +166,7 @@ class PointerCopy:
         if not len(pieces):
             return cls(device, 0, 0, ())
         plans = [_Rows.of(part) for part in _by_access_width(pieces)]
-        # The kernel counts from the start of its part, which therefore is a multiple of 16 bytes.
+        # The kernel counts from the start of its part, so each part is a multiple of 16 bytes.
         lengths = [-(-rows.num_words // 2) * 2 for rows in plans]
         ends = np.cumsum(lengths).tolist()
         parts = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
@@ -194,8 +195,8 @@ class PointerCopy:
 
         Nothing is allocated or uploaded, so a run can be captured in a CUDA graph, once
         :meth:`warm_up` or a similar run has loaded the kernel. A run on another stream than that of
-        :meth:`prepare` must wait for that stream, and this object must be kept until the device has
-        finished. A graph needs this object as long as it is replayed.
+        :meth:`prepare` must wait for that stream. Keep this object until the device has finished,
+        and for a graph, as long as the graph is replayed.
 
         Args:
             max_sms: how many multiprocessors may be used; None for all.
@@ -244,14 +245,14 @@ class Launch:
     is_uniform: bool
 
     def run(self, max_programs: int) -> None:
-        """Copy the rows, by at most so many programs."""
+        """Copy the rows with at most ``max_programs`` programs."""
         plan = self._plan(PIECE_TILE_WORDS)
         if plan.num_tiles < MIN_TILES_PER_PROGRAM * max_programs:
             plan = self._plan(SMALL_PIECE_TILE_WORDS)
         self._launch(plan, min(max_programs, plan.num_tiles), plan.num_tiles)
 
     def warm_up(self) -> None:
-        """Launch the kernels of both tile sizes for no tile."""
+        """Launch the kernels of both tile sizes with no tiles."""
         for tile_words in (PIECE_TILE_WORDS, SMALL_PIECE_TILE_WORDS):
             self._launch(self._plan(tile_words), num_programs=1, num_tiles=0)
 
@@ -293,7 +294,8 @@ class _Rows:
         plan = _planned(rows.num_rows, rows.row_bytes, alignment, SMALL_PIECE_TILE_WORDS)
         if rows.num_rows >= INT32_END or plan.num_tiles >= MAX_TILES:
             raise ValueError(
-                f"{pieces!r} need {rows.num_rows} rows and {plan.num_tiles} tiles: split them"
+                f"{pieces!r} need {rows.num_rows} rows and {plan.num_tiles} tiles, too many for "
+                f"one launch: split them"
             )
         return rows
 
@@ -354,7 +356,7 @@ def _by_access_width(pieces: Pieces) -> list[Pieces]:
 
 
 def _one_size(pieces: Pieces) -> int | None:
-    """The size of all pieces, or None where they differ."""
+    """The size of all pieces, or None if they differ."""
     sizes = pieces.sizes
     if isinstance(sizes, int):
         return sizes
@@ -362,7 +364,7 @@ def _one_size(pieces: Pieces) -> int | None:
 
 
 def _ragged_rows(sizes: Int64Array, word_bytes: int) -> tuple[int, int]:
-    """How many rows of how many bytes to cut to: the cheapest choice, masked words included."""
+    """The number of rows, and bytes of each, that cost the least, masked-off words included."""
     choices = []
     for words in ROW_WORDS:
         row_bytes = words * word_bytes

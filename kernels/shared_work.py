@@ -14,11 +14,11 @@ __all__ = ["do_all"]
 
 
 def do_all(tasks: Sequence[Callable[[], None]], threads: int) -> None:
-    """Do all tasks, by at most ``threads`` threads, the caller's among them.
+    """Do all tasks with at most ``threads`` threads, including the caller's.
 
     Raises:
-        BaseException: whatever a task or a signal handler raised. No thread is in a task any more
-            then; tasks that had not begun are dropped.
+        BaseException: whatever a task or a signal handler raised. By then, no thread is running a
+            task any more; tasks that had not begun are dropped.
     """
     _Work(tasks).run(threads)
 
@@ -33,9 +33,9 @@ class _Work:
         self._error: BaseException | None = None
 
     def run(self, threads: int) -> None:
-        """Do all tasks; return or raise when no helper is in one."""
+        """Do all tasks; return or raise only when no helper is running one."""
         try:
-            # Refused where the system is out of threads, or the interpreter exits.
+            # Fails if the system is out of threads, or the interpreter is exiting.
             with suppress(RuntimeError):
                 for _ in range(threads - 1):
                     _helpers(os.getpid()).submit(self._help)

@@ -21,7 +21,7 @@ NUM_WARPS = 4
 """Warps of one program, for tiles of ``TILE_WORDS``."""
 
 MIN_COLS = 16
-"""Words of the narrowest tile row to choose for less waste: 128 bytes of 8-byte words, one line."""
+"""Tile rows are not made narrower than this to waste less: 128 bytes of 8-byte words, one line."""
 
 MAX_WASTED_SHARE = 0.125
 """The share of a tile row that may be masked off before a narrower tile is chosen."""
@@ -32,7 +32,7 @@ def tile_bounds(  # type: ignore[no-untyped-def]
     tile, col_tiles, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     """The rows and the columns of a tile, int64; tiles of the same rows follow each other."""
-    # Divided as 32 bits, which is cheaper, multiplied as 64.
+    # Divide in 32 bits, which is cheaper; multiply in 64.
     rows = (tile // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = (tile % col_tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
     return rows, cols
@@ -44,7 +44,7 @@ class TilePlan:
 
     Attributes:
         word_bytes: bytes of a word: 8, 4, 2 or 1.
-        words_per_vector: words of one load or store: 2 where accesses have 16 bytes, else 1.
+        words_per_vector: words of one load or store: 2 if accesses have 16 bytes, else 1.
         rows, cols: rows and words of a tile, both powers of two.
         num_rows: rows of the matrix.
         vectors: loads or stores that one row takes.
@@ -65,7 +65,7 @@ class TilePlan:
     def of(
         cls, num_rows: int, row_bytes: int, alignment: int, tile_words: int = TILE_WORDS
     ) -> TilePlan:
-        """The plan for rows whose bases, addresses and strides ``alignment`` divides.
+        """The plan for rows whose bases, addresses and strides are multiples of ``alignment``.
 
         Args:
             num_rows: rows of the matrix.

@@ -1,4 +1,4 @@
-"""One copy of tokens between an engine's paged cache and chunks: what is copied, checked."""
+"""``TokenCopy``: a checked description of a copy between an engine's paged cache and chunks."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Chunks:
     """Equal chunks in memory.
 
     Attributes:
-        buffer: any tensor of the memory that they are in; the caller keeps it alive.
-        addresses: absolute address of each, int64 ``[N]`` on the host; where a chunk holds one
-            layer, those of the first layer first.
-        size_bytes: bytes of each.
+        buffer: any tensor over the memory that holds the chunks; the caller keeps it alive.
+        addresses: absolute address of each chunk, int64 ``[N]`` on the host. If a chunk holds one
+            layer, the chunks of the first layer come first.
+        size_bytes: bytes of each chunk.
         alignment: a power of two that divides all addresses.
         layout: the chunk layout.
-        scale_offset: None where the chunks hold the cache's own bytes. Where they hold fp8 e4m3,
-            whose elements have one byte in the chunk layout: where in a chunk its scales begin,
-            bytes; they are float32 ``[planes, layers, heads]``.
+        scale_offset: None if the chunks hold the cache's own bytes. If they hold fp8 e4m3, whose
+            elements have one byte in the chunk layout, the offset in bytes of a chunk's scales,
+            float32 ``[planes, layers, heads]``.
     """
 
     buffer: torch.Tensor
@@ -48,10 +48,10 @@ class TokenCopy:
     """One copy of tokens, checked.
 
     Attributes:
-        pairing: the cache beside chunks of the cache's own dtype, also where the copy converts.
+        pairing: the cache and chunks of the cache's own dtype, even if the copy converts.
         places: where the tokens are in the cache.
         chunks: where they are in the heap.
-        to_heap: whether the cache is copied to the chunks, else the chunks to the cache.
+        to_heap: True to copy from the cache to the chunks, False from the chunks to the cache.
     """
 
     pairing: Pairing
@@ -83,17 +83,17 @@ class TokenCopy:
         """The first arguments of a kernel, one for each of its pointers.
 
         The bytes of the cache's first tensor, the bytes of the chunks' buffer, the table, the
-        places, the chunks' offsets in the buffer, and the cache's error word. What is on the host
-        is uploaded, all at once.
+        places, the chunks' offsets in the buffer, and the cache's error word. Everything that is on
+        the host is uploaded at once.
 
         Args:
-            table: of the pairing, on the device.
-            places: those of this copy, perhaps in longer units.
-            access_bytes: a power of two; offsets of chunks are counted in it.
+            table: the pairing's table, on the device.
+            places: the places of this copy, perhaps in longer units.
+            access_bytes: the unit of the chunks' offsets, a power of two.
         """
         cache, chunks = self.pairing.cache, self.chunks
         num_chunks = len(chunks.addresses)
-        # Both parts begin at a multiple of 16 bytes: other alignments would be compiled for, too.
+        # Both parts begin at a multiple of 16 bytes; Triton compiles again for other alignments.
         num_words = -(-num_chunks // 2) * 2
         on_host = None if isinstance(places.values, torch.Tensor) else places.values
         words = staging(num_words + (0 if on_host is None else len(on_host)), cache.device)
@@ -114,7 +114,7 @@ class TokenCopy:
 
 
 def _anchor_bytes(cache: PagedKVCache) -> torch.Tensor:
-    """The bytes of the cache's first tensor, from which tables count."""
+    """The bytes of the cache's first tensor; offsets in tables count from its address."""
     found: torch.Tensor | None = cache.kept.get("anchor")
     if found is None:
         found = cache.kept["anchor"] = bytes_of(cache.tensors[0])
@@ -127,21 +127,21 @@ def _exact_layout(cache: PagedKVCache, chunks: Chunks) -> ChunkLayout:
     if chunks.scale_offset is None:
         return layout
     if cache.dtype not in CONVERTIBLE:
-        raise ValueError(f"a cache of bfloat16 or float16 can be converted, got {cache.dtype}")
+        raise ValueError(f"only a cache of bfloat16 or float16 can be converted, got {cache.dtype}")
     if layout.num_planes != cache.num_planes:
         raise ValueError(
             f"{cache.layout.name} has {cache.num_planes} planes, the chunk {layout.num_planes}"
         )
     if layout.page_tokens < layout.num_tokens:
         raise ValueError(
-            f"chunks of several pages are not converted, got {layout.num_tokens} tokens in pages "
+            f"chunks of several pages cannot be converted, got {layout.num_tokens} tokens in pages "
             f"of {layout.page_tokens}"
         )
     return layout.with_item_bytes(cache.dtype.itemsize)
 
 
 def _require_chunks(pairing: Pairing, num_tokens: int, chunks: Chunks) -> None:
-    """Refuse another number of chunks than the tokens need."""
+    """Check that there are exactly as many chunks as the tokens need."""
     needed = chunks.layout.num_chunks(num_tokens, pairing.num_layers)
     if len(chunks.addresses) != needed:
         raise ValueError(

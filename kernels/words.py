@@ -1,4 +1,4 @@
-"""Memory seen as words, the elements that a CPU copy moves."""
+"""Memory viewed as words, the elements that a CPU copy moves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CPU_WORDS = {
     2: torch.int16,
     1: torch.uint8,
 }
-"""By word size in bytes, the dtype that torch moves fastest; see benchmarks/NOTES.md."""
+"""For each word size in bytes, the dtype that torch moves fastest; see benchmarks/NOTES.md."""
 
 
 def view_words(

@@ -42,7 +42,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
         run_counts: Int64Array | Sequence[int],
     ) -> None:
         self.block_bytes = block_bytes
-        # A few runs are kept as the lists they are: freeing the whole batch needs no array.
+        # Lists of a few runs stay lists: freeing the whole batch needs no array.
         self._starts = run_starts
         self._counts = run_counts
         self._length = int(sum(run_counts) if len(run_counts) < 64 else np.sum(run_counts))

@@ -13,9 +13,9 @@ Invariants, asserted by :meth:`AddressManager.check`:
 
 The manager knows exactly which bytes are free, so it always refuses to free bytes that are free
 already, in whole or in part. It does not record which allocation a byte belongs to: any aligned
-part of the allocated bytes may be freed, also parts of two neighbouring allocations at once.
+part of the allocated bytes may be freed, even parts of two neighbouring allocations at once.
 
-Each operation takes one lock once; so do statistics and snapshots.
+Each operation takes one lock once, and so do statistics and snapshots.
 
 An exception raised inside an operation, by a signal handler or for lack of memory, undoes that
 operation. If it strikes after the last change but before the caller has the result, the operation
@@ -66,7 +66,7 @@ class AddressManager:
     - invariants: :meth:`check`, :meth:`check_consistency`.
 
     Args:
-        size: bytes of the address space; rounded down to the alignment, 0 is legal.
+        size: bytes of the address space, rounded down to the alignment; 0 is allowed.
         align_bytes: a power of two; every address and allocated size is a multiple of it. See
             :meth:`of_pages` for other multiples.
 
@@ -103,7 +103,7 @@ class AddressManager:
         """An address space of whole pages, whose size need not be a power of two.
 
         Args:
-            num_pages: how many, 0 is legal.
+            num_pages: how many pages; 0 is allowed.
             page_bytes: bytes of each, the alignment of every address and allocated size.
 
         Raises:
@@ -229,14 +229,14 @@ class AddressManager:
     ) -> AddressBatch:
         """Allocate ``batch_size`` blocks of ``size`` bytes in the fewest runs.
 
-        The smallest extent that holds them all, if there is one; else the largest extents in turn.
-        O(R log F) for the R runs; if they are a large part of the F extents, O(F log F) in array
-        operations.
+        They come from the smallest extent that holds them all, if there is one; else from the
+        largest extents in turn. O(R log F) for the R runs; if they are a large part of the F
+        extents, O(F log F) in array operations.
 
         Args:
             size: bytes of each block, at least 1; rounded up to the alignment.
             batch_size: number of blocks; 0 gives an empty batch.
-            allow_partial: if they do not all fit, allocate as many as do, perhaps none.
+            allow_partial: if they do not all fit, allocate as many as fit, perhaps none.
 
         Returns:
             The blocks in address order.
@@ -318,13 +318,13 @@ class AddressManager:
         blocks: AddressBatch | Iterable[tuple[int, int]] | npt.ArrayLike,
         sizes: npt.ArrayLike | None = None,
     ) -> None:
-        """Free many extents, all or none, in any order.
+        """Free many extents, in any order; either all of them or none.
 
         O(R log F) after sorting, for the R runs that the extents form; if they are a large part
         of the F free extents, O(F + R) in array operations.
 
         Args:
-            blocks: an :class:`AddressBatch`; or ``(address, size)`` pairs, also as an integer
+            blocks: an :class:`AddressBatch`; or ``(address, size)`` pairs, which may be an integer
                 ``[N, 2]`` array; or, with ``sizes``, an integer array of addresses ``[N]``.
             sizes: bytes of each extent, ``[N]``, or one number for all.
 
@@ -365,8 +365,8 @@ class AddressManager:
 
         Args:
             size: bytes to add, a multiple of the alignment; 0 adds nothing.
-            new_segment: the new bytes are in another buffer than those before: no allocation will
-                cross the boundary. O(F).
+            new_segment: whether the new bytes are in another buffer than the bytes before them; no
+                allocation will then cross the boundary. O(F).
 
         Raises:
             ValueError: ``size`` is negative or not a multiple of the alignment, or the heap
@@ -395,7 +395,7 @@ class AddressManager:
     def trim(self) -> int:
         """Give back the free tail of the address space, the opposite of :meth:`sbrk`. O(log F).
 
-        Never more than the last segment.
+        Gives back at most the last segment.
 
         Returns:
             How many bytes the heap lost: 0 if its last byte is allocated.
@@ -414,7 +414,7 @@ class AddressManager:
         """Assert every invariant of the module's docstring. O(F log F).
 
         Raises:
-            HeapCorruptionError: names the broken invariant and shows the state.
+            HeapCorruptionError: an invariant is broken; the message names it and shows the state.
         """
         with self._lock:
             self._settled_free_list().check()
@@ -428,7 +428,7 @@ class AddressManager:
         return True
 
     def start_over_after_fork(self) -> None:
-        """Release the lock in a forked child; an operation of another thread is then undone."""
+        """Release the lock in a forked child; the next call undoes an unfinished one."""
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:

@@ -1,8 +1,8 @@
-"""Batches in the free list: changed run by run, or rebuilt from arrays if the runs are many.
+"""Batch operations on the free list: run by run, or for many runs by rebuilding it from arrays.
 
-Each function chooses the cheaper way. Changing run by run logs the changes in the given free list
-and returns it; rebuilding leaves the given list as it is and returns a new one. The caller commits
-the given list; after an exception, it keeps that list and rolls it back.
+Each function chooses the cheaper way. Run by run, it logs the changes in the given free list and
+returns that list. Rebuilding leaves the given list as it is and returns a new one. The caller
+commits the given list; after an exception, it keeps that list and rolls it back.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from kvheap.errors import DoubleFreeError
 __all__ = ["insert_runs", "max_batch", "max_steps", "take_batch"]
 
 MIN_REBUILD_RUNS = 64
-"""Up to this many runs, a batch never rebuilds the free list; see benchmarks/NOTES.md."""
+"""A batch of at most this many runs never rebuilds the free list; see benchmarks/NOTES.md."""
 
 REBUILD_SHARE = 32
-"""Nor does a batch whose runs are at most a 32nd of the extents; see benchmarks/NOTES.md."""
+"""Nor does a batch with at most one run for each 32 extents; see benchmarks/NOTES.md."""
 
 
 def max_steps(free_list: FreeList) -> int:
-    """Up to how many runs it is cheaper to change the list run by run than to rebuild it."""
+    """The largest number of runs for which a run-by-run change is cheaper than a rebuild."""
     return max(MIN_REBUILD_RUNS, len(free_list) // REBUILD_SHARE)
 
 
@@ -42,15 +42,15 @@ def take_batch(
     O(R log F) for R runs; by rebuilding, O(F log F) in array operations.
 
     Args:
-        free_list: where the blocks are taken from.
+        free_list: the free list to take the blocks from.
         size: units of each block.
         count: how many blocks, at least 1.
         unit_bytes: bytes of a unit.
         allow_partial: if they do not all fit, take as many as do.
 
     Returns:
-        The blocks, and the free list without them; None, and nothing is changed, if they do not all
-        fit and ``allow_partial`` is false.
+        The blocks, and the free list without them. None if they do not all fit and
+        ``allow_partial`` is false; nothing is changed then.
     """
     if size * count > free_list.free_units and not allow_partial:
         return None
@@ -75,13 +75,13 @@ def take_batch(
 
 
 def insert_runs(free_list: FreeList, runs: Extents, unit_bytes: int) -> FreeList:
-    """Free runs, all or none.
+    """Free all runs, or none.
 
     O(R log F) for R runs; by rebuilding, O(F + R) in array operations.
 
     Args:
-        free_list: where the runs are added.
-        runs: in units, disjoint, in address order, within the heap, across no wall.
+        free_list: the free list to add the runs to.
+        runs: in units; disjoint, in address order, within the heap, and across no wall.
         unit_bytes: bytes of a unit, for error messages.
 
     Returns:

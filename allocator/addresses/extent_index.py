@@ -7,15 +7,15 @@ Each of the F extents ``[start, start + size)`` is one integer key in each of tw
   the smallest extent that fits and, among equals, the one with the lowest address.
 
 In a heap of fewer than 2**31 units (8 TiB of 4 KiB) a start and a size fit into one int64, and
-NumPy packs, sorts and unpacks all keys at once. In larger heaps, Python does.
+NumPy packs, sorts and unpacks all keys at once. In larger heaps, Python does it.
 
-Nearly every change moves one boundary of one extent, which keeps its place in both lists: one
-list item is then overwritten instead of deleted and inserted.
+Nearly every change moves one boundary of one extent, and the extent keeps its place in both lists.
+One list item is then overwritten, which is cheaper than to delete and insert one.
 
-An exception, ``KeyboardInterrupt`` and ``MemoryError`` included, can interrupt a change at any
-point. Every change is logged before it begins, and alters one list after the other: at every moment
-at least one list is intact. From that list and the log, :meth:`ExtentIndex.restore` rebuilds both
-as they were at the last commit.
+An exception, including ``KeyboardInterrupt`` and ``MemoryError``, can interrupt a change at any
+point. Every change is logged before it begins, and changes one list after the other, so at least
+one list is intact at every moment. From that list and the log, :meth:`ExtentIndex.restore` rebuilds
+both as they were at the last commit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kvheap.errors import HeapCorruptionError
 __all__ = ["ExtentIndex"]
 
 NARROW_BITS = 31
-"""Bits of a start or a size in heaps where one of each fits into an int64."""
+"""Bits of a start or a size in heaps in which both fit into one int64."""
 
 WIDE_BITS = 63
 """Bits of a start or a size in all other heaps."""
@@ -44,17 +44,17 @@ SHOWN_EXTENTS = 32
 class ExtentIndex:
     """Disjoint extents in two sorted orders. Not thread-safe.
 
-    Changes take an extent as its two keys: the caller has computed most of them already, and
-    computing them again would slow an allocation down; see ``benchmarks/NOTES.md``.
+    Methods that change an extent take its two keys, because the caller has already computed most of
+    them and computing them again would slow an allocation down; see ``benchmarks/NOTES.md``.
 
     Attributes:
         by_start: the keys in address order; change them with the methods below only.
-        by_size: the keys in order of size; likewise.
+        by_size: the keys in order of size; change them in the same way only.
         bits: the width of a key's lower half.
         mask: the lower half's bits, and the largest start and size that a key can hold.
         log: the changes since the last commit, each as the keys of ``by_start`` that it removes
-            and adds; clear it to make them final. An int is an entry of the free list's own: where
-            the heap ended.
+            and adds; clear it to make them final. An int is an entry that the free list added: the
+            end of the heap before a change.
     """
 
     __slots__ = ("_start_in_change", "bits", "by_size", "by_start", "log", "mask")
@@ -96,9 +96,9 @@ class ExtentIndex:
 
         Args:
             by_start: the old extent's key in ``by_start``.
-            new_by_start: the new extent's.
+            new_by_start: the new extent's key there.
             by_size: the old extent's key in ``by_size``.
-            new_by_size: the new extent's.
+            new_by_size: the new extent's key there.
         """
         self.log.append((by_start, new_by_start))
         self._start_in_change = True
@@ -125,8 +125,8 @@ class ExtentIndex:
     def restore(self) -> None:
         """Rebuild both lists as they were at the last commit. O(F log F); for exceptions only.
 
-        The log stays, for the caller to clear once everything is restored. An interrupted call is
-        made good by the next one: restoring twice gives the same result.
+        The log stays; the caller clears it once everything is restored. If a call is interrupted,
+        call it again: restoring twice gives the same result.
         """
         keys = set(self._swapped(self.by_size) if self._start_in_change else self.by_start)
         for entry in reversed(self.log):
@@ -149,7 +149,8 @@ class ExtentIndex:
         """Assert that both lists are sorted and hold the same extents. O(F log F).
 
         Raises:
-            HeapCorruptionError: they are not, or do not; the message shows the extents.
+            HeapCorruptionError: a list is not sorted, or the two differ; the message shows the
+                extents.
         """
         try:
             self.by_start.check()

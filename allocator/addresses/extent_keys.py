@@ -11,12 +11,12 @@ __all__ = ["ExtentKeys"]
 
 
 class ExtentKeys(SortedList[int]):
-    """A ``SortedList`` of distinct non-negative ints, with look-ups and changes that it lacks.
+    """A ``SortedList`` of distinct non-negative ints, with additional look-ups and changes.
 
     A ``SortedList`` is a list of short sorted lists (``_lists``) and their maxima (``_maxes``).
     Its own look-ups return positions, for which it maintains an index of the lengths of those
-    lists. The look-ups here return keys and need no such index; an allocation is up to four times
-    as fast with them, see ``benchmarks/NOTES.md``.
+    lists. The look-ups here return keys and need no such index, which makes an allocation up to
+    four times as fast; see ``benchmarks/NOTES.md``.
     """
 
     if TYPE_CHECKING:  # sortedcontainers 2.4 documents these as its implementation

@@ -1,8 +1,8 @@
 """``Extents``: extents as two arrays, and operations on very many of them at once.
 
-A batch that touches a large part of the free list costs less as a few array operations on all
-extents than as one step in the free list for each of them. The functions here take extents in bytes
-or in units alike, and never change their arguments.
+For a batch that touches a large part of the free list, a few array operations on all extents cost
+less than one step in the free list for each extent. The functions here work on extents in bytes or
+in units, and never change their arguments.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def place_blocks(free: Extents, size: int, count: int) -> tuple[Int64Array, Int6
         count: how many blocks, at least 1.
 
     Returns:
-        The start of each run and its number of blocks, int64 ``[R]`` each, in address order, of
-        fewer than ``count`` blocks in all if no more fit; and what is left of ``free``.
+        The start of each run and its number of blocks, int64 ``[R]`` each, in address order; and
+        what is left of ``free``. The runs have fewer than ``count`` blocks in all if no more fit.
     """
     starts, sizes = free
     largest_first = np.argsort(sizes, kind="stable")[::-1]

@@ -1,7 +1,7 @@
 """``FreeList``: the free extents of one address space, disjoint and coalesced.
 
-Extents are found by address and by size in O(log F). Everything is counted in units of the heap's
-alignment, so that all starts and sizes are aligned.
+Extents are found by address and by size in O(log F). Starts and sizes are counted in units of the
+heap's alignment, so all of them are aligned.
 
 The list never joins extents across a *wall*, an address at which a segment of the heap begins.
 
@@ -9,8 +9,8 @@ An exception at any point of a change is undone by :meth:`FreeList.rollback`, se
 ``addresses/extent_index.py``. If there are pending changes when an operation starts, a rollback
 was itself interrupted; it must then be finished first.
 
-Not thread-safe. :meth:`FreeList.insert` refuses an extent that is free already; that the extent
-lies within the heap is for the caller to check, see ``addresses/address_manager.py``.
+Not thread-safe. :meth:`FreeList.insert` refuses an extent that is free already. The caller must
+check that the extent lies within the heap, see ``addresses/address_manager.py``.
 """
 
 from __future__ import annotations
@@ -97,14 +97,15 @@ class FreeList:
         return after < len(walls) and int(walls[after]) < end
 
     def fewest_runs(self, size: int, count: int, max_runs: int) -> list[tuple[int, int]] | None:
-        """Places for up to ``count`` blocks of ``size`` units, in as few runs as possible.
+        """Find places for up to ``count`` blocks of ``size`` units, in as few runs as possible.
 
-        The smallest extent that holds all blocks, if there is one. Else the largest extents in
-        turn, and for the remaining blocks the smallest extent that holds them. No other choice
-        gives fewer runs: an extent holds ``extent // size`` blocks whatever the others hold.
+        Chooses the smallest extent that holds all blocks, if there is one. Otherwise it takes the
+        largest extents in turn, and for the remaining blocks the smallest extent that holds them.
+        No other choice gives fewer runs: an extent holds ``extent // size`` blocks, whatever the
+        other extents hold.
 
         Returns:
-            ``(start, blocks)`` pairs, of fewer than ``count`` blocks in all if no more fit; None
+            ``(start, blocks)`` pairs, with fewer than ``count`` blocks in all if no more fit; None
             if more than ``max_runs`` runs would be needed.
         """
         index = self._index
@@ -132,8 +133,8 @@ class FreeList:
     def max_blocks(self, size: int, max_steps: int) -> int:
         """How many blocks of ``size`` units fit, each within one extent.
 
-        Visits the extents that fit a block; after ``max_steps`` of them, computes on all extents
-        as arrays instead.
+        Visits the extents that fit a block. If there are more than ``max_steps`` of them, it
+        computes on all extents as arrays instead.
         """
         bits, total = self._index.bits, 0
         for step, key in enumerate(reversed(self._index.by_size)):
@@ -189,8 +190,8 @@ class FreeList:
         """Add ``[start, start + size)`` and join it with its free neighbours. O(log F).
 
         Returns:
-            None; or, if part of it is free already, a free extent that overlaps it as
-            ``(start, end)``, and nothing is changed.
+            None if it was added. If part of it is free already, nothing is changed, and a free
+            extent that overlaps it is returned as ``(start, end)``.
         """
         index = self._index
         bits, mask = index.bits, index.mask
@@ -239,7 +240,7 @@ class FreeList:
         """Move the heap's end down to the start of the extent that ends there. O(log F).
 
         Returns:
-            By how many units: 0, and nothing is changed, if no extent ends there.
+            By how many units. If no extent ends there, nothing is changed and 0 is returned.
         """
         index = self._index
         key = index.by_start.last()
@@ -257,7 +258,7 @@ class FreeList:
     def rollback(self) -> None:
         """Undo all changes since the last commit. O(F log F); for exceptions only.
 
-        May itself be interrupted, and then be called again.
+        If it is itself interrupted, call it again.
         """
         for entry in reversed(self.pending):
             if isinstance(entry, int):
@@ -278,7 +279,7 @@ class FreeList:
             new_segment: put a wall where the heap ends now.
 
         Returns:
-            This list; or a copy, O(F), if the walls change or the keys must become wider. Walls
+            This list; or a copy, in O(F), if the walls change or the keys must become wider. Walls
             at or above the heap's end belonged to segments that were trimmed, and are dropped.
         """
         walls = frozenset(wall for wall in self.walls if wall < self.end)
@@ -294,7 +295,7 @@ class FreeList:
         """Assert every invariant of the free list. O(F log F).
 
         Raises:
-            HeapCorruptionError: names the broken invariant and shows the extents.
+            HeapCorruptionError: an invariant is broken; the message names it and shows the extents.
         """
         self._index.check()
         total = sum(size for _, size in self._index)

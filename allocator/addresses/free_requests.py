@@ -1,8 +1,8 @@
-"""What callers ask to free, as extents in bytes, and every reason to refuse it.
+"""Requests to free bytes: reads them as extents, and refuses wrong ones.
 
-:func:`as_extents` reads the arguments of ``batched_free``, :func:`merged` brings them into address
-order and refuses what no heap could free, :func:`require_inside` refuses what this heap cannot.
-Whether bytes are free already, only the free list knows.
+:func:`as_extents` reads the arguments of ``batched_free``. :func:`merged` sorts the extents by
+address and refuses those that no heap could free. :func:`require_inside` refuses those that this
+heap cannot free. Only the free list knows whether bytes are free already.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["as_extents", "double_free", "invalid_free", "merged", "require_insid
 def as_extents(
     blocks: Iterable[tuple[int, int]] | npt.ArrayLike, sizes: npt.ArrayLike | None
 ) -> Extents:
-    """The extents that a caller names, as pairs or as addresses with sizes.
+    """The extents that a caller passes, as pairs or as addresses with sizes.
 
     Args:
-        blocks: ``(address, size)`` pairs, also as an integer ``[N, 2]`` array; with ``sizes``,
-            addresses ``[N]``.
+        blocks: ``(address, size)`` pairs, which may be an integer ``[N, 2]`` array; or, with
+            ``sizes``, addresses ``[N]``.
         sizes: one for each address, ``[N]``, or one for all.
 
     Raises:
@@ -64,7 +64,7 @@ def _from_pairs(blocks: Iterable[tuple[int, int]] | npt.ArrayLike) -> Extents:
         if table.ndim != 2 or table.shape[1] != 2:
             raise ValueError(f"blocks must be (address, size) pairs, got shape {table.shape}")
         return Extents(table[:, 0], table[:, 1])
-    # Three times as fast as np.array on a list of pairs, which looks at every tuple's shape.
+    # Three times as fast as np.array on a list of pairs, which checks the shape of every tuple.
     try:
         lengths = set(map(len, pairs))
     except TypeError:
@@ -122,7 +122,9 @@ def merged(extents: Extents, walls: Int64Array = NO_WALLS) -> Extents:
     ends = starts + sizes
     if (ends < starts).any():
         at = int(np.argmax(ends < starts))
-        raise InvalidFreeError(f"cannot free {sizes[at]} bytes at {starts[at]}: beyond any heap")
+        raise InvalidFreeError(
+            f"cannot free {sizes[at]} bytes at {starts[at]}: they end beyond any heap"
+        )
     overlap = ends[:-1] > starts[1:]
     if overlap.any():
         at = int(np.argmax(overlap))
@@ -143,7 +145,7 @@ def merged(extents: Extents, walls: Int64Array = NO_WALLS) -> Extents:
 
 
 def require_inside(extents: Extents, unit_bytes: int, heap_bytes: int) -> None:
-    """Refuse extents that are misaligned or leave the heap. O(N).
+    """Refuse extents that are misaligned or not within the heap. O(N).
 
     Args:
         extents: at least one, in address order, not empty.
@@ -151,7 +153,7 @@ def require_inside(extents: Extents, unit_bytes: int, heap_bytes: int) -> None:
         heap_bytes: where the heap ends.
 
     Raises:
-        InvalidFreeError: names the first such extent.
+        InvalidFreeError: an extent is refused; the message names the first one.
     """
     starts, sizes = extents
     misaligned = (starts % unit_bytes != 0) | (sizes % unit_bytes != 0)

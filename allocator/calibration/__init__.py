@@ -1,1 +1,1 @@
-"""Measuring what each path of a copy costs on this device."""
+"""Measures the cost of each path of a copy on a device."""

@@ -1,4 +1,4 @@
-"""Calibration: measure what each path of a copy costs on a device.
+"""Calibration: measures the cost of each path of a copy on a device.
 
 :func:`calibrate` decides what to measure and how often. It measures through a
 :data:`~kvheap.calibration.measure.Measure`: on a GPU that is
@@ -7,12 +7,12 @@
 The time budget is spent on, in this order:
 
 1. A survey of a grid of counts and sizes: each cell once, small copies first. If time runs out, the
-   largest cells are missing, which ``MeasuredCost`` extrapolates best.
-2. Cliffs: where time jumps between two neighbouring sizes, sizes between them are measured, until
+   largest cells are missing, and those are the ones that ``MeasuredCost`` extrapolates best.
+2. Cliffs: if time jumps between two neighbouring sizes, sizes between them are measured until
    neighbours are within an eighth of each other. (On an H100, the copy engine takes twice as long
    for 24 KiB as for 28 KiB.)
-3. Noisy cells: they are measured again until they are no longer noisy, except those that are
-   clearly not the fastest.
+3. Noisy cells: they are measured again until they are no longer noisy, unless their path is clearly
+   not the fastest.
 
 This module imports no torch.
 """
@@ -39,10 +39,10 @@ Progress = Callable[[int, int, str], None]
 """``progress(done, total, what)``; the total grows when more cells turn out to need measuring."""
 
 GRID_SIZES = tuple(kib << 10 for kib in (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096))
-"""Bytes of a piece; twice as dense where KV blocks and the published cliffs are."""
+"""Bytes of a piece; twice as dense in the range of KV blocks and of the published cliffs."""
 
 GRID_COUNTS = tuple(4**step for step in range(9))
-"""Numbers of pieces, from 1: merging neighbours often leaves a single run of a batch."""
+"""Numbers of pieces. They start at 1, since merging neighbours often leaves one run of a batch."""
 
 SURVEY_SHARE = 0.7
 CLIFFS_SHARE = 0.85
@@ -50,8 +50,8 @@ CLIFFS_SHARE = 0.85
 
 CLIFF_DROP = 0.9
 CLIFF_JUMP = 1.25
-"""There is a cliff if the time of the larger size is below this share of the smaller one's, or
-above this multiple of what proportional growth gives; see benchmarks/NOTES.md."""
+"""There is a cliff if the larger size takes less than this share of the smaller one's time, or more
+than this multiple of the time by proportional growth; see benchmarks/NOTES.md."""
 
 CLIFF_CLOSE = 1.125
 """Two sizes whose ratio is below this are close enough: none is measured between them."""
@@ -60,11 +60,11 @@ SIZE_STEP = 256
 """Bytes; the sizes measured between those of the grid are multiples of it."""
 
 MAX_CALLS = 5
-"""How often a noisy cell is measured at most. All its samples are pooled."""
+"""The most times that a noisy cell is measured. All its samples are pooled."""
 
 CLEARLY_SLOWER = 2.0
-"""A path that takes this many times as long as the fastest is not measured again: noise cannot
-make it the fastest."""
+"""A path that takes this many times as long as the fastest is not measured again, because noise
+cannot make it the fastest."""
 
 Key = tuple[Direction, Path, int, int]
 """Direction, path, number of pieces, bytes of each piece."""
@@ -81,7 +81,7 @@ def calibrate(
     versions: Mapping[str, str] | None = None,
     clock: Callable[[], float] = perf_counter,
 ) -> CopyTable:
-    """Measure what each path costs in each direction. Stores nothing.
+    """Measure the cost of each path in each direction. Stores nothing.
 
     Args:
         measure: measures one cell; it decides how often a call repeats the copy.
@@ -90,8 +90,8 @@ def calibrate(
         progress: called after every measurement.
         budget_s: seconds within which measurements are started; the last one may end later.
         max_bytes: bytes of the largest copy; larger cells are left out.
-        versions: versions of other software that took part, for the table.
-        clock: the time in seconds.
+        versions: versions of other software that was used, for the table.
+        clock: returns the time in seconds.
 
     Returns:
         A table with ``source="measured"``.
@@ -167,7 +167,7 @@ class _Calibration:
                 self._call(key)
 
     def part_cliffs(self) -> None:
-        """Measure sizes between two neighbours between which time jumps, again and again."""
+        """Measure sizes between neighbours if time jumps there, and repeat for the new gaps."""
         open_pairs = [
             (direction, path, *sizes)
             for direction in MEASURED_DIRECTIONS
@@ -190,7 +190,7 @@ class _Calibration:
             open_pairs += [(direction, path, low, middle), (direction, path, middle, high)]
 
     def repeat_noisy(self) -> None:
-        """Measure noisy cells again, each once per round; the survey was their first time."""
+        """Measure noisy cells again, once per round; the survey was their first measurement."""
         for _ in range(1, MAX_CALLS):
             noisy = [key for key in self._samples if self._is_worth_repeating(key)]
             self._total += len(noisy)
@@ -222,7 +222,7 @@ class _Calibration:
         return self._clock() - self._start >= share * self._budget_s
 
     def _is_cliff(self, direction: Direction, path: Path, low: int, high: int) -> bool:
-        """Whether time jumps between two sizes, for at least two counts: one may be noise."""
+        """Whether time jumps between two sizes for at least two counts; one could be noise."""
         jumps = 0
         for count in GRID_COUNTS:
             before = self._samples.get((direction, path, count, low))

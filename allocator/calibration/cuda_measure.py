@@ -1,4 +1,4 @@
-"""Measuring copies on a GPU, by :func:`kvheap.transfer.copy`."""
+"""Measures copies on a GPU, made by :func:`kvheap.transfer.copy`."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from kvheap.transfer import CopyPlan, copy
 __all__ = ["CudaMeasure"]
 
 TIMED_S = 0.05
-"""Seconds for which a call repeats a copy, within the two limits below."""
+"""Seconds during which a call repeats a copy, within the two limits below."""
 
 MIN_REPETITIONS = 3
 MAX_REPETITIONS = 11
 
 MIN_BUFFER_BYTES = 64 << 20
-"""With less room than this there is no calibration, unless less was asked for."""
+"""If buffers of this size do not fit, calibration fails, unless smaller ones were requested."""
 
 
 class CudaMeasure:
     """A :data:`~kvheap.calibration.measure.Measure` of copies on a CUDA device.
 
-    It times what a caller on an idle stream waits for: from just before ``copy`` is called until
-    the last byte has arrived on the device. The first event is recorded on the idle stream before
-    the call, so the time covers the submission by the host. If the call itself takes the host
-    longer than the events tell, the host's time is used. Not timed are the plan, which is the same
-    for every path, and the first copy of each kind, which may compile a kernel.
+    It measures how long a caller on an idle stream waits: from just before ``copy`` is called until
+    the last byte has arrived. The first event is recorded on the idle stream before the call, so
+    the time includes the submission by the host. If the call itself takes the host longer than the
+    events show, the host's time is used. The plan, which is the same for every path, and the first
+    copy of each kind, which may compile a kernel, are not timed.
 
-    On the device, pieces lie at random places; copies run on a side stream that nothing else uses.
-    On the host, they are contiguous, as for an offload into a fresh extent. Copies within the
-    device have random places on both sides. Each repetition has its own pieces, so that it never
-    finds its descriptors uploaded or the bytes of a small copy in the L2 cache.
+    Copies run on a side stream that nothing else uses. On the device, pieces are at random places;
+    on the host, they are contiguous, as for an offload into a fresh extent. Copies within the
+    device have random places on both sides. Each repetition has new pieces, so that its descriptors
+    are never uploaded already, nor the bytes of a small copy in the L2 cache.
 
     Args:
         device: a CUDA device.
-        max_bytes: of one copy. Two buffers of this size are allocated on the device, and one in
-            pinned host memory. If there is no room, the size is halved until they fit.
+        max_bytes: the most bytes of one copy. Two buffers of this size are allocated on the device,
+            and one in pinned host memory. If they do not fit, the size is halved until they do.
 
     Raises:
         CalibrationError: there is no room for buffers of 64 MiB, or of ``max_bytes`` if that is

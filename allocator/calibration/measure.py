@@ -1,4 +1,4 @@
-"""What a calibration asks of a device: a :data:`Measure`, and the error when it has no answer."""
+"""``Measure``, the function by which a calibration measures a device, and its error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Measure = Callable[[Direction, Path, int, int], "list[float] | None"]
 each repetition. None: the path cannot be taken, or there is not enough memory for the copy."""
 
 MAX_COPY_BYTES = 1 << 30
-"""Bytes of the largest copy: beyond it, bandwidth is the limit and time grows with the bytes."""
+"""Bytes of the largest copy: beyond it, bandwidth is the limit, and time grows with the bytes."""
 
 
 class CalibrationError(RuntimeError):

@@ -73,8 +73,9 @@ a trace has one request per line:
   {"timestamp": 0, "input_length": 900, "output_length": 52, "hash_ids": [46, 47]}
   timestamp in ms, lengths in tokens, one hash id for each 512-token chunk of the prompt.
 
-times are measured on the host, from call to return. batched_allocate (with an engine layout,
-batched_store) includes the copy; on a GPU, its launch. GB/s count each byte of KV once.
+times are measured on the host, from call to return. That of batched_allocate (with an engine
+layout, of batched_store) includes the copy, or on a GPU, its launch. GB/s count each byte of KV
+once.
 
 exit status: 0 all bytes were right, 1 some were wrong, 2 an argument or the trace is wrong,
 3 the machine cannot do it (memory, device, disk, package), 130 interrupted.
@@ -103,7 +104,7 @@ directions:
 what is measured:
   every path in every direction; pieces of 1, 4, 8, 16, 32, 64, 128, 256 KiB, 1 and 4 MiB,
   1, 4, 16, ... 65,536 of them at a time, up to 1 GiB in all, or less if memory is short. Pieces are
-  scattered on the device and contiguous on the host. Where the time jumps between two sizes, sizes
+  scattered on the device and contiguous on the host. If the time jumps between two sizes, sizes
   between them are measured too. Noisy cells, in which the middle half of the times spreads over
   more than 5 % of the median, are measured again; those that stay noisy are marked. Times of larger
   copies are extrapolated.
@@ -119,7 +120,7 @@ where it is stored:
 the table and the map:
   the table shows the path for each number of pieces: "engine, kernel 31+" means the copy engine
   for up to 30 pieces, and the kernel for 31 or more. The colour of the map shows the fastest path;
-  the strength of the colour and the numbers show how many times as fast it is as the second. Noisy
+  the strength of the colour and the numbers show its speedup over the second fastest path. Noisy
   cells are hatched; bars are published crossovers. The map needs matplotlib:
   pip install 'kvheap[plot]'.
 
@@ -273,7 +274,7 @@ def _add_calibrate(commands: Commands) -> None:
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="time for measuring; what exceeds it is left out, the largest copies first "
+        help="time for measuring; if it is too short, the largest copies are left out first "
         "(default: %(default)g)",
     )
     calibrate.add_argument("--json", type=Path, metavar="FILE", help="write the table to FILE too")

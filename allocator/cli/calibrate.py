@@ -1,6 +1,6 @@
-"""``kvheap calibrate``: measure which path of a copy is the fastest here; store and show it.
+"""``kvheap calibrate``: measures which path of a copy is the fastest; stores and shows the table.
 
-torch is imported only where a device is named or measured: a table in a file is shown without it.
+torch is imported only to look up or measure a device; a table in a file is shown without it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ __all__ = ["run"]
 DEFAULT_PICTURE = Path("kvheap-calibration.png")
 
 SHOWN_SIZES = tuple(kib << 10 for kib in (1, 4, 8, 16, 24, 28, 32, 64, 256, 1024, 4096))
-"""Bytes of a piece, a row each."""
+"""Bytes of a piece, one row of the printed table each."""
 
 SOURCE_WORDS = {
     "measured": "measured {created}",
-    "built in": "built in: derived from what others published for this device, not measured",
-    "cautious": "the cautious rule: nothing is known of this device; run 'kvheap calibrate' there",
+    "built in": "built in: derived from figures published for this device by others, not measured",
+    "cautious": (
+        "the cautious rule: nothing is known about this device; run 'kvheap calibrate' on it"
+    ),
 }
 
 
@@ -83,7 +85,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _table_to_show(options: argparse.Namespace) -> CopyTable:
-    """The table in the file, of the named device (with the driver here, if any), or used here."""
+    """The table in the file, of the named device (with this machine's driver), or used here."""
     if options.table:
         try:
             return table_from_json(json.loads(options.table.read_text(encoding="utf-8")))
@@ -102,7 +104,7 @@ def _table_to_show(options: argparse.Namespace) -> CopyTable:
 
 
 def _device(text: str, hint: str = "") -> tuple[str, str, int]:
-    """Name, driver version and index of a CUDA device; names are those that transfers use.
+    """Name, driver version and index of a CUDA device, with the names that transfers use.
 
     Args:
         text: the value of ``--device``.

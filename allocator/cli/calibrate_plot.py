@@ -40,10 +40,10 @@ NUMBERED_COUNTS = range(1, 16, 2)
 """Powers of two at which the speedup is written as a number."""
 
 FULL_SPEEDUP = 4.0
-"""With this speedup over the second fastest path, or more, a path is drawn in full colour."""
+"""A path with at least this speedup over the second fastest is drawn in full colour."""
 
 PALEST = 0.22
-"""The strength of the colour of a path that is no faster than the second."""
+"""The strength of the colour of a path that is no faster than the second fastest."""
 
 
 def draw(path: Path, table: CopyTable, source: str) -> None:
@@ -144,7 +144,7 @@ def _winner(
 ) -> tuple[str, float] | None:
     """The chosen path, and its speedup over the second fastest; None if there are no costs.
 
-    Times count with the table's margins, as in ``choose``: the chosen path is the fastest.
+    Times are multiplied by the table's margins, as in ``choose``: the chosen path is the fastest.
     """
     count = max(round(2.0**count_power), 1)
     num_bytes = round(count * 2.0**size_power)

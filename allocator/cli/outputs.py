@@ -1,4 +1,4 @@
-"""The files that a command writes: checks before a long run that they can be written after it."""
+"""The files that a command writes. Checks before a long run that they can be written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def require_picture(path: Path) -> None:
 
     Raises:
         MachineError: matplotlib is missing.
-        CommandError: the suffix names no format that is supported.
+        CommandError: the suffix is not of a supported format.
     """
     if not has_matplotlib():
         raise MachineError("--plot needs matplotlib: pip install 'kvheap[plot]'")
@@ -46,7 +46,7 @@ def require_picture(path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Check that ``path`` can be written; a file that did not exist does not exist afterwards.
+    """Check that ``path`` can be written, without leaving a new file behind.
 
     Raises:
         CommandError: it cannot be written, or its folder does not exist.

@@ -49,7 +49,7 @@ _DEFAULT_GEOMETRIES = {
     "indexer": "small-indexer",
     "opaque": "small-opaque",
 }
-"""The geometry with an engine layout, by the kind of KV that this keeps."""
+"""The default geometry with an engine layout, by the kind of KV that the layout keeps."""
 
 _COPIES = {
     "gather": "gathered",
@@ -57,7 +57,7 @@ _COPIES = {
     "load": "loaded into the engine",
     "store": "stored from the engine",
 }
-"""What the table calls the speed of each copy."""
+"""The label of each copy's speed in the printed table."""
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4} | {
     f"{prefix}i": 1024 ** (power + 1) for power, prefix in enumerate("kmgt")
@@ -125,7 +125,7 @@ def _geometry(name: str | None, engine_layout: str | None) -> Geometry:
     if geometry.kind != kind:
         fitting = [each.name for each in GEOMETRIES.values() if each.kind == kind]
         raise CommandError(
-            f"geometry {name} does not fit engine layout {engine_layout}; those that do are "
+            f"geometry {name} does not fit engine layout {engine_layout}; geometries that fit are "
             f"{', '.join(fitting)}"
         )
     return geometry
@@ -153,7 +153,7 @@ def _device(name: str) -> torch.device:
 
 
 def _require_outputs(options: argparse.Namespace) -> None:
-    """Refuse results that could not be written, before a long run and not after it."""
+    """Check before a long run that its results can be written."""
     if options.plot:
         require_picture(options.plot)
     for path in (options.json, options.plot):
@@ -281,7 +281,7 @@ def _write(options: argparse.Namespace, replay: Replay, figures: dict[str, Any])
 
 
 def _percentiles(calls: Sequence[tuple[float, int]]) -> dict[str, float | None]:
-    """p50 and p99 in us of whole calls, and of calls divided by their blocks."""
+    """p50 and p99, in us, of the time of each call and of that time divided by its blocks."""
     if not calls:
         return {"p50": None, "p99": None, "p50_per_block": None, "p99_per_block": None}
     seconds, blocks = np.array(calls).T

@@ -14,13 +14,13 @@ from kvheap.replay.replay import Replay
 __all__ = ["draw"]
 
 AGE_COLOURS = "cividis_r"
-"""A colour map from new (light) to old (dark) that colour-blind readers and grey prints show."""
+"""A colour map from new (light) to old (dark), readable if colour-blind and in grey prints."""
 
 
 def draw(path: Path, replay: Replay, figures: dict[str, Any]) -> None:
     """Draw the replay's samples into a file whose suffix chooses the format: PNG, SVG or PDF."""
     samples = replay.samples
-    # Requests are served in the order of the file; where its clock steps back, time stands still.
+    # Requests are served in the order of the file; if its clock steps back, time stands still.
     minutes = np.maximum.accumulate([sample.timestamp_ms for sample in samples]) / 60_000
     occupancy = np.array([sample.occupancy for sample in samples])
     heap_mib = figures["heap_bytes"] / 2**20

@@ -1,9 +1,9 @@
 """LMCache's allocator classes, with its names and signatures, over kvheap's; needs no LMCache.
 
-Code, or a test file, that says ``from lmcache.v1.memory_management import ...`` also runs with
+Code or tests with ``from lmcache.v1.memory_management import ...`` also run with
 ``from kvheap.integrations.lmcache import ...``. Names and signatures are those of LMCache 0.5.6;
-``shape`` and ``dtype``, its older keywords, work too. Each class keeps the kvheap allocator that it
-wraps as ``allocator``, for everything that LMCache has no name for.
+``shape`` and ``dtype``, its older keywords, work too. Each class has the kvheap allocator that it
+wraps as its attribute ``allocator``, for everything that LMCache has no name for.
 
 As in LMCache: a full allocator returns None, a negative batch size is a ``RuntimeError``, and
 freeing does nothing for a block that is already freed, for plain bytes, or after ``close``. The
@@ -11,12 +11,12 @@ differences:
 
 - a batch is a ``MemoryBatch``: a sequence, but not a list, so it cannot be sorted or appended to;
 - if the blocks of one ``batched_allocate`` are dropped without being freed, they return to the heap
-  together, with the first call after the last of their objects is gone; LMCache takes each back
-  when its own object goes;
+  together, at the first call after the last of their objects is gone; LMCache takes back each block
+  when its own object is gone;
 - freeing a block that has other holders (a reference count above one, or a pin) raises
   ``BlockInUseError``; lowering a count below zero raises ``LifetimeError``;
-- without CUDA, GPU memory is host memory, and pinned memory is not pinned; with CUDA, memory that
-  cannot be pinned is an error, except in ``LazyMemoryAllocator``;
+- without CUDA, GPU memory is host memory, and pinned memory is not pinned; with CUDA, it is an
+  error if memory cannot be pinned, except in ``LazyMemoryAllocator``;
 - the size of a heap is rounded up to its alignment.
 
 ``KVHeapMemoryAllocator`` is the opposite: a kvheap allocator for use inside LMCache. Reading this
@@ -261,7 +261,7 @@ class TensorMemoryAllocator(_Heap):
 
 
 class PagedTensorMemoryAllocator(_Heap):
-    """Pages in a tensor. A page holds one block of the given layout, or a smaller one.
+    """Pages in a tensor. A page holds one block of the given layout, or one smaller block.
 
     Args:
         tensor: the buffer: contiguous, of any dtype and shape.
@@ -411,7 +411,7 @@ class LazyMemoryAllocator(_Heap):
         init_size: bytes that are usable at once.
         final_size: bytes after the growth; rounded up to the alignment and to whole memory pages.
         align_bytes: a power of two; every block starts at a multiple of it.
-        numa_mapping: says on which NUMA node to allocate: that of the current GPU.
+        numa_mapping: the NUMA node of each GPU; memory is on the node of the current GPU.
     """
 
     allocator: kvheap.LazyMemoryAllocator

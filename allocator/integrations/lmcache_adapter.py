@@ -1,12 +1,12 @@
 """``KVHeapMemoryAllocator``: a kvheap heap as one of LMCache's own allocators.
 
 Its objects are LMCache's ``TensorMemoryObj``, with LMCache's counts, pins and monitors; only their
-bytes are kvheap's. LMCache decides when an object is freed. This module returns the object's block
-to the heap then, exactly once.
+bytes are kvheap's. LMCache decides when an object is freed, and this module then returns the
+object's block to the heap, exactly once.
 
-An object that is dropped without being freed is finalized at any point of the program, possibly
-while its thread holds a lock. If the finalizer took a lock, it could wait for its own thread. So it
-only moves the block from a dict to a queue, two atomic operations, and the next call of the
+An object that is dropped without being freed can be finalized at any point of the program, possibly
+while its thread holds a lock. A finalizer that took a lock could wait for its own thread. So it
+only moves the block from a dict to a queue, in two atomic operations, and the next call of the
 allocator frees it. The dict belongs to the allocator, and the object has only a number. If the
 object held its block, the garbage collector could finalize the block's batch before the object, and
 the bytes would have two owners.
@@ -53,7 +53,7 @@ class LMCacheClasses(NamedTuple):
 
 
 class BlockEnd:
-    """The finalizer of ``KVHeapMemoryObj``, the only part of it that is not LMCache's."""
+    """The finalizer of ``KVHeapMemoryObj``; everything else in that class is LMCache's."""
 
     number: int
     """The key of its block in the allocator; unique among all objects of that allocator."""
@@ -176,7 +176,7 @@ class HeapCalls:
             obj = self._classes.memory_obj(block.raw_tensor, metadata, self)
             obj.number = next(self._numbers)
             obj.home = self
-            # Last: after an interrupt before this line, the batch's finalizer frees the block.
+            # Last, because the batch's finalizer frees the block if this is interrupted earlier.
             self._held[obj.number] = block
             objs.append(obj)
         return objs
@@ -219,7 +219,7 @@ class HeapCalls:
                 raise ForeignObjectError(f"{obj!r} belongs to another allocator")
         for obj in objs:
             obj.invalidate()
-            block = self._held.pop(obj.number, None)  # of two threads, only one gets it
+            block = self._held.pop(obj.number, None)  # if two threads do this, one gets the block
             if block is not None:
                 self._freed.append(block)
         is_outermost = self._enter()
@@ -244,7 +244,7 @@ class HeapCalls:
             with self._count_lock:
                 self.dropped_objects += len(dropped)
         blocks = _take_all(self._freed) + dropped
-        # LMCache closes its allocator first and frees its objects then: nothing is left to free.
+        # LMCache closes its allocator before it frees its objects; nothing is left to free then.
         with suppress(ClosedError):
             if blocks and not self.heap.closed:
                 self.heap.batched_free(blocks)
@@ -254,7 +254,7 @@ class HeapCalls:
         self._count_lock = threading.Lock()
 
     # Another object's finalizer may free objects in the middle of a call on the same thread, while
-    # that call holds a lock of the heap or the monitor. Such a nested call only queues.
+    # that call holds a lock of the heap or the monitor. Such a nested call only queues its blocks.
 
     def _enter(self) -> bool:
         """Whether this is the outermost call on this thread."""

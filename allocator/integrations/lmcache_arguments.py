@@ -1,4 +1,4 @@
-"""The keyword arguments of LMCache's allocators, and what kvheap makes of them."""
+"""The keyword arguments of LMCache's allocators, translated to kvheap's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class NUMAMapping(Protocol):
 
 
 class PageArguments(TypedDict, total=False):
-    """The layout of a page, by LMCache's names and by its older ones. Unused without paging."""
+    """The layout of a page, under LMCache's names and its older ones. Unused without paging."""
 
     shapes: Shapes
     dtypes: Dtypes
@@ -44,7 +44,7 @@ class PageArguments(TypedDict, total=False):
 
 
 class HeapArguments(PageArguments, total=False):
-    """What LMCache's heaps in host memory take by keyword, besides the size.
+    """The keyword arguments of LMCache's heaps in host memory, besides the size.
 
     ``align_bytes`` is unused with paging, and ``device`` is always unused. ``shm_name``, whether
     given here or in ``config``, must be None: kvheap shares memory by file descriptor, not by name.
@@ -61,7 +61,7 @@ def page_layout_of(use_paging: bool, arguments: PageArguments) -> BlockLayout | 
     """The layout of a page; None without paging.
 
     Raises:
-        ValueError: paging is asked for, but the shapes, the dtypes or the format are missing.
+        ValueError: paging is requested, but the shapes, the dtypes or the format are missing.
     """
     if not use_paging:
         return None
@@ -78,7 +78,7 @@ def alignment_of(use_paging: bool, arguments: HeapArguments) -> int:
 
     Raises:
         TypeError: there is an argument that LMCache does not have.
-        ValueError: the memory is to have a name.
+        ValueError: a name for the memory is requested.
     """
     refuse_unknown(arguments, HeapArguments.__annotations__)
     config = arguments.get("config")
@@ -98,7 +98,7 @@ def refuse_unknown(arguments: PageArguments, known: Iterable[str]) -> None:
     """Check that every argument is one of ``known``.
 
     Raises:
-        TypeError: one is not.
+        TypeError: an argument is not known; the message names all such arguments.
     """
     unknown = arguments.keys() - set(known)
     if unknown:
@@ -123,7 +123,7 @@ def numa_node_of(arguments: HeapArguments) -> int | None:
 def whole_units(size: int, unit_bytes: int) -> int:
     """``size`` rounded up to a multiple of ``unit_bytes``.
 
-    Wrong values are returned as they are, for the allocator to refuse.
+    Wrong values are returned unchanged, and the allocator refuses them.
 
     Raises:
         TypeError: one of the two is not an integer.

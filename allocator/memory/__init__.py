@@ -1,1 +1,1 @@
-"""Memory: host memory for a heap, page-locking it for CUDA, and growing in the background."""
+"""Host memory for a heap: reserving it, page-locking it for CUDA, growing it in the background."""

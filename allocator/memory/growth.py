@@ -1,9 +1,9 @@
 """``BackgroundGrowth``: makes a reserved range usable piece by piece, on a thread of its own.
 
 Committing and page-locking host memory takes seconds for every 10 GiB, which would delay the start
-of an engine. The engine starts with a small heap instead, which grows in the background: a piece is
-committed (populated, pinned), and published (the heap's ``sbrk``) only after that, so that no
-address is allocated before there is memory behind it.
+of an engine. So the engine starts with a small heap that grows in the background. Each piece is
+first committed (populated, pinned) and then published (the heap's ``sbrk``), so no address is
+allocated before there is memory behind it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvheap.forks import starts_over_after_fork
 __all__ = ["BackgroundGrowth", "GrowthProgress"]
 
 GROWTH_BYTES = 256 << 20
-"""By how much a range grows at a time; ``stop`` waits for one piece. See benchmarks/NOTES.md."""
+"""Bytes of one piece of growth; ``stop`` waits for one piece. See benchmarks/NOTES.md."""
 
 _logger = logging.getLogger("kvheap")
 
@@ -29,9 +29,9 @@ class GrowthProgress:
 
     Attributes:
         committed_bytes: usable bytes: those at the start, and every published piece.
-        final_bytes: what it grows to.
+        final_bytes: bytes that it grows to.
         done: whether growth has ended: everything is published, it was stopped, or it failed.
-        error: what ``commit`` or ``publish`` raised.
+        error: the error that ``commit`` or ``publish`` raised, if any.
     """
 
     committed_bytes: int
@@ -49,11 +49,11 @@ class BackgroundGrowth:
 
     Args:
         commit: ``commit(start, end)`` makes bytes ``[start, end)`` usable, and returns when they
-            are.
-        publish: ``publish(num_bytes)`` adds as many bytes to the heap; called once for each piece,
-            in address order, after its commit.
+            are usable.
+        publish: ``publish(num_bytes)`` adds that many bytes to the heap; called once for each
+            piece, in address order, after its commit.
         start_bytes: bytes that are usable already.
-        final_bytes: bytes in the end.
+        final_bytes: bytes that are usable in the end.
         piece_bytes: bytes of each piece; the last one may be smaller.
         on_progress: called on the thread after each piece, and once more if growth ends early, by
             an error or ``stop``. An exception from it does not end growth: it is logged, and the
@@ -95,7 +95,7 @@ class BackgroundGrowth:
         self._on_progress = on_progress
         self._stopped = threading.Event()
         self._callback_error: BaseException | None = None
-        # Only the thread replaces it, as a whole, so that it can be read without a lock.
+        # Only the thread replaces this object, as a whole, so it can be read without a lock.
         self._progress = GrowthProgress(start_bytes, final_bytes, done=False)
         self._thread = threading.Thread(
             target=self._run, args=(commit, publish), name="kvheap-growth", daemon=True
@@ -116,7 +116,7 @@ class BackgroundGrowth:
     def start(self) -> BackgroundGrowth:
         """Start the thread, and return at once.
 
-        Not part of the constructor, so that the callables can refer to this object.
+        This is not part of the constructor, so that the callables can refer to this object.
 
         Returns:
             This object.
@@ -132,14 +132,15 @@ class BackgroundGrowth:
         """Wait until growth has ended: completed, stopped or failed.
 
         Args:
-            timeout: seconds to wait at most; None: as long as it takes.
+            timeout: the most seconds to wait; None: as long as it takes.
 
         Returns:
-            Whether it has ended; :attr:`progress` tells how.
+            Whether growth has ended; :attr:`progress` tells how.
 
         Raises:
-            BaseException: the error of ``commit`` or ``publish`` that ended growth, at every call.
-            RuntimeError: growth was not started, or this is its own thread.
+            BaseException: the error of ``commit`` or ``publish`` that ended growth, raised by every
+                call.
+            RuntimeError: growth was not started, or the growth thread itself called this.
         """
         self._thread.join(timeout)
         if self._thread.is_alive():
@@ -149,11 +150,12 @@ class BackgroundGrowth:
         return True
 
     def stop(self) -> None:
-        """End growth, after waiting for a piece in progress. Idempotent, also before :meth:`start`.
+        """End growth after the piece in progress. Idempotent; may be called before :meth:`start`.
 
-        Nothing is published after this returns; if a callable calls this, nothing after that
-        callable returns. A piece whose commit was in progress stays committed but unpublished. The
-        caller must not hold a lock that a callable needs.
+        Waits for the piece in progress. Nothing is published after this returns. If one of the
+        callables calls this, it does not wait, and nothing is published after that callable
+        returns. A piece whose commit was in progress stays committed but unpublished. The caller
+        must not hold a lock that a callable needs.
         """
         self._stopped.set()
         if threading.current_thread() is self._thread:
@@ -164,7 +166,7 @@ class BackgroundGrowth:
             self._thread.join()
 
     def start_over_after_fork(self) -> None:
-        """End growth in a forked child, which has no such thread."""
+        """End growth in a forked child, which does not inherit the thread."""
         self._start_lock = threading.Lock()
         self._stopped.set()
         if not self._progress.done and self._thread.ident is not None:
@@ -199,7 +201,7 @@ class BackgroundGrowth:
             self._report(GrowthProgress(start, final, done=start == final))
 
     def _must_end(self) -> bool:
-        # Once the main thread has ended, the interpreter is exiting: too late to begin a piece.
+        # When the main thread has ended, the interpreter is exiting: too late to begin a piece.
         return self._stopped.is_set() or not threading.main_thread().is_alive()
 
     def _report(self, progress: GrowthProgress) -> None:

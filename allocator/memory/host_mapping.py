@@ -1,7 +1,7 @@
 """``HostMapping``: a range of address space, reserved at once and backed by memory when written to.
 
-Reserving a range costs address space only: 16 GiB or 1 TiB take microseconds and no memory, except
-for explicit huge pages, which are taken from the administrator's pool at once.
+Reserving a range costs address space only: 16 GiB or 1 TiB take microseconds and no memory.
+Explicit huge pages are the exception: they are taken from the administrator's pool at once.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class HostMapping(mmap.mmap):
     """A mapping that is unregistered with CUDA before it is unmapped.
 
     Every tensor over the memory holds a reference to this object, so the memory is unmapped when
-    the last of them is gone, and ``__del__`` runs just before. That is why the registrations
-    belong to the mapping and not to the ``HostBuffer``: a tensor that outlives a pinned buffer
-    is still over pinned memory, and when it goes, the memory is unpinned and then unmapped.
-    ``weakref.finalize`` would not do: CPython's mmap unmaps first and calls weak references then.
+    the last tensor is gone, and ``__del__`` runs just before. That is why the registrations belong
+    to the mapping and not to the ``HostBuffer``: a tensor that outlives a pinned buffer still views
+    pinned memory, and when the tensor goes, the memory is unpinned and then unmapped.
+    ``weakref.finalize`` would not work: CPython's mmap unmaps before it calls weak references.
 
     Attributes:
         size_bytes: bytes of the range, as requested.
@@ -62,7 +62,7 @@ class HostMapping(mmap.mmap):
             registrations.close_unshared()
         finally:
             if registrations.num_bytes:
-                # CUDA would take a later mapping at this address for the pinned one: never unmap.
+                # Never unmap: CUDA would mistake a later mapping at this address for this one.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
 
@@ -77,7 +77,7 @@ def reserve(
 
     Raises:
         ValueError: the file is too small, or its mapping is not aligned.
-        OSError: the range, the huge pages or the node's memory cannot be had.
+        OSError: the range, the huge pages or the node's memory is not available.
         RuntimeError: transparent huge pages are switched off.
     """
     if huge_pages == "transparent":
@@ -110,7 +110,7 @@ def _map_anonymous(size_bytes: int, align_bytes: int, huge_pages: HugePages) -> 
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     page_bytes = PAGE_BYTES
     if huge_pages == "explicit":
-        # Without MAP_NORESERVE: too few pages are an error here, not a SIGBUS at first touch.
+        # Without MAP_NORESERVE, so that too few pages raise here, instead of SIGBUS at first touch.
         flags |= MAP_HUGETLB
         page_bytes = explicit_huge_page_bytes()
     else:

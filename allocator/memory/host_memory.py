@@ -1,12 +1,12 @@
 """``HostBuffer``: a range of host memory that is committed, pinned and shared on request.
 
-Reserving a range costs address space only. Memory is committed when bytes are first written, or
-ahead of that, in parallel, by :meth:`HostBuffer.populate`; :meth:`HostBuffer.pin` page-locks it for
+Reserving a range costs address space only. Memory is committed when bytes are first written, or in
+advance and in parallel by :meth:`HostBuffer.populate`; :meth:`HostBuffer.pin` page-locks it for
 CUDA. Huge pages and a NUMA node are chosen when the range is reserved. If the system cannot provide
-them, that is an error; the buffer never silently gets less than requested. A buffer over a file
-descriptor is memory that several processes share.
+them, the constructor raises; the buffer never silently gets less than requested. A buffer over a
+file descriptor is memory that several processes can share.
 
-Linux only. CUDA is not needed to import or use this, except to pin.
+Linux only. Only pinning needs CUDA.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class HostBuffer:
     """One range of host memory as a uint8 tensor.
 
     Thread-safe. The memory lives as long as the buffer is open or any tensor views it: closing or
-    dropping the buffer invalidates no tensor. Wait for asynchronous copies before either.
+    dropping the buffer invalidates no tensor. Before either, wait for asynchronous copies to end.
 
     Methods by purpose:
 
@@ -53,12 +53,12 @@ class HostBuffer:
         numa_node: the only node whose memory is used; None leaves the choice to the kernel.
         fd: map this file (a memfd, a shared memory object) from its start, shared with every
             process that maps it; it must have at least ``size_bytes`` bytes. The descriptor is
-            duplicated, and left open. The kernel chooses the address: expect a multiple of the
-            page size, and no larger alignment.
+            duplicated, and the caller's is left open. The kernel chooses the address, which is a
+            multiple of the page size but may have no larger alignment.
 
     Raises:
         ValueError: an argument is wrong, the file is too small, or its mapping is not aligned.
-        OSError: the range, the huge pages or the node's memory cannot be had.
+        OSError: the range, the huge pages or the node's memory is not available.
         RuntimeError: transparent huge pages are switched off.
 
     >>> with HostBuffer(16 << 30) as buffer:
@@ -162,7 +162,7 @@ class HostBuffer:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the range, as asked for."""
+        """Bytes of the range, as requested."""
         return self._size_bytes
 
     @property
@@ -182,7 +182,7 @@ class HostBuffer:
 
     @property
     def pinned_addresses(self) -> Int64Array:
-        """The same as absolute addresses, int64 ``[R, 2]``, for R pieces."""
+        """The pinned pieces as absolute addresses, int64 ``[R, 2]``, for R pieces."""
         return self._registrations.absolute_ranges
 
     @property
@@ -198,14 +198,14 @@ class HostBuffer:
     def populate(self, start: int, end: int, threads: int | None = None) -> None:
         """Commit bytes ``[start, end)``, and the rest of their pages; contents stay.
 
-        In parallel, without the GIL. Before Linux 5.14 this writes to each page what the page
-        contains; no other thread may write to private memory meanwhile. If the machine as a whole
-        runs out of memory, there is no error: the kernel kills a process.
+        Works in parallel and without the GIL. Before Linux 5.14, it rewrites the contents of each
+        page, so no other thread may write to private memory meanwhile. If the whole machine runs
+        out of memory, there is no error: the kernel kills a process.
 
         Args:
             start: first byte.
             end: the byte after the last.
-            threads: how many; None: one for each CPU, at most 8.
+            threads: number of threads; None: one for each CPU, at most 8.
 
         Raises:
             ValueError: the range is not within the buffer, or ``threads`` is not positive.
@@ -229,29 +229,30 @@ class HostBuffer:
     ) -> int:
         """Page-lock bytes ``[start, end)`` for CUDA, all or none; this also commits them.
 
-        A thread of its own does the work; the caller waits for it, and can be interrupted. The
-        piece in progress is then finished in the background, and what the call pinned is unpinned.
+        A separate thread does the work. The caller waits for it and can be interrupted. The piece
+        in progress is then finished in the background, and everything that this call pinned is
+        unpinned.
 
-        CUDA refuses to copy a range that is only partly pinned: with ``allow_unpinned``, place no
-        block across the ends of :attr:`pinned_ranges`.
+        CUDA refuses to copy a range that is only partly pinned. With ``allow_unpinned``, no block
+        may therefore cross an end of :attr:`pinned_ranges`.
 
         Args:
             start: first byte, a multiple of the page size.
             end: the byte after the last, a multiple of the page size or the buffer's end.
             registrar: does the page-locking; None: a ``CudaHostRegistrar`` for the current device
                 of this thread.
-            piece_bytes: bytes of one registration at most, a multiple of the page size.
+            piece_bytes: the most bytes of one registration, a multiple of the page size.
             allow_unpinned: leave pieces that fail unpinned; without CUDA, leave all unpinned.
 
         Returns:
             Bytes pinned by this call.
 
         Raises:
-            ValueError: the range is not within the buffer, not of whole pages, or pinned already
-                in part; nothing changes.
-            RuntimeError: the buffer is closed, there is no CUDA, or a piece failed: the message
-                names the piece, CUDA's error, and how much is pinned. Nothing is pinned by this
-                call.
+            ValueError: the range is not within the buffer, does not consist of whole pages, or is
+                partly pinned already; nothing changes.
+            RuntimeError: the buffer is closed, there is no CUDA, or a piece failed; the message
+                then names the piece, CUDA's error, and how much is pinned. Nothing is pinned by
+                this call.
         """
         mapping = self._open_mapping()
         self._require_within(start, end)
@@ -271,7 +272,7 @@ class HostBuffer:
         chosen = registrar
 
         def task(cancelled: threading.Event) -> int:
-            # Through the mapping, so that the memory stays mapped while this runs.
+            # Refers to the mapping, so that the memory stays mapped while this runs.
             return mapping.registrations.register(pieces, chosen, allow_unpinned, cancelled)
 
         return Worker(task).result()
@@ -338,6 +339,6 @@ def _require_arguments(
             f"huge_pages must be 'none', 'transparent' or 'explicit', got {huge_pages!r}"
         )
     if huge_pages == "explicit" and fd is not None:
-        raise ValueError("huge_pages='explicit' cannot be had with fd: the file has its own pages")
+        raise ValueError("huge_pages='explicit' does not work with fd: the file has its own pages")
     if numa_node is not None and not 0 <= numa_node < MAX_NUMA_NODES:
         raise ValueError(f"numa_node must be between 0 and {MAX_NUMA_NODES - 1}, got {numa_node}")

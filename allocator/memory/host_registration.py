@@ -4,7 +4,7 @@ A very large registration fails on current drivers, so a range is registered in 
 piece is unregistered by its own pointer.
 
 The record is exact at every moment: it contains a piece from the return of ``register`` to the
-return of ``unregister``, also when calls fail or the caller is interrupted.
+return of ``unregister``, even if calls fail or the caller is interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvheap.memory.registrar import HostRegistrar
 __all__ = ["REGISTRATION_BYTES", "HostRegistrations"]
 
 REGISTRATION_BYTES = 64 << 30
-"""Bytes of one registration, at most: current drivers refuse a very large one."""
+"""The most bytes of one registration: current drivers refuse a very large one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class _Piece:
 class HostRegistrations:
     """The registered pieces of one range of host memory.
 
-    Thread-safe: one call registers or unregisters at a time; the look-ups never wait for it. It
-    does not keep the memory mapped.
+    Thread-safe: one call at a time registers or unregisters, and the look-ups never wait for it.
+    This object does not keep the memory mapped.
 
     Args:
         pointer: address of the range's first byte, a multiple of the page size.
@@ -70,7 +70,7 @@ class HostRegistrations:
 
     @property
     def absolute_ranges(self) -> Int64Array:
-        """The same as absolute addresses, int64 ``[R, 2]``; cached until the pieces change."""
+        """The pieces as absolute addresses, int64 ``[R, 2]``; cached until the pieces change."""
         changes = (self._changes, len(self._pieces))
         known_changes, found = self._known
         if known_changes != changes:
@@ -90,15 +90,15 @@ class HostRegistrations:
         allow_unpinned: bool,
         cancelled: threading.Event,
     ) -> int:
-        """Register pieces: all or none; or, with ``allow_unpinned``, those that do not fail.
+        """Register all pieces or none; with ``allow_unpinned``, register those that do not fail.
 
         Args:
             pieces: ``(start, end)`` in bytes, disjoint. ``start`` is a multiple of the page size;
                 the last page of a piece is registered whole.
-            registrar: registers the pieces, and will unregister them.
+            registrar: registers the pieces, and later unregisters them.
             allow_unpinned: skip a piece that fails, and continue.
-            cancelled: set when nobody waits for the result any more: the call ends after the piece
-                in progress, and undoes what it did.
+            cancelled: set when nobody waits for the result any more. The call then ends after the
+                piece in progress, and unregisters what it registered.
 
         Returns:
             Bytes registered by this call.
@@ -155,8 +155,8 @@ class HostRegistrations:
             for piece in self._pieces.values():
                 if start < piece.end and piece.start < end:
                     raise ValueError(
-                        f"bytes [{start}, {end}) are pinned already, in part or whole: "
-                        f"[{piece.start}, {piece.end}) is"
+                        f"bytes [{start}, {end}) are pinned already, in part or in whole: "
+                        f"[{piece.start}, {piece.end}) is pinned"
                     )
 
     def _register_each(
@@ -183,8 +183,8 @@ class HostRegistrations:
         """Unregister everything, and refuse to register more. Idempotent.
 
         Raises:
-            RuntimeError: the first error of ``unregister``. The other pieces were tried
-                nevertheless; those that failed stay in :attr:`ranges`.
+            RuntimeError: the first error of ``unregister``. The other pieces were tried as well;
+                those that failed stay in :attr:`ranges`.
         """
         with self._lock:
             if self._closed:
@@ -194,9 +194,9 @@ class HostRegistrations:
         _raise_first(errors)
 
     def close_unshared(self) -> None:
-        """:meth:`close` for a finalizer: takes no lock, since nothing else can be using this.
+        """:meth:`close` for a finalizer: takes no lock, because nothing else can use this object.
 
-        Tries once more to unregister what :meth:`close` could not.
+        Tries once more to unregister the pieces that :meth:`close` could not.
 
         Raises:
             RuntimeError: as for :meth:`close`.

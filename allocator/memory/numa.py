@@ -1,4 +1,4 @@
-"""NUMA nodes: the one nearest to a GPU, and memory that is bound to one."""
+"""NUMA nodes: finding the node nearest to a GPU, and binding memory to a node."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _libc.syscall.restype = ctypes.c_long
 
 
 def bind_to_node(pointer: int, num_bytes: int, numa_node: int) -> None:
-    """Take the pages of a mapping, which are not committed yet, from one node only.
+    """Take the pages of a mapping from one node only. They must not be committed yet.
 
     Args:
         pointer: where the mapping begins.
@@ -61,17 +61,17 @@ def bind_to_node(pointer: int, num_bytes: int, numa_node: int) -> None:
 def numa_node_of_gpu(
     device: torch.device | int | str | None = None, *, sysfs: Path = Path("/sys")
 ) -> int | None:
-    """The NUMA node that a GPU is attached to; copies to and from its memory are the fastest.
+    """The NUMA node that a GPU is attached to; copies to and from that node's memory are fastest.
 
     Args:
         device: the GPU; None: the current one.
         sysfs: where sysfs is mounted.
 
     Returns:
-        The node; None if the system does not tell, as on machines with one node.
+        The node; None if the system does not report it, as on machines with one node.
 
     Raises:
-        RuntimeError: this torch does not tell the PCI address, or there is no CUDA.
+        RuntimeError: this torch does not report the PCI address, or there is no CUDA.
     """
     properties: Any = torch.cuda.get_device_properties(device)
     try:
@@ -81,7 +81,7 @@ def numa_node_of_gpu(
         )
     except AttributeError as error:
         raise RuntimeError(
-            f"torch {torch.__version__} does not tell a GPU's PCI address"
+            f"torch {torch.__version__} does not report a GPU's PCI address"
         ) from error
     try:
         node = int((sysfs / "bus/pci/devices" / address / "numa_node").read_text())

@@ -1,4 +1,4 @@
-"""Pages of host memory: their size, huge pages, and what the kernel is asked to do with them."""
+"""Pages of host memory: their size, huge pages, and ``madvise``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HugePages = Literal["none", "transparent", "explicit"]
 PAGE_BYTES = mmap.PAGESIZE
 
 TRANSPARENT_HUGE_PAGE_BYTES = 2 << 20
-"""What an entry of the page table's second level maps, with pages of 4 KiB."""
+"""Bytes that one second-level entry of the page table maps, with pages of 4 KiB."""
 
 # From <linux/mman.h>; Python's mmap module lacks them, or has them only in its newest versions.
 MADV_HUGEPAGE = 14
@@ -58,10 +58,10 @@ def require_transparent_huge_pages(shared: bool) -> None:
     """Check that the system allows transparent huge pages.
 
     Args:
-        shared: for a mapping of a file in memory instead of private memory.
+        shared: whether to check for a mapping of a file in memory, instead of private memory.
 
     Raises:
-        RuntimeError: they are switched off, or the kernel does not have them.
+        RuntimeError: they are switched off, or the kernel does not support them.
     """
     setting = Path("/sys/kernel/mm/transparent_hugepage") / (
         "shmem_enabled" if shared else "enabled"
@@ -84,7 +84,7 @@ def explicit_huge_page_bytes() -> int:
 
 
 def explicit_huge_page_counts() -> str:
-    """How many explicit huge pages the system has, as ``/proc/meminfo`` says, for messages."""
+    """How many explicit huge pages the system has, from ``/proc/meminfo``, for error messages."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return ", ".join(
         " ".join(line.split()) for line in lines if line.startswith(("HugePages_", "Hugepagesize"))

@@ -15,7 +15,7 @@ from kvheap.memory.workers import cut, share_out
 __all__ = ["populate"]
 
 POPULATE_SLICE_BYTES = 16 << 20
-"""What one thread commits in one call: a few milliseconds of work, a multiple of a huge page."""
+"""Bytes that one thread commits in one call: a few milliseconds of work, whole huge pages."""
 
 MAX_POPULATE_THREADS = 8
 
@@ -25,14 +25,14 @@ def populate(
 ) -> None:
     """Commit the pages of bytes ``[start, end)``; contents stay. Runs without the GIL.
 
-    Before Linux 5.14, which has no call for it, this writes to each page what the page contains.
+    Linux has a call for this from 5.14 on. On older kernels, this rewrites each page's contents.
 
     Args:
         mapping: the memory.
         start: first byte.
         end: the byte after the last.
         fd: the file that is mapped; None for private memory.
-        threads: how many; None: one for each CPU, at most 8.
+        threads: number of threads; None: one for each CPU, at most 8.
 
     Raises:
         ValueError: ``threads`` is not positive.
@@ -63,7 +63,7 @@ def _populate_slice(mapping: HostMapping, start: int, end: int, fd: int | None) 
 
 
 def _populate_by_hand(mapping: HostMapping, start: int, end: int, fd: int | None) -> None:
-    """For kernels before 5.14."""
+    """Commit pages on kernels before 5.14."""
     if fd is not None:
         # Other processes may be writing to shared memory; this call writes nothing back.
         os.posix_fallocate(fd, start, end - start)

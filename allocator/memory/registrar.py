@@ -1,7 +1,7 @@
-"""``CudaHostRegistrar``: page-locks host memory for CUDA; ``HostRegistrar``: what can do so.
+"""``CudaHostRegistrar`` page-locks host memory for CUDA; ``HostRegistrar`` is its interface.
 
-CUDA copies to and from pageable memory through a staging buffer, and waits for it. Registered
-(page-locked, "pinned") memory is read and written directly.
+CUDA copies to and from pageable memory through a staging buffer, and waits for it. It reads and
+writes registered (page-locked, "pinned") memory directly.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ CUDA_ERROR_NAMES = {
     801: "cudaErrorNotSupported",
     999: "cudaErrorUnknown",
 }
-"""What the two calls return on failure; torch has the texts of the errors, but not their names."""
+"""The errors that the two calls can return; torch has their texts, but not their names."""
 
 
 class HostRegistrar(Protocol):
-    """Page-locks host memory. Called on any thread, with one call at a time for one buffer."""
+    """Page-locks host memory. Called on any thread, but only one call at a time for one buffer."""
 
     def register(self, pointer: int, num_bytes: int) -> None:
         """Page-lock ``num_bytes`` bytes at ``pointer``, both multiples of the page size.
@@ -59,9 +59,9 @@ class CudaHostRegistrar:
     """Page-locks with ``cudaHostRegister``, for every device of the process.
 
     Args:
-        device: the device whose context is used, and created if there is none; None: the current
-            one of this thread. Each thread has its own current device: without a fixed choice, a
-            thread that never chose would create a context on device 0.
+        device: the device whose context is used, and created if there is none; None: this thread's
+            current device. Each thread has its own current device, so without a fixed device, a
+            thread that never set one would create a context on device 0.
 
     Raises:
         RuntimeError: there is no CUDA device.
@@ -93,7 +93,7 @@ def _cudart() -> Any:
 def _require_success(call: str, code: int) -> None:
     if code == 0:
         return
-    # CUDA also keeps the error, and this thread's next kernel launch would report it.
+    # CUDA also keeps the error, and this thread's next kernel launch would report it: clear it.
     forget_last_error = getattr(ctypes.CDLL(None), "cudaGetLastError", None)
     if forget_last_error is not None:
         forget_last_error()

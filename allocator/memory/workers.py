@@ -1,4 +1,4 @@
-"""Work on other threads, for a caller who can be interrupted while it waits.
+"""Work on other threads, for a caller that can be interrupted while it waits.
 
 All threads are daemons: an interrupted program exits without waiting for a call into the kernel or
 the driver to end.
@@ -38,10 +38,10 @@ class Worker(threading.Thread):
     def result(self) -> int:
         """Start the thread and wait for the task's value.
 
-        If the wait is interrupted, the task is told to cancel, and not waited for.
+        If the wait is interrupted, the task is told to cancel, and this does not wait for it.
 
         Raises:
-            BaseException: what the task raised, or what interrupted the wait.
+            BaseException: the exception that the task raised, or that interrupted the wait.
         """
         try:
             try:
@@ -53,7 +53,7 @@ class Worker(threading.Thread):
         except BaseException:
             self._cancelled.set()
             raise
-        # Taken, not kept: the error's traceback refers to this worker, and so to the memory.
+        # Do not keep the error: its traceback refers to this worker, and so to the memory.
         error, self._error = self._error, None
         try:
             if error is not None:
@@ -64,7 +64,7 @@ class Worker(threading.Thread):
 
 
 def cut(start: int, end: int, piece_bytes: int) -> list[tuple[int, int]]:
-    """``[start, end)`` in pieces of ``piece_bytes``, the last of what is left.
+    """``[start, end)`` in pieces of ``piece_bytes``; the last piece has the rest.
 
     >>> cut(0, 10, 4)
     [(0, 4), (4, 8), (8, 10)]
@@ -77,13 +77,13 @@ def share_out(
 ) -> None:
     """Run ``task`` on every piece, on this thread and on up to ``num_threads - 1`` others.
 
-    The first error stops all threads after their piece in progress, and is raised. If the caller
-    is interrupted, so are the threads, and nobody waits for them. A thread pool would not do: it
-    accepts no work once the interpreter is exiting. If no thread can be started, this one does all
-    the work.
+    The first error stops all threads after their piece in progress, and is raised. If the caller is
+    interrupted, the threads stop too, and nobody waits for them. A thread pool would not work,
+    because it accepts no work once the interpreter is exiting. If no thread can be started, the
+    caller's thread does all the work.
 
     Raises:
-        BaseException: the first that ``task`` raised, or what interrupted the caller.
+        BaseException: the first exception that ``task`` raised, or that interrupted the caller.
     """
     remaining = iter(pieces)  # shared by the threads: each piece is taken once
     ended = threading.Event()
@@ -115,6 +115,6 @@ def share_out(
         ended.set()
         raise
     if errors:
-        # Popped: the error's traceback refers to this frame, which must not refer to the error.
+        # Popped, so that this frame, which the traceback refers to, does not refer to the error.
         del errors[1:]
         raise errors.pop()

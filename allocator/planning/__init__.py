@@ -1,1 +1,1 @@
-"""Which path of a copy is the fastest on a device. Imports no torch and asks no device."""
+"""Chooses the fastest path of a copy on a device. Imports no torch and queries no device."""

@@ -1,4 +1,4 @@
-"""A table of what each path of a copy costs on one device, and the choice of the fastest path."""
+"""``CopyTable``: the cost of each path of a copy on one device, and the choice of the fastest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CopyTable:
         source: ``measured``: on this device; ``built in``: derived from figures that others
             published for this device, not measured by us; ``cautious``: nothing is known about
             this device.
-        costs: the cost of each direction and path; a pair that is missing is not known.
+        costs: the cost of each direction and path; if a pair is missing, its cost is not known.
         margins: how many times as fast as the others a path must be to be chosen; 1 if missing.
         created: time of the measurement, ISO 8601; empty if it was not measured.
         versions: versions of the software that it was measured with.
@@ -62,12 +62,12 @@ class CopyTable:
         """Choose the fastest path after applying :attr:`margins`. O(log cells); called per copy.
 
         Args:
-            direction: from where to where.
+            direction: from host to device, from device to host, or within the device.
             num_pieces: number of pieces that are submitted, after neighbours were merged; at
                 least 1.
             num_bytes: bytes of all pieces; at least 1.
-            allowed: the paths to choose from. A path without a cost is chosen only if none of them
-                has one: then the copy engine if it is allowed, else the first.
+            allowed: the paths to choose from. If none of them has a cost, the copy engine is
+                chosen if it is allowed, else the first one.
 
         Raises:
             ValueError: ``allowed`` is empty, or there is nothing to copy.
@@ -85,16 +85,16 @@ class CopyTable:
         if best is not None:
             return best
         if not allowed:
-            raise ValueError(f"no path is allowed for {num_pieces} pieces, {direction}")
+            raise ValueError(f"no path is allowed to copy {num_pieces} pieces, {direction}")
         return "copy_engine" if "copy_engine" in allowed else allowed[0]
 
     def choices(
         self, direction: Direction, piece_bytes: int, max_pieces: int = 65_536
     ) -> list[tuple[int, Path]]:
-        """List the paths chosen for pieces of one size, each with the count from which it is.
+        """The paths chosen for pieces of one size, each with the count from which it is chosen.
 
-        Evaluates 16 counts per power of two and bisects between two that differ. A path that is
-        chosen only in between two of these counts is missed.
+        Evaluates 16 counts per power of two, and bisects between two counts with different paths.
+        Misses a path that is chosen only between two of these counts.
 
         >>> from kvheap.planning.planner import table_for
         >>> table_for("NVIDIA H100 80GB HBM3", "0.0").choices("h2d", 8192)
@@ -124,7 +124,7 @@ class CopyTable:
         return changes
 
     def noisy_cells(self, direction: Direction) -> list[Cell]:
-        """The noisy cells of a direction, of all its paths."""
+        """The noisy cells of all paths of a direction."""
         return [
             cell
             for (of, _), cost in self.costs.items()

@@ -1,8 +1,8 @@
 """What a path of a copy costs: the time to copy N pieces, from a formula or from measured cells.
 
 :class:`PathCost` is a formula with a few coefficients; :class:`MeasuredCost` interpolates between
-cells that were measured. The planner evaluates costs for every copy that is submitted, so whatever
-depends on the cells alone is computed when a cost is made.
+cells that were measured. The planner evaluates costs for every copy that is submitted, so
+everything that depends on the cells alone is computed when a cost is made.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = [
 ]
 
 MEASURED_DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h", "d2d")
-"""The directions that have costs; host memory here is pinned."""
+"""The directions that have costs; their host memory is pinned."""
 
 MEASURED_PATHS: tuple[Path, ...] = ("kernel", "copy_engine", "staged")
 """The paths that have costs."""
 
 NOISY_SPREAD = 0.05
-"""A cell is noisy if its interquartile range is more than this share of its median: two paths
-whose medians differ by less could be in either order."""
+"""A cell is noisy if its interquartile range exceeds this share of its median: if the medians of
+two paths differ by less, either path could be the faster one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class PathCost:
         fixed_s: seconds per call, including its submission.
         piece_s: seconds per piece, whatever its size.
         bytes_per_s: bandwidth.
-        small_piece_bytes: below this size pieces are slow, as for the copy engine; 0: no limit.
+        small_piece_bytes: pieces below this size are slow, as for the copy engine; 0: no limit.
         small_bytes_per_s: bandwidth for pieces below that size.
 
     >>> cost = PathCost(20e-6, 0.5e-6, 50e9)
@@ -111,9 +111,9 @@ class MeasuredCost:
 
     Between cells, log(time) is interpolated bilinearly over log(count) and log(size).
 
-    Above the grid, and in cells of it that were not measured, each additional byte or piece takes
-    as long as between the last two cells, though time never falls and never grows faster than
-    bytes or pieces do. From 64 times the largest cell on, time is proportional to bytes or pieces.
+    Above the grid, and in its cells that were not measured, each additional byte or piece takes as
+    long as between the last two cells. But time never falls, and never grows faster than the bytes
+    or pieces. Beyond 64 times the largest cell, time is proportional to bytes or pieces.
 
     Below the grid, log(time) continues with the slope between the first two cells, limited in the
     same way.
@@ -175,8 +175,8 @@ Float64Array = npt.NDArray[np.float64]
 def _filled(times: Float64Array, x: Float64Array) -> Float64Array:
     """Replace NaN, which marks cells without a measurement; each row has a number.
 
-    A missing cell is extrapolated from those on its left. Where there are none, it takes the value
-    of the nearest on its right.
+    A missing cell is extrapolated from the cells on its left. If there are none, it takes the value
+    of the nearest cell on its right.
     """
     times = times.copy()
     for j in range(1, len(x)):
@@ -190,8 +190,8 @@ def _filled(times: Float64Array, x: Float64Array) -> Float64Array:
 def _grown(times: Float64Array, x: Float64Array, to: float) -> Float64Array:
     """Extrapolate a column at ``to``: linear from the last two, but never falling.
 
-    Time grows at most in proportion to the count. It grows in proportion where only one of the
-    last two is known.
+    Time grows at most in proportion to the count. If only one of the last two columns is known, it
+    grows in proportion to the count.
     """
     last: Float64Array = times[:, -1]
     growth: Float64Array = np.full(len(last), to - x[-1])
@@ -204,7 +204,7 @@ def _grown(times: Float64Array, x: Float64Array, to: float) -> Float64Array:
 
 
 def _extended(x: Float64Array, times: Float64Array) -> tuple[Float64Array, Float64Array]:
-    """Add columns on both sides. The slopes to the outermost hold for everything beyond them."""
+    """Add columns on both sides. The slopes at both ends also hold for everything beyond them."""
     for _ in range(GROWN_COLUMNS):
         times = np.column_stack((times, _grown(times, x, x[-1] + GROWN_STEP)))
         x = np.append(x, x[-1] + GROWN_STEP)

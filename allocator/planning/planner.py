@@ -1,18 +1,18 @@
-"""The planner: which table of costs tells the fastest path of a copy on a device.
+"""The planner: finds the table of costs that tells the fastest path of a copy on a device.
 
 Scattered pieces can be copied by an SM kernel, by the copy engine, or staged: gathered on the
 device into extents, which are then moved by large copies. Which path is the fastest depends on the
 device, the direction, and the number and size of the pieces.
-:meth:`~kvheap.planning.copy_table.CopyTable.choose` answers that from a table, and
-:func:`table_for` finds the table of a device:
+:meth:`~kvheap.planning.copy_table.CopyTable.choose` looks it up in a table, and :func:`table_for`
+finds the table of a device:
 
 * the one that ``kvheap calibrate`` measured on this device, if there is one;
 * else a built-in one, if others published figures for this device (H100, H200, A30). Its costs are
-  derived from those figures; they were not measured by us, and belong to other kernels than ours;
+  derived from those figures, which we did not measure, and which are of other kernels than ours;
 * else a cautious one: the costs of the slowest device above, and a path that takes SMs away from
-  the forward pass must be faster by a clear margin to be chosen. This can be wrong. On a GB10 the
-  kernel is 2.3 times as fast already for 16 pieces of 28 KiB (vLLM #57555), where the cautious
-  table chooses the copy engine. Running ``kvheap calibrate`` corrects it.
+  the forward pass must be faster by a clear margin to be chosen. This can be wrong: on a GB10, the
+  kernel is 2.3 times as fast even for 16 pieces of 28 KiB (vLLM #57555), but the cautious table
+  chooses the copy engine. Running ``kvheap calibrate`` corrects it.
 
 The planner only decides: it imports no torch and asks no device.
 """
@@ -30,12 +30,12 @@ from kvheap.planning.table_files import cache_path, load_table
 __all__ = ["forget_tables", "table_for"]
 
 CAUTIOUS_MARGIN = 1.25
-"""On an unknown device, how many times as fast as the copy engine another path must be; even the
-built-in costs can be off by a quarter from the figures they were derived from."""
+"""How many times as fast as the copy engine another path must be on an unknown device. Even the
+built-in costs can differ by a quarter from the figures that they were derived from."""
 
 STAGED_MARGIN = 1.25
-"""Without a measurement, how many times as fast as the kernel staging must be: it also takes
-memory, and can gain at most the tenth of the link that SMs are said not to reach."""
+"""How many times as fast as the kernel staging must be without a measurement. It needs memory, and
+can gain at most the tenth of the link that SMs reportedly do not reach."""
 
 _logger = logging.getLogger("kvheap")
 
@@ -44,8 +44,8 @@ _logger = logging.getLogger("kvheap")
 def table_for(device_name: str, driver_version: str) -> CopyTable:
     """The table of a device: the stored one, else a built-in one, else the cautious one.
 
-    The stored one is what ``kvheap calibrate`` measured on a device of this name with this driver.
-    The answer is cached for the life of the process, or until :func:`forget_tables`.
+    The stored table was measured by ``kvheap calibrate`` on a device of this name with this driver.
+    The result is cached for the life of the process, or until :func:`forget_tables`.
     """
     path = cache_path(device_name, driver_version)
     stored = load_table(path)

@@ -1,9 +1,9 @@
 """Costs of the devices for which others published figures, and cautious costs for all others.
 
-They are derived from published figures. None of them was measured by us or with kvheap's own
-kernel; ``kvheap calibrate`` replaces them with measurements of the device. vLLM's figures are of
-its Triton kernel and of ``cuMemcpyBatchAsync``, for scattered pieces, host to device.
-``benchmarks/NOTES.md`` compares the costs with the published figures.
+None of them was measured by us or with kvheap's own kernel; ``kvheap calibrate`` replaces them with
+measurements of the device. vLLM's figures are for its Triton kernel and for ``cuMemcpyBatchAsync``,
+with scattered pieces, host to device. ``benchmarks/NOTES.md`` compares the costs with the published
+figures.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ device to host it has no such cliff. See benchmarks/NOTES.md."""
 
 ENGINE_S = 20e-6
 KERNEL_S = 60e-6
-"""Seconds per call, which put all published crossovers where they were seen (vLLM #57555, #57343);
-see benchmarks/NOTES.md."""
+"""Seconds per call, chosen so that all published crossovers come out where they were seen (vLLM
+#57555, #57343); see benchmarks/NOTES.md."""
 
 KERNEL_PIECE_S = 0.05e-6
 """Seconds per piece that the kernel cannot hide (vLLM #57555); see benchmarks/NOTES.md."""
@@ -72,7 +72,7 @@ def _reasoned_costs(
 
 
 CAUTIOUS_COSTS = _reasoned_costs(25e9, 933e9)
-"""Costs of an A30, whose host link is the slowest of the devices below: 16 lanes of PCIe 4 reach
+"""Costs of an A30, which has the slowest host link of the devices below: 16 lanes of PCIe 4 reach
 about 25 of 31.5 GB/s; HBM2 has 933 GB/s."""
 
 _PUBLISHED = {
@@ -81,8 +81,8 @@ _PUBLISHED = {
     r"\bH200\b": _reasoned_costs(52e9, 4.8e12),
     r"\bA30\b": CAUTIOUS_COSTS,
 }
-"""Costs by a pattern in the device's name. An H200 has the host link of an H100 and faster memory;
-a GH200 has another link, and matches neither."""
+"""Costs by a pattern in the device's name. An H200 has the host link of an H100 and faster memory.
+A GH200 has a different link, and matches neither pattern."""
 
 
 def published_costs(device_name: str) -> Mapping[tuple[Direction, Path], PathCost] | None:

@@ -59,8 +59,8 @@ def save_table(table: CopyTable, path: Path) -> None:
 def load_table(path: Path) -> CopyTable | None:
     """Read the table in ``path``; None if there is no such file.
 
-    A file that cannot be read, that holds no valid table, or that has another format version gives
-    None too, and a warning that names it in the log of ``kvheap``.
+    Also returns None, and logs a warning with the path to ``kvheap``, if the file cannot be read,
+    holds no valid table, or has another format version.
     """
     try:
         return table_from_json(json.loads(path.read_text(encoding="utf-8")))

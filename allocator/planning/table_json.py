@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 
 
 def table_to_json(table: CopyTable) -> dict[str, Any]:
-    """The table as objects that ``json`` writes; a cell is a list in :class:`Cell`'s order."""
+    """The table as objects that ``json`` can write; a cell is a list in :class:`Cell`'s order."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -44,7 +44,7 @@ def table_to_json(table: CopyTable) -> dict[str, Any]:
 
 
 def table_from_json(data: object) -> CopyTable:
-    """The table that :func:`table_to_json` made ``data`` of.
+    """The table that :func:`table_to_json` turned into ``data``.
 
     Raises:
         ValueError: ``data`` is not a table, has another format version, or has a wrong value; the

@@ -1,8 +1,8 @@
-"""``Contents``: what every chunk of a replay holds, so that a wrong byte is found.
+"""``Contents``: the bytes that every chunk of a replay should hold, so that wrong bytes are found.
 
-Contents derive from the hash id, so what is read on a hit can be compared with what was stored
-without keeping a copy: word ``w`` of chunk ``id`` is ``mix(id) + mix(~w)`` in wrapping 64-bit
-arithmetic. Two ids, or two places, that agree are as rare as a 64-bit hash makes them.
+The contents are computed from the hash id, so the bytes that a hit reads can be checked without a
+copy of what was stored: word ``w`` of chunk ``id`` is ``mix(id) + mix(~w)`` in wrapping 64-bit
+arithmetic. Two ids or two places have the same word as rarely as a 64-bit hash collides.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ __all__ = ["Contents"]
 
 
 class Contents:
-    """What the chunks of a geometry hold.
+    """The contents of the chunks of a geometry.
 
     Args:
-        geometry: what a chunk is; its bytes are a multiple of 8.
+        geometry: the geometry of a chunk, whose bytes must be a multiple of 8.
         device: where the contents are made.
     """
 
@@ -46,12 +46,12 @@ class Contents:
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finalizer (Steele, Lea, Flood 2014), which maps no two values to one."""
+    """SplitMix64's finalizer (Steele, Lea, Flood 2014), which never maps two values to one."""
     values = (values ^ _shifted(values, 30)) * -0x40A7B892E31B1A47
     values = (values ^ _shifted(values, 27)) * -0x6B2FB644ECCEEE15
     return values ^ _shifted(values, 31)
 
 
 def _shifted(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """A right shift that brings in zeros; torch's own repeats the sign of int64."""
+    """A right shift that shifts in zeros; torch's own shift repeats the sign bit of int64."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)

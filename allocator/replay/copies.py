@@ -1,4 +1,4 @@
-"""How a replay fills chunks and reads them back: from and into tensors, or an engine's cache."""
+"""How a replay fills chunks and reads them back, by way of tensors or of an engine's cache."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Copies(ABC):
     """Both directions of the copies of one replay.
 
     Args:
-        geometry: what a chunk is.
+        geometry: the geometry of a chunk.
         device: where the copies run.
 
     Attributes:
         geometry: as given.
-        contents: what each chunk holds.
+        contents: what each chunk should hold.
         read_time, write_time: the time spent in copies from and to the heap.
-        read_name, write_name: what the copies are called.
+        read_name, write_name: the names of the copies from and to the heap.
     """
 
     read_name: str
@@ -46,7 +46,7 @@ class Copies(ABC):
 
     @abstractmethod
     def batches(self, hash_ids: Sequence[int]) -> Iterator[Sequence[int]]:
-        """The ids of new chunks, as many at a time as one :meth:`write` can take."""
+        """The ids of new chunks, split into batches that one :meth:`write` can take."""
 
     @abstractmethod
     def write(self, store: PrefixStore[int], hash_ids: Sequence[int]) -> None:
@@ -65,7 +65,7 @@ class TensorCopies(Copies):
     """Chunks are stored from a tensor and gathered into another.
 
     Args:
-        geometry: what a chunk is.
+        geometry: the geometry of a chunk.
         buffer: the heap's bytes.
     """
 
@@ -101,8 +101,8 @@ class TensorCopies(Copies):
 class EngineCopies(Copies):
     """Chunks go to and from random blocks of an engine's cache.
 
-    Hits are loaded into such blocks and compared there. New chunks are written to such blocks,
-    and stored from them. What does not fit the engine at once goes piece by piece.
+    Hits are loaded into such blocks and compared there. New chunks are written to such blocks and
+    stored from them. Chunks that do not fit the engine at once are copied piece by piece.
 
     Args:
         engine: the engine's cache, on the heap's device.
@@ -115,7 +115,7 @@ class EngineCopies(Copies):
         self.engine = engine
 
     def batches(self, hash_ids: Sequence[int]) -> Iterator[Sequence[int]]:
-        """As many ids at a time as the engine has room for."""
+        """The ids, in batches of as many chunks as the engine has room for."""
         return _pieces(hash_ids, self.engine.num_chunks)
 
     def write(self, store: PrefixStore[int], hash_ids: Sequence[int]) -> None:

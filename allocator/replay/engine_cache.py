@@ -1,8 +1,8 @@
 """``EngineCache``: a paged KV cache as an engine keeps it, with the engine's own indexing.
 
-Chunks are written and read by plain torch indexing, as the engine of each layout does it. Nothing
-here asks :class:`~kvheap.kernels.paged_layout.PagedKVCache` where a token is. So copies that go
-through that class can be checked against this module.
+Chunks are written and read by plain torch indexing, as the engine of each layout does it. This
+module never uses :class:`~kvheap.kernels.paged_layout.PagedKVCache` to find a token, so it can
+check copies that use that class.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ INDEXER_VALUE_BYTES = INDEXER_BYTES - SCALE_BYTES
 """Bytes of the values that an indexer keeps for one token, without their scale."""
 
 MAX_POOL_BLOCKS = 4096
-"""A pool has at most so many blocks, unless ``MIN_POOL_CHUNKS`` takes more."""
+"""The most blocks of a pool, unless ``MIN_POOL_CHUNKS`` needs more."""
 
 MAX_POOL_BYTES = 256 << 20
-"""A pool has at most so many bytes, unless ``MIN_POOL_CHUNKS`` takes more."""
+"""The most bytes of a pool, unless ``MIN_POOL_CHUNKS`` needs more."""
 
 MIN_POOL_CHUNKS = 2
-"""A pool holds at least so many chunks."""
+"""A pool holds at least this many chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class _Sizes:
         return list(zip(self.layers(dims), self.layers(dims), strict=True))
 
     def permuted(self, dims: str, order: str) -> torch.Tensor:
-        """One tensor of the dimensions ``dims`` that lie in memory in another order."""
+        """One tensor of the dimensions ``dims``, which are in memory in the order ``order``."""
         return self.zeros(order).permute([order.index(dim) for dim in dims])
 
 
@@ -80,10 +80,10 @@ class EngineTensors:
     """The tensors of an engine layout, and where the tokens of a layer are in them.
 
     Attributes:
-        kind: which geometries they can keep.
+        kind: the kind of geometry that they can keep.
         make: makes the tensors, filled with zeros.
-        planes: takes the tensors, a layer and the tokens of a block. Returns views
-            ``[B, N, H, C]``: K and V, or values and scales, or a single one.
+        planes: takes the tensors, a layer, and the number of tokens of a block. Returns views
+            ``[B, N, H, C]``: of K and V, of values and scales, or a single view.
     """
 
     kind: Kind
@@ -187,10 +187,10 @@ class EngineCache:
 
     Args:
         engine_layout: a name of :data:`ENGINE_LAYOUTS`.
-        geometry: what a chunk is; its kind must be the one that the engine layout keeps.
+        geometry: the geometry of a chunk; its kind must be the one that the engine layout keeps.
         device: where the tensors live.
         num_blocks: blocks of the pool; None: as many as the limits of this module allow.
-        seed: determines the order in which blocks are handed out.
+        seed: determines the order in which blocks are taken.
 
     Attributes:
         geometry, device: as given.
@@ -243,10 +243,10 @@ class EngineCache:
     def take(self, num_chunks: int) -> torch.Tensor:
         """Blocks for chunks: random, distinct ids, int64 ``[num_chunks, blocks of a chunk]``.
 
-        Blocks that were taken before may be handed out again.
+        Blocks that were taken before may be taken again.
 
         Raises:
-            ValueError: the pool has no room for so many chunks.
+            ValueError: the pool has no room for that many chunks.
         """
         if num_chunks > self.num_chunks:
             raise ValueError(f"the pool has room for {self.num_chunks} chunks, got {num_chunks}")

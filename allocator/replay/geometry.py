@@ -3,8 +3,8 @@
 Layers, KV heads, head dimensions and dtypes are those of each model's published ``config.json``
 (Hugging Face: meta-llama/Meta-Llama-3-8B and -70B, mistralai/Mistral-7B-v0.1, Qwen/Qwen3-8B,
 openai/gpt-oss-20b, deepseek-ai/DeepSeek-V3). MLA keeps ``kv_lora_rank + qk_rope_head_dim`` = 512 +
-64 elements for each token and layer. ``tiny`` and the ``small`` ones are not models: they are for
-tests, and for runs that time everything except copying.
+64 elements for each token and layer. ``tiny`` and the ``small`` geometries are not of models: they
+are for tests, and for runs that time everything except copying.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from kvheap.replay.trace import CHUNK_TOKENS
 __all__ = ["GEOMETRIES", "Geometry", "Kind"]
 
 Kind = Literal["attention", "latent", "indexer", "opaque"]
-"""What an engine keeps for each token: K and V; one latent vector; 128 values and a scale; or, for
-``opaque``, whole blocks whose contents are unknown."""
+"""What an engine keeps for each token: K and V; one latent vector; 128 values and a scale. For
+``opaque``, it keeps whole blocks with unknown contents."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,31 +19,30 @@ from kvheap.replay.trace import Request
 __all__ = ["Replay"]
 
 MAX_ADDRESS_RANGES = 256
-"""How many equal address ranges a sample tells apart at most."""
+"""The most equal address ranges that a sample distinguishes."""
 
 
 class Replay:
-    """Requests in order through one prefix store.
+    """Replays requests, in order, through one prefix store.
 
-    For each request the leading ids that are stored are hits: they are read and compared. The
-    others are stored in one batch, except those that are stored already behind a missing one,
-    which are kept.
+    For each request, the leading ids that are stored are hits: they are read and compared. The
+    others are stored in one batch. Ids behind a missing one that are stored already are kept.
 
     Args:
         allocator: an empty heap.
-        geometry: what a chunk is.
-        copies: how chunks are filled and read; None: by tensors.
+        geometry: the geometry of a chunk.
+        copies: how chunks are filled and read; None: with tensors.
         policy: which chunks are evicted first; None: the least recently used.
 
     Attributes:
         store: the prefix store.
-        heap: its heap, with the times of all calls.
+        heap: the heap of the store, with the times of all calls.
         geometry: as given.
         requests, block_refs, hits, stored, resident: counts so far; ``resident`` are references
             that were neither hits nor stored: behind a missing chunk, or named twice.
         mismatches: references whose chunk did not hold what was stored.
         utilization_peak: highest allocated share of the heap after any request.
-        samples: the heap over time, where sampling was asked for.
+        samples: the heap over time, if sampling was requested.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Replay:
         self.samples: list[HeapSample] = []
         self._copies = TensorCopies(geometry, allocator.buffer) if copies is None else copies
         self._slot_bytes = allocator.address_manager.compute_aligned_size(geometry.chunk_bytes)
-        # When each place in the heap was last stored to; chunks of one size never straddle two.
+        # When each place in the heap was last written; chunks of one size each fill one place.
         num_slots = allocator.stats().heap_bytes // self._slot_bytes
         self._stored_at_ms = np.full(num_slots, np.nan)
 
@@ -72,7 +71,7 @@ class Replay:
         num_samples: int = 0,
         on_progress: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """Replay ``requests``, and take ``num_samples`` samples of the heap, evenly apart.
+        """Replay ``requests``, and take ``num_samples`` evenly spaced samples of the heap.
 
         Raises:
             RequestTooLargeError: the chunks of one request do not fit the heap.
@@ -118,10 +117,10 @@ class Replay:
         return self.heap.stats()
 
     def speeds_gbps(self) -> dict[str, float | None]:
-        """GB/s of KV by the name of the copy, each byte counted once; None where there was none.
+        """GB/s of KV by the name of the copy, each byte counted once; None without such copies.
 
-        By tensors, ``gather`` reads hits and ``scatter`` stores; with an engine these are ``load``
-        and ``store``. The time of a store includes that for allocation and eviction.
+        With tensors, ``gather`` reads hits and ``scatter`` stores; with an engine, these are
+        ``load`` and ``store``. The time of a store includes allocation and eviction.
         """
         copies = self._copies
         return {

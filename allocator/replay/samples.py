@@ -1,4 +1,4 @@
-"""The heap over time, for a picture: how full each range of addresses is, and how old."""
+"""The heap over time, for a plot: how full each range of addresses is, and how old its chunks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class HeapSample:
         timestamp_ms: when the request arrived.
         utilization: allocated share of the heap, 0.0 to 1.0.
         hits: chunks found so far.
-        block_refs: chunks asked for so far.
-        occupancy: allocated share of each of some equal address ranges, 0.0 to 1.0.
-        age_ms: mean time since the chunks of each of those ranges were stored; NaN where none was.
+        block_refs: chunks requested so far.
+        occupancy: allocated share of each of a number of equal address ranges, 0.0 to 1.0.
+        age_ms: mean time since the chunks of each range were stored; NaN for a range without any.
     """
 
     timestamp_ms: int

@@ -1,4 +1,4 @@
-"""What a replay times: the heap's calls one by one, and copies on their device."""
+"""Timing in a replay: of the heap's calls, one by one, and of copies, on their device."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["Stopwatch", "TimedHeap"]
 
 
 class TimedHeap:
-    """A heap, as a ``PrefixStore`` uses it, that remembers how long its calls took.
+    """A heap, with the methods that a ``PrefixStore`` uses, that records how long its calls take.
 
-    Times are of the host, in seconds, from call to return. Calls that fail, or do not fit, do not
-    count.
+    Times are measured on the host, in seconds, from call to return. Calls that fail, or for which
+    there is no room, are not recorded.
 
     Args:
         heap: the heap that does the work.
@@ -43,7 +43,7 @@ class TimedHeap:
 
     @property
     def address_manager(self) -> AddressManager:
-        """The heap's."""
+        """The heap's address manager."""
         return self.heap.address_manager
 
     def batched_allocate(
@@ -83,7 +83,7 @@ class TimedHeap:
         self.frees.append((perf_counter() - start, len(blocks)))
 
     def max_batch(self, shape: Shapes, dtype: Dtypes) -> int:
-        """How many blocks one ``batched_allocate`` could have now."""
+        """How many blocks one ``batched_allocate`` could return now."""
         return self.heap.max_batch(shape, dtype)
 
     def stats(self) -> AllocatorStats:
@@ -93,7 +93,7 @@ class TimedHeap:
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds spent in copies: on a GPU by events that are added up at the end, else by the clock.
+    """Seconds spent in copies: on a GPU from events, added up at the end; else from the clock.
 
     Attributes:
         device: where the copies run.
@@ -105,7 +105,7 @@ class Stopwatch:
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        """Count what the block takes."""
+        """Add the time of the ``with`` block."""
         if self.device.type == "cuda":
             begin, end = _timing_event(), _timing_event()
             begin.record()

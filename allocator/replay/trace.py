@@ -1,4 +1,4 @@
-"""Request traces: one JSON object a line, as published with Mooncake (FAST'25).
+"""Request traces: one JSON object per line, as published with Mooncake (FAST'25).
 
 ``timestamp`` is in ms; ``input_length`` and ``output_length`` are in tokens; ``hash_ids`` names the
 512-token chunks of the prompt in order. Equal ids mean equal KV, because an id stands for the
@@ -21,7 +21,7 @@ CHUNK_TOKENS = 512
 """Tokens of the chunk that a hash id names."""
 
 INT64_END = 1 << 63
-"""Ids and counts must fit int64: they end up in such tensors and arrays."""
+"""Ids and counts must fit int64, because they are put into int64 tensors and arrays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +131,9 @@ def _shown(value: object) -> str:
 def synthetic_trace(num_requests: int, seed: int = 0) -> list[Request]:
     """Made-up chat traffic with shared prefixes; the same seed makes the same traffic.
 
-    A conversation starts with one of 16 system prompts, of which some are more popular, and grows
-    by 1 to 6 chunks in each turn: the prompt of a turn is everything said before and a new
-    question. One request in four begins a conversation; the others continue one of the last 200.
+    A conversation starts with one of 16 system prompts, some more popular than others, and grows by
+    1 to 6 chunks in each turn: the prompt of a turn is everything said before, plus a new question.
+    One request in four begins a conversation; the others continue one of the last 200.
 
     >>> synthetic_trace(3) == synthetic_trace(3), len(synthetic_trace(3))
     (True, 3)

@@ -179,7 +179,10 @@ class TestMeasuring:
     ) -> None:
         need_matplotlib()
         assert main(["calibrate", "--show"]) == 0
-        assert "built in: derived from what others published" in capsys.readouterr().out
+        assert (
+            "built in: derived from figures published for this device by others"
+            in capsys.readouterr().out
+        )
         assert main(["calibrate"]) == 0
         capsys.readouterr()
         assert main(["calibrate", "--show"]) == 0
@@ -209,7 +212,7 @@ class TestWithoutAGpu:
     @pytest.mark.parametrize(
         ("name", "words"),
         [
-            (H100, "built in: derived from what others published"),
+            (H100, "built in: derived from figures published for this device by others"),
             ("NVIDIA A30", "built in"),
             ("NVIDIA GB10", "the cautious rule: nothing is known"),
         ],

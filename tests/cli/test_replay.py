@@ -242,11 +242,12 @@ def test_a_malformed_line_is_named(
         (["--engine-layout", "x"], "unknown engine layout 'x'; known are vllm-flash-nhd, "),
         (
             ["--engine-layout", "mla", "--geometry", "tiny"],
-            "geometry tiny does not fit engine layout mla; those that do are small-mla, deepseek",
+            "geometry tiny does not fit engine layout mla; geometries that fit are small-mla, "
+            "deepseek",
         ),
         (
             ["--engine-layout", "indexer", "--geometry", "small-mla"],
-            "small-mla does not fit engine layout indexer; those that do are small-indexer",
+            "small-mla does not fit engine layout indexer; geometries that fit are small-indexer",
         ),
         (["--heap", "lots"], "got 'lots'"),
         (["--heap", "0"], "got '0'"),

@@ -161,7 +161,7 @@ class TestDetect:
         ],
     )
     def test_two_meanings_are_not_guessed(self, layout: str, sizes: Sizes, others: str) -> None:
-        message = f"several engine layouts fit, name one: {others}"
+        message = f"several engine layouts fit, choose one by name: {others}"
         with pytest.raises(LayoutError, match=message):
             detect(Engine(layout, sizes))
 

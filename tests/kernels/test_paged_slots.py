@@ -140,7 +140,7 @@ def test_debug_mode_refuses_to_load_two_tokens_into_one_slot():
     cache, tensors, batch = make("cpu", debug=True)
     before = [tensor.clone() for tensor in tensors]
     slots = [*range(15), 3]
-    with pytest.raises(ValueError, match="must differ: 3 twice"):
+    with pytest.raises(ValueError, match="must differ: 3 appears twice"):
         kvheap.load(batch, cache, slots)
     with pytest.raises(ValueError, match="must differ"):
         kvheap.load(batch, cache, BlockIds([1, 2, 1, 3]))

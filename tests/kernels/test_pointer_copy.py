@@ -494,7 +494,8 @@ def test_a_piece_of_more_bytes_than_32_bits_count_is_cut_into_rows(size):
     [imagined(1 << 50), imagined([1 << 50, 48]), imagined(1 << 50, 1, 1), imagined(1 << 34, 1024)],
 )
 def test_more_tiles_than_32_bits_count_are_refused(recorder, pieces):
-    with pytest.raises(ValueError, match=r"Pieces\(.*\) need \d+ rows and \d+ tiles: split them"):
+    message = r"Pieces\(.*\) need \d+ rows and \d+ tiles, too many for one launch: split them"
+    with pytest.raises(ValueError, match=message):
         copy_pieces(pieces, CPU)
     assert recorder.launches == []
 

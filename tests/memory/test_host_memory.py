@@ -82,7 +82,7 @@ class TestReserve:
             ({"align_bytes": 4097}, "power of two"),
             ({"align_bytes": -4096}, "power of two"),
             ({"huge_pages": "some"}, "huge_pages must be"),
-            ({"huge_pages": "explicit", "fd": 0}, "cannot be had with fd"),
+            ({"huge_pages": "explicit", "fd": 0}, "does not work with fd"),
             ({"numa_node": -1}, "numa_node must be between 0 and 1023, got -1"),
             ({"numa_node": 1024}, "numa_node must be between 0 and 1023, got 1024"),
         ],

@@ -52,5 +52,5 @@ class TestNuma:
     def test_a_torch_without_pci_addresses(self, monkeypatch: pytest.MonkeyPatch) -> None:
         nothing = types.SimpleNamespace()
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: nothing)
-        with pytest.raises(RuntimeError, match="does not tell a GPU's PCI address"):
+        with pytest.raises(RuntimeError, match="does not report a GPU's PCI address"):
             numa_node_of_gpu(0)
