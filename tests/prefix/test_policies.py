@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import ExitStack
 
 import pytest
-from naive_policies import NAIVE, Naive, NaiveGDSF
+from naive_policies import NAIVE, Naive, NaiveGDSF, NaiveS3FIFO
 
 from kvheap.prefix import ARC, GDSF, LRU, POLICIES, S3FIFO, EvictionPolicy, PrefixIndex
 from kvheap.prefix.policies.base import CachedChunk
@@ -126,6 +126,17 @@ def test_a_cost_decides_what_a_byte_is_worth(seed: int) -> None:
     for _ in range(800):
         pair.step()
     assert pair.happened["evicted"] > 200
+
+
+@pytest.mark.parametrize("min_uses", [2, 3])
+def test_s3fifo_asks_for_more_uses_in_its_small_queue(min_uses: int) -> None:
+    pair = Pair(S3FIFO(min_uses), NaiveS3FIFO(min_uses), 5, 4)
+    for _ in range(1200):
+        pair.step()
+    assert pair.happened["evicted"] > 300
+    for wrong in (0, 4):
+        with pytest.raises(ValueError, match=f"min_uses must be between 1 and 3, got {wrong}"):
+            S3FIFO(wrong)
 
 
 @each_policy

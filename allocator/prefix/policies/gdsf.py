@@ -10,9 +10,9 @@ from kvheap.prefix.policies.ghosts import GhostList
 
 __all__ = ["GDSF"]
 
-REMEMBERED_SHARE = 4.0
+REMEMBERED_SHARE = 2.0
 """Evicted bytes whose uses are remembered, as a multiple of the stored bytes; see
-benchmarks/NOTES.md."""
+benchmarks/NOTES.md. One remembered chunk takes about 300 bytes of host memory."""
 
 
 class GDSF(EvictionPolicy):
