@@ -182,11 +182,11 @@ class TestBuckets:
         buckets.discard(chunks[2])
         chunks[1].rank = 2
         buckets.add(chunks[1])
-        order = [chunks.index(buckets.pop()) for _ in range(5)]
+        order = [chunks.index(chunk) for size in (1, 2, 1, 1) for chunk in buckets.take(size)]
         assert order == [4, 0, 5, 1, 3]
         assert len(buckets) == 0
         with pytest.raises(IndexError):
-            buckets.pop()
+            buckets.take(1)
 
     def test_a_chunk_that_is_used_for_ever_leaves_no_buckets_behind(self) -> None:
         index: PrefixIndex[str, int] = PrefixIndex(policy := GDSF())
