@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import ExitStack
 
 import pytest
-from naive_policies import NAIVE, Naive, NaiveGDSF
+from naive_policies import NAIVE, Naive, NaiveGDSF, NaiveS3FIFO
 
 from kvheap.prefix import ARC, GDSF, LRU, POLICIES, S3FIFO, EvictionPolicy, PrefixIndex
 from kvheap.prefix.policies.base import CachedChunk
@@ -128,6 +128,17 @@ def test_a_cost_decides_what_a_byte_is_worth(seed: int) -> None:
     assert pair.happened["evicted"] > 200
 
 
+@pytest.mark.parametrize("min_uses", [2, 3])
+def test_s3fifo_asks_for_more_uses_in_its_small_queue(min_uses: int) -> None:
+    pair = Pair(S3FIFO(min_uses), NaiveS3FIFO(min_uses), 5, 4)
+    for _ in range(1200):
+        pair.step()
+    assert pair.happened["evicted"] > 300
+    for wrong in (0, 4):
+        with pytest.raises(ValueError, match=f"min_uses must be between 1 and 3, got {wrong}"):
+            S3FIFO(wrong)
+
+
 @each_policy
 def test_the_tail_of_a_request_goes_before_its_head(name: str) -> None:
     index: PrefixIndex[str, int] = PrefixIndex(POLICIES[name]())
@@ -171,11 +182,11 @@ class TestBuckets:
         buckets.discard(chunks[2])
         chunks[1].rank = 2
         buckets.add(chunks[1])
-        order = [chunks.index(buckets.pop()) for _ in range(5)]
+        order = [chunks.index(chunk) for size in (1, 2, 1, 1) for chunk in buckets.take(size)]
         assert order == [4, 0, 5, 1, 3]
         assert len(buckets) == 0
         with pytest.raises(IndexError):
-            buckets.pop()
+            buckets.take(1)
 
     def test_a_chunk_that_is_used_for_ever_leaves_no_buckets_behind(self) -> None:
         index: PrefixIndex[str, int] = PrefixIndex(policy := GDSF())

@@ -146,8 +146,9 @@ class NaiveGDSF(Naive):
 
 
 class NaiveS3FIFO(Naive):
-    def __init__(self) -> None:
+    def __init__(self, min_uses: int = 1) -> None:
         super().__init__()
+        self.min_uses = min_uses
         self.small: list[Key] = []
         self.main: list[Key] = []
         self.uses: dict[Key, int] = {}
@@ -181,7 +182,7 @@ class NaiveS3FIFO(Naive):
             exceeds = self.total(self.small) > SMALL_SHARE * self.stored_bytes
             from_small = bool(idle_small) and (exceeds or not idle_main)
             key = idle_small[0] if from_small else idle_main[0]
-            if not self.uses[key]:
+            if self.uses[key] < (self.min_uses if from_small else 1):
                 if from_small:
                     self.ghosts.remember(key, self.sizes[key])
                 return key

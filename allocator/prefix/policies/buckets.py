@@ -19,8 +19,8 @@ class PriorityBuckets:
     """Chunks by priority, which is kept in ``chunk.rank``; of equal ones the first added.
 
     Each priority has a bucket of chunks, and a heap has the priorities. Chunks of few sizes have
-    few priorities, so ``add``, ``pop`` and ``discard`` are O(1), amortized. Only where they open or
-    close a bucket are they O(log B), for B buckets.
+    few priorities, so ``add``, ``discard`` and ``take`` are O(1) for each chunk, amortized. Only
+    where they open or close a bucket are they O(log B), for B buckets.
     """
 
     __slots__ = ("_buckets", "_priorities", "_rank_of")
@@ -53,21 +53,27 @@ class PriorityBuckets:
             if not bucket:
                 del self._buckets[rank]
 
-    def pop(self) -> CachedChunk:
-        """Take the first chunk of the lowest priority out.
+    def take(self, num_bytes: int) -> list[CachedChunk]:
+        """Take as many chunks out as have ``num_bytes``, in order of priority.
 
         Raises:
-            IndexError: there is none.
+            IndexError: all chunks together have fewer.
         """
-        while True:
+        taken: list[CachedChunk] = []
+        while num_bytes > 0:
             rank = self._priorities[0]
             bucket = self._buckets.get(rank)
             if bucket is None:
                 heapq.heappop(self._priorities)
                 continue
-            chunk = next(iter(bucket))
-            self.discard(chunk)
-            return chunk
+            while bucket and num_bytes > 0:
+                chunk, _ = bucket.popitem(last=False)
+                del self._rank_of[chunk]
+                taken.append(chunk)
+                num_bytes -= chunk.size_bytes
+            if not bucket:
+                del self._buckets[rank]
+        return taken
 
     def rebuild(self, chunks: Sequence[CachedChunk]) -> None:
         """Hold exactly ``chunks``; the order of those that were in stays. O(n + B log B)."""

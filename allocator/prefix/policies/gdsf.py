@@ -10,9 +10,9 @@ from kvheap.prefix.policies.ghosts import GhostList
 
 __all__ = ["GDSF"]
 
-REMEMBERED_SHARE = 4.0
+REMEMBERED_SHARE = 2.0
 """Evicted bytes whose uses are remembered, as a multiple of the stored bytes; see
-benchmarks/NOTES.md."""
+benchmarks/NOTES.md. One remembered chunk takes about 300 bytes of host memory."""
 
 
 class GDSF(EvictionPolicy):
@@ -86,12 +86,10 @@ class GDSF(EvictionPolicy):
 
     def evict(self, num_bytes: int) -> Sequence[CachedChunk]:
         """Take the chunks of the lowest priorities, and remember their uses."""
-        victims: list[CachedChunk] = []
-        while num_bytes > 0:
-            victim = self._order.pop()
-            victims.append(victim)
-            num_bytes -= victim.size_bytes
-            self._ghosts.remember(victim, victim.uses)
+        victims = self._order.take(num_bytes)
+        remember = self._ghosts.remember
+        for victim in victims:
+            remember(victim, victim.uses)
         self._clock = max(self._clock, victims[-1].rank)
         self._stored_bytes -= total_bytes(victims)
         self._ghosts.trim(REMEMBERED_SHARE * self._stored_bytes)

@@ -25,9 +25,10 @@ class GhostList:
 
     def remember(self, chunk: CachedChunk, note: int = 0) -> None:
         """Remember a chunk, as the newest, with a note."""
-        self.recall(chunk)
-        self._ghosts[chunk.fingerprint] = (chunk.size_bytes, note)
-        self.num_bytes += chunk.size_bytes
+        ghosts, fingerprint, size_bytes = self._ghosts, chunk.fingerprint, chunk.size_bytes
+        before = ghosts.pop(fingerprint, None)
+        ghosts[fingerprint] = (size_bytes, note)
+        self.num_bytes += size_bytes if before is None else size_bytes - before[0]
 
     def recall(self, chunk: CachedChunk) -> int | None:
         """Forget a chunk, and return its note; None if it is not remembered."""

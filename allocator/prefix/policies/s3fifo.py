@@ -30,16 +30,25 @@ class S3FIFO(EvictionPolicy):
 
     Departures from the paper: shares are of the bytes that are stored when an eviction begins,
     since the policy is told no capacity; the ghost queue remembers as many bytes as main may hold.
-    One use, not two, moves a chunk from small to main, which is better on the conversation trace,
-    see benchmarks/NOTES.md. A chunk in use has no place in its queue, and enters it anew when its
-    last hold ends. Of one request the tail enters a queue first.
+    A chunk in use has no place in its queue, and enters it anew when its last hold ends. Of one
+    request the tail enters a queue first.
 
     Every operation is O(1) for each chunk, amortized over its uses.
+
+    Args:
+        min_uses: how many uses, after the first, move a chunk from small to main; positive. The
+            paper's is 2. With 1 small caches find more, large ones less; see benchmarks/NOTES.md.
+
+    Raises:
+        ValueError: ``min_uses`` is not between 1 and :data:`MAX_USES`.
     """
 
     name = "s3fifo"
 
-    def __init__(self) -> None:
+    def __init__(self, min_uses: int = 1) -> None:
+        if not 1 <= min_uses <= MAX_USES:
+            raise ValueError(f"min_uses must be between 1 and {MAX_USES}, got {min_uses}")
+        self._min_uses = min_uses
         self._lists = ChunkLists(SMALL, MAIN)
         self._ghosts = GhostList()
 
@@ -80,14 +89,15 @@ class S3FIFO(EvictionPolicy):
             exceeds = lists.num_bytes[SMALL] > small_bytes
             chunk = lists.first(SMALL, MAIN) if exceeds else lists.first(MAIN, SMALL)
             assert chunk is not None
-            if chunk.uses:
-                chunk.uses = 0 if chunk.queue == SMALL else chunk.uses - 1
+            is_small = chunk.queue == SMALL
+            if chunk.uses >= (self._min_uses if is_small else 1):
+                chunk.uses = 0 if is_small else chunk.uses - 1
                 lists.move(chunk, MAIN)
                 continue
             victims.append(chunk)
             num_bytes -= chunk.size_bytes
             lists.leave(chunk)
-            if chunk.queue == SMALL:
+            if is_small:
                 self._ghosts.remember(chunk)
         self._ghosts.trim(main_bytes)
         return victims
