@@ -303,7 +303,7 @@ class TensorMemoryAllocator(Heap):
     batched_load = chunks.batched_load
     batched_evict = chunks.batched_evict
 
-    # -- look ----------------------------------------------------------------------------------
+    # -- inspect -------------------------------------------------------------------------------
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -417,7 +417,7 @@ class TensorMemoryAllocator(Heap):
         """The counters and the device."""
         return f"{type(self).__name__}({'closed' if self.closed else self.stats()})"
 
-    # -- grow and end --------------------------------------------------------------------------
+    # -- grow and close ------------------------------------------------------------------------
 
     def add_buffer(self, tensor: torch.Tensor) -> None:
         """Grow the heap by another buffer; no block straddles two.
