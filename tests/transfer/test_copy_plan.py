@@ -94,7 +94,7 @@ class TestOfAddresses:
         ("arguments", "message"),
         [
             (([0, 250], [0, 8], 8), "source_addresses[1] is 250: a block of 8 bytes there"),
-            (([0], [256], [1]), "target_addresses[0] is 256: 1 bytes there leave"),
+            (([0], [256], [1]), "target_addresses[0] is 256: a piece of 1 bytes there exceeds"),
             (([-8], [0], 8), "source_addresses[0] is -8"),
             (([0], [0], 2**63 - 1), "leave"),
             (([0], [0], -8), "sizes must not be negative"),
@@ -443,8 +443,8 @@ class TestPrepare:
         for first, second in (("host", "host"), ("device", "peer")):
             source = buffers[first]
             target = memory_of(device, second, 64)
-            with pytest.raises(RuntimeError, match="not done by the kernel"):
+            with pytest.raises(RuntimeError, match="the kernel cannot execute a copy"):
                 CopyPlan.of_addresses(source, target, [0], [0], 8).prepare()
         device.has_kernel = False
-        with pytest.raises(RuntimeError, match="not done by the kernel"):
+        with pytest.raises(RuntimeError, match="the kernel cannot execute a copy"):
             CopyPlan.of_addresses(buffers["device"], buffers["host"], [0], [0], 8).prepare()
