@@ -167,7 +167,7 @@ def test_a_transfer_in_flight_is_lost_in_the_child(
     def ask() -> tuple[bool, bool]:
         assert transfer.done()
         for question in (transfer.result, lambda: away[0].tensor):
-            with pytest.raises(TransferError, match="does not go on in a forked child"):
+            with pytest.raises(TransferError, match="does not continue in a forked child"):
                 question()
         another = far.batched_allocate([16], torch.uint8, 1)
         assert another is not None

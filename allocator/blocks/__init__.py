@@ -1,1 +1,1 @@
-"""What is handed out: formats, layouts, batches and their handles, counts, lifetimes."""
+"""Allocated blocks: formats, block layouts, batches and handles, counts, lifetimes."""

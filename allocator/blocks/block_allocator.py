@@ -1,7 +1,7 @@
-"""``BlockAllocator``: what allocators with blocks of their own have in common.
+"""``BlockAllocator``: the common base of all allocators that create their own blocks.
 
-Freeing goes in steps that can be undone: the blocks are claimed, their contents are collected, and
-only then are their bytes released. What differs between allocators is where the bytes are.
+A free happens in steps that can be undone: it claims the blocks, then gathers their contents, and
+only then releases their bytes. Subclasses decide where the bytes are.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ __all__ = ["BlockAllocator"]
 
 
 class BlockAllocator(MemoryAllocatorInterface):
-    """An allocator that made its blocks itself, and takes only these back.
+    """An allocator that creates its own blocks, and frees no others.
 
     Subclasses provide ``layout_of``, ``allocate_blocks``, ``require_gatherable``, ``gather``,
     ``block_bytes`` and ``close_memory``.
     """
 
     object_type: type[MemoryObj] = MemoryObj
-    """The class of the objects that this allocator's batches hand out."""
+    """The class of the handles that this allocator's batches return."""
 
     lifetime: Lifetime
-    """Which batches live, and when freed bytes may be reused."""
+    """Tracks which batches are live and when freed bytes may be reused."""
 
     idempotent_free = False
-    """Whether freeing a block again does nothing instead of raising."""
+    """Whether freeing a freed block does nothing instead of raising."""
 
     # -- free ----------------------------------------------------------------------------------
 
@@ -65,16 +65,16 @@ class BlockAllocator(MemoryAllocatorInterface):
             for part in claimed:
                 part.batch.unclaim(part.rows)
             raise
-        # From here on the blocks are freed whatever happens: at worst, if this is interrupted
-        # before it begins, their bytes stay allocated; they are never handed out twice.
+        # The blocks are freed from here on. If an interrupt strikes before the loop, their bytes
+        # stay allocated; they are never handed out twice.
         for release in releases:
             self.lifetime.release(release)
 
     def rows_by_batch(self, objs: MemoryBatch | Iterable[MemoryObj]) -> list[Rows]:
-        """Blocks by their batches.
+        """Group blocks by batch.
 
         Raises:
-            TypeError: something is not a ``MemoryObj``.
+            TypeError: an element is not a ``MemoryObj``.
             ForeignObjectError: a block belongs to another allocator.
         """
         parts = [Rows(objs, None)] if isinstance(objs, MemoryBatch) else rows_of(objs)
@@ -97,19 +97,19 @@ class BlockAllocator(MemoryAllocatorInterface):
 
     @abstractmethod
     def require_gatherable(self, parts: Sequence[Rows], out: torch.Tensor) -> None:
-        """Refuse an ``out`` of :meth:`batched_free` that does not match the blocks."""
+        """Raise if the ``out`` of :meth:`batched_free` does not match the blocks."""
 
     @abstractmethod
     def gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
-        """Copy the contents of blocks into ``out``, which was checked."""
+        """Copy the contents of blocks into ``out``, already checked by ``require_gatherable``."""
 
     def releases_of(self, parts: Sequence[Rows]) -> list[Release]:
-        """The releases of claimed blocks: one for all that wait for no stream, where possible."""
+        """The releases of claimed blocks, combined by :meth:`merged_releases`."""
         releases = [part.batch.release_of(part.rows) for part in parts if len(part)]
         return releases if len(releases) < 2 else self.merged_releases(releases)
 
     def merged_releases(self, releases: list[Release]) -> list[Release]:
-        """Several releases as fewer, for allocators that can return them together."""
+        """Combine releases that can be given back together; by default none can."""
         return releases
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""``BlockLayout``: what one block holds, one tensor or several groups of tensors side by side."""
+"""``BlockLayout``: what one block holds: one tensor, or several in a row, one per group."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from kvheap.blocks.memory_format import MemoryFormat
 __all__ = ["BlockLayout", "Dtypes", "Shapes"]
 
 MAX_BYTES = 1 << 63
-"""Addresses and sizes are int64."""
+"""Blocks must be smaller than this: addresses and sizes are int64."""
 
 Shapes: TypeAlias = "Sequence[int] | Sequence[Sequence[int]]"
-"""The shape of a block, or one for each of its groups."""
+"""The shape of a block, or a list with the shape of each group."""
 
 Dtypes: TypeAlias = "torch.dtype | Sequence[torch.dtype]"
-"""The dtype of a block, or one for each of its groups."""
+"""The dtype of a block, or a list with the dtype of each group."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """Shapes, dtypes and meaning of a block's groups, which follow each other in memory.
+    """Shapes, dtypes and format of a block's groups, which are stored one after another.
 
-    Hybrid models keep attention KV and recurrent state of one chunk of tokens side by side.
+    A block of a hybrid model, for example, holds a chunk's attention KV and its recurrent state.
 
     Attributes:
         shapes: logical shape of each group.
         dtypes: logical dtype of each group.
         fmt: what the dimensions mean.
-        offsets: where each group begins, in bytes, and where the last one ends.
+        offsets: byte offset of each group, followed by the end of the last one.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -47,11 +47,10 @@ class BlockLayout:
         """The layout of one group, or of several given as lists of equal length.
 
         Raises:
-            TypeError: a dtype is not a ``torch.dtype``, a shape not of integers, or ``fmt`` not a
-                ``MemoryFormat``.
+            TypeError: a dtype is not a ``torch.dtype``, a shape is not a sequence of integers, or
+                ``fmt`` is not a ``MemoryFormat``.
             ValueError: the lists differ in length, a shape has no element, a block would have
-                2**63 bytes or more, or a group would begin at an offset that its dtype cannot be
-                read from.
+                2**63 bytes or more, or the offset of a group is not a multiple of its item size.
 
         >>> layout = BlockLayout.of([(2, 3), (5,)], [torch.float32, torch.int16],
         ...                         MemoryFormat.UNDEFINED)
@@ -70,8 +69,8 @@ class BlockLayout:
         sizes = [_size(shapes)] if is_one_shape else [_size(shape) for shape in shapes]
         if len(sizes) != len(dtypes) or not len(dtypes):
             raise ValueError(
-                f"a block needs as many shapes as dtypes, and at least one, got "
-                f"{len(sizes)} and {len(dtypes)}"
+                f"a block needs one dtype for each shape, and at least one of each, got "
+                f"{len(sizes)} shapes and {len(dtypes)} dtypes"
             )
         return _several(tuple(sizes), tuple(dtypes), fmt)
 
@@ -82,12 +81,12 @@ class BlockLayout:
 
     @property
     def alignment(self) -> int:
-        """Every block must begin at a multiple of so many bytes: the widest item of any group."""
+        """Required alignment of a block, in bytes: the largest item size of its groups."""
         return max(dtype.itemsize for dtype in self.dtypes)
 
     @property
     def packed(self) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of a block in a tensor of blocks; several groups count as bytes."""
+        """Shape and dtype of a block in a tensor of blocks; uint8 if it has several groups."""
         if len(self.shapes) > 1:
             return (self.size_bytes,), torch.uint8
         return tuple(self.shapes[0]), self.dtypes[0]
@@ -98,7 +97,7 @@ class BlockLayout:
         return math.prod(self.packed[0])
 
     def view(self, block: torch.Tensor, group: int = 0) -> torch.Tensor:
-        """Group ``group`` of a block's bytes, uint8 ``[size_bytes]``, without a copy."""
+        """Group ``group`` of ``block``, its bytes as uint8 ``[size_bytes]``, without a copy."""
         begin, end = self.offsets[group], self.offsets[group + 1]
         return block[begin:end].view(self.dtypes[group]).view(self.shapes[group])
 
@@ -137,10 +136,10 @@ def _several(
             raise ValueError(f"shape must have at least one element, got {tuple(shape)}")
         if offsets[-1] % dtype.itemsize:
             raise ValueError(
-                f"group {group} would begin at byte {offsets[-1]}, which is no multiple of the "
-                f"{dtype.itemsize} bytes of its {dtype}; put the wider dtypes first"
+                f"group {group} would begin at byte {offsets[-1]}, which is not a multiple of the "
+                f"{dtype.itemsize}-byte items of its {dtype}; put the wider dtypes first"
             )
-        offsets.append(offsets[-1] + math.prod(shape) * dtype.itemsize)  # numel() would wrap
+        offsets.append(offsets[-1] + math.prod(shape) * dtype.itemsize)  # numel() would overflow
     if offsets[-1] >= MAX_BYTES:
         raise ValueError(f"a block must have fewer than 2**63 bytes, got shapes {shapes}")
     return BlockLayout(shapes, dtypes, fmt, tuple(offsets))

@@ -1,13 +1,13 @@
-"""``RowCounts``: who still needs each block of a batch.
+"""``RowCounts``: the reference counts, pin counts, leases and streams of a batch's blocks.
 
-A block's life is one number, its reference count: >= 0 while the block lives, ``FREED`` after.
-Beside it there are pin counts, leases (pins that end by themselves) and the streams that still
-work on a block. All changes happen under one lock, which is held for a few instructions and never
-taken by a finalizer. Whoever moves a row to ``FREED`` owns the release of its bytes, so of two
-threads that free a block exactly one succeeds.
+The reference count tells whether a block is live: it is >= 0 while the block is live, and ``FREED``
+afterwards. ``RowCounts`` also keeps pin counts, leases (pins that expire) and the streams that
+still use a block. All changes happen under one lock, which is held for a few instructions and never
+taken by a finalizer. The thread that sets a row to ``FREED`` releases its bytes, so when two
+threads free the same block, exactly one succeeds.
 
-Most batches are filled, read and freed whole, with every count as it was at first. Counts are
-therefore one number for all rows until one of them changes, and arrays after that.
+Most batches are filled, read and freed as a whole, and no count ever changes in between. Counts are
+therefore one number for all rows until one of them changes, and arrays from then on.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ FREED = -1
 """The reference count of a block that was freed."""
 
 Describe = Callable[[int], str]
-"""Puts a row into words, for an error message."""
+"""Describes a row for an error message."""
 
 
 class RowCounts:
     """Reference counts, pin counts, leases and streams of N rows.
 
-    - look, without a lock: ``is_live``, ``references_of``, ``pins_of``;
-    - look, at one moment: ``references``, ``pins``, ``live``, ``count_live``, ``all_live``;
+    - read one row, without the lock: ``is_live``, ``references_of``, ``pins_of``;
+    - read all rows: ``references``, ``pins``, ``live``, ``count_live``, ``all_live``;
     - change one row: ``change_references``, ``change_pins``, ``begin_lease``, ``end_lease``;
     - free: ``claim``, ``unclaim``, ``free_all``, ``rows_to_drop``;
     - streams: ``record_stream``, ``streams_of``, ``require_live``.
 
     Args:
-        num_rows: how many; each starts with one reference and no pin.
+        num_rows: number of rows N; each starts with one reference and no pin.
     """
 
     __slots__ = (
@@ -66,7 +66,7 @@ class RowCounts:
         self._leases: dict[int, int] | None = None
         self._streams: RecordedStreams | None = None
 
-    # -- look, without a lock ------------------------------------------------------------------
+    # -- read one row, without the lock --------------------------------------------------------
 
     def is_live(self, row: int) -> bool:
         """Whether the row is not freed."""
@@ -83,7 +83,7 @@ class RowCounts:
         counts = self._pins
         return 0 if counts is None else counts[row]
 
-    # -- look, at one moment -------------------------------------------------------------------
+    # -- read all rows -------------------------------------------------------------------------
 
     def references(self) -> npt.NDArray[np.int32]:
         """A copy of the reference counts, int32 ``[N]``; 0 for freed rows."""
@@ -122,10 +122,11 @@ class RowCounts:
     # -- change one row ------------------------------------------------------------------------
 
     def change_references(self, row: int, change: int, describe: Describe) -> int | None:
-        """Add ``change``; a row without reference and pin is then freed.
+        """Add ``change``, and free the row if no reference and no pin is left.
 
         Returns:
-            None; or the count before, if the row was freed: the caller releases its bytes.
+            The count before if this freed the row, whose bytes the caller then releases; else
+            None.
 
         Raises:
             LifetimeError: the row is freed, or its count would be negative.
@@ -140,13 +141,13 @@ class RowCounts:
         return count if is_nobodys else None
 
     def change_pins(self, row: int, change: int, describe: Describe) -> bool:
-        """Add ``change`` to the pins that are not leases; a row that nobody needs is then freed.
+        """Add ``change`` to the pins other than leases, and free the row if nothing holds it.
 
         Returns:
-            Whether the row was freed: the caller releases its bytes.
+            Whether this freed the row; the caller then releases its bytes.
 
         Raises:
-            LifetimeError: the row is freed, or its count would fall below that of its leases.
+            LifetimeError: the row is freed, or its pin count would fall below its lease count.
         """
         with self._lock:
             self._require_row("pin", row, describe)
@@ -174,11 +175,11 @@ class RowCounts:
             self._leases[row] = self._leases.get(row, 0) + 1
 
     def end_lease(self, lease: Lease, row: int, state: str) -> tuple[bool, bool]:
-        """End a lease that is held, whether or not the row still lives.
+        """End a lease if it is still held, even if the row has been freed.
 
         Returns:
-            Whether the lease was held; and whether the row was freed by this: the caller releases
-            its bytes.
+            Whether the lease was held, and whether ending it freed the row; the caller then
+            releases the row's bytes.
         """
         with self._lock:
             if lease.state != "held":
@@ -197,18 +198,18 @@ class RowCounts:
     def claim(
         self, rows: Int64Array | None, describe: Describe, skip_freed: bool = False
     ) -> Int64Array | None:
-        """Free ``rows`` (None: all), all or none; the caller releases their bytes.
+        """Free ``rows`` (None: all), all or none; the caller then releases their bytes.
 
         Args:
             rows: row numbers.
-            describe: puts a row into words.
-            skip_freed: leave out rows that are freed already, instead of raising.
+            describe: describes a row for an error message.
+            skip_freed: skip rows that are already freed instead of raising.
 
         Returns:
             The rows that were freed; None for all.
 
         Raises:
-            DoubleFreeError: a row is freed already, or named twice.
+            DoubleFreeError: a row is already freed, or named twice.
             BlockInUseError: a row is pinned or has more than one reference.
         """
         with self._lock:
@@ -227,7 +228,7 @@ class RowCounts:
             return rows
 
     def unclaim(self, rows: Int64Array | None, references: int = 1) -> None:
-        """Undo :meth:`claim` before the bytes were released."""
+        """Undo :meth:`claim`, while the bytes have not been released."""
         with self._lock:
             if rows is None:
                 self._set_all(references)
@@ -235,11 +236,11 @@ class RowCounts:
                 np.frombuffer(self._own_references(), np.int32)[rows] = references
 
     def free_all(self) -> None:
-        """Free all rows, in whatever state they are. Takes no lock."""
+        """Free all rows, whatever their state. Takes no lock."""
         self._set_all(FREED)
 
     def rows_to_drop(self) -> Int64Array | None:
-        """The live rows, int64 ``[R]``; None if all rows are live. For a finalizer: no lock."""
+        """The live rows, int64 ``[R]``; None if all are. Takes no lock: a finalizer calls it."""
         if self._references is None:
             return None if self._uniform_references != FREED else np.empty(0, np.int64)
         rows = np.flatnonzero(self._reference_array() != FREED)
@@ -248,7 +249,7 @@ class RowCounts:
     # -- streams -------------------------------------------------------------------------------
 
     def record_stream(self, stream: Stream, rows: Int64Array | None, describe: Describe) -> None:
-        """Note that a stream works on ``rows`` (None: all).
+        """Record that a stream uses ``rows`` (None: all).
 
         Raises:
             LifetimeError: one of them is freed.
@@ -264,10 +265,10 @@ class RowCounts:
         return () if self._streams is None else self._streams.of(rows)
 
     def require_live(self, rows: Int64Array | None, describe: Describe) -> None:
-        """Refuse freed rows among ``rows`` (None: all).
+        """Raise if any of ``rows`` (None: all) is freed.
 
         Raises:
-            LifetimeError: names the first of them.
+            LifetimeError: names the first freed row.
         """
         if self._references is None and self._uniform_references != FREED:
             return
@@ -276,10 +277,10 @@ class RowCounts:
         if freed.any():
             at = int(np.argmax(freed))
             name = describe(at if rows is None else int(rows[at]))
-            raise LifetimeError(f"{name} is freed: it cannot take part in a copy")
+            raise LifetimeError(f"{name} is freed: it cannot be copied")
 
     def start_over_after_fork(self) -> None:
-        """Release the lock in a forked child."""
+        """Replace the lock in a forked child."""
         self._lock = threading.Lock()
 
     # -- helpers -------------------------------------------------------------------------------
@@ -295,7 +296,7 @@ class RowCounts:
         return self._pins
 
     def _set_all(self, references: int) -> None:
-        self._uniform_references = references  # first: others may look without the lock
+        self._uniform_references = references  # first: other threads read without the lock
         self._references = None
 
     def _reference_array(self) -> npt.NDArray[np.int32]:
@@ -330,7 +331,7 @@ class RowCounts:
         )
 
     def _require_sole_owner(self, rows: Int64Array | None, describe: Describe) -> None:
-        """Refuse rows (None: all) that are freed or that somebody else holds."""
+        """Raise if any of ``rows`` (None: all) is freed, pinned or has several references."""
         references = self._reference_array()[slice(None) if rows is None else rows]
         pins = self._pin_array()[slice(None) if rows is None else rows]
         wrong = (references != 1) | (pins != 0)
@@ -339,7 +340,7 @@ class RowCounts:
         at = int(np.argmax(wrong))
         name = describe(at if rows is None else int(rows[at]))
         if references[at] == FREED:
-            raise DoubleFreeError(f"{name} is freed already")
+            raise DoubleFreeError(f"{name} is already freed")
         raise BlockInUseError(
             f"{name} is in use: reference count {references[at]}, pin count {pins[at]}"
         )

@@ -1,4 +1,4 @@
-"""``Heap``: an allocator whose blocks have addresses in buffers, and what copies ask of it."""
+"""``Heap``: an allocator whose blocks have addresses in buffers, and helpers for copying them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Heap(BlockAllocator):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the buffers are."""
+        """The device that the buffers are on."""
 
     @property
     @abstractmethod
@@ -45,19 +45,19 @@ class Heap(BlockAllocator):
 
     @abstractmethod
     def absolute(self, addresses: Int64Array) -> tuple[Int64Array, int]:
-        """Where blocks are in memory.
+        """Convert addresses in the heap to absolute addresses.
 
         Args:
             addresses: addresses in the heap, int64 ``[N]``.
 
         Returns:
-            The absolute address of each, and a power of two up to 16 that divides all absolute
-            addresses of the heap's blocks.
+            The absolute addresses, int64 ``[N]``, and a power of two up to 16 that divides the
+            absolute address of every block of the heap.
         """
 
     @abstractmethod
     def pinned_addresses(self, device: CopyDevice) -> Int64Array:
-        """What ``device`` can reach of a heap in host memory: absolute ranges, int64 ``[R, 2]``."""
+        """The absolute ranges of a host heap that ``device`` can reach, int64 ``[R, 2]``."""
 
     @abstractmethod
     def max_batch(self, shape: Shapes, dtype: Dtypes) -> int:
@@ -68,23 +68,23 @@ def heap_of(objs: BlockObjects) -> Heap:
     """The heap of some blocks.
 
     Raises:
-        ValueError: there are none.
-        TypeError: their allocator is no heap.
+        ValueError: ``objs`` is an empty list.
+        TypeError: their allocator is not a heap.
     """
     if not isinstance(objs, MemoryBatch) and not len(objs):
-        raise ValueError("no block: an empty batch says what a block is, an empty list does not")
+        raise ValueError("an empty list of blocks belongs to no heap: pass an empty batch instead")
     batch = objs if isinstance(objs, MemoryBatch) else objs[0].batch
     heap = batch.allocator
     if not isinstance(heap, Heap):
-        raise TypeError(f"blocks of a heap are needed, got some of {type(heap).__name__}")
+        raise TypeError(f"expected blocks of a heap, got blocks of {type(heap).__name__}")
     return heap
 
 
 def await_filling(objs: BlockObjects, device: torch.device) -> None:
     """Order work on ``device`` behind the transfers that fill blocks.
 
-    Whoever reads or writes the bytes of blocks calls this first. Host memory is waited for on the
-    host, memory of a GPU on its current stream.
+    Call this before reading or writing the bytes of blocks. For host memory the host waits; for
+    GPU memory the device's current stream waits.
 
     Raises:
         TransferError: a transfer has failed; the bytes are undefined.
@@ -98,12 +98,12 @@ def await_filling(objs: BlockObjects, device: torch.device) -> None:
 
 
 def layout_and_addresses(objs: BlockObjects) -> tuple[BlockLayout, Int64Array]:
-    """What each block holds, and where each is in the heap, int64 ``[N]``.
+    """The block layout, and the address of each block in the heap, int64 ``[N]``.
 
     Raises:
         LifetimeError: a block is freed.
-        ForeignObjectError: the blocks are of several heaps.
-        ValueError: they have several layouts.
+        ForeignObjectError: the blocks belong to several heaps.
+        ValueError: they have several block layouts.
     """
     if isinstance(objs, MemoryBatch):
         if not objs.counts.all_live():
@@ -114,7 +114,7 @@ def layout_and_addresses(objs: BlockObjects) -> tuple[BlockLayout, Int64Array]:
         if not obj.is_valid():
             raise LifetimeError(f"{obj!r} is freed")
         if obj.batch.allocator is not first.allocator:
-            raise ForeignObjectError(f"{obj!r} is of another heap than {objs[0]!r}")
+            raise ForeignObjectError(f"{obj!r} belongs to another heap than {objs[0]!r}")
         if obj.batch.layout != first.layout:
             raise ValueError(f"blocks must have one layout, got {first.layout}, {obj.batch.layout}")
     return first.layout, np.array([obj.address for obj in objs], np.int64)

@@ -1,4 +1,4 @@
-"""``Lease``: a pin that ends by itself; ``LeaseQueue``: an allocator's leases, by deadline."""
+"""``Lease``: a pin that expires; ``LeaseQueue``: an allocator's leases, by deadline."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["Lease", "LeaseHolder", "LeaseQueue"]
 
 
 class LeaseHolder(Protocol):
-    """A batch, as far as leases need it."""
+    """The part of a batch that leases use."""
 
     def begin_lease(self, row: int) -> None:
         """Pin a row for a lease."""
         ...
 
     def end_lease(self, lease: Lease, row: int, state: str) -> bool:
-        """Unpin it and set ``lease.state``; False if the lease had ended before."""
+        """Unpin it and set ``lease.state``; False if the lease had already ended."""
         ...
 
 
 class Lease:
-    """A pin that ends by itself; see ``MemoryObj.pin``. Usable as a context manager."""
+    """A pin that expires; see ``MemoryObj.pin``. Usable as a context manager."""
 
     __slots__ = ("_holder", "_row", "deadline", "state")
 
@@ -33,16 +33,16 @@ class Lease:
         self._holder: LeaseHolder | None = holder
         self._row = row
         self.deadline = deadline
-        """When it ends, by the clock of ``time.monotonic``."""
+        """When it expires, as a ``time.monotonic`` value in seconds."""
         self.state = "held"
         """``held``, ``released`` or ``expired``."""
 
     def release(self) -> bool:
-        """End it now; False if it had ended before."""
+        """End it now; False if it had already ended."""
         return self._end("released")
 
     def expire(self) -> bool:
-        """End it because its time is over; False if it had ended before."""
+        """End it because its deadline has passed; False if it had already ended."""
         return self._end("expired")
 
     def _end(self, state: str) -> bool:
@@ -62,21 +62,21 @@ class Lease:
 class LeaseQueue:
     """Leases in the order of their deadlines. Thread-safe.
 
-    Leases that were released stay in the queue until their deadline, or until they outnumber the
-    leases that are held.
+    Released leases stay in the queue until their deadline, or until they outnumber the leases that
+    are still held.
     """
 
     def __init__(self) -> None:
         self.entries: list[tuple[float, int, Lease]] = []
-        """A heap of deadline, number and lease; empty if no lease is queued."""
+        """A ``heapq`` of (deadline, number, lease)."""
         self._prune_at = 64
         self._number = itertools.count()
         self._lock = threading.Lock()
         self.num_expired = 0
-        """How many leases have ended by themselves."""
+        """Number of leases that have expired."""
 
     def __len__(self) -> int:
-        """How many leases are queued."""
+        """Number of queued leases."""
         return len(self.entries)
 
     def grant(self, holder: LeaseHolder, row: int, ttl: float) -> Lease:
@@ -98,11 +98,11 @@ class LeaseQueue:
         return lease
 
     def start_over_after_fork(self) -> None:
-        """Release the lock in a forked child."""
+        """Replace the lock in a forked child."""
         self._lock = threading.Lock()
 
     def expire_due(self) -> bool:
-        """End all leases whose time is over; whether there were any."""
+        """End all leases whose deadline has passed; return whether there were any."""
         found = False
         while True:
             with self._lock:
@@ -111,10 +111,10 @@ class LeaseQueue:
                 lease = heapq.heappop(self.entries)[2]
             try:
                 ended = lease.expire()
-            except Exception:  # not the fault of the operation that happens to run this
+            except Exception:  # must not fail the unrelated operation that runs this
                 ended = True
                 logging.getLogger("kvheap").exception(
-                    "a block whose lease expired stays allocated: its stream cannot be asked"
+                    "a block whose lease expired stays allocated: its stream cannot be queried"
                 )
             self.num_expired += ended
             found |= ended

@@ -1,19 +1,18 @@
-"""``Lifetime``: which batches of an allocator live, and when freed bytes may be reused.
+"""``Lifetime``: which batches of an allocator are live, and when freed bytes may be reused.
 
-An allocator has one :class:`Lifetime`. It knows
+An allocator has one :class:`Lifetime`. It keeps
 
-- the live batches, with the time and, if recorded, the site of their allocation, so that leaks
-  can be listed;
-- the batches that were dropped without being freed. A finalizer can run anywhere, also in the
-  middle of an allocation on the same thread, so it takes no lock: it appends to a queue, and the
-  allocator's next operation empties that queue;
-- the blocks that were freed while a stream still works on them: their bytes come back when the
-  events that were recorded at the free have passed;
-- the leases: pins that end by themselves.
+- the live batches, with allocation time and, if recorded, allocation site, to list leaks;
+- the blocks of batches that were dropped without being freed. A finalizer can run anywhere, even in
+  the middle of an allocation on the same thread, so it takes no lock: it appends to a queue, which
+  the allocator's next operation drains;
+- the blocks that were freed while a stream still used them. Their bytes return to the free list
+  once the events recorded at the free have completed;
+- the leases: pins that expire.
 
-The queues are deques and dicts, of which every single operation is atomic, on free-threaded builds
-too. Only emptying them is serialised, by a lock that no operation waits for: a thread that finds
-it taken leaves the work to its holder.
+The queues are deques and dicts. Each single operation on them is atomic, on free-threaded builds
+too. Only draining them takes a lock. A thread that finds the lock taken leaves the work to the
+thread that holds it; only an allocation that waits for bytes waits for the lock, with a time limit.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ from kvheap.forks import starts_over_after_fork
 __all__ = ["Lifetime", "TrackedBatch"]
 
 CHECKED_RELEASES = 8
-"""How many pending releases an operation checks in passing; see benchmarks/NOTES.md."""
+"""Pending releases that one operation checks; see benchmarks/NOTES.md."""
 
 
 class TrackedBatch(Protocol):
-    """A batch, as far as its allocator's :class:`Lifetime` needs it."""
+    """The part of a batch that :class:`Lifetime` uses."""
 
     born: float
     site: Site
@@ -57,7 +56,7 @@ class TrackedBatch(Protocol):
 
 
 class Lifetime:
-    """The lives of all blocks of one allocator.
+    """Tracks the blocks of one allocator from allocation until their bytes may be reused.
 
     - batches: ``begin``, ``forget``, ``drop``, ``live``;
     - freed blocks: ``release``, ``pending_bytes``, ``dropped_blocks``;
@@ -65,8 +64,8 @@ class Lifetime:
     - reclaiming: ``has_work``, ``settle``, ``wait_for_streams``, ``wait_for_live``.
 
     Args:
-        give_back: puts the bytes of a release into the free list.
-        site_frames: how many callers of each allocation to record; 0: none.
+        give_back: returns the bytes of a release to the free list.
+        site_frames: number of callers to record for each allocation; 0: none.
     """
 
     def __init__(self, give_back: Callable[[Release], None], site_frames: int) -> None:
@@ -82,7 +81,7 @@ class Lifetime:
         self._leases = LeaseQueue()
         self._settling = threading.Lock()
         self.dropped_blocks = 0
-        """How many blocks were dropped without being freed, and reclaimed."""
+        """Number of blocks that were dropped without being freed, and then reclaimed."""
         starts_over_after_fork(self)
 
     # -- batches -------------------------------------------------------------------------------
@@ -103,7 +102,7 @@ class Lifetime:
         self._dropped.append((release, streams))
 
     def live(self) -> tuple[LiveBlocks, ...]:
-        """All live blocks, grouped by site and block layout, the oldest first. O(batches)."""
+        """All live blocks, grouped by site and block layout, oldest first. O(batches)."""
         groups: dict[tuple[BlockLayout, Site], list[tuple[int, int, int, float]]] = {}
         now = time.monotonic()
         for reference in self._live.copy().values():
@@ -131,7 +130,7 @@ class Lifetime:
     # -- freed blocks --------------------------------------------------------------------------
 
     def release(self, release: Release) -> None:
-        """Give blocks back: now, or when the events of the streams that use them have passed."""
+        """Give blocks back: now, or once the events of the streams that use them have completed."""
         if release.events:
             self._pending.append(release)
         else:
@@ -139,7 +138,7 @@ class Lifetime:
 
     @property
     def pending_bytes(self) -> int:
-        """Freed bytes that streams still work on."""
+        """Freed bytes that streams still use."""
         in_hand, pending = self._in_hand, self._pending.copy()
         known = [*pending, in_hand] if in_hand and in_hand not in pending else pending
         return sum(release.num_bytes for release in known)
@@ -151,12 +150,12 @@ class Lifetime:
         return self._leases.grant(batch, row, ttl)
 
     def expire_leases(self) -> None:
-        """End the leases whose time is over, so that counts do not include them."""
+        """End the leases whose deadline has passed, so that pin counts exclude them."""
         self._leases.expire_due()
 
     @property
     def expired_leases(self) -> int:
-        """How many leases have ended by themselves."""
+        """Number of leases that have expired."""
         return self._leases.num_expired
 
     # -- reclaiming ----------------------------------------------------------------------------
@@ -167,14 +166,15 @@ class Lifetime:
         return bool(self._dropped or self._pending or self._leases.entries)
 
     def settle(self, wait_s: float = 0.0, limit: int | None = CHECKED_RELEASES) -> bool:
-        """Reclaim what was dropped, what streams no longer use, and what leases held.
+        """Reclaim dropped blocks, freed blocks that streams no longer use, and expired leases.
 
         Args:
-            wait_s: how long to wait if another thread is reclaiming; then nothing is done here.
+            wait_s: maximum seconds to wait while another thread is reclaiming. If that thread
+                takes longer, this call does nothing.
             limit: how many pending releases to check; None: all.
 
         Returns:
-            Whether bytes may have come back.
+            Whether bytes may have become free.
         """
         waited = not self._settling.acquire(blocking=False)
         if waited and not (wait_s > 0 and self._settling.acquire(timeout=wait_s)):
@@ -188,10 +188,10 @@ class Lifetime:
             self._settling.release()
 
     def wait_for_streams(self, seconds: float) -> bool:
-        """Wait until bytes may have come back, for at most ``seconds``.
+        """Wait until bytes may have become free, for at most ``seconds``.
 
         Returns:
-            Whether bytes may have come back.
+            Whether bytes may have become free.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -203,10 +203,10 @@ class Lifetime:
             time.sleep(POLL_SECONDS)
 
     def wait_for_live(self, seconds: float) -> bool:
-        """Wait until no stream works on live blocks, for at most ``seconds``.
+        """Wait until no stream uses live blocks, for at most ``seconds``.
 
         Returns:
-            Whether all streams have ended their work.
+            Whether all streams have finished.
         """
         deadline = time.monotonic() + seconds
         batches = [batch for reference in self._live.copy().values() if (batch := reference())]
@@ -219,7 +219,7 @@ class Lifetime:
         return True
 
     def start_over_after_fork(self) -> None:
-        """Release all locks of the allocator's batches and leases in a forked child."""
+        """Replace the locks of this object, its leases and its batches in a forked child."""
         self._settling = threading.Lock()
         self._leases.start_over_after_fork()
         for reference in self._live.copy().values():
@@ -231,12 +231,12 @@ class Lifetime:
         found = False
         while self._dropped:
             release, streams = self._dropped.popleft()
-            # If this raises, the bytes stay allocated for good; they are never handed out twice.
+            # If this raises, the bytes stay allocated for ever; they are never handed out twice.
             try:
                 events = tuple(stream.record_event() for stream in streams)
             except Exception:
                 logging.getLogger("kvheap").exception(
-                    "%d dropped bytes stay allocated: a stream that used them cannot be asked",
+                    "%d dropped bytes stay allocated: a stream that used them cannot be queried",
                     release.num_bytes,
                 )
                 continue
@@ -246,7 +246,7 @@ class Lifetime:
         return found
 
     def _reclaim_pending(self, limit: int | None) -> bool:
-        """Give back the releases that have ended, among the ``limit`` checked longest ago."""
+        """Check the ``limit`` releases checked longest ago, and give back those that have ended."""
         found = False
         count = len(self._pending)
         for _ in range(count if limit is None else min(count, limit)):
@@ -274,10 +274,10 @@ class Lifetime:
         except Exception as error:
             if release.take_back is not None and isinstance(error, ReleaseVoidError):
                 return "failed"
-            # The bytes stay allocated. Logged once, not at every check.
+            # The bytes stay allocated. Log this once, not at every check.
             if not self._told_of_lost_events:
                 self._told_of_lost_events = True
                 logging.getLogger("kvheap").exception(
-                    "cannot tell whether a stream has done with %d freed bytes", release.num_bytes
+                    "cannot tell whether a stream still uses %d freed bytes", release.num_bytes
                 )
             return "pending"

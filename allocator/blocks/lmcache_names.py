@@ -43,7 +43,7 @@ class _Block(Protocol):
 
 
 class LMCacheNames:
-    """Getters for callers that come from LMCache."""
+    """Getters with LMCache's names, for code written for LMCache."""
 
     __slots__ = ()
 

@@ -1,6 +1,6 @@
-"""``MemoryAllocatorInterface``: what all allocators of kvheap have in common.
+"""``MemoryAllocatorInterface``: the interface of all allocators of kvheap.
 
-``blocks/block_allocator.py`` adds what allocators with blocks of their own have in common.
+``blocks/block_allocator.py`` adds the common base of allocators that create their own blocks.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["HeapOptions", "MemoryAllocatorInterface", "debug_by_environment"]
 
 
 CLOSE_TIMEOUT_S = 60.0
-"""Seconds that ``close`` waits for streams by default; every copy of KV takes far less."""
+"""Default seconds that ``close`` waits for streams; any copy of KV takes far less."""
 
 
 class HeapOptions(TypedDict, total=False):
-    """What every allocator over a heap takes by keyword; see ``TensorMemoryAllocator``."""
+    """Keyword options of every allocator that has a heap; see ``TensorMemoryAllocator``."""
 
     page_layout: BlockLayout | None
     idempotent_free: bool
@@ -45,20 +45,20 @@ class HeapOptions(TypedDict, total=False):
 
 
 def debug_by_environment() -> bool:
-    """Whether ``KVHEAP_DEBUG`` asks for debug mode: it is set, and neither empty nor 0."""
+    """Whether ``KVHEAP_DEBUG`` turns debug mode on: it is set, and neither empty nor 0."""
     return os.environ.get("KVHEAP_DEBUG", "") not in ("", "0")
 
 
 class MemoryAllocatorInterface(ABC):
-    """Allocates blocks, one by one or in batches, and takes them back.
+    """Allocates and frees blocks, one by one or in batches.
 
-    A context manager: leaving it closes the allocator. A full allocator answers None, a mistake
-    raises, and after either nothing has changed.
+    It is a context manager; leaving it closes the allocator. A full allocator returns None and a
+    wrong argument raises; in both cases nothing has changed.
 
     - allocate: ``allocate``, ``batched_allocate``;
     - free: ``free``, ``batched_free``;
-    - look: ``leaks``, ``memcheck``, ``closed``;
-    - end: ``close``;
+    - inspect: ``leaks``, ``memcheck``, ``closed``;
+    - close: ``close``;
     - for subclasses: ``layout_of``, ``allocate_blocks``, ``close_memory``, ``require_open``.
     """
 
@@ -101,9 +101,9 @@ class MemoryAllocatorInterface(ABC):
         source: torch.Tensor | None = None,
         allow_partial: bool = False,
     ) -> MemoryBatch | None:
-        """Allocate ``batch_size`` equal blocks, and fill them.
+        """Allocate ``batch_size`` equal blocks, and fill them from ``source``.
 
-        No Python work per block.
+        Does no Python work per block.
 
         Args:
             shape: logical shape of each block, at least one element; or a list of them, one for
@@ -115,8 +115,8 @@ class MemoryAllocatorInterface(ABC):
                 contiguous: block ``i`` is filled from ``source[i]``, by one kernel on the current
                 stream. For blocks of several groups: ``[N, size_bytes]`` of uint8. None leaves
                 the contents undefined.
-            allow_partial: if not all blocks fit, allocate as many as do, possibly none, and fill
-                them from as many of the first blocks of ``source``.
+            allow_partial: if not all blocks fit, allocate as many as fit, possibly none, and fill
+                them from the first blocks of ``source``.
 
         Returns:
             The batch, each block with one reference; None if the blocks do not all fit and
@@ -125,7 +125,7 @@ class MemoryAllocatorInterface(ABC):
         Raises:
             ValueError: an argument is wrong; nothing is allocated.
             NegativeBatchSizeError: ``batch_size`` is negative.
-            WriteAfterFreeError: in debug mode, somebody wrote to freed bytes.
+            WriteAfterFreeError: in debug mode, freed bytes were written to.
             ClosedError: the allocator is closed.
         """
         if self._closed:
@@ -136,10 +136,10 @@ class MemoryAllocatorInterface(ABC):
     # -- free ----------------------------------------------------------------------------------
 
     def free(self, obj: MemoryObj) -> None:
-        """Free one block that nobody else holds.
+        """Free one block.
 
         Raises:
-            DoubleFreeError: it is freed already.
+            DoubleFreeError: it is already freed.
             BlockInUseError: it is pinned or has more than one reference.
             ForeignObjectError: it belongs to another allocator.
             TypeError: it is not a MemoryObj.
@@ -151,7 +151,7 @@ class MemoryAllocatorInterface(ABC):
     def batched_free(
         self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
     ) -> None:
-        """Free many blocks, all or none, and collect their contents first.
+        """Free many blocks, all or none; with ``out``, gather their contents first.
 
         A whole :class:`MemoryBatch` costs no Python work per block.
 
@@ -163,21 +163,21 @@ class MemoryAllocatorInterface(ABC):
                 ``out`` is ``[N, size_bytes]`` of uint8.
 
         Raises:
-            DoubleFreeError: a block is freed already, or named twice; nothing is freed.
+            DoubleFreeError: a block is already freed, or named twice; nothing is freed.
             BlockInUseError: a block is pinned or has more than one reference; nothing is freed.
             ForeignObjectError: a block belongs to another allocator; nothing is freed.
-            TypeError: something other than a MemoryObj is among them; nothing is freed.
+            TypeError: an element is not a MemoryObj; nothing is freed.
             ValueError: ``out`` does not match the blocks; nothing is freed.
             ClosedError: the allocator is closed.
         """
 
-    # -- look ----------------------------------------------------------------------------------
+    # -- inspect -------------------------------------------------------------------------------
 
     @abstractmethod
     def leaks(self) -> tuple[LiveBlocks, ...]:
-        """All live blocks, by allocation site (if recorded) and block layout, oldest first.
+        """All live blocks, grouped by allocation site (if recorded) and block layout, oldest first.
 
-        Whatever should no longer live is a leak. O(batches); meant for people and their tools.
+        A block that should have been freed by now is a leak. O(batches); meant for debugging.
         """
 
     def memcheck(self) -> bool:
@@ -189,19 +189,19 @@ class MemoryAllocatorInterface(ABC):
         """Whether :meth:`close` was called."""
         return self._closed
 
-    # -- end -----------------------------------------------------------------------------------
+    # -- close ---------------------------------------------------------------------------------
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Refuse new work, wait until streams have ended theirs, and release everything.
+        """Refuse new calls, wait until streams have finished with the blocks, and free the memory.
 
-        Other calls then raise ``ClosedError``. If the wait ends without success, call it again.
+        Other calls then raise ``ClosedError``. If the wait times out, call ``close`` again.
 
         Args:
-            timeout_s: seconds to wait for streams at most.
+            timeout_s: maximum number of seconds to wait for streams.
 
         Raises:
-            TimeoutError: a stream has not ended its work in time; nothing is released, and the
-                allocator stays closed to other calls.
+            TimeoutError: a stream has not finished in time; no memory is freed, and other calls
+                keep raising ``ClosedError``.
             ValueError: ``timeout_s`` is negative or not a number; nothing changes.
         """
         if not timeout_s >= 0:
@@ -246,18 +246,18 @@ class MemoryAllocatorInterface(ABC):
 
     @abstractmethod
     def close_memory(self, timeout_s: float) -> None:
-        """Release the allocator's memory, for :meth:`close`; not called again once it succeeds.
+        """Free the allocator's memory, for :meth:`close`; not called again once it succeeds.
 
         Raises:
-            TimeoutError: a stream has not ended its work in ``timeout_s`` seconds.
+            TimeoutError: a stream has not finished its work in ``timeout_s`` seconds.
         """
 
     def start_over_after_fork(self) -> None:
-        """Release the allocator's own locks in a forked child."""
+        """Replace the allocator's own locks in a forked child."""
         self._close_lock = threading.Lock()
 
     def require_open(self) -> None:
-        """Refuse to work once closed.
+        """Raise if the allocator is closed.
 
         Raises:
             ClosedError: the allocator is closed.

@@ -1,13 +1,12 @@
 """``MemoryBatch``: N equal allocations made by one call; ``MemoryObj``: a handle on one of them.
 
-Making a batch costs no work per block: it holds its runs as arrays, and one count for all blocks
-until one of them differs. A :class:`MemoryObj` is a handle on one row (batch, index), made when it
-is asked for. Handles on the same row share its counts, so it makes no difference through which of
-them a block is freed.
+Creating a batch does no work per block: its runs are arrays, and one count stands for all blocks
+until one of them changes. A :class:`MemoryObj` is a handle on one row (batch, index), created on
+demand. Handles on the same row share its counts, so a block can be freed through any of them.
 
-A batch that is dropped while some of its blocks live, together with all handles on them, passes
-those blocks to its allocator. The allocator's next operation takes them back and counts them as
-dropped.
+When a batch and all its handles are garbage-collected while some of its blocks are live, the
+batch's finalizer queues those blocks (``Lifetime.drop``). The allocator's next operation reclaims
+them and counts them as dropped.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ __all__ = ["BlockOwner", "BytesBufferMemoryObj", "MemoryBatch", "MemoryObj"]
 
 
 class BlockOwner(Protocol):
-    """What a batch needs of the allocator that made it."""
+    """The part of an allocator that its batches use."""
 
     lifetime: Lifetime
 
@@ -57,26 +56,26 @@ class BlockOwner(Protocol):
 
 
 class MemoryBatch(Sequence["MemoryObj"]):
-    """N blocks of one layout, made by ``batched_allocate``. Not made by users.
+    """N blocks of one block layout, returned by ``batched_allocate``. Do not construct it.
 
-    A sequence of :class:`MemoryObj`; a slice is a list of them. Equal to a sequence of the same
+    It is a sequence of :class:`MemoryObj`; a slice is a list. It equals any sequence of the same
     objects.
 
     - what the blocks are: ``layout``, ``shape``, ``dtype``, ``fmt``, ``size_bytes``;
     - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
-    - who needs them: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
+    - counts and streams: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
     - for allocators and transfers: ``counts``, ``own``, ``is_owner``, ``await_filling``, ``claim``,
       ``unclaim``, ``disown``, ``release_of``, ``describe``.
 
     Attributes:
         allocator: the allocator that made it.
         layout: what each block holds.
-        counts: who still needs each block.
-        born: when it was allocated, by the clock of ``time.monotonic``.
-        site: where it was allocated, if allocation sites are recorded.
+        counts: reference counts, pin counts, leases and streams of the blocks.
+        born: when it was allocated, as a ``time.monotonic`` value in seconds.
+        site: its allocation site, if sites are recorded.
         storage: the batch's own memory, if its allocator has no heap; else None.
         transfer: the transfer that fills it, for a batch made by ``offload`` or ``restore``; else
-            None. Whoever reads the blocks waits for it, or is ordered behind it.
+            None. Code that reads the blocks waits for it or is ordered behind it.
     """
 
     __slots__ = (
@@ -102,7 +101,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         *,
         storage: torch.Tensor | None = None,
     ) -> None:
-        self._owned = False
+        self._owned = False  # the finalizer does nothing until ``own``
         self.allocator = allocator
         self.layout = layout
         self.born = 0.0
@@ -130,7 +129,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         return self._owned
 
     def __del__(self) -> None:
-        # Runs anywhere, even inside the allocator's own locks on this thread: takes none.
+        # May run while this thread holds any of the allocator's locks, so it takes none.
         if not getattr(self, "_owned", False):
             return
         lifetime = self.allocator.lifetime
@@ -138,7 +137,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         rows = self.counts.rows_to_drop()
         if len(self._address_batch if rows is None else rows):
             release = self.release_of(rows, ())
-            # In a cycle, another finalizer may still hold a handle: it must find the block freed.
+            # In a cycle, another finalizer may still hold a handle: mark the blocks as freed.
             self.counts.free_all()
             lifetime.drop(release, self.counts.streams_of(rows))
 
@@ -178,7 +177,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     @property
     def num_runs(self) -> int:
-        """How many runs the blocks form."""
+        """Number of runs that the blocks form."""
         return self._address_batch.num_runs
 
     @property
@@ -188,13 +187,13 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     @property
     def metadata(self) -> MemoryBatchMetadata:
-        """What another process needs to wrap the blocks with ``heap.view``."""
+        """What another process passes to ``heap.view`` to wrap the blocks."""
         return MemoryBatchMetadata(self._address_batch, self.layout)
 
     def __reduce__(self) -> tuple[object, ...]:
-        raise TypeError("a MemoryBatch stays in its process: send its metadata")
+        raise TypeError("a MemoryBatch cannot be pickled: send its metadata")
 
-    # -- who needs them ------------------------------------------------------------------------
+    # -- counts and streams --------------------------------------------------------------------
 
     @property
     def ref_counts(self) -> npt.NDArray[np.int32]:
@@ -209,40 +208,42 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     @property
     def live(self) -> npt.NDArray[np.bool_]:
-        """Which blocks are not freed, bool ``[N]``, at this moment."""
+        """A snapshot of which blocks are live, bool ``[N]``."""
         return self.counts.live()
 
     def record_stream(self, stream: Stream, rows: Int64Array | None = None) -> None:
         """Keep the bytes of blocks from reuse, as ``MemoryObj.record_stream`` does for one.
 
         Args:
-            stream: works on the blocks.
+            stream: the stream that uses the blocks.
             rows: which blocks, integers ``[R]``; None: all.
 
         Raises:
             LifetimeError: a block is freed.
-            TypeError: ``stream`` is no stream.
+            TypeError: ``stream`` is not a stream.
         """
         if not callable(getattr(stream, "record_event", None)):
-            raise TypeError(f"a stream has record_event(), got {stream!r}")
+            raise TypeError(f"a stream must have record_event(), got {stream!r}")
         self.counts.record_stream(stream, rows, self.describe)
 
     def detach(self) -> AddressBatch:
-        """Give the blocks up and keep only their addresses, to free them by address later.
+        """Give up the blocks but keep their addresses, to free them by address later.
 
-        Every block then counts as freed here. The bytes stay allocated until they are passed to
-        ``allocator.address_manager.batched_free``, which waits for no stream and wipes nothing.
+        Every block of the batch then counts as freed. The bytes stay allocated until you pass the
+        addresses to ``allocator.address_manager.batched_free``, which waits for no stream and wipes
+        nothing.
 
         Raises:
-            DoubleFreeError, BlockInUseError: a block is freed already, or somebody else holds it.
+            DoubleFreeError: a block is already freed.
+            BlockInUseError: a block is pinned or has more than one reference.
         """
         self.claim(None)
         return self._address_batch
 
-    # -- a sequence ----------------------------------------------------------------------------
+    # -- sequence methods ----------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """The number of blocks, freed ones included."""
+        """The number of blocks, including freed ones."""
         return self._length
 
     @overload
@@ -258,7 +259,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
             return [make(self, row) for row in range(*index.indices(length))]
         row = index.__index__()
         if not -length <= row < length:
-            raise IndexError(f"block {row} of a batch of {length}")
+            raise IndexError(f"block {row} is out of range for a batch of {length}")
         return make(self, row % length)
 
     def __iter__(self) -> Iterator[MemoryObj]:
@@ -285,14 +286,14 @@ class MemoryBatch(Sequence["MemoryObj"]):
     # -- for allocators and transfers ----------------------------------------------------------
 
     def await_filling(self, on_host: bool = True) -> None:
-        """Order the caller behind the transfer that fills the blocks; no wait if none does.
+        """Order the caller behind the transfer that fills the blocks, if there is one.
 
         Everything that reads or writes a block's bytes calls this first, except transfers, which
         order themselves.
 
         Args:
-            on_host: wait until the bytes have arrived. False: make further work on the current
-                stream of the transfer's device wait.
+            on_host: wait on the host until the bytes have arrived. False: make further work on the
+                current stream of the transfer's device wait instead.
 
         Raises:
             TransferError: the transfer has failed; the bytes are undefined.
@@ -309,30 +310,32 @@ class MemoryBatch(Sequence["MemoryObj"]):
             raise error
 
     def claim(self, rows: Int64Array | None, skip_freed: bool = False) -> Int64Array | None:
-        """Mark ``rows`` (None: all) as freed, all or none; the caller releases their bytes.
+        """Mark ``rows`` (None: all) as freed, all or none; the caller then releases their bytes.
 
         Args:
             rows: row numbers.
-            skip_freed: leave out rows that are freed already, instead of raising.
+            skip_freed: skip rows that are already freed instead of raising.
 
         Returns:
             The rows that were marked; None for all.
 
         Raises:
-            DoubleFreeError: a row is freed already, or named twice.
+            DoubleFreeError: a row is already freed, or named twice.
             BlockInUseError: a row is pinned or has more than one reference.
             ForeignObjectError: the batch is a view of another process's blocks.
         """
         if not self._owned:
-            raise ForeignObjectError(f"{self!r} is a view: only who allocated it can free it")
+            raise ForeignObjectError(
+                f"{self!r} is a view: only the process that allocated it can free it"
+            )
         return self.counts.claim(rows, self.describe, skip_freed)
 
     def unclaim(self, rows: Int64Array | None, references: int = 1) -> None:
-        """Undo :meth:`claim` before the bytes were released."""
+        """Undo :meth:`claim`, while the bytes have not been released."""
         self.counts.unclaim(rows, references)
 
     def disown(self) -> None:
-        """Mark all blocks as freed without releasing them: the allocator takes them back itself."""
+        """Mark all blocks as freed; the allocator releases their bytes itself."""
         self.counts.free_all()
 
     def release_of(
@@ -342,8 +345,8 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
         Args:
             rows: row numbers.
-            events: what the release waits for; None: the end of the work that the recorded streams
-                have now.
+            events: what the release waits for; None: the end of the work that is queued now on the
+                recorded streams.
         """
         blocks: AddressBatch | Int64Array
         if rows is None:
@@ -355,7 +358,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
             blocks = self._address_batch.addresses[rows]
         if events is None:
             streams = self.counts.streams_of(rows)
-            # A transfer that has ended needs no event that would have to be checked again.
+            # No event for a transfer that has ended: it would only have to be checked again.
             in_use = [stream for stream in streams if not has_let_go(stream)]
             events = tuple(stream.record_event() for stream in in_use)
         return Release(blocks, self.allocated_bytes, LastOwner(self.layout, self.site), events)
@@ -365,14 +368,14 @@ class MemoryBatch(Sequence["MemoryObj"]):
         self.counts.begin_lease(row, self.describe)
 
     def end_lease(self, lease: Lease, row: int, state: str) -> bool:
-        """Unpin a row, and free it if nobody needs it any more; see ``LeaseHolder``."""
+        """Unpin a row, and free it if no reference and no pin is left; see ``LeaseHolder``."""
         was_held, is_nobodys = self.counts.end_lease(lease, row, state)
         if is_nobodys:
             self._release_row(row, references=0)
         return was_held
 
     def describe(self, row: int) -> str:
-        """A block in words, for an error message."""
+        """Describe a block for an error message."""
         address = self._address_batch.address(row)
         site = allocated_at(self.site)
         return f"block {row} of {self._length} at address {address} ({self.layout}{site})"
@@ -399,7 +402,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         rows = np.array([row], np.int64)
         try:
             release = self.release_of(rows)
-        except BaseException:  # a stream that is gone cannot tell when its work has ended
+        except BaseException:  # a destroyed stream cannot record an event
             self.unclaim(rows, references)
             raise
         self.allocator.lifetime.release(release)
@@ -412,18 +415,18 @@ class MemoryBatch(Sequence["MemoryObj"]):
 class MemoryObj(LMCacheNames):
     """One block of KV: where it is, what it holds, and who still needs it.
 
-    It starts with one reference. It is freed when both its reference count and its pin count have
-    come down to zero, or by the allocator's ``free`` / ``batched_free``. After that ``tensor`` is
-    None and every change of a count raises.
+    It starts with one reference. It is freed when its reference count and its pin count have both
+    dropped to zero, or by the allocator's ``free`` / ``batched_free``. After that, ``tensor`` is
+    None, and changing a count raises.
 
     Two handles on the same block are equal and share its counts. Dropping a handle frees nothing
-    while its batch, or another handle on any block of the batch, is alive.
+    as long as its batch, or another handle on any block of the batch, is alive.
 
     - what it is: ``shape``, ``dtype``, ``fmt``, ``size_bytes``, ``allocated_bytes``, ``metadata``;
     - its bytes: ``address``, ``tensor``, ``get_tensor``, ``raw_tensor``, ``byte_view``,
       ``data_ptr``, ``is_valid``;
-    - who needs it: ``ref_count``, ``ref_count_up``, ``ref_count_down``, ``pin_count``, ``pin``,
-      ``unpin``, ``record_stream``.
+    - counts and streams: ``ref_count``, ``ref_count_up``, ``ref_count_down``, ``pin_count``,
+      ``pin``, ``unpin``, ``record_stream``.
     """
 
     __slots__ = ("_batch", "_row")
@@ -481,18 +484,18 @@ class MemoryObj(LMCacheNames):
 
     @property
     def used_bytes(self) -> int:
-        """``size_bytes``, or what :meth:`set_used_size` narrowed it to."""
+        """``size_bytes``, or the smaller size given to :meth:`set_used_size`."""
         used = self._batch._used_sizes.get(self._row)
         return self.size_bytes if used is None else used
 
     def set_used_size(self, size_bytes: int) -> None:
-        """Narrow the logical size, if fewer bytes were written than allocated.
+        """Reduce the logical size, if fewer bytes were written than allocated.
 
         ``used_bytes``, ``byte_view`` and ``raw_tensor`` follow; ``tensor`` is then the used
         bytes, uint8 ``[size_bytes]``.
 
         Raises:
-            ValueError: ``size_bytes`` is negative or more than was allocated.
+            ValueError: ``size_bytes`` is negative or larger than ``allocated_bytes``.
             LifetimeError: the block is freed.
         """
         if not 0 <= size_bytes <= self.allocated_bytes:
@@ -505,7 +508,7 @@ class MemoryObj(LMCacheNames):
 
     @property
     def metadata(self) -> MemoryObjMetadata:
-        """What another process needs to know of the block, at this moment."""
+        """A snapshot of the block, for another process."""
         layout = self._batch.layout
         return MemoryObjMetadata(
             shape=self.shape,
@@ -520,7 +523,7 @@ class MemoryObj(LMCacheNames):
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        raise TypeError("a MemoryObj stays in its process: send its metadata")
+        raise TypeError("a MemoryObj cannot be pickled: send its metadata")
 
     # -- its bytes -----------------------------------------------------------------------------
 
@@ -534,8 +537,8 @@ class MemoryObj(LMCacheNames):
         """The block as a tensor of ``shape`` and ``dtype``, without a copy; None once freed.
 
         Waits for the transfer that fills the block, if there is one. A tensor taken before the
-        free still points at the bytes, which the next owner may overwrite: do not keep it longer
-        than the object.
+        free still points at the bytes, which the next owner may overwrite: do not use it after the
+        free.
 
         Raises:
             TransferError: the transfer that was to fill the block has failed.
@@ -552,7 +555,7 @@ class MemoryObj(LMCacheNames):
         """
         layout = self._batch.layout
         if not 0 <= index < len(layout.shapes):
-            raise IndexError(f"group {index} of a block with {len(layout.shapes)}")
+            raise IndexError(f"group {index} is out of range: the block has {len(layout.shapes)}")
         if not self.is_valid():
             return None
         return layout.view(self._batch._bytes(self._row, layout.size_bytes), index)
@@ -564,7 +567,7 @@ class MemoryObj(LMCacheNames):
 
     @property
     def raw_data(self) -> torch.Tensor | None:
-        """``raw_tensor``."""
+        """Same as ``raw_tensor``."""
         return self.raw_tensor
 
     @property
@@ -578,7 +581,7 @@ class MemoryObj(LMCacheNames):
         self._require_valid()
         block = self._batch._bytes(self._row, self.used_bytes)
         if block.device.type != "cpu":
-            raise TypeError(f"only host memory has a byte_view, the block is on {block.device}")
+            raise TypeError(f"byte_view needs host memory, but the block is on {block.device}")
         return memoryview(block.numpy())  # type: ignore[arg-type]  # an array is a Buffer
 
     @property
@@ -592,10 +595,10 @@ class MemoryObj(LMCacheNames):
         return self._batch._bytes(self._row, self.size_bytes).data_ptr()
 
     def is_valid(self) -> bool:
-        """Whether the block is not freed."""
+        """Whether the block is live."""
         return self._batch.counts.is_live(self._row)
 
-    # -- who needs it --------------------------------------------------------------------------
+    # -- counts and streams --------------------------------------------------------------------
 
     @property
     def ref_count(self) -> int:
@@ -632,11 +635,11 @@ class MemoryObj(LMCacheNames):
         """Raise the pin count: the block must not be evicted.
 
         Args:
-            ttl: seconds after which the pin expires by itself, which is counted in
-                ``stats().expired_leases``. None: not before :meth:`unpin`.
+            ttl: seconds after which the pin expires; ``stats().expired_leases`` counts such pins.
+                None: it lasts until :meth:`unpin`.
 
         Returns:
-            True; with ``ttl`` the lease, whose ``release()`` ends it early.
+            True; with ``ttl``, a lease, whose ``release()`` ends the pin early.
 
         Raises:
             LifetimeError: the block is freed.
@@ -657,14 +660,14 @@ class MemoryObj(LMCacheNames):
         return True
 
     def record_stream(self, stream: Stream) -> None:
-        """Keep the bytes from reuse until the work that ``stream`` has at the free has ended.
+        """Keep the bytes from reuse until the work queued on ``stream`` at the free has ended.
 
-        Call it when an asynchronous copy on another stream reads or writes the block. Work on the
-        stream that is current at the next allocation needs no such call.
+        Call it when an asynchronous copy on another stream reads or writes the block. It is not
+        needed for work on the stream that is current at the next allocation.
 
         Args:
-            stream: a ``torch.cuda.Stream``, or anything whose ``record_event()`` gives an object
-                with ``query()``.
+            stream: a ``torch.cuda.Stream``, or any object whose ``record_event()`` returns an
+                object with ``query()``.
 
         Raises:
             LifetimeError: the block is freed.
@@ -698,7 +701,7 @@ class MemoryObj(LMCacheNames):
 
 
 class BytesBufferMemoryObj(MemoryObj):
-    """A block of plain bytes outside any heap, of format ``BINARY_BUFFER``: no tensor."""
+    """A block of plain bytes outside any heap; its format is ``BINARY_BUFFER``."""
 
     __slots__ = ()
 

@@ -1,9 +1,9 @@
 """``MemoryFormat``: what the dimensions of a block's logical shape mean.
 
 Names and values are those of LMCache 0.5.6's ``MemoryFormat``, so that both sides can exchange
-metadata. ``token_dim()`` gives the same answers except for KV_T2D and KV_2TD: LMCache 0.5.6
-answers 1 and 0 there, which is the dimension of K and V in the shapes that its comments state. The
-formats from 101 on are not in LMCache: they are the page-first orders of host tiers.
+metadata. ``token_dim()`` agrees with LMCache except for KV_T2D and KV_2TD: LMCache 0.5.6 returns 1
+and 0 for them, which is the K/V dimension of the shapes given in its own comments. LMCache has no
+formats numbered 101 and above; they are the page-first orders of host tiers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MemoryFormat(Enum):
     """``[P, L, 2, T, D]``: P pages of T tokens, each with all layers and K and V."""
 
     def token_dim(self) -> int:
-        """The dimension that counts tokens; 0 for formats without tokens.
+        """Index of the token dimension; 0 for formats without tokens.
 
         >>> MemoryFormat.KV_2LTD.token_dim()
         2
@@ -48,7 +48,7 @@ class MemoryFormat(Enum):
 
     @property
     def dim_order(self) -> str | None:
-        """A letter for each dimension, outermost first, for formats of a paged cache's tokens.
+        """One letter per dimension, outermost first; None if the format does not hold paged KV.
 
         P planes (K and V), L layers, T tokens, D hidden dimension, G pages of T tokens.
 

@@ -1,8 +1,8 @@
 """Metadata of blocks, for other processes: plain values, no tensor, no allocator.
 
-A scheduler allocates, and each worker has a buffer of its own. A worker needs to know where the
-blocks are and what they hold: pickle these objects, or send ``to_dict()`` through msgpack or JSON,
-and wrap the result with ``heap.view``.
+A scheduler allocates, and each worker has a buffer of its own. To tell a worker where blocks are
+and what they hold, pickle these objects, or send ``to_dict()`` through msgpack or JSON. The worker
+passes the result to ``heap.view``.
 
 ``MemoryObjMetadata`` has the fields of LMCache 0.5.6's class of the same name, and its dicts have
 the same keys.
@@ -26,7 +26,7 @@ __all__ = ["MemoryBatchMetadata", "MemoryObjMetadata"]
 
 @dataclass(frozen=True, slots=True)
 class MemoryObjMetadata:
-    """One block at one moment.
+    """A snapshot of one block.
 
     Attributes:
         shape: logical shape of the first group.
@@ -58,7 +58,7 @@ class MemoryObjMetadata:
         return self.shape.numel() * (self.dtype.itemsize if self.dtype else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """As numbers, strings and lists, for msgpack or JSON.
+        """Convert to numbers, strings and lists, for msgpack or JSON.
 
         >>> metadata = MemoryObjMetadata(torch.Size([2, 3]), torch.float16, 4096, 4096, 1)
         >>> MemoryObjMetadata.from_dict(metadata.to_dict()) == metadata
@@ -79,7 +79,7 @@ class MemoryObjMetadata:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MemoryObjMetadata:
-        """The opposite of :meth:`to_dict`; reads LMCache's dicts too.
+        """The inverse of :meth:`to_dict`; also reads LMCache's dicts.
 
         Raises:
             KeyError: a key is missing.
@@ -101,18 +101,18 @@ class MemoryObjMetadata:
 
 @dataclass(frozen=True, slots=True)
 class MemoryBatchMetadata:
-    """N blocks of one layout, as runs.
+    """N blocks of one block layout, as runs.
 
     Attributes:
         blocks: where they are.
-        layout: what each holds.
+        layout: what each of them holds.
     """
 
     blocks: AddressBatch
     layout: BlockLayout
 
     def to_dict(self) -> dict[str, Any]:
-        """As numbers, strings and lists, for msgpack or JSON; O(R) for R runs."""
+        """Convert to numbers, strings and lists, for msgpack or JSON; O(R) for R runs."""
         return {
             "__type__": "MemoryBatchMetadata",
             "block_bytes": self.blocks.block_bytes,
@@ -125,11 +125,11 @@ class MemoryBatchMetadata:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MemoryBatchMetadata:
-        """The opposite of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`.
 
         Raises:
             KeyError: a key is missing.
-            ValueError: a dtype, a format or a shape is not one.
+            ValueError: a dtype, format or shape is invalid.
         """
         shapes: Sequence[Sequence[int]] = values["shapes"]
         dtypes = [_require_dtype(dtype) for dtype in values["dtypes"]]

@@ -1,4 +1,4 @@
-"""``RecordedStreams``: which streams work on which rows of a batch."""
+"""``RecordedStreams``: which streams use which rows of a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvheap.device.events import Stream, has_let_go
 __all__ = ["RecordedStreams"]
 
 MIN_PRUNED = 8
-"""Records from which on ended streams are looked for, each time their number has doubled."""
+"""Ended streams are pruned at this many records, then each time the number has doubled."""
 
 Streams = dict[int, Stream]
 """Streams by their ``id``."""
@@ -17,8 +17,8 @@ Streams = dict[int, Stream]
 class RecordedStreams:
     """The streams recorded for a batch: for all rows, for one row, or for a set of rows.
 
-    Adding a record costs O(its rows). Looking up a row costs O(its streams + sets of rows), however
-    many rows have streams. Not thread-safe.
+    Adding a record costs O(its rows). Looking up a row costs O(its streams + sets of rows),
+    regardless of how many rows have streams. Not thread-safe.
     """
 
     __slots__ = ("_num_records", "_of_all", "_of_row", "_of_set", "_prune_at")
@@ -31,7 +31,7 @@ class RecordedStreams:
         self._prune_at = MIN_PRUNED
 
     def add(self, stream: Stream, rows: Int64Array | None) -> None:
-        """Note that a stream works on ``rows`` (None: all)."""
+        """Record that a stream uses ``rows`` (None: all)."""
         if self._num_records >= self._prune_at:
             self._prune()
         if rows is None:
@@ -44,7 +44,7 @@ class RecordedStreams:
         streams[id(stream)] = stream
 
     def of(self, rows: Int64Array | None) -> tuple[Stream, ...]:
-        """The streams that work on any of ``rows`` (None: all)."""
+        """The streams that use any of ``rows`` (None: all)."""
         found = dict(self._of_all)
         if rows is None:
             for streams in (*self._of_row.values(), *self._of_set.values()):
@@ -60,7 +60,7 @@ class RecordedStreams:
         return tuple(found.values())
 
     def _prune(self) -> None:
-        """Drop the streams that have ended, as transfers do."""
+        """Drop the streams that have ended, such as finished transfers."""
         self._of_all = _in_use(self._of_all)
         self._of_row = {row: kept for row, all_ in self._of_row.items() if (kept := _in_use(all_))}
         self._of_set = {

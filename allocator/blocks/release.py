@@ -1,4 +1,4 @@
-"""``Release``: blocks that nobody holds any more, on their way back to the free list."""
+"""``Release``: freed blocks whose bytes are on their way back to the free list."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ __all__ = ["LastOwner", "Release", "merged"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Release:
-    """Blocks that nobody holds any more, on their way back to the free list.
+    """Freed blocks whose bytes are on their way back to the free list.
 
     Attributes:
         blocks: a whole batch, or the addresses of some blocks, int64 ``[N]``.
-        sizes: allocated bytes of each of those addresses, or one number for all; unused for a
-            whole batch.
-        owner: the last owner, in words, for messages.
-        events: the bytes may be reused when all of these have passed.
-        take_back: called when an event raises ``ReleaseVoidError``: it makes the blocks live
-            again, and the release is void. None: the blocks are free in any case.
+        sizes: allocated bytes of each block, or one number for all; unused for a whole batch.
+        owner: returns a description of the last owner, for messages.
+        events: the bytes may be reused once all of these have completed.
+        take_back: called when an event raises ``ReleaseVoidError``; makes the blocks live again,
+            and the release is dropped. None: the release is unconditional.
     """
 
     blocks: AddressBatch | Int64Array
@@ -51,7 +50,7 @@ class Release:
         return all(event.query() for event in self.events)
 
     def by_size(self) -> Iterator[tuple[Int64Array, int]]:
-        """The addresses of all blocks of one size, int64 ``[N]``, and that size; for each size."""
+        """For each block size in bytes: its blocks' addresses, int64 ``[N]``, and the size."""
         if isinstance(self.blocks, AddressBatch):
             yield self.blocks.addresses, self.blocks.block_bytes
         elif isinstance(self.sizes, int):
@@ -62,7 +61,7 @@ class Release:
 
 
 class LastOwner:
-    """Who held released blocks last, put into words only when a message needs it."""
+    """Describes the last owner of released blocks, only when a message needs the text."""
 
     __slots__ = ("layout", "site")
 
@@ -76,7 +75,7 @@ class LastOwner:
 
 
 def merged(releases: list[Release]) -> list[Release]:
-    """One release for all that wait for no event, and each of the others."""
+    """The releases, with all that wait for no event combined into one."""
     at_once = [release for release in releases if not release.events]
     if len(at_once) < 2:
         return releases

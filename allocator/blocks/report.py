@@ -1,7 +1,7 @@
 """Reports of who holds which blocks: :class:`LiveBlocks`, and :class:`FullReport` for a full heap.
 
-:class:`FullReporter` is the part of a heap that reports failed allocations, at most once in a
-while, to a callable of the user's.
+A heap's :class:`FullReporter` passes reports of failed allocations to the user's callback, at most
+once per interval.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ class LiveBlocks:
     """Live blocks that were allocated at one site with one block layout.
 
     Attributes:
-        layout: what each of them holds, in words.
-        site: where they were allocated, as ``file:line in function``, the innermost caller
-            first; empty if sites are not recorded.
-        num_blocks: how many are live.
+        layout: their block layout, as text.
+        site: their allocation site, as ``file:line in function``, innermost caller first; empty
+            if sites are not recorded.
+        num_blocks: number of live blocks.
         num_bytes: their allocated bytes.
-        num_pinned: how many of them are pinned.
-        pinned_bytes: allocated bytes of the pinned ones.
-        age_s: seconds since the oldest of them was allocated.
+        num_pinned: number of pinned blocks among them.
+        pinned_bytes: allocated bytes of the pinned blocks.
+        age_s: seconds since the oldest block was allocated.
     """
 
     layout: str
@@ -38,29 +38,29 @@ class LiveBlocks:
     age_s: float
 
     def __str__(self) -> str:
-        """One line, and one more for each caller."""
+        """One line, plus one line per recorded caller."""
         pinned = f", {self.num_pinned:,} pinned" if self.num_pinned else ""
         head = (
             f"{self.num_blocks:,} blocks ({self.num_bytes:,} bytes) of {self.layout}{pinned}, "
-            f"the oldest for {self.age_s:.1f} s"
+            f"oldest {self.age_s:.1f} s"
         )
         return "\n    ".join((head, *self.site))
 
 
 @dataclass(frozen=True, slots=True)
 class FullReport:
-    """Why an allocation failed: what was asked for, what is free, and who holds the rest.
+    """Why an allocation failed: what was requested, what is free, and who holds the rest.
 
     Attributes:
-        requested_bytes: allocated bytes of all blocks asked for.
-        num_blocks: how many blocks were asked for.
+        requested_bytes: bytes that the requested blocks would take in the heap.
+        num_blocks: number of requested blocks.
         heap_bytes: bytes of the heap.
         free_bytes: free bytes.
-        largest_free_bytes: the largest free extent.
-        free_extents: how many free extents there are.
-        pending_bytes: freed bytes that a stream still works on.
-        live: who holds what, the oldest first.
-        failures: how many allocations have failed since the report before, this one included.
+        largest_free_bytes: bytes of the largest free extent.
+        free_extents: number of free extents.
+        pending_bytes: freed bytes that streams still use.
+        live: the live blocks, by allocation site and block layout, oldest first.
+        failures: failed allocations since the previous report, including this one.
     """
 
     requested_bytes: int
@@ -77,7 +77,7 @@ class FullReport:
 
     @property
     def live_blocks(self) -> int:
-        """How many blocks are live."""
+        """Number of live blocks."""
         return sum(group.num_blocks for group in self.live)
 
     @property
@@ -87,7 +87,7 @@ class FullReport:
 
     @property
     def pinned_blocks(self) -> int:
-        """How many live blocks have a pin count above zero."""
+        """Number of live blocks with a pin count above zero."""
         return sum(group.num_pinned for group in self.live)
 
     @property
@@ -96,7 +96,7 @@ class FullReport:
         return sum(group.pinned_bytes for group in self.live)
 
     def __str__(self) -> str:
-        """Several lines for a log."""
+        """A multi-line text for a log."""
         lines = [
             f"cannot allocate {self.num_blocks:,} blocks, {self.requested_bytes:,} bytes: "
             f"{self.free_bytes:,} of {self.heap_bytes:,} bytes are free in "
@@ -118,11 +118,11 @@ def log_full_report(report: FullReport) -> None:
 
 
 class FullReporter:
-    """Counts failed allocations, and reports one of them in every interval.
+    """Counts failed allocations, and reports at most one per interval.
 
     Args:
-        on_full: gets each report; None: nobody is told.
-        interval_s: seconds between two reports at least.
+        on_full: called with each report; None: nothing is reported.
+        interval_s: minimum seconds between two reports.
     """
 
     def __init__(self, on_full: Callable[[FullReport], None] | None, interval_s: float) -> None:
@@ -130,10 +130,10 @@ class FullReporter:
         self._interval_s = interval_s
         self._next_report = 0.0
         self.failures = 0
-        """How many allocations have failed since the last report."""
+        """Number of failed allocations since the last report."""
 
     def failed(self, make_report: Callable[[], FullReport]) -> None:
-        """Count a failure, and report it if a report is due. What ``on_full`` raises is logged."""
+        """Count a failure, and report it if a report is due. Errors of ``on_full`` are logged."""
         self.failures += 1
         now = time.monotonic()
         if self._on_full is None or now < self._next_report:
@@ -143,5 +143,5 @@ class FullReporter:
         self.failures = 0
         try:
             self._on_full(report)
-        except Exception:  # a full heap is an answer, whatever becomes of its report
+        except Exception:  # a failing callback must not make the allocation raise
             logging.getLogger("kvheap").exception("on_full failed")

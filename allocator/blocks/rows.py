@@ -23,15 +23,15 @@ class Rows:
         """Their row numbers, int64 ``[R]``; None for all."""
 
     def __len__(self) -> int:
-        """How many blocks."""
+        """Number of blocks."""
         return len(self.batch) if self.rows is None else len(self.rows)
 
 
 def rows_of(objs: Iterable[MemoryObj]) -> list[Rows]:
-    """Objects by their batches, in the order in which each batch first appears.
+    """Group objects by batch, in the order in which the batches first appear.
 
     Raises:
-        TypeError: something is not a ``MemoryObj``.
+        TypeError: an element is not a ``MemoryObj``.
     """
     found: dict[int, tuple[MemoryBatch, list[int]]] = {}
     for obj in objs:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 __all__ = ["Site", "allocated_at", "callers", "site_lines"]
 
 Site: TypeAlias = tuple[tuple[CodeType, int], ...]
-"""Code object and line of each of an allocation's callers, the innermost first."""
+"""Code object and line number of each caller of an allocation, innermost first."""
 
 
 def callers(count: int) -> Site:
@@ -24,10 +24,10 @@ def callers(count: int) -> Site:
 
 
 def site_lines(site: Site) -> tuple[str, ...]:
-    """A site as ``file:line in function``, the innermost caller first."""
+    """A site as ``file:line in function``, innermost caller first."""
     return tuple(f"{code.co_filename}:{line} in {code.co_name}" for code, line in site)
 
 
 def allocated_at(site: Site) -> str:
-    """A site as the end of a message; empty if none was recorded."""
+    """A site as the last words of a message; empty if none was recorded."""
     return f", allocated at {' from '.join(site_lines(site))}" if site else ""

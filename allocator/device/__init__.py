@@ -1,1 +1,1 @@
-"""When a device's work has ended: events, streams, completions, and the handle of a transfer."""
+"""Devices and their asynchronous work: streams, events, completions, transfer handles."""

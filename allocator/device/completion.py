@@ -1,18 +1,17 @@
-"""``Completion``: when an asynchronous copy has ended, and how.
+"""``Completion``: the state of an asynchronous copy: whether it has ended, and with which error.
 
-One object serves everybody who needs to know. To a batch it is a stream: bytes that are freed
-during the copy wait for it. To a release it is an event. To a transfer it is the state of the
-copy. It knows neither batches nor heaps. It keeps the buffers that the copy reads and writes
-alive until the copy has ended. Copies that nobody asks about are checked whenever another copy
-begins.
+One object plays three roles. A batch records it as a stream, so that bytes freed during the copy
+wait for it. A release waits for it as an event. A transfer reads the copy's state from it. It does
+not depend on batches or heaps. It keeps the buffers that the copy reads and writes alive until the
+copy has ended. Copies that nobody queries are checked when other copies begin (:class:`InFlight`).
 
-States, of which the last two are final:
+States; the last two are final:
 
-- *begun*: bytes are protected, and nothing of the copy is known to have been queued;
-- *queued*: an event tells when the copy will have ended;
-- *ended*: whatever was queued has ended; with an error, part of the copy was not done;
+- *begun*: the bytes are protected, and nothing of the copy is known to be queued;
+- *queued*: everything is queued, and an event marks its end;
+- *ended*: everything queued has ended; if there is an error, the copy is incomplete;
 - *lost*: the event cannot be queried (the device is gone). The bytes of such a copy are never
-  handed out again.
+  reused.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ __all__ = ["Answer", "Completion", "InFlight", "Success", "in_flight"]
 Answer = TypeVar("Answer")
 
 CHECKED_COPIES = 8
-"""How many copies in flight are checked when another begins."""
+"""Number of copies in flight that are checked when another begins."""
 
 
 class Completion:
-    """When a copy has ended. A stream and an event to those who protect bytes with it.
+    """The state of a copy. It is also the stream and the event that protect the copy's bytes.
 
     - to protect bytes: ``record_event``, ``query``, ``has_let_go``;
     - for the code that queues the copy: ``keep``, ``queued``, ``nothing_queued``, ``ended``,
@@ -45,7 +44,7 @@ class Completion:
     - for the transfer: ``ask``, ``wait``, ``error``, ``has_ended``, ``is_done``, ``is_lost``.
 
     Args:
-        keep: what the copy reads or writes, kept alive until the copy has ended.
+        keep: objects that the copy reads or writes; kept alive until the copy has ended.
     """
 
     __slots__ = ("__weakref__", "_error", "_event", "_keep", "_state")
@@ -59,14 +58,14 @@ class Completion:
     # -- to protect bytes ----------------------------------------------------------------------
 
     def record_event(self) -> Completion:
-        """This object: the end of this copy, not of other work on its stream."""
+        """This object: it marks the end of this copy, not of other work on the stream."""
         return self
 
     def query(self) -> bool:
-        """Whether the copy has stopped reading and writing. It may have failed.
+        """Whether the copy has stopped reading and writing, successfully or not.
 
         Raises:
-            TransferError: this cannot be known, now or later.
+            TransferError: the copy is lost, so this can never be known.
         """
         if self._state == "ended":
             return True
@@ -92,8 +91,8 @@ class Completion:
         self._keep += objects
 
     def queued(self, event: DeviceEvent) -> None:
-        """No more of the copy will be queued; ``event`` tells when it has ended."""
-        # In this order: as soon as there is an event, another thread may see the copy end.
+        """Note that everything is queued; ``event`` marks the end of the copy."""
+        # In this order: once the event is set, another thread may move the state to "ended".
         self._state = "queued"
         self._event = event
 
@@ -103,11 +102,11 @@ class Completion:
             self._end()
 
     def ended(self) -> None:
-        """Everything that was queued has ended."""
+        """Note that everything that was queued has ended."""
         self._end()
 
     def failed(self, error: TransferError) -> None:
-        """The copy will not be completed. Call it before :meth:`queued`.
+        """Note that the copy will not be completed. Call this before :meth:`queued`.
 
         The error is logged with its traceback, since the holder of the transfer may never ask for
         it. The stored error has no traceback: its frames would keep batches alive.
@@ -119,11 +118,11 @@ class Completion:
         self._error = error
 
     def lose(self, cause: BaseException) -> None:
-        """The device can no longer tell whether it uses the bytes."""
+        """Note that the device can no longer tell whether it uses the bytes."""
         if self._state == "ended":
             return
         if self._error is None:
-            self._error = TransferError(f"the device cannot be asked about a transfer: {cause}")
+            self._error = TransferError(f"the device cannot be queried about a transfer: {cause}")
         self._state = "lost"
 
     def _end(self) -> None:
@@ -135,21 +134,21 @@ class Completion:
     # -- for the transfer ----------------------------------------------------------------------
 
     def ask(self, question: Callable[[], Answer]) -> Answer:
-        """The answer of one of the copy's events.
+        """The result of ``question``, which queries one of the copy's events.
 
         Raises:
-            TransferError: the event failed; the copy is lost.
+            TransferError: the query failed; the copy is lost.
         """
         try:
             return question()
         except Exception as cause:
             self.lose(cause)
-            error = self.error or TransferError(f"the device cannot be asked: {cause}")
+            error = self.error or TransferError(f"the device cannot be queried: {cause}")
             raise error from cause
 
     @property
     def is_lost(self) -> bool:
-        """Whether the device can no longer tell if it uses the bytes."""
+        """Whether the device can no longer tell whether it uses the bytes."""
         return self._state == "lost"
 
     @property
@@ -167,10 +166,10 @@ class Completion:
 
     @property
     def error(self) -> TransferError | None:
-        """Why the copy failed, as far as is known; None while all is well.
+        """Why the copy failed, as far as is known; None if it has not failed.
 
-        A new object each time: an error that was raised keeps its frames, and would keep them for
-        as long as the copy is known.
+        Returns a new object each time: a raised error keeps its frames alive, and a stored one
+        would keep them for as long as the completion lives.
         """
         event = self._event
         if self._error is None and isinstance(event, FutureEvent):
@@ -204,7 +203,7 @@ class Completion:
 
 
 class Success:
-    """The event of blocks that are given up on condition that a copy succeeds."""
+    """An event that completes if a copy succeeds; blocks are freed on this condition."""
 
     __slots__ = ("_completion",)
 
@@ -220,12 +219,12 @@ class Success:
         completion = self._completion
         ended = completion.has_ended
         if ended and completion.error is not None:
-            raise ReleaseVoidError("the copy for which the blocks were given up has failed")
+            raise ReleaseVoidError("the copy that the free of these blocks depended on has failed")
         return ended
 
 
 class InFlight:
-    """The copies that have begun and not yet ended. Keeping them keeps their buffers alive."""
+    """The copies that have begun and not ended. Keeping them keeps their buffers alive."""
 
     def __init__(self) -> None:
         self._begun: deque[Completion] = deque()
@@ -233,7 +232,7 @@ class InFlight:
         starts_over_after_fork(self)
 
     def add(self, completion: Completion) -> None:
-        """Keep a copy, and drop a few that have ended."""
+        """Keep a copy, and drop those that have ended among ``CHECKED_COPIES`` others."""
         for _ in range(min(len(self._begun), CHECKED_COPIES)):
             try:
                 other = self._begun.popleft()
@@ -246,17 +245,17 @@ class InFlight:
         self._begun.append(completion)
 
     def start_over_after_fork(self) -> None:
-        """Lose all copies in a forked child: neither their threads nor their device are there."""
-        cause = RuntimeError("a copy in flight does not go on in a forked child")
+        """Lose all copies in a forked child, which has neither their threads nor their device."""
+        cause = RuntimeError("a copy in flight does not continue in a forked child")
         for completion in self._begun:
             completion.lose(cause)
         self._lost += self._begun
         self._begun = deque()
 
     def __len__(self) -> int:
-        """How many copies are kept."""
+        """Number of copies that are kept."""
         return len(self._begun)
 
 
 in_flight = InFlight()
-"""The copies of this process."""
+"""The copies in flight in this process."""

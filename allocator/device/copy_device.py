@@ -1,4 +1,4 @@
-"""``CopyDevice``: what a transfer needs of a GPU, and which memory a device can reach."""
+"""``CopyDevice``: the GPU operations that transfers use, and the memory that a GPU can reach."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ class PreparedCopy(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Load whatever a run may need; copy nothing."""
+        """Load everything that a run needs, without copying."""
         ...
 
 
 class CopyDevice(Protocol):
-    """What a transfer needs of a GPU. No call but ``synchronize`` waits for the device.
+    """The GPU operations that transfers use. Only ``synchronize`` waits for the device.
 
-    ``stream`` is always a stream that ``require_stream`` returned.
+    Every ``stream`` argument, except that of ``require_stream``, is a stream that
+    ``require_stream`` returned.
 
     - what it is: ``name``, ``driver_version``, ``has_kernel``, ``has_batch``;
     - streams and events: ``current_stream``, ``require_stream``, ``is_legacy``, ``is_capturing``,
@@ -42,7 +43,7 @@ class CopyDevice(Protocol):
 
     @property
     def name(self) -> str:
-        """The device's name, as its vendor gives it."""
+        """The device's name, as given by its vendor."""
         ...
 
     @property
@@ -65,24 +66,24 @@ class CopyDevice(Protocol):
         ...
 
     def require_stream(self, stream: Any) -> Any:
-        """The stream to use; None stands for the current one.
+        """Check a stream and return it; for None, return the current one.
 
         Raises:
             TypeError: it is not a stream.
-            ValueError: it is another device's.
+            ValueError: it belongs to another device.
         """
         ...
 
     def is_legacy(self, stream: Any) -> bool:
-        """Whether it is the legacy default stream."""
+        """Whether ``stream`` is the legacy default stream."""
         ...
 
     def is_capturing(self, stream: Any) -> bool:
-        """Whether a CUDA graph is being captured on it."""
+        """Whether a CUDA graph is being captured on ``stream``."""
         ...
 
     def using(self, stream: Any) -> AbstractContextManager[Any]:
-        """Make a stream the current one."""
+        """A context in which ``stream`` is the current stream."""
         ...
 
     def record_event(self, stream: Any) -> DeviceEvent:
@@ -90,19 +91,19 @@ class CopyDevice(Protocol):
         ...
 
     def wait_event(self, stream: Any, event: DeviceEvent) -> None:
-        """Make further work of a stream wait for an event; each may be another device's."""
+        """Make later work on ``stream`` wait for an event; either may belong to another device."""
         ...
 
     def synchronize(self) -> None:
-        """Wait on the host until all work of all streams has ended."""
+        """Wait on the host until all work on all streams of the device has ended."""
         ...
 
     def side_stream(self) -> Any:
-        """The device's own stream, for work beside the caller's stream."""
+        """A stream owned by this object, for work that runs beside the caller's stream."""
         ...
 
     def empty(self, num_bytes: int) -> torch.Tensor:
-        """Uninitialised bytes on the device, which live as long as the tensor."""
+        """Uninitialised bytes on the device, uint8 ``[num_bytes]``."""
         ...
 
     def prepare(self, pieces: Pieces) -> PreparedCopy:
@@ -114,7 +115,7 @@ class CopyDevice(Protocol):
 
         Args:
             pieces: what to copy.
-            stream: where.
+            stream: the stream to queue on.
             over_link: whether one side is host memory.
         """
         ...
@@ -124,28 +125,28 @@ class CopyDevice(Protocol):
         ...
 
     def locate(self, address: int) -> Location | None:
-        """The allocation or registration that holds an address; None if CUDA knows none."""
+        """The allocation or registration that contains an address; None if CUDA knows none."""
         ...
 
     def is_own(self, location: Location) -> bool:
-        """Whether it is memory of this device."""
+        """Whether ``location`` is memory of this device."""
         ...
 
 
 def known_ranges(
     device: CopyDevice, starts: Int64Array, ends: Int64Array, on_device: bool
 ) -> Int64Array:
-    """The allocations or registrations that hold pieces of memory. One query for each of them.
+    """The allocations or registrations that contain pieces of memory, with one query for each.
 
     Args:
         device: the device to query.
         starts: absolute address of each piece's first byte, int64 ``[N]``.
-        ends: where each piece ends.
-        on_device: look for memory of the device, else for pinned host memory.
+        ends: absolute address of each piece's end, int64 ``[N]``.
+        on_device: accept memory of the device; else accept pinned host memory.
 
     Returns:
-        ``[start, end)`` of each, int64 ``[R, 2]``, ascending, up to the first address that is in
-        none.
+        ``[start, end)`` of each, int64 ``[R, 2]``, ascending. The search stops at the first address
+        that none contains.
     """
     order = np.argsort(starts)
     starts = starts[order]

@@ -1,6 +1,6 @@
-"""``CudaDevice``: a ``CopyDevice`` of CUDA, and how to find the device that memory is on.
+"""``CudaDevice``: ``CopyDevice`` for CUDA; ``device_of`` finds the device of a tensor.
 
-Streams and events are torch's, the SM kernel is ``kernels/pointer_copy.py``, the copy engine
+Streams and events are torch's. The SM kernel is in ``kernels/pointer_copy.py``, the copy engine in
 ``kernels/copy_engine.py``.
 """
 
@@ -27,7 +27,7 @@ __all__ = ["CudaDevice", "device_of", "find_device", "module_version"]
 MODULE_VERSION_FILE = Path("/proc/driver/nvidia/version")
 
 MAX_BATCH_PIECES = 32_768
-"""Pieces of one call of the copy engine: 51,828 crashed a driver of 2025 (vLLM #49276)."""
+"""Maximum pieces of one batch call; 51,828 crashed a driver of 2025 (vLLM #49276)."""
 
 
 class CudaDevice:
@@ -47,7 +47,7 @@ class CudaDevice:
 
     @cached_property
     def driver_version(self) -> str:
-        """Such as ``580.95.05``; the newest CUDA it supports where that is not visible."""
+        """Such as ``580.95.05``, or the newest CUDA that the driver supports if that is unknown."""
         with suppress(OSError):
             found = module_version(MODULE_VERSION_FILE.read_text(errors="replace"))
             if found is not None:
@@ -70,7 +70,7 @@ class CudaDevice:
         if self._driver is None:
             self._driver = driver()
         if not getattr(self._threads, "is_bound", False):
-            # The driver's functions need a current context, which torch makes with a runtime call.
+            # The driver's functions need a current context; this torch call creates it.
             torch.cuda.mem_get_info(self.torch_device)
             self._threads.is_bound = True
         return self._driver
@@ -153,7 +153,7 @@ class CudaDevice:
 
 
 def module_version(text: str) -> str | None:
-    """The driver's version in the kernel module's description of itself.
+    """The driver's version in the text of ``MODULE_VERSION_FILE``; None if there is none.
 
     >>> module_version("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Jan 1")
     '580.95.05'
@@ -163,7 +163,7 @@ def module_version(text: str) -> str | None:
 
 
 def device_of(tensor: torch.Tensor) -> CopyDevice | None:
-    """The device that a tensor is on; None for host memory. Raises as ``find_device``."""
+    """The device that a tensor is on; None for host memory. Raises like ``find_device``."""
     return find_device(tensor.device)
 
 
@@ -171,7 +171,7 @@ def find_device(device: torch.device) -> CopyDevice | None:
     """The ``CopyDevice`` of a torch device; None for host memory.
 
     Raises:
-        ValueError: it is neither a CPU nor a CUDA device.
+        ValueError: ``device`` is neither a CPU nor a CUDA device.
     """
     if device.type == "cpu":
         return None

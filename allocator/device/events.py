@@ -14,14 +14,14 @@ __all__ = [
 ]
 
 POLL_SECONDS = 50e-6
-"""Seconds between two looks at an event while waiting; copying 1 MiB over PCIe 5 takes 20 us."""
+"""Seconds between two queries of an event; copying 1 MiB over PCIe 5 takes 20 us."""
 
 
 class ReleaseVoidError(Exception):
-    """Raised by the event of a conditional release when its condition failed.
+    """Raised by the event of a conditional release when the condition has failed.
 
-    Blocks can be given up on condition that a copy succeeds. When the copy fails, the release is
-    void: the blocks become live again.
+    Blocks can be freed on condition that a copy succeeds. When the copy fails, the release is void
+    and the blocks become live again.
     """
 
 
@@ -44,8 +44,8 @@ class DeviceEvent(Event, Protocol):
 class Stream(Protocol):
     """A queue of asynchronous work, such as a ``torch.cuda.Stream``.
 
-    A stream that ends may have an attribute ``has_let_go``: once it is true, the stream no longer
-    uses any bytes, and those who keep track of it can forget it.
+    A stream whose work is finite may have an attribute ``has_let_go``. Once it is true, the stream
+    uses no bytes any more, and code that tracks the stream can forget it.
     """
 
     def record_event(self) -> Event:
@@ -54,5 +54,5 @@ class Stream(Protocol):
 
 
 def has_let_go(stream: Stream) -> bool:
-    """Whether the stream is known to use no bytes any more."""
+    """Whether the stream is known to use no bytes any more; False if it cannot tell."""
     return bool(getattr(stream, "has_let_go", False))

@@ -1,4 +1,4 @@
-"""``HostQueue``: runs copies within host memory one after another, as a stream does."""
+"""``HostQueue``: runs copies within host memory in order, like a stream."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FutureEvent:
         wait_for_futures([self._future])
 
     def error(self) -> TransferError | None:
-        """Why the task failed; None while it runs, and when it succeeded."""
+        """Why the task failed; None while it runs, and if it succeeded."""
         if not self._future.done():
             return None
         cause = None if self._future.cancelled() else self._future.exception()
@@ -44,14 +44,14 @@ class FutureEvent:
 
 
 class NotAllQueuedError(Exception):
-    """Some tasks could not be queued; the cause says why. Tasks that were not running are dropped.
+    """Some tasks could not be queued, for the reason in ``__cause__``; waiting tasks are dropped.
 
     Attributes:
-        events: the ends of the tasks that were running already.
+        events: the ends of the tasks that were already running.
     """
 
     def __init__(self, events: list[FutureEvent]) -> None:
-        super().__init__(f"{len(events)} tasks were running already")
+        super().__init__(f"not all tasks could be queued; {len(events)} were already running")
         self.events = events
 
 
@@ -63,23 +63,23 @@ class HostQueue:
         starts_over_after_fork(self)
 
     def start_over_after_fork(self) -> None:
-        """Forget all tasks: a forked child has no such thread, and the lock may be held."""
+        """Forget all tasks: a forked child has no queue thread, and the lock may be held."""
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
 
     def run(self, tasks: Sequence[Callable[[], None]], is_small: bool) -> list[FutureEvent]:
-        """Queue tasks in order. When one fails, those behind it fail too.
+        """Queue tasks in order. If one fails, those after it fail too.
 
         Args:
-            tasks: what to do; each waits only for the task before it.
+            tasks: the tasks; each waits for the task before it.
             is_small: run the tasks on the calling thread, unless the queue is busy.
 
         Returns:
             The end of each task.
 
         Raises:
-            NotAllQueuedError: some could not be queued.
+            NotAllQueuedError: some tasks could not be queued.
         """
         with self._lock:
             is_idle = self._last is None or self._last.done()
@@ -96,7 +96,7 @@ class HostQueue:
                 before = futures[-1] if futures else None
                 futures.append(self._executor.submit(_run_after, before, task))
                 self._last = futures[-1]
-        except BaseException as error:  # no more threads, an exiting interpreter, an interrupt
+        except BaseException as error:  # no more threads, interpreter exit, or an interrupt
             running = [future for future in futures if not future.cancel()]
             raise NotAllQueuedError([FutureEvent(future) for future in running]) from error
         return [FutureEvent(future) for future in futures]

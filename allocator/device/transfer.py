@@ -1,6 +1,6 @@
-"""``Transfer``: the handle on a copy that is on its way, and ``Part``, on a part of it.
+"""``Transfer``: the handle on a copy in progress; ``Part``: the handle on one part of it.
 
-Made by ``kvheap.transfer.copy``, ``offload`` and ``restore``.
+Created by ``kvheap.transfer.copy``, ``offload`` and ``restore``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Part", "Transfer"]
 
 FIRST_POLL_S, LAST_POLL_S = 50e-6, 2e-3
-"""Seconds between two looks at an awaited transfer: at first, and after many looks."""
+"""Seconds between two polls of an awaited transfer: the first, doubling up to the last."""
 
 
 class Part:
@@ -43,7 +43,7 @@ class Part:
         """Whether the part's bytes have arrived. Does not wait.
 
         Raises:
-            TransferError: they never will.
+            TransferError: they will never arrive.
         """
         if self._completion.is_done:  # stays true, whatever happens to the device
             return True
@@ -53,7 +53,7 @@ class Part:
         """Wait on the host until the part's bytes have arrived.
 
         Raises:
-            TransferError: they never will.
+            TransferError: they will never arrive.
         """
         if not self._completion.is_done:
             self._ask(self._event.synchronize)
@@ -61,7 +61,7 @@ class Part:
     def wait_stream(self, stream: torch.cuda.Stream | None) -> None:
         """Make further work on ``stream`` (None: the current one) wait for the part.
 
-        A copy within host memory is waited for here, on the host.
+        For a copy within host memory, this waits on the host instead.
 
         Raises:
             TransferError: the part's bytes will never arrive.
@@ -86,19 +86,18 @@ class Part:
 
 
 class Transfer:
-    """A copy on its way. Made by ``copy``, ``offload`` and ``restore``.
+    """A copy in progress. Created by ``copy``, ``offload`` and ``restore``.
 
-    Use it as a context manager, whose end waits for the copy and raises the copy's error, or
-    await it. Dropping it changes nothing: the copy goes on, and its bytes stay protected.
+    Use it as a context manager, or await it: both wait for the copy and raise its error. Dropping
+    it changes nothing: the copy continues, and its bytes stay protected.
 
     Attributes:
         path: the path that was taken: ``kernel``, ``copy_engine``, ``staged`` or ``host``.
         direction: ``h2d``, ``d2h``, ``d2d``, ``p2p`` or ``h2h``.
         num_bytes: bytes to copy.
-        num_runs: how many pieces they form, after merging neighbours.
-        parts: the parts, which end one after another, each with ``done``, ``wait`` and
-            ``wait_stream``; empty if the transfer failed before the first part, and in a graph
-            capture.
+        num_runs: number of runs to copy, after merging neighbouring pieces.
+        parts: the parts, which end in order, each with ``done``, ``wait`` and ``wait_stream``;
+            empty if the transfer failed before its first part, and in a graph capture.
         is_captured: whether the copy was captured in a CUDA graph.
     """
 
@@ -137,21 +136,21 @@ class Transfer:
         self._settle = settle  # frees the source's blocks, or makes them live again
 
     def begun(self, events: tuple[DeviceEvent, ...]) -> None:
-        """Note the event at the end of each part. For the code that queues the copy."""
+        """Set the event at the end of each part; called by the code that queues the copy."""
         self.parts = tuple(
             Part(index, event, self._completion, self._device) for index, event in enumerate(events)
         )
 
     @property
     def error(self) -> TransferError | None:
-        """Why the transfer failed, as far as is known; None while all is well."""
+        """Why the transfer failed, as far as is known; None if it has not failed."""
         return self._completion.error
 
     def done(self) -> bool:
         """Whether the copy has ended, successfully or not. Does not wait.
 
         Raises:
-            RuntimeError: it was captured in a graph, and runs with each replay.
+            RuntimeError: the copy was captured in a CUDA graph, and runs at each replay.
         """
         self._require_not_captured()
         return self._completion.has_ended
@@ -160,7 +159,7 @@ class Transfer:
         """Wait on the host until the copy has ended, successfully or not.
 
         Args:
-            timeout_s: give up after so many seconds.
+            timeout_s: maximum seconds to wait; None: no limit.
 
         Returns:
             Whether it has ended.
@@ -174,7 +173,7 @@ class Transfer:
     def wait_stream(self, stream: torch.cuda.Stream | None) -> None:
         """Make further work on ``stream`` (None: the current one) wait for the copy.
 
-        A copy within host memory is waited for here, on the host.
+        For a copy within host memory, this waits on the host instead.
 
         Raises:
             TransferError: the transfer has failed.
@@ -188,12 +187,12 @@ class Transfer:
             self.parts[-1].wait_stream(stream)
 
     def result(self, timeout_s: float | None = None) -> None:
-        """Wait for the copy, and return if all bytes have arrived.
+        """Wait for the copy, and raise unless all bytes have arrived.
 
         Raises:
-            TransferError: it failed; the target's bytes are undefined. A source that was to be
-                freed is live again.
-            TimeoutError: it has not ended in ``timeout_s`` seconds, and goes on.
+            TransferError: the copy failed; the target's bytes are undefined. Source blocks that it
+                was to free are live again.
+            TimeoutError: the copy has not ended in ``timeout_s`` seconds; it continues.
             RuntimeError: as for :meth:`done`.
         """
         ended = self.wait(timeout_s)

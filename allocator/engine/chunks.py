@@ -1,7 +1,7 @@
 """KV between an engine's paged cache and the chunks of a heap: ``store`` and ``load``.
 
-The format and the shape of a batch say where each token is in a chunk; ``kernels/paged_copy.py``
-does the copying.
+The format and shape of a batch determine where each token is in a chunk. ``kernels/paged_copy.py``
+does the copy.
 
 >>> from kvheap import PagedKVCache, TensorMemoryAllocator
 >>> layers = [torch.randn(2, 64, 16, 2, 8).half() for _ in range(3)]
@@ -65,38 +65,39 @@ def store(
     """Copy the KV of tokens from an engine's cache into a batch, bit by bit, in one launch.
 
     Runs on the current stream, without waiting. Bytes of the chunks beyond the tokens keep their
-    contents. If chunks are freed while a stream other than that of the next allocation still
-    copies, call ``batch.record_stream``.
+    contents. If the chunks may be freed before the copy ends, and the next allocation is for
+    another stream, call ``batch.record_stream`` with the copy's stream.
 
     Args:
         cache: the engine's cache.
-        slots: the slot of each token, integers ``[T]`` on the host or the cache's device, -1
-            skips one; or :class:`~kvheap.BlockIds`.
-        batch: chunk ``i`` gets tokens ``[i * n, (i + 1) * n)``, where ``n`` is how many its shape
-            holds; as many chunks as T tokens take, the last one may be filled in part. Formats
-            of one layer (KV_2TD, KV_T2D) take as many chunks for each layer, those of the first
-            layer first. A chunk of one plane takes K then V of each head.
+        slots: the slot of each token, integers ``[T]`` on the host or the cache's device (-1 skips
+            the token); or :class:`~kvheap.BlockIds`.
+        batch: exactly as many chunks as T tokens need. Chunk ``i`` holds tokens
+            ``[i * n, (i + 1) * n)`` for chunks of ``n`` tokens; the last one may be partly filled.
+            Formats of one layer (KV_2TD, KV_T2D) need that many chunks per layer, those of the
+            first layer first. A chunk with one plane holds K then V of each head.
         layers: copy only these layers, for pipelines that follow the computation; the chunks hold
-            all layers of the cache, or just these.
-        heads: copy only these heads, counted on the side that has more; the other side has just
-            these, or as many.
-        convert: the cache is of bfloat16 or float16, the chunks are of float8_e4m3fn with a
-            second group, float32 ``[planes, layers, heads]``, for their scales: convert on the
-            way. ``kernels/paged_convert.py`` states how much precision is lost.
+            either all layers of the cache or only these.
+        heads: copy only these heads, numbered on the side that has more heads; the other side has
+            either only these heads or all of them.
+        convert: convert a cache of bfloat16 or float16 to chunks of float8_e4m3fn, whose second
+            group, float32 ``[planes, layers, heads]``, holds the scales.
+            ``kernels/paged_convert.py`` states how much precision is lost.
 
     Raises:
-        ValueError: a slot is out of range, the two sides do not hold the same, or their memory
-            cannot be reached from one device; nothing is written. Slots that are on a device are
-            only checked in debug mode; otherwise those out of range are skipped, and
-            ``cache.synchronize()`` names one.
-        TypeError: slots are not integers, or the batch's allocator is no heap; nothing is written.
+        ValueError: a slot is out of range, the cache and the chunks do not match, or no device can
+            reach the memory of both; nothing is written. Slots on a device are checked only in
+            debug mode; otherwise, slots out of range are skipped, and ``cache.synchronize()``
+            names one.
+        TypeError: slots are not integers, or the batch does not belong to a heap; nothing is
+            written.
         LifetimeError: a chunk is freed; nothing is written.
     """
     heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert)
-    segments = heap.segments  # whoever closes the heap does not take the buffers from under us
+    segments = heap.segments  # keeps the buffers alive if another thread closes the heap
     if not isinstance(batch, MemoryBatch) and len(np.unique(chunks.addresses)) < len(batch):
-        raise ValueError("a chunk is named twice: it cannot be stored to twice")
+        raise ValueError("a chunk is named twice: each can be stored to only once")
     store_tokens(cache, slots, chunks, layers=layers, heads=heads, eager=heap.debug)
     del segments
 
@@ -110,9 +111,9 @@ def load(
     heads: slice | None = None,
     convert: bool = False,
 ) -> None:
-    """Copy the KV of tokens from a batch into an engine's cache: the opposite of :func:`store`.
+    """Copy the KV of tokens from a batch into an engine's cache; the inverse of :func:`store`.
 
-    Arguments and errors are those of :func:`store`. Two tokens must not have the same slot.
+    Arguments and errors are those of :func:`store`. No two tokens may have the same slot.
     """
     heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert)
@@ -143,19 +144,19 @@ def batched_store(
         heap: where the chunks are allocated.
         cache: the engine's cache.
         slots: the slot of each token, or :class:`~kvheap.BlockIds`; see :func:`kvheap.store`.
-        chunk_tokens: tokens of a chunk; the last chunk may be filled in part.
-        fmt: the chunks' format; None: KV_2LTD, and KV_MLA_FMT for caches that do not keep K and
-            V. Formats of one layer take as many chunks for each layer.
-        layers: store only these layers, of which the chunks then consist.
-        allow_partial: if not all chunks fit, store the first tokens, as many as do.
-        convert: keep a cache of bfloat16 or float16 as float8_e4m3fn, with float32 scales in a
-            second group; this loses precision.
+        chunk_tokens: tokens per chunk; the last chunk may be partly filled.
+        fmt: the chunks' format; None: KV_2LTD, or KV_MLA_FMT for caches without separate K and V.
+            Formats of one layer take that many chunks for each layer.
+        layers: store only these layers; the chunks then hold no others.
+        allow_partial: if not all chunks fit, store only the first tokens, as many as fit.
+        convert: store a cache of bfloat16 or float16 as float8_e4m3fn, with float32 scales in a
+            second group of each chunk; this loses precision.
 
     Returns:
         The chunks; None if they do not fit.
 
     Raises:
-        ValueError, TypeError: as :func:`kvheap.store`; nothing is allocated.
+        ValueError, TypeError: as for :func:`kvheap.store`; nothing is allocated.
         ClosedError: the allocator is closed.
     """
     num_layers = cache.num_layers if layers is None else len(layers)
@@ -165,7 +166,7 @@ def batched_store(
     num_tokens = count_tokens(slots, cache.block_size)
     num_chunks = layout.num_chunks(num_tokens, num_layers)
     if allow_partial and layout.is_per_layer:
-        raise ValueError(f"{fmt.name} has a chunk for each layer: it is stored whole or not at all")
+        raise ValueError(f"{fmt.name} has chunks per layer: allow_partial is not supported")
     shapes: Shapes = shape
     dtypes: Dtypes = cache.dtype
     if convert:
@@ -199,37 +200,37 @@ def batched_load(
     A method of ``TensorMemoryAllocator``.
 
     Raises:
-        ForeignObjectError: the chunks are of another allocator; nothing is loaded.
+        ForeignObjectError: the chunks belong to another allocator; nothing is loaded.
         ClosedError: the allocator is closed.
     """
     heap.require_open()
     if heap_of(batch) is not heap:
-        raise ForeignObjectError("the chunks are of another allocator")
+        raise ForeignObjectError("the chunks belong to another allocator")
     load(batch, cache, slots, layers=layers, heads=heads, convert=convert)
 
 
 def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Collect the contents of chunks for the next tier, and free them.
+    """Copy the contents of chunks to a tensor, for the next tier, and free the chunks.
 
     A method of ``TensorMemoryAllocator``.
 
     Args:
-        heap: whose chunks they are.
-        batch: chunks of one layout that nobody else holds.
+        heap: the heap that the chunks belong to.
+        batch: chunks of one block layout, each with one reference and no pin.
         out: ``[N, *shape]`` of their dtype, on the heap's device or the host. None: a new tensor
-            on the host, pinned if the heap is on a GPU. From a GPU to the host the copy is on the
-            current stream: wait for it before you read.
+            on the host, pinned if the heap is on a GPU. A copy from a GPU to the host runs on the
+            current stream: synchronize with it before you read ``out``.
 
     Returns:
         ``out``.
 
     Raises:
-        As ``batched_free``, and ValueError for ``out`` on another device; nothing is freed, but
+        As ``batched_free``; also ValueError if ``out`` is on another device. Nothing is freed, but
         ``out`` may have been written.
     """
     objs = batch if isinstance(batch, MemoryBatch) else list(batch)
     if heap_of(objs) is not heap:
-        raise ForeignObjectError("the chunks are of another allocator")
+        raise ForeignObjectError("the chunks belong to another allocator")
     layout = objs.layout if isinstance(objs, MemoryBatch) else objs[0].batch.layout
     shape, dtype = layout.packed
     expected = (len(objs), *shape)
@@ -249,7 +250,7 @@ def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = No
     heap.require_gatherable(heap.rows_by_batch(objs), staging)
     if len(staging):
         heap.gather(objs, staging)
-    out.copy_(staging, non_blocking=True)  # before the free: a failure here loses nothing
+    out.copy_(staging, non_blocking=True)  # before the free, so that a failure loses nothing
     heap.batched_free(objs)
     return out
 
@@ -261,10 +262,10 @@ def dim_order_of(fmt: MemoryFormat) -> str:
     """The order of a chunk's dimensions; see ``MemoryFormat.dim_order``.
 
     Raises:
-        ValueError: the format does not hold tokens of a paged cache.
+        ValueError: the format does not hold paged KV.
     """
     if fmt.dim_order is None:
-        raise ValueError(f"{fmt.name} is no format for tokens of a paged cache")
+        raise ValueError(f"{fmt.name} is not a format for tokens of a paged cache")
     return fmt.dim_order
 
 
@@ -274,7 +275,8 @@ def chunk_shape(
     """The shape of a chunk of ``chunk_tokens`` tokens of a cache.
 
     Raises:
-        ValueError: the format cannot hold this cache, or the tokens are not whole blocks.
+        ValueError: ``chunk_tokens`` is not positive, the format cannot hold this cache's KV, or a
+            KV_PL2TD chunk would not be a whole number of the cache's blocks.
     """
     dim_order_of(fmt)
     if chunk_tokens <= 0:
@@ -283,7 +285,7 @@ def chunk_shape(
     row_bytes = sum(plane.row_bytes for plane in cache.planes) * cache.num_heads
     elements = row_bytes // planes // cache.dtype.itemsize
     if planes == 2 and not cache.is_key_value:
-        raise ValueError(f"{fmt.name} holds K and V; {cache.layout.name} has no such planes")
+        raise ValueError(f"{fmt.name} holds K and V planes; {cache.layout.name} has none")
     pages, left = divmod(chunk_tokens, cache.block_size)
     if fmt is MemoryFormat.KV_PL2TD and left:
         raise ValueError(f"{chunk_tokens} tokens are not whole pages of {cache.block_size} tokens")
@@ -298,7 +300,7 @@ def chunk_shape(
 
 
 def _chunks(heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool) -> Chunks:
-    """The chunks in the kernels' terms."""
+    """Describe the chunks to the kernels."""
     layout, addresses = layout_and_addresses(objs)
     await_filling(objs, heap.device)
     absolute, alignment = heap.absolute(addresses)
@@ -312,17 +314,17 @@ def _chunks(heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool) 
 def _chunk_layout(
     layout: BlockLayout, dtype: torch.dtype, head_dim: int
 ) -> tuple[ChunkLayout, None]:
-    """The chunk layout of a block, for a cache of ``dtype``; there are no scales."""
+    """The chunk layout of a block, for a cache of ``dtype``; None: it has no scales."""
     if len(layout.shapes) != 1:
-        raise ValueError(f"chunks of one group are copied bit by bit, got {layout}")
+        raise ValueError(f"without convert=True, chunks must have one group, got {layout}")
     order = layout.fmt.dim_order
     if order is None:
-        raise ValueError(f"{layout} does not say where its tokens are")
+        raise ValueError(f"{layout} is not a format for tokens of a paged cache")
     found = layout.dtypes[0]
     if found != dtype and torch.uint8 not in (found, dtype):
         raise ValueError(
-            f"the chunks hold {found}, the cache {dtype}: only with convert=True, and scales "
-            f"beside float8_e4m3fn, is one made of the other"
+            f"the chunks hold {found}, the cache {dtype}: only convert=True converts, between "
+            f"the cache and float8_e4m3fn chunks with scales"
         )
     return ChunkLayout.of(order, layout.shapes[0], found.itemsize), None
 
@@ -331,7 +333,7 @@ def _chunk_layout(
 def _converted_layout(
     layout: BlockLayout, dtype: torch.dtype, head_dim: int
 ) -> tuple[ChunkLayout, int]:
-    """The chunk layout of a block of fp8, and where its scales are."""
+    """The chunk layout of an fp8 block, and the byte offset of its scales in the block."""
     expected = (torch.float8_e4m3fn, torch.float32)
     order = layout.fmt.dim_order
     if layout.dtypes != expected or order is None:

@@ -1,1 +1,1 @@
-"""The allocators: an address space over device, host, pinned, growing or paged memory."""
+"""The allocators: address spaces over device, host, pinned, growing or paged memory."""

@@ -1,4 +1,4 @@
-"""Checks of the tensors that blocks are filled from and collected into."""
+"""Checks of the tensors that blocks are filled from and gathered into."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def require_matching(
     device: torch.device,
     cpu_is_fine: bool,
 ) -> None:
-    """Refuse a tensor that is not ``num_blocks`` contiguous blocks of a layout.
+    """Raise if a tensor is not ``num_blocks`` contiguous blocks of a block layout.
 
     Args:
-        name: what the caller calls the tensor.
-        tensor: what to check.
-        num_blocks: blocks N.
+        name: name of the argument, for messages.
+        tensor: the tensor to check.
+        num_blocks: number of blocks N.
         layout: what each block holds.
-        device: where the tensor must be.
-        cpu_is_fine: whether host memory will do, too.
+        device: the device that the tensor must be on.
+        cpu_is_fine: whether host memory is accepted as well.
 
     Raises:
         TypeError: it is not a tensor.
@@ -50,16 +50,16 @@ def require_matching(
 
 
 def require_gatherable(parts: Sequence[Rows], out: torch.Tensor, device: torch.device) -> None:
-    """Refuse an ``out`` that cannot take the contents of blocks.
+    """Raise if the contents of blocks cannot be gathered into ``out``.
 
     Raises:
         TypeError: it is not a tensor.
-        ValueError: the blocks have several layouts, or ``out`` does not match them.
+        ValueError: the blocks have several block layouts, or ``out`` does not match them.
     """
     total = sum(len(part) for part in parts)
     if not parts:
         if len(out):
-            raise ValueError(f"out has {len(out)} rows for no blocks")
+            raise ValueError(f"out has {len(out)} rows, but there are no blocks")
         return
     layout = parts[0].batch.layout
     for part in parts:

@@ -23,15 +23,15 @@ class GPUMemoryAllocator(TensorMemoryAllocator):
 
     Args:
         size: bytes of the heap; rounded down to the alignment.
-        device: where.
-        align_bytes: a power of two; every block starts at a multiple of it, as an address in the
-            heap and in memory.
+        device: the device to allocate on.
+        align_bytes: a power of two; the heap address and the absolute address of every block are
+            multiples of it.
         allow_cpu: without CUDA, use host memory instead of raising.
         options: see ``TensorMemoryAllocator``.
 
     Raises:
-        ValueError: ``size`` is negative, or ``align_bytes`` not a power of two.
-        RuntimeError: there is no CUDA, and ``allow_cpu`` is false; or there is too little memory.
+        ValueError: ``size`` is negative, or ``align_bytes`` is not a power of two.
+        RuntimeError: CUDA is not available and ``allow_cpu`` is false, or memory does not suffice.
 
     >>> with GPUMemoryAllocator(1 << 20, allow_cpu=True) as heap:
     ...     obj = heap.allocate([16], torch.float16)
@@ -50,8 +50,8 @@ class GPUMemoryAllocator(TensorMemoryAllocator):
         if device.type == "cuda" and not torch.cuda.is_available():
             if not allow_cpu:
                 raise RuntimeError(
-                    f"torch sees no CUDA, so {device} cannot hold a heap; allow_cpu=True puts it "
-                    f"into host memory"
+                    f"torch sees no CUDA, so {device} cannot hold a heap; with allow_cpu=True the "
+                    f"heap is in host memory"
                 )
             device = torch.device("cpu")
         super().__init__(aligned_tensor(size, device, align_bytes), align_bytes, **options)
@@ -60,8 +60,8 @@ class GPUMemoryAllocator(TensorMemoryAllocator):
 def aligned_tensor(size: int, device: torch.device, align_bytes: int) -> torch.Tensor:
     """Uninitialised bytes, uint8 ``[size]``, whose address is a multiple of ``align_bytes``.
 
-    Torch aligns to 512 bytes on a GPU and 64 on a CPU, so ``align_bytes`` more are allocated, and
-    as many as needed are skipped at the front.
+    Torch aligns to 512 bytes on a GPU and 64 on a CPU, so this allocates ``align_bytes`` more than
+    asked for and skips as many bytes as needed at the front.
     """
     size, align_bytes = as_integer("size", size), as_integer("align_bytes", align_bytes)
     if size < 0 or align_bytes <= 0:

@@ -16,7 +16,7 @@ __all__ = ["FreedBytes"]
 
 
 class FreedBytes:
-    """Puts the bytes of releases into the free list, wiped if that was asked for.
+    """Puts the bytes of releases into the free list, wiped if configured.
 
     Args:
         address_manager: the free list.

@@ -1,7 +1,7 @@
 """Heaps in host memory, plain or pinned.
 
-Memory comes from ``HostBuffer``. Pinned memory is registered with CUDA in pieces, and no block
-straddles two of them, since CUDA copies no range that does.
+Memory comes from ``HostBuffer``. Pinned memory is registered with CUDA in pieces. No block
+straddles two pieces, since CUDA cannot copy a range that does.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = ["HostMemoryAllocator", "PinMemoryAllocator"]
 
 
 class HostHeap(TensorMemoryAllocator):
-    """A heap whose bytes are a ``HostBuffer``; the base of the heaps in host memory."""
+    """A heap in a ``HostBuffer``; the base class of the heaps in host memory."""
 
     host_buffer: HostBuffer
-    """Where the bytes are; closed with the heap."""
+    """The heap's memory; closed with the heap."""
 
     @property
     def pinned_bytes(self) -> int:
@@ -40,29 +40,29 @@ class HostHeap(TensorMemoryAllocator):
         return self.host_buffer.pinned_bytes
 
     def pinned_addresses(self, device: CopyDevice) -> Int64Array:
-        """What ``device`` can reach: the buffer's registrations, absolute, int64 ``[R, 2]``."""
+        """The absolute ranges that ``device`` can reach: the registrations, int64 ``[R, 2]``."""
         ranges = self.host_buffer.pinned_addresses
         return ranges if len(ranges) else super().pinned_addresses(device)
 
     def close_memory(self, timeout_s: float) -> None:
-        """Let the buffer go, unpinned, when no stream uses it any more."""
+        """Wait until no stream uses the buffer, then unpin and unmap it."""
         super().close_memory(timeout_s)
         self.host_buffer.close()
 
 
 class HostMemoryAllocator(HostHeap):
-    """A heap in host memory that is not pinned, or shared with other processes.
+    """A heap in plain host memory, private or shared with other processes.
 
     Args:
         size: bytes of the heap; rounded down to the alignment.
-        align_bytes: a power of two; every block starts at a multiple of it, as an address in the
-            heap and in memory.
+        align_bytes: a power of two; the heap address and the absolute address of every block are
+            multiples of it.
         huge_pages: ``"none"``, ``"transparent"`` or ``"explicit"``; see ``HostBuffer``.
         numa_node: take memory of this node only.
         populate: commit all memory now, on several threads, instead of page by page at first use.
-        shared: memory that other processes map through ``host_buffer.fd``.
-        host_buffer: a buffer of your own, which the allocator closes; it replaces the arguments
-            that describe memory. ``size`` is then how much of it is the heap.
+        shared: use memory that other processes can map through ``host_buffer.fd``.
+        host_buffer: a buffer of your own, which replaces the arguments that describe memory. The
+            heap is its first ``size`` bytes, and the allocator closes it.
         options: see ``TensorMemoryAllocator``.
 
     Raises:
@@ -103,21 +103,21 @@ class PinMemoryAllocator(HostHeap):
 
     Args:
         size: bytes of the heap; rounded down to the alignment.
-        align_bytes: a power of two; every block starts at a multiple of it, as an address in the
-            heap and in memory.
+        align_bytes: a power of two; the heap address and the absolute address of every block are
+            multiples of it.
         huge_pages: ``"none"``, ``"transparent"`` or ``"explicit"``; see ``HostBuffer``.
-        numa_node: take memory of this node only; ``numa_node_of_gpu`` tells a GPU's.
-        allow_unpinned: keep memory that cannot be pinned; ``stats().pinned_bytes`` shows how much
+        numa_node: take memory of this node only; ``numa_node_of_gpu`` returns the node of a GPU.
+        allow_unpinned: accept memory that cannot be pinned; ``stats().pinned_bytes`` tells how much
             is pinned.
-        registrar: what pins memory; None: CUDA.
-        piece_bytes: bytes of one registration at most, a multiple of the alignment.
+        registrar: pins the memory; None: CUDA does.
+        piece_bytes: maximum bytes of one registration, a multiple of the alignment.
         options: see ``TensorMemoryAllocator``.
 
     Raises:
         ValueError: an argument is wrong.
         OSError: the system does not provide the memory.
-        RuntimeError: something could not be pinned, or there is no CUDA, and ``allow_unpinned``
-            is false.
+        RuntimeError: ``allow_unpinned`` is false, and some memory could not be pinned or CUDA is
+            not available.
 
     >>> import torch
     >>> with PinMemoryAllocator(1 << 20, allow_unpinned=True) as heap:
@@ -159,9 +159,10 @@ class PinMemoryAllocator(HostHeap):
 def empty_address_space(
     align_bytes: int, page_layout: BlockLayout | None
 ) -> tuple[AddressManager, int]:
-    """An empty address space, and the granule of its pinned pieces.
+    """An empty address space, and the granularity of its pinned pieces in bytes.
 
-    The granule is a whole number of units of the address space and of pages of memory, in bytes.
+    The granularity is a common multiple of the address space's alignment and the page size of host
+    memory.
     """
     if page_layout is None:
         manager = AddressManager(0, align_bytes)

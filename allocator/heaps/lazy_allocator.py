@@ -1,8 +1,8 @@
 """``LazyMemoryAllocator``: a host heap that starts small and grows to its size in the background.
 
-The whole address range is reserved at once, which costs nothing. The first bytes are committed
-and pinned before the constructor returns. The rest follows piece by piece on a thread
-(``BackgroundGrowth``), and each piece joins the heap once it is usable.
+The constructor reserves the whole address range, which costs nothing, and commits and pins the
+first bytes. A thread (``BackgroundGrowth``) commits and pins the rest piece by piece, and each
+piece joins the heap once it is usable.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ if TYPE_CHECKING:
 __all__ = ["LazyMemoryAllocator"]
 
 PINNED_PIECE_BYTES = 1 << 30
-"""Bytes pinned at a time; no block straddles two pieces: 64 MiB blocks waste 3 % of 1 GiB."""
+"""Bytes pinned at a time. No block straddles two pieces: 64 MiB blocks waste 3 % of 1 GiB."""
 
 PLAIN_PIECE_BYTES = 256 << 20
-"""Bytes committed at a time without pinning; such pieces join the heap without a boundary."""
+"""Bytes committed at a time without pinning. Blocks may straddle such pieces."""
 
 POPULATE_STEP_BYTES = 32 << 20
-"""Bytes populated between two looks at ``close``; see benchmarks/NOTES.md."""
+"""Bytes populated between two checks for ``close``; see benchmarks/NOTES.md."""
 
 Pinning = Literal["required", "if possible", "no"]
 
 
 class LazyMemoryAllocator(HostHeap):
-    """A heap in host memory that grows to ``final_size`` by itself.
+    """A heap in host memory that grows to ``final_size`` in the background.
 
     Args:
-        init_size: bytes to begin with; rounded up to the alignment and to pages of memory.
-        final_size: bytes in the end; rounded down to the alignment.
-        align_bytes: a power of two, also of the memory's address; at least the page size.
-        pin: ``"required"``: page-locked for CUDA, or an error; ``"if possible"``: memory that
-            cannot be pinned stays unpinned, visible in ``stats().pinned_bytes``; ``"no"``: plain
-            memory.
+        init_size: initial bytes; rounded up to the alignment and to whole pages of memory.
+        final_size: final bytes; rounded down to the alignment.
+        align_bytes: a power of two; blocks and the memory's base address are multiples of it. The
+            base address is also a multiple of the page size.
+        pin: ``"required"``: pin all memory for CUDA, or raise; ``"if possible"``: leave memory
+            that cannot be pinned unpinned (see ``stats().pinned_bytes``); ``"no"``: do not pin.
         huge_pages: ``"none"``, ``"transparent"`` or ``"explicit"``; see ``HostBuffer``.
         numa_node: take memory of this node only.
-        piece_bytes: bytes by which the heap grows at a time, rounded as ``init_size``; None: 1 GiB
-            if it is pinned, else 256 MiB.
+        piece_bytes: bytes by which the heap grows at a time, rounded down to the same units, at
+            least one; None: 1 GiB if memory is pinned, else 256 MiB.
         on_progress: called on the growing thread after each piece.
-        registrar: what pins memory; None: CUDA.
+        registrar: pins the memory; None: CUDA does.
         options: see ``TensorMemoryAllocator``.
 
     Raises:
         ValueError: an argument is wrong.
         OSError: the system does not provide the memory.
-        RuntimeError: the first bytes cannot be pinned. A later failure ends growth, and is in
-            ``progress.error``.
+        RuntimeError: the initial bytes cannot be pinned. A later failure ends growth and is
+            reported in ``progress.error``.
 
     >>> with LazyMemoryAllocator(1 << 20, 64 << 20, pin="no") as heap:
     ...     heap.wait_until_grown(), heap.stats().heap_bytes >> 20
@@ -99,7 +99,8 @@ class LazyMemoryAllocator(HostHeap):
         piece_bytes = max(piece_bytes // granule, 1) * granule
         self._pin = pin
         if registrar is None and pin != "no" and torch.cuda.is_available():
-            registrar = CudaHostRegistrar()  # for this thread's device, not the growing one's
+            # Created here: it registers for the device that is current on this thread.
+            registrar = CudaHostRegistrar()
         self._registrar = registrar
         self.host_buffer = HostBuffer(
             final_size, align_bytes=align_bytes, huge_pages=huge_pages, numa_node=numa_node
@@ -122,11 +123,11 @@ class LazyMemoryAllocator(HostHeap):
 
     @property
     def progress(self) -> GrowthProgress:
-        """How far growth is now; never waits."""
+        """How far the heap has grown so far; never waits."""
         return self._growth.progress
 
     def wait_until_grown(self, timeout: float | None = None) -> bool:
-        """Wait until growth has ended; whether it has within ``timeout`` seconds.
+        """Wait until growth has ended; return whether it has within ``timeout`` seconds.
 
         Raises:
             BaseException: the error that ended growth early.
@@ -145,10 +146,10 @@ class LazyMemoryAllocator(HostHeap):
             )
 
     def _publish(self, num_bytes: int) -> None:
-        # A segment of its own if pinned: CUDA copies no range that straddles two registrations.
+        # A new segment if pinned: CUDA cannot copy a range that straddles two registrations.
         self.address_manager.sbrk(num_bytes, new_segment=self._pin != "no")
 
     def close_memory(self, timeout_s: float) -> None:
-        """End growth, and let the buffer go when no stream uses it any more."""
+        """Stop growing, wait until no stream uses the buffer, and close it."""
         self._growth.stop()
         super().close_memory(timeout_s)

@@ -1,4 +1,4 @@
-"""``MixedMemoryAllocator``: tensors in a heap, plain bytes beside it."""
+"""``MixedMemoryAllocator``: tensors in a heap, plain bytes outside it."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
         if fmt is MemoryFormat.BINARY_BUFFER:
             return self.buffer_allocator
         if fmt is MemoryFormat.UNDEFINED:
-            raise ValueError(f"a mixed allocator needs to know the format, got {fmt}")
+            raise ValueError(f"a mixed allocator needs a format other than {fmt}")
         return self.pin_allocator
 
     def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
-        """The layout of a block, as the allocator for ``fmt`` makes it.
+        """The block layout that the allocator for ``fmt`` makes.
 
         Raises:
             ValueError: ``fmt`` is ``UNDEFINED``, or another argument is wrong.
@@ -63,17 +63,17 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
         source: torch.Tensor | None = None,
         allow_partial: bool = False,
     ) -> MemoryBatch | None:
-        """``batched_allocate`` of the allocator for the layout's format."""
+        """Allocate from the allocator for the layout's format."""
         chosen = self._allocator_of(layout.fmt)
         return chosen.allocate_blocks(layout, batch_size, source, allow_partial)
 
     def batched_free(
         self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
     ) -> None:
-        """``batched_free`` of the allocator that the blocks belong to; they must share one.
+        """Free blocks, which must all belong to the same one of the two allocators.
 
         Raises:
-            ForeignObjectError: they belong to both allocators, or to another; nothing is freed.
+            ForeignObjectError: the blocks belong to both, or to neither; nothing is freed.
         """
         self.require_open()
         if isinstance(objs, MemoryBatch):
@@ -82,17 +82,17 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
             objs = list(objs)
             kinds = {isinstance(obj, BytesBufferMemoryObj) for obj in objs}
             if len(kinds) > 1:
-                raise ForeignObjectError("tensors and plain bytes cannot be freed in one call")
+                raise ForeignObjectError("tensors and plain bytes cannot be freed in the same call")
             is_buffer = True in kinds
         (self.buffer_allocator if is_buffer else self.pin_allocator).batched_free(objs, out)
 
     def stats(self) -> AllocatorStats:
-        """``stats`` of the heap."""
+        """The statistics of the heap."""
         self.require_open()
         return self.pin_allocator.stats()
 
     def leaks(self) -> tuple[LiveBlocks, ...]:
-        """All live blocks of both, the oldest first."""
+        """All live blocks of both allocators, oldest first."""
         both = self.pin_allocator.leaks() + self.buffer_allocator.leaks()
         return tuple(sorted(both, key=lambda group: -group.age_s))
 

@@ -1,8 +1,8 @@
 """``PagedTensorMemoryAllocator``: pages of one fixed size, each holding one block.
 
-Pages do not fragment: any free page will do. A batch takes neighbouring pages where it can, so that
-copies of it have few runs. It is a ``TensorMemoryAllocator`` on an address space of pages, and as
-cheap: a batch costs no Python work per page.
+Pages do not fragment: any free page fits any block. A batch takes neighbouring pages if it can, so
+that copying it takes few runs. The allocator is a ``TensorMemoryAllocator`` on an address space of
+pages, and a batch needs no Python work per page.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ __all__ = ["PagedTensorMemoryAllocator"]
 
 
 class PagedTensorMemoryAllocator(TensorMemoryAllocator):
-    """Allocates pages, each large enough for one block of a given layout.
+    """Allocates pages, each large enough for one block of a given block layout.
 
-    A smaller block takes a page as well, and reports its own size.
+    A smaller block takes a whole page too, but reports its own size.
 
     Args:
         tensor: the buffer, as for ``TensorMemoryAllocator``. Bytes beyond the last whole page
             stay unused.
-        shapes: the shape that a page holds, or a list of them, one for each group.
-        dtypes: its dtype, or a list of them.
+        shapes: the shape of a page's block, or a list with the shape of each group.
+        dtypes: its dtype, or a list with the dtype of each group.
         fmt: what the dimensions mean.
         options: see ``TensorMemoryAllocator``.
 
     Raises:
-        ValueError: shapes and dtypes make no block layout, or the buffer is not contiguous.
+        ValueError: shapes and dtypes are not a block layout, or the buffer is not contiguous.
 
     >>> heap = PagedTensorMemoryAllocator(torch.zeros(4096, dtype=torch.uint8), [32, 9],
     ...                                   torch.float16)
@@ -63,5 +63,5 @@ class PagedTensorMemoryAllocator(TensorMemoryAllocator):
 
     @property
     def num_pages(self) -> int:
-        """How many pages there are, free or not."""
+        """Number of pages, free or allocated."""
         return self.address_manager.get_heap_size() // self.page_bytes

@@ -1,7 +1,7 @@
-"""Allocators without a heap: every batch brings its own memory.
+"""Allocators without a heap: every batch has its own memory.
 
-For tests, and for payloads that are bytes rather than tensors. They are never full, and their
-blocks follow the same rules as those of a heap.
+They serve tests, and payloads that are bytes rather than tensors. They are never full, and their
+blocks follow the same lifetime rules as blocks of a heap.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class AdHocMemoryAllocator(BlockAllocator):
     """Allocates each batch as a tensor of its own.
 
     Args:
-        device: where.
-        idempotent_free: freeing a block again does nothing instead of raising.
-        trace_frames: how many callers of each allocation to record.
+        device: the device to allocate on.
+        idempotent_free: freeing a freed block does nothing instead of raising.
+        trace_frames: number of callers to record for each allocation.
 
     >>> AdHocMemoryAllocator().allocate([2, 3], torch.float32).tensor.shape
     torch.Size([2, 3])
@@ -67,7 +67,7 @@ class AdHocMemoryAllocator(BlockAllocator):
             raise NegativeBatchSizeError(batch_size)
         if source is not None:
             require_matching("source", source, batch_size, layout, self.device, cpu_is_fine=True)
-        # Each block begins at a multiple of its widest item.
+        # Each block begins at a multiple of its largest item size.
         block_bytes = -(-layout.size_bytes // layout.alignment) * layout.alignment
         storage = torch.empty((batch_size, block_bytes), dtype=torch.uint8, device=self.device)
         if source is not None:
@@ -78,7 +78,7 @@ class AdHocMemoryAllocator(BlockAllocator):
         return MemoryBatch(self, addresses, layout, storage=storage.view(-1)).own()
 
     def require_gatherable(self, parts: Sequence[Rows], out: torch.Tensor) -> None:
-        """Refuse an ``out`` of ``batched_free`` that does not match the blocks."""
+        """Check that ``out`` of ``batched_free`` matches the blocks."""
         require_gatherable(parts, out, self.device)
 
     def gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
@@ -95,7 +95,7 @@ class AdHocMemoryAllocator(BlockAllocator):
         return batch.storage[address : address + size_bytes]
 
     def close_memory(self, timeout_s: float) -> None:
-        """Nothing to do: each batch holds its memory."""
+        """Does nothing: each batch owns its memory."""
 
     def __repr__(self) -> str:
         """The device."""
@@ -105,8 +105,8 @@ class AdHocMemoryAllocator(BlockAllocator):
 class BufferAllocator(AdHocMemoryAllocator):
     """Allocates plain bytes, for payloads of format ``BINARY_BUFFER``.
 
-    The first extent of the shape is the number of bytes; the dtype does not matter. The objects
-    have a ``byte_view`` and no ``tensor``.
+    The first dimension of the shape is the number of bytes; the dtype is ignored. The objects have
+    a ``byte_view`` and no ``tensor``.
 
     >>> len(BufferAllocator().allocate([512], None).byte_view)
     512
@@ -115,7 +115,7 @@ class BufferAllocator(AdHocMemoryAllocator):
     object_type = BytesBufferMemoryObj
 
     def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
-        """The layout of so many bytes."""
+        """The block layout of ``shape[0]`` bytes."""
         first = shape[0]
         num_bytes = first if isinstance(first, (int, np.integer)) else first[0]
         return BlockLayout.of((int(num_bytes),), torch.uint8, MemoryFormat.BINARY_BUFFER)

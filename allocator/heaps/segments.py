@@ -1,7 +1,6 @@
 """``Segments``: the buffers behind one address space, and access to blocks by their addresses.
 
-A value that never changes: a heap that grows publishes a new one. No block straddles two
-segments.
+``Segments`` is immutable: a heap that grows publishes a new one. No block straddles two segments.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ __all__ = ["Segments", "as_buffer"]
 class Segments:
     """Buffers of one device, each with the address of its first byte.
 
-    - look: ``buffers``, ``starts``, ``device``, ``pairs``, ``end``, ``pinned_bytes``;
+    - inspect: ``buffers``, ``starts``, ``device``, ``pairs``, ``end``, ``pinned_bytes``;
     - grow: ``with_buffer``;
     - where blocks are: ``bytes_at``, ``absolute``, ``pinned_addresses``;
     - copy and fill blocks: ``scatter``, ``gather``, ``fill``;
@@ -33,7 +32,7 @@ class Segments:
 
     Args:
         buffers: uint8 ``[N]`` each, at least one.
-        starts: address of the first byte of each, ascending; the first is 0.
+        starts: heap address of the first byte of each, ascending; the first is 0.
     """
 
     __slots__ = ("buffers", "starts")
@@ -43,21 +42,21 @@ class Segments:
         self.starts = starts
 
     def __len__(self) -> int:
-        """How many segments there are."""
+        """Number of segments."""
         return len(self.buffers)
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers are."""
+        """The device that the buffers are on."""
         return self.buffers[0].device
 
     @property
     def pairs(self) -> list[tuple[int, torch.Tensor]]:
-        """The buffers, each with the address of its first byte."""
+        """The buffers, each after the heap address of its first byte."""
         return list(zip(self.starts, self.buffers, strict=True))
 
     def end(self, align_bytes: int) -> int:
-        """The address behind the last usable byte: whole units of ``align_bytes`` are usable."""
+        """The address after the last usable byte; only whole units of ``align_bytes`` are."""
         return self.starts[-1] + self.buffers[-1].numel() // align_bytes * align_bytes
 
     @property
@@ -66,7 +65,7 @@ class Segments:
         return sum(buffer.numel() for buffer in self.buffers if buffer.is_pinned())
 
     def with_buffer(self, buffer: torch.Tensor, start: int) -> Segments:
-        """These segments and one more.
+        """These segments and one more buffer, whose first byte has the address ``start``.
 
         Raises:
             ValueError: the buffer shares memory with a segment.
@@ -75,7 +74,7 @@ class Segments:
         for each in self.buffers:
             if first < each.data_ptr() + len(each) and each.data_ptr() < end:
                 raise ValueError(
-                    f"the buffer at [{first:#x}, {end:#x}) shares memory with one of the heap's at "
+                    f"the buffer at [{first:#x}, {end:#x}) shares memory with the heap's buffer at "
                     f"[{each.data_ptr():#x}, {each.data_ptr() + len(each):#x})"
                 )
         return Segments((*self.buffers, buffer), (*self.starts, start))
@@ -91,15 +90,15 @@ class Segments:
         return self.buffers[number][address : address + size_bytes]
 
     def absolute(self, addresses: Int64Array, align_bytes: int) -> tuple[Int64Array, int]:
-        """Where blocks are in memory.
+        """Convert addresses in the heap to absolute addresses.
 
         Args:
             addresses: addresses in the heap, int64 ``[N]``.
-            align_bytes: what divides all addresses of the heap.
+            align_bytes: the heap's alignment; every block address is a multiple of it.
 
         Returns:
-            The absolute address of each, and a power of two up to 16 that divides all absolute
-            addresses of the heap's blocks.
+            The absolute addresses, int64 ``[N]``, and a power of two up to 16 that divides the
+            absolute address of every block of the heap.
         """
         bases = [buffer.data_ptr() for buffer in self.buffers]
         alignment = alignment_of(align_bytes, *bases, *self.starts)
@@ -119,13 +118,13 @@ class Segments:
         return np.unique(np.concatenate(ranges), axis=0)  # buffers may share a registration
 
     def _numbers_of(self, addresses: Int64Array) -> Int64Array:
-        """Which segment each address is in, int64 ``[N]``."""
+        """The index of each address's segment, int64 ``[N]``."""
         return np.searchsorted(self.starts, addresses, side="right") - 1
 
     def _by_segment(
         self, addresses: Int64Array
     ) -> Iterator[tuple[torch.Tensor, Int64Array, slice | Int64Array]]:
-        """Each buffer that is meant, the addresses in it from its start, and their positions."""
+        """For each buffer in use: the buffer, the offsets in it, and their positions."""
         if len(self.buffers) == 1:
             yield self.buffers[0], addresses, slice(None)
             return
@@ -163,10 +162,10 @@ class Segments:
     # -- checks --------------------------------------------------------------------------------
 
     def require_inside(self, blocks: AddressBatch) -> None:
-        """Refuse blocks that leave the buffers.
+        """Raise if any block leaves the buffers.
 
         Raises:
-            ValueError: names the first run that does.
+            ValueError: names the first run that leaves them.
         """
         if not len(blocks):
             return
@@ -182,10 +181,10 @@ class Segments:
             )
 
     def require_readable(self, layout: BlockLayout, align_bytes: int) -> None:
-        """Refuse blocks whose dtypes cannot be read at every multiple of ``align_bytes``.
+        """Raise if ``layout`` has dtypes that cannot be read at every multiple of ``align_bytes``.
 
         Raises:
-            ValueError: says what the layout needs and what the buffer has.
+            ValueError: names the alignment that the layout needs and that of the buffer.
         """
         item_bytes = layout.alignment
         for buffer in self.buffers:

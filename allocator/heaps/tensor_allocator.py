@@ -1,11 +1,12 @@
 """``TensorMemoryAllocator``: an ``AddressManager`` over buffers.
 
-Allocating is the address manager's answer wrapped as arrays; filling and emptying a batch is one
-kernel (``kernels/block_copy.py``). A full heap is an answer (None), not an error: the caller
-evicts and tries again. A caller's mistake raises, and nothing is allocated or freed.
+The address manager finds the addresses of a batch; one kernel (``kernels/block_copy.py``) fills or
+gathers it. A full heap returns None instead of raising: the caller evicts and tries again. A wrong
+argument raises, and nothing is allocated or freed.
 
-Copies run on the current stream of the buffer's device. A freed block may be handed out at once,
-to work on that stream: blocks that another stream still uses need ``record_stream``.
+Copies run on the current stream of the buffer's device. The bytes of a freed block may be allocated
+again at once, for work on that stream. A block that another stream still uses needs
+``record_stream``.
 """
 
 from __future__ import annotations
@@ -43,59 +44,60 @@ from kvheap.heaps.wiping import Poison, Scrub
 __all__ = ["AllocatorStats", "TensorMemoryAllocator"]
 
 DEBUG_SITE_FRAMES = 4
-"""Callers of each allocation that debug mode records."""
+"""Number of callers that debug mode records for each allocation."""
 
 
 @dataclass(frozen=True, slots=True)
 class AllocatorStats(HeapStats):
-    """The heap at one moment, and where it is."""
+    """A snapshot of the heap's counters and properties."""
 
     device: str
     align_bytes: int
     segments: int
-    """How many buffers the heap consists of."""
+    """Number of buffers that make up the heap."""
     pinned_bytes: int
     """Bytes of the heap that are page-locked host memory."""
     pending_bytes: int
-    """Freed bytes that wait for a stream; they count as allocated."""
+    """Freed bytes that a stream still uses; they count as allocated."""
     dropped_blocks: int
-    """Blocks that were dropped without being freed, and reclaimed, so far."""
+    """Blocks that were dropped without being freed and then reclaimed, so far."""
     expired_leases: int
-    """Pins with a time to live that have ended by themselves, so far."""
+    """Pins with a time to live that have expired, so far."""
 
 
 class TensorMemoryAllocator(Heap):
     """Allocates tensors, one by one or in batches, from one heap.
 
-    Thread-safe. Every object should be freed by its holders; what is dropped instead is reclaimed
-    by a later operation and counted in ``stats().dropped_blocks``.
+    Thread-safe. The holders of an object should free it; a later operation reclaims dropped ones
+    and counts them in ``stats().dropped_blocks``.
 
     - allocate: ``allocate``, ``batched_allocate``, ``max_batch``; ``view`` for blocks that another
       process allocated;
     - free: ``free``, ``batched_free``;
     - an engine's cache: ``batched_store``, ``batched_load``, ``batched_evict``;
-    - look: ``stats``, ``snapshot``, ``leaks``, ``full_report``, ``memcheck``, ``buffer``,
+    - inspect: ``stats``, ``snapshot``, ``leaks``, ``full_report``, ``memcheck``, ``buffer``,
       ``segments``, ``device``;
-    - grow and end: ``add_buffer``, ``close``.
+    - grow and close: ``add_buffer``, ``close``.
 
     Args:
-        tensor: the buffer: contiguous, any dtype and shape, CPU or GPU. It is used as bytes, and
-            kept alive. Bytes beyond the last whole ``align_bytes`` stay unused.
+        tensor: the buffer: contiguous, any dtype and shape, CPU or GPU. The heap uses its bytes and
+            keeps it alive. Bytes after the last whole unit of ``align_bytes`` stay unused.
         align_bytes: a power of two; every block starts at a multiple of it.
-        page_layout: cut the buffer into pages that hold one block of this layout each; a smaller
-            block takes a page too. Replaces ``align_bytes``.
-        address_manager: an address space of your own, no larger than the buffer, of which nothing
-            is allocated; its alignment replaces ``align_bytes``.
-        idempotent_free: freeing a block again does nothing instead of raising.
-        scrub: zero the bytes of blocks when they are freed, one launch for each size and call.
-        debug: poison freed bytes, and check that they have not changed when they are handed out
-            again; record who allocated what. Slow. None: as ``KVHEAP_DEBUG`` says.
-        trace_frames: how many callers of each allocation to record; None: 4 in debug mode, else 0.
-        stream_wait_s: how long an allocation that does not fit waits for blocks that were freed
-            while a stream still used them.
-        on_full: called when an allocation fails, with who holds what, at most once in
+        page_layout: divide the buffer into pages that hold one block of this layout each; a smaller
+            block takes a whole page too. Replaces ``align_bytes``.
+        address_manager: an address space of your own, no larger than the buffer, with nothing
+            allocated; its alignment replaces ``align_bytes``.
+        idempotent_free: freeing a freed block does nothing instead of raising.
+        scrub: zero the bytes of freed blocks, with one launch for each block size and call.
+        debug: poison freed bytes, check that they are unchanged when they are allocated again, and
+            record allocation sites. Slow. None: ``KVHEAP_DEBUG`` decides.
+        trace_frames: number of callers to record for each allocation; None: 4 in debug mode, else
+            0.
+        stream_wait_s: seconds that an allocation that does not fit waits for freed blocks that
+            streams still use.
+        on_full: called with a ``FullReport`` when an allocation fails, at most once in
             ``on_full_interval_s`` seconds. None: never.
-        on_full_interval_s: seconds between two reports.
+        on_full_interval_s: minimum seconds between two reports.
 
     Raises:
         ValueError: the tensor is not contiguous, ``align_bytes`` is not a power of two, or the
@@ -143,7 +145,7 @@ class TensorMemoryAllocator(Heap):
         if trace_frames is None:
             trace_frames = DEBUG_SITE_FRAMES if debug else 0
         self.address_manager = address_manager
-        """What is free; use it to look, not to free what objects hold."""
+        """The address space. Use it for inspection, not to free the blocks of live objects."""
         self.page_layout = page_layout
         self.idempotent_free = idempotent_free
         wiping = Poison() if debug else Scrub() if scrub else None
@@ -159,9 +161,9 @@ class TensorMemoryAllocator(Heap):
     # -- allocate ------------------------------------------------------------------------------
 
     def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
-        """The layout of a block, which must fit a page and the heap's alignment."""
+        """The layout of a block, checked against the page size and the heap's alignment."""
         layout = BlockLayout.of(shape, dtype, fmt)
-        if layout is self._checked_layout:  # equal layouts are mostly one object
+        if layout is self._checked_layout:  # equal layouts are usually the same object
             return layout
         page = self.page_layout
         if page is not None and layout.size_bytes > page.size_bytes:
@@ -191,7 +193,7 @@ class TensorMemoryAllocator(Heap):
         if wiping is not None:
             try:
                 wiping.allocated(addresses, self._open_segments())
-            except BaseException:  # the bytes are poisoned still
+            except BaseException:  # the bytes are still poisoned
                 self.address_manager.batched_free(addresses)
                 raise
         batch = None
@@ -203,7 +205,7 @@ class TensorMemoryAllocator(Heap):
         except BaseException:
             if batch is not None and batch.is_owner:
                 batch.disown()
-            # Part of the source may have been written: wipe it, as after any free.
+            # Part of the source may have been written: wipe it, as any free does.
             self._bytes.give_back(Release(addresses, 0, layout.__str__))
             raise
         return batch
@@ -225,17 +227,17 @@ class TensorMemoryAllocator(Heap):
         dtype: Dtypes | None = None,
         fmt: MemoryFormat = MemoryFormat.KV_2LTD,
     ) -> MemoryBatch:
-        """Wrap blocks that another process allocated in an equal heap.
+        """Wrap blocks that another process allocated in a heap of the same size.
 
         Args:
-            blocks: a batch's ``metadata``, which is complete; or the addresses of blocks, in
-                ascending order.
+            blocks: a batch's ``metadata``, which needs no other argument; or the addresses of
+                blocks, in ascending order.
             shape: logical shape of each block, if ``blocks`` are addresses.
-            dtype: logical dtype of each block.
-            fmt: what the dimensions mean.
+            dtype: logical dtype of each block, if ``blocks`` are addresses.
+            fmt: what the dimensions mean, if ``blocks`` are addresses.
 
         Returns:
-            A batch whose tensors are this heap's bytes, and which this process never frees.
+            A batch on this heap's bytes; this process cannot free its blocks.
 
         Raises:
             ValueError: a block leaves the buffer, addresses are not ascending, or shape and dtype
@@ -247,7 +249,7 @@ class TensorMemoryAllocator(Heap):
             layout, addresses = blocks.layout, blocks.blocks
         else:
             if shape is None or dtype is None:
-                raise ValueError("addresses do not tell shape and dtype: name both")
+                raise ValueError("addresses need a shape and a dtype: pass both")
             layout = self.layout_of(shape, dtype, fmt)
             addresses = self._as_address_batch(blocks, layout)
         self._open_segments().require_inside(addresses)
@@ -271,11 +273,11 @@ class TensorMemoryAllocator(Heap):
     # -- free ----------------------------------------------------------------------------------
 
     def require_gatherable(self, parts: Sequence[Rows], out: torch.Tensor) -> None:
-        """Refuse an ``out`` of ``batched_free`` that does not match the blocks."""
+        """Raise if the ``out`` of ``batched_free`` does not match the blocks."""
         require_gatherable(parts, out, self.device)
 
     def gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
-        """Copy the contents of blocks into ``out``, which was checked."""
+        """Copy the contents of blocks into ``out``, already checked by ``require_gatherable``."""
         segments = self._open_segments()
         await_filling(objs, segments.device)
         if isinstance(objs, MemoryBatch):
@@ -285,7 +287,7 @@ class TensorMemoryAllocator(Heap):
         segments.gather(addresses, out)
 
     def merged_releases(self, releases: list[Release]) -> list[Release]:
-        """One release for all blocks that wait for no stream, unless owners are told apart."""
+        """Combine the releases that wait for no stream, unless debug mode needs each owner."""
         wiping = self._bytes.wiping
         if wiping is not None and wiping.tells_owners_apart:
             return releases
@@ -297,7 +299,7 @@ class TensorMemoryAllocator(Heap):
     batched_load = chunks.batched_load
     batched_evict = chunks.batched_evict
 
-    # -- look ----------------------------------------------------------------------------------
+    # -- inspect -------------------------------------------------------------------------------
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -314,12 +316,12 @@ class TensorMemoryAllocator(Heap):
 
     @property
     def segments(self) -> list[tuple[int, torch.Tensor]]:
-        """The heap's buffers, each with the address of its first byte."""
+        """The heap's buffers, each after the heap address of its first byte."""
         return self._open_segments().pairs
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers are."""
+        """The device that the buffers are on."""
         return self._open_segments().device
 
     @property
@@ -365,7 +367,7 @@ class TensorMemoryAllocator(Heap):
         return self.address_manager.check_consistency()
 
     def full_report(self, num_blocks: int = 0, requested_bytes: int = 0) -> FullReport:
-        """What is free, and who holds the rest. O(batches)."""
+        """What is free, and which live blocks hold the rest. O(batches)."""
         self.require_open()
         heap = self.address_manager.stats()
         return FullReport(
@@ -385,25 +387,26 @@ class TensorMemoryAllocator(Heap):
         return self._open_segments().bytes_at(address, size_bytes)
 
     def absolute(self, addresses: Int64Array) -> tuple[Int64Array, int]:
-        """Where blocks are in memory, and a power of two up to 16 that divides all of that."""
+        """The absolute addresses of blocks, and their alignment; see ``Heap.absolute``."""
         return self._open_segments().absolute(addresses, self.address_manager.align_bytes)
 
     def pinned_addresses(self, device: CopyDevice) -> Int64Array:
-        """What ``device`` can reach of a heap in host memory: absolute ranges, int64 ``[R, 2]``."""
+        """The absolute ranges of a host heap that ``device`` can reach, int64 ``[R, 2]``."""
         return self._open_segments().pinned_addresses(device)
 
     def start_over_after_fork(self) -> None:
-        """Release the allocator's own locks in a forked child."""
+        """Replace the allocator's own locks in a forked child."""
         super().start_over_after_fork()
         self._grow_lock = threading.Lock()
 
     def _open_segments(self) -> Segments:
-        """The segments at one moment; whoever holds them keeps the buffers alive.
+        """The current segments; holding them keeps the buffers alive.
 
         Raises:
             ClosedError: the heap is closed.
         """
-        segments = self._bytes.segments  # before the check: closing empties them after it is closed
+        # Read before the check: ``close`` first sets ``closed``, and empties the segments later.
+        segments = self._bytes.segments
         self.require_open()
         return segments
 
@@ -411,18 +414,18 @@ class TensorMemoryAllocator(Heap):
         """The counters and the device."""
         return f"{type(self).__name__}({'closed' if self.closed else self.stats()})"
 
-    # -- grow and end --------------------------------------------------------------------------
+    # -- grow and close ------------------------------------------------------------------------
 
     def add_buffer(self, tensor: torch.Tensor) -> None:
-        """Grow the heap by another buffer; no block straddles two.
+        """Grow the heap by another buffer; no block straddles two buffers.
 
         Args:
             tensor: contiguous, on the device of the first buffer. Kept alive.
 
         Raises:
             ValueError: the tensor is not contiguous, on another device, smaller than
-                ``align_bytes``, or shares memory with the heap; or the last buffer is not yet all
-                in use.
+                ``align_bytes``, or shares memory with the heap; or the heap does not yet cover the
+                whole last buffer.
             ClosedError: the allocator is closed.
         """
         self.require_open()
@@ -432,16 +435,16 @@ class TensorMemoryAllocator(Heap):
         unit = self.address_manager.align_bytes
         usable = buffer.numel() // unit * unit
         if not usable:
-            raise ValueError(f"the buffer must have {unit} bytes or more, got {buffer.numel()}")
+            raise ValueError(f"the buffer must have at least {unit} bytes, got {buffer.numel()}")
         with self._grow_lock:
             before = self._bytes.segments
             start, last_end = self.address_manager.get_heap_size(), before.end(unit)
             if start < last_end:
                 raise ValueError(
-                    f"the last buffer is in use up to {start} only, of {last_end}: it must be "
-                    f"grown or cut before another follows"
+                    f"the heap ends at address {start} and does not cover its last buffer, which "
+                    f"ends at {last_end}: grow the heap over it, or cut it, before adding another"
                 )
-            # Published before a block in it can be allocated.
+            # Publish the buffer before a block in it can be allocated.
             self._bytes.segments = before.with_buffer(buffer, start)
             self._checked_layout = None
             try:
@@ -452,15 +455,15 @@ class TensorMemoryAllocator(Heap):
                 raise
 
     def close_memory(self, timeout_s: float) -> None:
-        """Wait until no stream uses the heap, and let the buffers go."""
+        """Wait until no stream uses the heap, then drop the buffers."""
         deadline = time.monotonic() + timeout_s
         while self.lifetime.wait_for_streams(deadline - time.monotonic()):
             continue
         left = max(deadline - time.monotonic(), 0.0)
         if self.lifetime.pending_bytes or not self.lifetime.wait_for_live(left):
             raise TimeoutError(
-                f"a stream has not ended its work on this heap in {timeout_s:g} s "
-                f"({self.lifetime.pending_bytes} of its bytes are freed): the buffers are not "
-                f"released; close it again later"
+                f"a stream has not finished its work on this heap in {timeout_s:g} s "
+                f"({self.lifetime.pending_bytes} freed bytes are still in use): the buffers are "
+                f"not released; close the heap again later"
             )
         self._bytes.segments = Segments((), ())

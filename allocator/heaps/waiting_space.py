@@ -1,4 +1,4 @@
-"""``WaitingSpace``: addresses for batches, after waiting for streams if that makes room."""
+"""``WaitingSpace``: allocates addresses, waiting for streams if their blocks make room."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class WaitingSpace:
     """An address space whose freed bytes may still be in use by streams.
 
     Args:
-        address_manager: what is free.
-        lifetime: which freed bytes wait for streams.
-        reporter: is told of allocations that do not fit.
-        stream_wait_s: how long an allocation that does not fit waits for freed bytes.
+        address_manager: the address space.
+        lifetime: knows which freed bytes streams still use.
+        reporter: counts and reports allocations that do not fit.
+        stream_wait_s: seconds that an allocation that does not fit waits for freed bytes.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class WaitingSpace:
         allow_partial: bool,
         make_report: Callable[[int, int], FullReport],
     ) -> AddressBatch | None:
-        """Addresses for a batch.
+        """Allocate addresses for a batch.
 
         Args:
             size_bytes: bytes of each block.
-            batch_size: blocks.
-            allow_partial: if they do not all fit, return as many as do.
-            make_report: the report of a failure, from blocks and bytes asked for.
+            batch_size: number of blocks.
+            allow_partial: if not all blocks fit, return as many as fit.
+            make_report: makes the report of a failure, given the requested blocks and bytes.
 
         Returns:
             The addresses; None if the space is full.
@@ -64,11 +64,11 @@ class WaitingSpace:
             try:
                 addresses = manager.batched_allocate(size_bytes, batch_size, allow_partial)
             except OutOfMemoryError as error:
-                # Not the error itself: it holds the frames of all callers, one of which is this.
+                # Do not keep the error: it holds the frames of this call and of all callers.
                 addresses, requested_bytes = None, error.requested_bytes
             if addresses is not None and len(addresses) == batch_size:
                 return addresses
-            # One deadline for the whole call: many small releases do not prolong it.
+            # One deadline for the whole call, however many small releases end meanwhile.
             now = time.monotonic()
             deadline = now + self._stream_wait_s if deadline is None else deadline
             if not lifetime.wait_for_streams(deadline - now):

@@ -1,9 +1,9 @@
 """What is done to freed bytes: nothing, zeroes (:class:`Scrub`), or a pattern (:class:`Poison`).
 
-Poison is debug mode: freed bytes are filled with a pattern, and checked before they are used
-again. Writing to a block after it was freed, through a tensor that was kept too long or by a copy
-that was still running, changes the pattern. The next allocation of those bytes finds the change
-and reports the block's last owner. Reading and comparing waits for the device.
+Debug mode uses :class:`Poison`: it fills freed bytes with a pattern, and checks the pattern before
+the bytes are allocated again. A write to a freed block, through a tensor that was kept too long or
+by a copy that was still running, changes the pattern. The next allocation of those bytes finds the
+change and reports the block's last owner. The check waits for the device.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from kvheap.heaps.segments import Segments
 __all__ = ["POISON_BYTE", "Poison", "Scrub", "Wiping"]
 
 POISON_BYTE = 0xDB
-"""Not a plausible length, pointer or token; as bf16, fp16 and fp32 a large negative number."""
+"""Not a plausible length, pointer or token; a large negative bf16, fp16 or fp32."""
 
 Owner = Callable[[], str]
 
 
 class Wiping(Protocol):
-    """What a heap does to bytes before they are free, and before they are handed out again."""
+    """What a heap does to bytes when they are freed and before they are allocated again."""
 
     tells_owners_apart: bool
-    """Whether blocks of several owners must be released one owner at a time."""
+    """Whether the releases of several owners must stay separate."""
 
     def freed(self, release: Release, segments: Segments) -> None:
-        """Treat the bytes of blocks that are about to be free."""
+        """Wipe the bytes of blocks that are about to become free."""
         ...
 
     def allocated(self, blocks: AddressBatch, segments: Segments) -> None:
-        """Check bytes that are about to be handed out."""
+        """Check bytes that are about to be allocated."""
         ...
 
 
 class Scrub:
-    """Zeroes freed bytes, in one launch for each block size and call."""
+    """Zeroes freed bytes, with one launch for each block size and call."""
 
     tells_owners_apart = False
 
@@ -55,11 +55,11 @@ class Scrub:
             segments.fill(addresses, size, 0)
 
     def allocated(self, blocks: AddressBatch, segments: Segments) -> None:
-        """Nothing to check."""
+        """Checks nothing."""
 
 
 class Poison:
-    """Fills freed bytes with a pattern, and knows who held them last."""
+    """Fills freed bytes with a pattern, and remembers their last owners."""
 
     tells_owners_apart = True
 
@@ -69,7 +69,7 @@ class Poison:
         starts_over_after_fork(self)
 
     def freed(self, release: Release, segments: Segments) -> None:
-        """Write the pattern, in one launch for each block size, and remember the owner."""
+        """Write the pattern, with one launch for each block size, and remember the owner."""
         for addresses, size in release.by_size():
             segments.fill(addresses, size, POISON_BYTE)
             with self._lock:
@@ -77,7 +77,7 @@ class Poison:
                     self._extents[address] = (address + size, release.owner)
 
     def allocated(self, blocks: AddressBatch, segments: Segments) -> None:
-        """Check blocks that are about to be handed out, and forget them.
+        """Check blocks that are about to be allocated, and forget their last owners.
 
         Raises:
             WriteAfterFreeError: a poisoned byte has another value; names its address and the
@@ -98,15 +98,15 @@ class Poison:
                     raise WriteAfterFreeError(
                         f"{len(changed)} bytes between {begin + int(changed[0])} and "
                         f"{begin + int(changed[-1])} were written after the block at {begin} was "
-                        f"freed; it was last {owner()}"
+                        f"freed; it last held {owner()}"
                     )
 
     def start_over_after_fork(self) -> None:
-        """Release the lock in a forked child."""
+        """Replace the lock in a forked child."""
         self._lock = Lock()
 
     def _cut(self, start: int, end: int) -> list[tuple[int, int, Owner]]:
-        """Take what is poisoned in ``[start, end)`` out of the list."""
+        """Remove the poisoned extents in ``[start, end)``, and return them with their owners."""
         extents = self._extents
         position = max(extents.bisect_right(start) - 1, 0)
         found: list[tuple[int, int, Owner]] = []

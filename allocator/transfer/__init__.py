@@ -1,7 +1,7 @@
-"""Transfers: move pieces of KV from here to there, on this stream, by the fastest path.
+"""Transfers: copy pieces of KV asynchronously, on a stream, by the fastest path.
 
-``copy`` carries out a ``CopyPlan`` within a device, between a device and pinned host memory,
-between devices, or within host memory; ``offload`` and ``restore`` move blocks to another heap.
+``copy`` executes a ``CopyPlan`` within a device, between a device and pinned host memory, between
+devices, or within host memory. ``offload`` and ``restore`` move blocks to another heap.
 """
 
 from kvheap.device.transfer import Part, Transfer

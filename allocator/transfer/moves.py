@@ -1,12 +1,12 @@
-"""``copy``, ``offload`` and ``restore``: carry out a plan; move blocks to another heap.
+"""``copy``, ``offload`` and ``restore``: execute a plan; move blocks to another heap.
 
-All return at once, with a ``Transfer`` that tells when the bytes have arrived. Neither side's bytes
-are handed out again before. ``paths.py`` lists the paths that a copy can take.
+All return at once. Their ``Transfer`` tells when the bytes have arrived; until then, the bytes of
+both sides are not reused. ``paths.py`` lists the paths that a copy can take.
 
-Sources are read in stream order, in every direction. The copy engine's batch call does not take
-the legacy default stream: ``path="copy_engine"`` is refused there, and the planner does without it
-and warns once. In a CUDA graph capture, a prepared plan's kernel and single asynchronous copies
-work; everything else is refused before anything is queued.
+Sources are read in stream order, in every direction. The copy engine's batch call does not accept
+the legacy default stream: ``path="copy_engine"`` is refused there, and the planner avoids the batch
+call and warns once. A CUDA graph capture accepts the kernel with a prepared plan, and single
+asynchronous copies; everything else is refused before anything is queued.
 
 >>> import torch
 >>> from kvheap import TensorMemoryAllocator, offload, restore
@@ -55,26 +55,26 @@ def copy(
     path: Path | None = None,
     max_sms: int | None = None,
 ) -> Transfer:
-    """Carry out a plan on a stream; returns at once.
+    """Execute a plan on a stream; returns at once.
 
     Args:
-        plan: what to copy; or a pair ``(source, target)`` of batches, objects or tensors, for
-            :meth:`CopyPlan.between`.
+        plan: what to copy; or a pair ``(source, target)`` of batches, objects or tensors, which is
+            passed to :meth:`CopyPlan.between`.
         stream: a stream of the plan's device; None: the current one. Copies within host memory
-            take no stream: they run in the order of the calls, beside the caller.
+            take no stream: they run in call order, in the background.
         path: take this path; None: the planner chooses.
-        max_sms: how many SMs the kernel may take; None: 8 between a device and the host, any
-            number within a device.
+        max_sms: maximum number of SMs for the kernel; None: 8 between a device and the host, no
+            limit within a device.
 
     Returns:
-        The transfer. Its ``result()`` raises what fails once the copy has begun.
+        The transfer. Errors that occur once the copy has begun are raised by its ``result()``.
 
     Raises:
-        ValueError: the path cannot be taken, the stream is of another device, or the pair does not
-            make a plan; nothing is queued.
+        ValueError: the path cannot be taken, the stream belongs to another device, or the pair
+            does not make a plan; nothing is queued.
         TypeError: an argument has a wrong type; nothing is queued.
         LifetimeError: a block is freed; nothing is queued.
-        RuntimeError: a graph is being captured, and this copy cannot be; nothing is queued.
+        RuntimeError: a graph is being captured, and it cannot include this copy; nothing is queued.
         TransferError: the source is the target of a transfer that failed; nothing is queued.
     """
     if not isinstance(plan, CopyPlan):
@@ -101,12 +101,12 @@ def offload(
     device, typically to pinned host memory, ``restore`` for moves back.
 
     Args:
-        batch: blocks of one heap and layout.
+        batch: blocks of one heap and block layout.
         into: the allocator to move to.
         stream: as for :func:`copy`. Wait for it before other streams use the new batch.
-        free: free the source's blocks once they have been copied. They count as freed at once, and
-            their bytes come back when the copy has ended; if it fails, they are live again.
-        allow_partial: if not all blocks fit, move the first ones, as many as do.
+        free: free the source's blocks once they have been copied. They count as freed at once;
+            their bytes become free when the copy succeeds. If it fails, the blocks are live again.
+        allow_partial: if not all blocks fit, move only the first ones, as many as fit.
         by_layer: see :meth:`CopyPlan.between`.
         path: as for :func:`copy`.
         max_sms: as for :func:`copy`.
@@ -116,12 +116,12 @@ def offload(
         not fit and ``allow_partial`` is false.
 
     Raises:
-        ValueError, TypeError: as :func:`copy`; nothing is allocated or freed.
-        DoubleFreeError, BlockInUseError: with ``free``, a block is named twice, or somebody else
-            holds it; nothing is allocated or freed.
+        ValueError, TypeError: as for :func:`copy`; nothing is allocated or freed.
+        DoubleFreeError, BlockInUseError: with ``free``, a block is named twice, pinned, or has more
+            than one reference; nothing is allocated or freed.
         LifetimeError: a block is freed; nothing is allocated.
         RuntimeError: a graph is being captured; nothing is allocated or freed.
-        TransferError: the copy failed when it was begun, or the transfer that fills the blocks has
+        TransferError: the copy failed to start, or the transfer that fills the source's blocks has
             failed; nothing is allocated or freed.
     """
     heap = heap_of(batch)
@@ -163,7 +163,7 @@ def _start(
     max_sms: int | None,
     move: _Move | None = None,
 ) -> Transfer:
-    """Protect both sides, claim the blocks that a move gives up, and queue the copy."""
+    """Protect both sides, claim the blocks that a move frees, and queue the copy."""
     if path is not None and path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
     if max_sms is not None and max_sms < 1:
@@ -178,7 +178,7 @@ def _start(
         run = DeviceRun(plan, device, stream, path, max_sms, before, is_new_target=is_new)
     if run.is_captured and move is not None:
         raise RuntimeError(
-            "blocks are not moved in a graph capture: allocate before it, and capture a copy"
+            "blocks cannot be moved in a graph capture: allocate before it, and capture a copy"
         )
     completion = Completion(plan.memory)
     transfer = Transfer(
@@ -216,7 +216,7 @@ def _start(
 
 
 class _Move:
-    """The blocks that a move gives up once they have been copied."""
+    """The source blocks that a move frees once they have been copied."""
 
     def __init__(self, given_up: Sequence[Rows]) -> None:
         self._given_up = given_up
@@ -231,13 +231,14 @@ class _Move:
         """Mark the blocks as freed, all or none.
 
         Raises:
-            DoubleFreeError, BlockInUseError: one is freed already, or somebody else holds it.
+            DoubleFreeError: a block is already freed.
+            BlockInUseError: a block is pinned or has more than one reference.
         """
         for part in self._given_up:
             rows = Rows(part.batch, part.batch.claim(part.rows))
             try:
                 release = part.batch.release_of(rows.rows)
-            except BaseException:  # a stream that is gone cannot tell when its work has ended
+            except BaseException:  # a destroyed stream cannot record an event
                 part.batch.unclaim(rows.rows)
                 raise
             self._claimed.append((rows, release))
@@ -270,7 +271,7 @@ def _transfers_filling(plan: CopyPlan) -> list[Transfer]:
     """Transfers in flight that write to either side of a plan.
 
     Raises:
-        TransferError: one that was to fill the source has failed.
+        TransferError: a transfer that was to fill the source has failed.
     """
     found = []
     for side in (plan.source, plan.target):

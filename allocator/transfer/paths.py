@@ -1,13 +1,13 @@
-"""Which path a copy takes: the one that was asked for, or the planner's choice.
+"""``PathChoice``: the path that a copy takes, forced by the caller or chosen by the planner.
 
 ==============  ===========================================================  ==================
 path            how                                                          directions
 ==============  ===========================================================  ==================
 ``kernel``      one SM kernel over a list of pointers, on few SMs            h2d, d2h, d2d
 ``copy_engine`` ``cuMemcpyBatchAsync``, or an asynchronous copy for each run  all with a device
-``staged``      gathered in an extent on the device, then one large copy,    h2d, d2h; chosen if
-                while the next extent is filled                              the host side is runs
-``host``        memory copies on the host, beside the caller                 h2h
+``staged``      gather into an extent on the device, then one large copy     h2d, d2h; chosen if
+                while the next extent is filled (h2d: the reverse)           the host has few runs
+``host``        memory copies on the host, in the background                 h2h
 ==============  ===========================================================  ==================
 """
 
@@ -24,10 +24,10 @@ from kvheap.transfer.plan import CopyPlan
 __all__ = ["PathChoice"]
 
 MAX_SINGLE_COPIES = 8
-"""Runs copied one by one without the batch call: in a graph, on the legacy stream. Reasoned."""
+"""Maximum runs copied one by one, in a graph or on the legacy stream. Not measured."""
 
 MIN_STAGED_RATIO = 8
-"""Staging needs so many device runs for each host run. Reasoned; see benchmarks/NOTES.md."""
+"""Minimum runs per host run for staging. Not measured; see benchmarks/NOTES.md."""
 
 
 class PathChoice:
@@ -35,8 +35,8 @@ class PathChoice:
 
     Args:
         plan: what to copy.
-        device: the device that carries it out.
-        stream: the stream it is queued on.
+        device: the device that executes it.
+        stream: the stream that it is queued on.
         is_captured: whether a CUDA graph is being captured on the stream.
     """
 
@@ -48,12 +48,12 @@ class PathChoice:
 
     @property
     def is_single(self) -> bool:
-        """Whether the copy engine must copy run by run instead of by its batch call."""
+        """Whether the copy engine must copy run by run, without its batch call."""
         device = self._device
         return self._is_captured or not device.has_batch or device.is_legacy(self._stream)
 
     def forced(self, path: Path) -> Path:
-        """The path that the caller asks for.
+        """Check and return the path that the caller asks for.
 
         Raises:
             ValueError: it cannot be taken.
@@ -61,7 +61,7 @@ class PathChoice:
         """
         reason = self._obstacle(path)
         if reason is None and path == "copy_engine" and self._misses_batch_call(1):
-            reason = "cuMemcpyBatchAsync takes no legacy default stream: pass a stream of your own"
+            reason = "cuMemcpyBatchAsync refuses the legacy default stream: pass another stream"
         if reason is not None:
             kind = RuntimeError if self._is_captured else ValueError
             raise kind(f"path {path!r} cannot be taken: {reason}")
@@ -81,7 +81,7 @@ class PathChoice:
             if self._misses_batch_call(MAX_SINGLE_COPIES):
                 _tell_of_legacy_stream(device.name)
             return "copy_engine"
-        # Each part is submitted by itself.
+        # Choose by the average part: each part is submitted separately.
         num_parts = sum(1 for part in plan.parts if len(part))
         size = max(plan.num_runs // num_parts, 1), max(plan.num_bytes // num_parts, 1)
         table = planner.table_for(device.name, device.driver_version)
@@ -102,9 +102,9 @@ class PathChoice:
             return "kernel"
         if self._plan.num_runs > MAX_SINGLE_COPIES:
             raise RuntimeError(
-                f"{self._plan.num_runs} runs cannot be captured in a CUDA graph as they are: call "
-                f"prepare() on the plan before the capture, or take path='copy_engine', a node for "
-                f"each"
+                f"a CUDA graph cannot capture the kernel for these {self._plan.num_runs} runs: "
+                f"call prepare() on the plan before the capture, or pass path='copy_engine', which "
+                f"adds one node per run"
             )
         return "copy_engine"
 
@@ -122,16 +122,16 @@ class PathChoice:
             return "the kernel needs the triton package"
         if path == "kernel":
             if self._is_captured and plan.prepared is None:
-                return "a graph capture takes a plan that was prepared before it"
+                return "a graph capture needs a plan that was prepared before the capture"
             return None
         if direction == "d2d":
-            return "staging is for copies between a device and the host"
+            return "staging only copies between a device and the host"
         if self._is_captured:
             return "staging cannot be captured"
         return None
 
     def _misses_batch_call(self, max_runs: int) -> bool:
-        """Whether more than ``max_runs`` runs lose the batch call because of their stream."""
+        """Whether a part has more than ``max_runs`` runs but its stream forbids the batch call."""
         if self._is_captured or not self._device.has_batch:
             return False
         is_many = any(len(part) > max_runs for part in self._plan.parts)
@@ -142,11 +142,11 @@ _told_of: set[str] = set()
 
 
 def _tell_of_legacy_stream(device_name: str) -> None:
-    """Warn, once for each kind of device."""
+    """Warn, once per device name."""
     if device_name not in _told_of:
         _told_of.add(device_name)
         logging.getLogger("kvheap").warning(
-            "copies on the legacy default stream of %s do without the copy engine's batch call, "
-            "which does not take it: pass a stream of your own",
+            "copies on the legacy default stream of %s cannot use the copy engine's batch call: "
+            "pass another stream",
             device_name,
         )

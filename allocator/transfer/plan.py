@@ -1,8 +1,8 @@
-"""``CopyPlan``: what a transfer will do, checked: both sides, and the pieces between them.
+"""``CopyPlan``: the checked plan of a transfer: both sides, and the pieces to copy between them.
 
-A plan is made of two batches, a batch and a tensor, addresses in two buffers, or pointers. It
-holds absolute addresses, merged into runs, and split where no single copy may reach across. Making
-a plan copies nothing; ``kvheap.transfer.copy`` carries it out, any number of times.
+A plan is made from two batches, a batch and a tensor, addresses in two buffers, or pointers. Its
+pieces have absolute addresses; they are merged into runs and split at addresses that no single copy
+may cross. Making a plan copies nothing; ``kvheap.transfer.copy`` executes it, any number of times.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CopyPlan:
 
     - made from: :meth:`between`, :meth:`of_addresses`, :meth:`of_pointers`;
     - what it is: ``direction``, ``device``, ``num_runs``, ``num_bytes``, ``num_host_runs``;
-    - ahead of a copy: ``prepare``.
+    - before a copy: ``prepare``.
 
     Attributes:
         source: where the bytes come from.
@@ -67,7 +67,7 @@ class CopyPlan:
         *,
         by_layer: bool = False,
     ) -> CopyPlan:
-        """Block ``i`` of the source to block ``i`` of the target.
+        """Plan to copy block ``i`` of the source to block ``i`` of the target.
 
         Args:
             source: a batch, or some rows of it; objects of one heap and block layout; or a tensor
@@ -78,7 +78,7 @@ class CopyPlan:
             by_layer: make one part for each layer; the blocks' format must keep layers apart.
 
         Raises:
-            ValueError: the sides do not fit, or a device cannot reach the host memory.
+            ValueError: the sides do not match, or a device cannot reach the host memory.
             TypeError: a side is none of these.
             LifetimeError: a block is freed.
         """
@@ -89,7 +89,9 @@ class CopyPlan:
             starts = (from_blocks.starts, to_blocks.starts)
             layout = from_blocks.layout or to_blocks.layout
             if layout is None:
-                raise ValueError("two tensors have no layers: by_layer needs blocks of a heap")
+                raise ValueError(
+                    "by_layer needs blocks of a heap on one side: two tensors have no layers"
+                )
             offsets, piece_bytes = layer_offsets(layout)
             parts = [
                 Pieces(
@@ -113,20 +115,20 @@ class CopyPlan:
         *,
         parts: Sequence[int] | None = None,
     ) -> CopyPlan:
-        """Ranges of bytes of one buffer to ranges of another, or of the same.
+        """Plan to copy byte ranges of one buffer to ranges of another, or of the same buffer.
 
         Args:
             source: contiguous, any dtype.
             target: contiguous, any dtype.
             source_addresses: N byte offsets in the source, integers.
             target_addresses: N byte offsets in the target.
-            sizes: bytes of each piece, or one number for all; empty pieces are left out.
-            parts: how many of the pieces each part has, in order; None: one part.
+            sizes: bytes of each piece, or one number for all; empty pieces are skipped.
+            parts: number of pieces in each part, in order; None: one part.
 
         Raises:
             ValueError: a piece leaves its buffer, targets overlap each other or a source, lengths
-                differ, or a device cannot reach the host memory; the message names it.
-            TypeError: something is not an integer.
+                differ, or a device cannot reach the host memory; the message names the piece.
+            TypeError: an address, size or count is not an integer.
         """
         size_array = np.asarray(sizes)
         places = [
@@ -151,9 +153,9 @@ class CopyPlan:
         parts: Sequence[int] | None = None,
         keep: Sequence[torch.Tensor] = (),
     ) -> CopyPlan:
-        """Ranges of memory by their absolute addresses.
+        """Plan to copy between ranges of memory given by absolute addresses.
 
-        The driver is asked which device owns the memory, once for each allocation. Addresses of
+        The driver is queried, once for each allocation, which device owns the memory. Addresses of
         plain host memory cannot be checked: only null and wrapping ones are refused.
 
         Args:
@@ -163,8 +165,8 @@ class CopyPlan:
             source_device: where the sources are: a CUDA device, or ``cpu``.
             target_device: where the targets are.
             parts: as for :meth:`of_addresses`.
-            keep: tensors to keep alive until a copy has ended; the caller keeps alive whatever
-                else the pointers point to.
+            keep: tensors to keep alive until a copy has ended. Any other memory that the pointers
+                refer to must be kept alive by the caller.
 
         Raises:
             ValueError, TypeError: as for :meth:`of_addresses`.
@@ -189,7 +191,7 @@ class CopyPlan:
             return cls._checked(source, target, [Pieces.of(sources, targets, sizes)])
         sources, targets = np.asarray(sources), np.asarray(targets)
         if len(targets) != len(sources) or (sizes.ndim and len(sizes) != len(sources)):
-            Pieces.of(sources, targets, sizes)  # raises, and says what differs
+            Pieces.of(sources, targets, sizes)  # raises and names the difference
         counts = [as_integer("parts", count) for count in parts]
         if any(count < 0 for count in counts) or sum(counts) != len(sources):
             raise ValueError(f"parts must add up to {len(sources)} pieces, got {counts}")
@@ -218,12 +220,12 @@ class CopyPlan:
 
     @property
     def device(self) -> CopyDevice | None:
-        """The device that carries the copy out; None for a copy within host memory."""
+        """The device that executes the copy; None for a copy within host memory."""
         return self.source.device or self.target.device
 
     @property
     def direction(self) -> Direction:
-        """From where to where."""
+        """The direction of the copy."""
         source, target = self.source.device, self.target.device
         if source is None:
             return "h2h" if target is None else "h2d"
@@ -233,7 +235,7 @@ class CopyPlan:
 
     @property
     def num_runs(self) -> int:
-        """How many pieces are submitted, after merging neighbours."""
+        """Number of runs to submit, after merging neighbouring pieces."""
         return sum(len(part) for part in self.parts)
 
     @property
@@ -243,7 +245,7 @@ class CopyPlan:
 
     @property
     def num_host_runs(self) -> int:
-        """How many runs the host side alone has; staging copies each of them at once."""
+        """Number of runs on the host side alone; staging copies each with one call."""
         count = 0
         for part in self.parts:
             starts = part.sources if self.source.device is None else part.targets
@@ -253,7 +255,7 @@ class CopyPlan:
 
     @property
     def prepared(self) -> tuple[PreparedCopy, ...] | None:
-        """The result of :meth:`prepare`, one for each part; None before."""
+        """The prepared copy of each part; None before :meth:`prepare`."""
         return self._prepared
 
     def prepare(self) -> CopyPlan:
@@ -263,14 +265,14 @@ class CopyPlan:
         plan for as long as the graph.
 
         Raises:
-            RuntimeError: the kernel cannot carry out the plan, or a graph is being captured.
+            RuntimeError: the kernel cannot execute the plan, or a graph is being captured.
         """
         device = self.device
         if device is None or self.direction == "p2p" or not device.has_kernel:
-            raise RuntimeError(f"a copy {self.direction} is not done by the kernel")
+            raise RuntimeError(f"the kernel cannot execute a copy {self.direction}")
         stream = device.require_stream(None)
         if device.is_capturing(stream):
-            raise RuntimeError("prepare a plan before the capture: it uploads descriptors")
+            raise RuntimeError("prepare() uploads descriptors: call it before the capture")
         with device.using(stream):
             prepared = tuple(device.prepare(part) for part in self.parts)
             for part in prepared:
@@ -280,7 +282,7 @@ class CopyPlan:
         return self
 
     def protect(self, completion: Completion) -> None:
-        """Keep the bytes of both sides until a copy has ended.
+        """Protect the bytes of both sides from reuse until a copy has ended.
 
         Raises:
             LifetimeError: a block is freed.
@@ -320,7 +322,7 @@ def _places(
         if beyond.any():
             at = int(np.argmax(beyond))
             raise ValueError(
-                f"{name}[{at}] is {int(offsets[at])}: {int(sizes[at])} bytes there leave the "
-                f"buffer of {num_bytes}"
+                f"{name}[{at}] is {int(offsets[at])}: a piece of {int(sizes[at])} bytes there "
+                f"exceeds the buffer of {num_bytes} bytes"
             )
     return offsets + buffer.data_ptr()

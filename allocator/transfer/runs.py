@@ -1,9 +1,9 @@
-"""Carrying out a plan: :class:`HostRun` within host memory, :class:`DeviceRun` on a stream.
+"""Execution of a plan: :class:`HostRun` within host memory, :class:`DeviceRun` on a stream.
 
-A run is made before anything is protected or queued, and its constructor refuses what cannot be
-done. Starting it queues the parts one after another, with an event behind each. A failure in the
-middle belongs to the transfer, not to the caller: whatever was queued may still run, and an event
-behind it tells when it has ended.
+A run is created before anything is protected or queued, and its constructor raises if the copy
+cannot be done. ``start`` queues the parts in order, with an event after each. A failure while
+queueing is stored in the transfer, not raised: what was queued may still run, and an event after it
+marks its end.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from kvheap.transfer.staging import Staging, end_or_lose
 __all__ = ["DeviceRun", "HostRun"]
 
 LINK_SMS = 8
-"""SMs for the kernel between a device and the host; 4 reach 91 % of a GB300's link (SGLang #40278).
-"""
+"""SMs for the kernel over the host link; 4 reach 91 % of a GB300's link (SGLang #40278)."""
 
 INLINE_COPY_BYTES = 256 << 10
 """Smaller copies within host memory run on the caller's thread; see benchmarks/NOTES.md."""
 
 
 class HostRun:
-    """A copy within host memory, by the queue's thread; small copies by the caller.
+    """A copy within host memory, on the queue's thread; small copies run on the caller's.
 
     Args:
         plan: what to copy.
@@ -45,7 +44,7 @@ class HostRun:
         before: transfers that fill one of the sides.
 
     Raises:
-        ValueError: a stream or another path was given.
+        ValueError: a stream or another path is given.
     """
 
     path: Path = "host"
@@ -86,21 +85,21 @@ class HostRun:
 
 
 class DeviceRun:
-    """A copy by a device, on a stream.
+    """A copy executed by a device, on a stream.
 
     Args:
         plan: what to copy.
-        device: the device that carries it out.
+        device: the device that executes it.
         stream: a stream of the device; None: the current one.
-        path: None: the planner chooses.
-        max_sms: SMs that the kernel may take; None: 8 over the link, any number within a device.
+        path: the path to take; None: the planner chooses.
+        max_sms: maximum SMs for the kernel; None: 8 over the link, no limit within a device.
         before: transfers that fill one of the sides.
-        is_new_target: whether the target was just allocated. A heap hands out bytes to work on the
-            current stream, which may still use them, so the copy then waits for that stream.
+        is_new_target: whether the target was just allocated. A heap allocates bytes for work on the
+            current stream, and earlier work there may still use them, so the copy waits for it.
 
     Raises:
-        ValueError, TypeError: the stream or the path cannot be taken.
-        RuntimeError: a graph is being captured, and this copy cannot be.
+        ValueError, TypeError: the stream or the path cannot be used.
+        RuntimeError: a graph is being captured, and it cannot include this copy.
     """
 
     def __init__(
@@ -127,14 +126,16 @@ class DeviceRun:
         for other, current in self._fences:
             if other.is_capturing(current):
                 raise RuntimeError(
-                    "the current stream is being captured, and new blocks may be in use on it: "
-                    "move blocks before the capture"
+                    "the current stream is being captured, and earlier work on it may still use "
+                    "the new blocks: move blocks before the capture"
                 )
         self.is_captured = device.is_capturing(self._stream)
         self._is_over_link = plan.direction in ("h2d", "d2h")
         self._max_sms = LINK_SMS if max_sms is None and self._is_over_link else max_sms
         if self.is_captured and before:
-            raise RuntimeError("a transfer that fills one of the sides is in flight: wait for it")
+            raise RuntimeError(
+                "a transfer that fills one of the sides is in flight: wait for it first"
+            )
         choice = PathChoice(plan, device, self._stream, self.is_captured)
         self._is_single = choice.is_single
         self.path: Path = choice.chosen() if path is None else choice.forced(path)
@@ -146,7 +147,7 @@ class DeviceRun:
                 self._queue(index, part, Completion())
 
     def start(self, completion: Completion) -> Sequence[DeviceEvent]:
-        """Queue the parts. A failure is told to the completion, not raised.
+        """Queue the parts. A failure is stored in ``completion``, not raised.
 
         Returns:
             The event at the end of each part that was queued.
@@ -176,7 +177,7 @@ class DeviceRun:
         device, plan = self._device, self._plan
         if not len(part):
             return
-        completion.keep(part)  # no document says when the driver has read the arrays
+        completion.keep(part)  # it is not documented when the driver has read the arrays
         if self.path == "kernel":
             prepared = plan.prepared[index] if plan.prepared else device.prepare(part)
             completion.keep(prepared)
@@ -193,9 +194,9 @@ class DeviceRun:
             self._staging.copy(part)
 
     def _abandon(self, completion: Completion, cause: BaseException) -> None:
-        """Queue nothing more; what was queued may still run."""
+        """Give up after a failure; what was already queued may still run."""
         completion.failed(failure_of(self._plan, self.path, cause))
-        if completion.has_ended:  # staging has waited for the device, or has lost it
+        if completion.has_ended:  # staging has already waited for the device, or lost it
             return
         try:
             completion.queued(self._device.record_event(self._stream))
@@ -206,7 +207,7 @@ class DeviceRun:
 
 
 def failure_of(plan: CopyPlan, path: Path, cause: BaseException | None) -> TransferError:
-    """The error of a transfer that failed while it was queued."""
+    """The error of a transfer that failed while it was being queued."""
     error = TransferError(
         f"a transfer {plan.direction} of {plan.num_bytes} bytes in {plan.num_runs} runs by "
         f"{path} failed: {cause}"

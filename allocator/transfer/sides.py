@@ -1,8 +1,8 @@
-"""The sides of a copy: whose memory it is, which blocks are in it, and where a device may copy.
+"""The two sides of a copy: their device, blocks and addresses, and the limits of single copies.
 
-A side is host memory or memory of a device. While a copy uses it, its blocks are kept from reuse
-and its tensors are kept alive. Host memory that a device reads or writes must be pinned, and no
-single copy may straddle two registrations.
+A side is host memory or memory of a device. While a copy uses it, its blocks are protected from
+reuse and its tensors are kept alive. Host memory that a device reads or writes must be pinned, and
+no single copy may straddle two registrations.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from kvheap.kernels.pieces import Pieces, first_outside
 __all__ = ["NOWHERE", "Blocks", "Side", "layer_offsets", "paired", "walls_of"]
 
 MAX_PADDING = 1 / 8
-"""Share of a block that may be padding for the padding to be copied too: it joins neighbours."""
+"""Padding up to this share of a block is copied too, so that neighbouring blocks form runs."""
 
 MAX_RUNS_PER_BLOCK = 1 / 96
-"""Batches with fewer runs are paired run by run, not block by block; see benchmarks/NOTES.md."""
+"""Pair run by run up to this many runs per block; see benchmarks/NOTES.md."""
 
 NOWHERE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Side:
-    """One side of a copy: whose memory it is.
+    """One side of a copy.
 
     Attributes:
-        device: the device; None for host memory.
-        blocks: blocks of heaps, which are kept from reuse until the copy has ended.
+        device: the device that owns the memory; None for host memory.
+        blocks: blocks of a heap, protected from reuse until the copy has ended.
         memory: the tensors that own the memory, kept alive until the copy has ended.
-        heap: the heap of the blocks.
-        is_unknown: whether only pointers are known.
+        heap: the heap of the blocks, if there is one.
+        is_unknown: whether the side is given by pointers, so that the memory's owner is unknown.
     """
 
     device: CopyDevice | None
@@ -66,15 +66,15 @@ class Side:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
-    """N equal blocks of one side, before they are paired with the other side's.
+    """N blocks of equal size on one side, before they are paired with the other side's.
 
     Attributes:
-        side: whose memory they are in.
-        size_bytes: bytes of each.
-        allocated_bytes: bytes of each, including the padding behind it.
+        side: the side that they are on.
+        size_bytes: bytes of each block.
+        allocated_bytes: bytes of each block, including the padding after it.
         kind: shape and dtype of each; None for blocks of several groups.
         layout: the block layout, for blocks of a heap.
-        runs: the runs of a whole batch in one buffer, counted from ``base``.
+        runs: the runs of a whole batch in one buffer, relative to ``base``; else None.
         base: absolute address of that buffer.
     """
 
@@ -89,11 +89,11 @@ class Blocks:
 
     @classmethod
     def of(cls, name: str, blocks: BlockObjects | Rows | torch.Tensor) -> Blocks:
-        """The blocks of a batch, all or some of them, of objects, or the rows of a tensor.
+        """From a batch, some rows of a batch, objects, or the rows of a tensor.
 
         Raises:
-            ValueError: a tensor's rows are not contiguous, or objects have several layouts.
-            TypeError: it is something else.
+            ValueError: a tensor's rows are not contiguous, or objects have several block layouts.
+            TypeError: ``blocks`` is none of these.
             LifetimeError: a block is freed.
         """
         if isinstance(blocks, torch.Tensor):
@@ -145,7 +145,7 @@ class Blocks:
         return cls(Side.of_tensor(tensor), size_bytes, size_bytes, kind, None, None, 0, starts)
 
     def __len__(self) -> int:
-        """How many blocks."""
+        """Number of blocks."""
         if self.runs is not None:
             return len(self.runs)
         assert self._starts is not None
@@ -153,17 +153,17 @@ class Blocks:
 
     @property
     def starts(self) -> Int64Array:
-        """Absolute address of each, int64 ``[N]``."""
+        """Absolute address of each block, int64 ``[N]``."""
         if self.runs is not None:
             return self.runs.addresses + self.base
         assert self._starts is not None
         return self._starts
 
     def require_same(self, target: Blocks) -> None:
-        """Refuse a target of another number or kind of blocks.
+        """Raise if the target has another number or kind of blocks.
 
         Raises:
-            ValueError: says what differs.
+            ValueError: names the difference.
         """
         if len(self) != len(target):
             raise ValueError(f"the source has {len(self)} blocks, the target {len(target)}")
@@ -176,8 +176,8 @@ class Blocks:
             as_bytes = ((self.size_bytes,), torch.uint8)
             if as_bytes not in (self.kind, target.kind) or self.size_bytes != target.size_bytes:
                 raise ValueError(
-                    f"blocks must be the same on both sides, or bytes on one: the source's are "
-                    f"{self._name()}, the target's {target._name()}"
+                    f"blocks must be the same on both sides, or uint8 on one side: the source's "
+                    f"are {self._name()}, the target's {target._name()}"
                 )
 
     def _name(self) -> str:
@@ -187,7 +187,7 @@ class Blocks:
 
 
 def paired(source: Blocks, target: Blocks) -> Pieces:
-    """Block ``i`` to block ``i``, with their padding where that makes runs of them."""
+    """Pieces from block ``i`` to block ``i``, with padding if that merges them into runs."""
     size_bytes, allocated_bytes = source.size_bytes, source.allocated_bytes
     if not size_bytes:
         return Pieces(NOWHERE, NOWHERE, 1)
@@ -201,7 +201,7 @@ def paired(source: Blocks, target: Blocks) -> Pieces:
 
 
 def _paired_runs(source: Blocks, target: Blocks, size_bytes: int) -> Pieces:
-    """The runs that two batches of equally spaced blocks have in common."""
+    """The pieces that are contiguous on both sides, for batches with equal block spacing."""
     assert source.runs is not None
     assert target.runs is not None
     ends = [np.cumsum(blocks.runs.run_counts) for blocks in (source, target) if blocks.runs]
@@ -217,10 +217,10 @@ def _paired_runs(source: Blocks, target: Blocks, size_bytes: int) -> Pieces:
 
 
 def layer_offsets(layout: BlockLayout) -> tuple[list[Int64Array], int]:
-    """Where the pieces of each layer are in a block, and how many bytes each has."""
+    """The byte offsets in a block of each layer's pieces, and the bytes of a piece."""
     order = layout.fmt.dim_order or ""
     if "L" not in order or len(layout.shapes) != 1:
-        raise ValueError(f"{layout} is not kept layer by layer")
+        raise ValueError(f"{layout} does not keep its layers apart")
     at = order.index("L")
     shape = layout.shapes[0]
     if len(shape) < at + 2:
@@ -237,7 +237,7 @@ def walls_of(
     """Addresses that no single copy by ``device`` may straddle, ascending.
 
     Raises:
-        ValueError: the device cannot reach some of the memory; names the piece.
+        ValueError: the device cannot reach a piece; the message names it.
     """
     if device is None or not len(starts):
         return NOWHERE
@@ -249,7 +249,7 @@ def walls_of(
         start = np.array([side.memory[0].data_ptr()])
         end = start + side.memory[0].nbytes
         ranges = known_ranges(device, start, end, on_device)
-        if first_outside(start, end, ranges) is None:  # so no piece need be looked at
+        if first_outside(start, end, ranges) is None:  # the whole tensor is reachable
             return ranges[1:, 0]
     ends = starts + sizes
     if side.heap is not None:

@@ -1,12 +1,12 @@
 """Staged copies between many places on the device and few large runs on the host.
 
-To the host: the SM kernel gathers pieces into an extent on the device, and one large copy takes the
+To the host: the SM kernel gathers pieces into an extent on the device, and one large copy moves the
 extent to the host while the kernel fills a second extent. From the host: the reverse. The first
-step runs on a side stream, the second on the caller's stream, and events order them. When the
-caller's stream has ended its last work, the whole copy has ended.
+step runs on a side stream, the second on the caller's stream, and events order them. The copy has
+ended when its last work on the caller's stream has ended.
 
-Bytes moved: twice on the device, once over the link. This pays if the copy engine is slow for
-small pieces, and if the SMs should work at the device's bandwidth rather than at the link's.
+Bytes moved: twice on the device, once over the link. Staging pays off if the copy engine is slow
+for small pieces, and if the SMs should work at the device's bandwidth, not at the link's.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ MIN_EXTENT_BYTES, MAX_EXTENT_BYTES = 1 << 20, 8 << 20
 """Bytes of each of the two extents: 20 to 150 us of a 55 GB/s link. Reasoned, not measured."""
 
 MIN_STEPS = 4
-"""Steps of a copy at least, if the extents allow: its first and last step overlap with nothing."""
+"""Minimum steps of a copy, if extent sizes allow; the first and last overlap with nothing."""
 
 
 class Staging:
-    """Two extents on the device, through which all parts of one transfer go.
+    """Two extents on the device that all parts of one transfer are copied through.
 
-    The caller's stream must be current. Everything that is queued here ends before the caller's
-    stream does, also after an error.
+    The caller's stream must be current. It waits for everything that is queued here, also after an
+    error.
 
     Args:
         plan: a copy from a device to the host, or back.
         device: the device.
         stream: the caller's stream.
-        current: the current stream, on which bytes of the heap may still be in use.
-        max_sms: SMs that the kernel may take.
-        completion: the transfer's; it keeps the extents and descriptors alive.
+        current: the stream that was current at the call; it may still use bytes of the heap.
+        max_sms: maximum SMs for the kernel.
+        completion: the transfer's completion, which keeps the extents and descriptors alive.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Staging:
         self._free_again[which] = device.record_event(stream)
 
     def _copy(self, pieces: Pieces, stream: Any, by_kernel: bool) -> None:
-        """Queue one of the two steps on a stream that is current."""
+        """Queue one of the two steps on ``stream``, which must be current."""
         if by_kernel:
             prepared = self._device.prepare(pieces)
             self._completion.keep(prepared)
@@ -110,10 +110,10 @@ class Staging:
 
 
 def end_or_lose(device: CopyDevice, completion: Completion) -> None:
-    """Wait for the device after a copy has failed and no event can be recorded.
+    """Wait for the device, after a copy has failed and no event can be recorded.
 
-    A destroyed stream records no events, but its work ends and the bytes come back. If the device
-    cannot be waited for either, the copy is lost and its bytes never come back.
+    A destroyed stream records no events, but its work still ends, after which the bytes can be
+    reused. If waiting for the device fails too, the copy is lost and its bytes are never reused.
     """
     try:
         device.synchronize()
@@ -140,9 +140,9 @@ def _extents(
     stream: Any,
     current: Any,
 ) -> tuple[int, int]:
-    """Absolute addresses of two extents that are reserved until the transfer has ended.
+    """Absolute addresses of two extents, reserved until the transfer has ended.
 
-    They are allocated in the device's heap if it has room, else by torch.
+    They are allocated in the device's heap if it has room, and by torch otherwise.
     """
     heap = (plan.target if plan.source.device is None else plan.source).heap
     is_ordered = stream == current or not device.is_capturing(current)
@@ -150,7 +150,7 @@ def _extents(
         batch = heap.batched_allocate([extent_bytes], torch.uint8, 2, MemoryFormat.BINARY)
         if batch is not None:
             batch.record_stream(completion)
-            heap.batched_free(batch)  # comes back when the transfer has ended
+            heap.batched_free(batch)  # free again when the transfer has ended
             if stream != current:
                 device.wait_event(stream, device.record_event(current))
             first, second = heap.absolute(batch.addresses)[0].tolist()

@@ -251,7 +251,7 @@ class TestStreams:
         heap = heap_of(2)
         batch = take(heap, 2)
         for record in (batch.record_stream, batch[1].record_stream):
-            with pytest.raises(TypeError, match=r"a stream has record_event\(\), got "):
+            with pytest.raises(TypeError, match=r"a stream must have record_event\(\), got "):
                 record(stream)  # type: ignore[arg-type]
         heap.batched_free(batch)
         assert allocated_pages(heap) == 0

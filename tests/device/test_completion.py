@@ -154,7 +154,7 @@ class TestCompletion:
         completion.queued(event)
         event.error = RuntimeError("the device is gone")
         if ask == "query":
-            with pytest.raises(TransferError, match=r"cannot be asked.*the device is gone"):
+            with pytest.raises(TransferError, match=r"cannot be queried.*the device is gone"):
                 completion.query()
         elif ask == "wait":
             assert completion.wait()

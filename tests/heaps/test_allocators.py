@@ -418,7 +418,7 @@ class TestSegments:
 
     def test_a_buffer_is_added_once(self, heap: TensorMemoryAllocator) -> None:
         for buffer in [heap.segments[1][1], heap.segments[0][1][PAGE : 3 * PAGE]]:
-            with pytest.raises(ValueError, match="shares memory with one of the heap's"):
+            with pytest.raises(ValueError, match="shares memory with the heap's buffer at "):
                 heap.add_buffer(buffer)
         assert (heap.stats().heap_bytes, heap.stats().segments) == (9 * PAGE, 3)
 
@@ -503,12 +503,12 @@ class TestSegments:
     def test_wrong_buffers_are_refused(self, heap: TensorMemoryAllocator) -> None:
         with pytest.raises(ValueError, match="contiguous"):
             heap.add_buffer(torch.zeros(4, 4)[:, ::2])
-        with pytest.raises(ValueError, match="4096 bytes or more, got 100"):
+        with pytest.raises(ValueError, match="at least 4096 bytes, got 100"):
             heap.add_buffer(torch.zeros(100, dtype=torch.uint8))
         with pytest.raises(ValueError, match="must be on cpu, got meta"):
             heap.add_buffer(torch.zeros(PAGE, device="meta"))
         lazy = LazyMemoryAllocator(PAGE, 1 << 40, pin="no", piece_bytes=PAGE)
-        with lazy, pytest.raises(ValueError, match="in use up to"):
+        with lazy, pytest.raises(ValueError, match="does not cover its last buffer"):
             lazy.add_buffer(torch.zeros(PAGE, dtype=torch.uint8))
 
 
@@ -572,12 +572,12 @@ class TestBytes:
                 None,
             )
             assert mixed.stats().allocated_bytes == 5 * PAGE
-            with pytest.raises(ForeignObjectError, match="one call"):
+            with pytest.raises(ForeignObjectError, match="cannot be freed in the same call"):
                 mixed.batched_free([payload, tensor])  # type: ignore[list-item]
             mixed.free(payload)
             mixed.free(tensor)  # type: ignore[arg-type]
             assert mixed.leaks() == ()
-            with pytest.raises(ValueError, match="needs to know the format"):
+            with pytest.raises(ValueError, match=r"other than MemoryFormat\.UNDEFINED"):
                 mixed.allocate([4], torch.float32, MemoryFormat.UNDEFINED)
 
     def test_ad_hoc_blocks_are_filled_and_collected(self) -> None:
@@ -602,7 +602,7 @@ class TestView:
         by_address = worker.view(batch.addresses, [2, 8], torch.float32)
         for view in (wrapped, by_address):
             assert torch.equal(torch.stack([obj.tensor for obj in view]), source)  # type: ignore[misc]
-            with pytest.raises(ForeignObjectError, match="only who allocated it can free it"):
+            with pytest.raises(ForeignObjectError, match="only the process that allocated it"):
                 worker.batched_free(view)
             view[0].ref_count_up()
             view[0].ref_count_down()
@@ -624,7 +624,7 @@ class TestView:
         heap = TensorMemoryAllocator(torch.zeros(8 * PAGE, dtype=torch.uint8))
         with pytest.raises(ValueError, match=message):
             heap.view(addresses, [4], torch.float32)
-        with pytest.raises(ValueError, match="name both"):
+        with pytest.raises(ValueError, match="need a shape and a dtype: pass both"):
             heap.view([0])
 
     def test_two_processes_over_shared_memory(self) -> None:

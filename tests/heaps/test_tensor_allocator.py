@@ -323,7 +323,7 @@ class TestFree:
     def test_nothing_is_nothing(self, heap: TensorMemoryAllocator) -> None:
         heap.batched_free([])
         heap.batched_free([], out=torch.empty(0, *SHAPE))
-        with pytest.raises(ValueError, match="1 rows for no blocks"):
+        with pytest.raises(ValueError, match="out has 1 rows, but there are no blocks"):
             heap.batched_free([], out=torch.empty(1, *SHAPE))
         empty = heap.batched_allocate(SHAPE, torch.float32, 0, source=torch.empty(0, *SHAPE))
         assert empty is not None

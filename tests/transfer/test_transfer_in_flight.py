@@ -203,7 +203,7 @@ class TestProtection:
         batch = filled(near, 8)
         lost = copy((batch, out), device.stream())
         device.fail("event.query")
-        with pytest.raises(TransferError, match="cannot be asked"):
+        with pytest.raises(TransferError, match="cannot be queried"):
             lost.result()
         for _ in range(64):
             copy((batch, out), device.stream()).result()
