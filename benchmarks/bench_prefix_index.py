@@ -311,7 +311,9 @@ def draw(plt: ModuleType, tables: dict[str, Any], machine: dict[str, Any], path:
     left.set_xlabel("chunks that the cache holds")
     left.set_ylabel("hits, % of block references")
     left.set_xscale("log")
-    for name in ("lru", "gdsf", PEER):
+    left.set_xticks([row["chunks"] for row in rows], [f"{row['chunks']:,}" for row in rows])
+    left.minorticks_off()
+    for name, color in (("lru", "tab:blue"), ("gdsf", "tab:orange"), (PEER, "grey")):
         for is_held, style in ((False, "-"), (True, "--")):
             evictions = [
                 row
@@ -321,7 +323,7 @@ def draw(plt: ModuleType, tables: dict[str, Any], machine: dict[str, Any], path:
             points = [(row["keys"], row[name]["p50_us"]) for row in evictions]
             if points:
                 label = f"{name}{', 10,000 held' if is_held else ''}"
-                right.plot(*zip(*points, strict=True), style, marker="o", label=label)
+                right.plot(*zip(*points, strict=True), style, color=color, marker="o", label=label)
     right.set_title("eviction from a large index")
     right.set_xlabel("chunks evicted by one call")
     right.set_ylabel("microseconds of the host")
