@@ -96,7 +96,7 @@ class TestOfAddresses:
             (([0, 250], [0, 8], 8), "source_addresses[1] is 250: a block of 8 bytes there"),
             (([0], [256], [1]), "target_addresses[0] is 256: a piece of 1 bytes there exceeds"),
             (([-8], [0], 8), "source_addresses[0] is -8"),
-            (([0], [0], 2**63 - 1), "leave"),
+            (([0], [0], 2**63 - 1), "not within"),
             (([0], [0], -8), "sizes must not be negative"),
             (([0, 8], [0, 4], 8), "targets overlap"),
             (([0, 8], [0], 8), "2 sources but 1 targets"),
