@@ -25,6 +25,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -33,14 +34,13 @@ from typing import Any
 import torch
 from _report import (
     REPOSITORY,
-    Measure,
     describe_machine,
     make_console,
     parse_common,
-    pyplot,
-    time_in_rounds,
-    write_json,
+    print_machine,
+    write_results,
 )
+from _timing import Measure, time_in_rounds
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -56,14 +56,6 @@ PEER = "OrderedDict"
 CAPACITIES = (2_000, 8_000, 16_384, 40_000)
 MADE_UP_CAPACITIES = (256, 1_024, 4_096)
 MADE_UP_REQUESTS = 5_000
-
-PUBLISHED = {
-    "LRU": (5.4, 17.8, 26.6, 35.1),
-    "S3-FIFO": (7.8, 18.6, 23.5, 31.9),
-    "frequency and depth": (6.0, 18.8, 27.4, 33.9),
-    "oracle": (25.5, 36.6, 36.6, 36.6),
-}
-"""Hit rates in % on the conversation trace at ``CAPACITIES``, published elsewhere."""
 
 Row = dict[str, Any]
 Key = bytes
@@ -286,7 +278,7 @@ def print_calls(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
-def print_hits(console: Console, title: str, rows: list[Row], published: bool) -> None:
+def print_hits(console: Console, title: str, rows: list[Row]) -> None:
     table = Table(title=title)
     names = ("chunks", *POLICIES, PEER)
     for name in names:
@@ -294,14 +286,9 @@ def print_hits(console: Console, title: str, rows: list[Row], published: bool) -
     for row in rows:
         table.add_row(*(f"{row[name]:,}" for name in names))
     console.print(table)
-    if published:
-        for name, rates in PUBLISHED.items():
-            found = dict(zip(CAPACITIES, rates, strict=True))
-            text = ", ".join(f"{found[row['chunks']]} at {row['chunks']:,}" for row in rows)
-            console.print(f"published, {name}: {text}")
 
 
-def draw(plt: ModuleType, tables: dict[str, Any], machine: dict[str, Any], path: Path) -> None:
+def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str, Any]) -> None:
     """Hit rates over the size of the cache, and the cost of an eviction beside held chunks."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     rows = tables["trace"] or tables["made_up"]
@@ -342,7 +329,7 @@ def main() -> None:
     arguments = parse_common(__doc__.splitlines()[0])
     console, scale = make_console(), Scale.of(arguments.quick)
     machine = describe_machine(torch.device("cpu"))
-    console.print(f"{machine['device']}, {machine['versions']}")
+    print_machine(console, machine)
     made_up = [request.hash_ids for request in synthetic_trace(MADE_UP_REQUESTS)]
     cases: list[tuple[str, Callable[[], list[Row]]]] = [
         *(("calls", lambda s=s: measure_calls(scale, *s)) for s in scale.states),
@@ -359,23 +346,18 @@ def main() -> None:
     print_calls(console, tables["calls"])
     if tables["trace"]:
         title = "hits on the conversation trace, % of block references"
-        print_hits(console, title, tables["trace"], published=not arguments.quick)
-    print_hits(console, "hits on made-up traffic, %", tables["made_up"], published=False)
+        print_hits(console, title, tables["trace"])
+    print_hits(console, "hits on made-up traffic, %", tables["made_up"])
     configuration = {
         "quick": arguments.quick,
         "rounds": scale.rounds,
         "key_bytes": 36,
         "trace_requests": scale.trace_requests,
         "made_up_requests": MADE_UP_REQUESTS,
-        "published": PUBLISHED,
         "times_as_fast": "median over rounds of the peer's time over LRU's",
     }
-    path = write_json(arguments.out, "prefix_index", machine, configuration, tables)
-    console.print(f"wrote {path}")
-    plt = pyplot(console)
-    if plt is not None:
-        draw(plt, tables, machine, path.with_suffix(".png"))
-        console.print(f"wrote {path.with_suffix('.png')}")
+    picture = partial(draw, tables=tables, machine=machine)
+    write_results(console, arguments.out, "prefix_index", machine, configuration, tables, picture)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -66,7 +67,7 @@ class MemoryAllocatorInterface(ABC):
 
     def __init__(self) -> None:
         self._is_released = False
-        self._close_lock = threading.Lock()
+        self._close_lock = threading.RLock()
         starts_over_after_fork(self)
 
     # -- allocate ------------------------------------------------------------------------------
@@ -195,22 +196,28 @@ class MemoryAllocatorInterface(ABC):
         """Refuse new calls, wait until streams have finished with the blocks, and free the memory.
 
         Other calls then raise ``ClosedError``. If the wait times out, call ``close`` again.
+        Several threads may close at once, and so may a signal handler during a ``close``.
 
         Args:
-            timeout_s: maximum number of seconds to wait for streams.
+            timeout_s: maximum number of seconds to wait, for streams and other threads that close.
 
         Raises:
-            TimeoutError: a stream has not finished in time; no memory is freed, and other calls
-                keep raising ``ClosedError``.
+            TimeoutError: a stream or another ``close`` has not finished in time; this call frees no
+                memory, and other calls keep raising ``ClosedError``.
             ValueError: ``timeout_s`` is negative or not a number; nothing changes.
         """
         if not timeout_s >= 0:
             raise ValueError(f"timeout_s must be a non-negative number of seconds, got {timeout_s}")
         self._closed = True
-        with self._close_lock:
+        deadline = time.monotonic() + timeout_s
+        if not self._close_lock.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX)):
+            raise TimeoutError(f"another thread is still closing this after {timeout_s:g} s")
+        try:
             if not self._is_released:
-                self.close_memory(timeout_s)
+                self.close_memory(max(deadline - time.monotonic(), 0.0))
                 self._is_released = True
+        finally:
+            self._close_lock.release()
 
     def __enter__(self) -> Self:
         self.require_open()
@@ -254,7 +261,7 @@ class MemoryAllocatorInterface(ABC):
 
     def start_over_after_fork(self) -> None:
         """Replace the allocator's own locks in a forked child."""
-        self._close_lock = threading.Lock()
+        self._close_lock = threading.RLock()
 
     def require_open(self) -> None:
         """Raise if the allocator is closed.

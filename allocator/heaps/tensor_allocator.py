@@ -462,7 +462,7 @@ class TensorMemoryAllocator(Heap):
         left = max(deadline - time.monotonic(), 0.0)
         if self.lifetime.pending_bytes or not self.lifetime.wait_for_live(left):
             raise TimeoutError(
-                f"a stream has not finished its work on this heap in {timeout_s:g} s "
+                f"a stream has not finished its work on this heap in {timeout_s:.3g} s "
                 f"({self.lifetime.pending_bytes} freed bytes are still in use): the buffers are "
                 f"not released; close the heap again later"
             )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import threading
 import time
 
@@ -444,6 +446,44 @@ class TestStreams:
         heaps[0].close()
         assert not len(heaps[0]._bytes.segments)
         heaps[0].close()
+
+    def test_a_signal_handler_closes_what_is_being_closed(self) -> None:
+        heap, stream = heap_of(2), FakeStream()
+        stream.submit()
+        take(heap, 2).record_stream(stream)
+        ended = []
+
+        def close_now(number: int, frame: object) -> None:
+            with pytest.raises(TimeoutError, match="not released"):
+                heap.close(timeout_s=0.0)
+            ended.append("handler")
+
+        before = signal.signal(signal.SIGUSR1, close_now)
+        try:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            with pytest.raises(TimeoutError, match="not released"):
+                heap.close(timeout_s=0.3)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert ended == ["handler"]
+        stream.finish()
+        heap.close()
+
+    def test_a_close_waits_for_another_no_longer_than_it_was_told(self) -> None:
+        heap, stream = heap_of(2), FakeStream()
+        stream.submit()
+        batch = take(heap, 2)
+        batch.record_stream(stream)
+        thread = threading.Thread(target=heap.close)
+        thread.start()
+        while not heap.closed:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        with pytest.raises(TimeoutError, match=r"another thread is still closing .* 0\.02 s"):
+            heap.close(timeout_s=0.02)
+        stream.finish()
+        thread.join()
+        heap.close(timeout_s=0.0)
 
     @pytest.mark.parametrize("timeout_s", [-1.0, float("nan")])
     def test_a_timeout_that_is_none_changes_nothing(self, timeout_s: float) -> None:
