@@ -32,6 +32,7 @@ from kvheap.blocks.sites import Site, allocated_at
 from kvheap.device.events import Event, Stream, has_let_go
 from kvheap.device.transfer import Transfer
 from kvheap.errors import ForeignObjectError, LifetimeError
+from kvheap.kernels.arrays import int64_array, require_all
 
 __all__ = ["BlockOwner", "BytesBufferMemoryObj", "MemoryBatch", "MemoryObj"]
 
@@ -220,10 +221,15 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
         Raises:
             LifetimeError: a block is freed.
-            TypeError: ``stream`` is not a stream.
+            TypeError: ``stream`` is not a stream, or ``rows`` are not integers.
+            ValueError: the batch has no such row; nothing is recorded.
         """
         if not callable(getattr(stream, "record_event", None)):
             raise TypeError(f"a stream must have record_event(), got {stream!r}")
+        if rows is not None:
+            rows = int64_array("rows", rows)
+            is_row = (rows >= 0) & (rows < self._length)
+            require_all("rows", rows, is_row, f"must be from 0 to {self._length - 1}")
         self.counts.record_stream(stream, rows, self.describe)
 
     def detach(self) -> AddressBatch:

@@ -368,7 +368,7 @@ class Books(Generic[K, V]):
         held = [chunk for chunk in ready if chunk.holds]
         for keyed in (self.ready, self.pending):
             for key, chunk in keyed.items():
-                require(chunk.key is key, f"the chunk of {chunk.key!r} is kept under {key!r}")
+                require(chunk.key == key, f"the chunk of {chunk.key!r} is kept under {key!r}")
         require(not self.ready.keys() & self.pending.keys(), "a key is ready and pending")
         everything = [*ready, *pending, *self._removed, *self._ended]
         require(len(set(everything)) == len(everything), "a chunk is in two states")

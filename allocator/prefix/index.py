@@ -82,11 +82,14 @@ class PrefixIndex(Generic[K, V]):
         policy: the order of eviction, a new object that no other index uses; None: ``LRU()``.
 
     Raises:
+        TypeError: ``policy`` is not an ``EvictionPolicy``; a class or a name is none.
         ValueError: the policy orders chunks already.
     """
 
     def __init__(self, policy: EvictionPolicy | None = None) -> None:
         policy = LRU() if policy is None else policy
+        if not isinstance(policy, EvictionPolicy):
+            raise TypeError(f"policy must be an object of an EvictionPolicy, got {policy!r}")
         if len(policy):
             raise ValueError(f"the {policy.name} policy is another index's: each needs a new one")
         self._books: Books[K, V] = Books(policy)

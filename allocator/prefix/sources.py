@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects, layout_and_addresses
 from kvheap.engine.chunks import chunk_shape, dim_order_of
@@ -16,22 +14,7 @@ if TYPE_CHECKING:
     from kvheap.kernels.paged_layout import PagedKVCache
     from kvheap.kernels.paged_slots import Slots
 
-__all__ = ["engine_chunk_tokens", "require_blocks", "require_tensor"]
-
-
-def require_tensor(layout: BlockLayout, num_chunks: int, source: torch.Tensor) -> None:
-    """Refuse a tensor that does not hold so many chunks of a layout.
-
-    Raises:
-        ValueError: the shape or the dtype differs.
-    """
-    shape, dtype = (num_chunks, *layout.shapes[0]), layout.dtypes[0]
-    if len(layout.shapes) > 1:
-        shape, dtype = (num_chunks, layout.size_bytes), torch.uint8
-    if tuple(source.shape) != shape:
-        raise ValueError(f"source must have shape {shape}, got {tuple(source.shape)}")
-    if source.dtype != dtype:
-        raise ValueError(f"source must be {dtype}, got {source.dtype}")
+__all__ = ["engine_chunk_tokens", "require_blocks"]
 
 
 def require_blocks(layout: BlockLayout, num_chunks: int, blocks: BlockObjects) -> None:

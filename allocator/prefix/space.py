@@ -81,6 +81,10 @@ class ChunkHeap(Protocol):
     """What a store needs of its heap; ``TensorMemoryAllocator`` and its subclasses have it."""
 
     @property
+    def device(self) -> torch.device:
+        """Where the chunks' bytes are."""
+
+    @property
     def address_manager(self) -> AddressManager:
         """Rounds sizes up to the alignment."""
 
@@ -212,8 +216,7 @@ class ChunkSpace(Generic[K]):
         for handle in self.unclaimed:
             self.ended.append(handle.release() if isinstance(handle, Hold) else handle.abort())
         self.unclaimed.clear()
-        if not self.ended:
-            return
+        self.ended.append(self.index.take_ended())  # by ``with`` blocks and interrupted changes
         ended = [pair for pairs in self.ended for pair in pairs]
         if ended:
             try:

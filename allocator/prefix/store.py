@@ -32,11 +32,12 @@ from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.errors import ClosedError, TransferError
+from kvheap.heaps.block_tensors import require_matching
 from kvheap.prefix.books import IndexStats
 from kvheap.prefix.handles import ChunkHold, StoreInFlight
 from kvheap.prefix.index import ChunkState, Hold, PendingStore, PrefixIndex
 from kvheap.prefix.policies.base import EvictionPolicy
-from kvheap.prefix.sources import engine_chunk_tokens, require_blocks, require_tensor
+from kvheap.prefix.sources import engine_chunk_tokens, require_blocks
 from kvheap.prefix.space import ChunkHeap, ChunkSpace
 from kvheap.transfer import offload
 
@@ -221,6 +222,7 @@ class PrefixStore(Generic[K]):
         Raises:
             ValueError: a key is stored or being stored already or named twice, or ``source`` does
                 not match.
+            TypeError: ``source`` is not a tensor.
             RequestTooLargeError: the chunks do not fit.
             ClosedError: the store or its heap is closed.
             After any of them nothing is stored.
@@ -228,7 +230,7 @@ class PrefixStore(Generic[K]):
         self._settle()
         self._require_new(keys)
         layout = self.layout
-        require_tensor(layout, len(keys), source)
+        require_matching("source", source, len(keys), layout, self.heap.device, cpu_is_fine=True)
         self._store(
             keys,
             lambda: self.heap.batched_allocate(

@@ -42,6 +42,11 @@ class TimedHeap:
         self.frees: list[tuple[float, int]] = []
 
     @property
+    def device(self) -> torch.device:
+        """The heap's device."""
+        return self.heap.device
+
+    @property
     def address_manager(self) -> AddressManager:
         """The heap's address manager."""
         return self.heap.address_manager

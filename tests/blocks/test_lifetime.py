@@ -416,6 +416,31 @@ class TestStreams:
         with pytest.raises(LifetimeError, match="freed"):
             batch.record_stream(FakeStream())
 
+    @pytest.mark.parametrize(
+        ("rows", "error"),
+        [
+            ([-1], "rows must be from 0 to 3: rows.0. is -1"),
+            ([0, 4], "rows must be from 0 to 3: rows.1. is 4"),
+            ([False, False, False, True], "rows must be integers, got bool"),
+            ([0.5], "rows must be integers, got float64"),
+        ],
+    )
+    def test_rows_that_the_batch_has_not_are_refused(self, rows: list[int], error: str) -> None:
+        heap = heap_of(4)
+        batch, stream = take(heap, 4), FakeStream()
+        with pytest.raises((TypeError, ValueError), match=error):
+            batch.record_stream(stream, rows)  # type: ignore[arg-type]
+        heap.batched_free(batch)
+        assert heap.stats().pending_bytes == 0
+
+    def test_rows_may_be_a_list(self) -> None:
+        heap = heap_of(4)
+        batch, stream = take(heap, 4), FakeStream()
+        stream.submit()
+        batch.record_stream(stream, [3])  # type: ignore[arg-type]
+        heap.free(batch[3])
+        assert heap.stats().pending_bytes == PAGE
+
     def test_closing_waits_for_streams(self) -> None:
         heap = heap_of(2)
         stream = FakeStream()

@@ -154,6 +154,8 @@ class TestWrongArguments:
         [
             (contents([3]), r"source must have shape \(2, 2, 1, 512, 2\), got \(1, "),
             (contents([3, 4]).float(), "source must be torch.float16, got torch.float32"),
+            (contents([3, 4]).to("meta"), "source must be on cpu, got meta"),
+            (contents([3, 4]).transpose(1, 4).contiguous().transpose(1, 4), "must be contiguous"),
         ],
     )
     def test_a_wrong_source_evicts_nothing(self, source: torch.Tensor, message: str) -> None:
@@ -183,7 +185,27 @@ class TestWrongArguments:
         assert (flight.state, ready(store, [1])) == ("ready", [1])
 
 
+class RaisesOnce(LRU):
+    """A policy whose ``clear`` is interrupted the first time."""
+
+    def clear(self) -> None:
+        if not hasattr(self, "raised"):
+            self.raised = True
+            raise KeyboardInterrupt
+        super().clear()
+
+
 class TestEnd:
+    def test_what_an_interrupted_clear_has_ended_is_freed_by_the_next_call(self) -> None:
+        heap = heap_of(4)
+        store: PrefixStore[int] = PrefixStore(heap, LAYOUT, RaisesOnce())
+        store.store([1, 2, 3, 4], contents([1, 2, 3, 4]))
+        with pytest.raises(KeyboardInterrupt):
+            store.clear()
+        store.store([5, 6], contents([5, 6]))
+        assert store.stats().ended_chunks == 0
+        assert holds_its_contents(store, [5, 6])
+
     def test_removed_chunks_are_freed_at_once_or_with_their_last_hold(self) -> None:
         store = store_of(4, 1, 2, 3)
         first, second = store.hold([1, 2]), store.hold([1])
