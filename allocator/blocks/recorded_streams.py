@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import cast
+
 from kvheap.addresses.extents import Int64Array
 from kvheap.device.events import Stream, has_let_go
 
@@ -10,8 +13,9 @@ __all__ = ["RecordedStreams"]
 MIN_PRUNED = 8
 """Ended streams are pruned at this many records, then each time the number has doubled."""
 
-Streams = dict[int, Stream]
-"""Streams by their ``id``."""
+Streams = dict[Hashable, Stream]
+"""Streams by themselves, so that equal ones count once: ``torch.cuda.current_stream()`` returns a
+new object at each call. Streams that cannot be hashed are told apart by their ``id``."""
 
 
 class RecordedStreams:
@@ -40,8 +44,10 @@ class RecordedStreams:
             streams = self._of_row.setdefault(int(rows[0]), {})
         else:
             streams = self._of_set.setdefault(frozenset(rows.tolist()), {})
-        self._num_records += id(stream) not in streams
-        streams[id(stream)] = stream
+        can_be_hashed = type(stream).__hash__ is not None
+        key = cast("Hashable", stream) if can_be_hashed else id(stream)
+        self._num_records += key not in streams
+        streams[key] = stream
 
     def of(self, rows: Int64Array | None) -> tuple[Stream, ...]:
         """The streams that use any of ``rows`` (None: all)."""
@@ -72,4 +78,4 @@ class RecordedStreams:
 
 
 def _in_use(streams: Streams) -> Streams:
-    return {number: stream for number, stream in streams.items() if not has_let_go(stream)}
+    return {key: stream for key, stream in streams.items() if not has_let_go(stream)}

@@ -74,3 +74,32 @@ def test_streams_that_have_ended_are_dropped() -> None:
         stream.ended = True
         recorded.add(stream, None)
     assert len(recorded.of(None)) <= 16
+
+
+class EqualStream(Stream):
+    """As torch's: each call of ``current_stream`` makes an object that equals the others."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EqualStream)
+
+    def __hash__(self) -> int:
+        return 1
+
+
+class UnhashableStream(Stream):
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_equal_streams_are_one() -> None:
+    recorded = RecordedStreams()
+    for _ in range(1000):
+        recorded.add(EqualStream(), None)
+        recorded.add(EqualStream(), np.array([3]))
+    assert len(recorded.of(None)) == 1
+
+
+def test_streams_without_a_hash_are_told_apart() -> None:
+    recorded, streams = RecordedStreams(), [UnhashableStream() for _ in range(3)]
+    for stream in streams * 2:
+        recorded.add(stream, None)
+    assert recorded.of(None) == tuple(streams)
