@@ -9,7 +9,8 @@ import pkgutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -71,6 +72,26 @@ def locks_of(obj: object, seen: dict[int, object], found: list[tuple[object, str
             locks_of(value, seen, found)
 
 
+@contextmanager
+def held_by_another_thread(lock: Any) -> Iterator[None]:
+    """A reentrant lock would let the thread that forks in."""
+    is_held, ended = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            is_held.set()
+            ended.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_held.wait()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def heap_and_batch() -> tuple[TensorMemoryAllocator, Any]:
     buffer = torch.zeros(64 * PAGE, dtype=torch.uint8)
     heap = TensorMemoryAllocator(buffer, on_full=None, debug=True)
@@ -93,6 +114,12 @@ def use(heap: TensorMemoryAllocator, batch: Any) -> tuple[int, bool]:
     return heap.stats().allocated_bytes, heap.memcheck()
 
 
+def use_and_close(heap: TensorMemoryAllocator, batch: Any) -> tuple[int, bool]:
+    answer = use(heap, batch)
+    heap.close(timeout_s=1.0)
+    return answer
+
+
 def test_every_lock_starts_anew() -> None:
     """Whichever lock another thread holds at the fork."""
     heap, batch = heap_and_batch()
@@ -103,9 +130,17 @@ def test_every_lock_starts_anew() -> None:
     names = {f"{type(obj).__name__}.{name}" for obj, name in found}
     assert len(names) >= 7, names
     for obj, name in found:
-        with getattr(obj, name):
-            assert in_a_child(lambda: use(heap, batch)) == (7 * PAGE, True), name
+        with held_by_another_thread(getattr(obj, name)):
+            assert in_a_child(lambda: use_and_close(heap, batch)) == (7 * PAGE, True), name
     assert use(heap, batch) == (7 * PAGE, True)  # the parent is as it was
+
+
+def test_the_lock_of_a_view_too() -> None:
+    heap, batch = heap_and_batch()
+    view = heap.view(batch.metadata)
+    with held_by_another_thread(view.counts._lock):
+        assert in_a_child(lambda: view[0].ref_count_up()) is None
+    assert view[0].ref_count == 1
 
 
 def test_every_class_with_a_lock_knows_of_forks() -> None:

@@ -48,6 +48,7 @@ class RowCounts:
     """
 
     __slots__ = (
+        "__weakref__",
         "_leases",
         "_lock",
         "_num_rows",

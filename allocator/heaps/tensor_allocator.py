@@ -35,6 +35,7 @@ from kvheap.blocks.report import FullReport, FullReporter, log_full_report
 from kvheap.blocks.rows import Rows
 from kvheap.device.copy_device import CopyDevice
 from kvheap.engine import chunks
+from kvheap.forks import starts_over_after_fork
 from kvheap.heaps.block_tensors import require_gatherable, require_matching
 from kvheap.heaps.freed_bytes import FreedBytes
 from kvheap.heaps.segments import Segments, as_buffer
@@ -253,7 +254,9 @@ class TensorMemoryAllocator(Heap):
             layout = self.layout_of(shape, dtype, fmt)
             addresses = self._as_address_batch(blocks, layout)
         self._open_segments().require_inside(addresses)
-        return MemoryBatch(self, addresses, layout)
+        batch = MemoryBatch(self, addresses, layout)
+        starts_over_after_fork(batch.counts)  # the lifetime knows only batches that own bytes
+        return batch
 
     def _as_address_batch(
         self, blocks: AddressBatch | Sequence[int] | Int64Array, layout: BlockLayout
