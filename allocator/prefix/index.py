@@ -83,15 +83,16 @@ class PrefixIndex(Generic[K, V]):
 
     Raises:
         TypeError: ``policy`` is not an ``EvictionPolicy``; a class or a name is none.
-        ValueError: the policy orders chunks already.
+        ValueError: the policy was given to another index.
     """
 
     def __init__(self, policy: EvictionPolicy | None = None) -> None:
         policy = LRU() if policy is None else policy
         if not isinstance(policy, EvictionPolicy):
             raise TypeError(f"policy must be an object of an EvictionPolicy, got {policy!r}")
-        if len(policy):
+        if policy.has_index or len(policy):
             raise ValueError(f"the {policy.name} policy is another index's: each needs a new one")
+        policy.has_index = True
         self._books: Books[K, V] = Books(policy)
 
     # -- look up -------------------------------------------------------------------------------

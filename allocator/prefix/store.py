@@ -110,7 +110,7 @@ class PrefixStore(Generic[K]):
             :mod:`kvheap.prefix.policies`.
 
     Raises:
-        ValueError: the policy orders the chunks of another index.
+        ValueError: the policy was given to another index or store.
     """
 
     def __init__(

@@ -240,7 +240,7 @@ def test_what_it_remembers_of_the_past_is_bounded(name: str) -> None:
 @each_policy
 def test_an_index_needs_a_policy_of_its_own(name: str) -> None:
     policy = POLICIES[name]()
-    PrefixIndex(policy).begin([1], [1], 1).complete()
+    PrefixIndex(policy)
     with pytest.raises(TypeError, match="policy must be an object of an EvictionPolicy"):
         PrefixIndex(name)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"the {name} policy is another index's"):

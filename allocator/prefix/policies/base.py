@@ -60,6 +60,9 @@ class EvictionPolicy(ABC):
     name: ClassVar[str]
     """What the command line calls the policy."""
 
+    has_index = False
+    """Whether the policy was given to an index."""
+
     @abstractmethod
     def insert(self, chunks: Sequence[CachedChunk]) -> None:
         """Put chunks into the order that have just become ready. It counts as their first use."""
