@@ -4,6 +4,8 @@
 error                     raised when
 ========================  ==========================================================
 OutOfMemoryError          the free list cannot serve a request
+ReentrantCallError        a finalizer or signal handler, run inside an operation of the
+                          same thread, asks for what cannot wait until it has ended
 NegativeBatchSizeError    a batch of fewer than zero blocks is requested
 InvalidFreeError          bytes are freed that are not allocated, in whole or in part
 DoubleFreeError           bytes that are free already are freed again
@@ -20,6 +22,8 @@ HeapCorruptionError       ``check()`` finds a broken invariant: a bug in kvheap
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "BlockInUseError",
     "ClosedError",
@@ -30,6 +34,7 @@ __all__ = [
     "LifetimeError",
     "NegativeBatchSizeError",
     "OutOfMemoryError",
+    "ReentrantCallError",
     "TransferError",
     "WriteAfterFreeError",
 ]
@@ -55,8 +60,34 @@ class OutOfMemoryError(RuntimeError):
         self.free_bytes = free_bytes
         self.largest_free_bytes = largest_free_bytes
 
-    def __reduce__(self) -> tuple[type[OutOfMemoryError], tuple[int, int, int]]:
+    def __reduce__(self) -> tuple[type[OutOfMemoryError], tuple[Any, ...]]:
         return type(self), (self.requested_bytes, self.free_bytes, self.largest_free_bytes)
+
+
+class ReentrantCallError(OutOfMemoryError):
+    """A call from inside another operation of the same thread; nothing was changed.
+
+    The garbage collector runs finalizers, and the interpreter signal handlers, in the middle of an
+    operation. What they free is freed afterwards; but an allocation can be served only then. An
+    ``OutOfMemoryError``, since whoever allocates expects that.
+
+    Attributes:
+        call: the method that was called.
+    """
+
+    def __init__(
+        self, call: str, requested_bytes: int, free_bytes: int, largest_free_bytes: int
+    ) -> None:
+        super().__init__(requested_bytes, free_bytes, largest_free_bytes)
+        self.call = call
+        self.args = (
+            f"{call} was called by a finalizer or a signal handler while its thread was inside "
+            f"another operation: call it again afterwards",
+        )
+
+    def __reduce__(self) -> tuple[type[OutOfMemoryError], tuple[Any, ...]]:
+        sizes = self.requested_bytes, self.free_bytes, self.largest_free_bytes
+        return type(self), (self.call, *sizes)
 
 
 class NegativeBatchSizeError(ValueError, RuntimeError):

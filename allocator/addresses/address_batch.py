@@ -91,6 +91,10 @@ class AddressBatch(Sequence[tuple[int, int]]):
         size = self.block_bytes
         return [(int(s), int(c) * size) for s, c in zip(self._starts, self._counts, strict=True)]
 
+    def first_run(self) -> tuple[int, int]:
+        """Address and bytes of the first run, as plain ints; there must be one."""
+        return int(self._starts[0]), int(self._counts[0]) * self.block_bytes
+
     @property
     def addresses(self) -> Int64Array:
         """The address of every block, int64 ``[N]``, ascending, read-only. O(N) the first time."""

@@ -19,13 +19,20 @@ Each operation takes one lock once, and so do statistics and snapshots.
 
 An exception raised inside an operation, by a signal handler or for lack of memory, undoes that
 operation. If it strikes after the last change but before the caller has the result, the operation
-stands: the address that was not returned stays allocated, and ``snapshot`` shows the gap.
+stands: the address that was not returned stays allocated, and ``snapshot`` shows the gap. A
+:class:`Receipt` tells which of the two happened.
+
+A finalizer or a signal handler may call the manager inside an operation on the same thread (see
+``kvheap/guards.py``): a free is then done by the next operation, an allocation, ``sbrk`` and
+``trim`` raise ``ReentrantCallError``, and everything else answers from the state before the
+operation.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +40,7 @@ import numpy.typing as npt
 from kvheap.addresses import bulk
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Extents, Int64Array
-from kvheap.addresses.free_list import FreeList
+from kvheap.addresses.free_list import FreeList, Receipt
 from kvheap.addresses.free_requests import (
     as_extents,
     double_free,
@@ -43,10 +50,17 @@ from kvheap.addresses.free_requests import (
 )
 from kvheap.addresses.heap_stats import HeapStats
 from kvheap.addresses.integers import as_integer, round_up
-from kvheap.errors import HeapCorruptionError, NegativeBatchSizeError, OutOfMemoryError
-from kvheap.forks import starts_over_after_fork
+from kvheap.errors import (
+    HeapCorruptionError,
+    NegativeBatchSizeError,
+    OutOfMemoryError,
+    ReentrantCallError,
+)
+from kvheap.guards import Deferred, Guard, is_inside_section, section
 
 __all__ = ["AddressManager"]
+
+Answer = TypeVar("Answer")
 
 ADDRESS_BITS = 63
 """Addresses are int64: a heap ends below ``2**63``."""
@@ -63,7 +77,9 @@ class AddressManager:
     - sizes: :meth:`get_heap_size`, :meth:`get_free_size`, :attr:`total_allocated_size`,
       :attr:`align_bytes`, :meth:`compute_aligned_size`;
     - the whole state: :meth:`stats`, :meth:`snapshot`;
-    - invariants: :meth:`check`, :meth:`check_consistency`.
+    - invariants: :meth:`check`, :meth:`check_consistency`;
+    - for a heap that holds the guard itself: :attr:`guard`, :meth:`take`, :meth:`give_back`,
+      :meth:`extend`, :attr:`heap_bytes`, :meth:`finish`.
 
     Args:
         size: bytes of the address space, rounded down to the alignment; 0 is allowed.
@@ -127,8 +143,9 @@ class AddressManager:
 
     def _set_up(self, heap_units: int, unit_bytes: int) -> None:
         self._unit = unit_bytes
-        self._lock = threading.Lock()
-        starts_over_after_fork(self)
+        self.guard = Guard()
+        """Protects the free list; a heap that is built on this manager shares it."""
+        self._deferred = Deferred(self.guard)
         self._free_list = FreeList(Extents.of(0, heap_units), heap_units)
 
     @property
@@ -142,8 +159,7 @@ class AddressManager:
 
     def get_heap_size(self) -> int:
         """Bytes of the address space."""
-        with self._lock:
-            return self._settled_free_list().end * self._unit
+        return self._look(lambda free_list: free_list.end) * self._unit
 
     def get_free_size(self) -> int:
         """Free bytes, over all extents."""
@@ -156,16 +172,18 @@ class AddressManager:
 
     def stats(self) -> HeapStats:
         """A consistent snapshot of the counters. O(1)."""
-        with self._lock:
-            free_list, unit = self._settled_free_list(), self._unit
-            heap_bytes, free_bytes = free_list.end * unit, free_list.free_units * unit
-            return HeapStats(
-                heap_bytes=heap_bytes,
-                allocated_bytes=heap_bytes - free_bytes,
-                free_bytes=free_bytes,
-                largest_free_bytes=free_list.largest * unit,
-                free_extents=len(free_list),
-            )
+        return self._look(self._stats_of)
+
+    def _stats_of(self, free_list: FreeList) -> HeapStats:
+        unit = self._unit
+        heap_bytes, free_bytes = free_list.end * unit, free_list.free_units * unit
+        return HeapStats(
+            heap_bytes=heap_bytes,
+            allocated_bytes=heap_bytes - free_bytes,
+            free_bytes=free_bytes,
+            largest_free_bytes=free_list.largest * unit,
+            free_extents=len(free_list),
+        )
 
     def snapshot(self) -> Int64Array:
         """All free extents at one moment. O(F).
@@ -173,9 +191,7 @@ class AddressManager:
         Returns:
             Start and size of each in bytes, int64 ``[F, 2]``, in address order.
         """
-        with self._lock:
-            extents = self._settled_free_list().extents()
-        return np.stack(extents, axis=1) * self._unit
+        return np.stack(self._look(FreeList.extents), axis=1) * self._unit
 
     def max_batch(self, size: int) -> int:
         """How many blocks of ``size`` bytes one ``batched_allocate`` could return now.
@@ -190,9 +206,9 @@ class AddressManager:
             ValueError: ``size`` is not positive.
         """
         units = -(-_positive(size) // self._unit)
-        with self._lock:
-            return bulk.max_batch(self._settled_free_list(), units)
+        return self._look(lambda free_list: bulk.max_batch(free_list, units))
 
+    @section
     def allocate(self, size: int) -> tuple[int, int]:
         """Allocate one extent. O(log F).
 
@@ -205,12 +221,18 @@ class AddressManager:
         Raises:
             ValueError: ``size`` is not positive.
             OutOfMemoryError: no free extent is large enough; nothing changes.
+            ReentrantCallError: the calling thread is inside an operation; nothing changes.
         """
         if type(size) is not int or size <= 0:
             size = _positive(size)
-        unit = self._unit
+        unit, guard = self._unit, self.guard
         units = -(-size // unit)
-        with self._lock:
+        if self._deferred:
+            self._deferred.run()
+        if guard.busy and is_inside_section():
+            raise self._reentered("allocate", units)
+        with guard.lock:
+            guard.busy = True
             free_list = self._free_list
             if free_list.pending:
                 free_list.rollback()
@@ -220,10 +242,12 @@ class AddressManager:
             except BaseException:
                 free_list.rollback()
                 raise
+            guard.busy = False
             if start is None:
                 raise self._out_of_memory(units)
         return start * unit, units * unit
 
+    @section
     def batched_allocate(
         self, size: int, batch_size: int, allow_partial: bool = False
     ) -> AddressBatch:
@@ -246,6 +270,41 @@ class AddressManager:
             NegativeBatchSizeError: ``batch_size`` is negative.
             OutOfMemoryError: the blocks do not all fit, and ``allow_partial`` is false; nothing
                 changes.
+            ReentrantCallError: the calling thread is inside an operation; nothing changes.
+        """
+        if self._deferred:
+            self._deferred.run()
+        guard = self.guard
+        if guard.busy and is_inside_section():
+            raise self._reentered("batched_allocate", 0)
+        with guard.lock:
+            guard.busy = True
+            batch = self.take(size, batch_size, allow_partial)
+            guard.busy = False
+            if batch is None:
+                raise self._out_of_memory(-(-size // self._unit) * batch_size)
+        return batch
+
+    def take(
+        self,
+        size: int,
+        batch_size: int,
+        allow_partial: bool = False,
+        receipt: Receipt | None = None,
+    ) -> AddressBatch | None:
+        """:meth:`batched_allocate` for a caller that holds the guard.
+
+        Args:
+            size: bytes of each block, at least 1; rounded up to the alignment.
+            batch_size: number of blocks.
+            allow_partial: if they do not all fit, allocate as many as fit.
+            receipt: gets the blocks, and tells whether they are allocated.
+
+        Returns:
+            The blocks; None if they do not all fit, and ``allow_partial`` is false.
+
+        Raises:
+            ValueError, NegativeBatchSizeError: as :meth:`batched_allocate`.
         """
         if type(size) is not int or size <= 0:
             size = _positive(size)
@@ -257,24 +316,32 @@ class AddressManager:
         units = -(-size // unit)
         if batch_size == 0:
             return AddressBatch(units * unit, [], [])
-        with self._lock:
-            free_list = self._settled_free_list()
-            try:
-                start = free_list.take(units * batch_size)
-                if start is not None:
-                    batch = AddressBatch(units * unit, [start * unit], [batch_size])
-                else:
-                    taken = bulk.take_batch(free_list, units, batch_size, unit, allow_partial)
-                    if taken is None:
-                        raise self._out_of_memory(units * batch_size)
-                    batch, self._free_list = taken
-                free_list.commit()
-            except BaseException:
-                self._free_list = free_list
-                free_list.rollback()
-                raise
+        free_list = self._free_list
+        if free_list.pending:
+            free_list.rollback()
+        try:
+            if receipt is not None:
+                free_list.write(receipt)
+            start = free_list.take(units * batch_size)
+            if start is not None:
+                batch = AddressBatch(units * unit, [start * unit], [batch_size])
+            else:
+                taken = bulk.take_batch(free_list, units, batch_size, unit, allow_partial)
+                if taken is None:
+                    free_list.withdraw(receipt)
+                    free_list.commit()
+                    return None
+                batch, self._free_list = taken
+            if receipt is not None:
+                receipt.blocks = batch
+            free_list.commit()
+        except BaseException:
+            self._free_list = free_list
+            free_list.rollback()
+            raise
         return batch
 
+    @section
     def free(self, address: int, size: int) -> None:
         """Free one extent and join it with its free neighbours. O(log F).
 
@@ -289,30 +356,46 @@ class AddressManager:
         """
         if type(address) is not int or type(size) is not int:
             address, size = as_integer("address", address), as_integer("size", size)
-        unit = self._unit
-        with self._lock:
-            free_list = self._free_list
-            if free_list.pending:
-                free_list.rollback()
-            start, units = address // unit, size // unit
-            if (
-                size <= 0
-                or address < 0
-                or address % unit
-                or size % unit
-                or start + units > free_list.end
-                or (free_list.walls and free_list.has_wall_within(start, start + units))
-            ):
-                raise invalid_free(address, size, unit, free_list.end * unit)
-            try:
-                overlapping = free_list.insert(start, units)
-                free_list.commit()
-            except BaseException:
-                free_list.rollback()
-                raise
-            if overlapping is not None:
-                raise double_free(address, size, overlapping[0] * unit, overlapping[1] * unit)
+        guard = self.guard
+        if self._deferred:
+            self._deferred.run()
+        if guard.busy and is_inside_section():
+            self._deferred.append(partial(self.free, address, size))
+            return
+        with guard.lock:
+            guard.busy = True
+            self._free_one(address, size, None)
+            guard.busy = False
 
+    def _free_one(self, address: int, size: int, receipt: Receipt | None) -> None:
+        """Free one extent. Call with the guard held."""
+        unit, free_list = self._unit, self._free_list
+        if free_list.pending:
+            free_list.rollback()
+        start, units = address // unit, size // unit
+        if (
+            size <= 0
+            or address < 0
+            or address % unit
+            or size % unit
+            or start + units > free_list.end
+            or (free_list.walls and free_list.has_wall_within(start, start + units))
+        ):
+            raise invalid_free(address, size, unit, free_list.end * unit)
+        try:
+            if receipt is not None:
+                free_list.write(receipt)
+            overlapping = free_list.insert(start, units)
+            if overlapping is not None:
+                free_list.withdraw(receipt)
+            free_list.commit()
+        except BaseException:
+            free_list.rollback()
+            raise
+        if overlapping is not None:
+            raise double_free(address, size, overlapping[0] * unit, overlapping[1] * unit)
+
+    @section
     def batched_free(
         self,
         blocks: AddressBatch | Iterable[tuple[int, int]] | npt.ArrayLike,
@@ -335,31 +418,89 @@ class AddressManager:
             TypeError: the addresses or sizes are not integers.
             ValueError: the shapes do not fit each other.
         """
+        if self._deferred:
+            self._deferred.run()
+        one_run = extents = None
+        if isinstance(blocks, AddressBatch) and sizes is None and blocks.num_runs == 1:
+            one_run = blocks.first_run()
+        else:
+            # The walls may be read before the lock is taken: a block of a segment is allocated
+            # only after the segment's wall was put up.
+            extents = self._merged(blocks, sizes)
+        guard = self.guard
+        if guard.busy and is_inside_section():
+            given = blocks if extents is None else np.stack(extents, axis=1)
+            self._deferred.append(partial(self.batched_free, given))
+            return
+        with guard.lock:
+            guard.busy = True
+            if one_run is not None:
+                self._free_one(one_run[0], one_run[1], None)
+            elif extents is not None:
+                self._insert(extents, None)
+            guard.busy = False
+
+    def give_back(
+        self,
+        blocks: AddressBatch | npt.ArrayLike,
+        sizes: npt.ArrayLike | None = None,
+        receipt: Receipt | None = None,
+    ) -> None:
+        """:meth:`batched_free` for a caller that holds the guard.
+
+        Args:
+            blocks: as for :meth:`batched_free`.
+            sizes: as for :meth:`batched_free`.
+            receipt: tells whether the blocks are free.
+
+        Raises:
+            DoubleFreeError, InvalidFreeError, TypeError, ValueError: as :meth:`batched_free`.
+        """
+        if isinstance(blocks, AddressBatch) and blocks.num_runs == 1:
+            start, num_bytes = blocks.first_run()
+            self._free_one(start, num_bytes, receipt)
+        else:
+            self._insert(self._merged(blocks, sizes), receipt)
+
+    @property
+    def heap_bytes(self) -> int:
+        """:meth:`get_heap_size` for a caller that holds the guard."""
+        return self._free_list.end * self._unit
+
+    def finish(self) -> None:
+        """Undo what an exception interrupted, so that every receipt is final.
+
+        For a caller that holds the guard; every operation does so anyway.
+        """
+        self._settled_free_list()
+
+    def _merged(
+        self, blocks: AddressBatch | Iterable[tuple[int, int]] | npt.ArrayLike, sizes: object
+    ) -> Extents:
+        """The extents to free, in bytes, in address order, merged within each segment."""
         if isinstance(blocks, AddressBatch) and sizes is None:
-            if blocks.num_runs == 1:
-                self.free(*blocks.run_pairs()[0])
-                return
             extents = Extents(blocks.run_starts, blocks.run_counts * blocks.block_bytes)
         else:
             extents = as_extents(blocks, sizes)
-        unit = self._unit
-        # The walls may be read before the lock is taken: a block of a segment is allocated only
-        # after the segment's wall was put up.
-        extents = merged(extents, self._free_list.wall_array * unit)
-        if not len(extents.starts):
-            return
-        with self._lock:
-            free_list = self._settled_free_list()
-            require_inside(extents, unit, free_list.end * unit)
-            runs = Extents(extents.starts // unit, extents.sizes // unit)
-            try:
-                self._free_list = bulk.insert_runs(free_list, runs, unit)
-                free_list.commit()
-            except BaseException:
-                self._free_list = free_list
-                free_list.rollback()
-                raise
+        return merged(extents, self._free_list.wall_array * self._unit)
 
+    def _insert(self, extents: Extents, receipt: Receipt | None) -> None:
+        """Free merged extents. Call with the guard held."""
+        free_list, unit = self._settled_free_list(), self._unit
+        if len(extents.starts):
+            require_inside(extents, unit, free_list.end * unit)
+        runs = Extents(extents.starts // unit, extents.sizes // unit)
+        try:
+            if receipt is not None:
+                free_list.write(receipt)
+            self._free_list = bulk.insert_runs(free_list, runs, unit)
+            free_list.commit()
+        except BaseException:
+            self._free_list = free_list
+            free_list.rollback()
+            raise
+
+    @section
     def sbrk(self, size: int, new_segment: bool = False) -> None:
         """Grow the address space at its end. O(log F).
 
@@ -371,6 +512,21 @@ class AddressManager:
         Raises:
             ValueError: ``size`` is negative or not a multiple of the alignment, or the heap
                 would end at 2**63 or beyond.
+            ReentrantCallError: the calling thread is inside an operation; nothing changes.
+        """
+        guard = self.guard
+        if guard.busy and is_inside_section():
+            raise self._reentered("sbrk", 0)
+        with guard.lock:
+            guard.busy = True
+            self.extend(size, new_segment)
+            guard.busy = False
+
+    def extend(self, size: int, new_segment: bool = False) -> None:
+        """:meth:`sbrk` for a caller that holds the guard.
+
+        Raises:
+            ValueError: as :meth:`sbrk`.
         """
         size = as_integer("size", size)
         unit = self._unit
@@ -380,18 +536,18 @@ class AddressManager:
             )
         if size == 0:
             return
-        with self._lock:
-            free_list = self._settled_free_list()
-            _require_addressable(free_list.end * unit + size)
-            free_list = free_list.ready_to_grow(size // unit, new_segment)
-            self._free_list = free_list
-            try:
-                free_list.grow(size // unit)
-                free_list.commit()
-            except BaseException:
-                free_list.rollback()
-                raise
+        free_list = self._settled_free_list()
+        _require_addressable(free_list.end * unit + size)
+        free_list = free_list.ready_to_grow(size // unit, new_segment)
+        self._free_list = free_list
+        try:
+            free_list.grow(size // unit)
+            free_list.commit()
+        except BaseException:
+            free_list.rollback()
+            raise
 
+    @section
     def trim(self) -> int:
         """Give back the free tail of the address space, the opposite of :meth:`sbrk`. O(log F).
 
@@ -399,8 +555,15 @@ class AddressManager:
 
         Returns:
             How many bytes the heap lost: 0 if its last byte is allocated.
+
+        Raises:
+            ReentrantCallError: the calling thread is inside an operation; nothing changes.
         """
-        with self._lock:
+        guard = self.guard
+        if guard.busy and is_inside_section():
+            raise self._reentered("trim", 0)
+        with guard.lock:
+            guard.busy = True
             free_list = self._settled_free_list()
             try:
                 units = free_list.trim()
@@ -408,6 +571,7 @@ class AddressManager:
             except BaseException:
                 free_list.rollback()
                 raise
+            guard.busy = False
         return units * self._unit
 
     def check(self) -> None:
@@ -416,8 +580,7 @@ class AddressManager:
         Raises:
             HeapCorruptionError: an invariant is broken; the message names it and shows the state.
         """
-        with self._lock:
-            self._settled_free_list().check()
+        self._look(FreeList.check)
 
     def check_consistency(self) -> bool:
         """Whether :meth:`check` finds that every invariant holds."""
@@ -427,20 +590,37 @@ class AddressManager:
             return False
         return True
 
-    def start_over_after_fork(self) -> None:
-        """Release the lock in a forked child; the next call undoes an unfinished one."""
-        self._lock = threading.Lock()
-
     def __repr__(self) -> str:
         """The counters and the alignment."""
         return f"AddressManager({self.stats()}, align_bytes={self._unit})"
 
+    @section
+    def _look(self, question: Callable[[FreeList], Answer]) -> Answer:
+        """What ``question`` answers about the free list as the last operation left it."""
+        guard = self.guard
+        if guard.busy and is_inside_section():
+            return question(self._free_list.before_changes())
+        if self._deferred:
+            self._deferred.run()
+        with guard.lock:
+            guard.busy = True
+            answer = question(self._settled_free_list())
+            guard.busy = False
+        return answer
+
     def _settled_free_list(self) -> FreeList:
-        """The free list without the remains of an interrupted rollback. Call with the lock held."""
+        """The free list without the remains of an interrupted rollback. Call with the guard held.
+        """
         free_list = self._free_list
         if free_list.pending:
             free_list.rollback()
         return free_list
+
+    def _reentered(self, call: str, units: int) -> ReentrantCallError:
+        free_list, unit = self._free_list, self._unit
+        return ReentrantCallError(
+            call, units * unit, free_list.free_units * unit, free_list.largest * unit
+        )
 
     def _out_of_memory(self, units: int) -> OutOfMemoryError:
         free_list, unit = self._free_list, self._unit

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -53,8 +54,8 @@ class ExtentIndex:
         bits: the width of a key's lower half.
         mask: the lower half's bits, and the largest start and size that a key can hold.
         log: the changes since the last commit, each as the keys of ``by_start`` that it removes
-            and adds; clear it to make them final. An int is an entry that the free list added: the
-            end of the heap before a change.
+            and adds; clear it to make them final. Other entries are the free list's: the end of
+            the heap before a change, and receipts.
     """
 
     __slots__ = ("_start_in_change", "bits", "by_size", "by_start", "log", "mask")
@@ -70,7 +71,7 @@ class ExtentIndex:
         self.mask = (1 << self.bits) - 1
         self.by_start = ExtentKeys(_packed(extents.starts, extents.sizes, self.bits))
         self.by_size = ExtentKeys(_packed(extents.sizes, extents.starts, self.bits))
-        self.log: list[tuple[int | None, int | None] | int] = []
+        self.log: list[Any] = []
         self._start_in_change = False
 
     def __len__(self) -> int:
@@ -128,17 +129,27 @@ class ExtentIndex:
         The log stays; the caller clears it once everything is restored. If a call is interrupted,
         call it again: restoring twice gives the same result.
         """
-        keys = set(self._swapped(self.by_size) if self._start_in_change else self.by_start)
-        for entry in reversed(self.log):
-            if isinstance(entry, int):
-                continue
-            removed, added = entry
-            if added is not None:
-                keys.discard(added)
-            if removed is not None:
-                keys.add(removed)
+        keys = self._keys_before_changes()
         self.by_start = ExtentKeys(keys)
         self.by_size = ExtentKeys(self._swapped(keys))
+
+    def before_changes(self) -> Extents:
+        """The extents as they were at the last commit, in address order. O(F log F)."""
+        keys = sorted(self._keys_before_changes())
+        bits, mask = self.bits, self.mask
+        starts = np.array([key >> bits for key in keys], np.int64)
+        return Extents(starts, np.array([key & mask for key in keys], np.int64))
+
+    def _keys_before_changes(self) -> set[int]:
+        """The keys of ``by_start`` at the last commit."""
+        keys = set(self._swapped(self.by_size) if self._start_in_change else self.by_start)
+        for entry in reversed(self.log):
+            if isinstance(entry, tuple):
+                removed, added = entry
+                keys.discard(added)
+                if removed is not None:
+                    keys.add(removed)
+        return keys
 
     def _swapped(self, keys: Iterable[int]) -> Iterator[int]:
         """Keys of one list as keys of the other."""

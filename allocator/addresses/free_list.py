@@ -17,11 +17,31 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extent_index import ExtentIndex
 from kvheap.addresses.extents import Extents
 from kvheap.errors import HeapCorruptionError
 
-__all__ = ["FreeList"]
+__all__ = ["FreeList", "Receipt"]
+
+
+class Receipt:
+    """Tells whether an operation was done, also if an exception struck it at any moment.
+
+    An operation writes its receipt into the log of its changes before the first change. Committing
+    clears the log, in one step; a rollback sets ``done`` back. So once no rollback is pending,
+    ``done`` is the truth.
+
+    Attributes:
+        done: whether the operation was done.
+        blocks: what an allocation took; undefined unless ``done``.
+    """
+
+    __slots__ = ("blocks", "done")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.blocks: AddressBatch | None = None
 
 
 class FreeList:
@@ -31,9 +51,10 @@ class FreeList:
 
     - look-ups: :meth:`overlapping`, :meth:`has_wall_within`, :meth:`fewest_runs`,
       :meth:`max_blocks`, :meth:`extents`, :attr:`largest`, ``len``;
-    - changes: :meth:`take`, :meth:`carve`, :meth:`insert`, :meth:`grow`, :meth:`trim`; then
-      :attr:`commit` or :meth:`rollback`;
-    - replacements, which leave this list as it is: :meth:`rebuilt`, :meth:`ready_to_grow`;
+    - changes: :meth:`take`, :meth:`carve`, :meth:`insert`, :meth:`grow`, :meth:`trim`,
+      :meth:`write`, :meth:`withdraw`; then :attr:`commit` or :meth:`rollback`;
+    - replacements, which leave this list as it is: :meth:`rebuilt`, :meth:`ready_to_grow`,
+      :meth:`before_changes`;
     - invariants: :meth:`check`.
 
     Attributes:
@@ -255,6 +276,16 @@ class FreeList:
         self.end = start
         return size
 
+    def write(self, receipt: Receipt) -> None:
+        """Log a receipt, whose ``done`` is true from the commit on."""
+        self.pending.append(receipt)
+        receipt.done = True
+
+    def withdraw(self, receipt: Receipt | None) -> None:
+        """Take back a logged receipt if its operation changed nothing; cheaper than a rollback."""
+        if receipt is not None:
+            receipt.done = False
+
     def rollback(self) -> None:
         """Undo all changes since the last commit. O(F log F); for exceptions only.
 
@@ -263,6 +294,8 @@ class FreeList:
         for entry in reversed(self.pending):
             if isinstance(entry, int):
                 self.end = entry
+            elif isinstance(entry, Receipt):
+                entry.done = False
         self._index.restore()
         self.free_units = sum(size for _, size in self._index)
         self.commit()
@@ -270,6 +303,11 @@ class FreeList:
     def rebuilt(self, extents: Extents) -> FreeList:
         """The free list of the same heap with other extents. O(F)."""
         return FreeList(extents, self.end, self.walls)
+
+    def before_changes(self) -> FreeList:
+        """A copy of this list without the changes since the last commit. O(F log F)."""
+        end = next((entry for entry in self.pending if isinstance(entry, int)), self.end)
+        return FreeList(self._index.before_changes(), end, self.walls)
 
     def ready_to_grow(self, size: int, new_segment: bool) -> FreeList:
         """The same list, ready to :meth:`grow` by ``size`` units.

@@ -1,7 +1,7 @@
 """``BlockAllocator``: the common base of all allocators that create their own blocks.
 
-A free happens in steps that can be undone: it claims the blocks, then gathers their contents, and
-only then releases their bytes. Subclasses decide where the bytes are.
+A free checks the blocks, gathers their contents if asked to, and frees them in one step
+(``Lifetime.free``). Subclasses decide where the bytes are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from kvheap.blocks.lease import Lease
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
@@ -46,29 +45,20 @@ class BlockAllocator(MemoryAllocatorInterface):
     ) -> None:
         """Free many blocks; see ``MemoryAllocatorInterface.batched_free``."""
         self.require_open()
-        if self.lifetime.has_work:
-            self.lifetime.settle()
         if not isinstance(objs, MemoryBatch):
             objs = list(objs)
         parts = self.rows_by_batch(objs)
+        skip_freed = self.idempotent_free and out is None
         if out is not None:
             self.require_gatherable(parts, out)
-        claimed: list[Rows] = []
-        try:
             for part in parts:
-                rows = part.batch.claim(part.rows, self.idempotent_free and out is None)
-                claimed.append(Rows(part.batch, rows))
-            if out is not None and len(out):
+                part.batch.claimable(part.rows)
+            if len(out):
                 self.gather(objs, out)
-            releases = self.releases_of(claimed)
-        except BaseException:
-            for part in claimed:
-                part.batch.unclaim(part.rows)
-            raise
-        # The blocks are freed from here on. If an interrupt strikes before the loop, their bytes
-        # stay allocated; they are never handed out twice.
-        for release in releases:
-            self.lifetime.release(release)
+        self.lifetime.free(parts, skip_freed, self.merged_releases)
+        # Last: a finalizer may free a block of a batch that is in the same cycle, and so dropped.
+        if self.lifetime.has_work:
+            self.lifetime.settle()
 
     def rows_by_batch(self, objs: MemoryBatch | Iterable[MemoryObj]) -> list[Rows]:
         """Group blocks by batch.
@@ -89,10 +79,6 @@ class BlockAllocator(MemoryAllocatorInterface):
             self.lifetime.settle()
         return self.lifetime.live()
 
-    def grant_lease(self, batch: MemoryBatch, row: int, ttl: float) -> Lease:
-        """Pin a block for ``ttl`` seconds; see ``MemoryObj.pin``."""
-        return self.lifetime.grant_lease(batch, row, ttl)
-
     # -- for subclasses ------------------------------------------------------------------------
 
     @abstractmethod
@@ -102,11 +88,6 @@ class BlockAllocator(MemoryAllocatorInterface):
     @abstractmethod
     def gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
         """Copy the contents of blocks into ``out``, already checked by ``require_gatherable``."""
-
-    def releases_of(self, parts: Sequence[Rows]) -> list[Release]:
-        """The releases of claimed blocks, combined by :meth:`merged_releases`."""
-        releases = [part.batch.release_of(part.rows) for part in parts if len(part)]
-        return releases if len(releases) < 2 else self.merged_releases(releases)
 
     def merged_releases(self, releases: list[Release]) -> list[Release]:
         """Combine releases that can be given back together; by default none can."""

@@ -2,9 +2,8 @@
 
 The reference count tells whether a block is live: it is >= 0 while the block is live, and ``FREED``
 afterwards. ``RowCounts`` also keeps pin counts, leases (pins that expire) and the streams that
-still use a block. All changes happen under one lock, which is held for a few instructions and never
-taken by a finalizer. The thread that sets a row to ``FREED`` releases its bytes, so when two
-threads free the same block, exactly one succeeds.
+still use a block. It has no lock: ``Lifetime`` makes all changes inside its sections, and reading
+needs none. Every change is one store, so it is made or not made when an exception strikes.
 
 Most batches are filled, read and freed as a whole, and no count ever changes in between. Counts are
 therefore one number for all rows until one of them changes, and arrays from then on.
@@ -12,15 +11,14 @@ therefore one number for all rows until one of them changes, and arrays from the
 
 from __future__ import annotations
 
-import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kvheap.addresses.extents import Int64Array
-from kvheap.blocks.lease import Lease
 from kvheap.blocks.recorded_streams import RecordedStreams
 from kvheap.device.events import Stream
 from kvheap.errors import BlockInUseError, DoubleFreeError, LifetimeError
@@ -30,44 +28,49 @@ __all__ = ["FREED", "RowCounts"]
 FREED = -1
 """The reference count of a block that was freed."""
 
+FEW_ROWS = 4
+"""Up to this many rows are looked at one by one."""
+
 Describe = Callable[[int], str]
 """Describes a row for an error message."""
+
+
+class HeldLease(Protocol):
+    """The part of a lease that its block's counts use."""
+
+    @property
+    def state(self) -> str:
+        """``held`` as long as it pins its block."""
+        ...
 
 
 class RowCounts:
     """Reference counts, pin counts, leases and streams of N rows.
 
-    - read one row, without the lock: ``is_live``, ``references_of``, ``pins_of``;
-    - read all rows: ``references``, ``pins``, ``live``, ``count_live``, ``all_live``;
-    - change one row: ``change_references``, ``change_pins``, ``begin_lease``, ``end_lease``;
-    - free: ``claim``, ``unclaim``, ``free_all``, ``rows_to_drop``;
-    - streams: ``record_stream``, ``streams_of``, ``require_live``.
+    - read one row: ``is_live``, ``references_of``, ``pins_of``;
+    - read all rows: ``references``, ``pins``, ``live``, ``count_live``, ``all_live``,
+      ``leased_rows``, ``rows_to_drop``;
+    - change one row: ``changed``, ``set_references``, ``set_pins``, ``add_lease``,
+      ``remove_lease``, ``leases_of``, ``is_held``;
+    - free: ``claimable``, ``set_freed``, ``set_live``;
+    - streams: ``record_stream``, ``streams_of``, ``has_streams``, ``should_prune_streams``,
+      ``forget_streams``, ``require_live``.
 
     Args:
         num_rows: number of rows N; each starts with one reference and no pin.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_leases",
-        "_lock",
-        "_num_rows",
-        "_pins",
-        "_references",
-        "_streams",
-        "_uniform_references",
-    )
+    __slots__ = ("_leases", "_num_rows", "_pins", "_references", "_streams", "_uniform_references")
 
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
-        self._lock = threading.Lock()
         self._uniform_references = 1
         self._references: array[int] | None = None
         self._pins: array[int] | None = None
-        self._leases: dict[int, int] | None = None
+        self._leases: dict[int, dict[int, HeldLease]] | None = None
         self._streams: RecordedStreams | None = None
 
-    # -- read one row, without the lock --------------------------------------------------------
+    # -- read one row --------------------------------------------------------------------------
 
     def is_live(self, row: int) -> bool:
         """Whether the row is not freed."""
@@ -81,25 +84,22 @@ class RowCounts:
 
     def pins_of(self, row: int) -> int:
         """The row's pin count, leases included."""
-        counts = self._pins
-        return 0 if counts is None else counts[row]
+        pins = 0 if self._pins is None else self._pins[row]
+        return pins if self._leases is None else pins + self.leases_of(row)
 
     # -- read all rows -------------------------------------------------------------------------
 
     def references(self) -> npt.NDArray[np.int32]:
         """A copy of the reference counts, int32 ``[N]``; 0 for freed rows."""
-        with self._lock:
-            return np.maximum(self._reference_array(), 0)
+        return np.maximum(self._reference_array(), 0)
 
     def pins(self) -> npt.NDArray[np.int32]:
-        """A copy of the pin counts, int32 ``[N]``."""
-        with self._lock:
-            return self._pin_array().copy()
+        """A copy of the pin counts, leases included, int32 ``[N]``."""
+        return self._pin_array()
 
     def live(self) -> npt.NDArray[np.bool_]:
         """Which rows are not freed, bool ``[N]``."""
-        with self._lock:
-            return np.not_equal(self._reference_array(), FREED)
+        return np.not_equal(self._reference_array(), FREED)
 
     def all_live(self) -> bool:
         """Whether no row is freed."""
@@ -114,92 +114,104 @@ class RowCounts:
 
     def count_live(self) -> tuple[int, int]:
         """How many rows are live, and how many of those are pinned."""
-        with self._lock:
-            if self._references is None and self._pins is None:
-                return (0 if self._uniform_references == FREED else self._num_rows), 0
-            live = self._reference_array() != FREED
-            return int(live.sum()), int((live & (self._pin_array() > 0)).sum())
+        if self._references is None and self._pins is None and self._leases is None:
+            return (0 if self._uniform_references == FREED else self._num_rows), 0
+        live = self._reference_array() != FREED
+        return int(live.sum()), int((live & (self._pin_array() > 0)).sum())
+
+    def leased_rows(self) -> Collection[int]:
+        """The live rows that a lease holds."""
+        leased = tuple(self._leases or ())
+        return [row for row in leased if self.is_live(row) and self.leases_of(row)]
+
+    def rows_to_drop(self, but: Collection[int] = ()) -> Int64Array | None:
+        """The live rows other than ``but``, int64 ``[R]``; None if all are."""
+        if self._references is None and not but:
+            return None if self._uniform_references != FREED else np.empty(0, np.int64)
+        live = self._reference_array() != FREED
+        live[list(but)] = False
+        rows = np.flatnonzero(live)
+        return None if len(rows) == self._num_rows else rows
 
     # -- change one row ------------------------------------------------------------------------
 
-    def change_references(self, row: int, change: int, describe: Describe) -> int | None:
-        """Add ``change``, and free the row if no reference and no pin is left.
+    def changed(
+        self, row: int, references: int, pins: int, describe: Describe
+    ) -> tuple[int, int]:
+        """A row's counts after a change that is not made yet.
+
+        Args:
+            row: the row.
+            references: what to add to its reference count.
+            pins: what to add to its pin count.
+            describe: describes a row for an error message.
 
         Returns:
-            The count before if this freed the row, whose bytes the caller then releases; else
-            None.
+            The new reference count, and the new pin count without leases.
 
         Raises:
-            LifetimeError: the row is freed, or its count would be negative.
+            LifetimeError: the row is freed, or a count would be negative.
         """
-        with self._lock:
-            self._require_row("reference", row, describe)
-            count = self.references_of(row)
-            if count + change < 0:
-                raise self._count_error("reference", row, count, change, describe)
-            is_nobodys = count + change == 0 and self.pins_of(row) == 0
-            self._own_references()[row] = FREED if is_nobodys else count + change
-        return count if is_nobodys else None
+        counts = self._references
+        count = self._uniform_references if counts is None else counts[row]
+        held = 0 if self._pins is None else self._pins[row]
+        if count == FREED:
+            kind = "pin" if pins else "reference"
+            raise LifetimeError(f"{describe(row)} is freed: its {kind} count cannot change")
+        if count + references < 0:
+            raise LifetimeError(
+                f"the reference count of {describe(row)} is {count}: it cannot change by "
+                f"{references}"
+            )
+        if held + pins < 0:
+            leases = self.leases_of(row)
+            of_leases = f", {leases} of them by leases" if leases else ""
+            raise LifetimeError(
+                f"the pin count of {describe(row)} is {held + leases}{of_leases}: it cannot "
+                f"change by {pins}"
+            )
+        return count + references, held + pins
 
-    def change_pins(self, row: int, change: int, describe: Describe) -> bool:
-        """Add ``change`` to the pins other than leases, and free the row if nothing holds it.
+    def set_references(self, row: int, count: int) -> None:
+        """Set the reference count of a live row."""
+        self._own_references()[row] = count
 
-        Returns:
-            Whether this freed the row; the caller then releases its bytes.
+    def set_pins(self, row: int, count: int) -> None:
+        """Set the pin count of a live row, without leases."""
+        if self._pins is None:
+            self._pins = array("i", (0,)) * self._num_rows
+        self._pins[row] = count
 
-        Raises:
-            LifetimeError: the row is freed, or its pin count would fall below its lease count.
-        """
-        with self._lock:
-            self._require_row("pin", row, describe)
-            count = self.pins_of(row)
-            leases = self._leases.get(row, 0) if self._leases else 0
-            if count + change < leases:
-                raise self._count_error("pin", row, count, change, describe)
-            self._own_pins()[row] = count + change
-            if count + change or self.references_of(row):
-                return False
-            self._own_references()[row] = FREED
-        return True
+    def add_lease(self, row: int, lease: HeldLease) -> None:
+        """Pin a row by a lease, for as long as the lease is held."""
+        if self._leases is None:
+            self._leases = {}
+        self._leases.setdefault(row, {})[id(lease)] = lease
 
-    def begin_lease(self, row: int, describe: Describe) -> None:
-        """Pin a row for a lease.
+    def remove_lease(self, row: int, lease: HeldLease) -> None:
+        """Forget a lease that has ended."""
+        leases = None if self._leases is None else self._leases.get(row)
+        if leases is not None:
+            leases.pop(id(lease), None)
 
-        Raises:
-            LifetimeError: the row is freed.
-        """
-        with self._lock:
-            self._require_row("pin", row, describe)
-            if self._leases is None:
-                self._leases = {}
-            self._own_pins()[row] += 1
-            self._leases[row] = self._leases.get(row, 0) + 1
+    def leases_of(self, row: int, but: HeldLease | None = None) -> int:
+        """How many leases hold a row, other than ``but``."""
+        leases = None if self._leases is None else self._leases.get(row)
+        if not leases:
+            return 0
+        return sum(each.state == "held" and each is not but for each in tuple(leases.values()))
 
-    def end_lease(self, lease: Lease, row: int, state: str) -> tuple[bool, bool]:
-        """End a lease if it is still held, even if the row has been freed.
-
-        Returns:
-            Whether the lease was held, and whether ending it freed the row; the caller then
-            releases the row's bytes.
-        """
-        with self._lock:
-            if lease.state != "held":
-                return False, False
-            lease.state = state
-            assert self._leases is not None
-            self._leases[row] -= 1
-            self._own_pins()[row] -= 1
-            if not self.is_live(row) or self.pins_of(row) or self.references_of(row):
-                return True, False
-            self._own_references()[row] = FREED
-        return True, True
+    def is_held(self, row: int, but: HeldLease | None = None) -> bool:
+        """Whether a row has a reference or a pin, other than the lease ``but``."""
+        has_pins = self._pins is not None and bool(self._pins[row])
+        return has_pins or bool(self.references_of(row) or self.leases_of(row, but))
 
     # -- free ----------------------------------------------------------------------------------
 
-    def claim(
+    def claimable(
         self, rows: Int64Array | None, describe: Describe, skip_freed: bool = False
     ) -> Int64Array | None:
-        """Free ``rows`` (None: all), all or none; the caller then releases their bytes.
+        """Check that ``rows`` (None: all) can be freed, and change nothing.
 
         Args:
             rows: row numbers.
@@ -207,47 +219,45 @@ class RowCounts:
             skip_freed: skip rows that are already freed instead of raising.
 
         Returns:
-            The rows that were freed; None for all.
+            The rows to free; None for all.
 
         Raises:
             DoubleFreeError: a row is already freed, or named twice.
             BlockInUseError: a row is pinned or has more than one reference.
         """
-        with self._lock:
-            if rows is None and self._is_untouched():
-                self.free_all()
-                return None
-            if skip_freed:
-                rows = self._live_among(rows)
-            elif rows is not None:
-                _require_distinct(rows, describe)
-            self._require_sole_owner(rows, describe)
-            if rows is None:
-                self.free_all()
-            else:
-                np.frombuffer(self._own_references(), np.int32)[rows] = FREED
-            return rows
+        if rows is None and self._is_untouched():
+            return None
+        if skip_freed:
+            rows = self._live_among(rows)
+        elif rows is not None:
+            _require_distinct(rows, describe)
+        self._require_sole_owner(rows, describe)
+        return rows
 
-    def unclaim(self, rows: Int64Array | None, references: int = 1) -> None:
-        """Undo :meth:`claim`, while the bytes have not been released."""
-        with self._lock:
-            if rows is None:
-                self._set_all(references)
-            else:
-                np.frombuffer(self._own_references(), np.int32)[rows] = references
+    def set_freed(self, rows: Int64Array | None) -> None:
+        """Mark ``rows`` (None: all) as freed, whatever their state."""
+        self._set(rows, FREED)
 
-    def free_all(self) -> None:
-        """Free all rows, whatever their state. Takes no lock."""
-        self._set_all(FREED)
-
-    def rows_to_drop(self) -> Int64Array | None:
-        """The live rows, int64 ``[R]``; None if all are. Takes no lock: a finalizer calls it."""
-        if self._references is None:
-            return None if self._uniform_references != FREED else np.empty(0, np.int64)
-        rows = np.flatnonzero(self._reference_array() != FREED)
-        return None if len(rows) == self._num_rows else rows
+    def set_live(self, rows: Int64Array | None) -> None:
+        """Give each of ``rows`` (None: all) one reference again."""
+        self._set(rows, 1)
 
     # -- streams -------------------------------------------------------------------------------
+
+    @property
+    def should_prune_streams(self) -> bool:
+        """Whether so many streams are recorded that those that have ended should be forgotten."""
+        return self._streams is not None and self._streams.should_prune
+
+    def forget_streams(self, ended: Sequence[Stream]) -> None:
+        """Forget streams that have ended."""
+        if self._streams is not None:
+            self._streams.prune(ended)
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether a stream was ever recorded."""
+        return self._streams is not None
 
     def record_stream(self, stream: Stream, rows: Int64Array | None, describe: Describe) -> None:
         """Record that a stream uses ``rows`` (None: all).
@@ -255,11 +265,10 @@ class RowCounts:
         Raises:
             LifetimeError: one of them is freed.
         """
-        with self._lock:
-            self.require_live(rows, describe)
-            if self._streams is None:
-                self._streams = RecordedStreams()
-            self._streams.add(stream, rows)
+        self.require_live(rows, describe)
+        if self._streams is None:
+            self._streams = RecordedStreams()
+        self._streams.add(stream, rows)
 
     def streams_of(self, rows: Int64Array | None) -> tuple[Stream, ...]:
         """The streams that were recorded for any of ``rows`` (None: all)."""
@@ -280,10 +289,6 @@ class RowCounts:
             name = describe(at if rows is None else int(rows[at]))
             raise LifetimeError(f"{name} is freed: it cannot be copied")
 
-    def start_over_after_fork(self) -> None:
-        """Replace the lock in a forked child."""
-        self._lock = threading.Lock()
-
     # -- helpers -------------------------------------------------------------------------------
 
     def _own_references(self) -> array[int]:
@@ -291,14 +296,16 @@ class RowCounts:
             self._references = array("i", (self._uniform_references,)) * self._num_rows
         return self._references
 
-    def _own_pins(self) -> array[int]:
-        if self._pins is None:
-            self._pins = array("i", (0,)) * self._num_rows
-        return self._pins
-
-    def _set_all(self, references: int) -> None:
-        self._uniform_references = references  # first: other threads read without the lock
+    def _set(self, rows: Int64Array | None, count: int) -> None:
+        if rows is not None and len(rows) < self._num_rows:
+            np.frombuffer(self._own_references(), np.int32)[rows] = count
+            return
+        self._uniform_references = count  # first: readers take no lock
         self._references = None
+
+    def _reference_of(self, row: int) -> int:
+        counts = self._references
+        return self._uniform_references if counts is None else counts[row]
 
     def _reference_array(self) -> npt.NDArray[np.int32]:
         if self._references is None:
@@ -306,35 +313,30 @@ class RowCounts:
         return np.frombuffer(self._references, np.int32)
 
     def _pin_array(self) -> npt.NDArray[np.int32]:
-        if self._pins is None:
-            return np.zeros(self._num_rows, np.int32)
-        return np.frombuffer(self._pins, np.int32)
+        pins = np.zeros(self._num_rows, np.int32)
+        if self._pins is not None:
+            pins += np.frombuffer(self._pins, np.int32)
+        for row in tuple(self._leases or ()):
+            pins[row] += self.leases_of(row)
+        return pins
 
     def _is_untouched(self) -> bool:
-        is_uniform = self._references is None and self._pins is None
+        is_uniform = self._references is None and self._pins is None and self._leases is None
         return is_uniform and self._uniform_references == 1
 
     def _live_among(self, rows: Int64Array | None) -> Int64Array:
         live = self._reference_array() != FREED
         return np.flatnonzero(live) if rows is None else np.unique(rows[live[rows]])
 
-    def _require_row(self, kind: str, row: int, describe: Describe) -> None:
-        if not self.is_live(row):
-            raise LifetimeError(f"{describe(row)} is freed: its {kind} count cannot change")
-
-    def _count_error(
-        self, kind: str, row: int, count: int, change: int, describe: Describe
-    ) -> LifetimeError:
-        leases = self._leases.get(row, 0) if self._leases else 0
-        held = f", {leases} of them by leases" if kind == "pin" and leases else ""
-        return LifetimeError(
-            f"the {kind} count of {describe(row)} is {count}{held}: it cannot change by {change}"
-        )
-
     def _require_sole_owner(self, rows: Int64Array | None, describe: Describe) -> None:
         """Raise if any of ``rows`` (None: all) is freed, pinned or has several references."""
-        references = self._reference_array()[slice(None) if rows is None else rows]
-        pins = self._pin_array()[slice(None) if rows is None else rows]
+        if rows is not None and len(rows) <= FEW_ROWS:  # without looking at all rows
+            found = rows.tolist()
+            references = np.array([self._reference_of(row) for row in found], np.int32)
+            pins = np.array([self.pins_of(row) for row in found], np.int32)
+        else:
+            chosen = slice(None) if rows is None else rows
+            references, pins = self._reference_array()[chosen], self._pin_array()[chosen]
         wrong = (references != 1) | (pins != 0)
         if not wrong.any():
             return

@@ -4,53 +4,65 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import logging
-import threading
 import time
-from typing import Protocol
+import weakref
+from typing import Literal, Protocol
 
-__all__ = ["Lease", "LeaseHolder", "LeaseQueue"]
+from kvheap.blocks.counts import RowCounts
+from kvheap.blocks.owned_blocks import OwnedBlocks
+
+__all__ = ["Lease", "LeaseQueue", "LeaseState"]
+
+LeaseState = Literal["held", "released", "expired"]
+
+MIN_PRUNED = 64
+"""Ended leases are pruned at this many entries, then each time the number has doubled."""
 
 
-class LeaseHolder(Protocol):
-    """The part of a batch that leases use."""
+class LeaseEnder(Protocol):
+    """The part of a ``Lifetime`` that a lease uses."""
 
-    def begin_lease(self, row: int) -> None:
-        """Pin a row for a lease."""
-        ...
-
-    def end_lease(self, lease: Lease, row: int, state: str) -> bool:
-        """Unpin it and set ``lease.state``; False if the lease had already ended."""
+    def end_lease(self, lease: Lease, state: LeaseState) -> bool:
+        """End a lease; False if it had already ended."""
         ...
 
 
 class Lease:
-    """A pin that expires; see ``MemoryObj.pin``. Usable as a context manager."""
+    """A pin that expires; see ``MemoryObj.pin``. Usable as a context manager.
 
-    __slots__ = ("_holder", "_row", "deadline", "state")
+    Attributes:
+        counts: the counts of the leased block's batch.
+        record: what is needed to free the block; None for a view, and once the lease has ended.
+        row: the block's number in its batch.
+        deadline: when it expires, as a ``time.monotonic`` value in seconds.
+        state: ``held``, ``released`` or ``expired``.
+    """
 
-    def __init__(self, holder: LeaseHolder, row: int, deadline: float) -> None:
-        self._holder: LeaseHolder | None = holder
-        self._row = row
+    __slots__ = ("_lifetime", "counts", "deadline", "record", "row", "state")
+
+    def __init__(
+        self,
+        lifetime: LeaseEnder,
+        counts: RowCounts,
+        record: OwnedBlocks | None,
+        row: int,
+        deadline: float,
+    ) -> None:
+        # Weak: the lifetime holds the lease, and the heap's buffers with it.
+        self._lifetime = weakref.ref(lifetime)
+        self.counts = counts
+        self.record = record
+        self.row = row
         self.deadline = deadline
-        """When it expires, as a ``time.monotonic`` value in seconds."""
-        self.state = "held"
-        """``held``, ``released`` or ``expired``."""
+        self.state: LeaseState = "held"
 
     def release(self) -> bool:
         """End it now; False if it had already ended."""
-        return self._end("released")
-
-    def expire(self) -> bool:
-        """End it because its deadline has passed; False if it had already ended."""
-        return self._end("expired")
-
-    def _end(self, state: str) -> bool:
-        holder = self._holder
-        if holder is None or not holder.end_lease(self, self._row, state):
-            return False
-        self._holder = None  # an ended lease keeps no block alive
-        return True
+        lifetime = self._lifetime()
+        if lifetime is not None:
+            return lifetime.end_lease(self, "released")
+        was_held, self.state = self.state == "held", "released"
+        return was_held
 
     def __enter__(self) -> Lease:
         return self
@@ -60,7 +72,7 @@ class Lease:
 
 
 class LeaseQueue:
-    """Leases in the order of their deadlines. Thread-safe.
+    """Leases in the order of their deadlines. Not thread-safe.
 
     Released leases stay in the queue until their deadline, or until they outnumber the leases that
     are still held.
@@ -69,52 +81,30 @@ class LeaseQueue:
     def __init__(self) -> None:
         self.entries: list[tuple[float, int, Lease]] = []
         """A ``heapq`` of (deadline, number, lease)."""
-        self._prune_at = 64
+        self._prune_at = MIN_PRUNED
         self._number = itertools.count()
-        self._lock = threading.Lock()
-        self.num_expired = 0
-        """Number of leases that have expired."""
 
     def __len__(self) -> int:
         """Number of queued leases."""
         return len(self.entries)
 
-    def grant(self, holder: LeaseHolder, row: int, ttl: float) -> Lease:
-        """Pin a row for ``ttl`` seconds.
+    def push(self, lease: Lease) -> None:
+        """Queue a lease. Amortized O(log leases)."""
+        if len(self.entries) >= self._prune_at:
+            held = [entry for entry in self.entries if entry[2].state == "held"]
+            heapq.heapify(held)
+            self.entries = held
+            self._prune_at = 2 * len(held) + MIN_PRUNED
+        heapq.heappush(self.entries, (lease.deadline, next(self._number), lease))
 
-        Raises:
-            ValueError: ``ttl`` is not positive.
-        """
-        if not ttl > 0:
-            raise ValueError(f"ttl must be a positive number of seconds, got {ttl}")
-        lease = Lease(holder, row, time.monotonic() + ttl)
-        holder.begin_lease(row)
-        with self._lock:
-            if len(self.entries) >= self._prune_at:
-                self.entries = [entry for entry in self.entries if entry[2].state == "held"]
-                heapq.heapify(self.entries)
-                self._prune_at = 2 * len(self.entries) + 64
-            heapq.heappush(self.entries, (lease.deadline, next(self._number), lease))
-        return lease
+    def first_due(self) -> Lease | None:
+        """The first lease if its deadline has passed. It stays queued."""
+        entries = self.entries
+        if not entries or entries[0][0] > time.monotonic():
+            return None
+        return entries[0][2]
 
-    def start_over_after_fork(self) -> None:
-        """Replace the lock in a forked child."""
-        self._lock = threading.Lock()
-
-    def expire_due(self) -> bool:
-        """End all leases whose deadline has passed; return whether there were any."""
-        found = False
-        while True:
-            with self._lock:
-                if not self.entries or self.entries[0][0] > time.monotonic():
-                    return found
-                lease = heapq.heappop(self.entries)[2]
-            try:
-                ended = lease.expire()
-            except Exception:  # must not fail the unrelated operation that runs this
-                ended = True
-                logging.getLogger("kvheap").exception(
-                    "a block whose lease expired stays allocated: its stream cannot be queried"
-                )
-            self.num_expired += ended
-            found |= ended
+    def pop(self, lease: Lease) -> None:
+        """Take a lease that has ended off the queue, if it is the first."""
+        if self.entries and self.entries[0][2] is lease:
+            heapq.heappop(self.entries)

@@ -19,6 +19,7 @@ from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.report import FullReport, LiveBlocks
+from kvheap.device.events import POLL_SECONDS
 from kvheap.errors import ClosedError
 from kvheap.forks import starts_over_after_fork
 
@@ -68,6 +69,7 @@ class MemoryAllocatorInterface(ABC):
     def __init__(self) -> None:
         self._is_released = False
         self._close_lock = threading.RLock()
+        self._closed_by: int | None = None
         starts_over_after_fork(self)
 
     # -- allocate ------------------------------------------------------------------------------
@@ -210,14 +212,20 @@ class MemoryAllocatorInterface(ABC):
             raise ValueError(f"timeout_s must be a non-negative number of seconds, got {timeout_s}")
         self._closed = True
         deadline = time.monotonic() + timeout_s
-        if not self._close_lock.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX)):
-            raise TimeoutError(f"another thread is still closing this after {timeout_s:g} s")
-        try:
-            if not self._is_released:
-                self.close_memory(max(deadline - time.monotonic(), 0.0))
-                self._is_released = True
-        finally:
-            self._close_lock.release()
+        me = threading.get_ident()
+        while self._closed_by not in (None, me):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"another thread is still closing this after {timeout_s:g} s")
+            time.sleep(POLL_SECONDS)
+        # Not ``acquire(timeout=...)``: an exception right after it would keep the lock.
+        with self._close_lock:
+            before, self._closed_by = self._closed_by, me
+            try:
+                if not self._is_released:
+                    self.close_memory(max(deadline - time.monotonic(), 0.0))
+                    self._is_released = True
+            finally:
+                self._closed_by = before
 
     def __enter__(self) -> Self:
         self.require_open()
@@ -262,6 +270,7 @@ class MemoryAllocatorInterface(ABC):
     def start_over_after_fork(self) -> None:
         """Replace the allocator's own locks in a forked child."""
         self._close_lock = threading.RLock()
+        self._closed_by = None
 
     def require_open(self) -> None:
         """Raise if the allocator is closed.

@@ -5,8 +5,7 @@ until one of them changes. A :class:`MemoryObj` is a handle on one row (batch, i
 demand. Handles on the same row share its counts, so a block can be freed through any of them.
 
 When a batch and all its handles are garbage-collected while some of its blocks are live, the
-batch's finalizer queues those blocks (``Lifetime.drop``). The allocator's next operation reclaims
-them and counts them as dropped.
+allocator's next operation reclaims those blocks and counts them as dropped (``OwnedBlocks``).
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.lmcache_names import LMCacheNames
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.memory_metadata import MemoryBatchMetadata, MemoryObjMetadata
-from kvheap.blocks.release import LastOwner, Release
+from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.sites import Site, allocated_at
-from kvheap.device.events import Event, Stream, has_let_go
+from kvheap.device.events import Stream
 from kvheap.device.transfer import Transfer
 from kvheap.errors import ForeignObjectError, LifetimeError
 from kvheap.kernels.arrays import int64_array, require_all
@@ -51,10 +50,6 @@ class BlockOwner(Protocol):
         """The first bytes of a block, uint8 ``[size_bytes]``, without a copy."""
         ...
 
-    def grant_lease(self, batch: MemoryBatch, row: int, ttl: float) -> Lease:
-        """Pin a block for ``ttl`` seconds."""
-        ...
-
 
 class MemoryBatch(Sequence["MemoryObj"]):
     """N blocks of one block layout, returned by ``batched_allocate``. Do not construct it.
@@ -65,8 +60,8 @@ class MemoryBatch(Sequence["MemoryObj"]):
     - what the blocks are: ``layout``, ``shape``, ``dtype``, ``fmt``, ``size_bytes``;
     - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
     - counts and streams: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
-    - for allocators and transfers: ``counts``, ``own``, ``is_owner``, ``await_filling``, ``claim``,
-      ``unclaim``, ``disown``, ``release_of``, ``describe``.
+    - for allocators and transfers: ``counts``, ``own``, ``is_owner``, ``await_filling``,
+      ``claimable``, ``describe``.
 
     Attributes:
         allocator: the allocator that made it.
@@ -74,6 +69,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         counts: reference counts, pin counts, leases and streams of the blocks.
         born: when it was allocated, as a ``time.monotonic`` value in seconds.
         site: its allocation site, if sites are recorded.
+        record: what its allocator's ledger knows of it; None for a view, and once all is freed.
         storage: the batch's own memory, if its allocator has no heap; else None.
         transfer: the transfer that fills it, for a batch made by ``offload`` or ``restore``; else
             None. Code that reads the blocks waits for it or is ordered behind it.
@@ -89,6 +85,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         "born",
         "counts",
         "layout",
+        "record",
         "site",
         "storage",
         "transfer",
@@ -102,7 +99,8 @@ class MemoryBatch(Sequence["MemoryObj"]):
         *,
         storage: torch.Tensor | None = None,
     ) -> None:
-        self._owned = False  # the finalizer does nothing until ``own``
+        self._owned = False
+        self.record: OwnedBlocks | None = None
         self.allocator = allocator
         self.layout = layout
         self.born = 0.0
@@ -115,32 +113,15 @@ class MemoryBatch(Sequence["MemoryObj"]):
         self.storage = storage
 
     def own(self) -> MemoryBatch:
-        """Make the batch the owner of its blocks' bytes; returns the batch.
-
-        The last store here is the moment at which ownership passes. Before it the bytes are the
-        caller's to free, after it they are the batch's, also if an exception strikes.
-        """
-        self.allocator.lifetime.begin(self)
+        """Make the batch the owner of its blocks' bytes; returns the batch. See ``Lifetime.own``."""
         self._owned = True
+        self.allocator.lifetime.own(self)
         return self
 
     @property
     def is_owner(self) -> bool:
-        """Whether the batch owns its blocks' bytes; a view does not."""
+        """Whether the batch owns, or owned, its blocks' bytes; a view does not."""
         return self._owned
-
-    def __del__(self) -> None:
-        # May run while this thread holds any of the allocator's locks, so it takes none.
-        if not getattr(self, "_owned", False):
-            return
-        lifetime = self.allocator.lifetime
-        lifetime.forget(self)
-        rows = self.counts.rows_to_drop()
-        if len(self._address_batch if rows is None else rows):
-            release = self.release_of(rows, ())
-            # In a cycle, another finalizer may still hold a handle: mark the blocks as freed.
-            self.counts.free_all()
-            lifetime.drop(release, self.counts.streams_of(rows))
 
     # -- what the blocks are -------------------------------------------------------------------
 
@@ -230,21 +211,22 @@ class MemoryBatch(Sequence["MemoryObj"]):
             rows = int64_array("rows", rows)
             is_row = (rows >= 0) & (rows < self._length)
             require_all("rows", rows, is_row, f"must be from 0 to {self._length - 1}")
-        self.counts.record_stream(stream, rows, self.describe)
+        self.allocator.lifetime.record_stream(self, stream, rows)
 
     def detach(self) -> AddressBatch:
         """Give up the blocks but keep their addresses, to free them by address later.
 
         Every block of the batch then counts as freed. The bytes stay allocated until you pass the
         addresses to ``allocator.address_manager.batched_free``, which waits for no stream and wipes
-        nothing.
+        nothing. If an exception strikes as this returns, ``runs`` still has the addresses.
 
         Raises:
             DoubleFreeError: a block is already freed.
             BlockInUseError: a block is pinned or has more than one reference.
+            ForeignObjectError: the batch is a view of another process's blocks.
+            ReentrantCallError: the calling thread is inside an operation; nothing is changed.
         """
-        self.claim(None)
-        return self._address_batch
+        return self.allocator.lifetime.detach(self)
 
     # -- sequence methods ----------------------------------------------------------------------
 
@@ -315,15 +297,15 @@ class MemoryBatch(Sequence["MemoryObj"]):
         if error is not None:
             raise error
 
-    def claim(self, rows: Int64Array | None, skip_freed: bool = False) -> Int64Array | None:
-        """Mark ``rows`` (None: all) as freed, all or none; the caller then releases their bytes.
+    def claimable(self, rows: Int64Array | None, skip_freed: bool = False) -> Int64Array | None:
+        """Check that ``rows`` (None: all) can be freed; changes nothing.
 
         Args:
             rows: row numbers.
             skip_freed: skip rows that are already freed instead of raising.
 
         Returns:
-            The rows that were marked; None for all.
+            The rows to free; None for all.
 
         Raises:
             DoubleFreeError: a row is already freed, or named twice.
@@ -334,51 +316,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
             raise ForeignObjectError(
                 f"{self!r} is a view: only the process that allocated it can free it"
             )
-        return self.counts.claim(rows, self.describe, skip_freed)
-
-    def unclaim(self, rows: Int64Array | None, references: int = 1) -> None:
-        """Undo :meth:`claim`, while the bytes have not been released."""
-        self.counts.unclaim(rows, references)
-
-    def disown(self) -> None:
-        """Mark all blocks as freed; the allocator releases their bytes itself."""
-        self.counts.free_all()
-
-    def release_of(
-        self, rows: Int64Array | None, events: tuple[Event, ...] | None = None
-    ) -> Release:
-        """The release of claimed rows (None: all).
-
-        Args:
-            rows: row numbers.
-            events: what the release waits for; None: the end of the work that is queued now on the
-                recorded streams.
-        """
-        blocks: AddressBatch | Int64Array
-        if rows is None:
-            blocks = self._address_batch
-        elif len(rows) == 1:
-            address = self._address_batch.address(int(rows[0]))
-            blocks = AddressBatch(self.allocated_bytes, [address], [1])
-        else:
-            blocks = self._address_batch.addresses[rows]
-        if events is None:
-            streams = self.counts.streams_of(rows)
-            # No event for a transfer that has ended: it would only have to be checked again.
-            in_use = [stream for stream in streams if not has_let_go(stream)]
-            events = tuple(stream.record_event() for stream in in_use)
-        return Release(blocks, self.allocated_bytes, LastOwner(self.layout, self.site), events)
-
-    def begin_lease(self, row: int) -> None:
-        """Pin a row for a lease; see ``LeaseHolder``."""
-        self.counts.begin_lease(row, self.describe)
-
-    def end_lease(self, lease: Lease, row: int, state: str) -> bool:
-        """Unpin a row, and free it if no reference and no pin is left; see ``LeaseHolder``."""
-        was_held, is_nobodys = self.counts.end_lease(lease, row, state)
-        if is_nobodys:
-            self._release_row(row, references=0)
-        return was_held
+        return self.counts.claimable(rows, self.describe, skip_freed)
 
     def describe(self, row: int) -> str:
         """Describe a block for an error message."""
@@ -388,30 +326,9 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     # -- for handles ---------------------------------------------------------------------------
 
-    def _change_references(self, row: int, change: int) -> None:
-        count = self.counts.change_references(row, change, self.describe)
-        if count is not None:
-            self._release_row(row, references=count)
-
-    def _change_pins(self, row: int, change: int) -> None:
-        if self.counts.change_pins(row, change, self.describe):
-            self._release_row(row, references=0)
-
     def _expire_leases(self) -> None:
         if self.counts.has_leases:
             self.allocator.lifetime.expire_leases()
-
-    def _release_row(self, row: int, references: int) -> None:
-        """Release the bytes of a row that was just marked as freed."""
-        if not self._owned:
-            return
-        rows = np.array([row], np.int64)
-        try:
-            release = self.release_of(rows)
-        except BaseException:  # a destroyed stream cannot record an event
-            self.unclaim(rows, references)
-            raise
-        self.allocator.lifetime.release(release)
 
     def _bytes(self, row: int, size_bytes: int) -> torch.Tensor:
         self.await_filling()
@@ -623,7 +540,8 @@ class MemoryObj(LMCacheNames):
         Raises:
             LifetimeError: the block is freed.
         """
-        self._batch._change_references(self._row, +1)
+        batch = self._batch
+        batch.allocator.lifetime.change(batch, self._row, +1)
 
     def ref_count_down(self) -> None:
         """Drop a reference; frees the block if no reference and no pin is left.
@@ -631,7 +549,8 @@ class MemoryObj(LMCacheNames):
         Raises:
             LifetimeError: the block is freed, or has no reference.
         """
-        self._batch._change_references(self._row, -1)
+        batch = self._batch
+        batch.allocator.lifetime.change(batch, self._row, -1)
 
     @overload
     def pin(self, ttl: None = None) -> bool: ...
@@ -651,10 +570,11 @@ class MemoryObj(LMCacheNames):
             LifetimeError: the block is freed.
             ValueError: ``ttl`` is not positive.
         """
-        if ttl is None:
-            self._batch._change_pins(self._row, +1)
-            return True
-        return self._batch.allocator.grant_lease(self._batch, self._row, ttl)
+        batch = self._batch
+        if ttl is not None:
+            return batch.allocator.lifetime.grant_lease(batch, self._row, ttl)
+        batch.allocator.lifetime.change(batch, self._row, 0, +1)
+        return True
 
     def unpin(self) -> bool:
         """Lower the pin count; frees the block if no reference and no pin is left.
@@ -662,7 +582,8 @@ class MemoryObj(LMCacheNames):
         Raises:
             LifetimeError: the block is freed, or all its pins are leases.
         """
-        self._batch._change_pins(self._row, -1)
+        batch = self._batch
+        batch.allocator.lifetime.change(batch, self._row, 0, -1)
         return True
 
     def record_stream(self, stream: Stream) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import cast
 
 from kvheap.addresses.extents import Int64Array
-from kvheap.device.events import Stream, has_let_go
+from kvheap.device.events import Stream
 
-__all__ = ["RecordedStreams"]
+__all__ = ["RecordedStreams", "stream_key"]
 
 MIN_PRUNED = 8
 """Ended streams are pruned at this many records, then each time the number has doubled."""
@@ -34,18 +34,20 @@ class RecordedStreams:
         self._num_records = 0
         self._prune_at = MIN_PRUNED
 
+    @property
+    def should_prune(self) -> bool:
+        """Whether it is time to :meth:`prune`."""
+        return self._num_records >= self._prune_at
+
     def add(self, stream: Stream, rows: Int64Array | None) -> None:
         """Record that a stream uses ``rows`` (None: all)."""
-        if self._num_records >= self._prune_at:
-            self._prune()
         if rows is None:
             streams = self._of_all
         elif len(rows) == 1:
             streams = self._of_row.setdefault(int(rows[0]), {})
         else:
             streams = self._of_set.setdefault(frozenset(rows.tolist()), {})
-        can_be_hashed = type(stream).__hash__ is not None
-        key = cast("Hashable", stream) if can_be_hashed else id(stream)
+        key = stream_key(stream)
         self._num_records += key not in streams
         streams[key] = stream
 
@@ -65,17 +67,22 @@ class RecordedStreams:
                 found |= streams
         return tuple(found.values())
 
-    def _prune(self) -> None:
-        """Drop the streams that have ended, such as finished transfers."""
-        self._of_all = _in_use(self._of_all)
-        self._of_row = {row: kept for row, all_ in self._of_row.items() if (kept := _in_use(all_))}
-        self._of_set = {
-            rows: kept for rows, all_ in self._of_set.items() if (kept := _in_use(all_))
-        }
-        kept_of_parts = (*self._of_row.values(), *self._of_set.values())
-        self._num_records = len(self._of_all) + sum(map(len, kept_of_parts))
+    def prune(self, ended: Sequence[Stream]) -> None:
+        """Drop streams that have ended, such as finished transfers."""
+        keys = {stream_key(stream) for stream in ended}
+        of_row = {row: kept for row, all_ in self._of_row.items() if (kept := _but(all_, keys))}
+        of_set = {rows: kept for rows, all_ in self._of_set.items() if (kept := _but(all_, keys))}
+        self._of_all = _but(self._of_all, keys)
+        self._of_row = of_row
+        self._of_set = of_set
+        self._num_records = len(self._of_all) + sum(map(len, (*of_row.values(), *of_set.values())))
         self._prune_at = max(MIN_PRUNED, 2 * self._num_records)
 
 
-def _in_use(streams: Streams) -> Streams:
-    return {key: stream for key, stream in streams.items() if not has_let_go(stream)}
+def stream_key(stream: Stream) -> Hashable:
+    """What tells streams apart: the stream itself if it can be hashed, else its ``id``."""
+    return id(stream) if type(stream).__hash__ is None else cast("Hashable", stream)
+
+
+def _but(streams: Streams, keys: set[Hashable]) -> Streams:
+    return {key: stream for key, stream in streams.items() if key not in keys}

@@ -3,45 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
+from kvheap.addresses.free_list import Receipt
 from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.sites import Site, allocated_at
 from kvheap.device.events import Event
 
-__all__ = ["LastOwner", "Release", "merged"]
+__all__ = ["LastOwner", "Parts", "Release", "merged"]
+
+Parts = tuple[tuple[RowCounts, "Int64Array | None"], ...]
+"""The counts of batches, each with the rows to free (None: all)."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Release:
+class Release(Receipt):
     """Freed blocks whose bytes are on their way back to the free list.
 
+    It is its own receipt: ``done`` tells whether the bytes are in the free list. So carrying it out
+    once more, after an exception, does nothing twice.
+
     Attributes:
-        blocks: a whole batch, or the addresses of some blocks, int64 ``[N]``.
+        freed: the blocks: a whole batch, or the addresses of some, int64 ``[N]``.
         sizes: allocated bytes of each block, or one number for all; unused for a whole batch.
         owner: returns a description of the last owner, for messages.
         events: the bytes may be reused once all of these have completed.
-        take_back: called when an event raises ``ReleaseVoidError``; makes the blocks live again,
-            and the release is dropped. None: the release is unconditional.
+        parts: the rows to mark as freed.
+        batches: for a release on condition, the batches to keep alive, because their blocks become
+            live again if an event raises ``ReleaseVoidError``; else empty.
+        is_void: whether the blocks become live again.
+        error: why the bytes could not be given back, for as long as that is tried again.
     """
 
-    blocks: AddressBatch | Int64Array
-    sizes: int | Int64Array
-    owner: Callable[[], str]
-    events: tuple[Event, ...] = ()
-    take_back: Callable[[], None] | None = None
+    __slots__ = ("batches", "error", "events", "freed", "is_void", "owner", "parts", "sizes")
+
+    def __init__(
+        self,
+        freed: AddressBatch | Int64Array,
+        sizes: int | Int64Array,
+        owner: Callable[[], str],
+        events: tuple[Event, ...] = (),
+        parts: Parts = (),
+        batches: tuple[object, ...] = (),
+    ) -> None:
+        self.done = False
+        self.freed = freed
+        self.sizes = sizes
+        self.owner = owner
+        self.events = events
+        self.parts = parts
+        self.batches = batches
+        self.is_void = False
+        self.error: Exception | None = None
 
     @property
     def num_bytes(self) -> int:
         """Allocated bytes of all blocks."""
-        if isinstance(self.blocks, AddressBatch):
-            return len(self.blocks) * self.blocks.block_bytes
+        if isinstance(self.freed, AddressBatch):
+            return len(self.freed) * self.freed.block_bytes
         if isinstance(self.sizes, int):
-            return len(self.blocks) * self.sizes
+            return len(self.freed) * self.sizes
         return int(self.sizes.sum())
 
     @property
@@ -51,13 +75,13 @@ class Release:
 
     def by_size(self) -> Iterator[tuple[Int64Array, int]]:
         """For each block size in bytes: its blocks' addresses, int64 ``[N]``, and the size."""
-        if isinstance(self.blocks, AddressBatch):
-            yield self.blocks.addresses, self.blocks.block_bytes
+        if isinstance(self.freed, AddressBatch):
+            yield self.freed.addresses, self.freed.block_bytes
         elif isinstance(self.sizes, int):
-            yield self.blocks, self.sizes
+            yield self.freed, self.sizes
         else:
             for size in np.unique(self.sizes):
-                yield self.blocks[self.sizes == size], int(size)
+                yield self.freed[self.sizes == size], int(size)
 
 
 class LastOwner:
@@ -82,7 +106,7 @@ def merged(releases: list[Release]) -> list[Release]:
     starts: list[int] = []
     sizes: list[int] = []
     for release in at_once:
-        blocks, size = release.blocks, release.sizes
+        blocks, size = release.freed, release.sizes
         if isinstance(blocks, AddressBatch):
             for start, num_bytes in blocks.run_pairs():
                 starts.append(start)
@@ -91,5 +115,6 @@ def merged(releases: list[Release]) -> list[Release]:
             starts += blocks.tolist()
             sizes += np.broadcast_to(size, len(blocks)).tolist()
     owner = at_once[0].owner
-    together = Release(np.array(starts, np.int64), np.array(sizes, np.int64), owner)
+    parts = tuple(part for release in at_once for part in release.parts)
+    together = Release(np.array(starts, np.int64), np.array(sizes, np.int64), owner, (), parts)
     return [together, *(release for release in releases if release.events)]

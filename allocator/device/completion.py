@@ -39,7 +39,7 @@ class Completion:
     """The state of a copy. It is also the stream and the event that protect the copy's bytes.
 
     - to protect bytes: ``record_event``, ``query``, ``has_let_go``;
-    - for the code that queues the copy: ``keep``, ``queued``, ``nothing_queued``, ``ended``,
+    - for the code that queues the copy: ``keep``, ``queued``, ``void``, ``nothing_queued``, ``ended``,
       ``failed``, ``lose``;
     - for the transfer: ``ask``, ``wait``, ``error``, ``has_ended``, ``is_done``, ``is_lost``.
 
@@ -95,6 +95,11 @@ class Completion:
         # In this order: once the event is set, another thread may move the state to "ended".
         self._state = "queued"
         self._event = event
+
+    def void(self) -> None:
+        """Note, before :meth:`nothing_queued`, that what depends on this copy must not happen."""
+        if self._error is None:
+            self._error = TransferError("the copy was not started")
 
     def nothing_queued(self) -> None:
         """End the copy if none of it was queued."""

@@ -34,11 +34,16 @@ class FreedBytes:
         """What is done to freed bytes; None: nothing."""
 
     def give_back(self, release: Release) -> None:
-        """Free the bytes of a release."""
+        """Free the bytes of a release, in the step that sets ``release.done``.
+
+        Call with the guard of the address manager held.
+        """
         segments = self.segments
         if self.wiping is not None and len(segments):  # none once the heap is closed
             self.wiping.freed(release, segments)
-        if isinstance(release.blocks, AddressBatch):
-            self._address_manager.batched_free(release.blocks)
-        else:
-            self._address_manager.batched_free(release.blocks, release.sizes)
+        sizes = None if isinstance(release.freed, AddressBatch) else release.sizes
+        self._address_manager.give_back(release.freed, sizes, release)
+
+    def finish(self) -> None:
+        """Undo an allocation that an exception interrupted. Call with the guard held."""
+        self._address_manager.finish()

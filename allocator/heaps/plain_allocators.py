@@ -14,12 +14,13 @@ import torch
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.blocks.block_allocator import BlockAllocator
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
+from kvheap.blocks.ledger import NoSpace
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_batch import BytesBufferMemoryObj, MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
-from kvheap.blocks.release import Release
 from kvheap.blocks.rows import Rows
 from kvheap.errors import NegativeBatchSizeError
+from kvheap.guards import Guard
 from kvheap.heaps.block_tensors import require_gatherable, require_matching
 
 __all__ = ["AdHocMemoryAllocator", "BufferAllocator"]
@@ -46,7 +47,7 @@ class AdHocMemoryAllocator(BlockAllocator):
     ) -> None:
         super().__init__()
         self.device = torch.device(device)
-        self.lifetime = Lifetime(_keep_with_batch, trace_frames)
+        self.lifetime = Lifetime(Guard(), NoSpace(), trace_frames)
         self.idempotent_free = idempotent_free
 
     def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
@@ -119,7 +120,3 @@ class BufferAllocator(AdHocMemoryAllocator):
         first = shape[0]
         num_bytes = first if isinstance(first, (int, np.integer)) else first[0]
         return BlockLayout.of((int(num_bytes),), torch.uint8, MemoryFormat.BINARY_BUFFER)
-
-
-def _keep_with_batch(release: Release) -> None:
-    """Nothing to give back: each batch holds its memory."""

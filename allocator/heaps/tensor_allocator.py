@@ -11,8 +11,6 @@ again at once, for work on that stream. A block that another stream still uses n
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -35,7 +33,8 @@ from kvheap.blocks.report import FullReport, FullReporter, log_full_report
 from kvheap.blocks.rows import Rows
 from kvheap.device.copy_device import CopyDevice
 from kvheap.engine import chunks
-from kvheap.forks import starts_over_after_fork
+from kvheap.errors import ReentrantCallError
+from kvheap.guards import is_inside_section, section
 from kvheap.heaps.block_tensors import require_gatherable, require_matching
 from kvheap.heaps.freed_bytes import FreedBytes
 from kvheap.heaps.segments import Segments, as_buffer
@@ -151,12 +150,11 @@ class TensorMemoryAllocator(Heap):
         self.idempotent_free = idempotent_free
         wiping = Poison() if debug else Scrub() if scrub else None
         self._bytes = FreedBytes(address_manager, Segments((buffer,), (0,)), wiping)
-        self.lifetime = Lifetime(self._bytes.give_back, trace_frames)
+        self.lifetime = Lifetime(address_manager.guard, self._bytes, trace_frames)
         self._checked_layout: BlockLayout | None = None
-        self._grow_lock = threading.Lock()
         self._full_reporter = FullReporter(on_full, on_full_interval_s)
         self._space = WaitingSpace(
-            address_manager, self.lifetime, self._full_reporter, stream_wait_s
+            address_manager, self._bytes, self.lifetime, self._full_reporter, stream_wait_s
         )
 
     # -- allocate ------------------------------------------------------------------------------
@@ -185,29 +183,14 @@ class TensorMemoryAllocator(Heap):
         """``batched_allocate`` for a layout that :meth:`layout_of` made."""
         if source is not None and batch_size >= 0:
             require_matching("source", source, batch_size, layout, self.device, cpu_is_fine=True)
-        addresses = self._space.allocate(
-            layout.size_bytes, batch_size, allow_partial, self.full_report
-        )
-        if addresses is None:
-            return None
-        wiping = self._bytes.wiping
-        if wiping is not None:
-            try:
-                wiping.allocated(addresses, self._open_segments())
-            except BaseException:  # the bytes are still poisoned
-                self.address_manager.batched_free(addresses)
-                raise
-        batch = None
+        batch = self._space.allocate(self, layout, batch_size, allow_partial, self.full_report)
+        if batch is None or source is None or not len(batch):
+            return batch
         try:
-            batch = MemoryBatch(self, addresses, layout)
-            batch.own()
-            if source is not None and len(batch):
-                self._open_segments().scatter(source[: len(batch)], addresses.addresses)
+            self._open_segments().scatter(source[: len(batch)], batch.addresses)
         except BaseException:
-            if batch is not None and batch.is_owner:
-                batch.disown()
             # Part of the source may have been written: wipe it, as any free does.
-            self._bytes.give_back(Release(addresses, 0, layout.__str__))
+            self.lifetime.discard(batch)
             raise
         return batch
 
@@ -254,9 +237,7 @@ class TensorMemoryAllocator(Heap):
             layout = self.layout_of(shape, dtype, fmt)
             addresses = self._as_address_batch(blocks, layout)
         self._open_segments().require_inside(addresses)
-        batch = MemoryBatch(self, addresses, layout)
-        starts_over_after_fork(batch.counts)  # the lifetime knows only batches that own bytes
-        return batch
+        return MemoryBatch(self, addresses, layout)
 
     def _as_address_batch(
         self, blocks: AddressBatch | Sequence[int] | Int64Array, layout: BlockLayout
@@ -397,11 +378,6 @@ class TensorMemoryAllocator(Heap):
         """The absolute ranges of a host heap that ``device`` can reach, int64 ``[R, 2]``."""
         return self._open_segments().pinned_addresses(device)
 
-    def start_over_after_fork(self) -> None:
-        """Replace the allocator's own locks in a forked child."""
-        super().start_over_after_fork()
-        self._grow_lock = threading.Lock()
-
     def _open_segments(self) -> Segments:
         """The current segments; holding them keeps the buffers alive.
 
@@ -429,6 +405,7 @@ class TensorMemoryAllocator(Heap):
             ValueError: the tensor is not contiguous, on another device, smaller than
                 ``align_bytes``, or shares memory with the heap; or the heap does not yet cover the
                 whole last buffer.
+            ReentrantCallError: the calling thread is inside an operation; nothing changes.
             ClosedError: the allocator is closed.
         """
         self.require_open()
@@ -439,9 +416,19 @@ class TensorMemoryAllocator(Heap):
         usable = buffer.numel() // unit * unit
         if not usable:
             raise ValueError(f"the buffer must have at least {unit} bytes, got {buffer.numel()}")
-        with self._grow_lock:
-            before = self._bytes.segments
-            start, last_end = self.address_manager.get_heap_size(), before.end(unit)
+        self._add_buffer(buffer, usable)
+
+    @section
+    def _add_buffer(self, buffer: torch.Tensor, usable: int) -> None:
+        manager = self.address_manager
+        guard, unit = manager.guard, manager.align_bytes
+        if guard.busy and is_inside_section():
+            raise ReentrantCallError("add_buffer", 0, 0, 0)
+        with guard.lock:
+            guard.busy = True
+            manager.finish()
+            before, start = self._bytes.segments, manager.heap_bytes
+            last_end = before.end(unit)
             if start < last_end:
                 raise ValueError(
                     f"the heap ends at address {start} and does not cover its last buffer, which "
@@ -451,19 +438,16 @@ class TensorMemoryAllocator(Heap):
             self._bytes.segments = before.with_buffer(buffer, start)
             self._checked_layout = None
             try:
-                self.address_manager.sbrk(usable, new_segment=True)
+                manager.extend(usable, new_segment=True)
             except BaseException:
-                if self.address_manager.get_heap_size() == start:
+                if manager.heap_bytes == start:
                     self._bytes.segments = before
                 raise
+            guard.busy = False
 
     def close_memory(self, timeout_s: float) -> None:
         """Wait until no stream uses the heap, then drop the buffers."""
-        deadline = time.monotonic() + timeout_s
-        while self.lifetime.wait_for_streams(deadline - time.monotonic()):
-            continue
-        left = max(deadline - time.monotonic(), 0.0)
-        if self.lifetime.pending_bytes or not self.lifetime.wait_for_live(left):
+        if not self.lifetime.wait_until_unused(timeout_s):
             raise TimeoutError(
                 f"a stream has not finished its work on this heap in {timeout_s:.3g} s "
                 f"({self.lifetime.pending_bytes} freed bytes are still in use): the buffers are "

@@ -1,16 +1,20 @@
-"""``WaitingSpace``: allocates addresses, waiting for streams if their blocks make room."""
+"""``WaitingSpace``: allocates batches, waiting for streams if their blocks make room."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.address_manager import AddressManager
+from kvheap.addresses.integers import as_integer
+from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.lifetime import Lifetime
+from kvheap.blocks.memory_batch import BlockOwner, MemoryBatch
 from kvheap.blocks.report import FullReport, FullReporter
-from kvheap.errors import OutOfMemoryError
+from kvheap.errors import NegativeBatchSizeError
+from kvheap.guards import is_inside_section, section
+from kvheap.heaps.freed_bytes import FreedBytes
 
 __all__ = ["WaitingSpace"]
 
@@ -20,7 +24,8 @@ class WaitingSpace:
 
     Args:
         address_manager: the address space.
-        lifetime: knows which freed bytes streams still use.
+        freed: the heap's buffers, and what is done to freed bytes.
+        lifetime: knows which freed bytes streams still use, and who owns the others.
         reporter: counts and reports allocations that do not fit.
         stream_wait_s: seconds that an allocation that does not fit waits for freed bytes.
     """
@@ -28,52 +33,99 @@ class WaitingSpace:
     def __init__(
         self,
         address_manager: AddressManager,
+        freed: FreedBytes,
         lifetime: Lifetime,
         reporter: FullReporter,
         stream_wait_s: float,
     ) -> None:
         self._manager = address_manager
+        self._freed = freed
         self._lifetime = lifetime
         self._reporter = reporter
         self._stream_wait_s = stream_wait_s
 
     def allocate(
         self,
-        size_bytes: int,
+        owner: BlockOwner,
+        layout: BlockLayout,
         batch_size: int,
         allow_partial: bool,
         make_report: Callable[[int, int], FullReport],
-    ) -> AddressBatch | None:
-        """Allocate addresses for a batch.
+    ) -> MemoryBatch | None:
+        """Allocate a batch.
 
         Args:
-            size_bytes: bytes of each block.
+            owner: the allocator of the batch.
+            layout: what each block holds.
             batch_size: number of blocks.
             allow_partial: if not all blocks fit, return as many as fit.
             make_report: makes the report of a failure, given the requested blocks and bytes.
 
         Returns:
-            The addresses; None if the space is full.
+            The batch, which owns its bytes; None if the space is full, or if the calling thread is
+            inside an operation (then an empty batch with ``allow_partial``).
+
+        Raises:
+            NegativeBatchSizeError: ``batch_size`` is negative.
+            WriteAfterFreeError: in debug mode, freed bytes were written to.
         """
-        lifetime, manager = self._lifetime, self._manager
+        if type(batch_size) is not int:
+            batch_size = as_integer("batch_size", batch_size)
+        if batch_size < 0:
+            raise NegativeBatchSizeError(batch_size)
+        lifetime = self._lifetime
         if lifetime.has_work:
             lifetime.settle()
         deadline = None
-        requested_bytes = 0
         while True:
-            try:
-                addresses = manager.batched_allocate(size_bytes, batch_size, allow_partial)
-            except OutOfMemoryError as error:
-                # Do not keep the error: it holds the frames of this call and of all callers.
-                addresses, requested_bytes = None, error.requested_bytes
-            if addresses is not None and len(addresses) == batch_size:
-                return addresses
+            since = lifetime.num_reclaimed
+            batch = self._try_allocate(owner, layout, batch_size, False)
+            if batch is not None:
+                return batch
+            if lifetime.guard.busy and is_inside_section():
+                return _empty(owner, layout) if allow_partial else None
             # One deadline for the whole call, however many small releases end meanwhile.
             now = time.monotonic()
             deadline = now + self._stream_wait_s if deadline is None else deadline
-            if not lifetime.wait_for_streams(deadline - now):
-                if addresses is None:
-                    self._reporter.failed(partial(make_report, batch_size, requested_bytes))
-                return addresses
-            if addresses is not None:
-                manager.batched_free(addresses)
+            if not lifetime.wait_for_streams(deadline - now, since):
+                break
+        batch = self._try_allocate(owner, layout, batch_size, True) if allow_partial else None
+        if batch is None:
+            block_bytes = self._manager.compute_aligned_size(layout.size_bytes)
+            self._reporter.failed(lambda: make_report(batch_size, block_bytes * batch_size))
+        return batch
+
+    @section
+    def _try_allocate(
+        self, owner: BlockOwner, layout: BlockLayout, batch_size: int, allow_partial: bool
+    ) -> MemoryBatch | None:
+        """Allocate a batch from what is free now; None if it does not fit."""
+        lifetime = self._lifetime
+        guard, ledger = lifetime.guard, lifetime.ledger
+        if guard.busy and is_inside_section():
+            return None
+        with guard.lock:
+            guard.busy = True
+            if ledger.begun or ledger.allocation.done:
+                ledger.finish()
+            allocation, manager = ledger.allocation, self._manager
+            addresses = manager.take(layout.size_bytes, batch_size, allow_partial, allocation)
+            if addresses is None:
+                guard.busy = False
+                return None
+            if self._freed.wiping is not None:
+                try:
+                    self._freed.wiping.allocated(addresses, self._freed.segments)
+                except Exception:
+                    manager.give_back(addresses)  # the bytes are still poisoned
+                    allocation.done = False
+                    raise
+            batch = MemoryBatch(owner, addresses, layout).own()
+            allocation.done = False
+            guard.busy = False
+        return batch
+
+
+def _empty(owner: BlockOwner, layout: BlockLayout) -> MemoryBatch:
+    """A batch of no blocks, which needs no section."""
+    return MemoryBatch(owner, AddressBatch(layout.size_bytes, [], []), layout).own()

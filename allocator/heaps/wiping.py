@@ -4,12 +4,13 @@ Debug mode uses :class:`Poison`: it fills freed bytes with a pattern, and checks
 the bytes are allocated again. A write to a freed block, through a tensor that was kept too long or
 by a copy that was still running, changes the pattern. The next allocation of those bytes finds the
 change and reports the block's last owner. The check waits for the device.
+
+All methods are called with the heap's guard held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Lock
 from typing import Protocol
 
 import torch
@@ -18,7 +19,6 @@ from sortedcontainers import SortedDict
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.blocks.release import Release
 from kvheap.errors import WriteAfterFreeError
-from kvheap.forks import starts_over_after_fork
 from kvheap.heaps.segments import Segments
 
 __all__ = ["POISON_BYTE", "Poison", "Scrub", "Wiping"]
@@ -65,16 +65,13 @@ class Poison:
 
     def __init__(self) -> None:
         self._extents: SortedDict[int, tuple[int, Owner]] = SortedDict()  # start -> end, owner
-        self._lock = Lock()
-        starts_over_after_fork(self)
 
     def freed(self, release: Release, segments: Segments) -> None:
         """Write the pattern, with one launch for each block size, and remember the owner."""
         for addresses, size in release.by_size():
             segments.fill(addresses, size, POISON_BYTE)
-            with self._lock:
-                for address in addresses.tolist():
-                    self._extents[address] = (address + size, release.owner)
+            for address in addresses.tolist():
+                self._extents[address] = (address + size, release.owner)
 
     def allocated(self, blocks: AddressBatch, segments: Segments) -> None:
         """Check blocks that are about to be allocated, and forget their last owners.
@@ -83,27 +80,22 @@ class Poison:
             WriteAfterFreeError: a poisoned byte has another value; names its address and the
                 block's last owner. The block is poisoned again, and nothing is forgotten.
         """
-        with self._lock:
-            pieces = [
-                piece
-                for start, size in blocks.run_pairs()
-                for piece in self._cut(start, start + size)
-            ]
-            for begin, end, owner in pieces:
-                block = segments.bytes_at(begin, end - begin)
-                changed = torch.nonzero(block != POISON_BYTE)
-                if len(changed):
-                    block.fill_(POISON_BYTE)
-                    self._extents.update({start: (stop, held) for start, stop, held in pieces})
-                    raise WriteAfterFreeError(
-                        f"{len(changed)} bytes between {begin + int(changed[0])} and "
-                        f"{begin + int(changed[-1])} were written after the block at {begin} was "
-                        f"freed; it last held {owner()}"
-                    )
-
-    def start_over_after_fork(self) -> None:
-        """Replace the lock in a forked child."""
-        self._lock = Lock()
+        pieces = [
+            piece
+            for start, size in blocks.run_pairs()
+            for piece in self._cut(start, start + size)
+        ]
+        for begin, end, owner in pieces:
+            block = segments.bytes_at(begin, end - begin)
+            changed = torch.nonzero(block != POISON_BYTE)
+            if len(changed):
+                block.fill_(POISON_BYTE)
+                self._extents.update({start: (stop, held) for start, stop, held in pieces})
+                raise WriteAfterFreeError(
+                    f"{len(changed)} bytes between {begin + int(changed[0])} and "
+                    f"{begin + int(changed[-1])} were written after the block at {begin} was "
+                    f"freed; it last held {owner()}"
+                )
 
     def _cut(self, start: int, end: int) -> list[tuple[int, int, Owner]]:
         """Remove the poisoned extents in ``[start, end)``, and return them with their owners."""

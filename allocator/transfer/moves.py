@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -198,20 +197,20 @@ def _start(
             completion.nothing_queued()
             return transfer
         if move is not None:
-            move.claim()
+            move.claim(completion)
         in_flight.add(completion)
         events = run.start(completion)
         error = completion.error
         if error is not None and move is not None:
             raise error
     except BaseException:
+        if move is not None:
+            completion.void()
         completion.nothing_queued()
         if move is not None:
             move.take_back()
         raise
     transfer.begun(tuple(events))
-    if move is not None:
-        move.release(completion)
     return transfer
 
 
@@ -220,51 +219,34 @@ class _Move:
 
     def __init__(self, given_up: Sequence[Rows]) -> None:
         self._given_up = given_up
-        self._claimed: list[tuple[Rows, Release]] = []
-        lifetime = given_up[-1].batch.allocator.lifetime if given_up else None
+        self._releases: tuple[Release, ...] = ()
+        self._lifetime = given_up[-1].batch.allocator.lifetime if given_up else None
         self.settle: Callable[[], None] | None = None
         """Frees the blocks, or makes them live again, after the copy has ended."""
-        if lifetime is not None:
-            self.settle = partial(_settle, weakref.ref(lifetime))
+        if self._lifetime is not None:
+            self.settle = partial(_settle, weakref.ref(self._lifetime))
 
-    def claim(self) -> None:
-        """Mark the blocks as freed, all or none.
+    def claim(self, completion: Completion) -> None:
+        """Free the blocks, all or none, on condition that the copy succeeds.
 
         Raises:
             DoubleFreeError: a block is already freed.
             BlockInUseError: a block is pinned or has more than one reference.
         """
-        for part in self._given_up:
-            rows = Rows(part.batch, part.batch.claim(part.rows))
-            try:
-                release = part.batch.release_of(rows.rows)
-            except BaseException:  # a destroyed stream cannot record an event
-                part.batch.unclaim(rows.rows)
-                raise
-            self._claimed.append((rows, release))
+        if self._lifetime is not None:
+            batches = tuple(part.batch for part in self._given_up)
+            self._releases = self._lifetime.free_on(self._given_up, Success(completion), batches)
 
     def take_back(self) -> None:
         """Make the blocks live again."""
-        for rows, _ in self._claimed:
-            rows.batch.unclaim(rows.rows)
-        self._claimed = []
-
-    def release(self, completion: Completion) -> None:
-        """Free the blocks' bytes when the copy succeeds; make them live again if it fails."""
-        for rows, release in self._claimed:
-            rows.batch.allocator.lifetime.release(
-                replace(
-                    release,
-                    events=(Success(completion), *release.events),
-                    take_back=partial(rows.batch.unclaim, rows.rows),
-                )
-            )
+        if self._lifetime is not None:
+            self._lifetime.take_back(self._releases)
 
 
 def _settle(reference: weakref.ref[Lifetime]) -> None:
     lifetime = reference()
     if lifetime is not None:
-        lifetime.settle(wait_s=1.0, limit=None)
+        lifetime.settle(limit=None)
 
 
 def _transfers_filling(plan: CopyPlan) -> list[Transfer]:

@@ -59,21 +59,25 @@ def test_equal_records_are_one() -> None:
 
 
 def test_many_records_are_looked_at_a_few_times_each() -> None:
-    recorded = RecordedStreams()
+    heap = TensorMemoryAllocator(torch.zeros(4096 << 4, dtype=torch.uint8), 16, on_full=None)
+    batch = heap.batched_allocate([16], torch.uint8, 4096)
+    assert batch is not None
     streams = [Stream() for _ in range(4096)]
     for row, stream in enumerate(streams):
-        recorded.add(stream, np.array([row]))
+        batch[row].record_stream(stream)
     assert sum(stream.asked for stream in streams) <= 2 * len(streams)
-    assert recorded.of(np.array([17])) == (streams[17],)
+    assert batch.counts.streams_of(np.array([17])) == (streams[17],)
 
 
 def test_streams_that_have_ended_are_dropped() -> None:
-    recorded = RecordedStreams()
+    heap = TensorMemoryAllocator(torch.zeros(4096, dtype=torch.uint8), on_full=None)
+    batch = heap.batched_allocate([16], torch.uint8, 1)
+    assert batch is not None
     for _ in range(10_000):
         stream = Stream()
         stream.ended = True
-        recorded.add(stream, None)
-    assert len(recorded.of(None)) <= 16
+        batch.record_stream(stream)
+    assert len(batch.counts.streams_of(None)) <= 16
 
 
 class EqualStream(Stream):

@@ -1,0 +1,192 @@
+"""``Ledger``: who owns which bytes of an allocator, in a form that no exception can damage.
+
+At every instant each allocated byte is named by exactly one of these records:
+
+- ``allocation``: the receipt of the allocation that is under way;
+- ``live``: the blocks of a batch, until they are freed or the batch is dropped and reclaimed;
+- ``begun``: the releases that are under way;
+- ``pending``: releases that wait for streams.
+
+A byte passes from one record to the next by a single store. An exception, such as
+``KeyboardInterrupt`` from a signal handler, can strike between two stores but not within one. So
+whatever it leaves half-done can be told from the records alone: :meth:`Ledger.finish` completes
+it, and does nothing a second time that was done before. Each section calls it first.
+
+A :class:`Ledger` is used with the allocator's guard held. It calls no code of the user's.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice
+from typing import Protocol
+
+from kvheap.addresses.address_batch import AddressBatch
+from kvheap.addresses.free_list import Receipt
+from kvheap.blocks.owned_blocks import OwnedBlocks
+from kvheap.blocks.release import Release
+from kvheap.errors import InvalidFreeError
+
+__all__ = ["Ledger", "NoSpace", "Space"]
+
+
+class Space(Protocol):
+    """Where the bytes of an allocator come from."""
+
+    def give_back(self, release: Release) -> None:
+        """Make the bytes of a release free, and set ``release.done`` in the same step."""
+        ...
+
+    def finish(self) -> None:
+        """Undo an allocation that an exception interrupted, so that its receipt is final."""
+        ...
+
+
+class NoSpace:
+    """The space of an allocator whose batches own their memory: nothing is given back."""
+
+    def give_back(self, release: Release) -> None:
+        """Nothing but the receipt."""
+        release.done = True
+
+    def finish(self) -> None:
+        """Does nothing."""
+
+
+class Ledger:
+    """Who owns which bytes of an allocator. Not thread-safe.
+
+    Attributes:
+        live: the records of all batches that may have live blocks, by ``id`` of the record.
+        dropped: the records of batches that are gone; each stays in ``live`` until it is reclaimed.
+        pending: freed blocks that streams still use, by ``id``, the first checked longest ago.
+        begun: releases that are under way. Not empty at the start of a section: an exception
+            interrupted the last one, which :meth:`finish` completes.
+        allocation: the receipt for allocations from the space. If it is ``done`` at the start of a
+            section, likewise.
+        failed: releases whose bytes could not be given back, and are tried again.
+        num_returned: number of releases whose bytes were given back.
+        num_dropped: number of blocks that were dropped without being freed, and then reclaimed.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._undo: Release | None = None
+        self.live: dict[int, OwnedBlocks] = {}
+        self.dropped: deque[OwnedBlocks] = deque()
+        self.note_dropped: Callable[[OwnedBlocks], None] = self.dropped.append
+        """Called by the interpreter when a batch is gone: a C function, so nothing interrupts it."""
+        self.pending: OrderedDict[int, Release] = OrderedDict()
+        self.begun: tuple[Release, ...] = ()
+        self.allocation = Receipt()
+        self.failed: deque[Release] = deque()
+        self.num_returned = 0
+        self.num_dropped = 0
+
+    def carry_out(self, releases: tuple[Release, ...]) -> None:
+        """Free the blocks of releases, or make them live again if they are void.
+
+        Raises:
+            Exception: the bytes of a release could not be given back. All blocks count as freed;
+                what can be tried again is pending.
+        """
+        self.begun = releases  # from here on they are freed, whatever happens
+        self._go_on()
+
+    def finish(self) -> None:
+        """Finish what an exception interrupted."""
+        self._finish_begun()
+        self._space.finish()
+        allocation = self.allocation
+        if not allocation.done:
+            return
+        blocks = allocation.blocks
+        assert blocks is not None
+        if not any(record.addresses is blocks for record in tuple(self.live.values())):
+            undo = self._undo
+            if undo is None or undo.freed is not blocks:
+                self._undo = undo = _undo_of(blocks)
+            if not undo.done and id(undo) not in self.pending:
+                self.begun = (undo,)
+                self._finish_begun()
+        allocation.done = False
+
+    def _finish_begun(self) -> None:
+        if self.begun:
+            with suppress(Exception):  # what can be tried again is in ``failed``
+                self._go_on()
+
+    def forget(self, record: OwnedBlocks | None) -> None:
+        """Drop the record of a batch without live blocks."""
+        if record is not None:
+            self.live.pop(id(record), None)
+            batch = record()
+            if batch is not None:
+                batch.record = None
+
+    def reclaim(
+        self, record: OwnedBlocks, release: Release | None, num_blocks: int, is_leased: bool
+    ) -> None:
+        """Free what is live of the first dropped batch.
+
+        Args:
+            record: the first of ``dropped``.
+            release: its live blocks; None if there are none.
+            num_blocks: how many they are.
+            is_leased: whether others of its blocks are leased, and stay live.
+        """
+        try:
+            if release is not None:
+                self.carry_out((release,))
+        finally:
+            self.num_dropped += num_blocks
+            if not is_leased:
+                self.live.pop(id(record), None)
+            self.dropped.popleft()
+
+    def next_pending(self, limit: int | None) -> list[Release]:
+        """The ``limit`` pending releases that were checked longest ago (None: all)."""
+        releases = list(islice(self.pending.values(), limit))
+        if limit is not None:
+            for release in releases:
+                self.pending.move_to_end(id(release))
+        return releases
+
+    def _go_on(self) -> None:
+        """Carry out ``begun``. Every step may have been done before."""
+        error: Exception | None = None
+        for release in self.begun:
+            if release.is_void:
+                for counts, rows in release.parts:
+                    counts.set_live(rows)
+                self.pending.pop(id(release), None)
+                continue
+            for counts, rows in release.parts:
+                counts.set_freed(rows)
+            if release.events:
+                self.pending[id(release)] = release
+                continue
+            if not release.done:
+                try:
+                    self._space.give_back(release)
+                except InvalidFreeError as failure:  # its bytes are somebody else's now
+                    error = failure
+                except Exception as failure:
+                    error = failure
+                    if release.error is None:
+                        self.failed.append(release)
+                    release.error = failure
+                    self.pending[id(release)] = release
+                    continue
+                self.num_returned += 1
+            if id(release) in self.pending:
+                del self.pending[id(release)]
+        self.begun = ()
+        if error is not None:
+            raise error
+
+
+def _undo_of(blocks: AddressBatch) -> Release:
+    return Release(blocks, blocks.block_bytes, lambda: "an allocation that was interrupted")
