@@ -24,11 +24,11 @@ A section has this form, in which the lock is the only context manager::
             ...
             guard.busy = False
 
-Nothing follows the ``with`` statement but a ``return``. ``busy`` is a hint, so that the stack is searched for sections only if somebody is inside one. An
-exception may leave it set, which costs the next operation that search and nothing else. It is read
-right before the lock is taken, and set right after: CPython switches threads and calls signal
-handlers at neither place. So no two threads inside sections ever wait for each other: the last one
-to look finds the other one's ``busy`` set.
+Nothing follows the ``with`` statement but a ``return``. ``busy`` is a hint, so that the stack is
+searched for sections only if somebody is inside one. An exception may leave it set, which costs the
+next operation that search and nothing else. It is read right before the lock is taken, and set
+right after: CPython switches threads and calls signal handlers at neither place. So no two threads
+inside sections ever wait for each other: the last one to look finds the other one's ``busy`` set.
 
 Exceptions from signal handlers strike inside sections too. What they leave unfinished is recorded
 by the object that the guard belongs to, and finished by the next section.
@@ -60,7 +60,7 @@ ENTERS_WITH = ("BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL")
 
 def section(function: Function) -> Function:
     """Mark a function that holds a lock; returns the function itself."""
-    _sections[function.__code__] = None  # type: ignore[attr-defined]
+    _sections[function.__code__] = None
     return function
 
 

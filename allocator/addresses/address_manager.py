@@ -475,7 +475,9 @@ class AddressManager:
         self._settled_free_list()
 
     def _merged(
-        self, blocks: AddressBatch | Iterable[tuple[int, int]] | npt.ArrayLike, sizes: object
+        self,
+        blocks: AddressBatch | Iterable[tuple[int, int]] | npt.ArrayLike,
+        sizes: npt.ArrayLike | None,
     ) -> Extents:
         """The extents to free, in bytes, in address order, merged within each segment."""
         if isinstance(blocks, AddressBatch) and sizes is None:
@@ -609,8 +611,7 @@ class AddressManager:
         return answer
 
     def _settled_free_list(self) -> FreeList:
-        """The free list without the remains of an interrupted rollback. Call with the guard held.
-        """
+        """The free list without the remains of an interrupted rollback; needs the guard."""
         free_list = self._free_list
         if free_list.pending:
             free_list.rollback()

@@ -57,8 +57,8 @@ class BlockAllocator(MemoryAllocatorInterface):
                 self.gather(objs, out)
         self.lifetime.free(parts, skip_freed, self.merged_releases)
         # Last: a finalizer may free a block of a batch that is in the same cycle, and so dropped.
-        if self.lifetime.has_work:
-            self.lifetime.settle()
+        if self.lifetime.reclaimer.has_work:
+            self.lifetime.reclaimer.settle()
 
     def rows_by_batch(self, objs: MemoryBatch | Iterable[MemoryObj]) -> list[Rows]:
         """Group blocks by batch.
@@ -75,8 +75,8 @@ class BlockAllocator(MemoryAllocatorInterface):
 
     def leaks(self) -> tuple[LiveBlocks, ...]:
         """All live blocks; see ``MemoryAllocatorInterface.leaks``."""
-        if self.lifetime.has_work:
-            self.lifetime.settle()
+        if self.lifetime.reclaimer.has_work:
+            self.lifetime.reclaimer.settle()
         return self.lifetime.live()
 
     # -- for subclasses ------------------------------------------------------------------------

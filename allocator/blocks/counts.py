@@ -12,7 +12,7 @@ therefore one number for all rows until one of them changes, and arrays from the
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -31,8 +31,13 @@ FREED = -1
 FEW_ROWS = 4
 """Up to this many rows are looked at one by one."""
 
-Describe = Callable[[int], str]
-"""Describes a row for an error message."""
+
+class NamesRows(Protocol):
+    """A batch, which error messages ask to describe a row."""
+
+    def describe(self, row: int) -> str:
+        """Describe a row."""
+        ...
 
 
 class HeldLease(Protocol):
@@ -135,16 +140,14 @@ class RowCounts:
 
     # -- change one row ------------------------------------------------------------------------
 
-    def changed(
-        self, row: int, references: int, pins: int, describe: Describe
-    ) -> tuple[int, int]:
+    def changed(self, row: int, references: int, pins: int, batch: NamesRows) -> tuple[int, int]:
         """A row's counts after a change that is not made yet.
 
         Args:
             row: the row.
             references: what to add to its reference count.
             pins: what to add to its pin count.
-            describe: describes a row for an error message.
+            batch: describes a row for an error message.
 
         Returns:
             The new reference count, and the new pin count without leases.
@@ -157,17 +160,17 @@ class RowCounts:
         held = 0 if self._pins is None else self._pins[row]
         if count == FREED:
             kind = "pin" if pins else "reference"
-            raise LifetimeError(f"{describe(row)} is freed: its {kind} count cannot change")
+            raise LifetimeError(f"{batch.describe(row)} is freed: its {kind} count cannot change")
         if count + references < 0:
             raise LifetimeError(
-                f"the reference count of {describe(row)} is {count}: it cannot change by "
+                f"the reference count of {batch.describe(row)} is {count}: it cannot change by "
                 f"{references}"
             )
         if held + pins < 0:
             leases = self.leases_of(row)
             of_leases = f", {leases} of them by leases" if leases else ""
             raise LifetimeError(
-                f"the pin count of {describe(row)} is {held + leases}{of_leases}: it cannot "
+                f"the pin count of {batch.describe(row)} is {held + leases}{of_leases}: it cannot "
                 f"change by {pins}"
             )
         return count + references, held + pins
@@ -209,13 +212,13 @@ class RowCounts:
     # -- free ----------------------------------------------------------------------------------
 
     def claimable(
-        self, rows: Int64Array | None, describe: Describe, skip_freed: bool = False
+        self, rows: Int64Array | None, batch: NamesRows, skip_freed: bool = False
     ) -> Int64Array | None:
         """Check that ``rows`` (None: all) can be freed, and change nothing.
 
         Args:
             rows: row numbers.
-            describe: describes a row for an error message.
+            batch: describes a row for an error message.
             skip_freed: skip rows that are already freed instead of raising.
 
         Returns:
@@ -230,8 +233,8 @@ class RowCounts:
         if skip_freed:
             rows = self._live_among(rows)
         elif rows is not None:
-            _require_distinct(rows, describe)
-        self._require_sole_owner(rows, describe)
+            _require_distinct(rows, batch)
+        self._require_sole_owner(rows, batch)
         return rows
 
     def set_freed(self, rows: Int64Array | None) -> None:
@@ -259,13 +262,13 @@ class RowCounts:
         """Whether a stream was ever recorded."""
         return self._streams is not None
 
-    def record_stream(self, stream: Stream, rows: Int64Array | None, describe: Describe) -> None:
+    def record_stream(self, stream: Stream, rows: Int64Array | None, batch: NamesRows) -> None:
         """Record that a stream uses ``rows`` (None: all).
 
         Raises:
             LifetimeError: one of them is freed.
         """
-        self.require_live(rows, describe)
+        self.require_live(rows, batch)
         if self._streams is None:
             self._streams = RecordedStreams()
         self._streams.add(stream, rows)
@@ -274,7 +277,7 @@ class RowCounts:
         """The streams that were recorded for any of ``rows`` (None: all)."""
         return () if self._streams is None else self._streams.of(rows)
 
-    def require_live(self, rows: Int64Array | None, describe: Describe) -> None:
+    def require_live(self, rows: Int64Array | None, batch: NamesRows) -> None:
         """Raise if any of ``rows`` (None: all) is freed.
 
         Raises:
@@ -286,7 +289,7 @@ class RowCounts:
         freed = freed if rows is None else freed[rows]
         if freed.any():
             at = int(np.argmax(freed))
-            name = describe(at if rows is None else int(rows[at]))
+            name = batch.describe(at if rows is None else int(rows[at]))
             raise LifetimeError(f"{name} is freed: it cannot be copied")
 
     # -- helpers -------------------------------------------------------------------------------
@@ -328,7 +331,7 @@ class RowCounts:
         live = self._reference_array() != FREED
         return np.flatnonzero(live) if rows is None else np.unique(rows[live[rows]])
 
-    def _require_sole_owner(self, rows: Int64Array | None, describe: Describe) -> None:
+    def _require_sole_owner(self, rows: Int64Array | None, batch: NamesRows) -> None:
         """Raise if any of ``rows`` (None: all) is freed, pinned or has several references."""
         if rows is not None and len(rows) <= FEW_ROWS:  # without looking at all rows
             found = rows.tolist()
@@ -341,7 +344,7 @@ class RowCounts:
         if not wrong.any():
             return
         at = int(np.argmax(wrong))
-        name = describe(at if rows is None else int(rows[at]))
+        name = batch.describe(at if rows is None else int(rows[at]))
         if references[at] == FREED:
             raise DoubleFreeError(f"{name} is already freed")
         raise BlockInUseError(
@@ -349,9 +352,9 @@ class RowCounts:
         )
 
 
-def _require_distinct(rows: Int64Array, describe: Describe) -> None:
+def _require_distinct(rows: Int64Array, batch: NamesRows) -> None:
     ordered = np.sort(rows)
     repeated = ordered[1:] == ordered[:-1]
     if repeated.any():
         row = int(ordered[int(np.argmax(repeated))])
-        raise DoubleFreeError(f"{describe(row)} is named twice in one call")
+        raise DoubleFreeError(f"{batch.describe(row)} is named twice in one call")

@@ -20,9 +20,9 @@ MIN_PRUNED = 64
 
 
 class LeaseEnder(Protocol):
-    """The part of a ``Lifetime`` that a lease uses."""
+    """The part of ``Leases`` that a lease uses."""
 
-    def end_lease(self, lease: Lease, state: LeaseState) -> bool:
+    def end(self, lease: Lease, state: LeaseState) -> bool:
         """End a lease; False if it had already ended."""
         ...
 
@@ -36,31 +36,33 @@ class Lease:
         row: the block's number in its batch.
         deadline: when it expires, as a ``time.monotonic`` value in seconds.
         state: ``held``, ``released`` or ``expired``.
+        was_reported: whether the log says that its block cannot be freed.
     """
 
-    __slots__ = ("_lifetime", "counts", "deadline", "record", "row", "state")
+    __slots__ = ("_leases", "counts", "deadline", "record", "row", "state", "was_reported")
 
     def __init__(
         self,
-        lifetime: LeaseEnder,
+        leases: LeaseEnder,
         counts: RowCounts,
         record: OwnedBlocks | None,
         row: int,
         deadline: float,
     ) -> None:
-        # Weak: the lifetime holds the lease, and the heap's buffers with it.
-        self._lifetime = weakref.ref(lifetime)
+        # Weak: what ends leases holds the lease, and the heap's buffers with it.
+        self._leases = weakref.ref(leases)
         self.counts = counts
         self.record = record
         self.row = row
         self.deadline = deadline
         self.state: LeaseState = "held"
+        self.was_reported = False
 
     def release(self) -> bool:
         """End it now; False if it had already ended."""
-        lifetime = self._lifetime()
-        if lifetime is not None:
-            return lifetime.end_lease(self, "released")
+        leases = self._leases()
+        if leases is not None:
+            return leases.end(self, "released")
         was_held, self.state = self.state == "held", "released"
         return was_held
 

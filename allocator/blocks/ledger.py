@@ -18,15 +18,18 @@ A :class:`Ledger` is used with the allocator's guard held. It calls no code of t
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Protocol
 
 from kvheap.addresses.address_batch import AddressBatch
+from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.free_list import Receipt
+from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.owned_blocks import OwnedBlocks
-from kvheap.blocks.release import Release
+from kvheap.blocks.release import Release, WipingError
+from kvheap.blocks.stream_events import StreamEvents
+from kvheap.device.events import Stream
 from kvheap.errors import InvalidFreeError
 
 __all__ = ["Ledger", "NoSpace", "Space"]
@@ -66,7 +69,8 @@ class Ledger:
             interrupted the last one, which :meth:`finish` completes.
         allocation: the receipt for allocations from the space. If it is ``done`` at the start of a
             section, likewise.
-        failed: releases whose bytes could not be given back, and are tried again.
+        failed: releases whose bytes could not be wiped twice, to be reported; they are pending.
+        unclear: dropped batches whose streams could not be queried, to be tried again.
         num_returned: number of releases whose bytes were given back.
         num_dropped: number of blocks that were dropped without being freed, and then reclaimed.
     """
@@ -77,11 +81,12 @@ class Ledger:
         self.live: dict[int, OwnedBlocks] = {}
         self.dropped: deque[OwnedBlocks] = deque()
         self.note_dropped: Callable[[OwnedBlocks], None] = self.dropped.append
-        """Called by the interpreter when a batch is gone: a C function, so nothing interrupts it."""
+        """The interpreter calls it when a batch is gone; nothing interrupts a C function."""
         self.pending: OrderedDict[int, Release] = OrderedDict()
         self.begun: tuple[Release, ...] = ()
         self.allocation = Receipt()
         self.failed: deque[Release] = deque()
+        self.unclear: list[OwnedBlocks] = []
         self.num_returned = 0
         self.num_dropped = 0
 
@@ -93,7 +98,27 @@ class Ledger:
                 what can be tried again is pending.
         """
         self.begun = releases  # from here on they are freed, whatever happens
-        self._go_on()
+        error = self._go_on()
+        if error is not None:
+            raise error
+
+    def free_rows(
+        self, counts: RowCounts, record: OwnedBlocks | None, rows: Int64Array, events: StreamEvents
+    ) -> Sequence[Stream]:
+        """Free rows that nothing holds; or return the streams without event that use them."""
+        if record is None:  # a view: its bytes are another process's
+            counts.set_freed(rows)
+            return ()
+        found: Sequence[Stream] = ()
+        if counts.has_streams:
+            found = counts.streams_of(rows)
+            missing = events.missing(found)
+            if missing:
+                return missing
+        self.carry_out((record.release_of(rows, events.of(found)),))
+        if len(record.addresses) == 1 or (record() is None and not counts.count_live()[0]):
+            self.forget(record)
+        return []
 
     def finish(self) -> None:
         """Finish what an exception interrupted."""
@@ -115,8 +140,7 @@ class Ledger:
 
     def _finish_begun(self) -> None:
         if self.begun:
-            with suppress(Exception):  # what can be tried again is in ``failed``
-                self._go_on()
+            self._go_on()  # without its error: it is not this caller's
 
     def forget(self, record: OwnedBlocks | None) -> None:
         """Drop the record of a batch without live blocks."""
@@ -154,9 +178,13 @@ class Ledger:
                 self.pending.move_to_end(id(release))
         return releases
 
-    def _go_on(self) -> None:
-        """Carry out ``begun``. Every step may have been done before."""
-        error: Exception | None = None
+    def _go_on(self) -> BaseException | None:
+        """Carry out ``begun``, of which every step may have been done before.
+
+        Returns:
+            Why bytes could not be given back.
+        """
+        error: BaseException | None = None
         for release in self.begun:
             if release.is_void:
                 for counts, rows in release.parts:
@@ -171,21 +199,20 @@ class Ledger:
             if not release.done:
                 try:
                     self._space.give_back(release)
-                except InvalidFreeError as failure:  # its bytes are somebody else's now
+                    self.num_returned += 1
+                except InvalidFreeError as failure:  # its bytes are somebody else's by now
                     error = failure
-                except Exception as failure:
-                    error = failure
-                    if release.error is None:
+                except WipingError as failure:
+                    error = failure.__cause__
+                    if release.error is not None and release not in self.failed:
                         self.failed.append(release)
-                    release.error = failure
+                    release.error = error
                     self.pending[id(release)] = release
                     continue
-                self.num_returned += 1
             if id(release) in self.pending:
                 del self.pending[id(release)]
         self.begun = ()
-        if error is not None:
-            raise error
+        return error
 
 
 def _undo_of(blocks: AddressBatch) -> Release:

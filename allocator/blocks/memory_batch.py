@@ -113,7 +113,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         self.storage = storage
 
     def own(self) -> MemoryBatch:
-        """Make the batch the owner of its blocks' bytes; returns the batch. See ``Lifetime.own``."""
+        """Own the blocks' bytes from now on; returns the batch. See ``Lifetime.own``."""
         self._owned = True
         self.allocator.lifetime.own(self)
         return self
@@ -316,7 +316,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
             raise ForeignObjectError(
                 f"{self!r} is a view: only the process that allocated it can free it"
             )
-        return self.counts.claimable(rows, self.describe, skip_freed)
+        return self.counts.claimable(rows, self, skip_freed)
 
     def describe(self, row: int) -> str:
         """Describe a block for an error message."""
@@ -328,7 +328,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     def _expire_leases(self) -> None:
         if self.counts.has_leases:
-            self.allocator.lifetime.expire_leases()
+            self.allocator.lifetime.leases.expire()
 
     def _bytes(self, row: int, size_bytes: int) -> torch.Tensor:
         self.await_filling()
@@ -572,7 +572,7 @@ class MemoryObj(LMCacheNames):
         """
         batch = self._batch
         if ttl is not None:
-            return batch.allocator.lifetime.grant_lease(batch, self._row, ttl)
+            return batch.allocator.lifetime.leases.grant(batch, self._row, ttl)
         batch.allocator.lifetime.change(batch, self._row, 0, +1)
         return True
 

@@ -33,15 +33,17 @@ class OwnedBlocks(Reference):
         layout: what each block holds.
         site: the allocation site, if sites are recorded.
         born: when they were allocated, as a ``time.monotonic`` value in seconds.
+        was_reported: whether the log says that they cannot be reclaimed.
     """
 
-    __slots__ = ("addresses", "born", "counts", "layout", "site")
+    __slots__ = ("addresses", "born", "counts", "layout", "site", "was_reported")
 
     addresses: AddressBatch
     counts: RowCounts
     layout: BlockLayout
     site: Site
     born: float
+    was_reported: bool
 
     def release_of(self, rows: Int64Array | None, events: tuple[Event, ...]) -> Release:
         """The release of ``rows`` (None: all), whose bytes may be reused once ``events`` are over.

@@ -14,7 +14,7 @@ from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.sites import Site, allocated_at
 from kvheap.device.events import Event
 
-__all__ = ["LastOwner", "Parts", "Release", "merged"]
+__all__ = ["LastOwner", "Parts", "Release", "WipingError", "merged"]
 
 Parts = tuple[tuple[RowCounts, "Int64Array | None"], ...]
 """The counts of batches, each with the rows to free (None: all)."""
@@ -35,7 +35,7 @@ class Release(Receipt):
         batches: for a release on condition, the batches to keep alive, because their blocks become
             live again if an event raises ``ReleaseVoidError``; else empty.
         is_void: whether the blocks become live again.
-        error: why the bytes could not be given back, for as long as that is tried again.
+        error: why the bytes could not be wiped and given back, for as long as that is tried again.
     """
 
     __slots__ = ("batches", "error", "events", "freed", "is_void", "owner", "parts", "sizes")
@@ -57,7 +57,7 @@ class Release(Receipt):
         self.parts = parts
         self.batches = batches
         self.is_void = False
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -82,6 +82,10 @@ class Release(Receipt):
         else:
             for size in np.unique(self.sizes):
                 yield self.freed[self.sizes == size], int(size)
+
+
+class WipingError(Exception):
+    """The bytes of a release could not be wiped, for the reason in ``__cause__``."""
 
 
 class LastOwner:

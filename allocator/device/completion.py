@@ -39,8 +39,8 @@ class Completion:
     """The state of a copy. It is also the stream and the event that protect the copy's bytes.
 
     - to protect bytes: ``record_event``, ``query``, ``has_let_go``;
-    - for the code that queues the copy: ``keep``, ``queued``, ``void``, ``nothing_queued``, ``ended``,
-      ``failed``, ``lose``;
+    - for the code that queues the copy: ``keep``, ``queued``, ``void``, ``nothing_queued``,
+      ``ended``, ``failed``, ``lose``;
     - for the transfer: ``ask``, ``wait``, ``error``, ``has_ended``, ``is_done``, ``is_lost``.
 
     Args:

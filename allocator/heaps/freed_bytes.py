@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.address_manager import AddressManager
-from kvheap.blocks.release import Release
+from kvheap.blocks.release import Release, WipingError
 from kvheap.heaps.segments import Segments
 from kvheap.heaps.wiping import Wiping
 
@@ -37,10 +37,17 @@ class FreedBytes:
         """Free the bytes of a release, in the step that sets ``release.done``.
 
         Call with the guard of the address manager held.
+
+        Raises:
+            WipingError: the bytes could not be wiped, and are not free.
+            InvalidFreeError: somebody else has freed the bytes, by their addresses.
         """
         segments = self.segments
         if self.wiping is not None and len(segments):  # none once the heap is closed
-            self.wiping.freed(release, segments)
+            try:
+                self.wiping.freed(release, segments)
+            except Exception as error:
+                raise WipingError from error
         sizes = None if isinstance(release.freed, AddressBatch) else release.sizes
         self._address_manager.give_back(release.freed, sizes, release)
 

@@ -62,8 +62,8 @@ class AdHocMemoryAllocator(BlockAllocator):
         allow_partial: bool = False,
     ) -> MemoryBatch:
         """``batched_allocate`` for a layout; never None, and never partial."""
-        if self.lifetime.has_work:
-            self.lifetime.settle()
+        if self.lifetime.reclaimer.has_work:
+            self.lifetime.reclaimer.settle()
         if batch_size < 0:
             raise NegativeBatchSizeError(batch_size)
         if source is not None:

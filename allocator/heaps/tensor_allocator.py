@@ -326,8 +326,8 @@ class TensorMemoryAllocator(Heap):
     def stats(self) -> AllocatorStats:
         """A consistent snapshot of the counters. O(1)."""
         segments = self._open_segments()
-        if self.lifetime.has_work:
-            self.lifetime.settle()
+        if self.lifetime.reclaimer.has_work:
+            self.lifetime.reclaimer.settle()
         heap = self.address_manager.stats()
         return AllocatorStats(
             **{field.name: getattr(heap, field.name) for field in fields(HeapStats)},
@@ -335,9 +335,9 @@ class TensorMemoryAllocator(Heap):
             align_bytes=self.address_manager.align_bytes,
             segments=len(segments),
             pinned_bytes=self.pinned_bytes,
-            pending_bytes=self.lifetime.pending_bytes,
+            pending_bytes=self.lifetime.reclaimer.pending_bytes,
             dropped_blocks=self.lifetime.dropped_blocks,
-            expired_leases=self.lifetime.expired_leases,
+            expired_leases=self.lifetime.leases.num_expired,
         )
 
     def snapshot(self) -> Int64Array:
@@ -361,7 +361,7 @@ class TensorMemoryAllocator(Heap):
             free_bytes=heap.free_bytes,
             largest_free_bytes=heap.largest_free_bytes,
             free_extents=heap.free_extents,
-            pending_bytes=self.lifetime.pending_bytes,
+            pending_bytes=self.lifetime.reclaimer.pending_bytes,
             live=self.lifetime.live(),
             failures=self._full_reporter.failures,
         )
@@ -447,10 +447,11 @@ class TensorMemoryAllocator(Heap):
 
     def close_memory(self, timeout_s: float) -> None:
         """Wait until no stream uses the heap, then drop the buffers."""
-        if not self.lifetime.wait_until_unused(timeout_s):
+        if not self.lifetime.reclaimer.wait_until_unused(timeout_s):
+            pending_bytes = self.lifetime.reclaimer.pending_bytes
             raise TimeoutError(
                 f"a stream has not finished its work on this heap in {timeout_s:.3g} s "
-                f"({self.lifetime.pending_bytes} freed bytes are still in use): the buffers are "
-                f"not released; close the heap again later"
+                f"({pending_bytes} freed bytes are still in use): the buffers are not released; "
+                f"close the heap again later"
             )
         self._bytes.segments = Segments((), ())

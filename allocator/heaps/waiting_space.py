@@ -74,11 +74,11 @@ class WaitingSpace:
         if batch_size < 0:
             raise NegativeBatchSizeError(batch_size)
         lifetime = self._lifetime
-        if lifetime.has_work:
-            lifetime.settle()
+        if lifetime.reclaimer.has_work:
+            lifetime.reclaimer.settle()
         deadline = None
         while True:
-            since = lifetime.num_reclaimed
+            since = lifetime.reclaimer.num_reclaimed
             batch = self._try_allocate(owner, layout, batch_size, False)
             if batch is not None:
                 return batch
@@ -87,7 +87,7 @@ class WaitingSpace:
             # One deadline for the whole call, however many small releases end meanwhile.
             now = time.monotonic()
             deadline = now + self._stream_wait_s if deadline is None else deadline
-            if not lifetime.wait_for_streams(deadline - now, since):
+            if not lifetime.reclaimer.wait_for_streams(deadline - now, since):
                 break
         batch = self._try_allocate(owner, layout, batch_size, True) if allow_partial else None
         if batch is None:

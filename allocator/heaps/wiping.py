@@ -81,9 +81,7 @@ class Poison:
                 block's last owner. The block is poisoned again, and nothing is forgotten.
         """
         pieces = [
-            piece
-            for start, size in blocks.run_pairs()
-            for piece in self._cut(start, start + size)
+            piece for start, size in blocks.run_pairs() for piece in self._cut(start, start + size)
         ]
         for begin, end, owner in pieces:
             block = segments.bytes_at(begin, end - begin)

@@ -246,7 +246,7 @@ class _Move:
 def _settle(reference: weakref.ref[Lifetime]) -> None:
     lifetime = reference()
     if lifetime is not None:
-        lifetime.settle(limit=None)
+        lifetime.reclaimer.settle(limit=None)
 
 
 def _transfers_filling(plan: CopyPlan) -> list[Transfer]:

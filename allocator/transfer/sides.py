@@ -104,7 +104,7 @@ class Blocks:
         runs: AddressBatch | None = None
         starts: Int64Array | None = None
         if isinstance(blocks, MemoryBatch):
-            blocks.counts.require_live(None, blocks.describe)
+            blocks.counts.require_live(None, blocks)
             layout, allocated_bytes = blocks.layout, blocks.allocated_bytes
             rows = [Rows(blocks, None)]
             if len(heap.segments) == 1:
@@ -113,7 +113,7 @@ class Blocks:
                 starts = heap.absolute(blocks.addresses)[0]
         elif isinstance(blocks, Rows):
             batch = blocks.batch
-            batch.counts.require_live(blocks.rows, batch.describe)
+            batch.counts.require_live(blocks.rows, batch)
             layout, allocated_bytes, rows = batch.layout, batch.allocated_bytes, [blocks]
             starts = heap.absolute(batch.addresses[blocks.rows])[0]
         else:

@@ -141,7 +141,7 @@ class TestDropped:
         cycle.append(cycle)
         del cycle
         second = take(heap, 4)  # finalizes the first batch while the lock is held
-        assert heap.lifetime.has_work
+        assert heap.lifetime.reclaimer.has_work
         third = take(heap, 4)
         assert sorted([*second.addresses, *third.addresses]) == [i * PAGE for i in range(8)]
 
@@ -244,7 +244,7 @@ class TestLeaks:
             del batch
             gc.collect(0)
         assert allocated_pages(heap) == 0
-        assert len(heap.lifetime._leases) < 200
+        assert len(heap.lifetime.leases.queue) < 200
 
 
 class TestStreams:
@@ -334,7 +334,7 @@ class TestStreams:
         settler = threading.Thread(target=heap.stats)
         settler.start()
         assert asked.wait(10)
-        assert heap.lifetime.pending_bytes == PAGE
+        assert heap.lifetime.reclaimer.pending_bytes == PAGE
         threading.Timer(0.05, answer.set).start()
         assert heap.allocate([PAGE], torch.uint8) is not None
         settler.join()

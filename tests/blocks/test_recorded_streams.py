@@ -6,7 +6,9 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
+from kvheap import TensorMemoryAllocator
 from kvheap.blocks.recorded_streams import RecordedStreams
 
 

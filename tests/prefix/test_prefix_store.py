@@ -474,7 +474,7 @@ class TestStoresInFlight:
         flight = store.offload([8, 9], batch, free=True)
         flight.complete()
         assert holds_its_contents(store, [1, 2, 8, 9])
-        near.lifetime.settle()
+        near.lifetime.reclaimer.settle()
         assert near.leaks() == ()
         with pytest.raises(ValueError, match="2 keys need as many blocks, got 1"):
             store.offload([5, 6], near.batched_allocate(shape, dtype, 1, LAYOUT.fmt))

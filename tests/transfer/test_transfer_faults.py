@@ -103,7 +103,7 @@ class Scene:
 
     def allocated(self) -> list[int]:
         for heap in (self.near, self.far):
-            heap.lifetime.settle(limit=None)
+            heap.lifetime.reclaimer.settle(limit=None)
         return allocated(self.near, self.far)
 
     def begin(self) -> None:

@@ -463,7 +463,7 @@ def test_one_batch_is_copied_by_two_threads(device: FakeDevice, path: Any) -> No
     for transfer in transfers:
         transfer.result()
     assert all(torch.equal(out, contents) for out in outs)
-    near.lifetime.settle(limit=None)
+    near.lifetime.reclaimer.settle(limit=None)
     assert near.stats().pending_bytes == 0
 
 

@@ -1,0 +1,169 @@
+"""``Leases``: grants and ends the leases of one allocator."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from kvheap.blocks.lease import Lease, LeaseQueue, LeaseState
+from kvheap.blocks.ledger import Ledger
+from kvheap.blocks.stream_events import StreamEvents
+from kvheap.blocks.tracked import TrackedBatch
+from kvheap.device.events import Stream
+from kvheap.errors import ReentrantCallError
+from kvheap.guards import Deferred, Guard, is_inside_section, section
+
+__all__ = ["Leases"]
+
+RETRY_S = 1.0
+"""Seconds until an expired lease is looked at again whose stream cannot be queried."""
+
+
+class StreamGoneError(RuntimeError):
+    """A stream cannot record an event, for the reason in ``__cause__``."""
+
+
+class Leases:
+    """Grants and ends the leases of one allocator.
+
+    Args:
+        guard: the allocator's guard.
+        ledger: who owns which bytes.
+        deferred: the allocator's calls that were put off.
+    """
+
+    def __init__(self, guard: Guard, ledger: Ledger, deferred: Deferred) -> None:
+        self._guard = guard
+        self._ledger = ledger
+        self._deferred = deferred
+        self.queue = LeaseQueue()
+        """The leases by deadline."""
+        self.num_expired = 0
+        """Number of leases that have expired."""
+
+    @section
+    def grant(self, batch: TrackedBatch, row: int, ttl: float) -> Lease:
+        """Pin a block for ``ttl`` seconds.
+
+        Raises:
+            LifetimeError: the block is freed.
+            ValueError: ``ttl`` is not positive.
+            ReentrantCallError: the calling thread is inside an operation; nothing is pinned.
+        """
+        if not ttl > 0:
+            raise ValueError(f"ttl must be a positive number of seconds, got {ttl}")
+        guard = self._guard
+        if guard.busy and is_inside_section():
+            raise ReentrantCallError("pin(ttl)", 0, 0, 0)
+        lease = Lease(self, batch.counts, batch.record, row, time.monotonic() + ttl)
+        with guard.lock:
+            guard.busy = True
+            ledger = self._ledger
+            if ledger.begun or ledger.allocation.done:
+                ledger.finish()
+            batch.counts.changed(row, 0, 1, batch)
+            self.queue.push(lease)  # first: whatever happens now, it expires
+            batch.counts.add_lease(row, lease)
+            guard.busy = False
+        return lease
+
+    def end(self, lease: Lease, state: LeaseState) -> bool:
+        """End a lease, and free its block if nothing else holds it.
+
+        Returns:
+            Whether it was held.
+
+        Raises:
+            StreamGoneError: a stream that uses the block cannot record an event; the lease is still
+                held.
+        """
+        if self._deferred:
+            self._deferred.run()
+        was_held = lease.state == "held"
+        events = StreamEvents()
+        while streams := self._try_end(lease, state, events):
+            self._record(events, streams)
+        return was_held
+
+    @section
+    def _try_end(self, lease: Lease, state: LeaseState, events: StreamEvents) -> Sequence[Stream]:
+        """End a lease; or return the streams without event that use its block."""
+        guard = self._guard
+        if guard.busy and is_inside_section():
+            self._deferred.append(partial(self.end, lease, state))
+            return ()
+        with guard.lock:
+            guard.busy = True
+            ledger, counts, record, row = self._ledger, lease.counts, lease.record, lease.row
+            if ledger.begun or ledger.allocation.done:
+                ledger.finish()
+            missing: Sequence[Stream] = ()
+            if lease.state == "held":
+                if counts.is_live(row) and not counts.is_held(row, but=lease):
+                    missing = ledger.free_rows(counts, record, np.array([row], np.int64), events)
+                if not missing:
+                    self.num_expired += state == "expired" and not lease.was_reported
+                    lease.state = state
+                    counts.remove_lease(row, lease)
+                    lease.record = None  # an ended lease keeps no record
+            guard.busy = False
+        return missing
+
+    def expire(self) -> bool:
+        """End the leases whose deadline has passed; return whether there were any."""
+        found = False
+        while self.queue.entries:
+            lease = self._first_due()
+            if lease is None:
+                break
+            try:
+                found |= self.end(lease, "expired")
+            except StreamGoneError as error:  # must not fail the operation that runs this
+                self._put_off(lease, error.__cause__)
+        return found
+
+    def _record(self, events: StreamEvents, streams: Sequence[Stream]) -> None:
+        try:
+            events.record(streams)
+        except Exception as error:
+            raise StreamGoneError(str(error)) from error
+
+    def _put_off(self, lease: Lease, cause: BaseException | None) -> None:
+        """Try again later to end a lease whose block a stream uses that cannot be queried."""
+        if not lease.was_reported:
+            lease.was_reported = True
+            self.num_expired += 1
+            logging.getLogger("kvheap").error(
+                "a block whose lease expired stays allocated: its stream cannot be queried",
+                exc_info=cause,
+            )
+        self._push_again(lease)
+
+    @section
+    def _push_again(self, lease: Lease) -> None:
+        guard = self._guard
+        if guard.busy and is_inside_section():
+            return  # it is still the first that is due
+        with guard.lock:
+            guard.busy = True
+            lease.deadline = time.monotonic() + RETRY_S
+            self.queue.push(lease)
+            self.queue.pop(lease)
+            guard.busy = False
+
+    @section
+    def _first_due(self) -> Lease | None:
+        """The first held lease that is due; takes those that have ended off the queue."""
+        guard = self._guard
+        if guard.busy and is_inside_section():
+            return None
+        with guard.lock:
+            guard.busy = True
+            while (lease := self.queue.first_due()) is not None and lease.state != "held":
+                self.queue.pop(lease)
+            guard.busy = False
+            return lease
