@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from kvheap.errors import LifetimeError as LifetimeError
     from kvheap.errors import NegativeBatchSizeError as NegativeBatchSizeError
     from kvheap.errors import OutOfMemoryError as OutOfMemoryError
+    from kvheap.errors import ReentrantCallError as ReentrantCallError
     from kvheap.errors import TransferError as TransferError
     from kvheap.errors import WriteAfterFreeError as WriteAfterFreeError
     from kvheap.heaps.device_allocators import GPUMemoryAllocator as GPUMemoryAllocator
@@ -110,6 +111,7 @@ _MODULE_OF = {
     "PinMemoryAllocator": "heaps.host_allocators",
     "PrefixIndex": "prefix.index",
     "PrefixStore": "prefix.store",
+    "ReentrantCallError": "errors",
     "TensorMemoryAllocator": "heaps.tensor_allocator",
     "Transfer": "transfer",
     "TransferError": "errors",

@@ -36,12 +36,12 @@ by the object that the guard belongs to, and finished by the next section.
 
 from __future__ import annotations
 
-import dis
 import logging
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from opcode import opmap
 from types import CodeType, FrameType
 from typing import TypeVar
 
@@ -54,8 +54,10 @@ Function = TypeVar("Function", bound=Callable[..., object])
 _sections: dict[CodeType, int | None] = {}
 """The code of all sections, with the offset at which each takes its lock, once that is known."""
 
-ENTERS_WITH = ("BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL")
-"""The instructions that enter a ``with`` statement, in CPython 3.11 to 3.13, 3.10, and 3.14."""
+ENTERS_WITH = {
+    opmap[name] for name in ("SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL") if name in opmap
+}
+"""The instruction that enters a ``with`` statement in CPython 3.10, 3.11 to 3.13, and 3.14."""
 
 
 def section(function: Function) -> Function:
@@ -84,8 +86,8 @@ def _offset_of_lock(code: CodeType) -> int:
     """The offset of the instruction at which a section takes its lock."""
     offset = _sections[code]
     if offset is None:
-        enters = (each.offset for each in dis.get_instructions(code) if each.opname in ENTERS_WITH)
-        _sections[code] = offset = next(enters)
+        opcodes = code.co_code[::2]  # each instruction has two bytes
+        _sections[code] = offset = 2 * min(map(opcodes.index, ENTERS_WITH & set(opcodes)))
     return offset
 
 

@@ -45,6 +45,8 @@ class BlockAllocator(MemoryAllocatorInterface):
     ) -> None:
         """Free many blocks; see ``MemoryAllocatorInterface.batched_free``."""
         self.require_open()
+        if self.lifetime.reclaimer.has_work:
+            self.lifetime.reclaimer.settle()
         if not isinstance(objs, MemoryBatch):
             objs = list(objs)
         parts = self.rows_by_batch(objs)
@@ -56,9 +58,6 @@ class BlockAllocator(MemoryAllocatorInterface):
             if len(out):
                 self.gather(objs, out)
         self.lifetime.free(parts, skip_freed, self.merged_releases)
-        # Last: a finalizer may free a block of a batch that is in the same cycle, and so dropped.
-        if self.lifetime.reclaimer.has_work:
-            self.lifetime.reclaimer.settle()
 
     def rows_by_batch(self, objs: MemoryBatch | Iterable[MemoryObj]) -> list[Rows]:
         """Group blocks by batch.

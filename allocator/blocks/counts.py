@@ -23,10 +23,17 @@ from kvheap.blocks.recorded_streams import RecordedStreams
 from kvheap.device.events import Stream
 from kvheap.errors import BlockInUseError, DoubleFreeError, LifetimeError
 
-__all__ = ["FREED", "RowCounts"]
+__all__ = ["DROPPED", "FREED", "RowCounts"]
 
 FREED = -1
 """The reference count of a block that was freed."""
+
+DROPPED = -2
+"""That of a block whose batch was dropped and reclaimed.
+
+Only a finalizer can still have a handle on it, one that ran after the collector had given up the
+batch in the same cycle. If it frees the block, that is in order.
+"""
 
 FEW_ROWS = 4
 """Up to this many rows are looked at one by one."""
@@ -57,7 +64,7 @@ class RowCounts:
       ``leased_rows``, ``rows_to_drop``;
     - change one row: ``changed``, ``set_references``, ``set_pins``, ``add_lease``,
       ``remove_lease``, ``leases_of``, ``is_held``;
-    - free: ``claimable``, ``set_freed``, ``set_live``;
+    - free: ``claimable``, ``set_freed``, ``set_live``, ``forgive``, ``was_dropped``;
     - streams: ``record_stream``, ``streams_of``, ``has_streams``, ``should_prune_streams``,
       ``forget_streams``, ``require_live``.
 
@@ -80,7 +87,7 @@ class RowCounts:
     def is_live(self, row: int) -> bool:
         """Whether the row is not freed."""
         counts = self._references
-        return (self._uniform_references if counts is None else counts[row]) != FREED
+        return (self._uniform_references if counts is None else counts[row]) >= 0
 
     def references_of(self, row: int) -> int:
         """The row's reference count; 0 once freed."""
@@ -104,12 +111,12 @@ class RowCounts:
 
     def live(self) -> npt.NDArray[np.bool_]:
         """Which rows are not freed, bool ``[N]``."""
-        return np.not_equal(self._reference_array(), FREED)
+        return np.greater_equal(self._reference_array(), 0)
 
     def all_live(self) -> bool:
         """Whether no row is freed."""
         if self._references is None:
-            return self._uniform_references != FREED
+            return self._uniform_references >= 0
         return bool(self.live().all())
 
     @property
@@ -120,8 +127,8 @@ class RowCounts:
     def count_live(self) -> tuple[int, int]:
         """How many rows are live, and how many of those are pinned."""
         if self._references is None and self._pins is None and self._leases is None:
-            return (0 if self._uniform_references == FREED else self._num_rows), 0
-        live = self._reference_array() != FREED
+            return (0 if self._uniform_references < 0 else self._num_rows), 0
+        live = self.live()
         return int(live.sum()), int((live & (self._pin_array() > 0)).sum())
 
     def leased_rows(self) -> Collection[int]:
@@ -132,8 +139,8 @@ class RowCounts:
     def rows_to_drop(self, but: Collection[int] = ()) -> Int64Array | None:
         """The live rows other than ``but``, int64 ``[R]``; None if all are."""
         if self._references is None and not but:
-            return None if self._uniform_references != FREED else np.empty(0, np.int64)
-        live = self._reference_array() != FREED
+            return None if self._uniform_references >= 0 else np.empty(0, np.int64)
+        live = self.live()
         live[list(but)] = False
         rows = np.flatnonzero(live)
         return None if len(rows) == self._num_rows else rows
@@ -158,7 +165,7 @@ class RowCounts:
         counts = self._references
         count = self._uniform_references if counts is None else counts[row]
         held = 0 if self._pins is None else self._pins[row]
-        if count == FREED:
+        if count < 0:
             kind = "pin" if pins else "reference"
             raise LifetimeError(f"{batch.describe(row)} is freed: its {kind} count cannot change")
         if count + references < 0:
@@ -230,6 +237,7 @@ class RowCounts:
         """
         if rows is None and self._is_untouched():
             return None
+        rows = self._but_dropped(rows)
         if skip_freed:
             rows = self._live_among(rows)
         elif rows is not None:
@@ -237,9 +245,24 @@ class RowCounts:
         self._require_sole_owner(rows, batch)
         return rows
 
-    def set_freed(self, rows: Int64Array | None) -> None:
-        """Mark ``rows`` (None: all) as freed, whatever their state."""
-        self._set(rows, FREED)
+    def set_freed(self, rows: Int64Array | None, count: int = FREED) -> None:
+        """Mark ``rows`` (None: all) as ``FREED`` or ``DROPPED``, whatever their state."""
+        self._set(rows, count)
+
+    def forgive(self, rows: Int64Array | None) -> int:
+        """Mark those of ``rows`` (None: all) that were dropped as freed; return how many."""
+        if self._references is None and self._uniform_references != DROPPED:
+            return 0
+        dropped = np.flatnonzero(self._reference_array() == DROPPED)
+        if rows is not None:
+            dropped = np.intersect1d(dropped, rows)
+        if len(dropped):
+            self._set(dropped, FREED)
+        return len(dropped)
+
+    def was_dropped(self, row: int) -> bool:
+        """Whether the row's batch was dropped and reclaimed."""
+        return self._reference_of(row) == DROPPED
 
     def set_live(self, rows: Int64Array | None) -> None:
         """Give each of ``rows`` (None: all) one reference again."""
@@ -283,9 +306,9 @@ class RowCounts:
         Raises:
             LifetimeError: names the first freed row.
         """
-        if self._references is None and self._uniform_references != FREED:
+        if self._references is None and self._uniform_references >= 0:
             return
-        freed = self._reference_array() == FREED
+        freed = self._reference_array() < 0
         freed = freed if rows is None else freed[rows]
         if freed.any():
             at = int(np.argmax(freed))
@@ -327,8 +350,16 @@ class RowCounts:
         is_uniform = self._references is None and self._pins is None and self._leases is None
         return is_uniform and self._uniform_references == 1
 
+    def _but_dropped(self, rows: Int64Array | None) -> Int64Array | None:
+        if self._references is None and self._uniform_references != DROPPED:
+            return rows
+        kept = self._reference_array() != DROPPED
+        if kept.all():
+            return rows
+        return np.flatnonzero(kept) if rows is None else rows[kept[rows]]
+
     def _live_among(self, rows: Int64Array | None) -> Int64Array:
-        live = self._reference_array() != FREED
+        live = self.live()
         return np.flatnonzero(live) if rows is None else np.unique(rows[live[rows]])
 
     def _require_sole_owner(self, rows: Int64Array | None, batch: NamesRows) -> None:
@@ -345,7 +376,7 @@ class RowCounts:
             return
         at = int(np.argmax(wrong))
         name = batch.describe(at if rows is None else int(rows[at]))
-        if references[at] == FREED:
+        if references[at] < 0:
             raise DoubleFreeError(f"{name} is already freed")
         raise BlockInUseError(
             f"{name} is in use: reference count {references[at]}, pin count {pins[at]}"

@@ -69,7 +69,7 @@ class Ledger:
             interrupted the last one, which :meth:`finish` completes.
         allocation: the receipt for allocations from the space. If it is ``done`` at the start of a
             section, likewise.
-        failed: releases whose bytes could not be wiped twice, to be reported; they are pending.
+        failed: releases whose bytes could not be given back, to be reported.
         unclear: dropped batches whose streams could not be queried, to be tried again.
         num_returned: number of releases whose bytes were given back.
         num_dropped: number of blocks that were dropped without being freed, and then reclaimed.
@@ -98,9 +98,14 @@ class Ledger:
                 what can be tried again is pending.
         """
         self.begun = releases  # from here on they are freed, whatever happens
-        error = self._go_on()
+        error = self._go_on(is_quiet=False)
         if error is not None:
             raise error
+
+    def carry_out_quietly(self, release: Release) -> None:
+        """:meth:`carry_out` for a caller who did not ask for it: an error is noted in ``failed``."""
+        self.begun = (release,)
+        self._go_on(is_quiet=True)
 
     def free_rows(
         self, counts: RowCounts, record: OwnedBlocks | None, rows: Int64Array, events: StreamEvents
@@ -140,7 +145,7 @@ class Ledger:
 
     def _finish_begun(self) -> None:
         if self.begun:
-            self._go_on()  # without its error: it is not this caller's
+            self._go_on(is_quiet=True)
 
     def forget(self, record: OwnedBlocks | None) -> None:
         """Drop the record of a batch without live blocks."""
@@ -161,14 +166,12 @@ class Ledger:
             num_blocks: how many they are.
             is_leased: whether others of its blocks are leased, and stay live.
         """
-        try:
-            if release is not None:
-                self.carry_out((release,))
-        finally:
-            self.num_dropped += num_blocks
-            if not is_leased:
-                self.live.pop(id(record), None)
-            self.dropped.popleft()
+        if release is not None:
+            self.carry_out_quietly(release)
+        self.num_dropped += num_blocks
+        if not is_leased:
+            self.live.pop(id(record), None)
+        self.dropped.popleft()
 
     def next_pending(self, limit: int | None) -> list[Release]:
         """The ``limit`` pending releases that were checked longest ago (None: all)."""
@@ -178,8 +181,11 @@ class Ledger:
                 self.pending.move_to_end(id(release))
         return releases
 
-    def _go_on(self) -> BaseException | None:
+    def _go_on(self, is_quiet: bool) -> BaseException | None:
         """Carry out ``begun``, of which every step may have been done before.
+
+        Args:
+            is_quiet: note errors in ``failed``; one that is tried again, only the second time.
 
         Returns:
             Why bytes could not be given back.
@@ -192,7 +198,7 @@ class Ledger:
                 self.pending.pop(id(release), None)
                 continue
             for counts, rows in release.parts:
-                counts.set_freed(rows)
+                counts.set_freed(rows, release.count)
             if release.events:
                 self.pending[id(release)] = release
                 continue
@@ -201,10 +207,13 @@ class Ledger:
                     self._space.give_back(release)
                     self.num_returned += 1
                 except InvalidFreeError as failure:  # its bytes are somebody else's by now
-                    error = failure
+                    error = release.error = failure
+                    if is_quiet:
+                        self.failed.append(release)
                 except WipingError as failure:
                     error = failure.__cause__
-                    if release.error is not None and release not in self.failed:
+                    if is_quiet and release.error is not None and not release.was_reported:
+                        release.was_reported = True
                         self.failed.append(release)
                     release.error = error
                     self.pending[id(release)] = release

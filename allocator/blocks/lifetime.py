@@ -154,6 +154,11 @@ class Lifetime:
             ledger, counts = self.ledger, batch.counts
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
+            if references + pins < 0 and counts.was_dropped(row):
+                if references:
+                    ledger.num_dropped -= counts.forgive(np.array([row], np.int64))
+                guard.busy = False
+                return ()
             new_references, new_pins = counts.changed(row, references, pins, batch)
             if new_references or new_pins or counts.leases_of(row):
                 if references:
@@ -249,6 +254,8 @@ class Lifetime:
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
             claimed = [(each.batch, each.batch.claimable(each.rows, skip_freed)) for each in parts]
+            for part in parts:
+                ledger.num_dropped -= part.batch.counts.forgive(part.rows)
             missing: list[Stream] = []
             releases: list[Release] = []
             for batch, rows in claimed:

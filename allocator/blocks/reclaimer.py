@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 from kvheap.addresses.extents import Int64Array
-from kvheap.blocks.counts import RowCounts
+from kvheap.blocks.counts import DROPPED, RowCounts
 from kvheap.blocks.leases import Leases
 from kvheap.blocks.ledger import Ledger
 from kvheap.blocks.owned_blocks import OwnedBlocks
@@ -158,6 +157,7 @@ class Reclaimer:
                 if num_blocks and id(record) in ledger.live:
                     found = counts.streams_of(rows)
                     release = record.release_of(rows, events.of(found))
+                    release.count = DROPPED
                 ledger.reclaim(record, release, num_blocks if release else 0, bool(leased))
             guard.busy = False
         return True
@@ -233,14 +233,13 @@ class Reclaimer:
                     release.is_void = True
                 else:
                     release.events = ()
-                with suppress(Exception):  # it is among the failed ones, and is tried again
-                    ledger.carry_out((release,))
+                ledger.carry_out_quietly(release)
                 release.batches = ()
             guard.busy = False
 
     def _report(self, release: Release) -> None:
         logging.getLogger("kvheap").error(
-            "%d freed bytes stay allocated until they can be wiped: %s",
+            "%d freed bytes could not be given back: %s",
             release.num_bytes,
             release.error,
             exc_info=release.error,

@@ -10,7 +10,7 @@ from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.free_list import Receipt
 from kvheap.blocks.block_layout import BlockLayout
-from kvheap.blocks.counts import RowCounts
+from kvheap.blocks.counts import FREED, RowCounts
 from kvheap.blocks.sites import Site, allocated_at
 from kvheap.device.events import Event
 
@@ -34,11 +34,24 @@ class Release(Receipt):
         parts: the rows to mark as freed.
         batches: for a release on condition, the batches to keep alive, because their blocks become
             live again if an event raises ``ReleaseVoidError``; else empty.
+        count: what the rows' reference counts become, ``FREED`` or ``DROPPED``.
         is_void: whether the blocks become live again.
-        error: why the bytes could not be wiped and given back, for as long as that is tried again.
+        error: why the bytes could not be given back.
+        was_reported: whether the log says so.
     """
 
-    __slots__ = ("batches", "error", "events", "freed", "is_void", "owner", "parts", "sizes")
+    __slots__ = (
+        "batches",
+        "count",
+        "error",
+        "events",
+        "freed",
+        "is_void",
+        "owner",
+        "parts",
+        "sizes",
+        "was_reported",
+    )
 
     def __init__(
         self,
@@ -56,8 +69,10 @@ class Release(Receipt):
         self.events = events
         self.parts = parts
         self.batches = batches
+        self.count = FREED
         self.is_void = False
         self.error: BaseException | None = None
+        self.was_reported = False
 
     @property
     def num_bytes(self) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
-__all__ = ["Interrupt", "InterruptError"]
+__all__ = ["Interrupt", "InterruptError", "Visit"]
 
 CHECKED = ("CALL", "RESUME", "JUMP_BACKWARD")
 """Bytecodes after which CPython looks for signals; prefixes of their names."""
@@ -65,10 +65,14 @@ class Interrupt:
                 if self.left < 0:
                     sys.settrace(None)
                     self._last.clear()  # frames keep what they hold alive
-                    raise self._error
+                    self._strike()
+                    return None
         elif event == "return":
             self._last.pop(frame, None)
         return self._at_opcode
+
+    def _strike(self) -> None:
+        raise self._error
 
     def strikes(self, task: Callable[[], object]) -> bool:
         """Whether ``task`` was interrupted; False if it has fewer places."""
@@ -80,6 +84,19 @@ class Interrupt:
         finally:
             sys.settrace(None)
         return False
+
+
+class Visit(Interrupt):
+    """Calls ``visitor`` at one place, as a signal handler or a finalizer that raises nothing."""
+
+    def __init__(self, number: int, visitor: Callable[[], object], everywhere: bool = True) -> None:
+        super().__init__(number, everywhere)
+        self._visitor = visitor
+        self.was_called = False
+
+    def _strike(self) -> None:
+        self.was_called = True
+        self._visitor()
 
 
 _exits: dict[CodeType, frozenset[int]] = {}
