@@ -45,9 +45,10 @@ from opcode import opmap
 from types import CodeType, FrameType
 from typing import TypeVar
 
+from kvheap.errors import ClosedError, InvalidFreeError, LifetimeError
 from kvheap.forks import starts_over_after_fork
 
-__all__ = ["Deferred", "Guard", "is_inside_section", "section"]
+__all__ = ["Deferred", "DeferredCall", "Guard", "is_inside_section", "section"]
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -113,11 +114,33 @@ class Guard:
         self.lock = threading.RLock()
 
 
-class Deferred(deque[Callable[[], object]]):
+class DeferredCall:
+    """A call that was put off.
+
+    Args:
+        function: what to call, with this object.
+
+    Attributes:
+        was_made: set by ``function`` right before its change; the call is not made again then.
+    """
+
+    __slots__ = ("_function", "was_made")
+
+    def __init__(self, function: Callable[[DeferredCall], object]) -> None:
+        self._function = function
+        self.was_made = False
+
+    def __call__(self) -> None:
+        """Make the call."""
+        self._function(self)
+
+
+class Deferred(deque[DeferredCall]):
     """Calls that were put off because their thread was inside a section, in order.
 
-    The next operation runs them before it begins. An exception that strikes while one of them runs
-    leaves the others in the queue, and that one done or not done at all.
+    The next operation runs them before it begins. If an exception strikes meanwhile, a call that
+    was not made yet stays in the queue; one that strikes right as a call leaves the queue loses it,
+    and the block that it was to free stays live until its batch is dropped.
     """
 
     __slots__ = ("_guard",)
@@ -126,8 +149,12 @@ class Deferred(deque[Callable[[], object]]):
         super().__init__()
         self._guard = guard
 
+    def add(self, function: Callable[[DeferredCall], object]) -> None:
+        """Put a call off. Takes no lock."""
+        self.append(DeferredCall(function))
+
     def run(self) -> None:
-        """Do all calls, unless the thread is inside a section. Their errors are logged."""
+        """Do all calls, unless the thread is inside a section. Their own errors are logged."""
         if self._guard.busy and is_inside_section():
             return
         while self:
@@ -135,10 +162,17 @@ class Deferred(deque[Callable[[], object]]):
                 call = self.popleft()
             except IndexError:  # another thread took it
                 return
-            try:
-                call()
-            except Exception:
-                logging.getLogger("kvheap").exception(
-                    "a call from a finalizer or a signal handler, made while its thread was inside "
-                    "an operation and therefore put off, has failed"
-                )
+            self._make(call)
+
+    def _make(self, call: DeferredCall) -> None:
+        try:
+            call()
+        except (InvalidFreeError, LifetimeError, ClosedError):
+            logging.getLogger("kvheap").exception(
+                "a call from a finalizer or a signal handler, made while its thread was inside an "
+                "operation and therefore put off, has failed"
+            )
+        except BaseException:
+            if not call.was_made:
+                self.appendleft(call)
+            raise

@@ -56,7 +56,7 @@ from kvheap.errors import (
     OutOfMemoryError,
     ReentrantCallError,
 )
-from kvheap.guards import Deferred, Guard, is_inside_section, section
+from kvheap.guards import Deferred, DeferredCall, Guard, is_inside_section, section
 
 __all__ = ["AddressManager"]
 
@@ -360,7 +360,7 @@ class AddressManager:
         if self._deferred:
             self._deferred.run()
         if guard.busy and is_inside_section():
-            self._deferred.append(partial(self.free, address, size))
+            self._put_off([(address, size)])
             return
         with guard.lock:
             guard.busy = True
@@ -420,7 +420,8 @@ class AddressManager:
         """
         if self._deferred:
             self._deferred.run()
-        one_run = extents = None
+        one_run: tuple[int, int] | None = None
+        extents: Extents | None = None
         if isinstance(blocks, AddressBatch) and sizes is None and blocks.num_runs == 1:
             one_run = blocks.first_run()
         else:
@@ -429,8 +430,7 @@ class AddressManager:
             extents = self._merged(blocks, sizes)
         guard = self.guard
         if guard.busy and is_inside_section():
-            given = blocks if extents is None else np.stack(extents, axis=1)
-            self._deferred.append(partial(self.batched_free, given))
+            self._put_off([one_run] if extents is None else np.stack(extents, axis=1))
             return
         with guard.lock:
             guard.busy = True
@@ -438,6 +438,21 @@ class AddressManager:
                 self._free_one(one_run[0], one_run[1], None)
             elif extents is not None:
                 self._insert(extents, None)
+            guard.busy = False
+
+    def _put_off(self, blocks: npt.ArrayLike) -> None:
+        """Free ``(address, size)`` pairs by the next operation."""
+        self._deferred.add(partial(self._free_later, blocks, Receipt()))
+
+    @section
+    def _free_later(self, blocks: npt.ArrayLike, receipt: Receipt, call: DeferredCall) -> None:
+        guard = self.guard
+        extents = self._merged(blocks, None)
+        with guard.lock:
+            guard.busy = True
+            self.finish()
+            if not receipt.done:
+                self._insert(extents, receipt)
             guard.busy = False
 
     def give_back(

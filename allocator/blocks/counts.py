@@ -133,7 +133,7 @@ class RowCounts:
 
     def leased_rows(self) -> Collection[int]:
         """The live rows that a lease holds."""
-        leased = tuple(self._leases or ())
+        leased = list((self._leases or {}).copy())
         return [row for row in leased if self.is_live(row) and self.leases_of(row)]
 
     def rows_to_drop(self, but: Collection[int] = ()) -> Int64Array | None:
@@ -209,7 +209,7 @@ class RowCounts:
         leases = None if self._leases is None else self._leases.get(row)
         if not leases:
             return 0
-        return sum(each.state == "held" and each is not but for each in tuple(leases.values()))
+        return sum(each.state == "held" and each is not but for each in leases.copy().values())
 
     def is_held(self, row: int, but: HeldLease | None = None) -> bool:
         """Whether a row has a reference or a pin, other than the lease ``but``."""
@@ -342,7 +342,7 @@ class RowCounts:
         pins = np.zeros(self._num_rows, np.int32)
         if self._pins is not None:
             pins += np.frombuffer(self._pins, np.int32)
-        for row in tuple(self._leases or ()):
+        for row in (self._leases or {}).copy():
             pins[row] += self.leases_of(row)
         return pins
 

@@ -11,20 +11,16 @@ import numpy as np
 
 from kvheap.blocks.lease import Lease, LeaseQueue, LeaseState
 from kvheap.blocks.ledger import Ledger
-from kvheap.blocks.stream_events import StreamEvents
+from kvheap.blocks.stream_events import StreamEvents, StreamGoneError
 from kvheap.blocks.tracked import TrackedBatch
 from kvheap.device.events import Stream
 from kvheap.errors import ReentrantCallError
-from kvheap.guards import Deferred, Guard, is_inside_section, section
+from kvheap.guards import Deferred, DeferredCall, Guard, is_inside_section, section
 
 __all__ = ["Leases"]
 
 RETRY_S = 1.0
 """Seconds until an expired lease is looked at again whose stream cannot be queried."""
-
-
-class StreamGoneError(RuntimeError):
-    """A stream cannot record an event, for the reason in ``__cause__``."""
 
 
 class Leases:
@@ -71,7 +67,7 @@ class Leases:
             guard.busy = False
         return lease
 
-    def end(self, lease: Lease, state: LeaseState) -> bool:
+    def end(self, lease: Lease, state: LeaseState, call: DeferredCall | None = None) -> bool:
         """End a lease, and free its block if nothing else holds it.
 
         Returns:
@@ -81,12 +77,12 @@ class Leases:
             StreamGoneError: a stream that uses the block cannot record an event; the lease is still
                 held.
         """
-        if self._deferred:
+        if self._deferred and call is None:
             self._deferred.run()
         was_held = lease.state == "held"
         events = StreamEvents()
         while streams := self._try_end(lease, state, events):
-            self._record(events, streams)
+            events.record(streams, is_wrapped=True)
         return was_held
 
     @section
@@ -94,7 +90,7 @@ class Leases:
         """End a lease; or return the streams without event that use its block."""
         guard = self._guard
         if guard.busy and is_inside_section():
-            self._deferred.append(partial(self.end, lease, state))
+            self._deferred.add(partial(self.end, lease, state))
             return ()
         with guard.lock:
             guard.busy = True
@@ -125,12 +121,6 @@ class Leases:
             except StreamGoneError as error:  # must not fail the operation that runs this
                 self._put_off(lease, error.__cause__)
         return found
-
-    def _record(self, events: StreamEvents, streams: Sequence[Stream]) -> None:
-        try:
-            events.record(streams)
-        except Exception as error:
-            raise StreamGoneError(str(error)) from error
 
     def _put_off(self, lease: Lease, cause: BaseException | None) -> None:
         """Try again later to end a lease whose block a stream uses that cannot be queried."""

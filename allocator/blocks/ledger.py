@@ -103,7 +103,7 @@ class Ledger:
             raise error
 
     def carry_out_quietly(self, release: Release) -> None:
-        """:meth:`carry_out` for a caller who did not ask for it: an error is noted in ``failed``."""
+        """:meth:`carry_out` for whoever did not ask for it: an error is noted in ``failed``."""
         self.begun = (release,)
         self._go_on(is_quiet=True)
 
@@ -134,7 +134,7 @@ class Ledger:
             return
         blocks = allocation.blocks
         assert blocks is not None
-        if not any(record.addresses is blocks for record in tuple(self.live.values())):
+        if not any(record.addresses is blocks for record in self.live.copy().values()):
             undo = self._undo
             if undo is None or undo.freed is not blocks:
                 self._undo = undo = _undo_of(blocks)

@@ -41,7 +41,7 @@ from kvheap.blocks.stream_events import StreamEvents
 from kvheap.blocks.tracked import BlockRows, TrackedBatch
 from kvheap.device.events import Event, Stream, has_let_go
 from kvheap.errors import ReentrantCallError
-from kvheap.guards import Deferred, Guard, is_inside_section, section
+from kvheap.guards import Deferred, DeferredCall, Guard, is_inside_section, section
 
 __all__ = ["Lifetime"]
 
@@ -98,7 +98,7 @@ class Lifetime:
         """All live blocks, grouped by site and block layout, oldest first. O(batches)."""
         groups: dict[tuple[BlockLayout, Site], list[tuple[int, int, int, float]]] = {}
         now = time.monotonic()
-        for record in tuple(self.ledger.live.values()):
+        for record in self.ledger.live.copy().values():
             live, pinned = record.counts.count_live()
             if live:
                 row = (live, pinned, record.addresses.block_bytes, now - record.born)
@@ -124,30 +124,47 @@ class Lifetime:
 
     # -- counts --------------------------------------------------------------------------------
 
-    def change(self, batch: TrackedBatch, row: int, references: int = 0, pins: int = 0) -> None:
+    def change(
+        self,
+        batch: TrackedBatch,
+        row: int,
+        references: int = 0,
+        pins: int = 0,
+        call: DeferredCall | None = None,
+    ) -> None:
         """Add to a block's counts, and free it if no reference and no pin is left.
+
+        Args:
+            batch: the block's batch.
+            row: the block's number in it.
+            references: what to add to the reference count.
+            pins: what to add to the pin count.
+            call: if this call was put off.
 
         Raises:
             LifetimeError: the block is freed, or a count would be negative.
             Exception: a stream that uses the block cannot record an event; nothing is changed.
         """
-        if self._deferred:
+        if self._deferred and call is None:
             self._deferred.run()
-        streams = self._try_change(batch, row, references, pins, StreamEvents())
-        if streams:
-            events = StreamEvents()
-            while streams:
-                events.record(streams)
-                streams = self._try_change(batch, row, references, pins, events)
+        events = StreamEvents()
+        while streams := self._try_change(batch, row, references, pins, events, call):
+            events.record(streams, is_wrapped=call is not None)
 
     @section
     def _try_change(
-        self, batch: TrackedBatch, row: int, references: int, pins: int, events: StreamEvents
+        self,
+        batch: TrackedBatch,
+        row: int,
+        references: int,
+        pins: int,
+        events: StreamEvents,
+        call: DeferredCall | None,
     ) -> Sequence[Stream]:
         """Change counts; or return the streams without event that use a block to be freed."""
         guard = self.guard
         if guard.busy and is_inside_section():
-            self._deferred.append(partial(self.change, batch, row, references, pins))
+            self._deferred.add(partial(self.change, batch, row, references, pins))
             return ()
         with guard.lock:
             guard.busy = True
@@ -160,6 +177,8 @@ class Lifetime:
                 guard.busy = False
                 return ()
             new_references, new_pins = counts.changed(row, references, pins, batch)
+            if call is not None:
+                call.was_made = True
             if new_references or new_pins or counts.leases_of(row):
                 if references:
                     counts.set_references(row, new_references)
@@ -167,13 +186,18 @@ class Lifetime:
                     counts.set_pins(row, new_pins)
                 guard.busy = False
                 return ()
-            rows = np.array([row], np.int64)
-            missing = ledger.free_rows(counts, batch.record, rows, events)
+            missing = ledger.free_rows(counts, batch.record, np.array([row], np.int64), events)
+            if missing and call is not None:
+                call.was_made = False
             guard.busy = False
             return missing
 
     def record_stream(
-        self, batch: TrackedBatch, stream: Stream, rows: Int64Array | None = None
+        self,
+        batch: TrackedBatch,
+        stream: Stream,
+        rows: Int64Array | None = None,
+        call: DeferredCall | None = None,
     ) -> None:
         """Keep the bytes of ``rows`` (None: all) from reuse until the stream has used them.
 
@@ -199,7 +223,7 @@ class Lifetime:
     ) -> None:
         guard = self.guard
         if guard.busy and is_inside_section():
-            self._deferred.append(partial(self.record_stream, batch, stream, rows))
+            self._deferred.add(partial(self.record_stream, batch, stream, rows))
             return
         with guard.lock:
             guard.busy = True
@@ -214,7 +238,11 @@ class Lifetime:
     # -- freeing -------------------------------------------------------------------------------
 
     def free(
-        self, parts: Sequence[BlockRows], skip_freed: bool = False, merge: Merge | None = None
+        self,
+        parts: Sequence[BlockRows],
+        skip_freed: bool = False,
+        merge: Merge | None = None,
+        call: DeferredCall | None = None,
     ) -> None:
         """Free blocks, all or none.
 
@@ -222,6 +250,7 @@ class Lifetime:
             parts: blocks of this allocator, each batch once.
             skip_freed: skip blocks that are already freed instead of raising.
             merge: combines the releases of several parts.
+            call: if this call was put off.
 
         Raises:
             DoubleFreeError: a block is already freed, or named twice.
@@ -229,11 +258,11 @@ class Lifetime:
             ForeignObjectError: a batch is a view of another process's blocks.
             Exception: a stream that uses a block cannot record an event; nothing is freed.
         """
-        if self._deferred:
+        if self._deferred and call is None:
             self._deferred.run()
         events = StreamEvents()
-        while streams := self._try_free(parts, skip_freed, merge, events):
-            events.record(streams)
+        while streams := self._try_free(parts, skip_freed, merge, events, call):
+            events.record(streams, is_wrapped=call is not None)
 
     @section
     def _try_free(
@@ -242,11 +271,12 @@ class Lifetime:
         skip_freed: bool,
         merge: Merge | None,
         events: StreamEvents,
+        call: DeferredCall | None,
     ) -> Sequence[Stream]:
         """Free blocks; or return the streams without event that use any of them."""
         guard = self.guard
         if guard.busy and is_inside_section():
-            self._deferred.append(partial(self.free, parts, skip_freed, merge))
+            self._deferred.add(partial(self.free, parts, skip_freed, merge))
             return ()
         with guard.lock:
             guard.busy = True
@@ -271,6 +301,8 @@ class Lifetime:
             if not missing:
                 if merge is not None and len(releases) > 1:
                     releases = merge(releases)
+                if call is not None:
+                    call.was_made = True
                 ledger.carry_out(tuple(releases))
                 for batch, rows in claimed:
                     if rows is None:

@@ -50,7 +50,7 @@ class Reclaimer:
     @property
     def pending_bytes(self) -> int:
         """Freed bytes that streams still use."""
-        return sum(release.num_bytes for release in tuple(self._ledger.pending.values()))
+        return sum(release.num_bytes for release in self._ledger.pending.copy().values())
 
     @property
     def has_work(self) -> bool:
@@ -151,6 +151,7 @@ class Reclaimer:
                 leased = counts.leased_rows()
                 for row in leased:  # their leases free them
                     counts.set_references(row, 0)
+                    counts.set_pins(row, 0)
                 rows = counts.rows_to_drop(leased)
                 num_blocks = len(record.addresses if rows is None else rows)
                 release = None
@@ -272,13 +273,13 @@ class Reclaimer:
             Whether all streams have finished.
         """
         deadline = time.monotonic() + seconds
-        records = tuple(self._ledger.live.values())
+        records = self._ledger.live.copy().values()
         streams = [each for record in records for each in self.streams_of(record.counts, None)]
         waits = [stream.record_event() for stream in streams if not has_let_go(stream)]
         while True:
             self.settle(limit=None)
             waits = [event for event in waits if not self._has_ended(event)]
-            pending = tuple(self._ledger.pending.values())
+            pending = self._ledger.pending.copy().values()
             if not waits and all(self._state_of(release) != "pending" for release in pending):
                 return True
             if time.monotonic() >= deadline:

@@ -11,8 +11,13 @@ from collections.abc import Hashable, Sequence
 
 from kvheap.blocks.recorded_streams import stream_key
 from kvheap.device.events import Event, Stream, has_let_go
+from kvheap.errors import LifetimeError
 
-__all__ = ["StreamEvents"]
+__all__ = ["StreamEvents", "StreamGoneError"]
+
+
+class StreamGoneError(LifetimeError):
+    """A stream cannot record an event, for the reason in ``__cause__``."""
 
 
 class StreamEvents:
@@ -23,12 +28,24 @@ class StreamEvents:
     def __init__(self) -> None:
         self._events: dict[Hashable, Event | None] = {}
 
-    def record(self, streams: Sequence[Stream]) -> None:
+    def record(self, streams: Sequence[Stream], is_wrapped: bool = False) -> None:
         """Record an event of each stream that may still use bytes. Call it outside sections.
+
+        Args:
+            streams: the streams.
+            is_wrapped: raise a ``StreamGoneError`` from the stream's error.
 
         Raises:
             Exception: a stream cannot record an event.
         """
+        try:
+            self._record(streams)
+        except Exception as error:
+            if is_wrapped:
+                raise StreamGoneError(str(error)) from error
+            raise
+
+    def _record(self, streams: Sequence[Stream]) -> None:
         for stream in streams:
             # No event for a transfer that has ended: it would only have to be checked again.
             event = None if has_let_go(stream) else stream.record_event()
