@@ -12,16 +12,21 @@ from typing import SupportsIndex, overload
 
 import numpy as np
 
+from kvheap.addresses.batch_checks import integers, positive, require_apart
 from kvheap.addresses.extents import Int64Array
 
 __all__ = ["AddressBatch"]
 
 
 class AddressBatch(Sequence[tuple[int, int]]):
-    """N equal blocks, a sequence of ``(address, size)`` pairs in ascending address order.
+    """N equal blocks, a sequence of ``(address, size)`` pairs.
 
-    Immutable. Equal to any sequence of the same pairs, and ``batch + list`` is a list, so that
-    code written for a list of pairs works with it unchanged.
+    Allocations are in ascending address order; blocks that were put together in another way are in
+    the order in which they were given. Immutable. Equal to any sequence of the same pairs, and
+    ``batch + list`` is a list, so that code written for a list of pairs works with it unchanged.
+
+    The constructor trusts its arguments. :meth:`of_runs` and :meth:`of_addresses` check numbers
+    that come from elsewhere.
 
     Attributes:
         block_bytes: allocated bytes of each block, a multiple of the alignment.
@@ -49,29 +54,61 @@ class AddressBatch(Sequence[tuple[int, int]]):
         self._addresses: Int64Array | None = None
 
     @classmethod
-    def of_addresses(cls, addresses: Int64Array, block_bytes: int) -> AddressBatch:
-        """A batch of the blocks at ``addresses``, int64 ``[N]``, in ascending order.
+    def of_addresses(cls, addresses: Int64Array | Sequence[int], block_bytes: int) -> AddressBatch:
+        """A batch of the blocks at ``addresses``, integers ``[N]``, in any order.
 
         Raises:
-            ValueError: the addresses are not in ascending order, or blocks overlap.
+            ValueError: the addresses are not integers or negative, blocks overlap or end at 2**63
+                or beyond, or ``block_bytes`` is not positive.
+            TypeError: ``block_bytes`` is not an integer.
 
-        >>> AddressBatch.of_addresses(np.array([0, 8, 32]), 8).run_counts
-        array([2, 1])
+        >>> AddressBatch.of_addresses(np.array([32, 0, 8]), 8).run_counts
+        array([1, 2])
         """
+        block_bytes = positive("block_bytes", block_bytes)
+        addresses = integers("addresses", addresses)
+        require_apart("addresses", addresses, np.ones(len(addresses), np.int64), block_bytes)
         gaps = np.diff(addresses)
-        if (gaps < block_bytes).any():
-            at = int(np.argmax(gaps < block_bytes))
-            raise ValueError(
-                f"addresses must ascend by at least the {block_bytes} bytes of a block, got "
-                f"{addresses[at]} before {addresses[at + 1]}"
-            )
         firsts = np.flatnonzero(np.append(True, gaps != block_bytes))[: len(addresses)]
         counts = np.diff(np.append(firsts, len(addresses)))
         return cls(block_bytes, addresses[firsts], counts)
 
+    @classmethod
+    def of_runs(
+        cls,
+        block_bytes: int,
+        run_starts: Int64Array | Sequence[int],
+        run_counts: Int64Array | Sequence[int],
+    ) -> AddressBatch:
+        """A batch of checked runs, in any order.
+
+        Args:
+            block_bytes: allocated bytes of each block.
+            run_starts: address of each run's first block, integers ``[R]``.
+            run_counts: blocks in each run, integers ``[R]``.
+
+        Raises:
+            ValueError: the arrays are not integers or differ in length, a start is negative, a
+                count or ``block_bytes`` is not positive, or runs overlap or end at 2**63 or beyond.
+            TypeError: ``block_bytes`` is not an integer.
+
+        >>> AddressBatch.of_runs(8, [16, 0], [1, 3])
+        Traceback (most recent call last):
+        ValueError: run_starts overlap: [16, 24) and [0, 24)
+        """
+        block_bytes = positive("block_bytes", block_bytes)
+        starts = integers("run_starts", run_starts)
+        counts = integers("run_counts", run_counts)
+        require_apart("run_starts", starts, counts, block_bytes)
+        return cls(block_bytes, starts, counts)
+
+    def checked(self) -> AddressBatch:
+        """The same batch, checked as :meth:`of_runs` does. O(R), or a sort of the runs."""
+        return AddressBatch.of_runs(self.block_bytes, self._starts, self._counts)
+
     @property
     def run_starts(self) -> Int64Array:
-        """Address of each run's first block, int64 ``[R]``, ascending, read-only."""
+        """Address of each run's first block, int64 ``[R]``, read-only."""
         self._starts = _read_only(self._starts)
         return self._starts
 
@@ -86,6 +123,11 @@ class AddressBatch(Sequence[tuple[int, int]]):
         """How many runs the blocks form; the cost of copying the batch grows with it."""
         return len(self._starts)
 
+    @property
+    def is_ascending(self) -> bool:
+        """Whether the blocks are in address order, as those of every allocation are. O(R)."""
+        return self.num_runs < 2 or bool((np.diff(self.run_starts) > 0).all())
+
     def run_pairs(self) -> list[tuple[int, int]]:
         """Address and bytes of each run, as plain ints."""
         size = self.block_bytes
@@ -93,7 +135,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     @property
     def addresses(self) -> Int64Array:
-        """The address of every block, int64 ``[N]``, ascending, read-only. O(N) the first time."""
+        """The address of every block, int64 ``[N]``, read-only. O(N) the first time."""
         if self._addresses is None:
             offsets = np.arange(self._length, dtype=np.int64)
             if self.num_runs > 1:

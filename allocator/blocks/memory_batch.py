@@ -168,7 +168,10 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     @property
     def addresses(self) -> Int64Array:
-        """Address of each block in the heap, int64 ``[N]``, bytes, ascending, read-only."""
+        """Address of each block in the heap, int64 ``[N]``, bytes, read-only.
+
+        Ascending, unless the batch is a view of blocks in another order.
+        """
         return self._address_batch.addresses
 
     @property

@@ -165,19 +165,24 @@ class Segments:
         """Raise if any block leaves the buffers.
 
         Raises:
-            ValueError: names the first run that leaves them.
+            ValueError: names the first block that leaves them, or straddles two.
         """
         if not len(blocks):
             return
         starts, size = blocks.run_starts, blocks.block_bytes
         ends = starts + blocks.run_counts * size
         limits = np.array(self.starts) + [len(buffer) for buffer in self.buffers]
+        if (starts >= 0).all() and (ends <= limits[self._numbers_of(starts)]).all():
+            return
+        starts = blocks.addresses  # a run may go on in the next buffer, if no block straddles both
+        ends = starts + size
         wrong = (starts < 0) | (ends > limits[self._numbers_of(starts)])
         if wrong.any():
             at = int(np.argmax(wrong))
+            limit = limits[self._numbers_of(starts[at : at + 1])[0]]
             raise ValueError(
-                f"blocks of {size} bytes at [{starts[at]}, {ends[at]}) leave the buffer of "
-                f"{limits[-1]} bytes"
+                f"blocks of {size} bytes leave the buffer: [{starts[at]}, {ends[at]}) is not "
+                f"within it, which ends at {limit}"
             )
 
     def require_readable(self, layout: BlockLayout, align_bytes: int) -> None:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.address_manager import AddressManager
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.heap_stats import HeapStats
@@ -29,7 +28,6 @@ from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import debug_by_environment
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
-from kvheap.blocks.memory_metadata import MemoryBatchMetadata
 from kvheap.blocks.release import Release, merged
 from kvheap.blocks.report import FullReport, FullReporter, log_full_report
 from kvheap.blocks.rows import Rows
@@ -39,6 +37,7 @@ from kvheap.forks import starts_over_after_fork
 from kvheap.heaps.block_tensors import require_gatherable, require_matching
 from kvheap.heaps.freed_bytes import FreedBytes
 from kvheap.heaps.segments import Segments, as_buffer
+from kvheap.heaps.views import ViewedBlocks, read_view, require_fitting
 from kvheap.heaps.waiting_space import WaitingSpace
 from kvheap.heaps.wiping import Poison, Scrub
 
@@ -223,55 +222,40 @@ class TensorMemoryAllocator(Heap):
 
     def view(
         self,
-        blocks: MemoryBatchMetadata | AddressBatch | Sequence[int] | Int64Array,
+        blocks: ViewedBlocks,
         shape: Shapes | None = None,
         dtype: Dtypes | None = None,
-        fmt: MemoryFormat = MemoryFormat.KV_2LTD,
+        fmt: MemoryFormat | str = MemoryFormat.KV_2LTD,
     ) -> MemoryBatch:
-        """Wrap blocks that another process allocated in a heap of the same size.
+        """Wrap blocks that another process allocated in a heap of the same size and alignment.
 
         Args:
-            blocks: a batch's ``metadata``, which needs no other argument; or the addresses of
-                blocks, in ascending order.
-            shape: logical shape of each block, if ``blocks`` are addresses.
-            dtype: logical dtype of each block, if ``blocks`` are addresses.
-            fmt: what the dimensions mean, if ``blocks`` are addresses.
+            blocks: the ``metadata`` of a batch, of an object or of several objects of one layout,
+                which needs no other argument; or where the blocks are: an ``AddressBatch``, or
+                addresses, integers ``[N]``. They may be in any order, such as that of a prefix.
+            shape: logical shape of each block, if ``blocks`` says only where they are.
+            dtype: logical dtype of each block, if ``blocks`` says only where they are.
+            fmt: what the dimensions mean, if ``blocks`` says only where they are.
 
         Returns:
-            A batch on this heap's bytes; this process cannot free its blocks.
+            A batch on this heap's bytes, in the order of ``blocks``; this process cannot free its
+            blocks.
 
         Raises:
-            ValueError: a block leaves the buffer, addresses are not ascending, or shape and dtype
-                are missing.
+            ValueError: a block is smaller than its contents, not aligned to this heap's
+                ``align_bytes``, or not within the heap; two blocks overlap; a number is not an
+                integer; or shape and dtype are missing. The message names the block.
+            TypeError: ``blocks`` is none of the above.
             ClosedError: the allocator is closed.
         """
         self.require_open()
-        if isinstance(blocks, MemoryBatchMetadata):
-            layout, addresses = blocks.layout, blocks.blocks
-        else:
-            if shape is None or dtype is None:
-                raise ValueError("addresses need a shape and a dtype: pass both")
-            layout = self.layout_of(shape, dtype, fmt)
-            addresses = self._as_address_batch(blocks, layout)
-        self._open_segments().require_inside(addresses)
-        batch = MemoryBatch(self, addresses, layout)
+        manager = self.address_manager
+        view = read_view(blocks, shape, dtype, fmt, self.layout_of, manager.compute_aligned_size)
+        heap_bytes = manager.get_heap_size()
+        require_fitting(view, manager.align_bytes, heap_bytes, self._open_segments())
+        batch = MemoryBatch(self, view.blocks, view.layout)
         starts_over_after_fork(batch.counts)  # the lifetime knows only batches that own bytes
         return batch
-
-    def _as_address_batch(
-        self, blocks: AddressBatch | Sequence[int] | Int64Array, layout: BlockLayout
-    ) -> AddressBatch:
-        if isinstance(blocks, AddressBatch):
-            return blocks
-        addresses = np.asarray(blocks)
-        if addresses.ndim != 1 or (addresses.size and addresses.dtype.kind not in "iu"):
-            raise ValueError(
-                f"addresses must be integers in one dimension, got {addresses.dtype} of shape "
-                f"{addresses.shape}"
-            )
-        return AddressBatch.of_addresses(
-            addresses.astype(np.int64), self.address_manager.compute_aligned_size(layout.size_bytes)
-        )
 
     # -- free ----------------------------------------------------------------------------------
 

@@ -615,8 +615,9 @@ class TestView:
         [
             ([0, 7 * PAGE, 8 * PAGE], "leave the buffer"),
             ([-PAGE], "leave the buffer"),
-            ([PAGE, 0], "must ascend"),
-            ([0, 100], "must ascend by at least the 4096"),
+            ([PAGE, PAGE], "overlap"),
+            ([0, 100], "overlap"),
+            ([100], "not aligned"),
             ([0.5], "must be integers"),
         ],
     )
