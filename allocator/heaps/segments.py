@@ -172,17 +172,20 @@ class Segments:
         starts, size = blocks.run_starts, blocks.block_bytes
         ends = starts + blocks.run_counts * size
         limits = np.array(self.starts) + [len(buffer) for buffer in self.buffers]
-        if (starts >= 0).all() and (ends <= limits[self._numbers_of(starts)]).all():
-            return
-        starts = blocks.addresses  # a run may go on in the next buffer, if no block straddles both
-        ends = starts + size
-        wrong = (starts < 0) | (ends > limits[self._numbers_of(starts)])
+        wrong = (starts < 0) | (ends > limits[-1])
+        if not wrong.any():
+            if (ends <= limits[self._numbers_of(starts)]).all():
+                return
+            # A run may go on in the next buffer, if no block straddles both.
+            starts = blocks.addresses
+            ends = starts + size
+            wrong = ends > limits[self._numbers_of(starts)]
         if wrong.any():
             at = int(np.argmax(wrong))
-            limit = limits[self._numbers_of(starts[at : at + 1])[0]]
+            limit = limits[max(int(self._numbers_of(starts[at : at + 1])[0]), 0)]
             raise ValueError(
                 f"blocks of {size} bytes leave the buffer: [{starts[at]}, {ends[at]}) is not "
-                f"within it, which ends at {limit}"
+                f"within the buffer there, which ends at {limit}"
             )
 
     def require_readable(self, layout: BlockLayout, align_bytes: int) -> None:

@@ -105,6 +105,7 @@ WRONG: list[dict[str, Any]] = [
     {"run_counts": [-1]},
     {"run_counts": [1 << 62]},
     {"run_counts": [65]},
+    {"run_counts": [1 << 40]},
     {"run_counts": [1.5]},
     {"run_starts": [0, 0], "run_counts": [4, 4]},
     {"run_starts": [0, PAGE], "run_counts": [2, 2]},
