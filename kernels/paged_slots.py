@@ -20,6 +20,9 @@ __all__ = ["BlockIds", "Places", "Slots", "count_tokens", "first_tokens"]
 SKIPPED = -1
 """The slot or block id of tokens that are not copied."""
 
+MAX_TABLE_PLACES = 256
+"""Up to this many slots of a cache for each one given, a table of all finds repetitions."""
+
 SlotMapping: TypeAlias = "npt.NDArray[np.integer] | torch.Tensor | Sequence[int]"
 
 
@@ -67,10 +70,12 @@ class Places:
             slots: the caller's slots or block ids.
             pairing: the cache and the chunk layout of the copy.
             eager: whether to check slots and ids on a device too, which waits for the device.
-            distinct: whether eager mode also refuses a slot or block that appears twice.
+            distinct: whether to refuse a slot or block that appears twice; on a device, only eager
+                mode does.
 
         Raises:
-            ValueError: they are out of range, not one-dimensional, or on another device.
+            ValueError: they are out of range, not one-dimensional, on another device, or not
+                distinct.
             TypeError: they are not integers.
         """
         cache = pairing.cache
@@ -82,8 +87,8 @@ class Places:
             _require_range(name, values.cpu().numpy(), limit)
         elif not isinstance(values, torch.Tensor):
             _require_range(name, values, limit)
-        if eager and distinct:
-            _require_distinct(name, values)
+        if distinct and (eager or not isinstance(values, torch.Tensor)):
+            _require_distinct(name, values, limit)
         num_tokens = len(values)
         if isinstance(slots, BlockIds):
             num_tokens = _tokens_of_blocks(slots, len(values), cache.block_size)
@@ -94,6 +99,17 @@ class Places:
         """The values, which must be on the host."""
         assert not isinstance(self.values, torch.Tensor)
         return self.values
+
+    def kept(self, block_size: int) -> npt.NDArray[np.bool_] | None:
+        """Which tokens are copied, bool ``[num_tokens]``; None if none is known to be skipped.
+
+        Of places on a device, that is not known.
+        """
+        values = self.values
+        if isinstance(values, torch.Tensor) or not len(values) or int(values.min()) >= 0:
+            return None
+        tokens = block_size if self.are_blocks else self.unit_tokens
+        return np.repeat(values >= 0, tokens)[: self.num_tokens]
 
     def as_slots(self, block_size: int) -> Places:
         """The same places as slots. Block ids must be on the host."""
@@ -181,13 +197,24 @@ def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> No
         )
 
 
-def _require_distinct(name: str, values: Int64Array | torch.Tensor) -> None:
-    array = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
-    ordered = np.sort(array[array >= 0])
+def _require_distinct(name: str, values: Int64Array | torch.Tensor, limit: int) -> None:
+    """Refuse a place that appears twice, by a table of all places or, for few of many, a sort."""
+    places = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
+    if len(places) < 2:
+        return
+    real = places if int(places.min()) >= 0 else places[places >= 0]
+    if limit <= MAX_TABLE_PLACES * len(real):
+        is_taken = np.zeros(limit, np.bool_)
+        is_taken[real] = True
+        if np.count_nonzero(is_taken) == len(real):
+            return
+    ordered = np.sort(real)
     repeated = ordered[1:] == ordered[:-1]
     if repeated.any():
+        first = int(ordered[int(repeated.argmax())])
+        at = np.flatnonzero(places == first)[:2].tolist()
         raise ValueError(
-            f"{name} to load into must differ: {ordered[int(repeated.argmax())]} appears twice"
+            f"{name} to load into must differ: {first} appears twice, at {at[0]} and {at[1]}"
         )
 
 

@@ -12,7 +12,7 @@ from typing import SupportsIndex, overload
 
 import numpy as np
 
-from kvheap.addresses.batch_checks import integers, positive, require_apart
+from kvheap.addresses.batch_checks import integers, is_run, positive, require_apart
 from kvheap.addresses.extents import Int64Array
 
 __all__ = ["AddressBatch"]
@@ -104,6 +104,10 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     def checked(self) -> AddressBatch:
         """The same batch, checked as :meth:`of_runs` does. O(R), or a sort of the runs."""
+        if len(self._starts) == len(self._counts) == 1 and is_run(
+            self._starts[0], self._counts[0], self.block_bytes
+        ):
+            return self
         return AddressBatch.of_runs(self.block_bytes, self._starts, self._counts)
 
     @property

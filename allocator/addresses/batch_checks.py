@@ -10,7 +10,7 @@ import numpy as np
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.integers import as_integer
 
-__all__ = ["integers", "positive", "require_apart"]
+__all__ = ["integers", "is_run", "positive", "require_apart"]
 
 ADDRESS_END = 1 << 63
 """Addresses are int64."""
@@ -62,6 +62,23 @@ def integers(name: str, values: Int64Array | Sequence[int]) -> Int64Array:
     if array.dtype == np.uint64 and (array >= ADDRESS_END).any():
         raise ValueError(f"{name} must be below 2**63, got {array.max()}")
     return array.astype(np.int64, copy=False)
+
+
+def is_run(start: object, count: object, block_bytes: object) -> bool:
+    """Whether these are the numbers of one run; a quick look that allocates no array.
+
+    >>> is_run(0, 4, 4096), is_run(0, 4, True), is_run(0, 1 << 62, 4096)
+    (True, False, False)
+    """
+    if type(block_bytes) is not int or block_bytes <= 0:
+        return False
+    if type(start) not in _PLAIN or type(count) not in _PLAIN:
+        return False
+    first, number = as_integer("start", start), as_integer("count", count)
+    return first >= 0 and 0 < number <= (ADDRESS_END - 1 - first) // block_bytes
+
+
+_PLAIN = (int, np.int64)
 
 
 def require_apart(name: str, starts: Int64Array, counts: Int64Array, block_bytes: int) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
+from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.lease import Lease
@@ -29,6 +30,7 @@ from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.memory_metadata import MemoryBatchMetadata, MemoryObjMetadata
 from kvheap.blocks.release import LastOwner, Release
 from kvheap.blocks.sites import Site, allocated_at
+from kvheap.blocks.stored_tokens import StoredTokens, require_token_count
 from kvheap.device.events import Event, Stream, has_let_go
 from kvheap.device.transfer import Transfer
 from kvheap.errors import ForeignObjectError, LifetimeError
@@ -64,6 +66,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     - what the blocks are: ``layout``, ``shape``, ``dtype``, ``fmt``, ``size_bytes``;
     - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
+    - which tokens they hold: ``num_tokens``, ``set_num_tokens``;
     - counts and streams: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
     - for allocators and transfers: ``counts``, ``own``, ``is_owner``, ``await_filling``, ``claim``,
       ``unclaim``, ``disown``, ``release_of``, ``describe``.
@@ -74,6 +77,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         counts: reference counts, pin counts, leases and streams of the blocks.
         born: when it was allocated, as a ``time.monotonic`` value in seconds.
         site: its allocation site, if sites are recorded.
+        stored_tokens: which tokens stores from an engine's cache have put into the blocks.
         storage: the batch's own memory, if its allocator has no heap; else None.
         transfer: the transfer that fills it, for a batch made by ``offload`` or ``restore``; else
             None. Code that reads the blocks waits for it or is ordered behind it.
@@ -91,6 +95,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         "layout",
         "site",
         "storage",
+        "stored_tokens",
         "transfer",
     )
 
@@ -113,6 +118,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         self.counts = RowCounts(length)
         self._used_sizes: dict[int, int] = {}
         self.storage = storage
+        self.stored_tokens = StoredTokens()
 
     def own(self) -> MemoryBatch:
         """Make the batch the owner of its blocks' bytes; returns the batch.
@@ -192,10 +198,34 @@ class MemoryBatch(Sequence["MemoryObj"]):
     @property
     def metadata(self) -> MemoryBatchMetadata:
         """What another process passes to ``heap.view`` to wrap the blocks."""
-        return MemoryBatchMetadata(self._address_batch, self.layout)
+        return MemoryBatchMetadata(self._address_batch, self.layout, self.num_tokens)
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a MemoryBatch cannot be pickled: send its metadata")
+
+    # -- which tokens they hold ----------------------------------------------------------------
+
+    @property
+    def num_tokens(self) -> int | None:
+        """How many tokens were stored in the blocks from an engine's cache.
+
+        ``kvheap.load`` refuses to load more. None if that is not known: nothing was stored, the
+        blocks were filled by ``source=``, a copy or through their tensors, or single blocks were
+        stored by themselves.
+        """
+        return self.stored_tokens.first
+
+    def set_num_tokens(self, num_tokens: int | None) -> None:
+        """Say how many tokens the blocks hold, after filling them by other means than a store.
+
+        Raises:
+            ValueError: so many tokens take another number of blocks, or the format holds no tokens.
+            TypeError: it is not an integer.
+        """
+        if num_tokens is not None:
+            num_tokens = as_integer("num_tokens", num_tokens)
+            require_token_count(self.layout, self._length, num_tokens)
+        self.stored_tokens.set_first(num_tokens)
 
     # -- counts and streams --------------------------------------------------------------------
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
@@ -36,11 +35,16 @@ from kvheap.blocks.heap import (
 )
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.memory_format import MemoryFormat
+from kvheap.engine.clearing import clear_rest as clear_slots_behind
+from kvheap.engine.reach import reachable_buffer
+from kvheap.engine.tokens import record_stored, require_stored
 from kvheap.errors import ForeignObjectError
+from kvheap.kernels.block_addresses import require_disjoint
 from kvheap.kernels.chunk_layout import ChunkLayout
-from kvheap.kernels.paged_copy import Chunks, load_tokens, store_tokens
+from kvheap.kernels.paged_copy import Chunks, run_copy
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
+from kvheap.kernels.token_copy import TokenCopy
 
 __all__ = [
     "batched_evict",
@@ -96,9 +100,11 @@ def store(
     heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert)
     segments = heap.segments  # keeps the buffers alive if another thread closes the heap
-    if not isinstance(batch, MemoryBatch) and len(np.unique(chunks.addresses)) < len(batch):
-        raise ValueError("a chunk is named twice: each can be stored to only once")
-    store_tokens(cache, slots, chunks, layers=layers, heads=heads, eager=heap.debug)
+    if not isinstance(batch, MemoryBatch):
+        require_disjoint("chunks to store to", chunks.addresses, chunks.size_bytes)
+    copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=True)
+    run_copy(copy)
+    record_stored(batch, chunks.layout, copy.places, cache.block_size)
     del segments
 
 
@@ -110,15 +116,37 @@ def load(
     layers: range | None = None,
     heads: slice | None = None,
     convert: bool = False,
+    clear_rest: bool = False,
 ) -> None:
     """Copy the KV of tokens from a batch into an engine's cache; the inverse of :func:`store`.
 
-    Arguments and errors are those of :func:`store`. No two tokens may have the same slot.
+    No two tokens may have the same slot, as no two targets of a transfer may overlap. That is
+    checked for slots and block ids on the host, and in debug mode for those on a device.
+
+    Args:
+        batch: the chunks; see :func:`store`. A chunk may be named more than once.
+        cache: the engine's cache.
+        slots: where the tokens go; see :func:`store`.
+        layers: see :func:`store`.
+        heads: see :func:`store`.
+        convert: see :func:`store`.
+        clear_rest: also zero the slots behind the last token's in its block, in the layers and
+            heads that are copied, by a second launch. An engine that masks them would still let a
+            former owner's NaN through.
+
+    Raises:
+        ValueError: as for :func:`store`; a slot appears twice; or a token was not stored, if the
+            batch knows its tokens (``MemoryBatch.num_tokens``). Nothing is loaded.
+        TypeError, LifetimeError: as for :func:`store`; nothing is loaded.
     """
     heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert)
     segments = heap.segments  # as in store
-    load_tokens(chunks, cache, slots, layers=layers, heads=heads, eager=heap.debug)
+    copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=False)
+    require_stored(batch, chunks.layout, copy.places, cache.block_size)
+    if clear_rest:
+        clear_slots_behind(copy.pairing, copy.places)  # first: its slots may be among those to load
+    run_copy(copy)
     del segments
 
 
@@ -176,6 +204,7 @@ def batched_store(
     if batch is None:
         return None
     try:
+        batch.stored_tokens.set_first(0)
         if len(batch) < num_chunks:
             slots = first_tokens(slots, len(batch) * chunk_tokens, cache.block_size)
         store(cache, slots, batch, layers=layers, convert=convert)
@@ -194,6 +223,7 @@ def batched_load(
     layers: range | None = None,
     heads: slice | None = None,
     convert: bool = False,
+    clear_rest: bool = False,
 ) -> None:
     """Fill an engine's cache from chunks of this heap; see :func:`kvheap.load`.
 
@@ -206,7 +236,7 @@ def batched_load(
     heap.require_open()
     if heap_of(batch) is not heap:
         raise ForeignObjectError("the chunks belong to another allocator")
-    load(batch, cache, slots, layers=layers, heads=heads, convert=convert)
+    load(batch, cache, slots, layers=layers, heads=heads, convert=convert, clear_rest=clear_rest)
 
 
 def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -306,8 +336,11 @@ def _chunks(heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool) 
     absolute, alignment = heap.absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset = parts(layout, cache.dtype, cache.head_dim)
-    first_buffer = heap.segments[0][1]
-    return Chunks(first_buffer, absolute, layout.size_bytes, alignment, chunk_layout, scale_offset)
+    buffer, size_bytes = heap.segments[0][1], layout.size_bytes
+    is_far = cache.device.type == "cuda" and buffer.device.type == "cpu"
+    if is_far:
+        buffer = reachable_buffer(heap, cache.device, absolute, size_bytes)
+    return Chunks(buffer, absolute, size_bytes, alignment, chunk_layout, scale_offset, is_far)
 
 
 @lru_cache(maxsize=256)

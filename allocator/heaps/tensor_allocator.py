@@ -254,6 +254,7 @@ class TensorMemoryAllocator(Heap):
         heap_bytes = manager.get_heap_size()
         require_fitting(view, manager.align_bytes, heap_bytes, self._open_segments())
         batch = MemoryBatch(self, view.blocks, view.layout)
+        batch.set_num_tokens(view.num_tokens)
         starts_over_after_fork(batch.counts)  # the lifetime knows only batches that own bytes
         return batch
 

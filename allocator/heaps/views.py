@@ -135,6 +135,12 @@ def require_fitting(view: View, align_bytes: int, heap_bytes: int, segments: Seg
         ValueError: the blocks are smaller than their contents, not aligned, or leave the heap.
     """
     blocks, layout = view.blocks, view.layout
+    if blocks.num_runs == 1 and blocks.block_bytes >= layout.size_bytes:  # most batches, in a us
+        ((start, num_bytes),) = blocks.run_pairs()
+        limit = min(heap_bytes, len(segments.buffers[0]))
+        is_aligned = not start % align_bytes and not blocks.block_bytes % align_bytes
+        if is_aligned and start + num_bytes <= limit:
+            return
     if blocks.block_bytes < layout.size_bytes:
         raise ValueError(
             f"blocks of {blocks.block_bytes} bytes are too small: {layout} has "

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvheap.blocks.carried_tokens import carry_tokens
 from kvheap.blocks.heap import BlockObjects, heap_of, layout_and_addresses
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
@@ -147,6 +148,7 @@ def offload(
             given_up = [moved] if isinstance(moved, Rows) else heap.rows_by_batch(moved)
         plan = CopyPlan.between(moved, target, by_layer=by_layer)
         target.transfer = _start(plan, stream, path, max_sms, _Move(given_up))
+        carry_tokens(moved, target)
     except BaseException:
         into.batched_free(target)
         raise
@@ -191,6 +193,8 @@ def _start(
         is_captured=run.is_captured,
         settle=None if move is None else move.settle,
     )
+    for rows in plan.target.blocks:
+        rows.batch.stored_tokens.forget(rows.rows)
     try:
         plan.protect(completion)
         if isinstance(run, DeviceRun) and run.is_captured:
