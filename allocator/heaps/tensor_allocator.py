@@ -29,7 +29,7 @@ from kvheap.blocks.memory_allocator import debug_by_environment
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.release import Release, merged
-from kvheap.blocks.report import FullReport, FullReporter, log_full_report
+from kvheap.blocks.report import FullReport, FullReporter, weakly
 from kvheap.blocks.rows import Rows
 from kvheap.device.copy_device import CopyDevice
 from kvheap.engine import chunks
@@ -63,6 +63,8 @@ class AllocatorStats(HeapStats):
     """Blocks that were dropped without being freed and then reclaimed, so far."""
     expired_leases: int
     """Pins with a time to live that have expired, so far."""
+    failed_allocations: int
+    """Allocations for which the heap had no room, so far."""
 
 
 class TensorMemoryAllocator(Heap):
@@ -95,8 +97,9 @@ class TensorMemoryAllocator(Heap):
             0.
         stream_wait_s: seconds that an allocation that does not fit waits for freed blocks that
             streams still use.
-        on_full: called with a ``FullReport`` when an allocation fails, at most once in
-            ``on_full_interval_s`` seconds. None: never.
+        on_full: called with a ``FullReport`` when an allocation fails, on its thread and at most
+            once in ``on_full_interval_s`` seconds; ``log_full_report`` logs it. None: a full heap
+            is normal, as for a cache; ``stats().failed_allocations`` counts.
         on_full_interval_s: minimum seconds between two reports.
 
     Raises:
@@ -126,7 +129,7 @@ class TensorMemoryAllocator(Heap):
         debug: bool | None = None,
         trace_frames: int | None = None,
         stream_wait_s: float = 1.0,
-        on_full: Callable[[FullReport], None] | None = log_full_report,
+        on_full: Callable[[FullReport], None] | None = None,
         on_full_interval_s: float = 60.0,
     ) -> None:
         super().__init__()
@@ -342,6 +345,7 @@ class TensorMemoryAllocator(Heap):
             pending_bytes=self.lifetime.pending_bytes,
             dropped_blocks=self.lifetime.dropped_blocks,
             expired_leases=self.lifetime.expired_leases,
+            failed_allocations=self._full_reporter.total_failures,
         )
 
     def snapshot(self) -> Int64Array:
@@ -355,7 +359,7 @@ class TensorMemoryAllocator(Heap):
         return self.address_manager.check_consistency()
 
     def full_report(self, num_blocks: int = 0, requested_bytes: int = 0) -> FullReport:
-        """What is free, and which live blocks hold the rest. O(batches)."""
+        """What is free, and which live blocks hold the rest. O(1); its ``live`` is O(batches)."""
         self.require_open()
         heap = self.address_manager.stats()
         return FullReport(
@@ -366,8 +370,8 @@ class TensorMemoryAllocator(Heap):
             largest_free_bytes=heap.largest_free_bytes,
             free_extents=heap.free_extents,
             pending_bytes=self.lifetime.pending_bytes,
-            live=self.lifetime.live(),
             failures=self._full_reporter.failures,
+            find_live=weakly(self.lifetime.live),
         )
 
     def block_bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:
