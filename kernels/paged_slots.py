@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvheap.kernels.arguments import as_whole
 from kvheap.kernels.arrays import Int64Array, int64_array
 from kvheap.kernels.paged_plan import Pairing
 
@@ -162,8 +162,17 @@ def count_tokens(slots: Slots, block_size: int) -> int:
         ValueError: the number of blocks does not fit their ``num_tokens``.
     """
     if isinstance(slots, BlockIds):
-        return _tokens_of_blocks(slots, len(slots.ids), block_size)
-    return len(slots)
+        return _tokens_of_blocks(slots, _length("block ids", slots.ids), block_size)
+    return _length("slots", slots)
+
+
+def _length(name: str, given: SlotMapping) -> int:
+    """How many places were given; whether they are integers is checked with the copy."""
+    if not hasattr(given, "__len__") or (isinstance(given, torch.Tensor) and not given.dim()):
+        raise TypeError(
+            f"{name} must be integers in a sequence, an array or a tensor, got {given!r}"
+        )
+    return len(given)
 
 
 def first_tokens(slots: Slots, num_tokens: int, block_size: int) -> Slots:
@@ -193,7 +202,8 @@ def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> No
     if lowest < SKIPPED or highest >= limit:
         at = int(values.argmin() if lowest < SKIPPED else values.argmax())
         raise ValueError(
-            f"{name}[{at}] is {int(values[at])}: the cache has {limit} {name}, and -1 skips one"
+            f"{name}[{at}] is {int(values[at])}, which is out of range: the cache has {name} 0 to "
+            f"{limit - 1}, and -1 skips one"
         )
 
 
@@ -222,7 +232,7 @@ def _tokens_of_blocks(blocks: BlockIds, num_blocks: int, block_size: int) -> int
     most = num_blocks * block_size
     if blocks.num_tokens is None:
         return most
-    num_tokens = operator.index(blocks.num_tokens)
+    num_tokens = as_whole("num_tokens", blocks.num_tokens)
     if not most - block_size < num_tokens <= most and (num_tokens or num_blocks):
         raise ValueError(
             f"{num_blocks} blocks of {block_size} slots hold {max(most - block_size + 1, 0)} to "

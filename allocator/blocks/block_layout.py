@@ -121,6 +121,8 @@ class BlockLayout:
 def _size(shape: Any) -> torch.Size:
     if isinstance(shape, torch.Size):
         return shape
+    if isinstance(shape, (str, bytes)):
+        raise TypeError(f"shape must be a sequence of integers, got {shape!r}")
     try:
         return torch.Size(shape)
     except (TypeError, OverflowError):

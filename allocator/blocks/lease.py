@@ -9,6 +9,8 @@ import threading
 import time
 from typing import Protocol
 
+from kvheap.addresses.arguments import as_seconds
+
 __all__ = ["Lease", "LeaseHolder", "LeaseQueue"]
 
 
@@ -85,7 +87,7 @@ class LeaseQueue:
         Raises:
             ValueError: ``ttl`` is not positive.
         """
-        if not ttl > 0:
+        if not as_seconds("ttl", ttl) > 0:
             raise ValueError(f"ttl must be a positive number of seconds, got {ttl}")
         lease = Lease(holder, row, time.monotonic() + ttl)
         holder.begin_lease(row)

@@ -296,7 +296,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
             return make(self, index)
         if isinstance(index, slice):
             return [make(self, row) for row in range(*index.indices(length))]
-        row = index.__index__()
+        row = as_integer("a block's number", index)
         if not -length <= row < length:
             raise IndexError(f"block {row} is out of range for a batch of {length}")
         return make(self, row % length)
@@ -537,6 +537,7 @@ class MemoryObj(LMCacheNames):
             ValueError: ``size_bytes`` is negative or larger than ``allocated_bytes``.
             LifetimeError: the block is freed.
         """
+        size_bytes = as_integer("size_bytes", size_bytes)
         if not 0 <= size_bytes <= self.allocated_bytes:
             raise ValueError(
                 f"size_bytes must be between 0 and the {self.allocated_bytes} allocated, "
@@ -593,6 +594,8 @@ class MemoryObj(LMCacheNames):
             IndexError: there is no such group.
         """
         layout = self._batch.layout
+        if type(index) is not int:
+            index = as_integer("index", index)
         if not 0 <= index < len(layout.shapes):
             raise IndexError(f"group {index} is out of range: the block has {len(layout.shapes)}")
         if not self.is_valid():

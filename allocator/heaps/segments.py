@@ -15,6 +15,7 @@ from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.device.copy_device import CopyDevice, known_ranges
+from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
 
@@ -208,8 +209,18 @@ def as_buffer(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's bytes, uint8 ``[N]``, without a copy.
 
     Raises:
-        ValueError: it is not contiguous.
+        TypeError: it is not a tensor.
+        ValueError: it is not contiguous, or on neither a CPU nor a CUDA device.
     """
+    advice = ""
+    if isinstance(tensor, int):
+        advice = (
+            f": for a heap of so many bytes use HostMemoryAllocator({tensor}) or "
+            f"GPUMemoryAllocator({tensor})"
+        )
+    require_tensor("tensor", tensor, advice)
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"the buffer must be on a CPU or a CUDA device, got {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(
             f"the buffer must be contiguous, got shape {tuple(tensor.shape)} with "

@@ -36,6 +36,7 @@ from kvheap.engine import chunks
 from kvheap.forks import starts_over_after_fork
 from kvheap.heaps.block_tensors import require_gatherable, require_matching
 from kvheap.heaps.freed_bytes import FreedBytes
+from kvheap.heaps.options import require_heap_options, require_units
 from kvheap.heaps.segments import Segments, as_buffer
 from kvheap.heaps.views import ViewedBlocks, read_view, require_fitting
 from kvheap.heaps.waiting_space import WaitingSpace
@@ -103,8 +104,9 @@ class TensorMemoryAllocator(Heap):
         on_full_interval_s: minimum seconds between two reports.
 
     Raises:
-        ValueError: the tensor is not contiguous, ``align_bytes`` is not a power of two, or the
-            address space is larger than the buffer.
+        ValueError: the tensor is not contiguous or smaller than ``align_bytes`` but not empty,
+            ``align_bytes`` is not a power of two, or the address space is larger than the buffer.
+        TypeError: an argument has a wrong type.
 
     >>> heap = TensorMemoryAllocator(torch.zeros(1 << 20, dtype=torch.uint8))
     >>> source = torch.arange(8, dtype=torch.float32).reshape(4, 2)
@@ -133,12 +135,24 @@ class TensorMemoryAllocator(Heap):
         on_full_interval_s: float = 60.0,
     ) -> None:
         super().__init__()
+        require_heap_options(
+            page_layout=page_layout,
+            address_manager=address_manager,
+            idempotent_free=idempotent_free,
+            scrub=scrub,
+            debug=debug,
+            trace_frames=trace_frames,
+            stream_wait_s=stream_wait_s,
+            on_full_interval_s=on_full_interval_s,
+        )
         buffer = as_buffer(tensor)
         if address_manager is None and page_layout is not None:
             page_bytes = page_layout.size_bytes
+            require_units("a tensor", buffer.numel(), page_bytes)
             address_manager = AddressManager.of_pages(buffer.numel() // page_bytes, page_bytes)
         elif address_manager is None:
             address_manager = AddressManager(buffer.numel(), align_bytes)
+            require_units("a tensor", buffer.numel(), align_bytes)
         elif address_manager.get_heap_size() > buffer.numel():
             raise ValueError(
                 f"an address space of {address_manager.get_heap_size()} bytes needs a buffer at "
@@ -163,7 +177,7 @@ class TensorMemoryAllocator(Heap):
 
     # -- allocate ------------------------------------------------------------------------------
 
-    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
+    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:
         """The layout of a block, checked against the page size and the heap's alignment."""
         layout = BlockLayout.of(shape, dtype, fmt)
         if layout is self._checked_layout:  # equal layouts are usually the same object
@@ -421,9 +435,9 @@ class TensorMemoryAllocator(Heap):
             ClosedError: the allocator is closed.
         """
         self.require_open()
+        if isinstance(tensor, torch.Tensor) and tensor.device != self.device:
+            raise ValueError(f"the buffer must be on {self.device}, got {tensor.device}")
         buffer = as_buffer(tensor)
-        if buffer.device != self.device:
-            raise ValueError(f"the buffer must be on {self.device}, got {buffer.device}")
         unit = self.address_manager.align_bytes
         usable = buffer.numel() // unit * unit
         if not usable:
