@@ -6,8 +6,9 @@ costs the same whether it holds 64 or 64,000 blocks. The N addresses are compute
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import SupportsIndex, overload
 
 import numpy as np
@@ -38,7 +39,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
     (2, 3, array([    0,  4096, 16384]))
     """
 
-    __slots__ = ("_addresses", "_counts", "_length", "_starts", "block_bytes")
+    __slots__ = ("_addresses", "_counts", "_ends", "_length", "_starts", "block_bytes")
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
         self._counts = run_counts
         self._length = int(sum(run_counts) if len(run_counts) < 64 else np.sum(run_counts))
         self._addresses: Int64Array | None = None
+        self._ends: list[int] | None = None
 
     @classmethod
     def of_addresses(cls, addresses: Int64Array | Sequence[int], block_bytes: int) -> AddressBatch:
@@ -139,8 +141,12 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     @property
     def addresses(self) -> Int64Array:
-        """The address of every block, int64 ``[N]``, read-only. O(N) the first time."""
-        if self._addresses is None:
+        """The address of every block, int64 ``[N]``, read-only. O(N) the first time.
+
+        They are kept until :meth:`forget_addresses`, 8 bytes for each block.
+        """
+        found = self._addresses  # once: another thread may forget them
+        if found is None:
             offsets = np.arange(self._length, dtype=np.int64)
             if self.num_runs > 1:
                 first_index = np.cumsum(self.run_counts) - self.run_counts
@@ -151,14 +157,44 @@ class AddressBatch(Sequence[tuple[int, int]]):
                 offsets *= self.block_bytes
                 offsets += self._starts[0]
             offsets.flags.writeable = False
-            self._addresses = offsets
-        return self._addresses
+            self._addresses = found = offsets
+        return found
+
+    def forget_addresses(self) -> None:
+        """Give back the memory of :attr:`addresses`; they are computed again when needed."""
+        self._addresses = None
+
+    def addresses_of(self, rows: Int64Array) -> Int64Array:
+        """The addresses of some blocks, int64 ``[K]``, without those of all. O(K log R + R).
+
+        Args:
+            rows: the numbers of the blocks, int64 ``[K]``, from 0 to N - 1.
+        """
+        known = self._addresses
+        if known is not None:
+            return known[rows]
+        if self.num_runs == 1:
+            found: Int64Array = rows * self.block_bytes
+            found += int(self._starts[0])
+            return found
+        ends = np.cumsum(self.run_counts)
+        run = np.searchsorted(ends, rows, side="right")
+        in_run = rows - (ends - self.run_counts)[run]
+        return self.run_starts[run] + in_run * self.block_bytes
 
     def address(self, index: int) -> int:
-        """The address of block ``index`` (0 <= index < N)."""
+        """The address of block ``index`` (0 <= index < N). O(log R), after O(R) the first time."""
         if self.num_runs == 1:
             return int(self._starts[0]) + index * self.block_bytes
-        return int(self.addresses[index])
+        known = self._addresses
+        if known is not None:
+            return int(known[index])
+        ends = self._ends
+        if ends is None:
+            self._ends = ends = list(accumulate(map(int, self._counts)))
+        run = bisect_right(ends, index)
+        in_run = index - (ends[run] - int(self._counts[run]))
+        return int(self._starts[run]) + in_run * self.block_bytes
 
     def __len__(self) -> int:
         """The number of blocks."""

@@ -394,7 +394,9 @@ class MemoryBatch(Sequence["MemoryObj"]):
             address = self._address_batch.address(int(rows[0]))
             blocks = AddressBatch(self.allocated_bytes, [address], [1])
         else:
-            blocks = self._address_batch.addresses[rows]
+            blocks = self._address_batch.addresses_of(rows)
+        if rows is not None:  # few blocks may be left, which need not know all addresses
+            self._address_batch.forget_addresses()
         if events is None:
             streams = self.counts.streams_of(rows)
             # No event for a transfer that has ended: it would only have to be checked again.
