@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -55,12 +55,14 @@ class Places:
         are_blocks: whether ``values`` are block ids.
         unit_tokens: tokens of a unit; for block ids a divisor of the block size.
         num_tokens: tokens of the copy; the last unit may be only partly filled.
+        are_all_real: whether no value is known to be -1.
     """
 
     values: Int64Array | torch.Tensor
     are_blocks: bool
     unit_tokens: int
     num_tokens: int
+    are_all_real: bool = field(default=False, repr=False)
 
     @classmethod
     def of(cls, slots: Slots, pairing: Pairing, eager: bool, distinct: bool) -> Places:
@@ -83,17 +85,17 @@ class Places:
         name, limit = ("block ids", cache.num_blocks) if are_blocks else ("slots", cache.num_slots)
         given = slots.ids if isinstance(slots, BlockIds) else slots
         values = _integers(name, given, cache.device)
-        if eager and isinstance(values, torch.Tensor):
-            _require_range(name, values.cpu().numpy(), limit)
-        elif not isinstance(values, torch.Tensor):
-            _require_range(name, values, limit)
-        if distinct and (eager or not isinstance(values, torch.Tensor)):
-            _require_distinct(name, values, limit)
+        are_all_real = True  # as far as is known of values on a device
+        if eager or not isinstance(values, torch.Tensor):
+            seen = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
+            are_all_real = _require_range(name, seen, limit)
+            if distinct:
+                _require_distinct(name, seen, limit, are_all_real)
         num_tokens = len(values)
         if isinstance(slots, BlockIds):
             num_tokens = _tokens_of_blocks(slots, len(values), cache.block_size)
         unit = pairing.block_unit if are_blocks else 1
-        return cls(values, are_blocks, unit, num_tokens)
+        return cls(values, are_blocks, unit, num_tokens, are_all_real)
 
     def on_host(self) -> Int64Array:
         """The values, which must be on the host."""
@@ -106,7 +108,7 @@ class Places:
         Of places on a device, that is not known.
         """
         values = self.values
-        if isinstance(values, torch.Tensor) or not len(values) or int(values.min()) >= 0:
+        if self.are_all_real or isinstance(values, torch.Tensor):
             return None
         tokens = block_size if self.are_blocks else self.unit_tokens
         return np.repeat(values >= 0, tokens)[: self.num_tokens]
@@ -195,9 +197,10 @@ def _integers(name: str, given: SlotMapping, device: torch.device) -> Int64Array
     return int64_array(name, given.detach().numpy() if isinstance(given, torch.Tensor) else given)
 
 
-def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> None:
+def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> bool:
+    """Refuse places out of range, and return whether all are real places, not -1."""
     if not len(values):
-        return
+        return True
     lowest, highest = int(values.min()), int(values.max())
     if lowest < SKIPPED or highest >= limit:
         at = int(values.argmin() if lowest < SKIPPED else values.argmax())
@@ -205,14 +208,16 @@ def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> No
             f"{name}[{at}] is {int(values[at])}, which is out of range: the cache has {name} 0 to "
             f"{limit - 1}, and -1 skips one"
         )
+    return lowest >= 0
 
 
-def _require_distinct(name: str, values: Int64Array | torch.Tensor, limit: int) -> None:
+def _require_distinct(
+    name: str, places: npt.NDArray[np.integer], limit: int, are_all_real: bool
+) -> None:
     """Refuse a place that appears twice, by a table of all places or, for few of many, a sort."""
-    places = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
     if len(places) < 2:
         return
-    real = places if int(places.min()) >= 0 else places[places >= 0]
+    real = places if are_all_real else places[places >= 0]
     if limit <= MAX_TABLE_PLACES * len(real):
         is_taken = np.zeros(limit, np.bool_)
         is_taken[real] = True

@@ -84,6 +84,8 @@ def heap_of(objs: BlockObjects) -> Heap:
 
 def _require_objects(objs: Sequence[MemoryObj]) -> None:
     """Raise if these are not objects in a sequence; O(1), looks at the first one only."""
+    if type(objs) is list and (not objs or isinstance(objs[0], MemoryObj)):
+        return
     if isinstance(objs, MemoryObj):
         raise TypeError(f"expected a batch or a list of objects, got {objs!r}: pass [it]")
     if not isinstance(objs, Sequence) or (len(objs) and not isinstance(objs[0], MemoryObj)):
@@ -127,8 +129,11 @@ def layout_and_addresses(objs: BlockObjects) -> tuple[BlockLayout, Int64Array]:
             raise TypeError(f"expected a MemoryBatch or a list of its objects, got {obj!r} in it")
         if not obj.is_valid():
             raise LifetimeError(f"{obj!r} is freed")
-        if obj.batch.allocator is not first.allocator:
+        batch = obj.batch
+        if batch is first:
+            continue
+        if batch.allocator is not first.allocator:
             raise ForeignObjectError(f"{obj!r} belongs to another heap than {objs[0]!r}")
-        if obj.batch.layout != first.layout:
-            raise ValueError(f"blocks must have one layout, got {first.layout}, {obj.batch.layout}")
+        if batch.layout is not first.layout and batch.layout != first.layout:
+            raise ValueError(f"blocks must have one layout, got {first.layout}, {batch.layout}")
     return first.layout, np.array([obj.address for obj in objs], np.int64)

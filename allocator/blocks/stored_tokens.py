@@ -82,6 +82,18 @@ class StoredTokens:
             row %= max(-(-first // chunk_tokens), 1)
         return (1 << min(max(first - row * chunk_tokens, 0), chunk_tokens)) - 1
 
+    def holds_first(self, row: int, num_tokens: int, chunk_tokens: int, is_per_layer: bool) -> bool:
+        """Whether a chunk holds its first tokens, or nothing is known of it."""
+        first = self._first
+        if self._of_row:
+            held = self.of(row, chunk_tokens, is_per_layer)
+            return held is None or not ((1 << num_tokens) - 1) & ~held
+        if first is None:
+            return True
+        if is_per_layer:
+            row %= max(-(-first // chunk_tokens), 1)
+        return first - row * chunk_tokens >= num_tokens
+
     def set_row(self, row: int, tokens: TokenSet | None) -> None:
         """The tokens of a chunk; None if they are not known."""
         self._of_row[row] = tokens

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvheap.blocks.heap import BlockObjects
-from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.stored_tokens import StoredTokens, TokenSet, sets_of
 from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.paged_slots import Places
@@ -41,7 +41,7 @@ def require_stored(objs: BlockObjects, chunk: ChunkLayout, places: Places, block
         first = stored.first
         if stored.is_unknown or (first is not None and num_tokens <= first):
             return
-    elif all(obj.batch.stored_tokens.is_unknown for obj in objs):
+    elif places.are_all_real and _hold_first(objs, chunk, num_tokens):
         return
     needed = sets_of(num_tokens, places.kept(block_size), chunk.num_tokens)
     for at, (stored, row) in enumerate(_rows_of(objs)):
@@ -56,6 +56,17 @@ def require_stored(objs: BlockObjects, chunk: ChunkLayout, places: Places, block
             f"{held.bit_count()} tokens, and other bytes behind them; load only what was stored, "
             f"or skip tokens by slots of -1"
         )
+
+
+def _hold_first(objs: Sequence[MemoryObj], chunk: ChunkLayout, num_tokens: int) -> bool:
+    """Whether each chunk holds the first tokens that it is to give, as far as is known."""
+    room, is_per_layer = chunk.num_tokens, chunk.is_per_layer
+    for at in range(-(-num_tokens // room)):
+        count = min(num_tokens - at * room, room)
+        for obj in objs[at :: -(-num_tokens // room)]:
+            if not obj.batch.stored_tokens.holds_first(obj.row, count, room, is_per_layer):
+                return False
+    return True
 
 
 def record_stored(objs: BlockObjects, chunk: ChunkLayout, places: Places, block_size: int) -> None:
