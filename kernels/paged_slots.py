@@ -205,8 +205,8 @@ def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> bo
     if lowest < SKIPPED or highest >= limit:
         at = int(values.argmin() if lowest < SKIPPED else values.argmax())
         raise ValueError(
-            f"{name}[{at}] is {int(values[at])}, which is out of range: the cache has {name} 0 to "
-            f"{limit - 1}, and -1 skips one"
+            f"{name}[{at}] is {int(values[at])}: the cache has {limit} {name}, 0 to {limit - 1}, "
+            f"and -1 skips one"
         )
     return lowest >= 0
 

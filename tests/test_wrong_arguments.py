@@ -461,12 +461,12 @@ def require_clear(error: Exception, argument: str, wrong: Any, where: str) -> No
         (
             lambda s: kvheap.load(s.batch, s.cache, BlockIds([0, 1, 2, 16])),
             ValueError,
-            r"block ids\[3\] is 16, which is out of range: the cache has block ids 0 to 15",
+            r"block ids\[3\] is 16: the cache has 16 block ids, 0 to 15",
         ),
         (
             lambda s: s.heap.batched_store(s.cache, [256]),
             ValueError,
-            r"slots\[0\] is 256, .* has slots 0 to 255",
+            r"slots\[0\] is 256: the cache has 256 slots, 0 to 255",
         ),
         (lambda s: kvheap.HostMemoryAllocator(100), ValueError, "size of 100 bytes .* heap of 0"),
         (lambda s: kvheap.PinMemoryAllocator(100), ValueError, "size of 100 bytes .* heap of 0"),
