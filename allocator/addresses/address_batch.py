@@ -180,7 +180,8 @@ class AddressBatch(Sequence[tuple[int, int]]):
         ends = np.cumsum(self.run_counts)
         run = np.searchsorted(ends, rows, side="right")
         in_run = rows - (ends - self.run_counts)[run]
-        found = self.run_starts[run] + in_run * self.block_bytes
+        found = self.run_starts[run]
+        found += in_run * self.block_bytes
         return found
 
     def address(self, index: int) -> int:

@@ -57,8 +57,9 @@ def _slots_behind(
         return block_id * block_size + np.array(offsets if block_id >= 0 else (), np.int64)
     if isinstance(values, torch.Tensor):
         numbers = torch.arange(len(values), device=values.device)
-        last = torch.where(values >= 0, numbers, -1).max()
-        slot = torch.where(last >= 0, values[last.clamp(min=0)].long(), -1)
+        last = torch.where(values >= 0, numbers, -1).max().reshape(1)
+        # An index of no dimension would be read by the host, which waits for the device.
+        slot = torch.where(last >= 0, values.index_select(0, last.clamp(min=0)).long(), -1)
         behind = slot + torch.arange(1, block_size, device=values.device)
         return torch.where((slot >= 0) & (behind // block_size == slot // block_size), behind, -1)
     real = np.flatnonzero(values >= 0)

@@ -18,6 +18,7 @@ from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
+from kvheap.kernels.pieces import first_outside
 
 __all__ = ["Segments", "as_buffer"]
 
@@ -36,11 +37,12 @@ class Segments:
         starts: heap address of the first byte of each, ascending; the first is 0.
     """
 
-    __slots__ = ("buffers", "starts")
+    __slots__ = ("_reached", "buffers", "starts")
 
     def __init__(self, buffers: tuple[torch.Tensor, ...], starts: tuple[int, ...]) -> None:
         self.buffers = buffers
         self.starts = starts
+        self._reached: dict[CopyDevice, Int64Array] = {}
 
     def __len__(self) -> int:
         """Number of segments."""
@@ -109,14 +111,21 @@ class Segments:
         return addresses + shifts[self._numbers_of(addresses)], alignment
 
     def pinned_addresses(self, device: CopyDevice) -> Int64Array:
-        """Absolute ranges of the buffers that ``device`` can reach, int64 ``[R, 2]``."""
-        ranges = [
-            known_ranges(device, np.array([start]), np.array([end]), on_device=False)
-            for start, end in sorted(
-                (buffer.data_ptr(), buffer.data_ptr() + len(buffer)) for buffer in self.buffers
-            )
-        ]
-        return np.unique(np.concatenate(ranges), axis=0)  # buffers may share a registration
+        """Absolute ranges of the buffers that ``device`` can reach, int64 ``[R, 2]``.
+
+        Once all buffers can be reached, CUDA is not asked again.
+        """
+        known = self._reached.get(device)
+        if known is not None:
+            return known
+        bounds = np.array(
+            sorted((buffer.data_ptr(), buffer.data_ptr() + len(buffer)) for buffer in self.buffers)
+        )
+        found = [known_ranges(device, bound[:1], bound[1:], on_device=False) for bound in bounds]
+        ranges = np.unique(np.concatenate(found), axis=0)  # buffers may share a registration
+        if first_outside(bounds[:, 0], bounds[:, 1], ranges) is None:
+            self._reached[device] = ranges
+        return ranges
 
     def _numbers_of(self, addresses: Int64Array) -> Int64Array:
         """The index of each address's segment, int64 ``[N]``."""

@@ -110,3 +110,23 @@ def test_no_blocks_need_no_pinning(device: FakeDevice) -> None:
     assert batch is not None
     cache = PagedKVCache.of("vllm-flash-nhd", [torch.rand(2, 64, 8, 2, 128)])
     kvheap.load(batch, replace(cache, device=GPU), [])
+
+
+def test_what_was_reached_once_is_not_asked_again(device: FakeDevice) -> None:
+    first, second = (torch.zeros(PIECE, dtype=torch.uint8) for _ in range(2))
+    heap = TensorMemoryAllocator(first)
+    batch = heap.batched_allocate(CHUNK, torch.float32, 4)
+    assert batch is not None
+    with pytest.raises(ValueError, match="not pinned"):
+        reachable_buffer(heap, GPU, absolute(heap, batch), batch.size_bytes)
+    device.pin(first)  # later than the heap was made
+    for _ in range(3):
+        asked = device.counts["locate"]
+        reachable_buffer(heap, GPU, absolute(heap, batch), batch.size_bytes)
+    assert device.counts["locate"] == asked
+    heap.add_buffer(second)
+    more = heap.batched_allocate(CHUNK, torch.float32, 4)
+    assert more is not None
+    with pytest.raises(ValueError, match="block 0 at"):
+        reachable_buffer(heap, GPU, absolute(heap, more), more.size_bytes)
+    reachable_buffer(heap, GPU, absolute(heap, batch), batch.size_bytes)

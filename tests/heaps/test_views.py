@@ -102,9 +102,9 @@ class TestWhatFits:
     @pytest.mark.parametrize(
         ("blocks", "message"),
         [
-            (AddressBatch(BLOCK // 2, [0], [8]), "too small|overlap|leave"),
+            (AddressBatch(BLOCK // 2, [0], [8]), "too small"),
             (AddressBatch(BLOCK, [512], [1]), "not aligned"),
-            (AddressBatch(BLOCK + 512, [0], [1]), "not aligned|.*"),
+            (AddressBatch(BLOCK + 512, [0], [1]), "not aligned"),
             (AddressBatch(BLOCK, [HEAP - BLOCK + PAGE], [1]), "leave"),
             (AddressBatch(BLOCK, [HEAP - BLOCK], [2]), "leave"),
             (AddressBatch(BLOCK, [-BLOCK], [2]), "non-negative"),
