@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvheap.blocks.memory_metadata import MemoryObjMetadata as MemoryObjMetadata
     from kvheap.blocks.report import FullReport as FullReport
     from kvheap.blocks.report import LiveBlocks as LiveBlocks
+    from kvheap.blocks.report import log_full_report as log_full_report
     from kvheap.engine.chunks import load as load
     from kvheap.engine.chunks import store as store
     from kvheap.errors import BlockInUseError as BlockInUseError
@@ -117,6 +118,7 @@ _MODULE_OF = {
     "TransferError": "errors",
     "WriteAfterFreeError": "errors",
     "load": "engine.chunks",
+    "log_full_report": "blocks.report",
     "numa_node_of_gpu": "memory.numa",
     "offload": "transfer",
     "restore": "transfer",

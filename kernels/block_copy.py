@@ -34,10 +34,9 @@ checked. Addresses on the device are trusted, because a check would have to wait
 
 from __future__ import annotations
 
-import operator
-
 import torch
 
+from kvheap.kernels.arguments import as_whole, require_tensor
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.block_addresses import (
     Addresses,
@@ -235,7 +234,7 @@ def fill_blocks(
         TypeError: ``addresses``, ``block_bytes`` or ``value`` are not integers; nothing is written.
     """
     require_buffer(buffer)
-    block_bytes, value = _byte_count("block_bytes", block_bytes), operator.index(value)
+    block_bytes, value = _byte_count("block_bytes", block_bytes), as_whole("value", value)
     if not 0 <= value <= 255:
         raise ValueError(f"value must be a byte, 0 to 255, got {value}")
     target = Scattered.of(buffer, addresses, block_bytes, address_alignment)
@@ -293,13 +292,16 @@ def _launch_fill(target: Scattered, block_bytes: int, value: int) -> None:
 
 
 def _byte_count(name: str, value: int) -> int:
-    if operator.index(value) < 0:
-        raise ValueError(f"{name} must be non-negative, got {value}")
-    return operator.index(value)
+    number = as_whole(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be non-negative, got {number}")
+    return number
 
 
 def _require_blocks(name: str, blocks: torch.Tensor, buffer: torch.Tensor) -> int:
     """Bytes of one block of ``blocks``, which must be ``[N, ...]`` on the buffer's device."""
+    require_tensor(name, blocks)
+    require_tensor("buffer", buffer)
     if blocks.dim() == 0:
         raise ValueError(f"{name} must be [N, ...], got a scalar")
     if blocks.is_conj() or blocks.is_neg():

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from kvheap.kernels.arguments import as_whole, require_tensor
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
 from kvheap.kernels.block_addresses import Addresses, host_addresses
 from kvheap.kernels.launch import upload
@@ -93,6 +94,7 @@ class Scattered:
             TypeError: the addresses are not integers.
         """
         require_buffer(buffer)
+        address_alignment = as_whole("address_alignment", address_alignment)
         if address_alignment <= 0 or address_alignment & (address_alignment - 1):
             raise ValueError(
                 f"address_alignment must be a positive power of two, got {address_alignment}"
@@ -177,8 +179,10 @@ def require_buffer(buffer: torch.Tensor) -> None:
     """Refuse a buffer that cannot be addressed as one range of bytes.
 
     Raises:
+        TypeError: it is not a tensor.
         ValueError: it is not contiguous, or on neither a CPU nor a CUDA device.
     """
+    require_tensor("buffer", buffer)
     if not buffer.is_contiguous():
         raise ValueError(f"buffer must be contiguous, got strides {buffer.stride()}")
     if buffer.device.type not in ("cpu", "cuda"):

@@ -48,7 +48,7 @@ from kvheap.kernels.paged_slots import BlockIds, Slots
 from kvheap.kernels.tiles import NUM_WARPS, TILE_WORDS, TilePlan
 from kvheap.kernels.token_copy import Chunks, TokenCopy
 
-__all__ = ["BlockIds", "Chunks", "load_tokens", "store_tokens"]
+__all__ = ["BlockIds", "Chunks", "load_tokens", "run_copy", "store_tokens"]
 
 MANY_TILES = 1024
 """Copies of fewer programs than this get smaller tiles: about eight programs for each
@@ -171,7 +171,7 @@ def store_tokens(
         TypeError: slots are not integers, or ``layers`` or ``heads`` have a wrong type; nothing is
             written.
     """
-    _run(TokenCopy.of(cache, slots, chunks, layers, heads, eager, to_heap=True))
+    run_copy(TokenCopy.of(cache, slots, chunks, layers, heads, eager, to_heap=True))
 
 
 def load_tokens(
@@ -185,13 +185,14 @@ def load_tokens(
 ) -> None:
     """Copy the KV of tokens from chunks to ``slots`` of a cache, in one launch.
 
-    Arguments and errors are those of :func:`store_tokens`. Two tokens must not have the same slot;
-    in eager mode that is checked.
+    Arguments and errors are those of :func:`store_tokens`. Two tokens must not have the same slot:
+    on the host that is refused, on a device only in eager mode.
     """
-    _run(TokenCopy.of(cache, slots, chunks, layers, heads, eager, to_heap=False))
+    run_copy(TokenCopy.of(cache, slots, chunks, layers, heads, eager, to_heap=False))
 
 
-def _run(copy: TokenCopy) -> None:
+def run_copy(copy: TokenCopy) -> None:
+    """Execute a checked copy in one launch on the current stream."""
     if not copy.places.num_tokens:
         return
     is_exact = copy.chunks.scale_offset is None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvheap.kernels.arguments import as_whole
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
 from kvheap.kernels.engine_layouts import (
     INDEXER_BYTES,
@@ -90,13 +91,17 @@ class PagedKVCache:
             LayoutError: the name is unknown; or a tensor has another rank, device, dtype or size
                 than the engine layout or the first layer requires, or strides that do not fit. The
                 message names its layer.
-            TypeError: one of ``tensors`` is not a tensor.
+            TypeError: one of ``tensors`` is not a tensor, or another argument has a wrong type.
         """
         if isinstance(layout, str):
             if layout not in LAYOUTS:
                 known = ", ".join(LAYOUTS)
                 raise LayoutError(f"unknown engine layout {layout!r}; known are {known}")
             layout = LAYOUTS[layout]
+        if not isinstance(layout, KVLayout):
+            raise TypeError(f"layout must be the name of an engine layout, got {layout!r}")
+        if block_size is not None:
+            block_size = as_whole("block_size", block_size)
         found = read_tensors(layout, tensors, block_size)
         return cls(
             found.layout,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvheap.kernels.arguments import as_whole
 from kvheap.kernels.arrays import Int64Array, int64_array
 from kvheap.kernels.paged_plan import Pairing
 
@@ -19,6 +19,9 @@ __all__ = ["BlockIds", "Places", "Slots", "count_tokens", "first_tokens"]
 
 SKIPPED = -1
 """The slot or block id of tokens that are not copied."""
+
+MAX_TABLE_PLACES = 256
+"""Up to this many slots of a cache for each one given, a table of all finds repetitions."""
 
 SlotMapping: TypeAlias = "npt.NDArray[np.integer] | torch.Tensor | Sequence[int]"
 
@@ -52,12 +55,14 @@ class Places:
         are_blocks: whether ``values`` are block ids.
         unit_tokens: tokens of a unit; for block ids a divisor of the block size.
         num_tokens: tokens of the copy; the last unit may be only partly filled.
+        are_all_real: whether no value is known to be -1.
     """
 
     values: Int64Array | torch.Tensor
     are_blocks: bool
     unit_tokens: int
     num_tokens: int
+    are_all_real: bool = field(default=False, repr=False)
 
     @classmethod
     def of(cls, slots: Slots, pairing: Pairing, eager: bool, distinct: bool) -> Places:
@@ -67,10 +72,12 @@ class Places:
             slots: the caller's slots or block ids.
             pairing: the cache and the chunk layout of the copy.
             eager: whether to check slots and ids on a device too, which waits for the device.
-            distinct: whether eager mode also refuses a slot or block that appears twice.
+            distinct: whether to refuse a slot or block that appears twice; on a device, only eager
+                mode does.
 
         Raises:
-            ValueError: they are out of range, not one-dimensional, or on another device.
+            ValueError: they are out of range, not one-dimensional, on another device, or not
+                distinct.
             TypeError: they are not integers.
         """
         cache = pairing.cache
@@ -78,22 +85,33 @@ class Places:
         name, limit = ("block ids", cache.num_blocks) if are_blocks else ("slots", cache.num_slots)
         given = slots.ids if isinstance(slots, BlockIds) else slots
         values = _integers(name, given, cache.device)
-        if eager and isinstance(values, torch.Tensor):
-            _require_range(name, values.cpu().numpy(), limit)
-        elif not isinstance(values, torch.Tensor):
-            _require_range(name, values, limit)
-        if eager and distinct:
-            _require_distinct(name, values)
+        are_all_real = True  # as far as is known of values on a device
+        if eager or not isinstance(values, torch.Tensor):
+            seen = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
+            are_all_real = _require_range(name, seen, limit)
+            if distinct:
+                _require_distinct(name, seen, limit, are_all_real)
         num_tokens = len(values)
         if isinstance(slots, BlockIds):
             num_tokens = _tokens_of_blocks(slots, len(values), cache.block_size)
         unit = pairing.block_unit if are_blocks else 1
-        return cls(values, are_blocks, unit, num_tokens)
+        return cls(values, are_blocks, unit, num_tokens, are_all_real)
 
     def on_host(self) -> Int64Array:
         """The values, which must be on the host."""
         assert not isinstance(self.values, torch.Tensor)
         return self.values
+
+    def kept(self, block_size: int) -> npt.NDArray[np.bool_] | None:
+        """Which tokens are copied, bool ``[num_tokens]``; None if none is known to be skipped.
+
+        Of places on a device, that is not known.
+        """
+        values = self.values
+        if self.are_all_real or isinstance(values, torch.Tensor):
+            return None
+        tokens = block_size if self.are_blocks else self.unit_tokens
+        return np.repeat(values >= 0, tokens)[: self.num_tokens]
 
     def as_slots(self, block_size: int) -> Places:
         """The same places as slots. Block ids must be on the host."""
@@ -146,8 +164,17 @@ def count_tokens(slots: Slots, block_size: int) -> int:
         ValueError: the number of blocks does not fit their ``num_tokens``.
     """
     if isinstance(slots, BlockIds):
-        return _tokens_of_blocks(slots, len(slots.ids), block_size)
-    return len(slots)
+        return _tokens_of_blocks(slots, _length("block ids", slots.ids), block_size)
+    return _length("slots", slots)
+
+
+def _length(name: str, given: SlotMapping) -> int:
+    """How many places were given; whether they are integers is checked with the copy."""
+    if not hasattr(given, "__len__") or (isinstance(given, torch.Tensor) and not given.dim()):
+        raise TypeError(
+            f"{name} must be integers in a sequence, an array or a tensor, got {given!r}"
+        )
+    return len(given)
 
 
 def first_tokens(slots: Slots, num_tokens: int, block_size: int) -> Slots:
@@ -170,24 +197,39 @@ def _integers(name: str, given: SlotMapping, device: torch.device) -> Int64Array
     return int64_array(name, given.detach().numpy() if isinstance(given, torch.Tensor) else given)
 
 
-def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> None:
+def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> bool:
+    """Refuse places out of range, and return whether all are real places, not -1."""
     if not len(values):
-        return
+        return True
     lowest, highest = int(values.min()), int(values.max())
     if lowest < SKIPPED or highest >= limit:
         at = int(values.argmin() if lowest < SKIPPED else values.argmax())
         raise ValueError(
-            f"{name}[{at}] is {int(values[at])}: the cache has {limit} {name}, and -1 skips one"
+            f"{name}[{at}] is {int(values[at])}: the cache has {limit} {name}, 0 to {limit - 1}, "
+            f"and -1 skips one"
         )
+    return lowest >= 0
 
 
-def _require_distinct(name: str, values: Int64Array | torch.Tensor) -> None:
-    array = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
-    ordered = np.sort(array[array >= 0])
+def _require_distinct(
+    name: str, places: npt.NDArray[np.integer], limit: int, are_all_real: bool
+) -> None:
+    """Refuse a place that appears twice, by a table of all places or, for few of many, a sort."""
+    if len(places) < 2:
+        return
+    real = places if are_all_real else places[places >= 0]
+    if limit <= MAX_TABLE_PLACES * len(real):
+        is_taken = np.zeros(limit, np.bool_)
+        is_taken[real] = True
+        if np.count_nonzero(is_taken) == len(real):
+            return
+    ordered = np.sort(real)
     repeated = ordered[1:] == ordered[:-1]
     if repeated.any():
+        first = int(ordered[int(repeated.argmax())])
+        at = np.flatnonzero(places == first)[:2].tolist()
         raise ValueError(
-            f"{name} to load into must differ: {ordered[int(repeated.argmax())]} appears twice"
+            f"{name} to load into must differ: {first} appears twice, at {at[0]} and {at[1]}"
         )
 
 
@@ -195,7 +237,7 @@ def _tokens_of_blocks(blocks: BlockIds, num_blocks: int, block_size: int) -> int
     most = num_blocks * block_size
     if blocks.num_tokens is None:
         return most
-    num_tokens = operator.index(blocks.num_tokens)
+    num_tokens = as_whole("num_tokens", blocks.num_tokens)
     if not most - block_size < num_tokens <= most and (num_tokens or num_blocks):
         raise ValueError(
             f"{num_blocks} blocks of {block_size} slots hold {max(most - block_size + 1, 0)} to "

@@ -33,6 +33,8 @@ class Chunks:
         scale_offset: None if the chunks hold the cache's own bytes. If they hold fp8 e4m3, whose
             elements have one byte in the chunk layout, the offset in bytes of a chunk's scales,
             float32 ``[planes, layers, heads]``.
+        are_reachable: whether the caller knows that the cache's device can reach the chunks; else
+            ``buffer`` must be on that device, or its start in pinned host memory.
     """
 
     buffer: torch.Tensor
@@ -41,6 +43,7 @@ class Chunks:
     alignment: int
     layout: ChunkLayout
     scale_offset: int | None = None
+    are_reachable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,8 @@ class TokenCopy:
         pairing = pairing_of(cache, _exact_layout(cache, chunks), layers, heads)
         places = Places.of(slots, pairing, eager, distinct=not to_heap)
         _require_chunks(pairing, places.num_tokens, chunks)
-        _require_reachable(cache, chunks.buffer)
+        if not chunks.are_reachable:
+            _require_reachable(cache, chunks.buffer)
         return cls(pairing, places, chunks, to_heap)
 
     def kernel_tensors(

@@ -6,22 +6,28 @@ costs the same whether it holds 64 or 64,000 blocks. The N addresses are compute
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import SupportsIndex, overload
 
 import numpy as np
 
+from kvheap.addresses.batch_checks import integers, is_run, positive, require_apart
 from kvheap.addresses.extents import Int64Array
 
 __all__ = ["AddressBatch"]
 
 
 class AddressBatch(Sequence[tuple[int, int]]):
-    """N equal blocks, a sequence of ``(address, size)`` pairs in ascending address order.
+    """N equal blocks, a sequence of ``(address, size)`` pairs.
 
-    Immutable. Equal to any sequence of the same pairs, and ``batch + list`` is a list, so that
-    code written for a list of pairs works with it unchanged.
+    Allocations are in ascending address order; blocks that were put together in another way are in
+    the order in which they were given. Immutable. Equal to any sequence of the same pairs, and
+    ``batch + list`` is a list, so that code written for a list of pairs works with it unchanged.
+
+    The constructor trusts its arguments. :meth:`of_runs` and :meth:`of_addresses` check numbers
+    that come from elsewhere.
 
     Attributes:
         block_bytes: allocated bytes of each block, a multiple of the alignment.
@@ -33,7 +39,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
     (2, 3, array([    0,  4096, 16384]))
     """
 
-    __slots__ = ("_addresses", "_counts", "_length", "_starts", "block_bytes")
+    __slots__ = ("_addresses", "_counts", "_ends", "_length", "_starts", "block_bytes")
 
     def __init__(
         self,
@@ -47,31 +53,68 @@ class AddressBatch(Sequence[tuple[int, int]]):
         self._counts = run_counts
         self._length = int(sum(run_counts) if len(run_counts) < 64 else np.sum(run_counts))
         self._addresses: Int64Array | None = None
+        self._ends: list[int] | None = None
 
     @classmethod
-    def of_addresses(cls, addresses: Int64Array, block_bytes: int) -> AddressBatch:
-        """A batch of the blocks at ``addresses``, int64 ``[N]``, in ascending order.
+    def of_addresses(cls, addresses: Int64Array | Sequence[int], block_bytes: int) -> AddressBatch:
+        """A batch of the blocks at ``addresses``, integers ``[N]``, in any order.
 
         Raises:
-            ValueError: the addresses are not in ascending order, or blocks overlap.
+            ValueError: the addresses are not integers or negative, blocks overlap or end at 2**63
+                or beyond, or ``block_bytes`` is not positive.
+            TypeError: ``block_bytes`` is not an integer.
 
-        >>> AddressBatch.of_addresses(np.array([0, 8, 32]), 8).run_counts
-        array([2, 1])
+        >>> AddressBatch.of_addresses(np.array([32, 0, 8]), 8).run_counts
+        array([1, 2])
         """
+        block_bytes = positive("block_bytes", block_bytes)
+        addresses = integers("addresses", addresses)
+        require_apart("addresses", addresses, np.ones(len(addresses), np.int64), block_bytes)
         gaps = np.diff(addresses)
-        if (gaps < block_bytes).any():
-            at = int(np.argmax(gaps < block_bytes))
-            raise ValueError(
-                f"addresses must ascend by at least the {block_bytes} bytes of a block, got "
-                f"{addresses[at]} before {addresses[at + 1]}"
-            )
         firsts = np.flatnonzero(np.append(True, gaps != block_bytes))[: len(addresses)]
         counts = np.diff(np.append(firsts, len(addresses)))
         return cls(block_bytes, addresses[firsts], counts)
 
+    @classmethod
+    def of_runs(
+        cls,
+        block_bytes: int,
+        run_starts: Int64Array | Sequence[int],
+        run_counts: Int64Array | Sequence[int],
+    ) -> AddressBatch:
+        """A batch of checked runs, in any order.
+
+        Args:
+            block_bytes: allocated bytes of each block.
+            run_starts: address of each run's first block, integers ``[R]``.
+            run_counts: blocks in each run, integers ``[R]``.
+
+        Raises:
+            ValueError: the arrays are not integers or differ in length, a start is negative, a
+                count or ``block_bytes`` is not positive, or runs overlap or end at 2**63 or beyond.
+            TypeError: ``block_bytes`` is not an integer.
+
+        >>> AddressBatch.of_runs(8, [16, 0], [1, 3])
+        Traceback (most recent call last):
+        ValueError: run_starts overlap: [16, 24) and [0, 24)
+        """
+        block_bytes = positive("block_bytes", block_bytes)
+        starts = integers("run_starts", run_starts)
+        counts = integers("run_counts", run_counts)
+        require_apart("run_starts", starts, counts, block_bytes)
+        return cls(block_bytes, starts, counts)
+
+    def checked(self) -> AddressBatch:
+        """The same batch, checked as :meth:`of_runs` does. O(R), or a sort of the runs."""
+        if len(self._starts) == len(self._counts) == 1 and is_run(
+            self._starts[0], self._counts[0], self.block_bytes
+        ):
+            return self
+        return AddressBatch.of_runs(self.block_bytes, self._starts, self._counts)
+
     @property
     def run_starts(self) -> Int64Array:
-        """Address of each run's first block, int64 ``[R]``, ascending, read-only."""
+        """Address of each run's first block, int64 ``[R]``, read-only."""
         self._starts = _read_only(self._starts)
         return self._starts
 
@@ -86,6 +129,11 @@ class AddressBatch(Sequence[tuple[int, int]]):
         """How many runs the blocks form; the cost of copying the batch grows with it."""
         return len(self._starts)
 
+    @property
+    def is_ascending(self) -> bool:
+        """Whether the blocks are in address order, as those of every allocation are. O(R)."""
+        return self.num_runs < 2 or bool((np.diff(self.run_starts) > 0).all())
+
     def run_pairs(self) -> list[tuple[int, int]]:
         """Address and bytes of each run, as plain ints."""
         size = self.block_bytes
@@ -97,8 +145,12 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     @property
     def addresses(self) -> Int64Array:
-        """The address of every block, int64 ``[N]``, ascending, read-only. O(N) the first time."""
-        if self._addresses is None:
+        """The address of every block, int64 ``[N]``, read-only. O(N) the first time.
+
+        They are kept until :meth:`forget_addresses`, 8 bytes for each block.
+        """
+        found = self._addresses  # once: another thread may forget them
+        if found is None:
             offsets = np.arange(self._length, dtype=np.int64)
             if self.num_runs > 1:
                 first_index = np.cumsum(self.run_counts) - self.run_counts
@@ -109,14 +161,46 @@ class AddressBatch(Sequence[tuple[int, int]]):
                 offsets *= self.block_bytes
                 offsets += self._starts[0]
             offsets.flags.writeable = False
-            self._addresses = offsets
-        return self._addresses
+            self._addresses = found = offsets
+        return found
+
+    def forget_addresses(self) -> None:
+        """Give back the memory of :attr:`addresses`; they are computed again when needed."""
+        self._addresses = None
+
+    def addresses_of(self, rows: Int64Array) -> Int64Array:
+        """The addresses of some blocks, int64 ``[K]``, without those of all. O(K log R + R).
+
+        Args:
+            rows: the numbers of the blocks, int64 ``[K]``, from 0 to N - 1.
+        """
+        known = self._addresses
+        if known is not None:
+            return known[rows]
+        if self.num_runs == 1:
+            found: Int64Array = rows * self.block_bytes
+            found += int(self._starts[0])
+            return found
+        ends = np.cumsum(self.run_counts)
+        run = np.searchsorted(ends, rows, side="right")
+        in_run = rows - (ends - self.run_counts)[run]
+        found = self.run_starts[run]
+        found += in_run * self.block_bytes
+        return found
 
     def address(self, index: int) -> int:
-        """The address of block ``index`` (0 <= index < N)."""
+        """The address of block ``index`` (0 <= index < N). O(log R), after O(R) the first time."""
         if self.num_runs == 1:
             return int(self._starts[0]) + index * self.block_bytes
-        return int(self.addresses[index])
+        known = self._addresses
+        if known is not None:
+            return int(known[index])
+        ends = self._ends
+        if ends is None:
+            self._ends = ends = list(accumulate(map(int, self._counts)))
+        run = bisect_right(ends, index)
+        in_run = index - (ends[run] - int(self._counts[run]))
+        return int(self._starts[run]) + in_run * self.block_bytes
 
     def __len__(self) -> int:
         """The number of blocks."""

@@ -430,7 +430,7 @@ class AddressManager:
             extents = self._merged(blocks, sizes)
         guard = self.guard
         if guard.busy and is_inside_section():
-            self._put_off([one_run] if extents is None else np.stack(extents, axis=1))
+            self._put_off(blocks if extents is None else np.stack(extents, axis=1))
             return
         with guard.lock:
             guard.busy = True
@@ -440,12 +440,17 @@ class AddressManager:
                 self._insert(extents, None)
             guard.busy = False
 
-    def _put_off(self, blocks: npt.ArrayLike) -> None:
+    def _put_off(self, blocks: AddressBatch | Iterable[tuple[int, int]] | npt.ArrayLike) -> None:
         """Free ``(address, size)`` pairs by the next operation."""
         self._deferred.add(partial(self._free_later, blocks, Receipt()))
 
     @section
-    def _free_later(self, blocks: npt.ArrayLike, receipt: Receipt, call: DeferredCall) -> None:
+    def _free_later(
+        self,
+        blocks: AddressBatch | Iterable[tuple[int, int]] | npt.ArrayLike,
+        receipt: Receipt,
+        call: DeferredCall,
+    ) -> None:
         guard = self.guard
         extents = self._merged(blocks, None)
         with guard.lock:
@@ -457,7 +462,7 @@ class AddressManager:
 
     def give_back(
         self,
-        blocks: AddressBatch | npt.ArrayLike,
+        blocks: AddressBatch | Iterable[tuple[int, int]] | npt.ArrayLike,
         sizes: npt.ArrayLike | None = None,
         receipt: Receipt | None = None,
     ) -> None:

@@ -16,7 +16,7 @@ from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.release import Release
 from kvheap.blocks.report import LiveBlocks
-from kvheap.blocks.rows import Rows, rows_of
+from kvheap.blocks.rows import Rows, listed, rows_of
 from kvheap.errors import ForeignObjectError
 
 __all__ = ["BlockAllocator"]
@@ -48,7 +48,7 @@ class BlockAllocator(MemoryAllocatorInterface):
         if self.lifetime.reclaimer.has_work:
             self.lifetime.reclaimer.settle()
         if not isinstance(objs, MemoryBatch):
-            objs = list(objs)
+            objs = listed(objs)
         parts = self.rows_by_batch(objs)
         skip_freed = self.idempotent_free and out is None
         if out is not None:

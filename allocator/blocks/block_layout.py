@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from kvheap.blocks.memory_format import MemoryFormat
+from kvheap.blocks.names import as_dtype, as_format
 
 __all__ = ["BlockLayout", "Dtypes", "Shapes"]
 
@@ -20,8 +21,8 @@ MAX_BYTES = 1 << 63
 Shapes: TypeAlias = "Sequence[int] | Sequence[Sequence[int]]"
 """The shape of a block, or a list with the shape of each group."""
 
-Dtypes: TypeAlias = "torch.dtype | Sequence[torch.dtype]"
-"""The dtype of a block, or a list with the dtype of each group."""
+Dtypes: TypeAlias = "torch.dtype | str | Sequence[torch.dtype | str]"
+"""The dtype of a block or its name, such as ``"bfloat16"``; or a list with that of each group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +44,37 @@ class BlockLayout:
     offsets: tuple[int, ...]
 
     @staticmethod
-    def of(shapes: Shapes, dtypes: Dtypes, fmt: MemoryFormat) -> BlockLayout:
+    def of(shapes: Shapes, dtypes: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:
         """The layout of one group, or of several given as lists of equal length.
 
         Raises:
-            TypeError: a dtype is not a ``torch.dtype``, a shape is not a sequence of integers, or
-                ``fmt`` is not a ``MemoryFormat``.
-            ValueError: the lists differ in length, a shape has no element, a block would have
-                2**63 bytes or more, or the offset of a group is not a multiple of its item size.
+            TypeError: a dtype is neither a ``torch.dtype`` nor a name, a shape is not a sequence of
+                integers, or ``fmt`` is neither a ``MemoryFormat`` nor a name.
+            ValueError: the lists differ in length, a shape has no element, a name is unknown, a
+                dtype is quantized, a block would have 2**63 bytes or more, or the offset of a group
+                is not a multiple of its item size.
 
         >>> layout = BlockLayout.of([(2, 3), (5,)], [torch.float32, torch.int16],
         ...                         MemoryFormat.UNDEFINED)
         >>> layout.offsets, layout.size_bytes
         ((0, 24, 34), 34)
         """
+        if type(fmt) is not MemoryFormat:
+            fmt = as_format(fmt)
+        if isinstance(dtypes, str):
+            dtypes = as_dtype(dtypes)
         if isinstance(dtypes, torch.dtype):
             if isinstance(shapes, torch.Size):
                 return _single(shapes, dtypes, fmt)
-            if len(shapes) == 1 and isinstance(shapes[0], Sequence):
-                shapes = shapes[0]
+            if isinstance(shapes, Sequence) and len(shapes) == 1:
+                first = shapes[0]
+                shapes = first if isinstance(first, Sequence) else shapes
             return _single(_size(shapes), dtypes, fmt)
         if not isinstance(dtypes, Sequence):
             raise TypeError(f"dtype must be a torch.dtype or a list of them, got {dtypes!r}")
+        dtypes = [as_dtype(dtype) for dtype in dtypes]
+        if not isinstance(shapes, Sequence) or isinstance(shapes, str):
+            raise TypeError(f"shape must be a sequence of integers, got {shapes!r}")
         is_one_shape = len(shapes) and not isinstance(shapes[0], Sequence)
         sizes = [_size(shapes)] if is_one_shape else [_size(shape) for shape in shapes]
         if len(sizes) != len(dtypes) or not len(dtypes):
@@ -111,9 +121,11 @@ class BlockLayout:
 def _size(shape: Any) -> torch.Size:
     if isinstance(shape, torch.Size):
         return shape
+    if isinstance(shape, (str, bytes)):
+        raise TypeError(f"shape must be a sequence of integers, got {shape!r}")
     try:
         return torch.Size(shape)
-    except TypeError:
+    except (TypeError, OverflowError):
         raise TypeError(f"shape must be a sequence of integers, got {shape!r}") from None
 
 
@@ -126,12 +138,10 @@ def _single(shape: torch.Size, dtype: torch.dtype, fmt: MemoryFormat) -> BlockLa
 def _several(
     shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], fmt: MemoryFormat
 ) -> BlockLayout:
-    if not isinstance(fmt, MemoryFormat):
-        raise TypeError(f"fmt must be a MemoryFormat, got {fmt!r}")
     offsets = [0]
     for group, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+        if str(dtype).startswith(("torch.qint", "torch.quint")):
+            raise ValueError(f"{dtype} keeps its scales outside its bytes: use an integer dtype")
         if any(extent <= 0 for extent in shape):
             raise ValueError(f"shape must have at least one element, got {tuple(shape)}")
         if offsets[-1] % dtype.itemsize:

@@ -69,8 +69,10 @@ def heap_of(objs: BlockObjects) -> Heap:
 
     Raises:
         ValueError: ``objs`` is an empty list.
-        TypeError: their allocator is not a heap.
+        TypeError: they are not blocks, or their allocator is not a heap.
     """
+    if not isinstance(objs, MemoryBatch):
+        _require_objects(objs)
     if not isinstance(objs, MemoryBatch) and not len(objs):
         raise ValueError("an empty list of blocks belongs to no heap: pass an empty batch instead")
     batch = objs if isinstance(objs, MemoryBatch) else objs[0].batch
@@ -78,6 +80,16 @@ def heap_of(objs: BlockObjects) -> Heap:
     if not isinstance(heap, Heap):
         raise TypeError(f"expected blocks of a heap, got blocks of {type(heap).__name__}")
     return heap
+
+
+def _require_objects(objs: Sequence[MemoryObj]) -> None:
+    """Raise if these are not objects in a sequence; O(1), looks at the first one only."""
+    if type(objs) is list and (not objs or isinstance(objs[0], MemoryObj)):
+        return
+    if isinstance(objs, MemoryObj):
+        raise TypeError(f"expected a batch or a list of objects, got {objs!r}: pass [it]")
+    if not isinstance(objs, Sequence) or (len(objs) and not isinstance(objs[0], MemoryObj)):
+        raise TypeError(f"expected a MemoryBatch or a list of its objects, got {objs!r}")
 
 
 def await_filling(objs: BlockObjects, device: torch.device) -> None:
@@ -101,6 +113,7 @@ def layout_and_addresses(objs: BlockObjects) -> tuple[BlockLayout, Int64Array]:
     """The block layout, and the address of each block in the heap, int64 ``[N]``.
 
     Raises:
+        TypeError: they are not blocks.
         LifetimeError: a block is freed.
         ForeignObjectError: the blocks belong to several heaps.
         ValueError: they have several block layouts.
@@ -109,12 +122,18 @@ def layout_and_addresses(objs: BlockObjects) -> tuple[BlockLayout, Int64Array]:
         if not objs.counts.all_live():
             raise LifetimeError(f"a block of {objs!r} is freed")
         return objs.layout, objs.addresses
+    _require_objects(objs)
     first = objs[0].batch
     for obj in objs:
+        if not isinstance(obj, MemoryObj):
+            raise TypeError(f"expected a MemoryBatch or a list of its objects, got {obj!r} in it")
         if not obj.is_valid():
             raise LifetimeError(f"{obj!r} is freed")
-        if obj.batch.allocator is not first.allocator:
+        batch = obj.batch
+        if batch is first:
+            continue
+        if batch.allocator is not first.allocator:
             raise ForeignObjectError(f"{obj!r} belongs to another heap than {objs[0]!r}")
-        if obj.batch.layout != first.layout:
-            raise ValueError(f"blocks must have one layout, got {first.layout}, {obj.batch.layout}")
+        if batch.layout is not first.layout and batch.layout != first.layout:
+            raise ValueError(f"blocks must have one layout, got {first.layout}, {batch.layout}")
     return first.layout, np.array([obj.address for obj in objs], np.int64)

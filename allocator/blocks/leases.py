@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 
+from kvheap.addresses.arguments import as_seconds
 from kvheap.blocks.lease import Lease, LeaseQueue, LeaseState
 from kvheap.blocks.ledger import Ledger
 from kvheap.blocks.stream_events import StreamEvents, StreamGoneError
@@ -50,7 +51,7 @@ class Leases:
             ValueError: ``ttl`` is not positive.
             ReentrantCallError: the calling thread is inside an operation; nothing is pinned.
         """
-        if not ttl > 0:
+        if not as_seconds("ttl", ttl) > 0:
             raise ValueError(f"ttl must be a positive number of seconds, got {ttl}")
         guard = self._guard
         if guard.busy and is_inside_section():

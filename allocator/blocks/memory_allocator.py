@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
+from kvheap.addresses.arguments import as_seconds, require_flags
+from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
@@ -75,14 +77,14 @@ class MemoryAllocatorInterface(ABC):
     # -- allocate ------------------------------------------------------------------------------
 
     def allocate(
-        self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat = MemoryFormat.KV_2LTD
+        self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str = MemoryFormat.KV_2LTD
     ) -> MemoryObj | None:
         """Allocate one block; its contents are undefined.
 
         Args:
             shape: logical shape, at least one element; or a list of them, one for each group.
-            dtype: logical dtype; or a list of them.
-            fmt: what the dimensions mean.
+            dtype: logical dtype or its name, such as ``"bfloat16"``; or a list of them.
+            fmt: what the dimensions mean; a ``MemoryFormat`` or its name.
 
         Returns:
             The object, with one reference; None if it does not fit.
@@ -100,7 +102,7 @@ class MemoryAllocatorInterface(ABC):
         shape: Shapes,
         dtype: Dtypes,
         batch_size: int,
-        fmt: MemoryFormat = MemoryFormat.KV_2LTD,
+        fmt: MemoryFormat | str = MemoryFormat.KV_2LTD,
         source: torch.Tensor | None = None,
         allow_partial: bool = False,
     ) -> MemoryBatch | None:
@@ -111,9 +113,9 @@ class MemoryAllocatorInterface(ABC):
         Args:
             shape: logical shape of each block, at least one element; or a list of them, one for
                 each group of a block.
-            dtype: logical dtype of each block; or a list of them.
+            dtype: logical dtype of each block or its name; or a list of them.
             batch_size: number of blocks N; 0 gives an empty batch.
-            fmt: what the dimensions mean.
+            fmt: what the dimensions mean; a ``MemoryFormat`` or its name.
             source: ``[N, *shape]`` of ``dtype``, on the allocator's device or the CPU, each block
                 contiguous: block ``i`` is filled from ``source[i]``, by one kernel on the current
                 stream. For blocks of several groups: ``[N, size_bytes]`` of uint8. None leaves
@@ -126,13 +128,17 @@ class MemoryAllocatorInterface(ABC):
             ``allow_partial`` is false.
 
         Raises:
-            ValueError: an argument is wrong; nothing is allocated.
+            ValueError, TypeError: an argument is wrong; nothing is allocated.
             NegativeBatchSizeError: ``batch_size`` is negative.
             WriteAfterFreeError: in debug mode, freed bytes were written to.
             ClosedError: the allocator is closed.
         """
         if self._closed:
             self.require_open()
+        if type(batch_size) is not int:
+            batch_size = as_integer("batch_size", batch_size)
+        if allow_partial is not False:
+            require_flags(allow_partial=allow_partial)
         layout = self.layout_of(shape, dtype, fmt)
         return self.allocate_blocks(layout, batch_size, source, allow_partial)
 
@@ -148,6 +154,9 @@ class MemoryAllocatorInterface(ABC):
             TypeError: it is not a MemoryObj.
             ClosedError: the allocator is closed.
         """
+        if not isinstance(obj, MemoryObj):
+            more = ": free a batch by batched_free()" if isinstance(obj, MemoryBatch) else ""
+            raise TypeError(f"only a MemoryObj can be freed, got {obj!r}{more}")
         self.batched_free([obj])
 
     @abstractmethod
@@ -208,8 +217,7 @@ class MemoryAllocatorInterface(ABC):
                 memory, and other calls keep raising ``ClosedError``.
             ValueError: ``timeout_s`` is negative or not a number; nothing changes.
         """
-        if not timeout_s >= 0:
-            raise ValueError(f"timeout_s must be a non-negative number of seconds, got {timeout_s}")
+        timeout_s = as_seconds("timeout_s", timeout_s)
         self._closed = True
         deadline = time.monotonic() + timeout_s
         me = threading.get_ident()
@@ -242,7 +250,7 @@ class MemoryAllocatorInterface(ABC):
     # -- for subclasses ------------------------------------------------------------------------
 
     @abstractmethod
-    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
+    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:
         """The layout of a block, checked against what this allocator can hold.
 
         Raises:

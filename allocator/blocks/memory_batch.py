@@ -19,6 +19,7 @@ import torch
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
+from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.lease import Lease
@@ -28,6 +29,7 @@ from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.memory_metadata import MemoryBatchMetadata, MemoryObjMetadata
 from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.sites import Site, allocated_at
+from kvheap.blocks.stored_tokens import StoredTokens, require_token_count
 from kvheap.device.events import Stream
 from kvheap.device.transfer import Transfer
 from kvheap.errors import ForeignObjectError, LifetimeError
@@ -59,6 +61,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     - what the blocks are: ``layout``, ``shape``, ``dtype``, ``fmt``, ``size_bytes``;
     - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
+    - which tokens they hold: ``num_tokens``, ``set_num_tokens``;
     - counts and streams: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
     - for allocators and transfers: ``counts``, ``own``, ``is_owner``, ``await_filling``,
       ``claimable``, ``describe``.
@@ -70,6 +73,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         born: when it was allocated, as a ``time.monotonic`` value in seconds.
         site: its allocation site, if sites are recorded.
         record: what its allocator's ledger knows of it; None for a view, and once all is freed.
+        stored_tokens: which tokens stores from an engine's cache have put into the blocks.
         storage: the batch's own memory, if its allocator has no heap; else None.
         transfer: the transfer that fills it, for a batch made by ``offload`` or ``restore``; else
             None. Code that reads the blocks waits for it or is ordered behind it.
@@ -88,6 +92,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         "record",
         "site",
         "storage",
+        "stored_tokens",
         "transfer",
     )
 
@@ -111,6 +116,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         self.counts = RowCounts(length)
         self._used_sizes: dict[int, int] = {}
         self.storage = storage
+        self.stored_tokens = StoredTokens()
 
     def own(self) -> MemoryBatch:
         """Own the blocks' bytes from now on; returns the batch. See ``Lifetime.own``."""
@@ -149,7 +155,10 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     @property
     def addresses(self) -> Int64Array:
-        """Address of each block in the heap, int64 ``[N]``, bytes, ascending, read-only."""
+        """Address of each block in the heap, int64 ``[N]``, bytes, read-only.
+
+        Ascending, unless the batch is a view of blocks in another order.
+        """
         return self._address_batch.addresses
 
     @property
@@ -170,10 +179,34 @@ class MemoryBatch(Sequence["MemoryObj"]):
     @property
     def metadata(self) -> MemoryBatchMetadata:
         """What another process passes to ``heap.view`` to wrap the blocks."""
-        return MemoryBatchMetadata(self._address_batch, self.layout)
+        return MemoryBatchMetadata(self._address_batch, self.layout, self.num_tokens)
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a MemoryBatch cannot be pickled: send its metadata")
+
+    # -- which tokens they hold ----------------------------------------------------------------
+
+    @property
+    def num_tokens(self) -> int | None:
+        """How many tokens were stored in the blocks from an engine's cache.
+
+        ``kvheap.load`` refuses to load more. None if that is not known: nothing was stored, the
+        blocks were filled by ``source=``, a copy or through their tensors, or single blocks were
+        stored by themselves.
+        """
+        return self.stored_tokens.first
+
+    def set_num_tokens(self, num_tokens: int | None) -> None:
+        """Say how many tokens the blocks hold, after filling them by other means than a store.
+
+        Raises:
+            ValueError: so many tokens take another number of blocks, or the format holds no tokens.
+            TypeError: it is not an integer.
+        """
+        if num_tokens is not None:
+            num_tokens = as_integer("num_tokens", num_tokens)
+            require_token_count(self.layout, self._length, num_tokens)
+        self.stored_tokens.set_first(num_tokens)
 
     # -- counts and streams --------------------------------------------------------------------
 
@@ -245,7 +278,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
             return make(self, index)
         if isinstance(index, slice):
             return [make(self, row) for row in range(*index.indices(length))]
-        row = index.__index__()
+        row = as_integer("a block's number", index)
         if not -length <= row < length:
             raise IndexError(f"block {row} is out of range for a batch of {length}")
         return make(self, row % length)
@@ -421,6 +454,7 @@ class MemoryObj(LMCacheNames):
             ValueError: ``size_bytes`` is negative or larger than ``allocated_bytes``.
             LifetimeError: the block is freed.
         """
+        size_bytes = as_integer("size_bytes", size_bytes)
         if not 0 <= size_bytes <= self.allocated_bytes:
             raise ValueError(
                 f"size_bytes must be between 0 and the {self.allocated_bytes} allocated, "
@@ -477,6 +511,8 @@ class MemoryObj(LMCacheNames):
             IndexError: there is no such group.
         """
         layout = self._batch.layout
+        if type(index) is not int:
+            index = as_integer("index", index)
         if not 0 <= index < len(layout.shapes):
             raise IndexError(f"group {index} is out of range: the block has {len(layout.shapes)}")
         if not self.is_valid():

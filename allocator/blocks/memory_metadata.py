@@ -10,16 +10,16 @@ the same keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.memory_format import MemoryFormat
+from kvheap.blocks.metadata_reader import Reader
 
 __all__ = ["MemoryBatchMetadata", "MemoryObjMetadata"]
 
@@ -83,19 +83,22 @@ class MemoryObjMetadata:
 
         Raises:
             KeyError: a key is missing.
-            ValueError: a dtype or format is unknown.
+            ValueError: a value is not what :meth:`to_dict` writes; the message names it.
         """
-        shapes, dtypes = values["shapes"], values["dtypes"]
+        read = Reader("MemoryObjMetadata", values)
+        shapes, dtypes = read.optional("shapes", read.shapes), read.optional("dtypes", read.dtypes)
+        if shapes is not None and dtypes is not None and len(shapes) != len(dtypes):
+            raise ValueError(f"shapes and dtypes differ in length: {shapes!r}, {dtypes!r}")
         return cls(
-            shape=torch.Size(values["shape"]),
-            dtype=_dtype_of(values["dtype"]),
-            address=values["address"],
-            phy_size=values["phy_size"],
-            ref_count=values["ref_count"],
-            pin_count=values.get("pin_count", 0),
-            fmt=MemoryFormat(values["fmt"]),
-            shapes=[torch.Size(shape) for shape in shapes] if shapes else None,
-            dtypes=[_require_dtype(dtype) for dtype in dtypes] if dtypes else None,
+            shape=read.shape("shape"),
+            dtype=read.optional("dtype", read.dtype),
+            address=read.integer("address"),
+            phy_size=read.integer("phy_size"),
+            ref_count=read.integer("ref_count"),
+            pin_count=read.integer("pin_count") if "pin_count" in values else 0,
+            fmt=read.fmt("fmt"),
+            shapes=shapes,
+            dtypes=dtypes,
         )
 
 
@@ -106,10 +109,13 @@ class MemoryBatchMetadata:
     Attributes:
         blocks: where they are.
         layout: what each of them holds.
+        num_tokens: how many tokens they hold, see ``MemoryBatch.num_tokens``; None if that is not
+            known.
     """
 
     blocks: AddressBatch
     layout: BlockLayout
+    num_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, strings and lists, for msgpack or JSON; O(R) for R runs."""
@@ -118,41 +124,38 @@ class MemoryBatchMetadata:
             "block_bytes": self.blocks.block_bytes,
             "run_starts": self.blocks.run_starts.tolist(),
             "run_counts": self.blocks.run_counts.tolist(),
+            "ascending": self.blocks.is_ascending,
             "shapes": [list(shape) for shape in self.layout.shapes],
             "dtypes": [_dtype_name(dtype) for dtype in self.layout.dtypes],
             "fmt": self.layout.fmt.value,
+            "num_tokens": self.num_tokens,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MemoryBatchMetadata:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`. Whether the blocks fit a heap, ``heap.view`` checks.
 
         Raises:
             KeyError: a key is missing.
-            ValueError: a dtype, format or shape is invalid.
+            ValueError: a value is not what :meth:`to_dict` writes, the runs overlap or are in
+                another order than ``ascending`` says, or a block is smaller than its contents; the
+                message names the value.
         """
-        shapes: Sequence[Sequence[int]] = values["shapes"]
-        dtypes = [_require_dtype(dtype) for dtype in values["dtypes"]]
-        return cls(
-            AddressBatch(
-                values["block_bytes"],
-                np.asarray(values["run_starts"], np.int64),
-                np.asarray(values["run_counts"], np.int64),
-            ),
-            BlockLayout.of(shapes, dtypes, MemoryFormat(values["fmt"])),
+        read = Reader("MemoryBatchMetadata", values)
+        layout = BlockLayout.of(read.shapes("shapes"), read.dtypes("dtypes"), read.fmt("fmt"))
+        blocks = AddressBatch.of_runs(
+            read.integer("block_bytes"), read.integers("run_starts"), read.integers("run_counts")
         )
+        if blocks.block_bytes < layout.size_bytes:
+            raise ValueError(
+                f"block_bytes is {blocks.block_bytes}, but {layout} has {layout.size_bytes} bytes"
+            )
+        ascending = read.flag("ascending") if "ascending" in values else True
+        if ascending and not blocks.is_ascending:
+            raise ValueError(f"run_starts must ascend, got {values['run_starts']!r}")
+        num_tokens = read.optional("num_tokens", read.integer) if "num_tokens" in values else None
+        return cls(blocks, layout, num_tokens)
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype)
-
-
-def _dtype_of(name: str | None) -> torch.dtype | None:
-    return None if name is None else _require_dtype(name)
-
-
-def _require_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"unknown dtype {name!r}")
-    return dtype

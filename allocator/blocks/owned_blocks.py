@@ -57,6 +57,8 @@ class OwnedBlocks(Reference):
         elif len(rows) == 1:
             blocks = AddressBatch(addresses.block_bytes, [addresses.address(int(rows[0]))], [1])
         else:
-            blocks = addresses.addresses[rows]
+            blocks = addresses.addresses_of(rows)
+        if rows is not None:  # few blocks may be left, which need not know all addresses
+            addresses.forget_addresses()
         owner = LastOwner(self.layout, self.site)
         return Release(blocks, addresses.block_bytes, owner, events, ((self.counts, rows),))

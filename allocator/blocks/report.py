@@ -1,17 +1,27 @@
 """Reports of who holds which blocks: :class:`LiveBlocks`, and :class:`FullReport` for a full heap.
 
 A heap's :class:`FullReporter` passes reports of failed allocations to the user's callback, at most
-once per interval.
+once per interval. A heap that serves as a cache is full most of the time, so nobody is told by
+default, and a report costs the thread whose allocation failed a few counters. Who holds the blocks
+is found when somebody reads it; :func:`log_full_report` does that on a thread of its own.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
 
-__all__ = ["FullReport", "FullReporter", "LiveBlocks", "log_full_report"]
+__all__ = ["FullReport", "FullReporter", "LiveBlocks", "log_full_report", "weakly"]
+
+
+HEAD_START_S = 0.02
+"""Seconds for which a logging thread lets others go first: it keeps the GIL for 5 ms at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +57,12 @@ class LiveBlocks:
         return "\n    ".join((head, *self.site))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FullReport:
     """Why an allocation failed: what was requested, what is free, and who holds the rest.
+
+    The counters are those of the failure. ``live``, and what is computed from it, is found when it
+    is first read, in O(batches): hand the report to another thread if that must not wait.
 
     Attributes:
         requested_bytes: bytes that the requested blocks would take in the heap.
@@ -59,8 +72,8 @@ class FullReport:
         largest_free_bytes: bytes of the largest free extent.
         free_extents: number of free extents.
         pending_bytes: freed bytes that streams still use.
-        live: the live blocks, by allocation site and block layout, oldest first.
         failures: failed allocations since the previous report, including this one.
+        find_live: finds ``live``.
     """
 
     requested_bytes: int
@@ -70,10 +83,15 @@ class FullReport:
     largest_free_bytes: int
     free_extents: int
     pending_bytes: int
-    live: tuple[LiveBlocks, ...]
     failures: int
+    find_live: Callable[[], tuple[LiveBlocks, ...]] = field(repr=False, compare=False)
 
     SHOWN = 8
+
+    @cached_property
+    def live(self) -> tuple[LiveBlocks, ...]:
+        """The live blocks, by allocation site and block layout, oldest first. O(batches) once."""
+        return self.find_live()
 
     @property
     def live_blocks(self) -> int:
@@ -95,8 +113,21 @@ class FullReport:
         """Allocated bytes of the pinned blocks."""
         return sum(group.pinned_bytes for group in self.live)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        counters = (
+            self.requested_bytes,
+            self.num_blocks,
+            self.heap_bytes,
+            self.free_bytes,
+            self.largest_free_bytes,
+            self.free_extents,
+            self.pending_bytes,
+            self.failures,
+        )
+        return type(self), (*counters, partial(tuple, self.live))
+
     def __str__(self) -> str:
-        """A multi-line text for a log."""
+        """A multi-line text for a log. O(batches) if ``live`` was not read before."""
         lines = [
             f"cannot allocate {self.num_blocks:,} blocks, {self.requested_bytes:,} bytes: "
             f"{self.free_bytes:,} of {self.heap_bytes:,} bytes are free in "
@@ -113,7 +144,15 @@ class FullReport:
 
 
 def log_full_report(report: FullReport) -> None:
-    """Write a report to the ``kvheap`` logger, as a warning."""
+    """Write a report to the ``kvheap`` logger, as a warning, on a thread of its own.
+
+    Pass it as ``on_full`` to find out who fills a heap that should not be full.
+    """
+    threading.Thread(target=_log, args=(report,), name="kvheap-report", daemon=True).start()
+
+
+def _log(report: FullReport) -> None:
+    time.sleep(HEAD_START_S)
     logging.getLogger("kvheap").warning("%s", report)
 
 
@@ -121,22 +160,33 @@ class FullReporter:
     """Counts failed allocations, and reports at most one per interval.
 
     Args:
-        on_full: called with each report; None: nothing is reported.
+        on_full: called with each report, on the thread whose allocation failed; None: nothing is
+            reported.
         interval_s: minimum seconds between two reports.
+
+    Raises:
+        TypeError: ``on_full`` cannot be called.
     """
 
     def __init__(self, on_full: Callable[[FullReport], None] | None, interval_s: float) -> None:
+        if on_full is not None and not callable(on_full):
+            raise TypeError(f"on_full must be a function of a report or None, got {on_full!r}")
         self._on_full = on_full
         self._interval_s = interval_s
         self._next_report = 0.0
         self.failures = 0
         """Number of failed allocations since the last report."""
+        self.total_failures = 0
+        """Number of failed allocations so far."""
 
     def failed(self, make_report: Callable[[], FullReport]) -> None:
         """Count a failure, and report it if a report is due. Errors of ``on_full`` are logged."""
         self.failures += 1
+        self.total_failures += 1
+        if self._on_full is None:
+            return
         now = time.monotonic()
-        if self._on_full is None or now < self._next_report:
+        if now < self._next_report:
             return
         self._next_report = now + self._interval_s
         report = make_report()
@@ -145,3 +195,19 @@ class FullReporter:
             self._on_full(report)
         except Exception:  # a failing callback must not make the allocation raise
             logging.getLogger("kvheap").exception("on_full failed")
+
+
+def weakly(
+    find_live: Callable[[], tuple[LiveBlocks, ...]],
+) -> Callable[[], tuple[LiveBlocks, ...]]:
+    """The same bound method, without keeping its object alive; finds nothing once that is gone.
+
+    A report that somebody keeps must not keep a heap's memory.
+    """
+    reference = weakref.WeakMethod(find_live)
+
+    def found() -> tuple[LiveBlocks, ...]:
+        method = reference()
+        return () if method is None else method()
+
+    return found

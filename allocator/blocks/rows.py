@@ -9,7 +9,7 @@ import numpy as np
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 
-__all__ = ["Rows", "rows_of"]
+__all__ = ["Rows", "listed", "rows_of"]
 
 
 class Rows:
@@ -25,6 +25,22 @@ class Rows:
     def __len__(self) -> int:
         """Number of blocks."""
         return len(self.batch) if self.rows is None else len(self.rows)
+
+
+def listed(objs: Iterable[MemoryObj]) -> list[MemoryObj]:
+    """Objects to free as a list.
+
+    Raises:
+        TypeError: they cannot be listed; a single object, for example.
+    """
+    if isinstance(objs, MemoryObj):
+        raise TypeError(f"expected a batch or a list of objects, got {objs!r}: free one by free()")
+    try:
+        if isinstance(objs, (str, bytes)):
+            raise TypeError
+        return list(objs)
+    except TypeError:
+        raise TypeError(f"expected a batch or a list of objects, got {objs!r}") from None
 
 
 def rows_of(objs: Iterable[MemoryObj]) -> list[Rows]:

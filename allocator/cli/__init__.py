@@ -227,6 +227,13 @@ def _add_replay(commands: Commands) -> None:
         help="copy to and from an engine's paged KV cache of this layout, see below",
     )
     replay.add_argument(
+        "--chunk-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of the chunk that an id of the trace names (default: what the trace's lengths "
+        "say, else 512)",
+    )
+    replay.add_argument(
         "--policy",
         default="lru",
         metavar="NAME",

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvheap import __version__
+from kvheap.addresses.address_manager import AddressManager
 from kvheap.cli import CommandError, MachineError
 from kvheap.cli.outputs import cannot_write, require_picture, require_writable
 from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
@@ -30,7 +31,13 @@ from kvheap.replay.copies import EngineCopies
 from kvheap.replay.engine_cache import ENGINE_LAYOUTS, EngineCache
 from kvheap.replay.geometry import GEOMETRIES, Geometry
 from kvheap.replay.replay import Replay
-from kvheap.replay.trace import Request, TraceError, read_trace, synthetic_trace
+from kvheap.replay.trace import (
+    Request,
+    TraceError,
+    infer_chunk_tokens,
+    read_trace,
+    synthetic_trace,
+)
 
 __all__ = ["parse_bytes", "run"]
 
@@ -72,15 +79,17 @@ def run(options: argparse.Namespace) -> int:
             little memory.
     """
     geometry = _geometry(options.geometry, options.engine_layout)
+    _require_chunk_tokens(options.chunk_tokens)
     device = _device(options.device)
     heap_bytes = parse_bytes(options.heap)
     policy = _policy(options.policy)
     _require_outputs(options)
     requests = _requests(options)
+    geometry = _with_chunks_of(geometry, options.chunk_tokens or infer_chunk_tokens(requests))
     _require_room(requests, geometry, heap_bytes)
     # The copies are timed by events on the current device.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        allocator = _allocator(heap_bytes, device)
+        allocator = _allocator(heap_bytes, device, geometry)
         copies = None
         if options.engine_layout is not None:
             copies = EngineCopies(_engine(options, geometry, device))
@@ -129,6 +138,18 @@ def _geometry(name: str | None, engine_layout: str | None) -> Geometry:
             f"{', '.join(fitting)}"
         )
     return geometry
+
+
+def _require_chunk_tokens(chunk_tokens: int | None) -> None:
+    if chunk_tokens is not None and chunk_tokens <= 0:
+        raise CommandError(f"--chunk-tokens must be positive, got {chunk_tokens}")
+
+
+def _with_chunks_of(geometry: Geometry, chunk_tokens: int) -> Geometry:
+    try:
+        return geometry.with_chunks_of(chunk_tokens)
+    except ValueError as error:
+        raise CommandError(f"{error}: give another --chunk-tokens") from None
 
 
 def _policy(name: str) -> EvictionPolicy:
@@ -198,18 +219,24 @@ def _require_room(requests: Sequence[Request], geometry: Geometry, heap_bytes: i
         )
 
 
-def _allocator(heap_bytes: int, device: torch.device) -> TensorMemoryAllocator:
+def _allocator(heap_bytes: int, device: torch.device, geometry: Geometry) -> TensorMemoryAllocator:
     try:
         buffer = torch.empty(heap_bytes, dtype=torch.uint8, device=device)
     except RuntimeError as error:  # torch's out-of-memory errors
         reason = str(error).splitlines()[0]
         raise MachineError(f"{device} has no room for {heap_bytes} bytes: {reason}") from None
-    return TensorMemoryAllocator(buffer, on_full=None)  # a cache is always full
+    chunk_bytes = 1 << (geometry.chunk_bytes - 1).bit_length()
+    align_bytes = min(AddressManager.ALIGN_BYTES, chunk_bytes)  # small chunks share a unit
+    if heap_bytes < align_bytes:
+        raise CommandError(f"a heap of {heap_bytes} bytes has no room for {align_bytes}")
+    return TensorMemoryAllocator(buffer, align_bytes)
 
 
 def _engine(options: argparse.Namespace, geometry: Geometry, device: torch.device) -> EngineCache:
     try:
         return EngineCache(options.engine_layout, geometry, device, seed=options.seed)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
     except RuntimeError as error:  # torch's out-of-memory errors
         reason = str(error).splitlines()[0]
         raise MachineError(f"{device} has no room for the engine's KV cache: {reason}") from None
@@ -258,6 +285,7 @@ def _figures(
         "device": torch.cuda.get_device_name(device) if is_cuda else f"cpu ({platform.machine()})",
         "geometry": replay.geometry.name,
         "chunk_bytes": replay.geometry.chunk_bytes,
+        "chunk_tokens": replay.geometry.chunk_tokens,
         "engine_layout": options.engine_layout,
         "policy": options.policy,
         "heap_bytes": stats.heap_bytes,
@@ -303,6 +331,7 @@ def _table(figures: dict[str, Any]) -> Table:
     if figures["engine_layout"]:
         table.add_row("engine layout", figures["engine_layout"])
     table.add_row("policy", figures["policy"])
+    table.add_row("tokens of a chunk", f"{figures['chunk_tokens']:,}")
     for name in ("requests", "block_refs"):
         table.add_row(name.replace("block_refs", "block references"), f"{figures[name]:,}")
     table.add_row("hits", f"{figures['hits']:,} ({figures['hit_rate']:.2%})")

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 
+from kvheap.addresses.arguments import require_count, require_flags
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.heap import (
     BlockObjects,
@@ -36,11 +36,19 @@ from kvheap.blocks.heap import (
 )
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.memory_format import MemoryFormat
+from kvheap.blocks.names import as_format
+from kvheap.blocks.rows import listed
+from kvheap.engine.clearing import clear_rest as clear_slots_behind
+from kvheap.engine.reach import reachable_buffer
+from kvheap.engine.tokens import record_stored, require_stored
 from kvheap.errors import ForeignObjectError
+from kvheap.kernels.arguments import require_tensor
+from kvheap.kernels.block_addresses import require_disjoint
 from kvheap.kernels.chunk_layout import ChunkLayout
-from kvheap.kernels.paged_copy import Chunks, load_tokens, store_tokens
+from kvheap.kernels.paged_copy import Chunks, run_copy
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
+from kvheap.kernels.token_copy import TokenCopy
 
 __all__ = [
     "batched_evict",
@@ -49,6 +57,7 @@ __all__ = [
     "chunk_shape",
     "dim_order_of",
     "load",
+    "require_cache",
     "store",
 ]
 
@@ -96,9 +105,11 @@ def store(
     heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert)
     segments = heap.segments  # keeps the buffers alive if another thread closes the heap
-    if not isinstance(batch, MemoryBatch) and len(np.unique(chunks.addresses)) < len(batch):
-        raise ValueError("a chunk is named twice: each can be stored to only once")
-    store_tokens(cache, slots, chunks, layers=layers, heads=heads, eager=heap.debug)
+    if not isinstance(batch, MemoryBatch):
+        require_disjoint("chunks to store to", chunks.addresses, chunks.size_bytes)
+    copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=True)
+    run_copy(copy)
+    record_stored(batch, chunks.layout, copy.places, cache.block_size)
     del segments
 
 
@@ -110,15 +121,38 @@ def load(
     layers: range | None = None,
     heads: slice | None = None,
     convert: bool = False,
+    clear_rest: bool = False,
 ) -> None:
     """Copy the KV of tokens from a batch into an engine's cache; the inverse of :func:`store`.
 
-    Arguments and errors are those of :func:`store`. No two tokens may have the same slot.
+    No two tokens may have the same slot, as no two targets of a transfer may overlap. That is
+    checked for slots and block ids on the host, and in debug mode for those on a device.
+
+    Args:
+        batch: the chunks; see :func:`store`. A chunk may be named more than once.
+        cache: the engine's cache.
+        slots: where the tokens go; see :func:`store`.
+        layers: see :func:`store`.
+        heads: see :func:`store`.
+        convert: see :func:`store`.
+        clear_rest: also zero the slots behind the last token's in its block, in the layers and
+            heads that are copied, by a second launch. An engine that masks them would still let a
+            former owner's NaN through.
+
+    Raises:
+        ValueError: as for :func:`store`; a slot appears twice; or a token was not stored, if the
+            batch knows its tokens (``MemoryBatch.num_tokens``). Nothing is loaded.
+        TypeError, LifetimeError: as for :func:`store`; nothing is loaded.
     """
     heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert)
     segments = heap.segments  # as in store
-    load_tokens(chunks, cache, slots, layers=layers, heads=heads, eager=heap.debug)
+    copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=False)
+    require_stored(batch, chunks.layout, copy.places, cache.block_size)
+    require_flags(clear_rest=clear_rest)
+    if clear_rest:
+        clear_slots_behind(copy.pairing, copy.places)  # first: its slots may be among those to load
+    run_copy(copy)
     del segments
 
 
@@ -130,7 +164,7 @@ def batched_store(
     cache: PagedKVCache,
     slots: Slots,
     chunk_tokens: int = 256,
-    fmt: MemoryFormat | None = None,
+    fmt: MemoryFormat | str | None = None,
     *,
     layers: range | None = None,
     allow_partial: bool = False,
@@ -145,8 +179,8 @@ def batched_store(
         cache: the engine's cache.
         slots: the slot of each token, or :class:`~kvheap.BlockIds`; see :func:`kvheap.store`.
         chunk_tokens: tokens per chunk; the last chunk may be partly filled.
-        fmt: the chunks' format; None: KV_2LTD, or KV_MLA_FMT for caches without separate K and V.
-            Formats of one layer take that many chunks for each layer.
+        fmt: the chunks' format or its name; None: KV_2LTD, or KV_MLA_FMT for caches without
+            separate K and V. Formats of one layer take that many chunks for each layer.
         layers: store only these layers; the chunks then hold no others.
         allow_partial: if not all chunks fit, store only the first tokens, as many as fit.
         convert: store a cache of bfloat16 or float16 as float8_e4m3fn, with float32 scales in a
@@ -159,8 +193,14 @@ def batched_store(
         ValueError, TypeError: as for :func:`kvheap.store`; nothing is allocated.
         ClosedError: the allocator is closed.
     """
+    require_cache(cache)
+    require_flags(allow_partial=allow_partial, convert=convert)
+    if layers is not None and not isinstance(layers, range):
+        raise TypeError(f"layers must be a range, got {layers!r}")
     num_layers = cache.num_layers if layers is None else len(layers)
-    fmt = fmt or (MemoryFormat.KV_2LTD if cache.is_key_value else MemoryFormat.KV_MLA_FMT)
+    if fmt is None:
+        fmt = MemoryFormat.KV_2LTD if cache.is_key_value else MemoryFormat.KV_MLA_FMT
+    fmt = as_format(fmt)
     shape = chunk_shape(cache, fmt, chunk_tokens, num_layers)
     layout = ChunkLayout.of(dim_order_of(fmt), shape, cache.dtype.itemsize)
     num_tokens = count_tokens(slots, cache.block_size)
@@ -176,6 +216,7 @@ def batched_store(
     if batch is None:
         return None
     try:
+        batch.stored_tokens.set_first(0)
         if len(batch) < num_chunks:
             slots = first_tokens(slots, len(batch) * chunk_tokens, cache.block_size)
         store(cache, slots, batch, layers=layers, convert=convert)
@@ -194,6 +235,7 @@ def batched_load(
     layers: range | None = None,
     heads: slice | None = None,
     convert: bool = False,
+    clear_rest: bool = False,
 ) -> None:
     """Fill an engine's cache from chunks of this heap; see :func:`kvheap.load`.
 
@@ -206,7 +248,7 @@ def batched_load(
     heap.require_open()
     if heap_of(batch) is not heap:
         raise ForeignObjectError("the chunks belong to another allocator")
-    load(batch, cache, slots, layers=layers, heads=heads, convert=convert)
+    load(batch, cache, slots, layers=layers, heads=heads, convert=convert, clear_rest=clear_rest)
 
 
 def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -228,7 +270,7 @@ def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = No
         As ``batched_free``; also ValueError if ``out`` is on another device. Nothing is freed, but
         ``out`` may have been written.
     """
-    objs = batch if isinstance(batch, MemoryBatch) else list(batch)
+    objs = batch if isinstance(batch, MemoryBatch) else listed(batch)
     if heap_of(objs) is not heap:
         raise ForeignObjectError("the chunks belong to another allocator")
     layout = objs.layout if isinstance(objs, MemoryBatch) else objs[0].batch.layout
@@ -237,6 +279,7 @@ def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = No
     if out is None:
         pinned = heap.device.type == "cuda"
         out = torch.empty(expected, dtype=dtype, device="cpu", pin_memory=pinned)
+    require_tensor("out", out)
     if out.device == heap.device:
         heap.batched_free(objs, out=out)
         return out
@@ -256,6 +299,19 @@ def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = No
 
 
 # -- what a chunk is -------------------------------------------------------------------------------
+
+
+def require_cache(cache: PagedKVCache) -> None:
+    """Raise if this is not an engine's cache.
+
+    Raises:
+        TypeError: names what it is.
+    """
+    if not isinstance(cache, PagedKVCache):
+        raise TypeError(
+            f"cache must be a PagedKVCache, got {type(cache).__name__}: make one of an engine's "
+            f"tensors with PagedKVCache.of(layout, tensors)"
+        )
 
 
 def dim_order_of(fmt: MemoryFormat) -> str:
@@ -279,8 +335,7 @@ def chunk_shape(
             KV_PL2TD chunk would not be a whole number of the cache's blocks.
     """
     dim_order_of(fmt)
-    if chunk_tokens <= 0:
-        raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
+    chunk_tokens = require_count("chunk_tokens", chunk_tokens, at_least=1)
     planes = 1 if fmt is MemoryFormat.KV_MLA_FMT else 2
     row_bytes = sum(plane.row_bytes for plane in cache.planes) * cache.num_heads
     elements = row_bytes // planes // cache.dtype.itemsize
@@ -301,13 +356,18 @@ def chunk_shape(
 
 def _chunks(heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool) -> Chunks:
     """Describe the chunks to the kernels."""
+    require_cache(cache)
+    require_flags(convert=convert)
     layout, addresses = layout_and_addresses(objs)
     await_filling(objs, heap.device)
     absolute, alignment = heap.absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset = parts(layout, cache.dtype, cache.head_dim)
-    first_buffer = heap.segments[0][1]
-    return Chunks(first_buffer, absolute, layout.size_bytes, alignment, chunk_layout, scale_offset)
+    buffer, size_bytes = heap.segments[0][1], layout.size_bytes
+    is_far = cache.device.type == "cuda" and buffer.device.type == "cpu"
+    if is_far:
+        buffer = reachable_buffer(heap, cache.device, absolute, size_bytes)
+    return Chunks(buffer, absolute, size_bytes, alignment, chunk_layout, scale_offset, is_far)
 
 
 @lru_cache(maxsize=256)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvheap.addresses.address_manager import AddressManager
+from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.integers import as_integer
+from kvheap.heaps.options import require_size
 from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ class GPUMemoryAllocator(TensorMemoryAllocator):
         options: see ``TensorMemoryAllocator``.
 
     Raises:
-        ValueError: ``size`` is negative, or ``align_bytes`` is not a power of two.
+        ValueError: ``size`` is less than ``align_bytes`` or a page, or ``align_bytes`` is not a
+            power of two.
         RuntimeError: CUDA is not available and ``allow_cpu`` is false, or memory does not suffice.
 
     >>> with GPUMemoryAllocator(1 << 20, allow_cpu=True) as heap:
@@ -46,6 +49,8 @@ class GPUMemoryAllocator(TensorMemoryAllocator):
         allow_cpu: bool = False,
         **options: Unpack[HeapOptions],
     ) -> None:
+        require_flags(allow_cpu=allow_cpu)
+        size = require_size(size, align_bytes, options.get("page_layout"))
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             if not allow_cpu:

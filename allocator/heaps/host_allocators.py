@@ -10,14 +10,16 @@ import math
 from typing import TYPE_CHECKING
 
 from kvheap.addresses.address_manager import AddressManager
+from kvheap.addresses.arguments import require_count, require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_layout import BlockLayout
+from kvheap.heaps.options import require_size
 from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 from kvheap.memory.host_memory import HostBuffer
 from kvheap.memory.host_registration import REGISTRATION_BYTES
 from kvheap.memory.pages import PAGE_BYTES, HugePages
-from kvheap.memory.registrar import HostRegistrar
+from kvheap.memory.registrar import HostRegistrar, require_registrar
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -86,8 +88,16 @@ class HostMemoryAllocator(HostHeap):
         host_buffer: HostBuffer | None = None,
         **options: Unpack[HeapOptions],
     ) -> None:
+        require_flags(populate=populate, shared=shared)
+        size = require_size(size, align_bytes, options.get("page_layout"))
         if host_buffer is None:
             host_buffer = _reserve(size, align_bytes, huge_pages, numa_node, shared)
+        elif not isinstance(host_buffer, HostBuffer):
+            raise TypeError(f"host_buffer must be a HostBuffer, got {host_buffer!r}")
+        elif size > host_buffer.size_bytes:
+            raise ValueError(
+                f"size is {size}, more than the {host_buffer.size_bytes} bytes of the host_buffer"
+            )
         self.host_buffer = host_buffer
         try:
             if populate:
@@ -136,6 +146,10 @@ class PinMemoryAllocator(HostHeap):
         piece_bytes: int = REGISTRATION_BYTES,
         **options: Unpack[HeapOptions],
     ) -> None:
+        require_flags(allow_unpinned=allow_unpinned)
+        require_registrar(registrar)
+        piece_bytes = require_count("piece_bytes", piece_bytes, at_least=1)
+        size = require_size(size, align_bytes, options.get("page_layout"))
         self.host_buffer = _reserve(size, align_bytes, huge_pages, numa_node, shared=False)
         try:
             manager, granule = empty_address_space(align_bytes, options.get("page_layout"))

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from kvheap.addresses.address_manager import AddressManager
+from kvheap.addresses.arguments import require_count, require_function
 from kvheap.addresses.integers import as_integer
 from kvheap.heaps.host_allocators import HostHeap, empty_address_space
 from kvheap.memory.growth import BackgroundGrowth, GrowthProgress
 from kvheap.memory.host_memory import HostBuffer
 from kvheap.memory.pages import HugePages
-from kvheap.memory.registrar import CudaHostRegistrar, HostRegistrar
+from kvheap.memory.registrar import CudaHostRegistrar, HostRegistrar, require_registrar
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,8 +85,10 @@ class LazyMemoryAllocator(HostHeap):
     ) -> None:
         if pin not in ("required", "if possible", "no"):
             raise ValueError(f"pin must be 'required', 'if possible' or 'no', got {pin!r}")
+        require_function("on_progress", on_progress)
+        require_registrar(registrar)
         manager, granule = empty_address_space(align_bytes, options.get("page_layout"))
-        init_size = -(-as_integer("init_size", init_size) // granule) * granule
+        init_size = -(-require_count("init_size", init_size) // granule) * granule
         unit = manager.align_bytes
         final_size = as_integer("final_size", final_size) // unit * unit
         if not 0 <= init_size <= final_size or not final_size:
@@ -94,8 +97,7 @@ class LazyMemoryAllocator(HostHeap):
             )
         if piece_bytes is None:
             piece_bytes = PLAIN_PIECE_BYTES if pin == "no" else PINNED_PIECE_BYTES
-        if piece_bytes <= 0:
-            raise ValueError(f"piece_bytes must be positive, got {piece_bytes}")
+        piece_bytes = require_count("piece_bytes", piece_bytes, at_least=1)
         piece_bytes = max(piece_bytes // granule, 1) * granule
         self._pin = pin
         if registrar is None and pin != "no" and torch.cuda.is_available():

@@ -10,7 +10,9 @@ from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
 from kvheap.blocks.memory_batch import BytesBufferMemoryObj, MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
+from kvheap.blocks.names import as_format
 from kvheap.blocks.report import LiveBlocks
+from kvheap.blocks.rows import listed
 from kvheap.errors import ForeignObjectError
 from kvheap.heaps.plain_allocators import BufferAllocator
 from kvheap.heaps.tensor_allocator import AllocatorStats, TensorMemoryAllocator
@@ -38,17 +40,24 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
         buffer_allocator: BufferAllocator | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(pin_allocator, TensorMemoryAllocator):
+            raise TypeError(f"pin_allocator must be a TensorMemoryAllocator, got {pin_allocator!r}")
+        if buffer_allocator is None:
+            buffer_allocator = BufferAllocator()
+        elif not isinstance(buffer_allocator, BufferAllocator):
+            raise TypeError(f"buffer_allocator must be a BufferAllocator, got {buffer_allocator!r}")
         self.pin_allocator = pin_allocator
-        self.buffer_allocator = buffer_allocator or BufferAllocator()
+        self.buffer_allocator = buffer_allocator
 
-    def _allocator_of(self, fmt: MemoryFormat) -> MemoryAllocatorInterface:
+    def _allocator_of(self, fmt: MemoryFormat | str) -> MemoryAllocatorInterface:
+        fmt = as_format(fmt)
         if fmt is MemoryFormat.BINARY_BUFFER:
             return self.buffer_allocator
         if fmt is MemoryFormat.UNDEFINED:
             raise ValueError(f"a mixed allocator needs a format other than {fmt}")
         return self.pin_allocator
 
-    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
+    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:
         """The block layout that the allocator for ``fmt`` makes.
 
         Raises:
@@ -79,7 +88,7 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
         if isinstance(objs, MemoryBatch):
             is_buffer = isinstance(objs.allocator, BufferAllocator)
         else:
-            objs = list(objs)
+            objs = listed(objs)
             kinds = {isinstance(obj, BytesBufferMemoryObj) for obj in objs}
             if len(kinds) > 1:
                 raise ForeignObjectError("tensors and plain bytes cannot be freed in the same call")

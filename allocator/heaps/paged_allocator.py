@@ -50,7 +50,7 @@ class PagedTensorMemoryAllocator(TensorMemoryAllocator):
         tensor: torch.Tensor,
         shapes: Shapes,
         dtypes: Dtypes,
-        fmt: MemoryFormat = MemoryFormat.KV_2LTD,
+        fmt: MemoryFormat | str = MemoryFormat.KV_2LTD,
         **options: Unpack[HeapOptions],
     ) -> None:
         options["page_layout"] = BlockLayout.of(shapes, dtypes, fmt)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from kvheap.addresses.address_batch import AddressBatch
+from kvheap.addresses.arguments import require_count, require_flags
+from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_allocator import BlockAllocator
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.ledger import NoSpace
@@ -46,11 +47,13 @@ class AdHocMemoryAllocator(BlockAllocator):
         trace_frames: int = 0,
     ) -> None:
         super().__init__()
+        require_flags(idempotent_free=idempotent_free)
         self.device = torch.device(device)
+        trace_frames = require_count("trace_frames", trace_frames)
         self.lifetime = Lifetime(Guard(), NoSpace(), trace_frames)
         self.idempotent_free = idempotent_free
 
-    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
+    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:
         """The layout of a block."""
         return BlockLayout.of(shape, dtype, fmt)
 
@@ -115,8 +118,12 @@ class BufferAllocator(AdHocMemoryAllocator):
 
     object_type = BytesBufferMemoryObj
 
-    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
+    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:
         """The block layout of ``shape[0]`` bytes."""
+        if not isinstance(shape, Sequence) or isinstance(shape, (str, bytes)) or not len(shape):
+            raise TypeError(f"shape must be a sequence that begins with the bytes, got {shape!r}")
         first = shape[0]
-        num_bytes = first if isinstance(first, (int, np.integer)) else first[0]
-        return BlockLayout.of((int(num_bytes),), torch.uint8, MemoryFormat.BINARY_BUFFER)
+        if isinstance(first, Sequence) and len(first):
+            first = first[0]
+        num_bytes = as_integer("shape", first)
+        return BlockLayout.of((num_bytes,), torch.uint8, MemoryFormat.BINARY_BUFFER)

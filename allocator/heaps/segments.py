@@ -15,8 +15,10 @@ from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.device.copy_device import CopyDevice, known_ranges
+from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
+from kvheap.kernels.pieces import first_outside
 
 __all__ = ["Segments", "as_buffer"]
 
@@ -35,11 +37,12 @@ class Segments:
         starts: heap address of the first byte of each, ascending; the first is 0.
     """
 
-    __slots__ = ("buffers", "starts")
+    __slots__ = ("_reached", "buffers", "starts")
 
     def __init__(self, buffers: tuple[torch.Tensor, ...], starts: tuple[int, ...]) -> None:
         self.buffers = buffers
         self.starts = starts
+        self._reached: dict[CopyDevice, Int64Array] = {}
 
     def __len__(self) -> int:
         """Number of segments."""
@@ -108,14 +111,21 @@ class Segments:
         return addresses + shifts[self._numbers_of(addresses)], alignment
 
     def pinned_addresses(self, device: CopyDevice) -> Int64Array:
-        """Absolute ranges of the buffers that ``device`` can reach, int64 ``[R, 2]``."""
-        ranges = [
-            known_ranges(device, np.array([start]), np.array([end]), on_device=False)
-            for start, end in sorted(
-                (buffer.data_ptr(), buffer.data_ptr() + len(buffer)) for buffer in self.buffers
-            )
-        ]
-        return np.unique(np.concatenate(ranges), axis=0)  # buffers may share a registration
+        """Absolute ranges of the buffers that ``device`` can reach, int64 ``[R, 2]``.
+
+        Once all buffers can be reached, CUDA is not asked again.
+        """
+        known = self._reached.get(device)
+        if known is not None:
+            return known
+        bounds = np.array(
+            sorted((buffer.data_ptr(), buffer.data_ptr() + len(buffer)) for buffer in self.buffers)
+        )
+        found = [known_ranges(device, bound[:1], bound[1:], on_device=False) for bound in bounds]
+        ranges = np.unique(np.concatenate(found), axis=0)  # buffers may share a registration
+        if first_outside(bounds[:, 0], bounds[:, 1], ranges) is None:
+            self._reached[device] = ranges
+        return ranges
 
     def _numbers_of(self, addresses: Int64Array) -> Int64Array:
         """The index of each address's segment, int64 ``[N]``."""
@@ -165,19 +175,27 @@ class Segments:
         """Raise if any block leaves the buffers.
 
         Raises:
-            ValueError: names the first run that leaves them.
+            ValueError: names the first block that leaves them, or straddles two.
         """
         if not len(blocks):
             return
         starts, size = blocks.run_starts, blocks.block_bytes
         ends = starts + blocks.run_counts * size
         limits = np.array(self.starts) + [len(buffer) for buffer in self.buffers]
-        wrong = (starts < 0) | (ends > limits[self._numbers_of(starts)])
+        wrong = (starts < 0) | (ends > limits[-1])
+        if not wrong.any():
+            if (ends <= limits[self._numbers_of(starts)]).all():
+                return
+            # A run may go on in the next buffer, if no block straddles both.
+            starts = blocks.addresses
+            ends = starts + size
+            wrong = ends > limits[self._numbers_of(starts)]
         if wrong.any():
             at = int(np.argmax(wrong))
+            limit = limits[max(int(self._numbers_of(starts[at : at + 1])[0]), 0)]
             raise ValueError(
-                f"blocks of {size} bytes at [{starts[at]}, {ends[at]}) leave the buffer of "
-                f"{limits[-1]} bytes"
+                f"blocks of {size} bytes leave the buffer: [{starts[at]}, {ends[at]}) is not "
+                f"within the buffer there, which ends at {limit}"
             )
 
     def require_readable(self, layout: BlockLayout, align_bytes: int) -> None:
@@ -200,8 +218,18 @@ def as_buffer(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's bytes, uint8 ``[N]``, without a copy.
 
     Raises:
-        ValueError: it is not contiguous.
+        TypeError: it is not a tensor.
+        ValueError: it is not contiguous, or on neither a CPU nor a CUDA device.
     """
+    advice = ""
+    if isinstance(tensor, int):
+        advice = (
+            f": for a heap of so many bytes use HostMemoryAllocator({tensor}) or "
+            f"GPUMemoryAllocator({tensor})"
+        )
+    require_tensor("tensor", tensor, advice)
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"the buffer must be on a CPU or a CUDA device, got {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(
             f"the buffer must be contiguous, got shape {tuple(tensor.shape)} with "

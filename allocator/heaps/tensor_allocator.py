@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.address_manager import AddressManager
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.heap_stats import HeapStats
@@ -27,9 +26,8 @@ from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import debug_by_environment
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
-from kvheap.blocks.memory_metadata import MemoryBatchMetadata
 from kvheap.blocks.release import Release, merged
-from kvheap.blocks.report import FullReport, FullReporter, log_full_report
+from kvheap.blocks.report import FullReport, FullReporter, weakly
 from kvheap.blocks.rows import Rows
 from kvheap.device.copy_device import CopyDevice
 from kvheap.engine import chunks
@@ -37,7 +35,9 @@ from kvheap.errors import ReentrantCallError
 from kvheap.guards import is_inside_section, section
 from kvheap.heaps.block_tensors import require_gatherable, require_matching
 from kvheap.heaps.freed_bytes import FreedBytes
+from kvheap.heaps.options import require_heap_options, require_units
 from kvheap.heaps.segments import Segments, as_buffer
+from kvheap.heaps.views import ViewedBlocks, read_view, require_fitting
 from kvheap.heaps.waiting_space import WaitingSpace
 from kvheap.heaps.wiping import Poison, Scrub
 
@@ -63,6 +63,8 @@ class AllocatorStats(HeapStats):
     """Blocks that were dropped without being freed and then reclaimed, so far."""
     expired_leases: int
     """Pins with a time to live that have expired, so far."""
+    failed_allocations: int
+    """Allocations for which the heap had no room, so far."""
 
 
 class TensorMemoryAllocator(Heap):
@@ -95,13 +97,15 @@ class TensorMemoryAllocator(Heap):
             0.
         stream_wait_s: seconds that an allocation that does not fit waits for freed blocks that
             streams still use.
-        on_full: called with a ``FullReport`` when an allocation fails, at most once in
-            ``on_full_interval_s`` seconds. None: never.
+        on_full: called with a ``FullReport`` when an allocation fails, on its thread and at most
+            once in ``on_full_interval_s`` seconds; ``log_full_report`` logs it. None: a full heap
+            is normal, as for a cache; ``stats().failed_allocations`` counts.
         on_full_interval_s: minimum seconds between two reports.
 
     Raises:
-        ValueError: the tensor is not contiguous, ``align_bytes`` is not a power of two, or the
-            address space is larger than the buffer.
+        ValueError: the tensor is not contiguous or smaller than ``align_bytes`` but not empty,
+            ``align_bytes`` is not a power of two, or the address space is larger than the buffer.
+        TypeError: an argument has a wrong type.
 
     >>> heap = TensorMemoryAllocator(torch.zeros(1 << 20, dtype=torch.uint8))
     >>> source = torch.arange(8, dtype=torch.float32).reshape(4, 2)
@@ -126,16 +130,28 @@ class TensorMemoryAllocator(Heap):
         debug: bool | None = None,
         trace_frames: int | None = None,
         stream_wait_s: float = 1.0,
-        on_full: Callable[[FullReport], None] | None = log_full_report,
+        on_full: Callable[[FullReport], None] | None = None,
         on_full_interval_s: float = 60.0,
     ) -> None:
         super().__init__()
+        require_heap_options(
+            page_layout=page_layout,
+            address_manager=address_manager,
+            idempotent_free=idempotent_free,
+            scrub=scrub,
+            debug=debug,
+            trace_frames=trace_frames,
+            stream_wait_s=stream_wait_s,
+            on_full_interval_s=on_full_interval_s,
+        )
         buffer = as_buffer(tensor)
         if address_manager is None and page_layout is not None:
             page_bytes = page_layout.size_bytes
+            require_units("a tensor", buffer.numel(), page_bytes)
             address_manager = AddressManager.of_pages(buffer.numel() // page_bytes, page_bytes)
         elif address_manager is None:
             address_manager = AddressManager(buffer.numel(), align_bytes)
+            require_units("a tensor", buffer.numel(), align_bytes)
         elif address_manager.get_heap_size() > buffer.numel():
             raise ValueError(
                 f"an address space of {address_manager.get_heap_size()} bytes needs a buffer at "
@@ -159,7 +175,7 @@ class TensorMemoryAllocator(Heap):
 
     # -- allocate ------------------------------------------------------------------------------
 
-    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat) -> BlockLayout:
+    def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:
         """The layout of a block, checked against the page size and the heap's alignment."""
         layout = BlockLayout.of(shape, dtype, fmt)
         if layout is self._checked_layout:  # equal layouts are usually the same object
@@ -206,53 +222,40 @@ class TensorMemoryAllocator(Heap):
 
     def view(
         self,
-        blocks: MemoryBatchMetadata | AddressBatch | Sequence[int] | Int64Array,
+        blocks: ViewedBlocks,
         shape: Shapes | None = None,
         dtype: Dtypes | None = None,
-        fmt: MemoryFormat = MemoryFormat.KV_2LTD,
+        fmt: MemoryFormat | str = MemoryFormat.KV_2LTD,
     ) -> MemoryBatch:
-        """Wrap blocks that another process allocated in a heap of the same size.
+        """Wrap blocks that another process allocated in a heap of the same size and alignment.
 
         Args:
-            blocks: a batch's ``metadata``, which needs no other argument; or the addresses of
-                blocks, in ascending order.
-            shape: logical shape of each block, if ``blocks`` are addresses.
-            dtype: logical dtype of each block, if ``blocks`` are addresses.
-            fmt: what the dimensions mean, if ``blocks`` are addresses.
+            blocks: the ``metadata`` of a batch, of an object or of several objects of one layout,
+                which needs no other argument; or where the blocks are: an ``AddressBatch``, or
+                addresses, integers ``[N]``. They may be in any order, such as that of a prefix.
+            shape: logical shape of each block, if ``blocks`` says only where they are.
+            dtype: logical dtype of each block, if ``blocks`` says only where they are.
+            fmt: what the dimensions mean, if ``blocks`` says only where they are.
 
         Returns:
-            A batch on this heap's bytes; this process cannot free its blocks.
+            A batch on this heap's bytes, in the order of ``blocks``; this process cannot free its
+            blocks.
 
         Raises:
-            ValueError: a block leaves the buffer, addresses are not ascending, or shape and dtype
-                are missing.
+            ValueError: a block is smaller than its contents, not aligned to this heap's
+                ``align_bytes``, or not within the heap; two blocks overlap; a number is not an
+                integer; or shape and dtype are missing. The message names the block.
+            TypeError: ``blocks`` is none of the above.
             ClosedError: the allocator is closed.
         """
         self.require_open()
-        if isinstance(blocks, MemoryBatchMetadata):
-            layout, addresses = blocks.layout, blocks.blocks
-        else:
-            if shape is None or dtype is None:
-                raise ValueError("addresses need a shape and a dtype: pass both")
-            layout = self.layout_of(shape, dtype, fmt)
-            addresses = self._as_address_batch(blocks, layout)
-        self._open_segments().require_inside(addresses)
-        return MemoryBatch(self, addresses, layout)
-
-    def _as_address_batch(
-        self, blocks: AddressBatch | Sequence[int] | Int64Array, layout: BlockLayout
-    ) -> AddressBatch:
-        if isinstance(blocks, AddressBatch):
-            return blocks
-        addresses = np.asarray(blocks)
-        if addresses.ndim != 1 or (addresses.size and addresses.dtype.kind not in "iu"):
-            raise ValueError(
-                f"addresses must be integers in one dimension, got {addresses.dtype} of shape "
-                f"{addresses.shape}"
-            )
-        return AddressBatch.of_addresses(
-            addresses.astype(np.int64), self.address_manager.compute_aligned_size(layout.size_bytes)
-        )
+        manager = self.address_manager
+        view = read_view(blocks, shape, dtype, fmt, self.layout_of, manager.compute_aligned_size)
+        heap_bytes = manager.get_heap_size()
+        require_fitting(view, manager.align_bytes, heap_bytes, self._open_segments())
+        batch = MemoryBatch(self, view.blocks, view.layout)
+        batch.set_num_tokens(view.num_tokens)
+        return batch
 
     # -- free ----------------------------------------------------------------------------------
 
@@ -338,6 +341,7 @@ class TensorMemoryAllocator(Heap):
             pending_bytes=self.lifetime.reclaimer.pending_bytes,
             dropped_blocks=self.lifetime.dropped_blocks,
             expired_leases=self.lifetime.leases.num_expired,
+            failed_allocations=self._full_reporter.total_failures,
         )
 
     def snapshot(self) -> Int64Array:
@@ -351,7 +355,7 @@ class TensorMemoryAllocator(Heap):
         return self.address_manager.check_consistency()
 
     def full_report(self, num_blocks: int = 0, requested_bytes: int = 0) -> FullReport:
-        """What is free, and which live blocks hold the rest. O(batches)."""
+        """What is free, and which live blocks hold the rest. O(1); its ``live`` is O(batches)."""
         self.require_open()
         heap = self.address_manager.stats()
         return FullReport(
@@ -362,8 +366,8 @@ class TensorMemoryAllocator(Heap):
             largest_free_bytes=heap.largest_free_bytes,
             free_extents=heap.free_extents,
             pending_bytes=self.lifetime.reclaimer.pending_bytes,
-            live=self.lifetime.live(),
             failures=self._full_reporter.failures,
+            find_live=weakly(self.lifetime.live),
         )
 
     def block_bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:
@@ -409,9 +413,9 @@ class TensorMemoryAllocator(Heap):
             ClosedError: the allocator is closed.
         """
         self.require_open()
+        if isinstance(tensor, torch.Tensor) and tensor.device != self.device:
+            raise ValueError(f"the buffer must be on {self.device}, got {tensor.device}")
         buffer = as_buffer(tensor)
-        if buffer.device != self.device:
-            raise ValueError(f"the buffer must be on {self.device}, got {buffer.device}")
         unit = self.address_manager.align_bytes
         usable = buffer.numel() // unit * unit
         if not usable:

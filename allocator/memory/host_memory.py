@@ -18,13 +18,15 @@ from types import TracebackType
 
 import torch
 
+from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.extents import Int64Array
+from kvheap.addresses.integers import as_integer
 from kvheap.memory.host_mapping import HostMapping, reserve
 from kvheap.memory.host_registration import REGISTRATION_BYTES
 from kvheap.memory.numa import MAX_NUMA_NODES
 from kvheap.memory.pages import PAGE_BYTES, HugePages
 from kvheap.memory.populate import populate
-from kvheap.memory.registrar import CudaHostRegistrar, HostRegistrar
+from kvheap.memory.registrar import CudaHostRegistrar, HostRegistrar, require_registrar
 from kvheap.memory.workers import Worker, cut
 
 __all__ = ["HostBuffer"]
@@ -114,7 +116,7 @@ class HostBuffer:
             OSError: as for the class.
             RuntimeError: as for the class.
         """
-        if size_bytes < 1:
+        if as_integer("size_bytes", size_bytes) < 1:
             raise ValueError(f"size_bytes must be positive, got {size_bytes}")
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
@@ -260,10 +262,13 @@ class HostBuffer:
             raise ValueError(
                 f"start and end must be multiples of {PAGE_BYTES}, got [{start}, {end})"
             )
+        piece_bytes = as_integer("piece_bytes", piece_bytes)
         if piece_bytes <= 0 or piece_bytes % PAGE_BYTES:
             raise ValueError(
                 f"piece_bytes must be a positive multiple of {PAGE_BYTES}, got {piece_bytes}"
             )
+        require_flags(allow_unpinned=allow_unpinned)
+        require_registrar(registrar)
         if registrar is None:
             if allow_unpinned and not torch.cuda.is_available():
                 return 0
@@ -315,6 +320,7 @@ class HostBuffer:
         return mapping
 
     def _require_within(self, start: int, end: int) -> None:
+        start, end = as_integer("start", start), as_integer("end", end)
         if not 0 <= start <= end <= self._size_bytes:
             raise ValueError(
                 f"[{start}, {end}) is not within the buffer's {self._size_bytes} bytes"
@@ -328,6 +334,12 @@ def _require_arguments(
     numa_node: int | None,
     fd: int | None,
 ) -> None:
+    size_bytes = as_integer("size_bytes", size_bytes)
+    align_bytes = as_integer("align_bytes", align_bytes)
+    if numa_node is not None:
+        numa_node = as_integer("numa_node", numa_node)
+    if fd is not None:
+        as_integer("fd", fd)
     if not 1 <= size_bytes < 1 << 62:
         raise ValueError(f"size_bytes must be positive and below 2**62, got {size_bytes}")
     if not 1 <= align_bytes < 1 << 62 or align_bytes & (align_bytes - 1):

@@ -73,7 +73,10 @@ def numa_node_of_gpu(
     Raises:
         RuntimeError: this torch does not report the PCI address, or there is no CUDA.
     """
-    properties: Any = torch.cuda.get_device_properties(device)
+    try:
+        properties: Any = torch.cuda.get_device_properties(device)
+    except AssertionError as error:  # a torch without CUDA
+        raise RuntimeError(f"torch has no CUDA, so it knows no GPU: {error}") from error
     try:
         address = (
             f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:"

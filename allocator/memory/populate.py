@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from kvheap.addresses.arguments import require_count
 from kvheap.addresses.integers import round_up
 from kvheap.memory.host_mapping import HostMapping
 from kvheap.memory.pages import MADV_POPULATE_WRITE, PAGE_BYTES, madvise
@@ -41,8 +42,7 @@ def populate(
     """
     if threads is None:
         threads = min(len(os.sched_getaffinity(0)), MAX_POPULATE_THREADS)
-    if threads < 1:
-        raise ValueError(f"threads must be positive, got {threads}")
+    threads = require_count("threads", threads, at_least=1)
     first, last = start // PAGE_BYTES * PAGE_BYTES, round_up(end, PAGE_BYTES)
     slices = cut(first, last, POPULATE_SLICE_BYTES) if start < end else []
     share_out(lambda piece: _populate_slice(mapping, *piece, fd), slices, threads)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["CudaHostRegistrar", "HostRegistrar"]
+__all__ = ["CudaHostRegistrar", "HostRegistrar", "require_registrar"]
 
 HOST_REGISTER_PORTABLE = 1
 """``cudaHostRegisterPortable``: pinned for every device of the process."""
@@ -101,3 +101,16 @@ def _require_success(call: str, code: int) -> None:
     text = cudart.cudaGetErrorString(cudart.cudaError(code))
     name = CUDA_ERROR_NAMES.get(code, "a CUDA error")
     raise RuntimeError(f"{call}: {name} ({code}): {text}")
+
+
+def require_registrar(registrar: Any) -> None:
+    """Raise if a registrar cannot register host memory.
+
+    Raises:
+        TypeError: names what was given.
+    """
+    if registrar is None:
+        return
+    for method in ("register", "unregister"):
+        if not callable(getattr(registrar, method, None)):
+            raise TypeError(f"a registrar must have register() and unregister(), got {registrar!r}")

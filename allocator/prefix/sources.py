@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects, layout_and_addresses
-from kvheap.engine.chunks import chunk_shape, dim_order_of
+from kvheap.engine.chunks import chunk_shape, dim_order_of, require_cache
 from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.paged_slots import count_tokens
 
@@ -21,10 +22,13 @@ def require_blocks(layout: BlockLayout, num_chunks: int, blocks: BlockObjects) -
     """Refuse blocks that are not so many of a layout.
 
     Raises:
+        TypeError: they are not blocks.
         ValueError: the number or the layout differs.
         LifetimeError: a block is freed.
         ForeignObjectError: the blocks are of several heaps.
     """
+    if not isinstance(blocks, Sequence):
+        raise TypeError(f"blocks must be a MemoryBatch or a list of its objects, got {blocks!r}")
     if len(blocks) != num_chunks:
         raise ValueError(f"{num_chunks} keys need as many blocks, got {len(blocks)}")
     if num_chunks:
@@ -42,6 +46,7 @@ def engine_chunk_tokens(
         ValueError: the chunks of the cache differ from the layout, or the slots do not make so
             many chunks.
     """
+    require_cache(cache)
     if len(layout.shapes) != 1:
         raise ValueError(f"chunks of one group can be stored from an engine, not {layout}")
     order = dim_order_of(layout.fmt)

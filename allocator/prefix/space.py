@@ -134,6 +134,14 @@ class ChunkSpace(Generic[K]):
     def __init__(
         self, heap: ChunkHeap, layout: BlockLayout, index: PrefixIndex[K, MemoryObj]
     ) -> None:
+        for method in ("batched_allocate", "batched_free", "max_batch"):
+            if not callable(getattr(heap, method, None)):
+                raise TypeError(f"heap must be a TensorMemoryAllocator, got {heap!r}")
+        if not isinstance(layout, BlockLayout):
+            raise TypeError(
+                f"layout must be a BlockLayout, got {layout!r}: make one with "
+                f"BlockLayout.of(shapes, dtypes, fmt)"
+            )
         self.heap = heap
         self.layout = layout
         self.index = index

@@ -77,8 +77,7 @@ class PrefixStore(Generic[K]):
     allocation waits for them as long as the heap's ``stream_wait_s`` says, and nothing else is
     evicted in their place.
 
-    Make the heap with ``on_full=None``, since a full heap is what a cache works with. The heap
-    may have other users: the store evicts until its chunks fit beside theirs, or raises.
+    The heap may have other users: the store evicts until its chunks fit beside theirs, or raises.
 
     The store has one reference to each of its chunks. Whoever pins a chunk or adds a reference
     keeps the bytes alive beyond the chunk's eviction or removal. Nobody else may free a chunk.

@@ -200,8 +200,8 @@ class EngineCache:
 
     Raises:
         KeyError: there is no such engine layout.
-        ValueError: the geometry is of another kind than the engine layout keeps, or the pool is
-            smaller than a chunk.
+        ValueError: the geometry is of another kind than the engine layout keeps, its chunks are not
+            whole blocks, or the pool is smaller than a chunk.
     """
 
     def __init__(
@@ -221,7 +221,11 @@ class EngineCache:
         self.geometry = geometry
         # An opaque block counts as one slot.
         self._block_size = 1 if geometry.kind == "opaque" else ENGINE_BLOCK_TOKENS
-        self._blocks_per_chunk = geometry.shape[2] // self._block_size
+        self._blocks_per_chunk, left = divmod(geometry.shape[2], self._block_size)
+        if left or not self._blocks_per_chunk:
+            raise ValueError(
+                f"chunks of {geometry.shape[2]} tokens are not whole blocks of {self._block_size}"
+            )
         self._num_blocks = self._pool_size() if num_blocks is None else num_blocks
         self.num_chunks = self._num_blocks // self._blocks_per_chunk
         if not self.num_chunks:

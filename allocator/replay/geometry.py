@@ -10,7 +10,7 @@ are for tests, and for runs that time everything except copying.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,9 @@ from kvheap.kernels.paged_layout import INDEXER_BYTES
 from kvheap.replay.trace import CHUNK_TOKENS
 
 __all__ = ["GEOMETRIES", "Geometry", "Kind"]
+
+OPAQUE_BLOCK_TOKENS = 16
+"""Tokens of a block of the opaque geometry."""
 
 Kind = Literal["attention", "latent", "indexer", "opaque"]
 """What an engine keeps for each token: K and V; one latent vector; 128 values and a scale. For
@@ -46,6 +49,24 @@ class Geometry:
     dtype: torch.dtype
     num_heads: int = 1
 
+    def with_chunks_of(self, num_tokens: int) -> Geometry:
+        """The same KV in chunks of another number of tokens.
+
+        Raises:
+            ValueError: the tokens are not whole blocks of an opaque geometry, or not positive.
+
+        >>> GEOMETRIES["tiny"].with_chunks_of(16).chunk_bytes
+        128
+        """
+        length, left = divmod(self.shape[2] * num_tokens, self.chunk_tokens)
+        if num_tokens <= 0 or left:
+            raise ValueError(
+                f"chunks of {self.name} have a multiple of "
+                f"{self.chunk_tokens // self.shape[2]} tokens, got {num_tokens}"
+            )
+        shape = torch.Size((*self.shape[:2], length, self.shape[3]))
+        return replace(self, shape=shape)
+
     @property
     def fmt(self) -> MemoryFormat:
         """What the dimensions mean."""
@@ -66,6 +87,11 @@ class Geometry:
     def head_dim(self) -> int:
         """Elements of one head; of one token for kinds without heads."""
         return self.shape[3] // self.num_heads
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk; an opaque block stands for 16."""
+        return self.shape[2] * (OPAQUE_BLOCK_TOKENS if self.kind == "opaque" else 1)
 
     @property
     def chunk_bytes(self) -> int:
@@ -96,7 +122,7 @@ GEOMETRIES = {
         _attention("small", 2, 2, 4, torch.float16),
         _latent_attention("small-mla", 2, 8),
         _of_bytes("small-indexer", "indexer", 2, CHUNK_TOKENS, INDEXER_BYTES),
-        _of_bytes("small-opaque", "opaque", 2, CHUNK_TOKENS // 16, 192),
+        _of_bytes("small-opaque", "opaque", 2, CHUNK_TOKENS // OPAQUE_BLOCK_TOKENS, 192),
         _attention("llama-3-8b", 32, 8, 128),
         _attention("llama-3-70b", 80, 8, 128),
         _attention("llama-3-70b-tp4", 80, 2, 128),

@@ -1,27 +1,46 @@
-"""Request traces: one JSON object per line, as published with Mooncake (FAST'25).
+"""Request traces: one JSON object per line, as published with Mooncake (FAST'25) and Qwen-Bailian.
 
-``timestamp`` is in ms; ``input_length`` and ``output_length`` are in tokens; ``hash_ids`` names the
-512-token chunks of the prompt in order. Equal ids mean equal KV, because an id stands for the
-chunk and everything before it.
+``input_length`` and ``output_length`` are in tokens; ``hash_ids`` names the chunks of the prompt in
+order. Equal ids mean equal KV, because an id stands for the chunk and everything before it. Other
+fields are ignored. Where publishers and tools differ:
+
+- ``timestamp`` is in ms (Mooncake), or in seconds: where a row has a ``chat_id`` (Bailian), or a
+  timestamp a fraction. A row without one arrives with the row before it;
+- ids are signed or unsigned 64-bit integers, but not both in one file;
+- a chunk has 512 tokens (Mooncake), 16 (Bailian), or another number, which
+  :func:`infer_chunk_tokens` finds from the lengths;
+- the file may be compressed by gzip, and have blank lines.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 import random
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-__all__ = ["CHUNK_TOKENS", "Request", "TraceError", "read_trace", "synthetic_trace"]
+__all__ = [
+    "CHUNK_TOKENS",
+    "Request",
+    "TraceError",
+    "infer_chunk_tokens",
+    "read_trace",
+    "synthetic_trace",
+]
 
 CHUNK_TOKENS = 512
-"""Tokens of the chunk that a hash id names."""
+"""Tokens of the chunk that a hash id names, where the lengths do not say otherwise."""
 
 INT64_END = 1 << 63
 """Ids and counts must fit int64, because they are put into int64 tensors and arrays."""
+
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +48,9 @@ class Request:
     """One request of a trace.
 
     Attributes:
-        timestamp_ms: when it arrives.
+        timestamp_ms: when it arrives, rounded.
         input_length, output_length: tokens of its prompt and of its answer.
-        hash_ids: ids of the prompt's chunks, in order.
+        hash_ids: ids of the prompt's chunks, in order, int64; unsigned ones are wrapped around.
     """
 
     timestamp_ms: int
@@ -63,25 +82,118 @@ def read_trace(path: Path, limit: int | None = None) -> list[Request]:
     """Read the first ``limit`` requests of a file; None: all.
 
     Raises:
-        TraceError: a line is malformed.
+        TraceError: a line is malformed; the message says which and why.
         OSError: the file cannot be read.
     """
+    rows: list[_Row] = []
     line_number = 0
-
-    def requests() -> Iterator[Request]:
-        nonlocal line_number
-        with path.open("rb") as lines:
-            for line in islice(lines, limit):
-                line_number += 1
-                yield _parse(line)
-
     try:
-        return list(requests())
+        with _opened(path) as lines:
+            while limit is None or len(rows) < limit:
+                line_number += 1
+                line = lines.readline()
+                if not line:
+                    break
+                if line.strip():
+                    rows.append(_parse(line, line_number))
+        if not rows and line_number > 1:
+            line_number = 1
+            raise ValueError("not JSON: the line is blank, and so are all others")
+        seconds = any(row.is_of_seconds for row in rows)
+        signs = _Signs()
+        requests: list[Request] = []
+        for row in rows:
+            line_number = row.line_number
+            before_ms = requests[-1].timestamp_ms if requests else 0
+            requests.append(
+                Request(
+                    before_ms if row.timestamp is None else _milliseconds(row.timestamp, seconds),
+                    row.input_length,
+                    row.output_length,
+                    signs.as_int64(row.hash_ids),
+                )
+            )
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise TraceError(path, line_number, f"the gzip file is damaged: {error}") from None
     except ValueError as error:
         raise TraceError(path, line_number, str(error)) from None
+    return requests
 
 
-def _parse(line: bytes) -> Request:
+def infer_chunk_tokens(requests: Sequence[Request]) -> int:
+    """How many tokens a chunk of a trace has, by the lengths of its prompts and of its ids.
+
+    A prompt of T tokens has ``ceil(T / n)`` ids; where only full chunks have ids, ``T // n``.
+
+    Returns:
+        512 if that fits all requests; else the largest power of two that does; 512 if none does.
+
+    >>> infer_chunk_tokens([Request(0, 521, 132, tuple(range(33)))])
+    16
+    """
+    shapes = {(r.input_length, len(r.hash_ids)) for r in requests if r.input_length and r.hash_ids}
+    candidates = (CHUNK_TOKENS, *(1 << power for power in range(20, -1, -1)))
+    for tokens in candidates:
+        if all(-(-length // tokens) == ids for length, ids in shapes):
+            return tokens
+    for tokens in candidates:
+        if all(length // tokens == ids for length, ids in shapes):
+            return tokens
+    return CHUNK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A line of a trace, before the unit of its timestamps is known."""
+
+    line_number: int
+    timestamp: float | None
+    is_of_seconds: bool
+    input_length: int
+    output_length: int
+    hash_ids: list[int]
+
+
+class _Signs:
+    """Whether a trace's ids are signed or unsigned; it cannot have both."""
+
+    def __init__(self) -> None:
+        self._negative: int | None = None
+        self._unsigned: int | None = None
+
+    def as_int64(self, hash_ids: list[int]) -> tuple[int, ...]:
+        """The ids as signed numbers with the same 64 bits.
+
+        Raises:
+            ValueError: an id has another sign than an id before it allows.
+        """
+        if not hash_ids:
+            return ()
+        lowest, highest = min(hash_ids), max(hash_ids)
+        if lowest < 0:
+            self._negative = lowest
+        if highest >= INT64_END:
+            self._unsigned = highest
+        if self._negative is not None and self._unsigned is not None:
+            raise ValueError(
+                f"hash_ids must be signed or unsigned, not both: {self._negative} and "
+                f"{self._unsigned} are in one file"
+            )
+        if highest < INT64_END:
+            return tuple(hash_ids)
+        return tuple(each - 2 * INT64_END if each >= INT64_END else each for each in hash_ids)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """The lines of a file, decompressed if it begins like a gzip file."""
+    with path.open("rb") as file:
+        is_gzip = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+    if is_gzip:
+        return cast("IO[bytes]", gzip.open(path, "rb"))
+    return path.open("rb")
+
+
+def _parse(line: bytes, line_number: int) -> _Row:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:
@@ -96,14 +208,38 @@ def _parse(line: bytes) -> Request:
     if not isinstance(hash_ids, list):
         raise ValueError(f"hash_ids must be a list, got {_shown(hash_ids)}")
     for hash_id in hash_ids:
-        if type(hash_id) is not int or not -INT64_END <= hash_id < INT64_END:
+        if type(hash_id) is not int or not -INT64_END <= hash_id < 2 * INT64_END:
             raise ValueError(f"hash_ids must be 64-bit integers, got {_shown(hash_id)}")
-    return Request(
-        _non_negative(record, "timestamp"),
+    timestamp = _timestamp(record)
+    return _Row(
+        line_number,
+        timestamp,
+        "chat_id" in record or (type(timestamp) is float and not timestamp.is_integer()),
         _non_negative(record, "input_length"),
         _non_negative(record, "output_length"),
-        tuple(hash_ids),
+        hash_ids,
     )
+
+
+def _timestamp(record: dict[str, Any]) -> float | None:
+    """The timestamp as it is; None if there is none."""
+    if "timestamp" not in record:
+        return None
+    value = record["timestamp"]
+    if type(value) is int:
+        return _non_negative(record, "timestamp")
+    if type(value) is not float or not math.isfinite(value):
+        raise ValueError(f"timestamp must be a number, got {_shown(value)}")
+    if value < 0:
+        raise ValueError(f"timestamp must be non-negative, got {_shown(value)}")
+    return value
+
+
+def _milliseconds(timestamp: float, is_seconds: bool) -> int:
+    found = round(timestamp * 1000 if is_seconds else timestamp)
+    if found >= INT64_END:
+        raise ValueError(f"timestamp must be a 64-bit number of ms, got {_shown(timestamp)}")
+    return found
 
 
 def _field(record: dict[str, Any], key: str) -> Any:

@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvheap.addresses.arguments import require_count, require_flags
+from kvheap.blocks.carried_tokens import carry_tokens
 from kvheap.blocks.heap import BlockObjects, heap_of, layout_and_addresses
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
@@ -123,6 +125,9 @@ def offload(
         TransferError: the copy failed to start, or the transfer that fills the source's blocks has
             failed; nothing is allocated or freed.
     """
+    require_flags(free=free, allow_partial=allow_partial, by_layer=by_layer)
+    if not callable(getattr(into, "batched_allocate", None)):
+        raise TypeError(f"into must be an allocator, got {into!r}")
     heap = heap_of(batch)
     layout, _ = layout_and_addresses(batch)
     shapes, dtypes = list(layout.shapes), list(layout.dtypes)
@@ -146,6 +151,7 @@ def offload(
             given_up = [moved] if isinstance(moved, Rows) else heap.rows_by_batch(moved)
         plan = CopyPlan.between(moved, target, by_layer=by_layer)
         target.transfer = _start(plan, stream, path, max_sms, _Move(given_up))
+        carry_tokens(moved, target)
     except BaseException:
         into.batched_free(target)
         raise
@@ -165,8 +171,8 @@ def _start(
     """Protect both sides, claim the blocks that a move frees, and queue the copy."""
     if path is not None and path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
-    if max_sms is not None and max_sms < 1:
-        raise ValueError(f"max_sms must be positive, got {max_sms}")
+    if max_sms is not None:
+        max_sms = require_count("max_sms", max_sms, at_least=1)
     before = _transfers_filling(plan)
     device = plan.device
     run: HostRun | DeviceRun
@@ -190,6 +196,8 @@ def _start(
         is_captured=run.is_captured,
         settle=None if move is None else move.settle,
     )
+    for rows in plan.target.blocks:
+        rows.batch.stored_tokens.forget(rows.rows)
     try:
         plan.protect(completion)
         if isinstance(run, DeviceRun) and run.is_captured:

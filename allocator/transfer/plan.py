@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.integers import as_integer
 from kvheap.blocks.heap import BlockObjects
@@ -24,6 +25,7 @@ from kvheap.device import cuda
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice, PreparedCopy
 from kvheap.device.directions import Direction
+from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.block_addresses import host_addresses
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.sides import NOWHERE, Blocks, Side, layer_offsets, paired, walls_of
@@ -82,6 +84,7 @@ class CopyPlan:
             TypeError: a side is none of these.
             LifetimeError: a block is freed.
         """
+        require_flags(by_layer=by_layer)
         from_blocks, to_blocks = Blocks.of("source", source), Blocks.of("target", target)
         from_blocks.require_same(to_blocks)
         sides = (from_blocks.side, to_blocks.side)
@@ -311,6 +314,7 @@ def _places(
     name: str, buffer: torch.Tensor, addresses: npt.ArrayLike, sizes: npt.NDArray[np.integer]
 ) -> Int64Array:
     """Absolute addresses of pieces of a buffer, int64 ``[N]``."""
+    require_tensor(name.removesuffix("_addresses"), buffer)
     if not buffer.is_contiguous():
         raise ValueError(f"buffers must be contiguous, got strides {buffer.stride()}")
     num_bytes = buffer.nbytes

@@ -8,6 +8,8 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvheap import (
     AddressBatch,
@@ -524,3 +526,34 @@ def test_it_needs_neither_torch_nor_triton() -> None:
         "sys.exit(bool({'torch', 'triton'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class TestAddressesOfSomeBlocks:
+    @settings(deadline=None)
+    @given(
+        st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=12),
+        st.lists(st.integers(0, 10_000), max_size=20),
+        st.booleans(),
+    )
+    def test_they_are_those_of_all(
+        self, runs: list[tuple[int, int]], picks: list[int], is_known: bool
+    ) -> None:
+        starts, at = [], 0
+        for gap, count in runs:
+            at += gap * PAGE
+            starts.append(at)
+            at += count * PAGE
+        counts = [count for _, count in runs]
+        expected = [
+            start + PAGE * n
+            for start, many in zip(starts, counts, strict=True)
+            for n in range(many)
+        ]
+        batch = AddressBatch(PAGE, np.array(starts), np.array(counts))
+        if is_known:
+            assert batch.addresses.tolist() == expected
+        rows = np.array([pick % len(batch) for pick in picks], np.int64)
+        assert batch.addresses_of(rows).tolist() == [expected[row] for row in rows]
+        assert [batch.address(int(row)) for row in rows] == [expected[row] for row in rows]
+        batch.forget_addresses()
+        assert batch.addresses.tolist() == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -216,3 +217,32 @@ def test_a_handle_is_on_its_block() -> None:
     assert batch[0] == MemoryObj(batch, 0)
     assert batch == list(batch)
     assert batch != list(batch)[::-1]
+
+
+@pytest.mark.parametrize("fragmented", [False, True])
+def test_the_last_of_many_blocks_keeps_no_address_of_the_others(fragmented: bool) -> None:
+    count = 4096
+    heap = TensorMemoryAllocator(
+        torch.empty((2 * count + 8) * 64, dtype=torch.uint8), align_bytes=64
+    )
+    holes = heap.batched_allocate([64], torch.uint8, 8)
+    assert holes is not None
+    if fragmented:
+        heap.batched_free(holes[::2])
+    batch = heap.batched_allocate([64], torch.uint8, count)
+    assert batch is not None
+    addresses = batch.addresses.tolist()
+    last = batch[count - 1]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        heap.batched_free(batch[: count - 1])
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 6 * count, "more than the counts"
+    assert batch.runs._addresses is None
+    assert last.address == addresses[-1]
+    heap.free(last)
+    assert heap.stats().allocated_bytes == (4 if fragmented else 8) * 64

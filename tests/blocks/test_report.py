@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import pickle
+import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from small_heaps import (
 
 from kvheap import (
     FullReport,
+    LiveBlocks,
+    log_full_report,
 )
 
 __all__ = ["no_debug"]
@@ -70,10 +75,66 @@ class TestFull:
         finally:
             gc.enable()
 
-    def test_it_is_logged_where_nobody_listens(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_full_heap_is_quiet_and_counts(self, caplog: pytest.LogCaptureFixture) -> None:
         heap = heap_of(1)
+        with caplog.at_level(logging.DEBUG, logger="kvheap"):
+            for _ in range(3):
+                assert heap.allocate([2 * PAGE], torch.uint8) is None
+        assert not caplog.records
+        assert heap.stats().failed_allocations == 3
+        assert heap.full_report(1, 2 * PAGE).failures == 3
+
+    def test_it_can_be_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        heap = heap_of(1, on_full=log_full_report)
         with caplog.at_level(logging.WARNING, logger="kvheap"):
             for _ in range(3):
                 assert heap.allocate([2 * PAGE], torch.uint8) is None
+            for thread in threading.enumerate():
+                if thread.name == "kvheap-report":
+                    thread.join()
         assert len(caplog.records) == 1
+        assert caplog.records[0].threadName == "kvheap-report"
         assert "cannot allocate 1 blocks, 8,192 bytes" in caplog.text
+
+    @pytest.mark.parametrize("logs", [True, False])
+    def test_a_failure_looks_at_no_live_block(
+        self, logs: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        threads: list[threading.Thread] = []
+        heap = heap_of(8, on_full=log_full_report if logs else lambda report: None)
+        kept = [take(heap, 1) for _ in range(8)]
+        find = heap.lifetime.live
+
+        def live() -> tuple[LiveBlocks, ...]:
+            threads.append(threading.current_thread())
+            return find()
+
+        monkeypatch.setattr(type(heap.lifetime), "live", lambda self: live())
+        assert heap.allocate([PAGE], torch.uint8) is None
+        for thread in threading.enumerate():
+            if thread.name == "kvheap-report":
+                thread.join()
+        assert threading.current_thread() not in threads
+        assert len(threads) == logs
+        assert heap.full_report().live_blocks == len(kept)
+
+    def test_a_report_keeps_no_heap_and_survives_a_pickle(self) -> None:
+        reports: list[FullReport] = []
+        heap = heap_of(2, on_full=reports.append)
+        kept = take(heap, 1)
+        assert heap.allocate([2 * PAGE], torch.uint8) is None
+        (report,) = reports
+        copy = pickle.loads(pickle.dumps(report))
+        assert (copy, copy.live) == (report, report.live)
+        assert copy.live_blocks == 1
+        late = heap.full_report()
+        buffer = weakref.ref(heap.buffer.untyped_storage())
+        del kept, heap
+        gc.collect()
+        assert buffer() is None
+        assert late.live == ()
+
+    @pytest.mark.parametrize("on_full", ["log", 1, True])
+    def test_what_cannot_be_called_is_refused(self, on_full: Any) -> None:
+        with pytest.raises(TypeError, match=f"on_full must be a function .* got {on_full!r}"):
+            heap_of(1, on_full=on_full)

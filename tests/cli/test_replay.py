@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import runpy
 import subprocess
@@ -114,6 +115,43 @@ class TestMadeUpTraffic:
         counts = [figures[name] for name in ("hits", "stored", "resident", "evicted")]
         assert counts == [2, 5, 3, 0]
 
+    @pytest.mark.parametrize("engine_layout", [None, "vllm-flash-nhd", "opaque"])
+    def test_a_trace_of_small_chunks(self, tmp_path: Path, engine_layout: str | None) -> None:
+        trace = tmp_path / "trace.jsonl.gz"
+        rows = [
+            {
+                "chat_id": at,
+                "timestamp": at + 0.5,
+                "input_length": 16 * at + 3,
+                "output_length": 1,
+                "hash_ids": [(1 << 64) - 1 - number for number in range(at + 1)],
+            }
+            for at in range(1, 20)
+        ]
+        trace.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+        more = () if engine_layout is None else ("--engine-layout", engine_layout)
+        figures = figures_of(tmp_path, trace, *more)
+        assert figures["chunk_tokens"] == 16
+        assert figures["stored"] == 20
+        assert figures["hits"] == sum(range(2, 20))
+        larger = figures_of(tmp_path, trace, *more, "--chunk-tokens", "32")
+        assert larger["chunk_tokens"] == 32
+        assert larger["chunk_bytes"] == 2 * figures["chunk_bytes"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--chunk-tokens", "0"), "--chunk-tokens must be positive, got 0"),
+            (("--chunk-tokens", "24", "--engine-layout", "mla"), "not whole blocks of 16"),
+            (("--chunk-tokens", "24", "--engine-layout", "opaque"), "have a multiple of 16 tokens"),
+        ],
+    )
+    def test_chunks_that_cannot_be(
+        self, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+    ) -> None:
+        assert main(["replay", "--requests", "3", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
     def test_hits_are_checked_in_pieces_of_bounded_size(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -218,7 +256,7 @@ class TestEngineLayouts:
         (LINE.replace("600", "true"), "input_length must be an integer, got true"),
         (LINE.replace("[1, 2]", "7"), "hash_ids must be a list, got 7"),
         (LINE.replace("[1, 2]", '[1, "2"]'), 'must be 64-bit integers, got "2"'),
-        (LINE.replace("[1, 2]", f"[{1 << 63}]"), "must be 64-bit integers, got 9223"),
+        (LINE.replace("[1, 2]", f"[{1 << 64}]"), "must be 64-bit integers, got 1844"),
         ("\xff", "not"),
     ],
 )

@@ -18,6 +18,7 @@ import torch
 
 from kvheap import (
     AdHocMemoryAllocator,
+    BlockLayout,
     BufferAllocator,
     BytesBufferMemoryObj,
     ClosedError,
@@ -285,9 +286,7 @@ class TestPinned:
             5 * 3 * PAGE,
             registrar=registrar,
             piece_bytes=7 * PAGE,
-            page_layout=PagedTensorMemoryAllocator(
-                torch.zeros(1, dtype=torch.uint8), [3 * PAGE], torch.uint8
-            ).page_layout,
+            page_layout=BlockLayout.of([3 * PAGE], torch.uint8, MemoryFormat.KV_2LTD),
         )
         assert sorted(registrar.ranges.values()) == [3 * PAGE, 6 * PAGE, 6 * PAGE]
         assert len(heap.batched_allocate([3 * PAGE], torch.uint8, 5) or ()) == 5
@@ -615,8 +614,9 @@ class TestView:
         [
             ([0, 7 * PAGE, 8 * PAGE], "leave the buffer"),
             ([-PAGE], "leave the buffer"),
-            ([PAGE, 0], "must ascend"),
-            ([0, 100], "must ascend by at least the 4096"),
+            ([PAGE, PAGE], "overlap"),
+            ([0, 100], "overlap"),
+            ([100], "not aligned"),
             ([0.5], "must be integers"),
         ],
     )

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_paths import PATHS, on_a_gpu, running
 
 import kvheap
@@ -46,10 +48,10 @@ def tokens_of(chunks, dtype):
 
 def copy_unseen(cache, values, chunks, num_tokens, are_blocks, to_heap=True):
     """A copy whose slots are not checked on the host, as where they are on a device."""
-    slots = BlockIds([0] * len(values), num_tokens) if are_blocks else [0] * num_tokens
+    slots = BlockIds(range(len(values)), num_tokens) if are_blocks else range(num_tokens)
     copy = TokenCopy.of(cache, slots, chunks, None, None, eager=False, to_heap=to_heap)
     unseen = values.to(cache.device)
-    paged_copy._run(replace(copy, places=replace(copy.places, values=unseen)))
+    paged_copy.run_copy(replace(copy, places=replace(copy.places, values=unseen)))
 
 
 def make_unseen(device, dtype=torch.float32):
@@ -136,17 +138,55 @@ def test_good_slots_and_skipped_ones_report_nothing(path):
             cache.synchronize()
 
 
-def test_debug_mode_refuses_to_load_two_tokens_into_one_slot():
-    cache, tensors, batch = make("cpu", debug=True)
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("convert", [False, True])
+@pytest.mark.parametrize(
+    ("slots", "place"),
+    [
+        ([*range(15), 3], "slots .*: 3 appears twice, at 3 and 15"),
+        ([0, 0, *range(1, 15)], "slots .*: 0 appears twice, at 0 and 1"),
+        ([8, 9, 10, 11, 12, 13, 14, 15, 4, 5, 6, 7, 8, 1, 2, 3], ": 8 appears twice, at 0 and 12"),
+        ([5, -1, 6, -1, 5, *range(8, 19)], ": 5 appears twice, at 0 and 4"),
+        ([23, *range(14, -1, -1)[:13], 0, 23], "23 appears twice, at 0 and 15"),
+        (BlockIds([1, 2, 1, 3]), "block ids .*: 1 appears twice, at 0 and 2"),
+        (BlockIds([5, 5, 0, 3], 14), "5 appears twice"),
+        (BlockIds([5, -1, -1, 5], 14), "5 appears twice, at 0 and 3"),
+    ],
+)
+def test_two_tokens_are_not_loaded_into_one_slot(slots, place, debug, convert):
+    dtype = torch.float16 if convert else torch.float32
+    tensors = [torch.randn(2, BLOCKS, BLOCK_SIZE, 2, 16).to(dtype) for _ in range(2)]
+    heap = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8), debug=debug)
+    cache = PagedKVCache.of("vllm-flash-nhd", tensors)
+    batch = heap.batched_store(cache, range(16), 8, convert=convert)
     before = [tensor.clone() for tensor in tensors]
-    slots = [*range(15), 3]
-    with pytest.raises(ValueError, match="must differ: 3 appears twice"):
-        kvheap.load(batch, cache, slots)
-    with pytest.raises(ValueError, match="must differ"):
-        kvheap.load(batch, cache, BlockIds([1, 2, 1, 3]))
+    for listed in (slots, slots if isinstance(slots, BlockIds) else torch.tensor(slots)):
+        with pytest.raises(ValueError, match=place):
+            kvheap.load(batch, cache, listed, convert=convert)
     assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
+
+
+def test_slots_that_are_skipped_or_read_may_repeat():
+    cache, _, batch = make("cpu", debug=True)
     kvheap.load(batch, cache, [-1] * 14 + [3, 4])
-    kvheap.store(cache, slots, batch)
+    kvheap.load(batch, cache, BlockIds([-1, 2, -1, -1]))
+    kvheap.load(batch, cache, [-1] * 16)
+    kvheap.load([batch[1], batch[1]], cache, range(16))
+    kvheap.store(cache, [*range(15), 3], batch)
+
+
+@given(st.lists(st.integers(-1, 23), min_size=16, max_size=16), st.booleans())
+@settings(deadline=None)
+def test_exactly_lists_with_repetitions_are_refused(slots, as_runs):
+    if as_runs:  # long runs, which are compared as runs
+        slots = [(slots[at // 4 * 4] + at % 4) % 24 for at in range(16)]
+    real = [slot for slot in slots if slot >= 0]
+    cache, _, batch = make("cpu")
+    if len(set(real)) == len(real):
+        kvheap.load(batch, cache, slots)
+    else:
+        with pytest.raises(ValueError, match="appears twice"):
+            kvheap.load(batch, cache, slots)
 
 
 @on_a_gpu

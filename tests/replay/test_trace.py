@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 from pathlib import Path
 
 import pytest
 
-from kvheap.replay.trace import CHUNK_TOKENS, Request, TraceError, read_trace, synthetic_trace
+from kvheap.replay.trace import (
+    CHUNK_TOKENS,
+    Request,
+    TraceError,
+    infer_chunk_tokens,
+    read_trace,
+    synthetic_trace,
+)
 
 TRACE = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
 RECORD = {"timestamp": 7, "input_length": 900, "output_length": 52, "hash_ids": [46, 47]}
@@ -42,8 +50,13 @@ def test_the_limit_stops_before_what_lies_behind_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"timestamp": 1.0}, "timestamp must be an integer, got 1.0"),
-        ({"timestamp": None}, "timestamp must be an integer, got null"),
+        ({"timestamp": None}, "timestamp must be a number, got null"),
+        ({"timestamp": "7"}, 'timestamp must be a number, got "7"'),
+        ({"timestamp": True}, "timestamp must be a number, got true"),
+        ({"timestamp": float("nan")}, "timestamp must be a number, got NaN"),
+        ({"timestamp": float("inf")}, "timestamp must be a number, got Infinity"),
+        ({"timestamp": -0.5}, "timestamp must be non-negative, got -0.5"),
+        ({"timestamp": 1e19}, "timestamp must be a 64-bit number of ms, got 1e+19"),
         ({"timestamp": 1 << 63}, "timestamp must be a 64-bit integer, got 9223372036854775808"),
         ({"input_length": -1}, "input_length must be non-negative, got -1"),
         ({"output_length": True}, "output_length must be an integer, got true"),
@@ -53,6 +66,11 @@ def test_the_limit_stops_before_what_lies_behind_it(tmp_path: Path) -> None:
         ({"hash_ids": [1, False]}, "hash_ids must be 64-bit integers, got false"),
         ({"hash_ids": [[1]]}, "hash_ids must be 64-bit integers, got [1]"),
         ({"hash_ids": [-(1 << 63) - 1]}, "got -9223372036854775809"),
+        ({"hash_ids": [1 << 64]}, "got 18446744073709551616"),
+        (
+            {"hash_ids": [-1, 1 << 63]},
+            "must be signed or unsigned, not both: -1 and 92233720368547",
+        ),
         ({"hash_ids": ["long" * 50]}, 'got "' + "long" * 9 + "..."),
     ],
 )
@@ -65,7 +83,7 @@ def test_a_wrong_value_is_shown(tmp_path: Path, change: dict[str, object], reaso
     assert str(caught.value) == f"{path}, line 3: {caught.value.reason}"
 
 
-@pytest.mark.parametrize("key", RECORD)
+@pytest.mark.parametrize("key", ["input_length", "output_length", "hash_ids"])
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     record = {name: value for name, value in RECORD.items() if name != key}
     with pytest.raises(TraceError, match=f"line 1: {key} is missing"):
@@ -88,6 +106,106 @@ def test_a_line_that_is_no_object_is_refused(tmp_path: Path, line: bytes, reason
     path.write_bytes(line + b"\n")
     with pytest.raises(TraceError, match=reason):
         read_trace(path)
+
+
+class TestWhatOthersWrite:
+    def test_rows_of_qwen_bailian(self, tmp_path: Path) -> None:
+        more = {"chat_id": 159, "parent_chat_id": -1, "type": "text", "turn": 1}
+        row = {"input_length": 40, "output_length": 5, "hash_ids": [1089, 1090, 6326]}
+        rows = [{**more, "timestamp": at, **row} for at in (61, 61.114, 62.5)]
+        requests = read_trace(trace_of(tmp_path, *rows))
+        assert [request.timestamp_ms for request in requests] == [61_000, 61_114, 62_500]
+        assert requests[0] == Request(61_000, 40, 5, (1089, 1090, 6326))
+        assert infer_chunk_tokens(requests) == 16
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ([0, 3000], [0, 3000]),
+            ([0.0, 3000.0], [0, 3000]),
+            ([0.0, 61.114], [0, 61_114]),
+            ([5, 7.25, 9], [5000, 7250, 9000]),
+            ([7, None, 9, None], [7, 7, 9, 9]),
+            ([None, None], [0, 0]),
+            ([None, 1.5, None], [0, 1500, 1500]),
+        ],
+    )
+    def test_timestamps(
+        self, tmp_path: Path, given: list[float | None], expected: list[int]
+    ) -> None:
+        rows = []
+        for at in given:
+            row = {**RECORD, "timestamp": at}
+            if at is None:
+                del row["timestamp"]
+            rows.append(row)
+        requests = read_trace(trace_of(tmp_path, *rows))
+        assert [request.timestamp_ms for request in requests] == expected
+        assert all(type(request.timestamp_ms) is int for request in requests)
+
+    def test_unsigned_ids_keep_their_bits_and_stay_apart(self, tmp_path: Path) -> None:
+        ids = [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
+        (request,) = read_trace(trace_of(tmp_path, {**RECORD, "hash_ids": ids}))
+        assert [each % (1 << 64) for each in request.hash_ids] == ids
+        assert all(-(1 << 63) <= each < 1 << 63 for each in request.hash_ids)
+        path = trace_of(
+            tmp_path, {**RECORD, "hash_ids": [1 << 63]}, RECORD, {**RECORD, "hash_ids": [-5]}
+        )
+        with pytest.raises(TraceError, match="line 3: hash_ids must be signed or unsigned"):
+            read_trace(path)
+
+    @pytest.mark.parametrize("end", ["\n", "\n\n", "\r\n", " \n\t\n", ""])
+    def test_blank_lines(self, tmp_path: Path, end: str) -> None:
+        path = tmp_path / "trace.jsonl"
+        line = json.dumps(RECORD)
+        path.write_bytes(f"{line}\n\n{line}{end}".encode())
+        assert len(read_trace(path)) == 2
+        assert len(read_trace(path, limit=1)) == 1
+        path.write_bytes(f"{line}\n\nnothing{end}".encode())
+        with pytest.raises(TraceError, match="line 3: not JSON"):
+            read_trace(path)
+
+    def test_gzip_by_its_contents_and_not_its_name(self, tmp_path: Path) -> None:
+        text = (json.dumps(RECORD) + "\n").encode() * 100
+        path = tmp_path / "trace.jsonl"
+        path.write_bytes(gzip.compress(text))
+        assert len(read_trace(path)) == 100
+        assert len(read_trace(path, limit=7)) == 7
+        plain = tmp_path / "trace.jsonl.gz"
+        plain.write_bytes(text)
+        assert len(read_trace(plain)) == 100
+
+    @pytest.mark.parametrize("cut", [5, 30, -9, -3])
+    def test_damaged_gzip(self, tmp_path: Path, cut: int) -> None:
+        whole = gzip.compress(
+            b"".join(json.dumps({**RECORD, "n": n}).encode() + b"\n" for n in range(500))
+        )
+        path = tmp_path / "trace.jsonl.gz"
+        path.write_bytes(whole[:cut])
+        with pytest.raises(TraceError, match=r"line \d+: the gzip file is damaged"):
+            read_trace(path)
+        broken = bytearray(whole)
+        broken[len(whole) // 2] ^= 0xFF
+        path.write_bytes(broken)
+        with pytest.raises(TraceError, match=r"line \d+: "):
+            read_trace(path)
+
+    @pytest.mark.parametrize("tokens", [1, 16, 64, 128, 256, 512, 1024, 4096])
+    @pytest.mark.parametrize("whole_only", [False, True])
+    def test_the_tokens_of_a_chunk(self, tokens: int, whole_only: bool) -> None:
+        def ids(length: int) -> tuple[int, ...]:
+            return tuple(range(length // tokens if whole_only else -(-length // tokens)))
+
+        lengths = [5000, 9216, 12_345, 100, 65_537, 4097, 8191]
+        requests = [Request(0, length, 1, ids(length)) for length in lengths]
+        assert infer_chunk_tokens(requests) == tokens
+
+    def test_lengths_that_say_nothing(self) -> None:
+        assert infer_chunk_tokens([]) == CHUNK_TOKENS
+        assert infer_chunk_tokens([Request(0, 900, 1, ()), Request(0, 0, 1, (3,))]) == CHUNK_TOKENS
+        assert infer_chunk_tokens([Request(0, 900, 1, (1, 2))]) == CHUNK_TOKENS
+        odd = [Request(0, 900, 1, (1, 2)), Request(0, 900, 1, (1,))]
+        assert infer_chunk_tokens(odd) == CHUNK_TOKENS
 
 
 def test_the_error_survives_a_process_pool() -> None:

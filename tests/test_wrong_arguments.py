@@ -1,0 +1,525 @@
+"""Every public callable with the wrong kind of each argument: it says what is wrong with it.
+
+Each error is a ``TypeError`` or ``ValueError`` of kvheap whose message names the argument or shows
+the value, and after it nothing is allocated, freed or copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvheap
+from kvheap import (
+    AddressBatch,
+    AddressManager,
+    BlockIds,
+    BlockLayout,
+    CopyPlan,
+    HostBuffer,
+    MemoryBatchMetadata,
+    MemoryFormat,
+    PagedKVCache,
+    PrefixStore,
+    TensorMemoryAllocator,
+)
+from kvheap.kernels import fill_blocks, gather_blocks, move_blocks, scatter_blocks
+from kvheap.transfer import copy
+
+HALF = torch.float16
+OBJECT = object()
+WRONG: dict[str, Any] = {
+    "object": OBJECT,
+    "float": 1.5,
+    "text": "nonsense",
+    "dict": {"a": 1},
+    "list": [1, "a"],
+    "tensor": torch.zeros(3),
+    "class": dict,
+}
+
+
+class Scene:
+    """A heap with a batch of an engine's chunks, another heap, and what the calls need."""
+
+    def __init__(self) -> None:
+        self.heap = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8))
+        self.far = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8))
+        self.tensors = [torch.rand(2, 16, 16, 2, 8).half() for _ in range(2)]
+        self.cache = PagedKVCache.of("vllm-flash-nhd", self.tensors)
+        batch = self.heap.batched_store(self.cache, range(64), 32)
+        assert batch is not None
+        self.batch, self.layout = batch, batch.layout
+        self.rows = torch.zeros(2, *self.layout.shapes[0]).half()
+        self.index: PrefixStore[str] = PrefixStore(self.far, self.layout)
+        self.manager = AddressManager(1 << 16)
+        self.buffer = HostBuffer(1 << 16)
+        self.before = self.state()
+
+    def state(self) -> tuple[Any, ...]:
+        held = (self.heap.stats().allocated_bytes, self.far.stats().allocated_bytes)
+        contents = [hash(each.numpy().tobytes()) for each in (self.heap.buffer, *self.tensors)]
+        return (*held, *contents, self.batch.live.all())
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that works; and what else is a right kind of each argument."""
+
+    make: Callable[[Scene], Callable[..., Any]]
+    arguments: Callable[[Scene], dict[str, Any]]
+    right: frozenset[tuple[str, str]] = frozenset()
+
+
+def call(make: Any, arguments: Any, *right: tuple[str, str]) -> Call:
+    return Call(make, arguments, frozenset(right))
+
+
+BYTES = torch.uint8
+SHAPES = {"shape": [2, 3], "dtype": HALF}
+HEAP_OPTIONS = {
+    "page_layout": None,
+    "idempotent_free": False,
+    "scrub": False,
+    "debug": False,
+    "trace_frames": 0,
+    "stream_wait_s": 0.0,
+    "on_full": None,
+    "on_full_interval_s": 1.0,
+}
+SECONDS = (("stream_wait_s", "float"), ("on_full_interval_s", "float"), ("on_full", "class"))
+
+CALLS: dict[str, Call] = {
+    "TensorMemoryAllocator": call(
+        lambda s: TensorMemoryAllocator,
+        lambda s: {
+            "tensor": torch.zeros(1 << 16, dtype=BYTES),
+            "align_bytes": 4096,
+            "address_manager": None,
+            **HEAP_OPTIONS,
+        },
+        *SECONDS,
+        ("tensor", "tensor"),
+    ),
+    "PagedTensorMemoryAllocator": call(
+        lambda s: kvheap.PagedTensorMemoryAllocator,
+        lambda s: {
+            "tensor": torch.zeros(1 << 16, dtype=BYTES),
+            "shapes": [32, 9],
+            "dtypes": HALF,
+            "fmt": MemoryFormat.KV_2LTD,
+        },
+        ("tensor", "tensor"),
+    ),
+    "HostMemoryAllocator": call(
+        lambda s: kvheap.HostMemoryAllocator,
+        lambda s: {
+            "size": 1 << 16,
+            "align_bytes": 4096,
+            "huge_pages": "none",
+            "numa_node": None,
+            "populate": False,
+            "shared": False,
+            "host_buffer": None,
+            **HEAP_OPTIONS,
+        },
+        *SECONDS,
+    ),
+    "PinMemoryAllocator": call(
+        lambda s: kvheap.PinMemoryAllocator,
+        lambda s: {
+            "size": 1 << 16,
+            "align_bytes": 4096,
+            "allow_unpinned": True,
+            "registrar": None,
+            "piece_bytes": 1 << 20,
+        },
+    ),
+    "GPUMemoryAllocator": call(
+        lambda s: kvheap.GPUMemoryAllocator,
+        lambda s: {"size": 1 << 16, "align_bytes": 4096, "allow_cpu": True},
+    ),
+    "LazyMemoryAllocator": call(
+        lambda s: kvheap.LazyMemoryAllocator,
+        lambda s: {
+            "init_size": 1 << 16,
+            "final_size": 1 << 17,
+            "align_bytes": 4096,
+            "pin": "no",
+            "piece_bytes": None,
+            "on_progress": None,
+            "registrar": None,
+        },
+        ("on_progress", "class"),
+    ),
+    "MixedMemoryAllocator": call(
+        lambda s: kvheap.MixedMemoryAllocator,
+        lambda s: {"pin_allocator": s.heap, "buffer_allocator": None},
+    ),
+    "AdHocMemoryAllocator": call(
+        lambda s: kvheap.AdHocMemoryAllocator,
+        lambda s: {"idempotent_free": False, "trace_frames": 0},
+    ),
+    "HostBuffer": call(
+        lambda s: HostBuffer,
+        lambda s: {"size_bytes": 1, "align_bytes": 4096, "numa_node": None, "fd": None},
+    ),
+    "HostBuffer.populate": call(
+        lambda s: s.buffer.populate, lambda s: {"start": 0, "end": 4096, "threads": 1}
+    ),
+    "HostBuffer.pin": call(
+        lambda s: s.buffer.pin,
+        lambda s: {
+            "start": 0,
+            "end": 4096,
+            "registrar": None,
+            "piece_bytes": 4096,
+            "allow_unpinned": True,
+        },
+    ),
+    "BlockLayout.of": call(
+        lambda s: BlockLayout.of,
+        lambda s: {"shapes": [2, 3], "dtypes": HALF, "fmt": MemoryFormat.KV_2LTD},
+    ),
+    "allocate": call(lambda s: s.heap.allocate, lambda s: {**SHAPES, "fmt": MemoryFormat.KV_2LTD}),
+    "batched_allocate": call(
+        lambda s: s.heap.batched_allocate,
+        lambda s: {
+            **SHAPES,
+            "batch_size": 2,
+            "fmt": "KV_2LTD",
+            "source": torch.zeros(2, 2, 3).half(),
+            "allow_partial": False,
+        },
+    ),
+    "ad hoc batched_allocate": call(
+        lambda s: kvheap.AdHocMemoryAllocator().batched_allocate,
+        lambda s: {**SHAPES, "batch_size": 2, "source": None, "allow_partial": False},
+    ),
+    "bytes allocate": call(
+        lambda s: kvheap.BufferAllocator().allocate,
+        lambda s: {"shape": [2], "dtype": None},
+        *(("dtype", kind) for kind in WRONG),
+        ("shape", "list"),  # only its first number counts
+    ),
+    "mixed allocate": call(
+        lambda s: kvheap.MixedMemoryAllocator(s.heap).allocate,
+        lambda s: {**SHAPES, "fmt": MemoryFormat.KV_2LTD},
+    ),
+    "max_batch": call(lambda s: s.heap.max_batch, lambda s: SHAPES),
+    "free": call(lambda s: s.heap.free, lambda s: {"obj": s.batch[0]}),
+    "batched_free": call(lambda s: s.heap.batched_free, lambda s: {"objs": s.batch, "out": None}),
+    "mixed batched_free": call(
+        lambda s: kvheap.MixedMemoryAllocator(s.heap).batched_free, lambda s: {"objs": s.batch}
+    ),
+    "view": call(
+        lambda s: s.heap.view, lambda s: {"blocks": [0], **SHAPES, "fmt": MemoryFormat.KV_2LTD}
+    ),
+    "add_buffer": call(
+        lambda s: s.heap.add_buffer,
+        lambda s: {"tensor": torch.zeros(1 << 16, dtype=BYTES)},
+        ("tensor", "tensor"),
+    ),
+    "close": call(lambda s: s.heap.close, lambda s: {"timeout_s": 1}, ("timeout_s", "float")),
+    "batched_store": call(
+        lambda s: s.heap.batched_store,
+        lambda s: {
+            "cache": s.cache,
+            "slots": range(32),
+            "chunk_tokens": 16,
+            "fmt": None,
+            "layers": None,
+            "allow_partial": False,
+            "convert": False,
+        },
+    ),
+    "batched_load": call(
+        lambda s: s.heap.batched_load,
+        lambda s: {
+            "batch": s.batch,
+            "cache": s.cache,
+            "slots": range(64),
+            "layers": None,
+            "heads": None,
+            "convert": False,
+            "clear_rest": False,
+        },
+    ),
+    "batched_evict": call(
+        lambda s: s.heap.batched_evict, lambda s: {"batch": s.batch, "out": None}
+    ),
+    "store": call(
+        lambda s: kvheap.store,
+        lambda s: {
+            "cache": s.cache,
+            "slots": range(64),
+            "batch": s.batch,
+            "layers": None,
+            "heads": None,
+            "convert": False,
+        },
+    ),
+    "load": call(
+        lambda s: kvheap.load,
+        lambda s: {
+            "batch": s.batch,
+            "cache": s.cache,
+            "slots": range(64),
+            "layers": None,
+            "heads": None,
+            "convert": False,
+            "clear_rest": False,
+        },
+    ),
+    "offload": call(
+        lambda s: kvheap.offload,
+        lambda s: {
+            "batch": s.batch,
+            "into": s.far,
+            "stream": None,
+            "free": False,
+            "allow_partial": False,
+            "by_layer": False,
+            "path": None,
+            "max_sms": None,
+        },
+    ),
+    "copy": call(
+        lambda s: copy,
+        lambda s: {"plan": (s.batch, s.rows), "stream": None, "path": None, "max_sms": None},
+    ),
+    "CopyPlan.between": call(
+        lambda s: CopyPlan.between,
+        lambda s: {"source": s.batch, "target": s.rows, "by_layer": False},
+    ),
+    "CopyPlan.of_addresses": call(
+        lambda s: CopyPlan.of_addresses,
+        lambda s: {
+            "source": torch.zeros(64),
+            "target": torch.zeros(64),
+            "source_addresses": [0],
+            "target_addresses": [0],
+            "sizes": [8],
+        },
+        ("source", "tensor"),
+        ("target", "tensor"),
+    ),
+    "PagedKVCache.of": call(
+        lambda s: PagedKVCache.of,
+        lambda s: {"layout": "vllm-flash-nhd", "tensors": s.tensors, "block_size": 16},
+    ),
+    "PrefixStore": call(lambda s: PrefixStore, lambda s: {"heap": s.heap, "layout": s.layout}),
+    "PrefixStore.store": call(
+        lambda s: s.index.store,
+        lambda s: {"keys": ["a", "b"], "source": s.rows},
+        ("keys", "list"),
+        ("keys", "dict"),
+        ("keys", "tensor"),
+        ("keys", "text"),
+    ),
+    "PrefixStore.store_from_engine": call(
+        lambda s: s.index.store_from_engine,
+        lambda s: {"keys": ["a", "b"], "cache": s.cache, "slots": range(64)},
+        ("keys", "list"),
+        ("keys", "text"),
+    ),
+    "PrefixStore.offload": call(
+        lambda s: s.index.offload,
+        lambda s: {"keys": ["a", "b"], "blocks": s.batch, "free": False, "max_sms": None},
+        ("keys", "list"),
+        ("keys", "text"),
+    ),
+    "AddressManager": call(lambda s: AddressManager, lambda s: {"size": 4096, "align_bytes": 4096}),
+    "AddressManager.allocate": call(lambda s: s.manager.allocate, lambda s: {"size": 4096}),
+    "AddressManager.batched_allocate": call(
+        lambda s: s.manager.batched_allocate, lambda s: {"size": 4096, "batch_size": 2}
+    ),
+    "AddressManager.sbrk": call(lambda s: s.manager.sbrk, lambda s: {"size": 4096}),
+    "AddressManager.max_batch": call(lambda s: s.manager.max_batch, lambda s: {"size": 4096}),
+    "AddressBatch.of_addresses": call(
+        lambda s: AddressBatch.of_addresses, lambda s: {"addresses": [0], "block_bytes": 4096}
+    ),
+    "AddressBatch.of_runs": call(
+        lambda s: AddressBatch.of_runs,
+        lambda s: {"block_bytes": 4096, "run_starts": [0], "run_counts": [1]},
+    ),
+    "MemoryBatch[]": call(lambda s: lambda index: s.batch[index], lambda s: {"index": 0}),
+    "MemoryBatch.set_num_tokens": call(
+        lambda s: s.batch.set_num_tokens, lambda s: {"num_tokens": 64}
+    ),
+    "MemoryObj.pin": call(lambda s: s.batch[0].pin, lambda s: {"ttl": None}, ("ttl", "float")),
+    "MemoryObj.set_used_size": call(
+        lambda s: s.batch[0].set_used_size, lambda s: {"size_bytes": 5}
+    ),
+    "MemoryObj.get_tensor": call(lambda s: s.batch[0].get_tensor, lambda s: {"index": 0}),
+    "MemoryObj.record_stream": call(
+        lambda s: s.batch[0].record_stream, lambda s: {"stream": Stream()}
+    ),
+    "MemoryBatchMetadata.from_dict": call(
+        lambda s: MemoryBatchMetadata.from_dict,
+        lambda s: {"values": s.batch.metadata.to_dict()},
+        ("values", "dict"),  # a KeyError
+    ),
+    "scatter_blocks": call(
+        lambda s: scatter_blocks,
+        lambda s: {
+            "blocks": torch.zeros(2, 8),
+            "buffer": torch.zeros(100),
+            "addresses": [0, 64],
+            "address_alignment": 1,
+        },
+    ),
+    "gather_blocks": call(
+        lambda s: gather_blocks,
+        lambda s: {
+            "buffer": torch.zeros(100),
+            "addresses": [0, 64],
+            "out": torch.zeros(2, 8),
+            "address_alignment": 1,
+        },
+        ("out", "tensor"),
+    ),
+    "move_blocks": call(
+        lambda s: move_blocks,
+        lambda s: {
+            "buffer": torch.zeros(100),
+            "source_addresses": [0],
+            "target_addresses": [64],
+            "block_bytes": 16,
+        },
+    ),
+    "fill_blocks": call(
+        lambda s: fill_blocks,
+        lambda s: {"buffer": torch.zeros(100), "addresses": [0], "block_bytes": 16, "value": 0},
+    ),
+}
+
+
+class Stream:
+    def record_event(self) -> Any:
+        return type("Event", (), {"query": lambda self: True})()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_wrong_kind_of_each_argument(name: str) -> None:
+    """One test for each callable; a failure names the argument and the kind."""
+    case = CALLS[name]
+    good = Scene()
+    case.make(good)(**case.arguments(good))  # as it is, the call works
+    scene = Scene()
+    for argument in case.arguments(scene):
+        for kind, wrong in WRONG.items():
+            if (argument, kind) in case.right:
+                continue
+            where = f"{name}({argument}={kind})"
+            try:
+                case.make(scene)(**{**case.arguments(scene), argument: wrong})
+            except (TypeError, ValueError) as error:
+                require_clear(error, argument, wrong, where)
+            else:
+                raise AssertionError(f"{where} is accepted")
+            assert scene.state() == scene.before, where
+            assert scene.heap.memcheck(), where
+
+
+def require_clear(error: Exception, argument: str, wrong: Any, where: str) -> None:
+    """The message names the argument or shows the value, and kvheap's code has raised it."""
+    message = str(error)
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    assert trace is not None
+    last = Path(trace.tb_frame.f_code.co_filename)
+    names = {argument, argument.rstrip("s"), argument.replace("_", " ").rstrip("s")}
+    shown = [repr(wrong), str(wrong), repr(type(wrong).__name__), type(wrong).__name__]
+    shown += [repr(each) for each in wrong] if isinstance(wrong, (list, dict, torch.Tensor)) else []
+    is_named = any(text in message for text in (*names, *shown))
+    assert is_named, f"{where}: {message!r} says neither what nor which"
+    is_own = "kvheap" in last.parts or "allocator" in last.parts or "kernels" in last.parts
+    assert is_own, f"{where}: raised in {last}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "advice"),
+    [
+        (lambda s: TensorMemoryAllocator(1 << 20), TypeError, r"HostMemoryAllocator\(1048576\)"),  # type: ignore[arg-type]
+        (lambda s: s.heap.batched_store((torch.zeros(2),), range(4)), TypeError, "PagedKVCache.of"),
+        (lambda s: s.heap.batched_store(s.tensors, range(4)), TypeError, "PagedKVCache.of"),
+        (lambda s: kvheap.load(s.batch, s.tensors, range(4)), TypeError, "PagedKVCache.of"),
+        (lambda s: kvheap.offload(torch.zeros(2), s.far), TypeError, "MemoryBatch or a list"),
+        (lambda s: kvheap.offload(s.batch[0], s.far), TypeError, r"pass \[it\]"),
+        (lambda s: kvheap.offload([s.batch[0], 7], s.far), TypeError, "got 7 in it"),
+        (lambda s: kvheap.offload(s.batch, s.cache), TypeError, "into must be an allocator"),
+        (lambda s: s.heap.free(s.batch), TypeError, r"free a batch by batched_free\(\)"),
+        (lambda s: s.heap.batched_free(s.batch[0]), TypeError, r"free one by free\(\)"),
+        (lambda s: s.heap.batched_free(None), TypeError, "a batch or a list of objects, got None"),
+        (
+            lambda s: kvheap.load(s.batch, s.cache, BlockIds([0, 1, 2, 16])),
+            ValueError,
+            r"block ids\[3\] is 16: the cache has 16 block ids, 0 to 15",
+        ),
+        (
+            lambda s: s.heap.batched_store(s.cache, [256]),
+            ValueError,
+            r"slots\[0\] is 256: the cache has 256 slots, 0 to 255",
+        ),
+        (lambda s: kvheap.HostMemoryAllocator(100), ValueError, "size of 100 bytes .* heap of 0"),
+        (lambda s: kvheap.PinMemoryAllocator(100), ValueError, "size of 100 bytes .* heap of 0"),
+        (
+            lambda s: kvheap.GPUMemoryAllocator(100, allow_cpu=True),
+            ValueError,
+            "size of 100 bytes .* at least 4096",
+        ),
+        (
+            lambda s: TensorMemoryAllocator(torch.zeros(100, dtype=BYTES)),
+            ValueError,
+            "tensor of 100 bytes makes a heap of 0 bytes",
+        ),
+        (
+            lambda s: kvheap.PagedTensorMemoryAllocator(torch.zeros(9, dtype=BYTES), [10], BYTES),
+            ValueError,
+            "tensor of 9 bytes .* at least 10",
+        ),
+        (
+            lambda s: kvheap.HostMemoryAllocator(1 << 20, host_buffer=HostBuffer(1 << 16)),
+            ValueError,
+            "size is 1048576, more than the 65536 bytes",
+        ),
+        (lambda s: kvheap.LazyMemoryAllocator(-1, 1 << 20, pin="no"), ValueError, "init_size"),
+        (
+            lambda s: TensorMemoryAllocator(torch.zeros(1 << 16, device="meta")),
+            ValueError,
+            "CPU or a CUDA device, got meta",
+        ),
+        (lambda s: s.heap.allocate([4], "float8"), ValueError, "unknown dtype 'float8'"),
+        (lambda s: s.heap.allocate([4], HALF, "KV_LTD"), ValueError, "known are .*KV_2LTD"),
+        (lambda s: kvheap.offload(s.batch, s.far, free="no"), TypeError, "free must be True or"),
+    ],
+)
+def test_what_people_get_wrong(
+    wrong: Callable[[Scene], Any], error: type[Exception], advice: str
+) -> None:
+    scene = Scene()
+    with pytest.raises(error, match=advice):
+        wrong(scene)
+    assert scene.state() == scene.before
+
+
+def test_names_that_can_only_mean_one_thing() -> None:
+    scene = Scene()
+    batch = scene.heap.batched_store(scene.cache, range(32), 16, "KV_2TD")
+    assert batch is not None
+    assert batch.fmt is MemoryFormat.KV_2TD
+    obj = scene.heap.allocate([2, 3], "bfloat16", "KV_2LTD")
+    assert obj is not None
+    assert (obj.dtype, obj.fmt) == (torch.bfloat16, MemoryFormat.KV_2LTD)
+    view = scene.far.view([0], [2, 3], "torch.bfloat16", "KV_T2D")
+    assert (view.dtype, view.fmt) == (torch.bfloat16, MemoryFormat.KV_T2D)
+    paged = kvheap.PagedTensorMemoryAllocator(torch.zeros(80, dtype=BYTES), [5], "int64", "BINARY")
+    assert paged.num_pages == 2
+    assert scene.heap.max_batch([2], "uint8") > 0
