@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from kvheap.kernels.launch import bytes_of, staging
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import Pairing, pairing_of
 from kvheap.kernels.paged_slots import Places, Slots
+from kvheap.kernels.whole_blocks import blocks_of_cache, ids_of_whole_blocks
 
 __all__ = ["CONVERTIBLE", "Chunks", "TokenCopy"]
 
@@ -71,6 +72,12 @@ class TokenCopy:
         to_heap: bool,
     ) -> TokenCopy:
         """Check a copy; arguments and errors are those of ``store_tokens``."""
+        if cache.layout.whole_blocks:
+            if chunks.scale_offset is not None:
+                raise ValueError(f"{cache.layout.name} holds no rows that could be converted")
+            slots = ids_of_whole_blocks(cache, slots)
+            chunks = replace(chunks, layout=chunks.layout.of_blocks(cache.block_size))
+            cache = blocks_of_cache(cache)
         pairing = pairing_of(cache, _exact_layout(cache, chunks), layers, heads)
         places = Places.of(slots, pairing, eager, distinct=not to_heap)
         _require_chunks(pairing, places.num_tokens, chunks)
@@ -132,6 +139,8 @@ def _exact_layout(cache: PagedKVCache, chunks: Chunks) -> ChunkLayout:
         raise ValueError(
             f"{cache.layout.name} has {cache.num_planes} planes, the chunk {layout.num_planes}"
         )
+    if layout.head_groups > 1:
+        raise ValueError("chunks that keep heads apart cannot be converted")
     if layout.page_tokens < layout.num_tokens:
         raise ValueError(
             f"chunks of several pages cannot be converted, got {layout.num_tokens} tokens in pages "

@@ -145,8 +145,9 @@ def batched_store(
         cache: the engine's cache.
         slots: the slot of each token, or :class:`~kvheap.BlockIds`; see :func:`kvheap.store`.
         chunk_tokens: tokens per chunk; the last chunk may be partly filled.
-        fmt: the chunks' format; None: KV_2LTD, or KV_MLA_FMT for caches without separate K and V.
-            Formats of one layer take that many chunks for each layer.
+        fmt: the chunks' format; None: KV_2LTD, or KV_MLA_FMT for caches without separate K and V,
+            or with K and V of different size. Formats of one layer take that many chunks for each
+            layer.
         layers: store only these layers; the chunks then hold no others.
         allow_partial: if not all chunks fit, store only the first tokens, as many as fit.
         convert: store a cache of bfloat16 or float16 as float8_e4m3fn, with float32 scales in a
@@ -160,7 +161,7 @@ def batched_store(
         ClosedError: the allocator is closed.
     """
     num_layers = cache.num_layers if layers is None else len(layers)
-    fmt = fmt or (MemoryFormat.KV_2LTD if cache.is_key_value else MemoryFormat.KV_MLA_FMT)
+    fmt = fmt or (MemoryFormat.KV_2LTD if cache.chunk_planes == 2 else MemoryFormat.KV_MLA_FMT)
     shape = chunk_shape(cache, fmt, chunk_tokens, num_layers)
     layout = ChunkLayout.of(dim_order_of(fmt), shape, cache.dtype.itemsize)
     num_tokens = count_tokens(slots, cache.block_size)
@@ -274,29 +275,33 @@ def chunk_shape(
 ) -> tuple[int, ...]:
     """The shape of a chunk of ``chunk_tokens`` tokens of a cache.
 
+    Chunks of KV_PHL2TD have one group of heads here; allocate others by their own shape.
+
     Raises:
         ValueError: ``chunk_tokens`` is not positive, the format cannot hold this cache's KV, or a
-            KV_PL2TD chunk would not be a whole number of the cache's blocks.
+            chunk of pages would not be a whole number of the cache's blocks.
     """
-    dim_order_of(fmt)
+    order = dim_order_of(fmt)
     if chunk_tokens <= 0:
         raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
-    planes = 1 if fmt is MemoryFormat.KV_MLA_FMT else 2
+    planes = 2 if "P" in order and fmt is not MemoryFormat.KV_MLA_FMT else 1
     row_bytes = sum(plane.row_bytes for plane in cache.planes) * cache.num_heads
-    elements = row_bytes // planes // cache.dtype.itemsize
     if planes == 2 and not cache.is_key_value:
         raise ValueError(f"{fmt.name} holds K and V planes; {cache.layout.name} has none")
+    if planes > cache.chunk_planes:
+        raise ValueError(
+            f"{fmt.name} holds K and V of one size, but this cache has planes of "
+            f"{[plane.row_bytes for plane in cache.planes]} bytes a head: use KV_MLA_FMT"
+        )
+    heads = cache.num_heads if fmt is MemoryFormat.KV_2PHTLD else 1
     pages, left = divmod(chunk_tokens, cache.block_size)
-    if fmt is MemoryFormat.KV_PL2TD and left:
+    if "G" in order and left:
         raise ValueError(f"{chunk_tokens} tokens are not whole pages of {cache.block_size} tokens")
-    return {
-        MemoryFormat.KV_2LTD: (2, num_layers, chunk_tokens, elements),
-        MemoryFormat.KV_MLA_FMT: (1, num_layers, chunk_tokens, elements),
-        MemoryFormat.KV_T2D: (chunk_tokens, 2, elements),
-        MemoryFormat.KV_2TD: (2, chunk_tokens, elements),
-        MemoryFormat.KV_2TLD: (2, chunk_tokens, num_layers, elements),
-        MemoryFormat.KV_PL2TD: (pages, num_layers, 2, cache.block_size, elements),
-    }[fmt]
+    sizes = {"P": planes, "L": num_layers, "T": chunk_tokens, "G": pages, "J": heads}
+    sizes |= {"D": row_bytes // planes // heads // cache.dtype.itemsize}
+    if "G" in order:
+        sizes["T"] = cache.block_size
+    return tuple(sizes[letter] for letter in order)
 
 
 def _chunks(heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool) -> Chunks:

@@ -1,0 +1,234 @@
+"""Chooses an engine layout by tensors and by what their engine knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from kvheap.kernels.engine_layouts import (
+    LAYOUTS,
+    SCALE_BYTES,
+    SPLIT_RECORDS,
+    KVLayout,
+    LayoutError,
+)
+from kvheap.kernels.engine_tensors import TensorFacts
+
+__all__ = ["EngineFacts", "Readings", "SizedCache"]
+
+LATENT_ROWS = (288, 320, 576)
+"""Elements of a latent vector of known models, of which half is not the size of a usual head:
+MiniCPM3 (256 + 32), DeepSeek and Kimi (512 + 64); and 320 (256 + 64)."""
+
+ROW_RECORDS: Mapping[str, tuple[int, ...]] = {
+    "fp8_ds_mla": (656, 528),
+    "nvfp4_ds_mla": (352, 288),
+}
+"""Bytes of a token by vLLM's ``kv_cache_dtype``, where each token's scales follow its values (vLLM
+0.33.0, ``mla_attention.py`` and ``deepseek_v41/common/ops/cache_utils.py``)."""
+
+DEEPSEEK_V4_HEAD_DIM = 512
+"""What DeepSeek-V4 calls its head size, whatever the bytes of a token (vLLM 0.33.0)."""
+
+PAGE_ALIGNMENT: Mapping[int, int] = {584: 576, 528: 512, 288: 256}
+"""Bytes that SGLang pads a block of such rows to a multiple of (``kv_layout.py``)."""
+
+PACKED_DTYPES = ("turboquant_", "octave_", "ultraquant_")
+"""Beginnings of vLLM's ``kv_cache_dtype`` whose rows cannot be cut into K and V."""
+
+ONE_PLANE_BACKENDS = ("MLA", "INDEXER", "DEEPSEEK", "SWA")
+"""Parts of the names of vLLM's backends without K and V (vLLM 0.33.0, ``backends/registry.py`` and
+each backend's ``get_name``)."""
+
+SIDE_BACKENDS = ("B12X", "ROCM_A")
+"""Beginnings of the names of vLLM's backends that may keep two head slots: all heads of K, and all
+heads of V (``customize_spec`` of ``b12x.py``, ``rocm_attn.py`` and ``rocm_aiter_fa.py``)."""
+
+ONLY_NAMED = ("opaque", "plane-tuples", "vllm-packed")
+"""Engine layouts that fit too much to be guessed."""
+
+MAX_REASONS = 3
+"""Of the engine layouts that nearly fit, a message names so many."""
+
+
+class SizedCache(Protocol):
+    """What a reading of tensors says about sizes."""
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads."""
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of one head."""
+
+    @property
+    def block_size(self) -> int:
+        """Slots of a block."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What an engine knows about its cache; see ``PagedKVCache.detect``."""
+
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    v_head_dim: int | None = None
+    kv_cache_dtype: str | None = None
+    backend: str | None = None
+
+    def candidates(self) -> Iterator[KVLayout]:
+        """The engine layouts that this engine may use."""
+        for layout in LAYOUTS.values():
+            if self._may_use(layout):
+                yield layout
+
+    def _may_use(self, layout: KVLayout) -> bool:
+        dtype, backend = self.kv_cache_dtype, self.backend
+        if self._is_packed:
+            return layout.name == "vllm-packed"
+        if layout.name in ONLY_NAMED:
+            return layout.name == "vllm-packed" and self._has_sides
+        is_nvfp4 = dtype is not None and dtype.startswith("nvfp4") and dtype not in ROW_RECORDS
+        if dtype is not None and is_nvfp4 != (layout.content == "nvfp4"):
+            return False
+        if backend is None:
+            return True
+        if (layout.content == "key-rows") != (backend == "CPU_ATTN"):
+            return False
+        if any(part in backend.upper() for part in ONE_PLANE_BACKENDS):
+            return not layout.is_key_value
+        return layout.is_key_value or not backend.isupper()
+
+    @property
+    def _is_packed(self) -> bool:
+        return (self.kv_cache_dtype or "").startswith(PACKED_DTYPES)
+
+    @property
+    def _has_sides(self) -> bool:
+        return (self.backend or "").startswith(SIDE_BACKENDS)
+
+    def tensor_facts(self, layout: KVLayout, tensors: Any) -> Iterator[TensorFacts]:
+        """What to read the tensors with; one of them for each pair of widths that may fit."""
+        if layout.name != "values-scales":
+            is_shared_row = layout.content in ("fused", "key-rows")
+            yield TensorFacts(self.block_size, self.v_head_dim if is_shared_row else None)
+            return
+        first = _first_tensor(tensors)
+        if first is None or first.dim() < 2 or first.element_size() != 1 or self.block_size < 1:
+            return
+        for row, widths in SPLIT_RECORDS.items():
+            if row in ROW_RECORDS.get(self.kv_cache_dtype or "", ()):
+                continue
+            page = self.block_size * row
+            unit = PAGE_ALIGNMENT.get(row, 1)
+            sizes = (page, -(-page // unit) * unit) if first.dim() == 2 else (row,)
+            if first.shape[-1] in sizes:
+                yield TensorFacts(self.block_size, None, widths)
+
+    def mismatch(self, layout: KVLayout, cache: SizedCache) -> str | None:
+        """Why a reading is not of this engine's cache; None if it may be."""
+        rows = self._rows(layout, cache)
+        if (cache.num_heads, cache.head_dim) in rows and cache.block_size == self.block_size:
+            return None
+        seen = (cache.num_heads, cache.head_dim, cache.block_size)
+        return f"{layout.name}: H, C, N would be {seen}"
+
+    def _rows(self, layout: KVLayout, cache: SizedCache) -> tuple[tuple[int, int], ...]:
+        """Heads and sizes of a head that the facts may mean in an engine layout."""
+        heads, row = self.num_kv_heads, cache.head_dim
+        if layout.name == "vllm-packed":
+            sides = ((2, heads * self.head_dim),) if self._has_sides else ()
+            return (((heads, row),) if self._is_packed else ()) + sides
+        if layout.content == "nvfp4":
+            return ((heads, 9 * self.head_dim // 16),)
+        if layout.content == "values-scales":
+            known = [row, SPLIT_RECORDS.get(row, (row - SCALE_BYTES,))[0]]
+            known += [DEEPSEEK_V4_HEAD_DIM] if row in PAGE_ALIGNMENT else []
+            return ((heads, row),) if self.head_dim in known else ()
+        if layout.content == "one" and row in ROW_RECORDS.get(self.kv_cache_dtype or "", ()):
+            return ((heads, row),)
+        return ((heads, self.head_dim),)
+
+    def also_fits(self, layout: KVLayout, cache: SizedCache) -> str | None:
+        """Another engine layout with the same shape, which nothing here rules out."""
+        if self.kv_cache_dtype in ROW_RECORDS or (self.backend or "").isupper():
+            return None
+        if layout.content == "values-scales" and self.head_dim == cache.head_dim:
+            return "mla"
+        is_row = layout.content in ("fused", "key-rows") and cache.num_heads == 1
+        if is_row and self.v_head_dim is None and 2 * self.head_dim in LATENT_ROWS:
+            return "mla"
+        return None
+
+    def __str__(self) -> str:
+        """H, C and N, and what else is known."""
+        words = f"H, C, N = {(self.num_kv_heads, self.head_dim, self.block_size)}"
+        for name in ("v_head_dim", "kv_cache_dtype", "backend"):
+            value = getattr(self, name)
+            words += "" if value is None else f", {name}={value!r}"
+        return words
+
+
+def _first_tensor(tensors: Any) -> torch.Tensor | None:
+    while not isinstance(tensors, torch.Tensor):
+        if isinstance(tensors, Mapping):
+            tensors = list(tensors.values())
+        if not isinstance(tensors, Sequence) or isinstance(tensors, str) or not len(tensors):
+            return None
+        tensors = tensors[0]
+    return tensors
+
+
+_Cache = TypeVar("_Cache")
+
+
+@dataclass(slots=True)
+class Readings(Generic[_Cache]):
+    """The readings of the same tensors that fit, and why others do not."""
+
+    facts: EngineFacts
+    found: dict[str, _Cache] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def refuse(self, reason: str) -> None:
+        """Note why an engine layout does not fit tensors that have its dimensions."""
+        self.refused.append(reason)
+
+    def add(self, layout: KVLayout, cache: _Cache, sizes: SizedCache) -> None:
+        """Note a reading, if it fits what the engine knows."""
+        mismatch = self.facts.mismatch(layout, sizes)
+        if mismatch is not None:
+            self.refused.append(mismatch)
+            return
+        self.found.setdefault(layout.name, cache)
+        other = self.facts.also_fits(layout, sizes)
+        if other is not None:
+            self.others.append(other)
+
+    def only(self, are_alike: Callable[[_Cache, _Cache], bool]) -> _Cache:
+        """The only reading, or the first of several that mean the same addresses.
+
+        Raises:
+            LayoutError: there is none, or two that mean different addresses.
+        """
+        if not self.found:
+            reasons = "; ".join(self.refused[:MAX_REASONS]) or "none has these dimensions"
+            raise LayoutError(
+                f"no engine layout fits {self.facts}:\n{reasons}\n"
+                f"PagedKVCache.of(name, tensors) tells more about one engine layout"
+            )
+        names = [*self.found, *(name for name in self.others if name not in self.found)]
+        first, *rest = self.found.values()
+        if len(names) > len(self.found) or not all(are_alike(first, other) for other in rest):
+            raise LayoutError(
+                f"several engine layouts fit, choose one by name: {', '.join(names)}\n"
+                f"(for {self.facts})\n"
+                f"PagedKVCache.of(name, tensors), or say more: kv_cache_dtype=, backend="
+            )
+        return first
