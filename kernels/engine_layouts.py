@@ -170,7 +170,10 @@ LAYOUTS: Mapping[str, KVLayout] = {
         KVLayout("kv-tuples", "LP", "BNHC", "L x (K, V) of [B, N, H, C]"),
         KVLayout("kv-tuples-hnd", "LP", "BHNC", "L x (K, V) of [B, H, N, C]"),
         KVLayout(
-            "plane-tuples", "LP", "BNHC", "L x (one or more of [B, N, H, any] or [B, N, any])",
+            "plane-tuples",
+            "LP",
+            "BNHC",
+            "L x (one or more of [B, N, H, any] or [B, N, any])",
             "parts",
         ),
         KVLayout(

@@ -133,12 +133,6 @@ def _fused(
 ) -> TensorPlanes:
     """K then V in each row; of different sizes in vLLM's ``*_diffkv`` backends."""
     key_dim, value_dim = _halves(layout, dims, label, v_head_dim)
-    if dims.item_bytes == 1 and dims.sizes["F"] in NVFP4_ROWS and dims.sizes["H"] % 2 == 0:
-        raise LayoutError(
-            f"{label} of {layout.name} has rows of {dims.sizes['F']} bytes for "
-            f"{dims.sizes['H']} heads, which is NVFP4 of head dim "
-            f"{NVFP4_ROWS[dims.sizes['F']]}: use vllm-nvfp4, or vllm-packed for rows as they are"
-        )
     row_bytes = dims.sizes["F"] * dims.item_bytes
     num_heads, head_stride = _heads(dims, row_bytes)
     key_bytes, value_bytes = key_dim * dims.item_bytes, value_dim * dims.item_bytes
@@ -154,6 +148,12 @@ def _halves(
 ) -> tuple[int, int]:
     """Elements of K and of V in a row that holds both."""
     row = dims.sizes["F"]
+    if dims.item_bytes == 1 and row in NVFP4_ROWS and dims.sizes["H"] % 2 == 0:
+        raise LayoutError(
+            f"{label} of {layout.name} has rows of {row} bytes for {dims.sizes['H']} heads, which "
+            f"is NVFP4 of head dim {NVFP4_ROWS[row]}: use vllm-nvfp4, or vllm-packed for rows as "
+            f"they are"
+        )
     if v_head_dim is None:
         if row % 2:
             raise LayoutError(
@@ -200,8 +200,8 @@ def _nvfp4(layout: KVLayout, dims: TensorDims, blocks: Blocks, label: str) -> Te
     row, head_slots = dims.sizes["C"], dims.sizes["H"]
     if dims.item_bytes != 1 or row % 9 or head_slots % 2:
         raise LayoutError(
-            f"{label} of {layout.name} must be {layout.tensors}, with rows of a multiple of 9 bytes "
-            f"(8 of data, 1 of scales), got {head_slots} x {row} of {dims.item_bytes} bytes"
+            f"{label} of {layout.name} must be {layout.tensors}, with rows of a multiple of 9 "
+            f"bytes (8 of data, 1 of scales), got {head_slots} x {row} of {dims.item_bytes} bytes"
         )
     slots_first = not dims.is_dense("HNC")
     if slots_first and not dims.is_dense("NHC"):

@@ -157,7 +157,9 @@ def _flatten(layout: KVLayout, tensors: Any) -> tuple[KVLayout, list[list[Labell
         )
     if nesting == "":
         if not isinstance(tensors, torch.Tensor):
-            raise OtherTensorsError(f"{name} is one tensor {layout.tensors}, got {kind_of(tensors)}")
+            raise OtherTensorsError(
+                f"{name} is one tensor {layout.tensors}, got {kind_of(tensors)}"
+            )
         return layout, [[("the tensor", tensors)]]
     if isinstance(tensors, torch.Tensor | str) or not isinstance(tensors, Sequence):
         raise OtherTensorsError(f"{name} is {layout.tensors}, got {kind_of(tensors)}")
@@ -272,9 +274,9 @@ def _require_whole_rows(layout: KVLayout, label: str, tensor: torch.Tensor) -> N
     row = tensor.shape[-1] if tensor.dim() else 0
     if tensor.element_size() > 1 or row not in ALWAYS_SPLIT:
         return
-    if "H" in layout.dims and tensor.dim() == len(layout.dims):
-        if tensor.shape[layout.dims.index("H")] > 1:
-            return
+    has_heads = "H" in layout.dims and tensor.dim() == len(layout.dims)
+    if has_heads and tensor.shape[layout.dims.index("H")] > 1:
+        return
     raise LayoutError(
         f"{label} of {layout.name} has rows of {row} bytes: blocks of them keep all values, then "
         f"all scales. Use "
@@ -379,13 +381,15 @@ def _require_alike(
         for part, (label, tensor) in enumerate(parts):
             _require_same(layout, label, tensor, layers[0][part][1])
             _require_same_strides(
-                layout, label, (views[layer][part], dims[layer][part]), views[0][part], dims[0][part]
+                layout,
+                label,
+                (views[layer][part], dims[layer][part]),
+                views[0][part],
+                dims[0][part],
             )
 
 
-def _require_same(
-    layout: KVLayout, label: str, tensor: torch.Tensor, first: torch.Tensor
-) -> None:
+def _require_same(layout: KVLayout, label: str, tensor: torch.Tensor, first: torch.Tensor) -> None:
     whats = ("device",) if layout.content == "blocks" else ("device", "dtype", "shape")
     for what in whats:
         here, there = getattr(tensor, what), getattr(first, what)

@@ -194,6 +194,7 @@ class Readings(Generic[_Cache]):
     facts: EngineFacts
     found: dict[str, _Cache] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
+    sizes_differ: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
     def refuse(self, reason: str) -> None:
@@ -204,7 +205,7 @@ class Readings(Generic[_Cache]):
         """Note a reading, if it fits what the engine knows."""
         mismatch = self.facts.mismatch(layout, sizes)
         if mismatch is not None:
-            self.refused.append(mismatch)
+            self.sizes_differ.append(mismatch)
             return
         self.found.setdefault(layout.name, cache)
         other = self.facts.also_fits(layout, sizes)
@@ -218,17 +219,22 @@ class Readings(Generic[_Cache]):
             LayoutError: there is none, or two that mean different addresses.
         """
         if not self.found:
-            reasons = "; ".join(self.refused[:MAX_REASONS]) or "none has these dimensions"
+            reasons = [*self.sizes_differ, *self.refused][:MAX_REASONS]
             raise LayoutError(
-                f"no engine layout fits {self.facts}:\n{reasons}\n"
+                f"no engine layout fits {self.facts}:\n"
+                f"{'; '.join(reasons) or 'none has tensors of these dimensions'}\n"
                 f"PagedKVCache.of(name, tensors) tells more about one engine layout"
             )
-        names = [*self.found, *(name for name in self.others if name not in self.found)]
-        first, *rest = self.found.values()
-        if len(names) > len(self.found) or not all(are_alike(first, other) for other in rest):
+        distinct: dict[str, _Cache] = {}
+        for name, cache in self.found.items():
+            if not any(are_alike(cache, other) for other in distinct.values()):
+                distinct[name] = cache
+        others = dict.fromkeys(name for name in self.others if name not in self.found)
+        names = [*distinct, *others]
+        if len(names) > 1:
             raise LayoutError(
                 f"several engine layouts fit, choose one by name: {', '.join(names)}\n"
                 f"(for {self.facts})\n"
                 f"PagedKVCache.of(name, tensors), or say more: kv_cache_dtype=, backend="
             )
-        return first
+        return distinct[names[0]]

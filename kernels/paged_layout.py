@@ -193,9 +193,7 @@ class PagedKVCache:
                 the message has three lines. ``opaque``, ``vllm-packed`` and ``plane-tuples`` are
                 only found if ``kv_cache_dtype`` or ``backend`` says so.
         """
-        facts = EngineFacts(
-            num_kv_heads, head_dim, block_size, v_head_dim, kv_cache_dtype, backend
-        )
+        facts = EngineFacts(num_kv_heads, head_dim, block_size, v_head_dim, kv_cache_dtype, backend)
         readings: Readings[PagedKVCache] = Readings(facts)
         for layout in facts.candidates():
             for given in facts.tensor_facts(layout, tensors):
@@ -260,7 +258,9 @@ class PagedKVCache:
     def chunk_planes(self) -> int:
         """Planes of a chunk of this cache: 2 if K and V have equally many bytes, else 1."""
         half = len(self.planes) // 2
-        sides = [sum(p.row_bytes for p in side) for side in (self.planes[:half], self.planes[half:])]
+        sides = [
+            sum(p.row_bytes for p in side) for side in (self.planes[:half], self.planes[half:])
+        ]
         return 2 if self.is_key_value and sides[0] == sides[1] else 1
 
     def error_word(self) -> torch.Tensor:

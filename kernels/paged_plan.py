@@ -5,9 +5,9 @@ cache and a chunk layout: for each (layer, plane) it says where both begin, how 
 heads are, and how many bytes are contiguous on both sides. It depends neither on slots nor on the
 addresses of chunks, so it is made once and kept with the cache.
 
-A cache may have several planes for each of the chunk's: a token's row then holds, for each head, its
-bytes of each of these planes. If the chunk keeps groups of heads apart, each group counts as a plane
-of its own.
+A cache may have several planes for each of the chunk's: a token's row then holds, for each head,
+its bytes of each of these planes. If the chunk keeps groups of heads apart, each group counts as a
+plane of its own.
 """
 
 from __future__ import annotations

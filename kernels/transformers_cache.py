@@ -92,8 +92,8 @@ def _of_layer(number: int, layer: Any) -> Pair:
         if num_tokens > keys.shape[2]:
             raise LayoutError(
                 f"layer {number}, a {type(layer).__name__}, counts {num_tokens} tokens, but its "
-                f"keys [B, H, T, D] are {tuple(keys.shape)}: it keeps a window or quantized tokens, "
-                f"or heads and tokens are swapped"
+                f"keys [B, H, T, D] are {tuple(keys.shape)}: it keeps a window or quantized "
+                f"tokens, or heads and tokens are swapped"
             )
     return keys, values
 
@@ -104,7 +104,9 @@ def _require_heads_and_tokens(label: str, keys: Any, values: Any) -> None:
             raise TypeError(f"{label}, {name} must be a tensor, got {kind_of(tensor)}")
         shape = tuple(tensor.shape)
         if tensor.dim() != 4 or 0 in shape:
-            raise LayoutError(f"{label}, {name} must be [B, H, T, D] with tokens, got shape {shape}")
+            raise LayoutError(
+                f"{label}, {name} must be [B, H, T, D] with tokens, got shape {shape}"
+            )
     if keys.shape[:3] != values.shape[:3]:
         raise LayoutError(
             f"{label} has K of shape {tuple(keys.shape)} and V of shape {tuple(values.shape)}: "

@@ -55,7 +55,7 @@ def blocks_of_cache(cache: PagedKVCache) -> PagedKVCache:
 
 
 def _block_planes(cache: PagedKVCache) -> tuple[tuple[Plane, ...], int]:
-    """The bytes of a block in each plane: a row for each head, or one row if slots are outermost."""
+    """The bytes of a block in each plane: a row for each head, or one if slots are outermost."""
     slots, heads = cache.block_size, cache.num_heads
     is_by_head = all(plane.slot_stride == plane.row_bytes for plane in cache.planes)
     if heads == 1 or slots == 1 or is_by_head:
