@@ -202,6 +202,11 @@ def _require_tensor(layout: KVLayout, label: str, tensor: Any) -> None:
         raise OtherTensorsError(message) if isinstance(tensor, Sequence) else TypeError(message)
     if tensor.device.type not in ("cpu", "cuda"):
         raise LayoutError(f"{label} is on {tensor.device}: a CPU or CUDA device is needed")
+    if 0 in tensor.shape:
+        raise LayoutError(
+            f"{label} of {layout.name} is empty: shape {tuple(tensor.shape)}; leave out layers "
+            f"that keep nothing"
+        )
     if layout.name == "vllm-cpu" and tensor.device.type != "cpu":
         raise LayoutError(
             f"{label} of vllm-cpu is on {tensor.device}: only vLLM on a CPU keeps K rows then V "
@@ -299,7 +304,7 @@ def _page_rows(
             f"{label} of {layout.name} must be bytes [B, N, values + {facts.widths[1]}], got "
             f"{tensor.dtype} of shape {shape}"
         )
-    if tensor.dim() == 2 and 0 not in shape:
+    if tensor.dim() == 2:
         page_bytes = shape[1]
         slots = page_bytes // row if facts.block_size is None else facts.block_size
         is_exact = slots > 0 and page_bytes == slots * row
@@ -316,7 +321,7 @@ def _page_rows(
         return tensor.as_strided(
             (shape[0], slots, row), (tensor.stride(0), row, 1), tensor.storage_offset()
         )
-    if tensor.dim() == 3 and 0 not in shape:
+    if tensor.dim() == 3:
         if shape[2] != row:
             raise LayoutError(
                 f"{label} of {layout.name} has rows of {shape[2]} bytes, not {row} = "

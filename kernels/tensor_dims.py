@@ -28,8 +28,7 @@ class TensorDims:
 
         Raises:
             OtherTensorsError: it has another number of dimensions.
-            LayoutError: it is empty, or its strides do not keep heads contiguous and elements
-                apart.
+            LayoutError: its strides do not keep heads contiguous and elements apart.
         """
         if tensor.dim() != len(layout.dims):
             raise OtherTensorsError(
@@ -46,11 +45,6 @@ class TensorDims:
 
     def _require_sizes(self, layout: KVLayout, label: str, tensor: torch.Tensor) -> None:
         shape = tuple(tensor.shape)
-        if 0 in shape:
-            raise LayoutError(
-                f"{label} of {layout.name} is empty: shape {shape}; leave out layers that keep "
-                f"nothing"
-            )
         if self.sizes.get("P", 2) != 2:
             raise OtherTensorsError(
                 f"{label} of {layout.name} must be {layout.tensors}: a dimension of 2 for K and V, "

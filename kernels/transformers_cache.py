@@ -21,6 +21,9 @@ __all__ = ["key_value_tensors"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
+MAX_HEADS = 256
+"""More KV heads than any known model has (GPT-3 has 96): what looks like more are tokens."""
+
 
 def key_value_tensors(
     cache: object, num_kv_heads: int | None = None, head_dim: int | None = None
@@ -122,6 +125,11 @@ def _require_known(
         raise LayoutError(
             f"{label} has shape {shape}, [B, H, T, D] with H = {shape[1]}, not {num_kv_heads}"
             + ("; heads and tokens are swapped: transpose(1, 2)" if swapped else "")
+        )
+    if num_kv_heads is None and shape[1] > MAX_HEADS:
+        raise LayoutError(
+            f"{label} has shape {shape}, [B, H, T, D] with H = {shape[1]}: heads and tokens are "
+            f"swapped? transpose(1, 2), or give num_kv_heads"
         )
     if head_dim is not None and shape[3] != head_dim:
         raise LayoutError(f"{label} has shape {shape} with D = {shape[3]}, not {head_dim}")
