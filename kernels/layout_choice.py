@@ -152,7 +152,19 @@ class EngineFacts:
             return ((heads, row),) if self.head_dim in known else ()
         if layout.content == "one" and row in ROW_RECORDS.get(self.kv_cache_dtype or "", ()):
             return ((heads, row),)
-        return ((heads, self.head_dim),)
+        return ((heads, self._head_dim_with_scales(layout)),)
+
+    def _head_dim_with_scales(self, layout: KVLayout) -> int:
+        """Elements of a head in a plane, with the scales that some dtypes put behind them.
+
+        vLLM 0.33.0, ``customize_spec`` of ``triton_attn.py`` (a scale for K, a scale for V) and
+        ``mla_attention.py`` (two for the latent); the elements have one byte.
+        """
+        dtype = self.kv_cache_dtype or ""
+        if not dtype.endswith("_per_token_head"):
+            return self.head_dim
+        elements = self.head_dim // 2 if dtype.startswith("int4") else self.head_dim
+        return elements + (SCALE_BYTES if layout.is_key_value else 2 * SCALE_BYTES)
 
     def also_fits(self, layout: KVLayout, cache: SizedCache) -> str | None:
         """Another engine layout with the same shape, which nothing here rules out."""

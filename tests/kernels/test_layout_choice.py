@@ -119,6 +119,18 @@ FOUND: list[tuple[str, Any, dict[str, Any], str]] = [
         known(3, 128, 16, kv_cache_dtype="turboquant_k3v4_nc"),
         "vllm-packed",
     ),
+    (
+        "scales of each token and head",
+        [tensor.transpose(1, 2) for tensor in layers(5, 16, 3, 2 * (128 + 4), dtype=U8)],
+        known(3, 128, 16, kv_cache_dtype="fp8_per_token_head"),
+        "vllm-lbnhc",
+    ),
+    (
+        "scales of each token of a latent",
+        layers(5, 1, 16, 512 + 8, dtype=U8),
+        known(1, 512, 16, kv_cache_dtype="int8_per_token_head", backend="TRITON_MLA"),
+        "mla",
+    ),
     ("two head slots", layers(5, 2, 16, 3 * 64), known(3, 64, 16, backend="B12X"), "vllm-packed"),
     (
         "SGLang's backend of any model",
