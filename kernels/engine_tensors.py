@@ -34,7 +34,7 @@ EngineTensors: TypeAlias = (
 """The tensors that an engine registers: one tensor, one for each layer, or lists of K and V."""
 
 ALWAYS_SPLIT = (INDEXER_BYTES, 584)
-"""Rows of bytes of these sizes have their scales apart in every engine; see ``SPLIT_RECORDS``."""
+"""Rows of bytes of these sizes are taken to have their scales apart; see ``SPLIT_RECORDS``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +260,7 @@ def _view(layout: KVLayout, label: str, tensor: torch.Tensor, facts: TensorFacts
         tensor = _without_heads(tensor)
         if layout.content == "values-scales":
             return _page_rows(layout, label, tensor, facts)
-    if layout.content == "one":
+    if layout.name in ("mla", "sglang-mla"):
         _require_whole_rows(layout, label, tensor)
     return tensor
 
@@ -275,17 +275,18 @@ def _without_heads(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _require_whole_rows(layout: KVLayout, label: str, tensor: torch.Tensor) -> None:
-    """Refuse rows that every engine keeps in two parts."""
+    """Refuse rows of the sizes of records that engines keep in two parts.
+
+    vLLM's latents with a scale for each token have 576 + 8 = 584 bytes too, all in one row
+    (``*_per_token_head``, vLLM 0.33.0): ``vllm-packed`` takes these.
+    """
     row = tensor.shape[-1] if tensor.dim() else 0
     if tensor.element_size() > 1 or row not in ALWAYS_SPLIT:
         return
-    has_heads = "H" in layout.dims and tensor.dim() == len(layout.dims)
-    if has_heads and tensor.shape[layout.dims.index("H")] > 1:
-        return
+    name = "indexer" if row == INDEXER_BYTES else f"values-scales, widths={SPLIT_RECORDS[row]}"
     raise LayoutError(
         f"{label} of {layout.name} has rows of {row} bytes: blocks of them keep all values, then "
-        f"all scales. Use "
-        + ("indexer" if row == INDEXER_BYTES else f"values-scales, widths={SPLIT_RECORDS[row]}")
+        f"all scales, use {name}; if each row has its own scales, use vllm-packed"
     )
 
 

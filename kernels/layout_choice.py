@@ -39,13 +39,23 @@ PAGE_ALIGNMENT: Mapping[int, int] = {584: 576, 528: 512, 288: 256}
 PACKED_DTYPES = ("turboquant_", "octave_", "ultraquant_")
 """Beginnings of vLLM's ``kv_cache_dtype`` whose rows cannot be cut into K and V."""
 
+PACKED_BACKENDS = (
+    *("B12X", "ROCM_SEGMENTED_ATTN", "KPOOL_TAIL"),
+    *("TURBOQUANT", "ROCM_OCTAVE", "ULTRAQUANT"),
+)
+"""vLLM's backends whose rows are copied as they are. The first two keep two head slots: one for all
+heads of K, one for all heads of V (``customize_spec``, vLLM 0.33.0)."""
+
+MIXING_BACKENDS = ("ROCM_ATTN",)
+"""vLLM's backends that mix the tokens of a block (``PagedAttention.write_to_paged_cache``)."""
+
+MAY_HAVE_SIDES = "ROCM_AITER_FA"
+"""vLLM's backend that keeps two head slots, and mixes tokens, if an environment variable says
+so."""
+
 ONE_PLANE_BACKENDS = ("MLA", "INDEXER", "DEEPSEEK", "SWA")
 """Parts of the names of vLLM's backends without K and V (vLLM 0.33.0, ``backends/registry.py`` and
 each backend's ``get_name``)."""
-
-SIDE_BACKENDS = ("B12X", "ROCM_A")
-"""Beginnings of the names of vLLM's backends that may keep two head slots: all heads of K, and all
-heads of V (``customize_spec`` of ``b12x.py``, ``rocm_attn.py`` and ``rocm_aiter_fa.py``)."""
 
 ONLY_NAMED = ("opaque", "plane-tuples", "vllm-packed")
 """Engine layouts that fit too much to be guessed."""
@@ -89,10 +99,14 @@ class EngineFacts:
 
     def _may_use(self, layout: KVLayout) -> bool:
         dtype, backend = self.kv_cache_dtype, self.backend
+        if backend in MIXING_BACKENDS:
+            return False
         if self._is_packed:
             return layout.name == "vllm-packed"
         if layout.name in ONLY_NAMED:
-            return layout.name == "vllm-packed" and self._has_sides
+            return layout.name == "vllm-packed" and self._has_scales
+        if layout.content == "values-scales" and self._has_scales:
+            return False
         is_nvfp4 = dtype is not None and dtype.startswith("nvfp4") and dtype not in ROW_RECORDS
         if dtype is not None and is_nvfp4 != (layout.content == "nvfp4"):
             return False
@@ -106,17 +120,27 @@ class EngineFacts:
 
     @property
     def _is_packed(self) -> bool:
-        return (self.kv_cache_dtype or "").startswith(PACKED_DTYPES)
+        is_dtype = (self.kv_cache_dtype or "").startswith(PACKED_DTYPES)
+        return is_dtype or self.backend in PACKED_BACKENDS
 
     @property
-    def _has_sides(self) -> bool:
-        return (self.backend or "").startswith(SIDE_BACKENDS)
+    def _has_scales(self) -> bool:
+        """Whether each token and head has scales of its own in its row."""
+        return (self.kv_cache_dtype or "").endswith("_per_token_head")
+
+    def hint(self) -> str | None:
+        """What to do if this engine's cache cannot be one of the candidates."""
+        if self.backend in MIXING_BACKENDS:
+            return f"{self.backend} mixes the tokens of a block: use opaque"
+        return None
 
     def tensor_facts(self, layout: KVLayout, tensors: Any) -> Iterator[TensorFacts]:
         """What to read the tensors with; one of them for each pair of widths that may fit."""
         if layout.name != "values-scales":
-            is_shared_row = layout.content in ("fused", "key-rows")
-            yield TensorFacts(self.block_size, self.v_head_dim if is_shared_row else None)
+            v_head_dim = None
+            if layout.content in ("fused", "key-rows") and self._has_other_v:
+                v_head_dim = self._with_scales(self.v_head_dim or 0)
+            yield TensorFacts(self.block_size, v_head_dim)
             return
         first = _first_tensor(tensors)
         if first is None or first.dim() < 2 or first.element_size() != 1 or self.block_size < 1:
@@ -130,6 +154,21 @@ class EngineFacts:
             if first.shape[-1] in sizes:
                 yield TensorFacts(self.block_size, None, widths)
 
+    @property
+    def _has_other_v(self) -> bool:
+        return self.v_head_dim not in (None, self.head_dim)
+
+    def _with_scales(self, head_dim: int, count: int = 1) -> int:
+        """Elements of a head with the scales that some dtypes put behind them.
+
+        vLLM 0.33.0, ``customize_spec`` of ``triton_attn.py`` (a scale for K, a scale for V) and
+        ``mla_attention.py`` (two for the latent); the elements have one byte.
+        """
+        if not self._has_scales:
+            return head_dim
+        is_int4 = (self.kv_cache_dtype or "").startswith("int4")
+        return (head_dim // 2 if is_int4 else head_dim) + count * SCALE_BYTES
+
     def mismatch(self, layout: KVLayout, cache: SizedCache) -> str | None:
         """Why a reading is not of this engine's cache; None if it may be."""
         rows = self._rows(layout, cache)
@@ -140,42 +179,42 @@ class EngineFacts:
 
     def _rows(self, layout: KVLayout, cache: SizedCache) -> tuple[tuple[int, int], ...]:
         """Heads and sizes of a head that the facts may mean in an engine layout."""
-        heads, row = self.num_kv_heads, cache.head_dim
-        if layout.name == "vllm-packed":
-            sides = ((2, heads * self.head_dim),) if self._has_sides else ()
-            return (((heads, row),) if self._is_packed else ()) + sides
+        heads, head_dim, row = self.num_kv_heads, self.head_dim, cache.head_dim
+        if layout.name == "vllm-packed" and self._is_packed:
+            if (self.kv_cache_dtype or "").startswith(PACKED_DTYPES):
+                return ((heads, row),)
+            return ((heads, head_dim), (2, heads * head_dim))
         if layout.content == "nvfp4":
-            return ((heads, 9 * self.head_dim // 16),)
+            return ((heads, 9 * head_dim // 16),)
         if layout.content == "values-scales":
             known = [row, SPLIT_RECORDS.get(row, (row - SCALE_BYTES,))[0]]
             known += [DEEPSEEK_V4_HEAD_DIM] if row in PAGE_ALIGNMENT else []
-            return ((heads, row),) if self.head_dim in known else ()
-        if layout.content == "one" and row in ROW_RECORDS.get(self.kv_cache_dtype or "", ()):
+            return ((heads, row),) if head_dim in known else ()
+        if layout.content != "one":
+            return ((heads, self._with_scales(head_dim)),)
+        if row in ROW_RECORDS.get(self.kv_cache_dtype or "", ()):
             return ((heads, row),)
-        return ((heads, self._head_dim_with_scales(layout)),)
-
-    def _head_dim_with_scales(self, layout: KVLayout) -> int:
-        """Elements of a head in a plane, with the scales that some dtypes put behind them.
-
-        vLLM 0.33.0, ``customize_spec`` of ``triton_attn.py`` (a scale for K, a scale for V) and
-        ``mla_attention.py`` (two for the latent); the elements have one byte.
-        """
-        dtype = self.kv_cache_dtype or ""
-        if not dtype.endswith("_per_token_head"):
-            return self.head_dim
-        elements = self.head_dim // 2 if dtype.startswith("int4") else self.head_dim
-        return elements + (SCALE_BYTES if layout.is_key_value else 2 * SCALE_BYTES)
+        return ((heads, head_dim), (heads, self._with_scales(head_dim, 2)))
 
     def also_fits(self, layout: KVLayout, cache: SizedCache) -> str | None:
         """Another engine layout with the same shape, which nothing here rules out."""
-        if self.kv_cache_dtype in ROW_RECORDS or (self.backend or "").isupper():
+        backend = self.backend or ""
+        if layout.content == "values-scales":
+            if self.kv_cache_dtype in ROW_RECORDS or "INDEXER" in backend:
+                return None
+            # A latent of this head dim may have two scales behind it: 576 + 8 bytes.
+            rows = (self.head_dim, self.head_dim + 2 * SCALE_BYTES)
+            return "mla" if cache.head_dim in rows else None
+        if layout.content not in ("fused", "key-rows") or self._has_other_v:
             return None
-        if layout.content == "values-scales" and self.head_dim == cache.head_dim:
+        if backend == MAY_HAVE_SIDES and cache.num_heads == 2:
+            return "opaque"
+        if backend.isupper():
+            return None
+        if cache.num_heads == 1 and 2 * self.head_dim in LATENT_ROWS:
             return "mla"
-        is_row = layout.content in ("fused", "key-rows") and cache.num_heads == 1
-        if is_row and self.v_head_dim is None and 2 * self.head_dim in LATENT_ROWS:
-            return "mla"
-        return None
+        # Two slots of one head of K and V, or one slot for both heads of K and one for those of V.
+        return "vllm-packed" if cache.num_heads == 2 else None
 
     def __str__(self) -> str:
         """H, C and N, and what else is known."""
@@ -231,7 +270,8 @@ class Readings(Generic[_Cache]):
             LayoutError: there is none, or two that mean different addresses.
         """
         if not self.found:
-            reasons = [*self.sizes_differ, *self.refused][:MAX_REASONS]
+            hint = self.facts.hint()
+            reasons = [hint] if hint else [*self.sizes_differ, *self.refused][:MAX_REASONS]
             raise LayoutError(
                 f"no engine layout fits {self.facts}:\n"
                 f"{'; '.join(reasons) or 'none has tensors of these dimensions'}\n"

@@ -127,9 +127,15 @@ FOUND: list[tuple[str, Any, dict[str, Any], str]] = [
     ),
     (
         "scales of each token of a latent",
-        layers(5, 1, 16, 512 + 8, dtype=U8),
-        known(1, 512, 16, kv_cache_dtype="int8_per_token_head", backend="TRITON_MLA"),
-        "mla",
+        layers(5, 1, 16, 576 + 8, dtype=torch.int8),
+        known(1, 576, 16, kv_cache_dtype="int8_per_token_head", backend="TRITON_MLA"),
+        "vllm-packed",
+    ),
+    (
+        "V as large as K",
+        [tensor.transpose(1, 2) for tensor in layers(5, 16, 3, 128)],
+        known(3, 64, 16, v_head_dim=64),
+        "vllm-lbnhc",
     ),
     ("two head slots", layers(5, 2, 16, 3 * 64), known(3, 64, 16, backend="B12X"), "vllm-packed"),
     (
@@ -183,6 +189,24 @@ ASKED: list[tuple[str, Any, dict[str, Any], str]] = [
     ),
     ("a row of 288 bytes", layers(5, 64, 288, dtype=U8), known(1, 288, 64), "mla, values-scales"),
     ("a row of 132 bytes", layers(5, 64, 132, dtype=U8), known(1, 132, 64), "indexer, mla"),
+    (
+        "a row of 584 bytes that may be a latent and its scales",
+        layers(5, 1, 64, 584, dtype=torch.int8),
+        known(1, 576, 64, backend="TRITON_MLA"),
+        "values-scales, mla",
+    ),
+    (
+        "two heads, or a slot for K and a slot for V",
+        [tensor.transpose(1, 2) for tensor in layers(5, 16, 2, 128)],
+        known(2, 64, 16),
+        "vllm-lbnhc, vllm-packed",
+    ),
+    (
+        "the same of a backend that may have both",
+        [tensor.transpose(1, 2) for tensor in layers(5, 16, 2, 128)],
+        known(2, 64, 16, backend="ROCM_AITER_FA"),
+        "vllm-lbnhc, opaque",
+    ),
     (
         "two layers of pairs, or K and V of two layers",
         (layers(5, 3, 16, 64), layers(5, 3, 16, 64)),
@@ -248,6 +272,11 @@ def test_none(tensors: Any, facts: dict[str, Any]) -> None:
         PagedKVCache.detect(tensors, **facts)
     assert len(str(caught.value).splitlines()) == 3
     assert len(str(caught.value)) < 700
+
+
+def test_a_backend_that_mixes_tokens_is_named() -> None:
+    with pytest.raises(LayoutError, match="ROCM_ATTN mixes the tokens of a block: use opaque"):
+        PagedKVCache.detect(layers(5, 2, 64, 192), **known(3, 64, 64, backend="ROCM_ATTN"))
 
 
 def test_a_message_says_what_was_known_and_what_nearly_fits() -> None:
