@@ -14,42 +14,18 @@ import numpy as np
 import torch
 
 from kvheap.kernels.arrays import INT32_END, Int64Array
-from kvheap.kernels.engine_layouts import (
-    INDEXER_BYTES,
-    SCALE_BYTES,
-    SPLIT_RECORDS,
-    KVLayout,
-    LayoutError,
-    OtherTensorsError,
-)
+from kvheap.kernels.engine_layouts import KVLayout, LayoutError, OtherTensorsError
 from kvheap.kernels.engine_planes import Blocks, Plane, TensorPlanes, planes_of
-from kvheap.kernels.tensor_dims import TensorDims, dense_blocks, kind_of
+from kvheap.kernels.tensor_dims import TensorDims, kind_of
+from kvheap.kernels.tensor_views import TensorFacts, checked_facts, tensor_view
 
-__all__ = ["CacheGeometry", "EngineTensors", "TensorFacts", "read_tensors"]
+__all__ = ["CacheGeometry", "EngineTensors", "read_tensors"]
 
 EngineTensors: TypeAlias = (
     "torch.Tensor | Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]] "
     "| Mapping[str, torch.Tensor]"
 )
 """The tensors that an engine registers: one tensor, one for each layer, or lists of K and V."""
-
-ALWAYS_SPLIT = (INDEXER_BYTES, 584)
-"""Rows of bytes of these sizes are taken to have their scales apart; see ``SPLIT_RECORDS``."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorFacts:
-    """What the shapes of tensors do not say, if the caller knows it.
-
-    Attributes:
-        block_size: slots of a block.
-        v_head_dim: elements of a head of V, if they are not as many as those of K.
-        widths: bytes of a token's values and of its scales, where a block keeps them apart.
-    """
-
-    block_size: int | None = None
-    v_head_dim: int | None = None
-    widths: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,9 +47,7 @@ class CacheGeometry:
     dtype: torch.dtype
 
 
-def read_tensors(
-    layout: KVLayout, tensors: EngineTensors, facts: TensorFacts = TensorFacts()
-) -> CacheGeometry:
+def read_tensors(layout: KVLayout, tensors: EngineTensors, facts: TensorFacts) -> CacheGeometry:
     """The geometry of the cache that an engine keeps in ``tensors``.
 
     Args:
@@ -92,8 +66,8 @@ def read_tensors(
     labelled = [part for parts in layers for part in parts]
     for label, tensor in labelled:
         _require_tensor(layout, label, tensor)
-    facts = _checked(layout, facts, labelled[0][1])
-    views = [[_view(layout, *part, facts) for part in parts] for parts in layers]
+    facts = checked_facts(layout, facts, labelled[0][1])
+    views = [[tensor_view(layout, *part, facts) for part in parts] for parts in layers]
     if layout.content == "blocks":
         layers, views = _group_blocks(layers, views)
     dims = [
@@ -112,6 +86,12 @@ def read_tensors(
         planes_of(layout, part, of_part, label, facts.v_head_dim, facts.widths)
         for part, of_part, (label, _) in zip(dims[0], blocks, layers[0], strict=True)
     ]
+    value_dim = parts[-1].head_dim
+    if layout.content == "key-value" and facts.v_head_dim not in (None, value_dim):
+        raise LayoutError(
+            f"V of {layout.name} has heads of {value_dim} elements, not v_head_dim="
+            f"{facts.v_head_dim}"
+        )
     dtypes = {tensor.dtype for _, tensor in labelled}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.uint8
     return CacheGeometry(
@@ -212,128 +192,6 @@ def _require_tensor(layout: KVLayout, label: str, tensor: Any) -> None:
             f"{label} of vllm-cpu is on {tensor.device}: only vLLM on a CPU keeps K rows then V "
             f"rows, use vllm-lbhnc"
         )
-
-
-def _checked(layout: KVLayout, facts: TensorFacts, first: torch.Tensor) -> TensorFacts:
-    """The facts that this engine layout uses, with those that its name says."""
-    is_split = layout.content == "values-scales"
-    if facts.widths is not None and layout.name != "values-scales":
-        raise LayoutError(f"widths are for values-scales, not for {layout.name}")
-    if facts.v_head_dim is not None and layout.content not in ("fused", "key-rows"):
-        raise LayoutError(
-            f"v_head_dim is for layouts whose rows hold K then V, not for {layout.name}"
-        )
-    if not is_split:
-        return facts
-    if layout.name == "values-scales":
-        widths = facts.widths
-        if widths is None or len(widths) != 2 or any(width <= 0 for width in widths):
-            raise LayoutError(
-                "values-scales needs widths=(values, scales), the bytes that each has for a token, "
-                f"such as (576, 8) for DeepSeek-V4; got {widths}"
-            )
-        return replace(facts, widths=(int(widths[0]), int(widths[1])))
-    row = INDEXER_BYTES
-    if first.dim() > 2:
-        row = first.shape[-1]
-    elif first.dim() == 2 and facts.block_size:
-        row = first.shape[-1] // facts.block_size
-    if not SCALE_BYTES < row <= INDEXER_BYTES:
-        raise LayoutError(
-            f"layer 0 of {layout.name} must be bytes [B, N, values + {SCALE_BYTES}], up to 128 "
-            f"values and one scale for a token, got shape {tuple(first.shape)}: for other rows, "
-            f"use values-scales and its widths"
-        )
-    return replace(facts, widths=(row - SCALE_BYTES, SCALE_BYTES))
-
-
-# -- one tensor ------------------------------------------------------------------------------------
-
-
-def _view(layout: KVLayout, label: str, tensor: torch.Tensor, facts: TensorFacts) -> torch.Tensor:
-    """The tensor with the dimensions of its engine layout, without a copy."""
-    if layout.content == "blocks":
-        return dense_blocks(layout, tensor, label)
-    if layout.content == "parts":
-        return tensor.unsqueeze(2) if tensor.dim() == 3 else tensor
-    if layout.dims == "BNC":
-        tensor = _without_heads(tensor)
-        if layout.content == "values-scales":
-            return _page_rows(layout, label, tensor, facts)
-    if layout.name in ("mla", "sglang-mla"):
-        _require_whole_rows(layout, label, tensor)
-    return tensor
-
-
-def _without_heads(tensor: torch.Tensor) -> torch.Tensor:
-    """``[B, 1, N, C]``, as vLLM registers it, or ``[B, N, 1, C]``, as ``[B, N, C]``."""
-    if tensor.dim() == 4:
-        for dim in (1, 2):
-            if tensor.shape[dim] == 1:
-                return tensor.squeeze(dim)
-    return tensor
-
-
-def _require_whole_rows(layout: KVLayout, label: str, tensor: torch.Tensor) -> None:
-    """Refuse rows of the sizes of records that engines keep in two parts.
-
-    vLLM's latents with a scale for each token have 576 + 8 = 584 bytes too, all in one row
-    (``*_per_token_head``, vLLM 0.33.0): ``vllm-packed`` takes these.
-    """
-    row = tensor.shape[-1] if tensor.dim() else 0
-    if tensor.element_size() > 1 or row not in ALWAYS_SPLIT:
-        return
-    name = "indexer" if row == INDEXER_BYTES else f"values-scales, widths={SPLIT_RECORDS[row]}"
-    raise LayoutError(
-        f"{label} of {layout.name} has rows of {row} bytes: blocks of them keep all values, then "
-        f"all scales, use {name}; if each row has its own scales, use vllm-packed"
-    )
-
-
-def _page_rows(
-    layout: KVLayout, label: str, tensor: torch.Tensor, facts: TensorFacts
-) -> torch.Tensor:
-    """Blocks of values and scales as bytes ``[B, N, values + scales]``.
-
-    SGLang keeps a block as one row, which may end in padding.
-    """
-    assert facts.widths is not None
-    row = sum(facts.widths)
-    shape = tuple(tensor.shape)
-    if tensor.element_size() != 1:
-        raise LayoutError(
-            f"{label} of {layout.name} must be bytes [B, N, values + {facts.widths[1]}], got "
-            f"{tensor.dtype} of shape {shape}"
-        )
-    if tensor.dim() == 2:
-        page_bytes = shape[1]
-        slots = page_bytes // row if facts.block_size is None else facts.block_size
-        is_exact = slots > 0 and page_bytes == slots * row
-        if not is_exact and (facts.block_size is None or slots <= 0 or page_bytes < slots * row):
-            raise LayoutError(
-                f"{label} of {layout.name} has blocks of {page_bytes} bytes: with rows of {row}, "
-                f"block_size={facts.block_size} does not fit; padded blocks need a block_size"
-            )
-        if tensor.stride(1) != 1 and page_bytes > 1:
-            raise LayoutError(
-                f"{label} of {layout.name}: each block must be contiguous, got strides "
-                f"{tensor.stride()}"
-            )
-        return tensor.as_strided(
-            (shape[0], slots, row), (tensor.stride(0), row, 1), tensor.storage_offset()
-        )
-    if tensor.dim() == 3:
-        if shape[2] != row:
-            raise LayoutError(
-                f"{label} of {layout.name} has rows of {shape[2]} bytes, not {row} = "
-                f"{facts.widths[0]} + {facts.widths[1]}"
-            )
-        if not tensor[0].is_contiguous():
-            raise LayoutError(
-                f"{label} of {layout.name}: each block must be contiguous, got strides "
-                f"{tensor.stride()}"
-            )
-    return tensor
 
 
 # -- all tensors together --------------------------------------------------------------------------

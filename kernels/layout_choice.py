@@ -15,7 +15,7 @@ from kvheap.kernels.engine_layouts import (
     KVLayout,
     LayoutError,
 )
-from kvheap.kernels.engine_tensors import TensorFacts
+from kvheap.kernels.tensor_views import TensorFacts
 
 __all__ = ["EngineFacts", "Readings", "SizedCache"]
 
@@ -138,8 +138,8 @@ class EngineFacts:
         """What to read the tensors with; one of them for each pair of widths that may fit."""
         if layout.name != "values-scales":
             v_head_dim = None
-            if layout.content in ("fused", "key-rows") and self._has_other_v:
-                v_head_dim = self._with_scales(self.v_head_dim or 0)
+            if self.v_head_dim is not None and layout.content in ("key-value", "fused", "key-rows"):
+                v_head_dim = self._with_scales(self.v_head_dim)
             yield TensorFacts(self.block_size, v_head_dim)
             return
         first = _first_tensor(tensors)

@@ -23,9 +23,10 @@ from kvheap.kernels.engine_layouts import (
     OtherTensorsError,
 )
 from kvheap.kernels.engine_planes import Plane
-from kvheap.kernels.engine_tensors import EngineTensors, TensorFacts, read_tensors
+from kvheap.kernels.engine_tensors import EngineTensors, read_tensors
 from kvheap.kernels.layout_choice import EngineFacts, Readings
 from kvheap.kernels.paged_places import NO_REPORT, read_report
+from kvheap.kernels.tensor_views import TensorFacts
 from kvheap.kernels.transformers_cache import key_value_tensors
 
 __all__ = [
@@ -95,8 +96,8 @@ class PagedKVCache:
                 elements apart.
             block_size: slots of a block, for engine layouts that only have slots; 1 if not given.
                 For the others, the block size that the tensors must have.
-            v_head_dim: elements of a head of V where K and V share a row, as in
-                ``vllm-lbhnc``; None if V has as many as K.
+            v_head_dim: elements of a head of V. Needed if it is not as large as one of K and both
+                share a row, as in ``vllm-lbhnc``; else checked.
             widths: for ``values-scales``, the bytes of a token's values and of its scales, such as
                 (576, 8) for DeepSeek-V4.
 

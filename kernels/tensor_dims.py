@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from kvheap.kernels.engine_layouts import KVLayout, LayoutError, OtherTensorsError
 
-__all__ = ["TensorDims", "dense_blocks", "kind_of"]
+__all__ = ["TensorDims", "kind_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,32 +91,6 @@ class TensorDims:
                 return False
             expected *= self.sizes[dim]
         return True
-
-
-def dense_blocks(layout: KVLayout, tensor: torch.Tensor, label: str) -> torch.Tensor:
-    """Whole blocks as a view ``[B, elements]`` in the order of memory, whatever their dimensions.
-
-    Raises:
-        OtherTensorsError: the tensor has no dimension besides that of blocks.
-        LayoutError: a block is not one range of memory.
-    """
-    if tensor.dim() < 2:
-        raise OtherTensorsError(
-            f"{label} of {layout.name} must be {layout.tensors}, got shape {tuple(tensor.shape)}"
-        )
-    shape, strides = tensor.shape[1:], tensor.stride()[1:]
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n > 1):
-        if stride != expected:
-            raise LayoutError(
-                f"{label}: each block must be contiguous, got shape {tuple(tensor.shape)}, strides "
-                f"{tensor.stride()}"
-            )
-        expected *= size
-    num_elements = math.prod(shape)
-    return tensor.as_strided(
-        (tensor.shape[0], num_elements), (tensor.stride(0), 1), tensor.storage_offset()
-    )
 
 
 def kind_of(value: object) -> str:

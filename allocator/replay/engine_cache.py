@@ -330,6 +330,7 @@ class EngineCache:
             return [plane.flatten(1).view(by_head).transpose(2, 3) for plane in planes]
         if len(planes) == 1:
             widths = [plane.shape[-1] for plane in self._planes(layer)]
-            planes = planes[0].split(widths, dim=-1)
+            ends = [sum(widths[: at + 1]) for at in range(len(widths))]
+            planes = planes[0].tensor_split(ends[:-1], dim=-1)
         shape = (*blocks, self._block_size, self.geometry.num_heads)
         return [plane.view(*shape, -1) for plane in planes]
