@@ -34,6 +34,7 @@ class Chunks:
         scale_offset: None if the chunks hold the cache's own bytes. If they hold fp8 e4m3, whose
             elements have one byte in the chunk layout, the offset in bytes of a chunk's scales,
             float32 ``[planes, layers, heads]``.
+        data_offset: bytes before a chunk's elements, if its scales come first.
     """
 
     buffer: torch.Tensor
@@ -42,6 +43,7 @@ class Chunks:
     alignment: int
     layout: ChunkLayout
     scale_offset: int | None = None
+    data_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ True
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -80,8 +81,8 @@ def store(
             either all layers of the cache or only these.
         heads: copy only these heads, numbered on the side that has more heads; the other side has
             either only these heads or all of them.
-        convert: convert a cache of bfloat16 or float16 to chunks of float8_e4m3fn, whose second
-            group, float32 ``[planes, layers, heads]``, holds the scales.
+        convert: convert a cache of bfloat16 or float16 to chunks of two groups: elements of
+            float8_e4m3fn, and scales, float32 ``[planes, layers, heads]``.
             ``kernels/paged_convert.py`` states how much precision is lost.
 
     Raises:
@@ -151,7 +152,8 @@ def batched_store(
         layers: store only these layers; the chunks then hold no others.
         allow_partial: if not all chunks fit, store only the first tokens, as many as fit.
         convert: store a cache of bfloat16 or float16 as float8_e4m3fn, with float32 scales in a
-            second group of each chunk; this loses precision.
+            second group of each chunk (the first, if the bytes of the elements are not a multiple
+            of 4); this loses precision.
 
     Returns:
         The chunks; None if they do not fit.
@@ -173,6 +175,8 @@ def batched_store(
     if convert:
         scales = (layout.num_planes, layout.num_layers, cache.num_heads)
         shapes, dtypes = [shape, scales], [torch.float8_e4m3fn, torch.float32]
+        if math.prod(shape) % torch.float32.itemsize:
+            shapes, dtypes = shapes[::-1], dtypes[::-1]
     batch = heap.batched_allocate(shapes, dtypes, num_chunks, fmt, allow_partial=allow_partial)
     if batch is None:
         return None
@@ -310,9 +314,9 @@ def _chunks(heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool) 
     await_filling(objs, heap.device)
     absolute, alignment = heap.absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
-    chunk_layout, scale_offset = parts(layout, cache.dtype, cache.head_dim)
+    found = parts(layout, cache.dtype, cache.head_dim)
     first_buffer = heap.segments[0][1]
-    return Chunks(first_buffer, absolute, layout.size_bytes, alignment, chunk_layout, scale_offset)
+    return Chunks(first_buffer, absolute, layout.size_bytes, alignment, *found)
 
 
 @lru_cache(maxsize=256)
@@ -337,14 +341,16 @@ def _chunk_layout(
 @lru_cache(maxsize=256)
 def _converted_layout(
     layout: BlockLayout, dtype: torch.dtype, head_dim: int
-) -> tuple[ChunkLayout, int]:
-    """The chunk layout of an fp8 block, and the byte offset of its scales in the block."""
+) -> tuple[ChunkLayout, int, int]:
+    """The chunk layout of an fp8 block, and the byte offsets of its scales and its elements."""
     expected = (torch.float8_e4m3fn, torch.float32)
     order = layout.fmt.dim_order
-    if layout.dtypes != expected or order is None:
+    if layout.dtypes not in (expected, expected[::-1]) or order is None:
         raise ValueError(f"to convert, chunks need two groups {expected}, got {layout}")
-    chunk = ChunkLayout.of(order, layout.shapes[0], 1)
+    codes = layout.dtypes.index(torch.float8_e4m3fn)
+    chunk = ChunkLayout.of(order, layout.shapes[codes], 1)
     scales = (chunk.num_planes, chunk.num_layers, chunk.row_bytes // head_dim)
-    if tuple(layout.shapes[1]) != scales:
-        raise ValueError(f"the scales must have shape {scales}, got {tuple(layout.shapes[1])}")
-    return chunk, layout.offsets[1]
+    found = tuple(layout.shapes[1 - codes])
+    if found != scales:
+        raise ValueError(f"the scales must have shape {scales}, got {found}")
+    return chunk, layout.offsets[1 - codes], layout.offsets[codes]
