@@ -74,12 +74,16 @@ def _convert_chunk(copy: TokenCopy, plain: torch.Tensor, address: int, kept: tor
     )
     wanted = values[part][:, :, : len(kept)].float()
     sizes = wanted.abs()
-    sizes = torch.where(sizes.isfinite() & kept[:, None, None], sizes, 0.0)
+    finite = sizes.isfinite()
+    sizes = torch.where(finite & kept[:, None, None], sizes, 0.0)
     largest = sizes.amax(dim=(2, 4))
     found = (largest / LARGEST_E4M3).clamp_min(SMALLEST_SCALE)
-    scaled = wanted / found[:, :, None, :, None]
-    most = (largest / found)[:, :, None, :, None]
-    scaled = torch.where(scaled.abs() > most, most, scaled.abs()).copysign(scaled)
+    scaled = wanted.div_(found[:, :, None, :, None])
+    if not finite.all():
+        most = (largest / found)[:, :, None, :, None]
+        scaled = scaled.clamp(-most, most).copysign(scaled)  # a bound of 0 alone loses signs
+    # The division may round to a little more.
+    scaled = scaled.clamp_(-LARGEST_E4M3, LARGEST_E4M3)
     # As bytes: torch cannot index or select fp8 on a CPU.
     new, old = scaled.to(torch.float8_e4m3fn).view(torch.uint8), codes.view(torch.uint8)
     whole = old[part].clone()
