@@ -148,7 +148,9 @@ LAYOUTS: Mapping[str, KVLayout] = {
         KVLayout("vllm-nvfp4-linear", "", "LBHNC", _NVFP4, "nvfp4"),
         KVLayout("vllm-packed", "", "LBHNC", "[L, B, H, N, C] or L x [B, H, N, C]", "one"),
         KVLayout("vllm-cross-layer", "", "BLPNHC", "[B, L, 2, N, H, C]"),
-        KVLayout("mla", "L", "BNC", "L x [B, N, C], [B, 1, N, C] or [B, N, 1, C]", "one"),
+        KVLayout(
+            "mla", "L", "BNC", "L x [B, N, C], [B, 1, N, C], [B, N, 1, C] or [B, N * C]", "one"
+        ),
         KVLayout(
             "indexer",
             "L",
@@ -166,9 +168,11 @@ LAYOUTS: Mapping[str, KVLayout] = {
         KVLayout("sglang-mha", "PL", "SHC", "K and V: L x [B * N, H, C]"),
         KVLayout("sglang-mha-hnd", "PL", "BHNC", "K and V: L x [B, H, N, C]"),
         KVLayout("sglang-mla", "L", "SHC", "L x [B * N, 1, C]", "one"),
+        KVLayout("sglang-rows", "L", "SHC", "L x [B * N, H, C] or [B * N, C]", "one"),
         KVLayout("trtllm", "", "BLPHNC", "[B, L, 2, H, N, C]"),
         KVLayout("kv-tuples", "LP", "BNHC", "L x (K, V) of [B, N, H, C]"),
         KVLayout("kv-tuples-hnd", "LP", "BHNC", "L x (K, V) of [B, H, N, C]"),
+        KVLayout("kv-tuples-slots", "LP", "SHC", "L x (K, V) of [B * N, H, C]"),
         KVLayout(
             "plane-tuples",
             "LP",
@@ -200,5 +204,7 @@ others of vLLM:
   tokens, as the kernels of capability 8, 9 and 12 keep them.
 - ``vllm-packed`` copies each row as it is: quantized rows with scales of their own (TurboQuant,
   per-token-head scales), backends with a head slot for K and one for V, anything with one plane.
+
+``sglang-rows`` is what SGLang keeps in one plane: K without V, scales of rows.
 
 Blocks of ``opaque`` hold no tokens: each block counts as one slot."""

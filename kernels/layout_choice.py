@@ -30,6 +30,9 @@ ROW_RECORDS: Mapping[str, tuple[int, ...]] = {
 """Bytes of a token by vLLM's ``kv_cache_dtype``, where each token's scales follow its values (vLLM
 0.33.0, ``mla_attention.py`` and ``deepseek_v41/common/ops/cache_utils.py``)."""
 
+EITHER_WAY = (528, 288)
+"""Rows of DeepSeek-V4.1, whose scales are apart or not in layouts of the same size."""
+
 DEEPSEEK_V4_HEAD_DIM = 512
 """What DeepSeek-V4 calls its head size, whatever the bytes of a token (vLLM 0.33.0)."""
 
@@ -203,7 +206,7 @@ class EngineFacts:
             if self.kv_cache_dtype in ROW_RECORDS or "INDEXER" in backend:
                 return None
             # A latent of this head dim may have two scales behind it: 576 + 8 bytes.
-            rows = (self.head_dim, self.head_dim + 2 * SCALE_BYTES)
+            rows = (self.head_dim, self.head_dim + 2 * SCALE_BYTES, *EITHER_WAY)
             return "mla" if cache.head_dim in rows else None
         if layout.content not in ("fused", "key-rows") or self._has_other_v:
             return None

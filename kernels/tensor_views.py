@@ -98,6 +98,9 @@ def tensor_view(
         tensor = _without_heads(tensor)
         if layout.content == "values-scales":
             return _page_rows(layout, label, tensor, facts)
+        tensor = _rows_of_pages(layout, label, tensor, facts.block_size)
+    if layout.name == "sglang-rows" and tensor.dim() == 2:
+        return tensor.unsqueeze(1)
     if layout.name in ("mla", "sglang-mla"):
         _require_whole_rows(layout, label, tensor)
     return tensor
@@ -110,6 +113,20 @@ def _without_heads(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.shape[dim] == 1:
                 return tensor.squeeze(dim)
     return tensor
+
+
+def _rows_of_pages(
+    layout: KVLayout, label: str, tensor: torch.Tensor, block_size: int | None
+) -> torch.Tensor:
+    """Blocks of bytes ``[B, N * C]``, as SGLang keeps DeepSeek-V4's, as ``[B, N, C]``."""
+    if tensor.dim() != 2:
+        return tensor
+    if not block_size or block_size < 0 or tensor.shape[1] % block_size:
+        raise OtherTensorsError(
+            f"{label} of {layout.name} has blocks of {tensor.shape[1]} elements, which are not "
+            f"whole rows for block_size={block_size}"
+        )
+    return tensor.unflatten(1, (block_size, -1))
 
 
 def _require_whole_rows(layout: KVLayout, label: str, tensor: torch.Tensor) -> None:

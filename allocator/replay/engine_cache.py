@@ -120,7 +120,7 @@ def _key_then_value_rows(
 
 
 def _pages(slots: torch.Tensor, block_size: int) -> torch.Tensor:
-    """A view ``[B, N, H, C]`` of slots ``[S, H, C]``."""
+    """A view ``[B, N, H, C]`` of slots ``[S, H, C]``, or ``[B, N, C]`` of ``[S, C]``."""
     return slots.view(-1, block_size, *slots.shape[1:])
 
 
@@ -204,6 +204,15 @@ ENGINE_LAYOUTS: Mapping[str, EngineTensors] = {
     "sglang-mha-hnd": _attention(
         lambda sizes: (sizes.layers("BHNC"), sizes.layers("BHNC")),
         lambda buffers, layer, _: [buffer[layer].transpose(1, 2) for buffer in buffers],
+    ),
+    "sglang-rows": EngineTensors(
+        "latent",
+        lambda sizes: sizes.layers("SC"),
+        lambda buffers, layer, block_size: (_pages(buffers[layer], block_size).unsqueeze(2),),
+    ),
+    "kv-tuples-slots": _attention(
+        lambda sizes: sizes.pairs("SHC"),
+        lambda caches, layer, block_size: [_pages(side, block_size) for side in caches[layer]],
     ),
     "plane-tuples": EngineTensors(
         "latent",

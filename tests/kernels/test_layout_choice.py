@@ -98,7 +98,20 @@ FOUND: list[tuple[str, Any, dict[str, Any], str]] = [
         known(1, 512, 64),
         "values-scales",
     ),
-    ("DeepSeek-V4.1 of SGLang", layers(5, 64 * 528, dtype=U8), known(1, 512, 64), "values-scales"),
+    (
+        "fp8 pages of SGLang",
+        layers(5, 64 * 512, dtype=torch.float8_e4m3fn),
+        known(1, 512, 64),
+        "mla",
+    ),
+    ("K without V", layers(80, 3, 64), known(3, 64, 16), "sglang-rows"),
+    ("scales of slots", layers(80, 12, dtype=U8), known(1, 12, 16), "sglang-rows"),
+    (
+        "pairs of slots",
+        [(tensor, tensor) for tensor in (*layers(80, 3, 64), *layers(80, 3, 64))],
+        known(3, 64, 16),
+        "kv-tuples-slots",
+    ),
     (
         "DeepSeek-V4.1 of vLLM",
         layers(5, 64, 528, dtype=U8),
@@ -206,6 +219,18 @@ ASKED: list[tuple[str, Any, dict[str, Any], str]] = [
         [tensor.transpose(1, 2) for tensor in layers(5, 16, 2, 128)],
         known(2, 64, 16, backend="ROCM_AITER_FA"),
         "vllm-lbnhc, opaque",
+    ),
+    (
+        "DeepSeek-V4.1 of SGLang, one way or the other",
+        layers(5, 64 * 528, dtype=U8),
+        known(1, 512, 64),
+        "values-scales, mla",
+    ),
+    (
+        "two layers of pairs of slots, or K and V of two layers",
+        (layers(80, 3, 64), layers(80, 3, 64)),
+        known(3, 64, 16),
+        "sglang-mha, kv-tuples-slots",
     ),
     (
         "two layers of pairs, or K and V of two layers",

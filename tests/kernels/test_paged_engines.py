@@ -130,6 +130,18 @@ def test_latents_with_a_dimension_of_one_head(head_at: int, path: str) -> None:
 
 
 @ON_ALL_PATHS
+@pytest.mark.parametrize("padding", [0, 6])
+def test_pages_of_whole_rows(padding: int, path: str) -> None:
+    """SGLang 0.5.23, ``KVLayout.V41_NEW``: each token's scales behind its data, pages as rows."""
+    with running(path) as device:
+        storage = Storage(device)
+        strides = (4 * 29 + padding, 1)
+        pages = [storage.tensor((BLOCKS, 4 * 29), strides=strides) for _ in range(LAYERS)]
+        cache = PagedKVCache.of("mla", pages, block_size=4)
+        check_tokens(storage, cache, lambda i, s: [pages[i][s // 4, s % 4 * 29 : s % 4 * 29 + 29]])
+
+
+@ON_ALL_PATHS
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("row", [132, 68])
 def test_indexers(row: int, shape: str, path: str) -> None:

@@ -208,7 +208,7 @@ class TestDetect:
 
     def test_opaque_is_never_guessed(self) -> None:
         with pytest.raises(LayoutError, match="no engine layout fits"):
-            PagedKVCache.detect([torch.zeros(4, 10)], num_kv_heads=1, head_dim=10, block_size=1)
+            PagedKVCache.detect([torch.zeros(4, 3, 7)], num_kv_heads=1, head_dim=21, block_size=1)
 
 
 def test_other_addresses_are_not_alike() -> None:

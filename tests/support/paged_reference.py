@@ -16,7 +16,7 @@ from kvheap import MemoryBatch, MemoryFormat
 
 SCALE_BYTES = 4
 FUSED_ORDERS = ("LBHNF", "LBNHF", "LHBNF", "BLHNF", "BLNHF", "BHLNF")
-ONE_PLANE = ("mla", "sglang-mla", "vllm-packed", "opaque")
+ONE_PLANE = ("mla", "sglang-mla", "sglang-rows", "vllm-packed", "opaque")
 MORE_PLANES = {"vllm-nvfp4-linear": 4, "plane-tuples": 3}
 WITHOUT_KEYS = (*ONE_PLANE, "indexer", "values-scales", "plane-tuples")
 BYTES_ONLY = ("indexer", "values-scales", "vllm-nvfp4-linear")
@@ -113,6 +113,8 @@ SPECS: dict[str, Spec] = {
     "vllm-nvfp4-linear": Spec("", "LBWNQ", nvfp4_at, "LBWNQ"),
     "vllm-packed": Spec("", "LBHNC", lambda t, i, p, b, n, h: t[i][b, h, n]),
     "sglang-mha-hnd": Spec("PL", "BHNC", lambda t, i, p, b, n, h: t[p][i][b, h, n]),
+    "sglang-rows": Spec("L", "SHC", lambda t, i, p, s, n, h: t[i][s, h]),
+    "kv-tuples-slots": Spec("LP", "SHC", lambda t, i, p, s, n, h: t[i][p][s, h]),
     "plane-tuples": Spec("LP", "BNHC", lambda t, i, p, b, n, h: t[i][p][b, n, h]),
 }
 """By name of the engine layout. Where it only has slots, the slot is passed as the block."""
