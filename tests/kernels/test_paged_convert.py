@@ -370,3 +370,24 @@ def test_one_outlier_costs_its_neighbours_what_the_bound_says(path):
     assert found[1:3].tolist() == [0, 0]
     assert found[3] != 0
     assert scale / 1024 == pytest.approx(float(wanted[0]) / 458752, rel=1e-6)
+
+
+@needs_triton
+def test_accesses_are_as_wide_as_what_is_before_the_elements_allows(monkeypatch):
+    """Scales first, of 4 bytes: the elements of a chunk are no longer at multiples of 16."""
+    seen = {}
+
+    class Launched:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: seen.update(constants)
+
+    cache = PagedKVCache.of("mla", [torch.zeros(2, 8, 32).half()])
+    heap = TensorMemoryAllocator(torch.zeros(1 << 12, dtype=torch.uint8), align_bytes=64)
+    groups = {(1, 1, 8, 32): torch.float8_e4m3fn, (1, 1, 1): torch.float32}
+    for shapes, vector in ((list(groups), 16), (list(groups)[::-1], 4)):
+        dtypes = [groups[shape] for shape in shapes]
+        batch = heap.batched_allocate(shapes, dtypes, 1, MemoryFormat.KV_MLA_FMT)
+        with running("interpreter"), monkeypatch.context() as patch:
+            patch.setattr(paged_convert, "_convert_tokens_kernel", Launched())
+            kvheap.store(cache, range(8), batch, convert=True)
+        assert seen["HEAP_VECTOR"] == vector
