@@ -126,7 +126,12 @@ def _rows_of_pages(
             f"{label} of {layout.name} has blocks of {tensor.shape[1]} elements, which are not "
             f"whole rows for block_size={block_size}"
         )
-    return tensor.unflatten(1, (block_size, -1))
+    row, (block_stride, stride) = tensor.shape[1] // block_size, tensor.stride()
+    return tensor.as_strided(
+        (tensor.shape[0], block_size, row),
+        (block_stride, row * stride, stride),
+        tensor.storage_offset(),
+    )
 
 
 def _require_whole_rows(layout: KVLayout, label: str, tensor: torch.Tensor) -> None:

@@ -72,11 +72,13 @@ def store(
     Args:
         cache: the engine's cache.
         slots: the slot of each token, integers ``[T]`` on the host or the cache's device (-1 skips
-            the token); or :class:`~kvheap.BlockIds`.
+            the token); or :class:`~kvheap.BlockIds`, of whole blocks for the engine layouts that
+            keep the tokens of a block together (``vllm-cpu``, ``vllm-nvfp4``).
         batch: exactly as many chunks as T tokens need. Chunk ``i`` holds tokens
             ``[i * n, (i + 1) * n)`` for chunks of ``n`` tokens; the last one may be partly filled.
             Formats of one layer (KV_2TD, KV_T2D) need that many chunks per layer, those of the
-            first layer first. A chunk with one plane holds K then V of each head.
+            first layer first. A chunk with one plane holds K then V of each head, or whatever
+            planes the cache has, side by side.
         layers: copy only these layers, for pipelines that follow the computation; the chunks hold
             either all layers of the cache or only these.
         heads: copy only these heads, numbered on the side that has more heads; the other side has
