@@ -94,6 +94,12 @@ class EngineFacts:
     kv_cache_dtype: str | None = None
     backend: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("kv_cache_dtype", "backend"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name} must be the engine's name of it, a str, got {value!r}")
+
     def candidates(self) -> Iterator[KVLayout]:
         """The engine layouts that this engine may use."""
         for layout in LAYOUTS.values():
@@ -101,7 +107,7 @@ class EngineFacts:
                 yield layout
 
     def _may_use(self, layout: KVLayout) -> bool:
-        dtype, backend = self.kv_cache_dtype, self.backend
+        dtype, backend = self.kv_cache_dtype, self._backend
         if backend in MIXING_BACKENDS:
             return False
         if self._is_packed:
@@ -113,18 +119,27 @@ class EngineFacts:
         is_nvfp4 = dtype is not None and dtype.startswith("nvfp4") and dtype not in ROW_RECORDS
         if dtype is not None and is_nvfp4 != (layout.content == "nvfp4"):
             return False
-        if backend is None:
+        if not backend:
             return True
         if (layout.content == "key-rows") != (backend == "CPU_ATTN"):
             return False
-        if any(part in backend.upper() for part in ONE_PLANE_BACKENDS):
+        if any(part in backend for part in ONE_PLANE_BACKENDS):
             return not layout.is_key_value
-        return layout.is_key_value or not backend.isupper()
+        return layout.is_key_value or not self._is_vllm
+
+    @property
+    def _backend(self) -> str:
+        return (self.backend or "").upper()
+
+    @property
+    def _is_vllm(self) -> bool:
+        """Whether the backend's name is one of vLLM's, which are in capitals."""
+        return (self.backend or "").isupper()
 
     @property
     def _is_packed(self) -> bool:
         is_dtype = (self.kv_cache_dtype or "").startswith(PACKED_DTYPES)
-        return is_dtype or self.backend in PACKED_BACKENDS
+        return is_dtype or self._backend in PACKED_BACKENDS
 
     @property
     def _has_scales(self) -> bool:
@@ -133,7 +148,7 @@ class EngineFacts:
 
     def hint(self) -> str | None:
         """What to do if this engine's cache cannot be one of the candidates."""
-        if self.backend in MIXING_BACKENDS:
+        if self._backend in MIXING_BACKENDS:
             return f"{self.backend} mixes the tokens of a block: use opaque"
         return None
 
@@ -201,18 +216,17 @@ class EngineFacts:
 
     def also_fits(self, layout: KVLayout, cache: SizedCache) -> str | None:
         """Another engine layout with the same shape, which nothing here rules out."""
-        backend = self.backend or ""
         if layout.content == "values-scales":
-            if self.kv_cache_dtype in ROW_RECORDS or "INDEXER" in backend:
+            if self.kv_cache_dtype in ROW_RECORDS or "INDEXER" in self._backend:
                 return None
             # A latent of this head dim may have two scales behind it: 576 + 8 bytes.
             rows = (self.head_dim, self.head_dim + 2 * SCALE_BYTES, *EITHER_WAY)
             return "mla" if cache.head_dim in rows else None
         if layout.content not in ("fused", "key-rows") or self._has_other_v:
             return None
-        if backend == MAY_HAVE_SIDES and cache.num_heads == 2:
+        if self._backend == MAY_HAVE_SIDES and cache.num_heads == 2:
             return "opaque"
-        if backend.isupper():
+        if self._is_vllm:
             return None
         if cache.num_heads == 1 and 2 * self.head_dim in LATENT_ROWS:
             return "mla"

@@ -193,6 +193,7 @@ class PagedKVCache:
             LayoutError: no engine layout fits, or two that fit put a token at different addresses;
                 the message has three lines. ``opaque``, ``vllm-packed`` and ``plane-tuples`` are
                 only found if ``kv_cache_dtype`` or ``backend`` says so.
+            TypeError: ``kv_cache_dtype`` or ``backend`` is not text.
         """
         facts = EngineFacts(num_kv_heads, head_dim, block_size, v_head_dim, kv_cache_dtype, backend)
         readings: Readings[PagedKVCache] = Readings(facts)

@@ -299,6 +299,12 @@ def test_none(tensors: Any, facts: dict[str, Any]) -> None:
     assert len(str(caught.value)) < 700
 
 
+@pytest.mark.parametrize("told", [{"kv_cache_dtype": BF16}, {"backend": object}])
+def test_names_are_text(told: Any) -> None:
+    with pytest.raises(TypeError, match="must be the engine's name of it, a str, got"):
+        PagedKVCache.detect(latent(5, 16, 576), **known(1, 576, 16, **told))
+
+
 def test_a_backend_that_mixes_tokens_is_named() -> None:
     with pytest.raises(LayoutError, match="ROCM_ATTN mixes the tokens of a block: use opaque"):
         PagedKVCache.detect(layers(5, 2, 64, 192), **known(3, 64, 64, backend="ROCM_ATTN"))
