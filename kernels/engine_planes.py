@@ -158,7 +158,8 @@ def _halves(
         if row % 2:
             raise LayoutError(
                 f"{label} of {layout.name} must hold K then V in its last dimension, got {row} "
-                f"elements: if V differs from K in size, give v_head_dim"
+                f"elements: if V differs from K in size, give v_head_dim; for rows of one plane, "
+                f"use vllm-packed"
             )
         return row // 2, row // 2
     if not 0 < v_head_dim < row:
