@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,12 +18,15 @@ class ChunkLayout:
         num_tokens: tokens of a chunk.
         page_tokens: tokens that lie ``token_stride`` apart: ``num_tokens``, or fewer if the order
             of the dimensions has pages.
-        num_planes: planes.
+        num_planes: planes; a cache with more of them has several side by side in each.
         num_layers: layers; 1 if each layer has its own chunks.
         row_bytes: bytes of one token in one layer and plane, all heads.
         is_per_layer: whether a chunk holds one layer only.
         page_stride, token_stride, plane_stride, layer_stride: bytes from one page, token, plane
             or layer to the next.
+        head_groups: groups of equally many heads that lie apart; 1 if the heads of a row are
+            contiguous.
+        head_group_stride: bytes from one group of heads to the next.
     """
 
     num_tokens: int
@@ -36,14 +39,17 @@ class ChunkLayout:
     token_stride: int
     plane_stride: int
     layer_stride: int
+    head_groups: int = 1
+    head_group_stride: int = 0
 
     @classmethod
     def of(cls, order: str, shape: Sequence[int], item_bytes: int) -> ChunkLayout:
         """A contiguous chunk, by the order of its dimensions.
 
         Args:
-            order: letters of the dimensions, outermost first: P planes, L layers, T tokens, D
-                elements of all heads, G pages of T tokens.
+            order: letters of the dimensions, outermost first: P planes (1 if it is left out), L
+                layers, T tokens, D elements of all heads, G pages of T tokens. If heads lie apart,
+                J groups of heads, with D elements each.
             shape: sizes of the dimensions; D may be split into heads and elements.
             item_bytes: bytes of an element.
 
@@ -66,17 +72,20 @@ class ChunkLayout:
             strides[letter] = stride
             stride *= sizes[letter]
         num_tokens = sizes["T"] * sizes.get("G", 1)
+        head_groups = sizes.get("J", 1)
         return cls(
             num_tokens=num_tokens,
             page_tokens=sizes["T"],
-            num_planes=sizes["P"],
+            num_planes=sizes.get("P", 1),
             num_layers=sizes.get("L", 1),
-            row_bytes=sizes["D"] * item_bytes,
+            row_bytes=head_groups * sizes["D"] * item_bytes,
             is_per_layer="L" not in sizes,
             page_stride=strides.get("G", 0),
             token_stride=strides["T"],
-            plane_stride=strides["P"],
+            plane_stride=strides.get("P", 0),
             layer_stride=strides.get("L", 0),
+            head_groups=head_groups,
+            head_group_stride=strides["J"] if head_groups > 1 else 0,
         )
 
     @property
@@ -86,17 +95,39 @@ class ChunkLayout:
 
     def with_item_bytes(self, item_bytes: int) -> ChunkLayout:
         """The same layout with elements of ``item_bytes``; its own must have one byte."""
-        return ChunkLayout(
-            self.num_tokens,
-            self.page_tokens,
-            self.num_planes,
-            self.num_layers,
-            self.row_bytes * item_bytes,
-            self.is_per_layer,
-            self.page_stride * item_bytes,
-            self.token_stride * item_bytes,
-            self.plane_stride * item_bytes,
-            self.layer_stride * item_bytes,
+        return replace(
+            self,
+            row_bytes=self.row_bytes * item_bytes,
+            page_stride=self.page_stride * item_bytes,
+            token_stride=self.token_stride * item_bytes,
+            plane_stride=self.plane_stride * item_bytes,
+            layer_stride=self.layer_stride * item_bytes,
+            head_group_stride=self.head_group_stride * item_bytes,
+        )
+
+    def of_blocks(self, block_size: int) -> ChunkLayout:
+        """The same chunk with a block of ``block_size`` tokens in place of each token.
+
+        Raises:
+            ValueError: chunks or their pages are not whole blocks, or the tokens of a block are not
+                contiguous in each layer and plane.
+        """
+        if self.page_tokens % block_size:
+            raise ValueError(
+                f"only whole blocks of {block_size} tokens can be copied, the chunk has "
+                f"{self.page_tokens} tokens in a row"
+            )
+        if self.token_stride != self.row_bytes:
+            raise ValueError(
+                "only whole blocks can be copied, but in this format the tokens of a block lie "
+                "apart: use KV_2LTD, KV_MLA_FMT, KV_2TD, KV_PL2TD or KV_PLTD"
+            )
+        return replace(
+            self,
+            num_tokens=self.num_tokens // block_size,
+            page_tokens=self.page_tokens // block_size,
+            row_bytes=self.row_bytes * block_size,
+            token_stride=self.token_stride * block_size,
         )
 
     def view(self, elements: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -7,15 +7,17 @@ launcher, with fp8 ``Chunks``         reads                           writes
 :func:`~.paged_copy.load_tokens`      fp8 tokens, and their scales    tokens of 2-byte elements
 ====================================  ==============================  ==============================
 
-There is one scale for each (chunk, plane, layer, head): the largest magnitude among the tokens that
-are stored, divided by 448, the largest e4m3 number. With ``s`` the scale, an element ``x`` comes
-back with an error of at most
+There is one scale for each (chunk, plane, layer, head): the largest finite magnitude ``m`` among
+the tokens that are stored, divided by 448, the largest e4m3 number; but at least ``2**-126``. With
+``s`` the scale, an element ``x`` comes back with an error of at most
 
     ``max(|x| / 16, s / 1024) * (1 + 2**-20)``
 
 before it is rounded to the cache's dtype: e4m3 has 3 mantissa bits, so half a step is a 16th of a
-number's magnitude; below ``s / 64`` steps have the fixed width ``s / 512``. NaN stays NaN;
-infinities become the largest finite magnitude of their (chunk, plane, layer, head).
+number's magnitude; below ``s / 64`` steps have the fixed width ``s / 512``. As ``s / 1024`` is
+``m / 458752``, one large element costs its neighbours their precision: a few of 3e38 and a thousand
+of 1 come back as the same few and a thousand zeros. Signs are kept, that of zero included. NaN
+stays NaN; infinities become ``m`` with their sign, which is 0 if nothing finite is beside them.
 
 Storing is one launch. A program owns the tokens of one (chunk, head, plane, layer). It reads them
 once for the maximum and a second time, now from the device's L2 cache, to convert them: 2 bytes
@@ -75,7 +77,18 @@ def _from_e4m3(code):  # type: ignore[no-untyped-def]
     subnormal = magnitude.to(tl.float32) * 0.001953125
     x = tl.where(magnitude < 8, subnormal, normal)
     x = tl.where(magnitude == 127, float("nan"), x)
-    return tl.where(bits >= 128, -x, x)
+    return _with_sign(x, bits << 24)
+
+
+@jit()
+def _with_sign(magnitude, bits):  # type: ignore[no-untyped-def]
+    """Float32 numbers with the sign that is the highest of 32 ``bits``.
+
+    By an operation on bits: Triton lowers ``-x`` to ``0 - x``, which loses the sign of zero.
+    """
+    return (magnitude.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(
+        tl.float32, bitcast=True
+    )
 
 
 @jit(
@@ -132,6 +145,7 @@ def _convert_tokens_kernel(  # type: ignore[no-untyped-def]
     elements = tl.arange(0, DIMS)
     is_element = elements < HEAD_DIM
     scale = 0.0
+    most = 0.0
     if TO_HEAP:
         largest = tl.zeros([TOKENS], tl.float32)
         any_token = tl.zeros([TOKENS], tl.int32)
@@ -140,6 +154,7 @@ def _convert_tokens_kernel(  # type: ignore[no-untyped-def]
     for step in range(0, 2 if TO_HEAP else 1):
         if TO_HEAP and step == 1:
             scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
+            most = tl.max(largest) / scale
             tl.store(scale_ptr, scale, mask=tl.max(any_token) > 0)
         for first in range(0, CHUNK_TOKENS, TOKENS):
             in_chunk = first + tl.arange(0, TOKENS)
@@ -176,7 +191,8 @@ def _convert_tokens_kernel(  # type: ignore[no-untyped-def]
                 else:
                     # Comparisons keep NaN; a minimum might not.
                     y = x / scale
-                    y = tl.where(y > 448.0, 448.0, tl.where(y < -448.0, -448.0, y))
+                    size = tl.abs(y)
+                    y = _with_sign(tl.where(size > most, most, size), y.to(tl.int32, bitcast=True))
                     if INSTRUCTION:
                         code = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
                     else:
@@ -244,7 +260,7 @@ def _cache_alignment(copy: TokenCopy) -> int:
 def _chunk_alignment(chunks: Chunks, head_dim: int) -> int:
     layout = chunks.layout
     strides = (layout.token_stride, layout.layer_stride, layout.plane_stride)
-    return alignment_of(chunks.alignment, head_dim, *strides)
+    return alignment_of(chunks.alignment, head_dim, chunks.data_offset, *strides)
 
 
 def _table(copy: TokenCopy) -> Int64Array:
@@ -255,7 +271,7 @@ def _table(copy: TokenCopy) -> Int64Array:
     pairing, chunks = copy.pairing, copy.chunks
     head_dim, num_layers = pairing.cache.head_dim, chunks.layout.num_layers
     table = pairing.table()
-    table[:, 1] //= pairing.cache.dtype.itemsize
+    table[:, 1] = table[:, 1] // pairing.cache.dtype.itemsize + chunks.data_offset
     planes = np.arange(len(pairing.entries))[:, None]
     chunk_heads = chunks.layout.row_bytes // head_dim
     scales = (planes * num_layers + np.array(pairing.chunk_layers)) * chunk_heads

@@ -53,7 +53,8 @@ def _convert_chunk(copy: TokenCopy, plain: torch.Tensor, address: int, kept: tor
     raw: Any = (ctypes.c_char * chunks.size_bytes).from_address(address)
     packed = torch.frombuffer(raw, dtype=torch.uint8)
     values = pairing.chunk.view(plain.view(pairing.cache.dtype), heads)
-    codes = layout.view(packed.view(torch.float8_e4m3fn), heads)
+    data = packed[chunks.data_offset : chunks.data_offset + layout.size_bytes]
+    codes = layout.view(data.view(torch.float8_e4m3fn), heads)
     scale_shape = (layout.num_planes, layout.num_layers, heads)
     scale_end = scale_offset + 4 * int(np.prod(scale_shape))
     scales = packed[scale_offset:scale_end].view(torch.float32).view(scale_shape)
@@ -73,9 +74,16 @@ def _convert_chunk(copy: TokenCopy, plain: torch.Tensor, address: int, kept: tor
     )
     wanted = values[part][:, :, : len(kept)].float()
     sizes = wanted.abs()
-    sizes = torch.where(sizes.isfinite() & kept[:, None, None], sizes, 0.0)
-    found = (sizes.amax(dim=(2, 4)) / LARGEST_E4M3).clamp_min(SMALLEST_SCALE)
-    scaled = (wanted / found[:, :, None, :, None]).clamp(-LARGEST_E4M3, LARGEST_E4M3)
+    finite = sizes.isfinite()
+    sizes = torch.where(finite & kept[:, None, None], sizes, 0.0)
+    largest = sizes.amax(dim=(2, 4))
+    found = (largest / LARGEST_E4M3).clamp_min(SMALLEST_SCALE)
+    scaled = wanted.div_(found[:, :, None, :, None])
+    if not finite.all():
+        most = (largest / found)[:, :, None, :, None]
+        scaled = scaled.clamp(-most, most).copysign(scaled)  # a bound of 0 alone loses signs
+    # The division may round to a little more.
+    scaled = scaled.clamp_(-LARGEST_E4M3, LARGEST_E4M3)
     # As bytes: torch cannot index or select fp8 on a CPU.
     new, old = scaled.to(torch.float8_e4m3fn).view(torch.uint8), codes.view(torch.uint8)
     whole = old[part].clone()

@@ -24,6 +24,9 @@ A slot of -1 skips its token. If the slots are on the host, a slot out of range 
 anything is written. If they are on a device, its token is skipped and recorded in the error word
 that ``cache.synchronize()`` reads, because an immediate check would have to wait for the device.
 
+Caches of which only whole blocks can be copied have one slot for each block here:
+:mod:`kvheap.kernels.whole_blocks`.
+
 Chunks of fp8 are converted on the way: :mod:`kvheap.kernels.paged_convert`. On CPU tensors:
 :mod:`kvheap.kernels.paged_copy_cpu` and :mod:`kvheap.kernels.paged_convert_cpu`, which are also the
 references. Chunks may be in pinned host memory while the cache is on a device, which then reads and

@@ -21,9 +21,14 @@ from kvheap.kernels.engine_layouts import (
     SCALE_BYTES,
     KVLayout,
     LayoutError,
+    OtherTensorsError,
 )
-from kvheap.kernels.engine_tensors import EngineTensors, Plane, read_tensors
+from kvheap.kernels.engine_planes import Plane
+from kvheap.kernels.engine_tensors import EngineTensors, read_tensors
+from kvheap.kernels.layout_choice import EngineFacts, Readings
 from kvheap.kernels.paged_places import NO_REPORT, read_report
+from kvheap.kernels.tensor_views import TensorFacts
+from kvheap.kernels.transformers_cache import key_value_tensors
 
 __all__ = [
     "INDEXER_BYTES",
@@ -44,7 +49,7 @@ class PagedKVCache:
 
     Attributes:
         layout: the engine layout of the tensors.
-        planes: one or two planes.
+        planes: each plane: K and V, one, or the parts of both.
         base_addresses: where block 0 of each layer and plane begins, int64 ``[L, planes]``.
         num_blocks: blocks B.
         block_size: slots of a block N.
@@ -75,7 +80,13 @@ class PagedKVCache:
 
     @classmethod
     def of(
-        cls, layout: str | KVLayout, tensors: EngineTensors, *, block_size: int | None = None
+        cls,
+        layout: str | KVLayout,
+        tensors: EngineTensors,
+        *,
+        block_size: int | None = None,
+        v_head_dim: int | None = None,
+        widths: tuple[int, int] | None = None,
     ) -> PagedKVCache:
         """The cache that an engine keeps in ``tensors``, by the name of its engine layout.
 
@@ -86,12 +97,21 @@ class PagedKVCache:
                 elements apart.
             block_size: slots of a block, for engine layouts that only have slots; 1 if not given.
                 For the others, the block size that the tensors must have.
+            v_head_dim: elements of a head of V. Needed if it is not as large as one of K and both
+                share a row, as in ``vllm-lbhnc``; else checked.
+            widths: for ``values-scales``, the bytes of a token's values and of its scales, such as
+                (576, 8) for DeepSeek-V4.
 
         Raises:
             LayoutError: the name is unknown; or a tensor has another rank, device, dtype or size
                 than the engine layout or the first layer requires, or strides that do not fit. The
                 message names its layer.
             TypeError: one of ``tensors`` is not a tensor, or another argument has a wrong type.
+
+        >>> pages = [torch.zeros(8, 64, 584, dtype=torch.uint8)]  # DeepSeek-V4
+        >>> cache = PagedKVCache.of("values-scales", pages, widths=(576, 8))
+        >>> [(plane.row_bytes, plane.slot_stride) for plane in cache.planes]
+        [(576, 576), (8, 8)]
         """
         if isinstance(layout, str):
             if layout not in LAYOUTS:
@@ -102,7 +122,7 @@ class PagedKVCache:
             raise TypeError(f"layout must be the name of an engine layout, got {layout!r}")
         if block_size is not None:
             block_size = as_whole("block_size", block_size)
-        found = read_tensors(layout, tensors, block_size)
+        found = read_tensors(layout, tensors, TensorFacts(block_size, v_head_dim, widths))
         return cls(
             found.layout,
             found.planes,
@@ -111,54 +131,94 @@ class PagedKVCache:
             found.block_size,
             found.num_heads,
             found.head_dim,
-            found.tensors[0].dtype,
+            found.dtype,
             found.tensors[0].device,
             found.tensors,
         )
 
     @classmethod
+    def of_transformers(
+        cls, cache: object, *, num_kv_heads: int | None = None, head_dim: int | None = None
+    ) -> PagedKVCache:
+        """The cache that Hugging Face's transformers keep, without pages: row ``b`` is a block.
+
+        Slot ``b * T + t`` is token ``t`` of row ``b``; a row has as many slots as its tensors have
+        tokens. A ``DynamicCache`` makes new tensors with every token: make this again then.
+
+        Args:
+            cache: an object whose ``layers`` have ``keys`` and ``values`` (transformers 5.24,
+                ``cache_utils.py``: ``DynamicCache``, ``StaticCache``); one with lists
+                ``key_cache`` and ``value_cache``; or a (K, V) pair for each layer. All tensors are
+                ``[B, H, T, D]``; V may have other D than K.
+            num_kv_heads: KV heads H. With it, tensors ``[B, T, H, D]`` are refused.
+            head_dim: elements of a head of K, checked if given.
+
+        Raises:
+            LayoutError: a layer has no K and V, keeps only a window of its tokens, or does not fit
+                the others or what was given; the message names it.
+            TypeError: ``cache`` is of another kind.
+
+        >>> pairs = [(torch.zeros(1, 2, 7, 8), torch.zeros(1, 2, 7, 8)) for _ in range(3)]
+        >>> cache = PagedKVCache.of_transformers(pairs, num_kv_heads=2)
+        >>> cache.num_layers, cache.num_blocks, cache.block_size, cache.num_heads
+        (3, 1, 7, 2)
+        """
+        tensors = key_value_tensors(cache, num_kv_heads, head_dim)
+        return cls.of("kv-tuples-hnd", tensors)
+
+    @classmethod
     def detect(
-        cls, tensors: EngineTensors, *, num_kv_heads: int, head_dim: int, block_size: int
+        cls,
+        tensors: EngineTensors,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        v_head_dim: int | None = None,
+        kv_cache_dtype: str | None = None,
+        backend: str | None = None,
     ) -> PagedKVCache:
         """The cache that an engine keeps in ``tensors``; detects the engine layout.
 
-        The engine layout is recognized by the tensors' shapes and strides.
+        The engine layout is recognized by the tensors' shapes and strides, and by what the engine
+        knows. Two caches can look the same and keep their bytes in different order (vLLM's on a CPU
+        and ``vllm-lbhnc``; one head of K and V, and a latent vector): pass all that is known.
 
         Args:
             tensors: as for :meth:`of`.
             num_kv_heads: KV heads H; 1 for latent attention.
             head_dim: elements of one head; for latent attention, of a token.
             block_size: slots of a block.
+            v_head_dim: elements of one head of V, if not ``head_dim``.
+            kv_cache_dtype: the engine's name of it, such as ``"fp8_ds_mla"`` or ``"nvfp4"``.
+            backend: the name of the engine's attention backend, such as ``"FLASH_ATTN"`` or
+                ``"CPU_ATTN"``.
 
         Raises:
-            LayoutError: no engine layout fits, or two that fit put a token at different addresses.
-                ``opaque`` is never guessed.
+            LayoutError: no engine layout fits, or two that fit put a token at different addresses;
+                the message has three lines. ``opaque``, ``vllm-packed`` and ``plane-tuples`` are
+                only found if ``kv_cache_dtype`` or ``backend`` says so.
+            TypeError: ``kv_cache_dtype`` or ``backend`` is not text.
         """
-        found: dict[str, PagedKVCache] = {}
-        refused: list[str] = []
-        for name in LAYOUTS:
-            if name == "opaque":
-                continue
-            try:
-                cache = cls.of(name, tensors, block_size=block_size)
-            except (LayoutError, TypeError) as error:
-                refused.append(f"{name}: {error}")
-                continue
-            expected_dim = INDEXER_BYTES if name == "indexer" else head_dim
-            seen = (cache.num_heads, cache.head_dim, cache.block_size)
-            if seen == (num_kv_heads, expected_dim, block_size):
-                found[name] = cache
-            else:
-                refused.append(f"{name}: H, C, N would be {seen}")
-        if not found:
-            raise LayoutError(
-                f"no engine layout fits H, C, N = {(num_kv_heads, head_dim, block_size)}: "
-                + "; ".join(refused)
-            )
-        first = next(iter(found.values()))
-        if any(not first.addresses_like(other) for other in found.values()):
-            raise LayoutError(f"several engine layouts fit, choose one by name: {', '.join(found)}")
-        return first
+        facts = EngineFacts(num_kv_heads, head_dim, block_size, v_head_dim, kv_cache_dtype, backend)
+        readings: Readings[PagedKVCache] = Readings(facts)
+        for layout in facts.candidates():
+            for given in facts.tensor_facts(layout, tensors):
+                try:
+                    cache = cls.of(
+                        layout,
+                        tensors,
+                        block_size=given.block_size,
+                        v_head_dim=given.v_head_dim,
+                        widths=given.widths,
+                    )
+                except OtherTensorsError:
+                    continue
+                except (LayoutError, TypeError) as error:
+                    readings.refuse(str(error))
+                    continue
+                readings.add(layout, cache, cache)
+        return readings.only(cls.addresses_like)
 
     @property
     def num_layers(self) -> int:
@@ -167,7 +227,7 @@ class PagedKVCache:
 
     @property
     def num_planes(self) -> int:
-        """Planes: 2 for K and V, 1 for latent attention."""
+        """Planes: 2 for K and V, 1 for latent attention, more if their parts are apart."""
         return len(self.planes)
 
     @property
@@ -198,8 +258,17 @@ class PagedKVCache:
 
     @property
     def is_key_value(self) -> bool:
-        """Whether the planes are K and V."""
-        return self.num_planes == 2 and "I" not in self.layout.dims
+        """Whether the planes are K and V, or the parts of K and then those of V."""
+        return self.layout.is_key_value
+
+    @property
+    def chunk_planes(self) -> int:
+        """Planes of a chunk of this cache: 2 if K and V have equally many bytes, else 1."""
+        half = len(self.planes) // 2
+        sides = [
+            sum(p.row_bytes for p in side) for side in (self.planes[:half], self.planes[half:])
+        ]
+        return 2 if self.is_key_value and sides[0] == sides[1] else 1
 
     def error_word(self) -> torch.Tensor:
         """The word in which kernels report the lowest token out of range, int64 ``[1]``.

@@ -4,6 +4,10 @@ A chunk keeps the KV of consecutive tokens in one range of memory. A :class:`Pai
 cache and a chunk layout: for each (layer, plane) it says where both begin, how far apart tokens and
 heads are, and how many bytes are contiguous on both sides. It depends neither on slots nor on the
 addresses of chunks, so it is made once and kept with the cache.
+
+A cache may have several planes for each of the chunk's: a token's row then holds, for each head,
+its bytes of each of these planes. If the chunk keeps groups of heads apart, each group counts as a
+plane of its own.
 """
 
 from __future__ import annotations
@@ -47,9 +51,9 @@ class Pairing:
         chunk_layers: the same layers, as the chunk numbers them.
         chunk_head: index in the chunk of the first head to copy.
         num_heads: how many heads are copied.
-        entries: for each plane, one entry for each layer.
-        runs_per_token: runs of one token in one (layer, plane): 1 if its heads are contiguous on
-            both sides, else one for each head.
+        entries: for each plane, or each group of heads of a plane, one entry for each layer.
+        runs_per_token: runs of one token in one entry: 1 if its heads are contiguous on both
+            sides, else one for each head.
         chunk_head_stride: bytes from a head to the next in the chunk.
         tokens_merge: whether tokens in adjacent slots of a block are one run on both sides.
         blocks_merge: whether tokens of adjacent blocks are one run, too.
@@ -94,14 +98,8 @@ class Pairing:
         Raises:
             ValueError: the two sides differ in planes, layers or heads, or a range exceeds them.
         """
-        is_joined = chunk.num_planes == 1 and cache.num_planes > 1
-        if not is_joined and chunk.num_planes != cache.num_planes:
-            raise ValueError(
-                f"{cache.layout.name} has {cache.num_planes} planes, the chunk {chunk.num_planes}"
-            )
-        row_bytes = [plane.row_bytes for plane in cache.planes]
-        chunk_head_bytes = sum(row_bytes) if is_joined else row_bytes[0]
-        if chunk.row_bytes % chunk_head_bytes:
+        offsets, chunk_head_bytes = _plane_offsets(cache, chunk)
+        if chunk.row_bytes % (chunk_head_bytes * chunk.head_groups):
             raise ValueError(
                 f"a token of the chunk has {chunk.row_bytes} bytes in a layer and plane, not a "
                 f"whole number of heads of {chunk_head_bytes}"
@@ -109,26 +107,28 @@ class Pairing:
         chunk_heads = chunk.row_bytes // chunk_head_bytes
         cache_head, chunk_head, num_heads = _heads(cache.num_heads, chunk_heads, heads)
         cache_layers, chunk_layers = _layers(cache.num_layers, chunk, layers)
-        heads_merge = num_heads == 1 or all(
+        per_group = chunk_heads // chunk.head_groups
+        # Heads of one entry: they are in one group, and the same number in each entry.
+        step = num_heads
+        if chunk.head_groups > 1:
+            step = math.gcd(per_group, chunk_head, num_heads)
+        heads_merge = step == 1 or all(
             plane.head_stride == plane.row_bytes == chunk_head_bytes for plane in cache.planes
         )
-        runs_per_token = 1 if heads_merge else num_heads
-        plane_starts = (
-            np.cumsum([0, *row_bytes[:-1]])
-            if is_joined
-            else np.arange(cache.num_planes) * chunk.plane_stride
-        )
+        runs_per_token = 1 if heads_merge else step
         entries = tuple(
             tuple(
                 Entry(
-                    int(cache.base_addresses[layer, number]) + cache_head * plane.head_stride,
+                    int(cache.base_addresses[layer, number])
+                    + (cache_head + first) * plane.head_stride,
                     chunk_layer * chunk.layer_stride
-                    + int(plane_starts[number])
-                    + chunk_head * chunk_head_bytes,
+                    + offsets[number]
+                    + (chunk_head + first) // per_group * chunk.head_group_stride
+                    + (chunk_head + first) % per_group * chunk_head_bytes,
                     plane.block_stride,
                     plane.slot_stride,
                     plane.head_stride,
-                    plane.row_bytes * num_heads // runs_per_token,
+                    plane.row_bytes * step // runs_per_token,
                     position,
                 )
                 for position, (layer, chunk_layer) in enumerate(
@@ -136,6 +136,7 @@ class Pairing:
                 )
             )
             for number, plane in enumerate(cache.planes)
+            for first in range(0, num_heads, step)
         )
         tokens_merge, blocks_merge = _merges(cache, chunk, entries, runs_per_token)
         return cls(
@@ -217,6 +218,29 @@ def pairing_of(
         found = Pairing.of(cache, chunk, layers, heads)
         cache.kept[key] = found
     return found
+
+
+def _plane_offsets(cache: PagedKVCache, chunk: ChunkLayout) -> tuple[list[int], int]:
+    """Bytes to each of the cache's planes in a chunk's row of a head, and the bytes of that row."""
+    name, row_bytes = cache.layout.name, [plane.row_bytes for plane in cache.planes]
+    side, left = divmod(len(row_bytes), chunk.num_planes)
+    if left or not side:
+        raise ValueError(f"{name} has {len(row_bytes)} planes, the chunk {chunk.num_planes}")
+    if chunk.num_planes > 1 and not cache.is_key_value:
+        raise ValueError(f"{name} has no K and V planes, the chunk has {chunk.num_planes} planes")
+    sides = [row_bytes[i : i + side] for i in range(0, len(row_bytes), side)]
+    widths = {sum(widths) for widths in sides}
+    if len(widths) > 1:
+        raise ValueError(
+            f"{name} has {[sum(widths) for widths in sides]} bytes of a head in its planes: planes "
+            f"of unequal size need chunks with one plane, such as KV_MLA_FMT"
+        )
+    starts = [
+        number * chunk.plane_stride + sum(widths[:part])
+        for number, widths in enumerate(sides)
+        for part in range(side)
+    ]
+    return starts, widths.pop()
 
 
 def _heads(cache_heads: int, chunk_heads: int, heads: slice | None) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from kvheap.kernels.launch import bytes_of, staging
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import Pairing, pairing_of
 from kvheap.kernels.paged_slots import Places, Slots
+from kvheap.kernels.whole_blocks import blocks_of_cache, ids_of_whole_blocks
 
 __all__ = ["CONVERTIBLE", "Chunks", "TokenCopy"]
 
@@ -33,6 +34,7 @@ class Chunks:
         scale_offset: None if the chunks hold the cache's own bytes. If they hold fp8 e4m3, whose
             elements have one byte in the chunk layout, the offset in bytes of a chunk's scales,
             float32 ``[planes, layers, heads]``.
+        data_offset: bytes before a chunk's elements, if its scales come first.
         are_reachable: whether the caller knows that the cache's device can reach the chunks; else
             ``buffer`` must be on that device, or its start in pinned host memory.
     """
@@ -43,6 +45,7 @@ class Chunks:
     alignment: int
     layout: ChunkLayout
     scale_offset: int | None = None
+    data_offset: int = 0
     are_reachable: bool = False
 
 
@@ -74,6 +77,12 @@ class TokenCopy:
         to_heap: bool,
     ) -> TokenCopy:
         """Check a copy; arguments and errors are those of ``store_tokens``."""
+        if cache.layout.whole_blocks:
+            if chunks.scale_offset is not None:
+                raise ValueError(f"{cache.layout.name} holds no rows that could be converted")
+            slots = ids_of_whole_blocks(cache, slots)
+            chunks = replace(chunks, layout=chunks.layout.of_blocks(cache.block_size))
+            cache = blocks_of_cache(cache)
         pairing = pairing_of(cache, _exact_layout(cache, chunks), layers, heads)
         places = Places.of(slots, pairing, eager, distinct=not to_heap)
         _require_chunks(pairing, places.num_tokens, chunks)
@@ -136,6 +145,8 @@ def _exact_layout(cache: PagedKVCache, chunks: Chunks) -> ChunkLayout:
         raise ValueError(
             f"{cache.layout.name} has {cache.num_planes} planes, the chunk {layout.num_planes}"
         )
+    if layout.head_groups > 1:
+        raise ValueError("chunks that keep heads apart cannot be converted")
     if layout.page_tokens < layout.num_tokens:
         raise ValueError(
             f"chunks of several pages cannot be converted, got {layout.num_tokens} tokens in pages "

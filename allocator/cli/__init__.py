@@ -51,9 +51,10 @@ geometries (KV of one chunk of 512 tokens):
 engine layouts (blocks of 16 tokens):
   K and V      vllm-flash-nhd, vllm-flash-hnd, vllm-flashinfer-nhd, vllm-flashinfer-hnd,
                vllm-lbhnc, vllm-lbnhc, vllm-lhbnc, vllm-blhnc, vllm-blnhc, vllm-bhlnc,
-               vllm-cross-layer, sglang-mha, trtllm, kv-tuples, kv-tuples-hnd
-  MLA          mla, sglang-mla
-  other        indexer, opaque
+               vllm-cpu, vllm-cross-layer, sglang-mha, sglang-mha-hnd, trtllm, kv-tuples,
+               kv-tuples-hnd, kv-tuples-slots
+  MLA          mla, sglang-mla, sglang-rows, vllm-packed, plane-tuples
+  other        indexer, values-scales, opaque
 
 policies (which chunks are evicted first):
   lru      the least recently used

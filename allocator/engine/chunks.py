@@ -21,6 +21,7 @@ True
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -80,17 +81,19 @@ def store(
     Args:
         cache: the engine's cache.
         slots: the slot of each token, integers ``[T]`` on the host or the cache's device (-1 skips
-            the token); or :class:`~kvheap.BlockIds`.
+            the token); or :class:`~kvheap.BlockIds`, of whole blocks for the engine layouts that
+            keep the tokens of a block together (``vllm-cpu``, ``vllm-nvfp4``).
         batch: exactly as many chunks as T tokens need. Chunk ``i`` holds tokens
             ``[i * n, (i + 1) * n)`` for chunks of ``n`` tokens; the last one may be partly filled.
             Formats of one layer (KV_2TD, KV_T2D) need that many chunks per layer, those of the
-            first layer first. A chunk with one plane holds K then V of each head.
+            first layer first. A chunk with one plane holds K then V of each head, or whatever
+            planes the cache has, side by side.
         layers: copy only these layers, for pipelines that follow the computation; the chunks hold
             either all layers of the cache or only these.
         heads: copy only these heads, numbered on the side that has more heads; the other side has
             either only these heads or all of them.
-        convert: convert a cache of bfloat16 or float16 to chunks of float8_e4m3fn, whose second
-            group, float32 ``[planes, layers, heads]``, holds the scales.
+        convert: convert a cache of bfloat16 or float16 to chunks of two groups: elements of
+            float8_e4m3fn, and scales, float32 ``[planes, layers, heads]``.
             ``kernels/paged_convert.py`` states how much precision is lost.
 
     Raises:
@@ -180,11 +183,13 @@ def batched_store(
         slots: the slot of each token, or :class:`~kvheap.BlockIds`; see :func:`kvheap.store`.
         chunk_tokens: tokens per chunk; the last chunk may be partly filled.
         fmt: the chunks' format or its name; None: KV_2LTD, or KV_MLA_FMT for caches without
-            separate K and V. Formats of one layer take that many chunks for each layer.
+            separate K and V, or with K and V of different size. Formats of one layer take that
+            many chunks for each layer.
         layers: store only these layers; the chunks then hold no others.
         allow_partial: if not all chunks fit, store only the first tokens, as many as fit.
         convert: store a cache of bfloat16 or float16 as float8_e4m3fn, with float32 scales in a
-            second group of each chunk; this loses precision.
+            second group of each chunk (the first, if the bytes of the elements are not a multiple
+            of 4); this loses precision.
 
     Returns:
         The chunks; None if they do not fit.
@@ -199,7 +204,7 @@ def batched_store(
         raise TypeError(f"layers must be a range, got {layers!r}")
     num_layers = cache.num_layers if layers is None else len(layers)
     if fmt is None:
-        fmt = MemoryFormat.KV_2LTD if cache.is_key_value else MemoryFormat.KV_MLA_FMT
+        fmt = MemoryFormat.KV_2LTD if cache.chunk_planes == 2 else MemoryFormat.KV_MLA_FMT
     fmt = as_format(fmt)
     shape = chunk_shape(cache, fmt, chunk_tokens, num_layers)
     layout = ChunkLayout.of(dim_order_of(fmt), shape, cache.dtype.itemsize)
@@ -212,6 +217,8 @@ def batched_store(
     if convert:
         scales = (layout.num_planes, layout.num_layers, cache.num_heads)
         shapes, dtypes = [shape, scales], [torch.float8_e4m3fn, torch.float32]
+        if math.prod(shape) % torch.float32.itemsize:
+            shapes, dtypes = shapes[::-1], dtypes[::-1]
     batch = heap.batched_allocate(shapes, dtypes, num_chunks, fmt, allow_partial=allow_partial)
     if batch is None:
         return None
@@ -330,28 +337,32 @@ def chunk_shape(
 ) -> tuple[int, ...]:
     """The shape of a chunk of ``chunk_tokens`` tokens of a cache.
 
+    Chunks of KV_PHL2TD have one group of heads here; allocate others by their own shape.
+
     Raises:
         ValueError: ``chunk_tokens`` is not positive, the format cannot hold this cache's KV, or a
-            KV_PL2TD chunk would not be a whole number of the cache's blocks.
+            chunk of pages would not be a whole number of the cache's blocks.
     """
-    dim_order_of(fmt)
+    order = dim_order_of(fmt)
     chunk_tokens = require_count("chunk_tokens", chunk_tokens, at_least=1)
-    planes = 1 if fmt is MemoryFormat.KV_MLA_FMT else 2
+    planes = 2 if "P" in order and fmt is not MemoryFormat.KV_MLA_FMT else 1
     row_bytes = sum(plane.row_bytes for plane in cache.planes) * cache.num_heads
-    elements = row_bytes // planes // cache.dtype.itemsize
     if planes == 2 and not cache.is_key_value:
         raise ValueError(f"{fmt.name} holds K and V planes; {cache.layout.name} has none")
+    if planes > cache.chunk_planes:
+        raise ValueError(
+            f"{fmt.name} holds K and V of one size, but this cache has planes of "
+            f"{[plane.row_bytes for plane in cache.planes]} bytes a head: use KV_MLA_FMT"
+        )
+    heads = cache.num_heads if fmt is MemoryFormat.KV_2PHTLD else 1
     pages, left = divmod(chunk_tokens, cache.block_size)
-    if fmt is MemoryFormat.KV_PL2TD and left:
+    if "G" in order and left:
         raise ValueError(f"{chunk_tokens} tokens are not whole pages of {cache.block_size} tokens")
-    return {
-        MemoryFormat.KV_2LTD: (2, num_layers, chunk_tokens, elements),
-        MemoryFormat.KV_MLA_FMT: (1, num_layers, chunk_tokens, elements),
-        MemoryFormat.KV_T2D: (chunk_tokens, 2, elements),
-        MemoryFormat.KV_2TD: (2, chunk_tokens, elements),
-        MemoryFormat.KV_2TLD: (2, chunk_tokens, num_layers, elements),
-        MemoryFormat.KV_PL2TD: (pages, num_layers, 2, cache.block_size, elements),
-    }[fmt]
+    sizes = {"P": planes, "L": num_layers, "T": chunk_tokens, "G": pages, "J": heads}
+    sizes |= {"D": row_bytes // planes // heads // cache.dtype.itemsize}
+    if "G" in order:
+        sizes["T"] = cache.block_size
+    return tuple(sizes[letter] for letter in order)
 
 
 def _chunks(heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool) -> Chunks:
@@ -362,19 +373,21 @@ def _chunks(heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool) 
     await_filling(objs, heap.device)
     absolute, alignment = heap.absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
-    chunk_layout, scale_offset = parts(layout, cache.dtype, cache.head_dim)
+    chunk_layout, scale_offset, data_offset = parts(layout, cache.dtype, cache.head_dim)
     buffer, size_bytes = heap.segments[0][1], layout.size_bytes
     is_far = cache.device.type == "cuda" and buffer.device.type == "cpu"
     if is_far:
         buffer = reachable_buffer(heap, cache.device, absolute, size_bytes)
-    return Chunks(buffer, absolute, size_bytes, alignment, chunk_layout, scale_offset, is_far)
+    return Chunks(
+        buffer, absolute, size_bytes, alignment, chunk_layout, scale_offset, data_offset, is_far
+    )
 
 
 @lru_cache(maxsize=256)
 def _chunk_layout(
     layout: BlockLayout, dtype: torch.dtype, head_dim: int
-) -> tuple[ChunkLayout, None]:
-    """The chunk layout of a block, for a cache of ``dtype``; None: it has no scales."""
+) -> tuple[ChunkLayout, None, int]:
+    """The chunk layout of a block, for a cache of ``dtype``; it has no scales (None)."""
     if len(layout.shapes) != 1:
         raise ValueError(f"without convert=True, chunks must have one group, got {layout}")
     order = layout.fmt.dim_order
@@ -386,20 +399,22 @@ def _chunk_layout(
             f"the chunks hold {found}, the cache {dtype}: only convert=True converts, between "
             f"the cache and float8_e4m3fn chunks with scales"
         )
-    return ChunkLayout.of(order, layout.shapes[0], found.itemsize), None
+    return ChunkLayout.of(order, layout.shapes[0], found.itemsize), None, 0
 
 
 @lru_cache(maxsize=256)
 def _converted_layout(
     layout: BlockLayout, dtype: torch.dtype, head_dim: int
-) -> tuple[ChunkLayout, int]:
-    """The chunk layout of an fp8 block, and the byte offset of its scales in the block."""
+) -> tuple[ChunkLayout, int, int]:
+    """The chunk layout of an fp8 block, and the byte offsets of its scales and its elements."""
     expected = (torch.float8_e4m3fn, torch.float32)
     order = layout.fmt.dim_order
-    if layout.dtypes != expected or order is None:
+    if layout.dtypes not in (expected, expected[::-1]) or order is None:
         raise ValueError(f"to convert, chunks need two groups {expected}, got {layout}")
-    chunk = ChunkLayout.of(order, layout.shapes[0], 1)
+    codes = layout.dtypes.index(torch.float8_e4m3fn)
+    chunk = ChunkLayout.of(order, layout.shapes[codes], 1)
     scales = (chunk.num_planes, chunk.num_layers, chunk.row_bytes // head_dim)
-    if tuple(layout.shapes[1]) != scales:
-        raise ValueError(f"the scales must have shape {scales}, got {tuple(layout.shapes[1])}")
-    return chunk, layout.offsets[1]
+    found = tuple(layout.shapes[1 - codes])
+    if found != scales:
+        raise ValueError(f"the scales must have shape {scales}, got {found}")
+    return chunk, layout.offsets[1 - codes], layout.offsets[codes]

@@ -40,8 +40,8 @@ class _Sizes:
     """Sizes of an engine's tensors by letter.
 
     L layers, B blocks, N tokens of a block, H heads, C elements of a head, F elements of K and V
-    of a head, S slots of all blocks, I bytes that an indexer keeps for a token. A digit stands for
-    itself.
+    of a head, S slots of all blocks, I bytes that an indexer keeps for a token, R and K elements of
+    two parts of a head. A digit stands for itself.
     """
 
     by_letter: Mapping[str, int]
@@ -55,6 +55,7 @@ class _Sizes:
         sizes = {"L": geometry.num_layers, "B": num_blocks, "N": block_size}
         sizes |= {"H": geometry.num_heads, "C": geometry.head_dim, "F": 2 * geometry.head_dim}
         sizes |= {"S": num_blocks * block_size, "I": INDEXER_BYTES}
+        sizes |= {"K": geometry.head_dim // 4, "R": geometry.head_dim - geometry.head_dim // 4}
         return cls(sizes, geometry.dtype, device)
 
     def zeros(self, dims: str) -> torch.Tensor:
@@ -84,11 +85,16 @@ class EngineTensors:
         make: makes the tensors, filled with zeros.
         planes: takes the tensors, a layer, and the number of tokens of a block. Returns views
             ``[B, N, H, C]``: of K and V, of values and scales, or a single view.
+        by_head: whether a chunk keeps each block head by head, because only whole blocks are
+            copied, not token by token.
+        widths: bytes of values and of scales, if the engine layout needs to be told.
     """
 
     kind: Kind
     make: Callable[[_Sizes], Any]
     planes: Callable[[Any, int, int], Sequence[torch.Tensor]]
+    by_head: bool = False
+    widths: tuple[int, int] | None = None
 
 
 def _attention(
@@ -105,8 +111,16 @@ def _fused(order: str) -> EngineTensors:
     )
 
 
+def _key_then_value_rows(
+    tensor: torch.Tensor, layer: int, block_size: int
+) -> Sequence[torch.Tensor]:
+    """Views of K and V in ``[L, B, H, N, 2C]``, where a head has all its K rows first."""
+    rows = tensor[layer].view(*tensor.shape[1:3], 2 * block_size, -1)
+    return rows.transpose(1, 2).chunk(2, dim=1)
+
+
 def _pages(slots: torch.Tensor, block_size: int) -> torch.Tensor:
-    """A view ``[B, N, H, C]`` of slots ``[S, H, C]``."""
+    """A view ``[B, N, H, C]`` of slots ``[S, H, C]``, or ``[B, N, C]`` of ``[S, C]``."""
     return slots.view(-1, block_size, *slots.shape[1:])
 
 
@@ -173,13 +187,46 @@ ENGINE_LAYOUTS: Mapping[str, EngineTensors] = {
         lambda sizes: sizes.pairs("BHNC"),
         lambda caches, layer, _: [plane.transpose(1, 2) for plane in caches[layer]],
     ),
+    "values-scales": EngineTensors(
+        "indexer",
+        lambda sizes: sizes.layers("BNI"),
+        _indexer_planes,
+        widths=(INDEXER_VALUE_BYTES, SCALE_BYTES),
+    ),
+    "vllm-cpu": EngineTensors(
+        "attention", lambda sizes: sizes.zeros("LBHNF"), _key_then_value_rows, by_head=True
+    ),
+    "vllm-packed": EngineTensors(
+        "latent",
+        lambda sizes: sizes.zeros("LB1NC"),
+        lambda tensor, layer, _: (tensor[layer].transpose(1, 2),),
+    ),
+    "sglang-mha-hnd": _attention(
+        lambda sizes: (sizes.layers("BHNC"), sizes.layers("BHNC")),
+        lambda buffers, layer, _: [buffer[layer].transpose(1, 2) for buffer in buffers],
+    ),
+    "sglang-rows": EngineTensors(
+        "latent",
+        lambda sizes: sizes.layers("SC"),
+        lambda buffers, layer, block_size: (_pages(buffers[layer], block_size).unsqueeze(2),),
+    ),
+    "kv-tuples-slots": _attention(
+        lambda sizes: sizes.pairs("SHC"),
+        lambda caches, layer, block_size: [_pages(side, block_size) for side in caches[layer]],
+    ),
+    "plane-tuples": EngineTensors(
+        "latent",
+        lambda sizes: list(zip(sizes.layers("BN1R"), sizes.layers("BN1K"), strict=True)),
+        lambda caches, layer, _: caches[layer],
+    ),
     "opaque": EngineTensors(
         "opaque",
         lambda sizes: sizes.layers("BC"),
         lambda caches, layer, _: (caches[layer][:, None, None],),
     ),
 }
-"""Tensors of each engine layout, by its name in :data:`~kvheap.kernels.paged_layout.LAYOUTS`."""
+"""Tensors of engine layouts, by their names in :data:`~kvheap.kernels.paged_layout.LAYOUTS`. Those
+of NVFP4 are missing: no named geometry keeps such rows."""
 
 
 class EngineCache:
@@ -237,7 +284,12 @@ class EngineCache:
         sizes = _Sizes.of(geometry, self._num_blocks, self._block_size, device)
         self.tensors = self._engine_tensors.make(sizes)
         self.device = device
-        self.cache = PagedKVCache.of(engine_layout, self.tensors, block_size=self._block_size)
+        self.cache = PagedKVCache.of(
+            engine_layout,
+            self.tensors,
+            block_size=self._block_size,
+            widths=self._engine_tensors.widths,
+        )
 
     def _pool_size(self) -> int:
         block_bytes = self.geometry.chunk_bytes // self._blocks_per_chunk
@@ -285,7 +337,13 @@ class EngineCache:
     def _pieces(self, chunks: torch.Tensor, layer: int) -> list[torch.Tensor]:
         """Views ``[chunks, blocks of a chunk, N, H, C]`` of a layer of chunks, for each plane."""
         planes: Sequence[torch.Tensor] = chunks[:, :, layer].unbind(1)
-        if self.geometry.kind == "indexer":
-            planes = planes[0][..., :INDEXER_VALUE_BYTES], planes[0][..., INDEXER_VALUE_BYTES:]
-        shape = (len(chunks), self._blocks_per_chunk, self._block_size, self.geometry.num_heads)
+        blocks = (len(chunks), self._blocks_per_chunk)
+        if self._engine_tensors.by_head:
+            by_head = (*blocks, self.geometry.num_heads, self._block_size, -1)
+            return [plane.flatten(1).view(by_head).transpose(2, 3) for plane in planes]
+        if len(planes) == 1:
+            widths = [plane.shape[-1] for plane in self._planes(layer)]
+            ends = [sum(widths[: at + 1]) for at in range(len(widths))]
+            planes = planes[0].tensor_split(ends[:-1], dim=-1)
+        shape = (*blocks, self._block_size, self.geometry.num_heads)
         return [plane.view(*shape, -1) for plane in planes]

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_paths import interpreted, interpreted_function, needs_gpu, needs_triton, running
+from kernel_paths import (
+    ON_ALL_PATHS,
+    interpreted,
+    interpreted_function,
+    needs_gpu,
+    needs_triton,
+    running,
+)
 
 import kvheap
 from kvheap import BlockIds, MemoryFormat, PagedKVCache, TensorMemoryAllocator
@@ -269,3 +276,118 @@ def _encode_kernel(x_ptr, out_ptr, n: tl.constexpr):
 def _decode_kernel(x_ptr, out_ptr, n: tl.constexpr):
     i = tl.arange(0, n)
     tl.store(out_ptr + i, paged_convert._from_e4m3(tl.load(x_ptr + i)))
+
+
+@ON_ALL_PATHS
+@pytest.mark.parametrize("fmt", [MemoryFormat.KV_2LTD, MemoryFormat.KV_2TD], ids=lambda f: f.name)
+@pytest.mark.parametrize(("heads", "dim", "tokens"), [(1, 5, 3), (3, 7, 5), (1, 1, 1), (2, 6, 3)])
+def test_chunks_of_any_number_of_bytes(heads, dim, tokens, fmt, path):
+    with running(path) as device:
+        generator = torch.Generator().manual_seed(5)
+        shape = (2, 4, 4, heads, dim)
+        tensors = [torch.randn(shape, generator=generator).half().to(device) for _ in range(3)]
+        cache = PagedKVCache.of("vllm-flash-nhd", tensors)
+        before = [tensor.clone() for tensor in tensors]
+        heap = TensorMemoryAllocator(
+            torch.zeros(1 << 14, dtype=torch.uint8, device=device), align_bytes=4
+        )
+        slots = torch.randperm(cache.num_slots, generator=generator)[:11]
+        batch = heap.batched_store(cache, slots, tokens, fmt, convert=True)
+        for tensor in tensors:
+            tensor.zero_()
+        heap.batched_load(batch, cache, slots, convert=True)
+        for tensor, saved in zip(tensors, before, strict=True):
+            found, wanted = (t.view(2, -1, heads, dim)[:, slots].cpu() for t in (tensor, saved))
+            # Each magnitude is far above the smallest step: a 16th of it, and fp16's own rounding.
+            is_near = (found - wanted).abs() <= wanted.abs() / 15 + 0.02
+            assert is_near.all()
+            assert found.any()
+        groups = {dtype: i for i, dtype in enumerate(batch.layout.dtypes)}
+        codes_bytes = batch.layout.shapes[groups[torch.float8_e4m3fn]].numel()
+        assert groups[torch.float32] == (1 if codes_bytes % 4 == 0 else 0)
+
+
+def extremes(path, values, dtype):
+    """What comes back of a head with these numbers, alone in its group; and its scale."""
+    with running(path) as device:
+        tensor = torch.zeros(2, 1, len(values), 1, 8, dtype=dtype)
+        tensor[0, 0, :, 0] = torch.tensor(values, dtype=torch.float64)[:, None].to(dtype)
+        tensor = tensor.to(device)
+        cache = PagedKVCache.of("vllm-flash-nhd", [tensor])
+        heap = TensorMemoryAllocator(torch.zeros(1 << 12, dtype=torch.uint8, device=device))
+        batch = heap.batched_store(cache, range(len(values)), len(values), convert=True)
+        tensor.fill_(7)
+        heap.batched_load(batch, cache, range(len(values)), convert=True)
+        return tensor[0, 0, :, 0, 3].cpu(), float(batch[0].get_tensor(1)[0, 0, 0])
+
+
+INF = float("inf")
+
+
+@ON_ALL_PATHS
+@DTYPES
+def test_the_sign_of_zero_is_kept(dtype, path):
+    found, _ = extremes(path, [-0.0, 0.0, 3.0, -1e-30, -0.0], dtype)
+    assert found.tolist() == [0, 0, 3, 0, 0]
+    assert found.signbit().tolist() == [True, False, False, True, True]
+
+
+@ON_ALL_PATHS
+@DTYPES
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([INF, INF], [0, 0]),
+        ([INF, -INF, 0.0], [0, 0, 0]),
+        ([INF, -INF, 2.0], [2, -2, 2]),
+        ([-INF, 3 * 2.0**-24, 0.0], [-3 * 2.0**-24, 3 * 2.0**-24, 0]),
+    ],
+    ids=["nothing else", "zeros", "a number", "a tiny number"],
+)
+def test_infinities_become_the_largest_finite_magnitude(values, expected, dtype, path):
+    found, _ = extremes(path, values, dtype)
+    assert found.tolist() == expected
+    assert found.signbit().tolist() == [value < 0 for value in values]
+
+
+@ON_ALL_PATHS
+def test_infinities_beside_the_smallest_numbers(path):
+    """Their scale is the smallest one, of which 448 would be more than any of them."""
+    small = 2.0**-133
+    found, scale = extremes(path, [INF, -INF, small, 0.0], torch.bfloat16)
+    assert scale == 2.0**-126
+    assert found.abs().max() <= 2 * small
+    assert found[0] >= 0 >= found[1]
+
+
+@ON_ALL_PATHS
+def test_one_outlier_costs_its_neighbours_what_the_bound_says(path):
+    values = [3e38, 1.0, -2.0, 3e38 / 458752 * 1.5, 3e38 / 20000]
+    found, scale = extremes(path, values, torch.bfloat16)
+    wanted = torch.tensor(values, dtype=torch.float64).bfloat16().double()
+    bound = torch.maximum(wanted.abs() / 16, torch.tensor(scale, dtype=torch.float64) / 1024)
+    assert ((found.double() - wanted).abs() <= bound * (1 + 2**-20) + wanted.abs() / 128).all()
+    assert found[1:3].tolist() == [0, 0]
+    assert found[3] != 0
+    assert scale / 1024 == pytest.approx(float(wanted[0]) / 458752, rel=1e-6)
+
+
+@needs_triton
+def test_accesses_are_as_wide_as_what_is_before_the_elements_allows(monkeypatch):
+    """Scales first, of 4 bytes: the elements of a chunk are no longer at multiples of 16."""
+    seen = {}
+
+    class Launched:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: seen.update(constants)
+
+    cache = PagedKVCache.of("mla", [torch.zeros(2, 8, 32).half()])
+    heap = TensorMemoryAllocator(torch.zeros(1 << 12, dtype=torch.uint8), align_bytes=64)
+    groups = {(1, 1, 8, 32): torch.float8_e4m3fn, (1, 1, 1): torch.float32}
+    for shapes, vector in ((list(groups), 16), (list(groups)[::-1], 4)):
+        dtypes = [groups[shape] for shape in shapes]
+        batch = heap.batched_allocate(shapes, dtypes, 1, MemoryFormat.KV_MLA_FMT)
+        with running("interpreter"), monkeypatch.context() as patch:
+            patch.setattr(paged_convert, "_convert_tokens_kernel", Launched())
+            kvheap.store(cache, range(8), batch, convert=True)
+        assert seen["HEAP_VECTOR"] == vector

@@ -11,7 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_paths import ON_ALL_PATHS, WITHOUT_A_GPU, needs_triton, running, sample
-from paged_reference import PER_LAYER, SPECS, Engine, Sizes, Strides
+from paged_reference import (
+    DENSE_BLOCKS,
+    ONE_PLANE_FORMATS,
+    PER_LAYER,
+    SPECS,
+    Engine,
+    Sizes,
+    Strides,
+)
 from paged_worlds import (
     BOTH_WAYS,
     FLASH,
@@ -259,11 +267,11 @@ def worlds(draw: st.DrawFn) -> tuple[World, list[int], bool, dict[str, Any]]:
         dtype=draw(st.sampled_from([torch.uint8, torch.bfloat16, torch.float32])),
     )
     order = ""
-    if not spec.physical and layout not in ("indexer", "opaque"):
+    if not spec.physical and layout not in DENSE_BLOCKS:
         order = "".join(draw(st.permutations(spec.dims[:-1]))) + spec.dims[-1]
     padding, guard = draw(st.sampled_from([0, 0, 1, 4, 8])), draw(st.integers(0, 16))
     engine = Engine(layout, sizes, Strides(padding, guard, draw(st.integers(0, 4)), order))
-    formats = TWO_PLANE_FORMATS if format_of(layout) is F.KV_2LTD else (F.KV_MLA_FMT,)
+    formats = TWO_PLANE_FORMATS if format_of(layout) is F.KV_2LTD else ONE_PLANE_FORMATS
     fmt = draw(st.sampled_from(formats))
     kept: dict[str, Any] = {}
     chunk: dict[str, int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -86,4 +87,6 @@ def test_conversion_reads_and_writes_16_bytes_at_a_time(capability: int, to_heap
     assert accesses(kernel, "ld").count(16) == loads
     assert accesses(kernel, "st").count(16) == stores
     assert ("e4m3x2" in kernel.asm["ptx"]) == (capability >= 89)
+    # A negation would be "0 - x", which loses the sign of zero.
+    assert not re.search(r"\b(sub|neg)\.(f32|rn\.f32)", kernel.asm["ptx"])
     require_lean(kernel, MAX_REGISTERS)

@@ -13,16 +13,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_reference import ONE_PLANE, SPECS, Engine, Sizes, Strides
+from paged_reference import DENSE_BLOCKS, ONE_PLANE, SPECS, Engine, Sizes, Strides
 
 from kvheap.kernels.paged_layout import LAYOUTS, LayoutError, PagedKVCache
 
 FUSED = [name for name, spec in SPECS.items() if spec.physical]
+GUESSED = [
+    name
+    for name in SPECS
+    if name not in ("opaque", "values-scales", "vllm-packed", "vllm-nvfp4-linear", "plane-tuples")
+]
+"""The others need hints: test_layout_choice.py."""
 TIGHT, PADDED = Strides(), Strides(padding=8, guard=24)
 
 
 def cache_of(engine: Engine) -> PagedKVCache:
-    return PagedKVCache.of(engine.layout, engine.tensors, block_size=engine.block_size)
+    return PagedKVCache.of(
+        engine.layout, engine.tensors, block_size=engine.block_size, **engine.facts
+    )
 
 
 def address(cache: PagedKVCache, layer: int, plane: int, slot: int, head: int) -> int:
@@ -47,7 +55,9 @@ def check_addresses(engine: Engine, cache: PagedKVCache) -> None:
 
 
 def test_the_reference_knows_every_layout() -> None:
-    assert set(SPECS) == set(LAYOUTS)
+    whole_blocks = {name for name, layout in LAYOUTS.items() if layout.whole_blocks}
+    assert set(SPECS) | whole_blocks == set(LAYOUTS)  # those: test_paged_whole_blocks.py
+    assert not set(SPECS) & whole_blocks
 
 
 @pytest.mark.parametrize("strides", [TIGHT, PADDED])
@@ -71,17 +81,22 @@ def test_sizes_are_those_of_the_engine(layout: str) -> None:
     cache, sizes = cache_of(engine), engine.sizes
     rows_bytes = sum(engine.row_bytes)
     assert cache.num_layers == sizes.num_layers
-    assert cache.num_planes == engine.num_planes == cache.layout.num_planes
+    assert cache.num_planes == engine.num_planes
+    assert cache.layout.num_planes == (0 if layout == "plane-tuples" else engine.num_planes)
     assert (cache.num_blocks, cache.block_size) == (sizes.num_blocks, engine.block_size)
     assert (cache.num_heads, cache.num_slots) == (sizes.num_heads, engine.num_slots)
     assert cache.token_bytes == sizes.num_layers * sizes.num_heads * rows_bytes
     assert (cache.dtype, cache.device) == (sizes.dtype, torch.device("cpu"))
     expected_dim = engine.row_bytes[0] // sizes.dtype.itemsize
-    assert cache.head_dim == (rows_bytes if layout == "indexer" else expected_dim)
+    if layout in ("indexer", "values-scales", "plane-tuples"):
+        expected_dim = rows_bytes // sizes.dtype.itemsize
+    elif layout == "vllm-nvfp4-linear":
+        expected_dim = rows_bytes // 2
+    assert cache.head_dim == expected_dim
     assert cache.plane_strides.tolist() == [
         [
-            engine.row(layer, 1, 0, 0).data_ptr() - engine.row(layer, 0, 0, 0).data_ptr()
-            for _ in range(engine.num_planes - 1)
+            engine.row(layer, plane, 0, 0).data_ptr() - engine.row(layer, 0, 0, 0).data_ptr()
+            for plane in range(1, engine.num_planes)
         ]
         for layer in range(sizes.num_layers)
     ]
@@ -92,7 +107,7 @@ def engines(draw: st.DrawFn) -> Engine:
     layout = draw(st.sampled_from(list(SPECS)))
     spec = SPECS[layout]
     order = ""
-    if not spec.physical and layout not in ("indexer", "opaque"):
+    if not spec.physical and layout not in DENSE_BLOCKS:
         order = "".join(draw(st.permutations(spec.dims[:-1]))) + spec.dims[-1]
     sizes = Sizes(
         num_layers=draw(st.integers(1, 3)),
@@ -136,15 +151,17 @@ def detect(engine: Engine, **changes: Any) -> PagedKVCache:
 
 class TestDetect:
     @pytest.mark.parametrize("strides", [TIGHT, PADDED])
-    @pytest.mark.parametrize("layout", [name for name in SPECS if name != "opaque"])
+    @pytest.mark.parametrize("layout", GUESSED)
     def test_every_layout_is_found(self, layout: str, strides: Strides) -> None:
         sizes = Sizes(head_dim=128) if layout == "indexer" else Sizes()
         engine = Engine(layout, sizes, strides)
-        found = detect(engine)
+        # On a CPU, the tensors of vllm-lbhnc may be those of vllm-cpu.
+        known = {"backend": "FLASH_ATTN"} if layout == "vllm-lbhnc" else {}
+        found = detect(engine, **known)
         assert found.layout.name == layout
         check_addresses(engine, found)
 
-    @pytest.mark.parametrize("layout", FUSED)
+    @pytest.mark.parametrize("layout", [name for name in FUSED if name in GUESSED])
     def test_a_list_of_layers_is_found(self, layout: str) -> None:
         engine = Engine(layout, strides=PADDED, is_list=True)
         check_addresses(engine, detect(engine))
@@ -186,11 +203,12 @@ class TestDetect:
         message = f"(?s)no engine layout fits.*[;=] .*{layout}: "
         with pytest.raises(LayoutError, match=message) as caught:
             detect(Engine(layout, Sizes(num_blocks=50)), **changes)
-        assert len(str(caught.value)) < 5000  # no tensor is printed
+        assert len(str(caught.value)) < 1000  # no tensor is printed
+        assert len(str(caught.value).splitlines()) == 3
 
     def test_opaque_is_never_guessed(self) -> None:
         with pytest.raises(LayoutError, match="no engine layout fits"):
-            PagedKVCache.detect([torch.zeros(4, 10)], num_kv_heads=1, head_dim=10, block_size=1)
+            PagedKVCache.detect([torch.zeros(4, 3, 7)], num_kv_heads=1, head_dim=21, block_size=1)
 
 
 def test_other_addresses_are_not_alike() -> None:
@@ -264,7 +282,8 @@ WRONG: list[tuple[str, Callable[[], Any], str]] = [
     ("mla", list, "mla needs at least one layer"),
     ("mla", dict, "mla needs at least one layer"),
     ("vllm-lbhnc", lambda: torch.zeros(3, 4, 5, 3, 15), "the tensor .* K then V in its last dim"),
-    ("vllm-lbhnc", like((4, 5, 3, 16), (4, 5, 3, 15)), "layer 1 .* K then V in its last dim"),
+    ("vllm-lbhnc", like((4, 5, 3, 15)), "layer 0 .* K then V in its last dim"),
+    ("vllm-lbhnc", like((4, 5, 3, 16), (4, 5, 3, 15)), r"layer 1 .* shape \(4, 5, 3, 15\)"),
     ("vllm-lbnhc", lambda: torch.zeros(3, 4, 5, 3, 16), "the tensor .* in the order L B N H F"),
     ("vllm-lbnhc", like((4, 5, 3, 16), (4, 5, 3, 16)), "layer 0 .* in the order B N H F"),
     ("vllm-cross-layer", like((4, 3, 2, 3, 5, 8)), r"is one tensor \[B, L, .*, got 1 of Tensor"),

@@ -16,8 +16,14 @@ from kvheap import MemoryBatch, MemoryFormat
 
 SCALE_BYTES = 4
 FUSED_ORDERS = ("LBHNF", "LBNHF", "LHBNF", "BLHNF", "BLNHF", "BHLNF")
-ONE_PLANE = ("mla", "sglang-mla", "opaque")
+ONE_PLANE = ("mla", "sglang-mla", "sglang-rows", "vllm-packed", "opaque")
+MORE_PLANES = {"vllm-nvfp4-linear": 4, "plane-tuples": 3}
+WITHOUT_KEYS = (*ONE_PLANE, "indexer", "values-scales", "plane-tuples")
+BYTES_ONLY = ("indexer", "values-scales", "vllm-nvfp4-linear")
+DENSE_BLOCKS = (*BYTES_ONLY, "opaque")
+SPLIT_SCALE_BYTES = 3
 PER_LAYER = (MemoryFormat.KV_2TD, MemoryFormat.KV_T2D)
+ONE_PLANE_FORMATS = (MemoryFormat.KV_MLA_FMT, MemoryFormat.KV_TLD, MemoryFormat.KV_PLTD)
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ class Spec:
     """``at(tensors, layer, plane, block, slot, head)`` is a row; and how the tensors nest.
 
     ``dims`` has a letter for each dimension: L, B, N, H, C, P for two planes, S for B x N, F for
-    2 x C, V for the bytes of an indexer. ``physical`` is their order in memory.
+    2 x C, V for the bytes of an indexer, U for those of values and scales, W for 2 x H, Q for the
+    bytes of an NVFP4 row. ``physical`` is their order in memory.
     """
 
     nesting: str
@@ -63,6 +70,27 @@ def _indexer_at(t: Any, layer: int, plane: int, block: int, slot: int, head: int
     return (values, scales)[plane].view(block_size, -1)[slot]
 
 
+def _split_at(t: Any, layer: int, plane: int, block: int, slot: int, head: int) -> torch.Tensor:
+    block_size, token_bytes = t[layer].shape[1:]
+    page = t[layer][block].reshape(-1)
+    values = block_size * (token_bytes - SPLIT_SCALE_BYTES)
+    return (page[:values], page[values:])[plane].view(block_size, -1)[slot]
+
+
+def nvfp4_at(t: Any, layer: int, plane: int, block: int, slot: int, head: int) -> torch.Tensor:
+    """By vLLM 0.33.0, ``_nvfp4_kv_views``: K data, K scales, V data, V scales of a dense block."""
+    page = t[layer][block]
+    head_slots, block_size, row = page.shape
+    heads, is_hnd = head_slots // 2, page.is_contiguous()
+    memory = (page if is_hnd else page.transpose(0, 1)).reshape(-1)
+    assert memory.data_ptr() == page.data_ptr()
+    sizes = [heads * block_size * row * eighths // 9 for eighths in (8, 1, 8, 1)]
+    part = memory.split(sizes)[plane]
+    if is_hnd:
+        return part.view(heads, block_size, -1)[head, slot]
+    return part.view(block_size, heads, -1)[slot, head]
+
+
 SPECS: dict[str, Spec] = {
     "vllm-flash-nhd": Spec("L", "PBNHC", lambda t, i, p, b, n, h: t[i][p, b, n, h]),
     "vllm-flash-hnd": Spec("L", "PBHNC", lambda t, i, p, b, n, h: t[i][p, b, h, n]),
@@ -81,6 +109,13 @@ SPECS: dict[str, Spec] = {
     "kv-tuples": Spec("LP", "BNHC", lambda t, i, p, b, n, h: t[i][p][b, n, h]),
     "kv-tuples-hnd": Spec("LP", "BHNC", lambda t, i, p, b, n, h: t[i][p][b, h, n]),
     "opaque": Spec("L", "BNC", lambda t, i, p, b, n, h: t[i][b].reshape(-1)),
+    "values-scales": Spec("L", "BNU", _split_at),
+    "vllm-nvfp4-linear": Spec("", "LBWNQ", nvfp4_at, "LBWNQ"),
+    "vllm-packed": Spec("", "LBHNC", lambda t, i, p, b, n, h: t[i][b, h, n]),
+    "sglang-mha-hnd": Spec("PL", "BHNC", lambda t, i, p, b, n, h: t[p][i][b, h, n]),
+    "sglang-rows": Spec("L", "SHC", lambda t, i, p, s, n, h: t[i][s, h]),
+    "kv-tuples-slots": Spec("LP", "SHC", lambda t, i, p, s, n, h: t[i][p][s, h]),
+    "plane-tuples": Spec("LP", "BNHC", lambda t, i, p, b, n, h: t[i][p][b, n, h]),
 }
 """By name of the engine layout. Where it only has slots, the slot is passed as the block."""
 
@@ -113,14 +148,17 @@ class Engine:
         seed: int = 0,
         is_list: bool = False,
     ) -> None:
-        if layout in ("mla", "sglang-mla", "indexer", "opaque"):
+        if layout in ("mla", "sglang-mla", "indexer", "values-scales", "opaque"):
             sizes = replace(sizes, num_heads=1)
-        if layout == "indexer":
+        if layout in BYTES_ONLY:
             sizes = replace(sizes, dtype=torch.uint8)
         self.layout, self.sizes, self.device = layout, sizes, torch.device(device)
         self.spec, self.strides = SPECS[layout], strides
         self.block_size = 1 if layout == "opaque" else sizes.block_size
-        self.num_planes = 1 if layout in ONE_PLANE else 2
+        self.num_planes = MORE_PLANES.get(layout, 1 if layout in ONE_PLANE else 2)
+        self.facts: dict[str, Any] = {}
+        if layout == "values-scales":
+            self.facts["widths"] = (sizes.head_dim, SPLIT_SCALE_BYTES)
         self.storages: list[torch.Tensor] = []
         self._random = torch.Generator().manual_seed(seed)
         self.tensors = list(self._tensors()) if is_list else self._tensors()
@@ -149,24 +187,30 @@ class Engine:
             return self._tensor()
         if self.spec.nesting == "L":
             return [self._tensor() for _ in layers]
+        if self.layout == "plane-tuples":
+            dim = self.sizes.head_dim
+            return [tuple(self._tensor(width) for width in (dim, 2 * dim, 1)) for _ in layers]
         if self.spec.nesting == "LP":
             return [(self._tensor(), self._tensor()) for _ in layers]
         return [[self._tensor() for _ in layers] for _ in "KV"]
 
-    def _tensor(self) -> torch.Tensor:
+    def _tensor(self, width: int | None = None) -> torch.Tensor:
         sizes, dims = self.sizes, self.spec.dims
         extents = {
             "L": sizes.num_layers,
             "B": sizes.num_blocks,
             "N": sizes.block_size,
             "H": sizes.num_heads,
-            "C": sizes.head_dim,
+            "C": width or sizes.head_dim,
             "P": 2,
             "S": sizes.num_blocks * sizes.block_size,
             "F": 2 * sizes.head_dim,
             "V": sizes.head_dim + SCALE_BYTES,
+            "U": sizes.head_dim + SPLIT_SCALE_BYTES,
+            "W": 2 * sizes.num_heads,
+            "Q": 9 * sizes.head_dim,
         }
-        is_whole_block = self.layout in ("indexer", "opaque")
+        is_whole_block = self.layout in DENSE_BLOCKS
         steps: dict[str, int] = {}
         step = 1
         for dim in reversed(self.spec.physical or self.strides.order or dims):
@@ -196,45 +240,52 @@ def chunk_shape(
     """The shape of a chunk of ``chunk_tokens`` tokens of this engine."""
     layers = engine.sizes.num_layers if num_layers is None else num_layers
     heads = engine.sizes.num_heads if num_heads is None else num_heads
-    itemsize = engine.sizes.dtype.itemsize
-    dim = engine.row_bytes[0] // itemsize * heads
-    shapes = {
+    row = sum(engine.row_bytes) // engine.sizes.dtype.itemsize
+    pages, groups = chunk_tokens // page_tokens, head_groups(heads)
+    if fmt in ONE_PLANE_FORMATS:
+        return {
+            MemoryFormat.KV_MLA_FMT: (1, layers, chunk_tokens, row * heads),
+            MemoryFormat.KV_TLD: (chunk_tokens, layers, row * heads),
+            MemoryFormat.KV_PLTD: (pages, layers, page_tokens, row * heads),
+        }[fmt]
+    row //= 2
+    dim = row * heads
+    return {
         MemoryFormat.KV_2LTD: (2, layers, chunk_tokens, dim),
         MemoryFormat.KV_2TD: (2, chunk_tokens, dim),
         MemoryFormat.KV_T2D: (chunk_tokens, 2, dim),
-        MemoryFormat.KV_MLA_FMT: (
-            1,
-            layers,
-            chunk_tokens,
-            sum(engine.row_bytes) // itemsize * heads,
-        ),
         MemoryFormat.KV_2TLD: (2, chunk_tokens, layers, dim),
-        MemoryFormat.KV_PL2TD: (chunk_tokens // page_tokens, layers, 2, page_tokens, dim),
-    }
-    return shapes[fmt]
+        MemoryFormat.KV_PL2TD: (pages, layers, 2, page_tokens, dim),
+        MemoryFormat.KV_2PHTLD: (2, pages, heads, page_tokens, layers, row),
+        MemoryFormat.KV_PHL2TD: (pages, groups, layers, 2, page_tokens, dim // groups),
+    }[fmt]
+
+
+def head_groups(num_heads: int) -> int:
+    """Groups of heads in chunks of KV_PHL2TD: several heads in each, if that can be."""
+    return num_heads if num_heads % 2 else num_heads // 2
 
 
 def tokens_of_chunk(batch: MemoryBatch) -> int:
-    shape = batch.shape
-    if batch.fmt is MemoryFormat.KV_PL2TD:
-        return shape[0] * shape[3]
-    return shape[
-        {MemoryFormat.KV_T2D: 0, MemoryFormat.KV_2TD: 1, MemoryFormat.KV_2TLD: 1}.get(batch.fmt, 2)
-    ]
+    shape, order = batch.shape, batch.fmt.dim_order
+    assert order is not None
+    pages = shape[order.index("G")] if "G" in order else 1
+    return pages * shape[order.index("T")]
 
 
 def layers_of_chunk(batch: MemoryBatch, num_chunks: int) -> int:
-    if batch.fmt in PER_LAYER:
-        return len(batch) // num_chunks
-    at = {MemoryFormat.KV_2TLD: 2}.get(batch.fmt, 1)
-    return batch.shape[at]
+    order = batch.fmt.dim_order
+    assert order is not None
+    return batch.shape[order.index("L")] if "L" in order else len(batch) // num_chunks
 
 
 def heads_of_chunk(batch: MemoryBatch, engine: Engine) -> int:
-    is_one_plane = batch.fmt is MemoryFormat.KV_MLA_FMT
-    row_bytes = sum(engine.row_bytes) if is_one_plane else engine.row_bytes[0]
-    token_elements = batch.shape[3:] if batch.fmt is MemoryFormat.KV_2TLD else batch.shape[-1:]
-    return token_elements.numel() * batch.dtype.itemsize // row_bytes
+    planes = 1 if batch.fmt in ONE_PLANE_FORMATS else 2
+    order = batch.fmt.dim_order
+    assert order is not None
+    groups = batch.shape[order.index("J")] if "J" in order else 1
+    row_elements = batch.shape[order.index("D") :].numel() * groups
+    return row_elements * batch.dtype.itemsize // (sum(engine.row_bytes) // planes)
 
 
 @dataclass(frozen=True)
@@ -247,32 +298,43 @@ class Chunks:
 
     def row(self, layer: int, plane: int, token: int, head: int) -> torch.Tensor:
         """The bytes of one head of one token in one plane, a view of the heap."""
-        fmt = self.batch.fmt
+        fmt, widths = self.batch.fmt, self.engine.row_bytes
         number, t = divmod(token, tokens_of_chunk(self.batch))
         if fmt in PER_LAYER:
             number += layer * self.num_chunks
         chunk = self.batch[number].tensor
         assert chunk is not None
+        # Planes of the engine that one plane of the chunk holds, side by side for each head.
+        count = len(widths) if fmt in ONE_PLANE_FORMATS else len(widths) // 2
+        side, part = divmod(plane, count)
+        widths = widths[side * count : (side + 1) * count]
         if fmt is MemoryFormat.KV_2LTD:
-            row = chunk[plane, layer, t]
+            row = chunk[side, layer, t]
         elif fmt is MemoryFormat.KV_2TD:
-            row = chunk[plane, t]
+            row = chunk[side, t]
         elif fmt is MemoryFormat.KV_T2D:
-            row = chunk[t, plane]
+            row = chunk[t, side]
         elif fmt is MemoryFormat.KV_2TLD:
-            row = chunk[plane, t, layer].reshape(-1)
+            row = chunk[side, t, layer].reshape(-1)
         elif fmt is MemoryFormat.KV_PL2TD:
             page, t = divmod(t, chunk.shape[3])
-            row = chunk[page, layer, plane, t]
+            row = chunk[page, layer, side, t]
+        elif fmt is MemoryFormat.KV_TLD:
+            row = chunk[t, layer]
+        elif fmt is MemoryFormat.KV_PLTD:
+            page, t = divmod(t, chunk.shape[2])
+            row = chunk[page, layer, t]
+        elif fmt is MemoryFormat.KV_2PHTLD:
+            page, t = divmod(t, chunk.shape[3])
+            row, head = chunk[side, page, head, t, layer], 0
+        elif fmt is MemoryFormat.KV_PHL2TD:
+            page, t = divmod(t, chunk.shape[4])
+            heads = heads_of_chunk(self.batch, self.engine) // chunk.shape[1]
+            row, head = chunk[page, head // heads, layer, side, t], head % heads
         else:
-            return self._one_plane_row(chunk[0, layer, t], plane, head)
-        size = self.engine.row_bytes[plane]
-        return row.view(torch.uint8)[head * size : (head + 1) * size]
-
-    def _one_plane_row(self, row: torch.Tensor, plane: int, head: int) -> torch.Tensor:
-        sizes = self.engine.row_bytes
-        start = head * sum(sizes) + sum(sizes[:plane])
-        return row.view(torch.uint8)[start : start + sizes[plane]]
+            row = chunk[0, layer, t]
+        start = head * sum(widths) + sum(widths[:part])
+        return row.view(torch.uint8)[start : start + widths[part]]
 
 
 def pairs(

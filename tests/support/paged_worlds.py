@@ -6,15 +6,15 @@ between the tokens and around them must be as before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from paged_reference import (
-    ONE_PLANE,
     PER_LAYER,
+    WITHOUT_KEYS,
     Engine,
     Sizes,
     Strides,
@@ -32,6 +32,8 @@ TWO_PLANE_FORMATS = (
     MemoryFormat.KV_T2D,
     MemoryFormat.KV_2TLD,
     MemoryFormat.KV_PL2TD,
+    MemoryFormat.KV_2PHTLD,
+    MemoryFormat.KV_PHL2TD,
 )
 FLASH = "vllm-flash-nhd"
 FUSED = "vllm-lbhnc"
@@ -119,11 +121,13 @@ def slots_of_blocks(ids: Sequence[int], block_size: int, num_tokens: int) -> lis
 
 
 def format_of(layout: str) -> MemoryFormat:
-    return MemoryFormat.KV_MLA_FMT if layout in (*ONE_PLANE, "indexer") else MemoryFormat.KV_2LTD
+    return MemoryFormat.KV_MLA_FMT if layout in WITHOUT_KEYS else MemoryFormat.KV_2LTD
 
 
 def cache_of(engine: Engine) -> PagedKVCache:
-    return PagedKVCache.of(engine.layout, engine.tensors, block_size=engine.block_size)
+    return PagedKVCache.of(
+        engine.layout, engine.tensors, block_size=engine.block_size, **engine.facts
+    )
 
 
 def random_slots(engine: Engine, num_tokens: int, seed: int = 0) -> list[int]:
@@ -149,6 +153,29 @@ def check_copy(
     transfer(world, slots if given_as is None else given_as, is_store, **kept)
     assert world.differences(expected) == []
     world.restore(before)
+
+
+def check_moves(
+    parts: Sequence[torch.Tensor],
+    moves: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    run: Callable[[], None],
+) -> None:
+    """``run`` must copy each (source, target), views of ``parts``, and touch no other byte."""
+    before = [part.clone() for part in parts]
+    for source, target in moves:
+        target.copy_(source)
+    expected = [part.clone() for part in parts]
+    for part, saved in zip(parts, before, strict=True):
+        part.copy_(saved)
+    assert any(not torch.equal(a, b) for a, b in zip(before, expected, strict=True))
+    run()
+    differing = [
+        0 if torch.equal(part, wanted) else int((part != wanted).sum())
+        for part, wanted in zip(parts, expected, strict=True)
+    ]
+    for part, saved in zip(parts, before, strict=True):
+        part.copy_(saved)
+    assert differing == [0] * len(parts)
 
 
 def check_refused(

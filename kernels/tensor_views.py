@@ -1,0 +1,222 @@
+"""Brings the tensors of a cache into the dimensions of their engine layout, without a copy.
+
+Engines register the same bytes in several shapes: with and without a dimension of one head, blocks
+of tokens or blocks of bytes. Each becomes a view with one letter for each dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvheap.kernels.engine_layouts import (
+    INDEXER_BYTES,
+    SCALE_BYTES,
+    SPLIT_RECORDS,
+    KVLayout,
+    LayoutError,
+    OtherTensorsError,
+)
+
+__all__ = ["TensorFacts", "checked_facts", "tensor_view"]
+
+ALWAYS_SPLIT = (INDEXER_BYTES, 584)
+"""Rows of bytes of these sizes are taken to have their scales apart; see ``SPLIT_RECORDS``."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """What the shapes of tensors do not say, if the caller knows it.
+
+    Attributes:
+        block_size: slots of a block.
+        v_head_dim: elements of a head of V; None if rows of K and V have equal halves.
+        widths: bytes of a token's values and of its scales, where a block keeps them apart.
+    """
+
+    block_size: int | None = None
+    v_head_dim: int | None = None
+    widths: tuple[int, int] | None = None
+
+
+def checked_facts(layout: KVLayout, facts: TensorFacts, first: torch.Tensor) -> TensorFacts:
+    """The facts about tensors of an engine layout, with those that its name says.
+
+    Args:
+        layout: the engine layout.
+        facts: what the caller knows.
+        first: the first tensor.
+
+    Raises:
+        LayoutError: the engine layout needs another fact, or has no use for one.
+    """
+    is_split = layout.content == "values-scales"
+    if facts.widths is not None and layout.name != "values-scales":
+        raise LayoutError(f"widths are for values-scales, not for {layout.name}")
+    has_sizes = layout.is_key_value and layout.content != "nvfp4"
+    if facts.v_head_dim is not None and not has_sizes:
+        raise LayoutError(f"v_head_dim is for layouts with heads of V, not for {layout.name}")
+    if not is_split:
+        return facts
+    if layout.name == "values-scales":
+        widths = facts.widths
+        if widths is None or len(widths) != 2 or any(width <= 0 for width in widths):
+            raise LayoutError(
+                "values-scales needs widths=(values, scales), the bytes that each has for a token, "
+                f"such as (576, 8) for DeepSeek-V4; got {widths}"
+            )
+        return replace(facts, widths=(int(widths[0]), int(widths[1])))
+    row = INDEXER_BYTES
+    if first.dim() > 2:
+        row = first.shape[-1]
+    elif first.dim() == 2 and facts.block_size:
+        row = first.shape[-1] // facts.block_size
+    if not SCALE_BYTES < row <= INDEXER_BYTES:
+        raise LayoutError(
+            f"layer 0 of {layout.name} must be bytes [B, N, values + {SCALE_BYTES}], up to 128 "
+            f"values and one scale for a token, got shape {tuple(first.shape)}: for other rows, "
+            f"use values-scales and its widths"
+        )
+    return replace(facts, widths=(row - SCALE_BYTES, SCALE_BYTES))
+
+
+def tensor_view(
+    layout: KVLayout, label: str, tensor: torch.Tensor, facts: TensorFacts
+) -> torch.Tensor:
+    """A tensor with the dimensions of its engine layout, or as it is if it cannot have them.
+
+    Raises:
+        LayoutError: its rows or blocks are not what the engine layout says.
+    """
+    if layout.content == "blocks":
+        return _dense_blocks(layout, tensor, label)
+    if layout.content == "parts":
+        return tensor.unsqueeze(2) if tensor.dim() == 3 else tensor
+    if layout.dims == "BNC":
+        tensor = _without_heads(tensor)
+        if layout.content == "values-scales":
+            return _page_rows(layout, label, tensor, facts)
+        tensor = _rows_of_pages(layout, label, tensor, facts.block_size)
+    if layout.name == "sglang-rows" and tensor.dim() == 2:
+        return tensor.unsqueeze(1)
+    if layout.name in ("mla", "sglang-mla"):
+        _require_whole_rows(layout, label, tensor)
+    return tensor
+
+
+def _without_heads(tensor: torch.Tensor) -> torch.Tensor:
+    """``[B, 1, N, C]``, as vLLM registers it, or ``[B, N, 1, C]``, as ``[B, N, C]``."""
+    if tensor.dim() == 4:
+        for dim in (1, 2):
+            if tensor.shape[dim] == 1:
+                return tensor.squeeze(dim)
+    return tensor
+
+
+def _rows_of_pages(
+    layout: KVLayout, label: str, tensor: torch.Tensor, block_size: int | None
+) -> torch.Tensor:
+    """Blocks of bytes ``[B, N * C]``, as SGLang keeps DeepSeek-V4's, as ``[B, N, C]``."""
+    if tensor.dim() != 2:
+        return tensor
+    if not block_size or block_size < 0 or tensor.shape[1] % block_size:
+        raise OtherTensorsError(
+            f"{label} of {layout.name} has blocks of {tensor.shape[1]} elements, which are not "
+            f"whole rows for block_size={block_size}"
+        )
+    row, (block_stride, stride) = tensor.shape[1] // block_size, tensor.stride()
+    return tensor.as_strided(
+        (tensor.shape[0], block_size, row),
+        (block_stride, row * stride, stride),
+        tensor.storage_offset(),
+    )
+
+
+def _require_whole_rows(layout: KVLayout, label: str, tensor: torch.Tensor) -> None:
+    """Refuse rows of the sizes of records that engines keep in two parts.
+
+    vLLM's latents with a scale for each token have 576 + 8 = 584 bytes too, all in one row
+    (``*_per_token_head``, vLLM 0.33.0): ``vllm-packed`` takes these.
+    """
+    row = tensor.shape[-1] if tensor.dim() else 0
+    if tensor.element_size() > 1 or row not in ALWAYS_SPLIT:
+        return
+    name = "indexer" if row == INDEXER_BYTES else f"values-scales, widths={SPLIT_RECORDS[row]}"
+    raise LayoutError(
+        f"{label} of {layout.name} has rows of {row} bytes: blocks of them keep all values, then "
+        f"all scales, use {name}; if each row has its own scales, use vllm-packed"
+    )
+
+
+def _page_rows(
+    layout: KVLayout, label: str, tensor: torch.Tensor, facts: TensorFacts
+) -> torch.Tensor:
+    """Blocks of values and scales as bytes ``[B, N, values + scales]``.
+
+    SGLang keeps a block as one row, which may end in padding.
+    """
+    assert facts.widths is not None
+    row = sum(facts.widths)
+    shape = tuple(tensor.shape)
+    if tensor.element_size() != 1:
+        raise LayoutError(
+            f"{label} of {layout.name} must be bytes [B, N, values + {facts.widths[1]}], got "
+            f"{tensor.dtype} of shape {shape}"
+        )
+    if tensor.dim() == 2:
+        page_bytes = shape[1]
+        slots = page_bytes // row if facts.block_size is None else facts.block_size
+        is_exact = slots > 0 and page_bytes == slots * row
+        if not is_exact and (facts.block_size is None or slots <= 0 or page_bytes < slots * row):
+            raise LayoutError(
+                f"{label} of {layout.name} has blocks of {page_bytes} bytes: with rows of {row}, "
+                f"block_size={facts.block_size} does not fit; padded blocks need a block_size"
+            )
+        if tensor.stride(1) != 1 and page_bytes > 1:
+            raise LayoutError(
+                f"{label} of {layout.name}: each block must be contiguous, got strides "
+                f"{tensor.stride()}"
+            )
+        return tensor.as_strided(
+            (shape[0], slots, row), (tensor.stride(0), row, 1), tensor.storage_offset()
+        )
+    if tensor.dim() == 3:
+        if shape[2] != row:
+            raise LayoutError(
+                f"{label} of {layout.name} has rows of {shape[2]} bytes, not {row} = "
+                f"{facts.widths[0]} + {facts.widths[1]}"
+            )
+        if not tensor[0].is_contiguous():
+            raise LayoutError(
+                f"{label} of {layout.name}: each block must be contiguous, got strides "
+                f"{tensor.stride()}"
+            )
+    return tensor
+
+
+def _dense_blocks(layout: KVLayout, tensor: torch.Tensor, label: str) -> torch.Tensor:
+    """Whole blocks as a view ``[B, elements]`` in the order of memory, whatever their dimensions.
+
+    Raises:
+        OtherTensorsError: the tensor has no dimension besides that of blocks.
+        LayoutError: a block is not one range of memory.
+    """
+    if tensor.dim() < 2:
+        raise OtherTensorsError(
+            f"{label} of {layout.name} must be {layout.tensors}, got shape {tuple(tensor.shape)}"
+        )
+    shape, strides = tensor.shape[1:], tensor.stride()[1:]
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n > 1):
+        if stride != expected:
+            raise LayoutError(
+                f"{label}: each block must be contiguous, got shape {tuple(tensor.shape)}, strides "
+                f"{tensor.stride()}"
+            )
+        expected *= size
+    num_elements = math.prod(shape)
+    return tensor.as_strided(
+        (tensor.shape[0], num_elements), (tensor.stride(0), 1), tensor.storage_offset()
+    )
