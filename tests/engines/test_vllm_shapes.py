@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
-from typing import Any
 
 import pytest
-from engine_caches import EngineCache, check_blocks, check_detected
+from engine_caches import EngineCache, because, check_blocks, check_detected, each, engine_code
 from vllm_attention import SCENES, layouts_of, make
 from vllm_layers import LAYERS
 from vllm_scenes import ALL_LAYOUTS, BLOCK_COMPACT
@@ -17,23 +16,6 @@ from kvheap.kernels.paged_layout import LayoutError
 
 TOLD = ("kv_cache_dtype", "backend")
 """What an engine may leave out when it asks for its layout."""
-
-
-def each(names: Any, not_yet: dict[str, str]) -> list[Any]:
-    """A parameter for each name; those of ``not_yet`` must fail until they are taken off it."""
-    unknown = not_yet.keys() - set(names)
-    assert not unknown, f"not a case: {sorted(unknown)}"
-    return [
-        pytest.param(
-            name,
-            marks=[pytest.mark.xfail(strict=True, reason=not_yet[name])] if name in not_yet else [],
-        )
-        for name in names
-    ]
-
-
-def because(reason: str, *names: str) -> dict[str, str]:
-    return dict.fromkeys(names, reason)
 
 
 NOT_YET = {
@@ -104,15 +86,18 @@ def caches(
     name: str, patch: pytest.MonkeyPatch, layouts: Sequence[str] = ALL_LAYOUTS
 ) -> Iterator[EngineCache]:
     """The caches of a case, in each physical order that its backend takes."""
-    if name in SCENES:
-        scene = SCENES[name]
-        for layout in layouts_of(scene, patch):
-            if layout in layouts:
-                yield make(scene, layout, patch)
-        return
-    for layout in LAYERS[name].orders:
-        if layout in layouts:
-            yield from LAYERS[name].caches(layout)
+    with engine_code():
+        orders = layouts_of(SCENES[name], patch) if name in SCENES else LAYERS[name].orders
+    for layout in orders:
+        if layout not in layouts:
+            continue
+        with engine_code():
+            made = (
+                [make(SCENES[name], layout, patch)]
+                if name in SCENES
+                else LAYERS[name].caches(layout)
+            )
+        yield from made
 
 
 @pytest.mark.parametrize("name", each(CASES, NOT_YET))

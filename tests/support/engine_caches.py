@@ -7,15 +7,18 @@ writes a token. Every check compares every byte of the engine's memory.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import kvheap
 from kvheap import BlockIds, MemoryFormat, PagedKVCache, TensorMemoryAllocator
+from kvheap.kernels.engine_layouts import LayoutError
 
 KEYS, VALUES = 0, 1
 
@@ -34,6 +37,8 @@ class EngineCache:
         rows: ``rows(layer, block, offset)`` are the bytes of a token: (plane, row), heads in order.
             None if a token is not kept in rows of its own, so that only whole blocks can be moved.
         pieces: ``pieces(layer, block)`` are the bytes of a whole block.
+        name: the engine layout by which to ask for it, if what the engine knows cannot tell.
+        given: what to give with the name.
     """
 
     tensors: Any
@@ -43,6 +48,8 @@ class EngineCache:
     block_size: int
     pieces: Pieces
     rows: Rows | None = None
+    name: str = ""
+    given: Mapping[str, Any] = field(default_factory=dict)
     storages: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -68,6 +75,16 @@ class EngineCache:
             self.tensors, **{name: value for name, value in known.items() if name in takes}
         )
 
+    def found(self) -> PagedKVCache:
+        """The cache by its name, if it needs one, and else as it is detected."""
+        if not self.name:
+            return self.detect()
+        takes = inspect.signature(PagedKVCache.of).parameters
+        missing = self.given.keys() - takes.keys()
+        if missing:
+            raise LayoutError(f"{self.name} cannot be given {sorted(missing)}")
+        return PagedKVCache.of(self.name, self.tensors, **self.given)
+
     def token(self, layer: int, slot: int) -> list[torch.Tensor]:
         assert self.rows is not None
         return [row for _, row in self.rows(layer, *divmod(slot, self.block_size))]
@@ -76,6 +93,19 @@ class EngineCache:
         assert self.rows is not None
         rows = self.rows(layer, *divmod(slot, self.block_size))
         return torch.cat([row for p, row in rows if p == plane])
+
+
+class EngineError(Exception):
+    """The engine's own code failed, so that nothing can be said about its cache."""
+
+
+@contextmanager
+def engine_code() -> Iterator[None]:
+    """Errors in this are the engine's: a case that does not work yet must not fail by them."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineError(f"{type(error).__name__}: {error}") from error
 
 
 def flat(tensors: Any) -> Iterator[torch.Tensor]:
@@ -201,3 +231,28 @@ def _compare(engine: EngineCache, expected: list[torch.Tensor]) -> None:
         for storage, wanted in zip(engine.storages, expected, strict=True)
     ]
     assert not any(wrong), f"{wrong} bytes are not where the engine keeps them"
+
+
+def each(names: Iterable[str], not_yet: dict[str, str]) -> list[Any]:
+    """A parameter for each name; those of ``not_yet`` must fail until they are taken off it."""
+    names = list(names)
+    unknown = not_yet.keys() - set(names)
+    assert not unknown, f"not a case: {sorted(unknown)}"
+    return [
+        pytest.param(
+            name,
+            marks=[
+                pytest.mark.xfail(
+                    strict=True, raises=(AssertionError, ValueError), reason=not_yet[name]
+                )
+            ]
+            if name in not_yet
+            else [],
+        )
+        for name in names
+    ]
+
+
+def because(reason: str, *names: str) -> dict[str, str]:
+    """Part of a table of cases that do not work yet."""
+    return dict.fromkeys(names, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,21 @@ def files_with(folder: Path, text: str) -> set[str]:
         for path in folder.rglob("*.py")
         if wanted in path.read_bytes()
     }
+
+
+def classes_from(folder: Path, base: str) -> set[str]:
+    """The names of the classes under ``folder`` that derive from ``base``; tests are left out."""
+    bases: dict[str, set[str]] = {}
+    for path in folder.rglob("*.py"):
+        if path.name.startswith("test_"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] = {ast.unparse(of).rpartition(".")[2] for of in node.bases}
+    found: set[str] = set()
+    while more := {name for name, of in bases.items() if of & {base, *found}} - found:
+        found |= more
+    return found
 
 
 def assert_known(what: str, found: Iterable[str], known: Iterable[str], version: str) -> None:
