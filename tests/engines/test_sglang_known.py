@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
 import pytest
 from engine_sources import assert_known, classes_from, folder_of
@@ -87,13 +88,14 @@ V4_LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def package() -> None:
+def sources() -> Path:
+    """The sources of SGLang's memory caches."""
     part_of_sglang("sglang")
+    return folder_of("sglang") / "srt" / "mem_cache"
 
 
 def test_every_pool_has_a_case() -> None:
-    folder = folder_of("sglang") / "srt" / "mem_cache"
+    folder = sources()
     assert_known("pools on devices", classes_from(folder, "KVCache"), DEVICE_POOLS, VERSION)
     assert_known("pools on the host", classes_from(folder, "HostKVCache"), HOST_POOLS, VERSION)
 
@@ -106,7 +108,7 @@ def test_every_layout_on_devices_has_a_case() -> None:
 
 
 def test_every_layout_of_the_host_has_a_format() -> None:
-    folder = folder_of("sglang") / "srt" / "mem_cache" / "pool_host"
+    folder = sources() / "pool_host"
     found = {
         node.comparators[0].value
         for path in (folder / "mha.py", folder / "mla.py")

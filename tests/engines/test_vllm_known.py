@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from pathlib import Path
+from typing import get_args
 
 import pytest
 from engine_sources import assert_known, files_with, folder_of
@@ -162,9 +163,10 @@ SPLITS = {
 """Files with code that cuts a view into K and V of each head, as FLASH_ATTN does."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interface() -> Any:
-    return part_of_vllm("vllm.v1.kv_cache_interface")
+def sources() -> Path:
+    """vLLM's sources."""
+    part_of_vllm("vllm")
+    return folder_of("vllm")
 
 
 def subclasses(cls: type) -> Iterator[type]:
@@ -192,19 +194,20 @@ def test_every_physical_order_is_an_engine_layout() -> None:
     assert not missing, f"physical orders that are no engine layout: {missing}"
 
 
-def test_every_spec_is_known(interface: Any) -> None:
+def test_every_spec_is_known() -> None:
+    interface = part_of_vllm("vllm.v1.kv_cache_interface")
     found = [cls.__name__ for cls in subclasses(interface.KVCacheSpec)]
     assert_known("specs of caches", found, SPECS, VERSION)
 
 
 def test_everybody_who_packs_pages_is_known() -> None:
-    folder = folder_of("vllm")
+    folder = sources()
     found = files_with(folder, "state_content_bytes=") | files_with(folder, "num_head_slots=")
     assert_known("files that pack pages in a way of their own", found, PACKED_BY, VERSION)
 
 
 def test_those_that_are_not_run_split_as_others_do() -> None:
-    folder = folder_of("vllm")
+    folder = sources()
     found = files_with(folder, "kv_cache.transpose(1, 2).split(self.head_size, dim=-1)")
     assert_known("files that cut K and V out of each row", found, SPLITS, VERSION)
 
