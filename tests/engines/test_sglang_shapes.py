@@ -47,7 +47,7 @@ def test_without_a_name_it_is_right_or_refused(name: str, monkeypatch: pytest.Mo
         check_detected(cache, cache.detect())
 
 
-@pytest.mark.xfail(strict=True, reason="pages without a dimension of tokens")
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="pages need a dimension of tokens")
 def test_a_layer_without_rows_is_refused() -> None:
     buffers = sparse_mla().index_k_with_scale_buffer
     assert [len(buffer) for buffer in buffers] == [5, 0, 5]
