@@ -30,10 +30,13 @@ INSTALL = (
 STUBS = ("flashinfer", "torchvision")
 """Packages whose kernels and pictures no cache needs."""
 
-NUM_LAYERS, NUM_BLOCKS = 2, 5
+NUM_LAYERS, NUM_BLOCKS = 2, 4
 ALL_LAYOUTS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
 BLOCK_COMPACT = ("LBHNC", "LBNHC", "BLHNC", "BLNHC")
 """The layouts whose pages are contiguous, which padded pages need."""
+
+LAYER_BY_LAYER = ("LBHNC", "LBNHC", "LHBNC")
+"""The layouts with one layer behind the other; those of others look the same, with gaps."""
 
 PAGE_BY_PAGE = ("LBHNC", "LBNHC")
 """The layouts in which a layer's blocks follow each other, so that kernels may split them."""
