@@ -65,9 +65,11 @@ def _scenes() -> dict[str, Scene]:
         scenes[f"{backend}-fp8"] = Scene(backend, "fp8", impl=FP8)
     for dtype in ("int8_per_token_head", "fp8_per_token_head", "int4_per_token_head"):
         mode = dtype.upper()
-        scenes[f"TRITON_ATTN-{dtype}"] = Scene(
-            "TRITON_ATTN", dtype, impl={"_is_per_token_head_quant": True, "_kv_quant_mode": mode}
-        )
+        impl = {"_is_per_token_head_quant": True, "_kv_quant_mode": mode}
+        for heads in (2, 3):
+            scenes[f"TRITON_ATTN-{dtype}-{heads}"] = Scene(
+                "TRITON_ATTN", dtype, num_kv_heads=heads, impl=impl
+            )
     for backend in ("FLASH_ATTN_DIFFKV", "TRITON_ATTN_DIFFKV"):
         for heads in (1, 3):
             scenes[f"{backend}-{heads}"] = Scene(
