@@ -19,8 +19,12 @@ ALLOWED = {
 }
 """Private names of the standard library and of others that have no public form, and why."""
 
-BOUND_BY_LMCACHE = {"numpy", "setuptools"}
-"""Packages of which LMCache 0.5.6 needs an older version than the other checks use."""
+BOUND_BY = {
+    "constraints-lmcache.txt": {"numpy", "setuptools"},
+    "constraints-sglang.txt": set(),
+    "constraints-vllm.txt": set(),
+}
+"""Packages of which LMCache, SGLang or vLLM needs an older version than the other checks use."""
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +67,14 @@ class TestKvheap:
         for folder in ("allocator", "kernels"):
             assert not set((ROOT / folder).rglob("*.py")) - paths
 
-    def test_the_checks_use_one_version_of_each_package(self) -> None:
-        one, other = versions("constraints.txt"), versions("constraints-lmcache.txt")
+    @pytest.mark.parametrize("name", BOUND_BY)
+    def test_the_checks_use_one_version_of_each_package(self, name: str) -> None:
+        one, other = versions("constraints.txt"), versions(name)
         differing = {name for name in one.keys() & other if one[name] != other[name]}
-        assert differing == BOUND_BY_LMCACHE
+        assert differing == BOUND_BY[name]
+
+    def test_no_list_of_versions_is_left_out(self) -> None:
+        assert {path.name for path in ROOT.glob("constraints-*.txt")} == BOUND_BY.keys()
 
 
 BASE = """
