@@ -18,63 +18,15 @@ TOLD = ("kv_cache_dtype", "backend")
 """What an engine may leave out when it asks for its layout."""
 
 
-NOT_YET = {
-    **because(
-        "K and V of different size",
-        *("FLASH_ATTN_DIFFKV-1", "FLASH_ATTN_DIFFKV-3"),
-        *("TRITON_ATTN_DIFFKV-1", "TRITON_ATTN_DIFFKV-3"),
-    ),
-    **because(
-        "scales in the rows",
-        *("TRITON_ATTN-int8_per_token_head-2", "TRITON_ATTN-int8_per_token_head-3"),
-        *("TRITON_ATTN-fp8_per_token_head-2", "TRITON_ATTN-fp8_per_token_head-3"),
-        *("TRITON_ATTN-int4_per_token_head-2", "TRITON_ATTN-int4_per_token_head-3"),
-    ),
-    **because(
-        "all heads of K in one row, then those of V",
-        *("B12X-1", "B12X-2", "B12X-3"),
-        *("ROCM_SEGMENTED_ATTN-1", "ROCM_SEGMENTED_ATTN-2", "ROCM_SEGMENTED_ATTN-3"),
-    ),
-    **because("taken for vllm-lhbnc", "ROCM_ATTN-2", "ROCM_AITER_FA-shuffle-2"),
-    **because("taken for vllm-lbhnc", "CPU_ATTN-2", "CPU_ATTN-3"),
-    **because("pages of data and scales", "FLASHINFER-nvfp4-2", "FLASHINFER-nvfp4-3"),
-    **because(
-        "one packed row for K and V",
-        *("TURBOQUANT-turboquant_k8v4", "TURBOQUANT-turboquant_3bit_nc", "ROCM_OCTAVE"),
-    ),
-    **because(
-        "one row of one head: [B, 1, N, C]",
-        *("MLA-auto", "MLA-fp8", "MLA-fp8_ds_mla", "MLA-nvfp4_ds_mla", "MLA-int8_per_token_head"),
-        *("V4-auto", "V4-compressor", "V41-window", "V41-fp8_ds_mla", "V41-nvfp4_ds_mla"),
-        *("RING-1", "RING-2"),
-    ),
-    **because(
-        "values of a page, then its scales",
-        *("INDEXER", "V4-fp8_ds_mla", "V4-window", "V4-indexer", "V4-packed"),
-    ),
-}
+NOT_YET = because(
+    "taken for NVFP4",
+    "TRITON_ATTN-int4_per_token_head-2",
+)
 """Cases whose engine layout is missing, and why; each must fail until it is taken off the list."""
 
-NOT_YET_TOLD_LESS = because(
-    "taken for vllm-lbhnc or vllm-lhbnc",
-    *("B12X-2", "ROCM_ATTN-2", "ROCM_SEGMENTED_ATTN-2", "ROCM_AITER_FA-shuffle-2"),
-    *("CPU_ATTN-2", "CPU_ATTN-3"),
-)
+NOT_YET_TOLD_LESS: dict[str, str] = {}
 
-NOT_YET_OPAQUE = because(
-    "a dense block whose dimensions are in another order",
-    *("FLASH_ATTN-2", "FLASH_ATTN-3", "FLASH_ATTN-split", "FLASH_ATTN-fp8"),
-    *("TRITON_ATTN-2", "TRITON_ATTN-3", "TRITON_ATTN-split", "TRITON_ATTN-fp8"),
-    *("FLASHINFER-2", "FLASHINFER-3", "FLASHINFER-split", "FLASHINFER-fp8"),
-    *("FLEX_ATTENTION-2", "FLEX_ATTENTION-3", "FLEX_ATTENTION-split"),
-    *("TRITON_ATTN-int8_per_token_head-2", "TRITON_ATTN-int8_per_token_head-3"),
-    *("TRITON_ATTN-fp8_per_token_head-2", "TRITON_ATTN-fp8_per_token_head-3"),
-    *("TRITON_ATTN-int4_per_token_head-2", "TRITON_ATTN-int4_per_token_head-3"),
-    *("FLASH_ATTN_DIFFKV-3", "TRITON_ATTN_DIFFKV-3"),
-    *("FLASHINFER-nvfp4-2", "FLASHINFER-nvfp4-3"),
-    *("TURBOQUANT-turboquant_k8v4", "TURBOQUANT-turboquant_3bit_nc", "ROCM_OCTAVE"),
-    *("RING-2", "HYBRID"),
-)
+NOT_YET_OPAQUE: dict[str, str] = {}
 
 IN_BLOCKS = {"CPU_ATTN-2", "CPU_ATTN-3"}
 """Cases without rows of tokens that are found all the same: whole blocks of them can be moved."""
