@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from kvheap.device.events import POLL_SECONDS, DeviceEvent, ReleaseVoidError
-from kvheap.device.host_queue import FutureEvent
+from kvheap.device.host_queue import HostEvent, NestedWaitError
 from kvheap.errors import TransferError
 from kvheap.forks import starts_over_after_fork
 
@@ -126,10 +125,12 @@ class Completion:
         self._state = "lost"
 
     def _end(self) -> None:
+        # In this order: an exception, or foreign code, may come between any two lines.
         self._error = self.error
         self._state = "ended"
         self._event = None
-        self._keep = []
+        in_flight.discard(self)
+        self._keep = []  # last: the end of what it keeps may run finalizers
 
     # -- for the transfer ----------------------------------------------------------------------
 
@@ -138,9 +139,12 @@ class Completion:
 
         Raises:
             TransferError: the query failed; the copy is lost.
+            NestedWaitError: this thread makes the copy, and cannot wait for it.
         """
         try:
             return question()
+        except NestedWaitError:
+            raise
         except Exception as cause:
             self.lose(cause)
             error = self.error or TransferError(f"the device cannot be queried: {cause}")
@@ -172,7 +176,7 @@ class Completion:
         would keep them for as long as the completion lives.
         """
         event = self._event
-        if self._error is None and isinstance(event, FutureEvent):
+        if self._error is None and isinstance(event, HostEvent):
             self._error = event.error()
         if self._error is None:
             return None
@@ -185,6 +189,9 @@ class Completion:
 
         Returns:
             Whether it has.
+
+        Raises:
+            NestedWaitError: without ``timeout_s``, on the thread that makes the copy.
         """
         if self.has_ended:
             return True
@@ -224,25 +231,37 @@ class Success:
 
 
 class InFlight:
-    """The copies that have begun and not ended. Keeping them keeps their buffers alive."""
+    """The copies that have begun and not ended. Keeping them keeps their buffers alive.
+
+    A copy within host memory leaves when it ends. A copy on a device leaves when somebody asks for
+    its state; of those that nobody asks for, a few are asked whenever another copy begins.
+    """
 
     def __init__(self) -> None:
-        self._begun: deque[Completion] = deque()
+        self._begun: dict[Completion, None] = {}
+        self._to_check: list[Completion] = []
         self._lost: list[Completion] = []
         starts_over_after_fork(self)
 
     def add(self, completion: Completion) -> None:
         """Keep a copy, and drop those that have ended among ``CHECKED_COPIES`` others."""
         for _ in range(min(len(self._begun), CHECKED_COPIES)):
+            # Everything stays in the dict until it is known to have ended: nothing that happens
+            # in between, here or in another thread, can lose a copy in flight.
             try:
-                other = self._begun.popleft()
-            except IndexError:  # another thread took it
-                break
-            if not other.has_ended:
-                self._begun.append(other)
-            elif other.is_lost:  # the device may still write
-                self._lost.append(other)
-        self._begun.append(completion)
+                other = self._to_check.pop()
+            except IndexError:
+                self._to_check = [*reversed(self._begun.copy())]
+                continue
+            if other.has_ended:
+                if other.is_lost:  # the device may still write
+                    self._lost.append(other)
+                self.discard(other)
+        self._begun[completion] = None
+
+    def discard(self, completion: Completion) -> None:
+        """Forget a copy, if it is kept."""
+        self._begun.pop(completion, None)
 
     def start_over_after_fork(self) -> None:
         """Lose all copies in a forked child, which has neither their threads nor their device."""
@@ -250,7 +269,7 @@ class InFlight:
         for completion in self._begun:
             completion.lose(cause)
         self._lost += self._begun
-        self._begun = deque()
+        self._begun, self._to_check = {}, []
 
     def __len__(self) -> int:
         """Number of copies that are kept."""

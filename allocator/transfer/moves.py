@@ -222,8 +222,8 @@ class _Move:
         self._given_up = given_up
         self._claimed: list[tuple[Rows, Release]] = []
         lifetime = given_up[-1].batch.allocator.lifetime if given_up else None
-        self.settle: Callable[[], None] | None = None
-        """Frees the blocks, or makes them live again, after the copy has ended."""
+        self.settle: Callable[[bool], None] | None = None
+        """Called after the copy has ended, with whether it failed."""
         if lifetime is not None:
             self.settle = partial(_settle, weakref.ref(lifetime))
 
@@ -261,10 +261,19 @@ class _Move:
             )
 
 
-def _settle(reference: weakref.ref[Lifetime]) -> None:
+def _settle(reference: weakref.ref[Lifetime], has_failed: bool) -> None:
+    """Make blocks live again whose copy has failed, or free some of those that were copied.
+
+    Only the former must be done at once, and needs a look at all pending releases: with thousands
+    of transfers in flight, each of them would look at all others.
+    """
     lifetime = reference()
-    if lifetime is not None:
+    if lifetime is None:
+        return
+    if has_failed:
         lifetime.settle(wait_s=1.0, limit=None)
+    else:
+        lifetime.settle()
 
 
 def _transfers_filling(plan: CopyPlan) -> list[Transfer]:
