@@ -25,6 +25,7 @@ from kvheap.device.events import POLL_SECONDS, DeviceEvent, ReleaseVoidError
 from kvheap.device.host_queue import HostEvent, NestedWaitError
 from kvheap.errors import TransferError
 from kvheap.forks import starts_over_after_fork
+from kvheap.interrupts import is_interrupt
 
 __all__ = ["Answer", "Completion", "InFlight", "Success", "in_flight"]
 
@@ -140,12 +141,15 @@ class Completion:
         Raises:
             TransferError: the query failed; the copy is lost.
             NestedWaitError: this thread makes the copy, and cannot wait for it.
+            BaseException: what a signal handler raised meanwhile; the copy goes on.
         """
         try:
             return question()
         except NestedWaitError:
             raise
         except Exception as cause:
+            if isinstance(self._event, HostEvent) or is_interrupt(cause):
+                raise
             self.lose(cause)
             error = self.error or TransferError(f"the device cannot be queried: {cause}")
             raise error from cause

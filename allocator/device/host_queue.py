@@ -12,6 +12,7 @@ it. A finalizer that runs there and tries gets a :class:`NestedWaitError` instea
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, copy_context
@@ -19,8 +20,10 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from kvheap.claims import Claim
+from kvheap.device.events import POLL_SECONDS
 from kvheap.errors import TransferError
 from kvheap.forks import starts_over_after_fork
+from kvheap.interrupts import is_interrupt
 from kvheap.kernels.latch import Latch
 
 __all__ = ["HostEvent", "HostJob", "HostQueue", "NestedWaitError", "host_queue"]
@@ -114,6 +117,8 @@ class HostJob:
                         try:
                             task()
                         except Exception as error:
+                            if is_interrupt(error):
+                                raise
                             failure = error
                     event.end(failure)
         except BaseException as interrupt:
@@ -184,27 +189,37 @@ class HostQueue:
         """
         if is_small and not self._jobs:
             job.run()
-            return
-        self._jobs[job] = None
-        self._wake.put(None)
-        self._see_to_it_that_jobs_run()
+        elif threading.main_thread().is_alive() or _is_copying.get():
+            self._jobs[job] = None
+            self._wake.put(None)
+            # Whoever runs jobs, be it a caller of this call, looks at the queue once more at its
+            # end.
+            if not self._runner.is_taken and not self._start_thread():
+                self._run_all()
+        else:
+            # The program is ending: nobody waits any more for a thread that starts now, and the
+            # thread that there is must not get more work for ever.
+            while not self._run_all(job):
+                time.sleep(POLL_SECONDS)
 
-    def _see_to_it_that_jobs_run(self) -> None:
-        if self._runner.is_taken:  # who runs the jobs looks at the queue once more at the end
-            return
-        if threading.main_thread().is_alive():  # else nobody waits for the thread any more
-            work = partial(_work, self._jobs, self._wake, self._runner)
-            # No daemon: the interpreter waits for it, and so for the copies.
-            thread = threading.Thread(target=work, name="kvheap-copy", daemon=False)
-            try:
-                thread.start()
-            except RuntimeError:  # the system's limit, or the interpreter is exiting
-                pass
-            else:
-                return
+    def _start_thread(self) -> bool:
+        work = partial(_work, self._jobs, self._wake, self._runner)
+        # No daemon: the interpreter waits for it, and so for the copies.
+        thread = threading.Thread(target=work, name="kvheap-copy", daemon=False)
+        try:
+            thread.start()
+        except RuntimeError:  # the system's limit, or the interpreter is exiting
+            return False
+        return True
+
+    def _run_all(self, last: HostJob | None = None) -> bool:
+        """Run all jobs on the calling thread, then ``last``; False if another thread runs jobs."""
+        # In a copy of the context, so that what is set there ends with the call.
         is_mine = True
-        while is_mine and self._jobs:
-            is_mine = copy_context().run(_run_all, self._jobs, self._runner)
+        while is_mine and (self._jobs or last is not None):
+            is_mine = copy_context().run(_run_here, self._jobs, self._runner, last)
+            last = None
+        return is_mine
 
     def withdraw(self, job: HostJob) -> bool:
         """Give a job up unless it has begun; returns whether none of its tasks ran, or will."""
@@ -235,17 +250,16 @@ def _work(jobs: dict[HostJob, None], wake: SimpleQueue[None], runner: Claim) -> 
             return
 
 
-def _run_all(jobs: dict[HostJob, None], runner: Claim) -> bool:
-    """Run all jobs on the calling thread; returns False if another thread, or a caller, does.
-
-    Called in a copy of the context, so that what is set here ends with the call.
-    """
+def _run_here(jobs: dict[HostJob, None], runner: Claim, last: HostJob | None) -> bool:
+    """Run all jobs on the calling thread, then ``last``; False if another thread runs jobs."""
     _is_copying.set(True)
     me = object()
     try:
         if not runner.take(me):
             return False
         _run_in_order(jobs)
+        if last is not None:
+            last.run()
         return True
     finally:
         try:

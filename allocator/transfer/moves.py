@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.heap import BlockObjects, heap_of, layout_and_addresses
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
@@ -252,13 +253,30 @@ class _Move:
     def release(self, completion: Completion) -> None:
         """Free the blocks' bytes when the copy succeeds; make them live again if it fails."""
         for rows, release in self._claimed:
-            rows.batch.allocator.lifetime.release(
-                replace(
-                    release,
-                    events=(Success(completion), *release.events),
-                    take_back=partial(rows.batch.unclaim, rows.rows),
-                )
+            lifetime = rows.batch.allocator.lifetime
+            take_back = partial(
+                _take_back, weakref.ref(rows.batch), rows.rows, weakref.ref(lifetime), release
             )
+            events = (Success(completion), *release.events)
+            lifetime.release(replace(release, events=events, take_back=take_back))
+
+
+def _take_back(
+    batch_reference: weakref.ref[MemoryBatch],
+    rows: Int64Array | None,
+    lifetime_reference: weakref.ref[Lifetime],
+    release: Release,
+) -> None:
+    """Make blocks live again whose copy has failed.
+
+    The release that calls this belongs to the heap, as the batch does not: a batch that everyone
+    else has dropped would keep its heap alive through a cycle. Its blocks are freed instead.
+    """
+    batch, lifetime = batch_reference(), lifetime_reference()
+    if batch is not None:
+        batch.unclaim(rows)
+    elif lifetime is not None:
+        lifetime.release(release)
 
 
 def _settle(reference: weakref.ref[Lifetime], has_failed: bool) -> None:

@@ -19,6 +19,7 @@ from kvheap.device.events import DeviceEvent
 from kvheap.device.host_queue import HostJob, host_queue
 from kvheap.device.transfer import Transfer
 from kvheap.errors import TransferError
+from kvheap.interrupts import is_interrupt
 from kvheap.kernels.host_copy import copy_on_host
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.paths import PathChoice
@@ -172,7 +173,7 @@ class DeviceRun:
                 completion.nothing_queued()
         except BaseException as cause:
             self._abandon(completion, cause)
-            if not isinstance(cause, Exception):
+            if is_interrupt(cause):
                 raise
         return events
 
@@ -205,7 +206,7 @@ class DeviceRun:
             completion.queued(self._device.record_event(self._stream))
         except BaseException as error:
             end_or_lose(self._device, completion)
-            if not isinstance(error, Exception):
+            if is_interrupt(error):
                 raise
 
 
