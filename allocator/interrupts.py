@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from functools import partial
 from types import CodeType
 
 __all__ = ["is_interrupt"]
@@ -36,11 +37,9 @@ def is_interrupt(error: BaseException) -> bool:
 
 def _code_of(handler: object) -> CodeType | None:
     """The code of a handler; None if it has none, as for ``SIG_DFL``."""
-    for found in (
-        handler,
-        getattr(handler, "func", None),
-        getattr(type(handler), "__call__", None),
-    ):
+    if isinstance(handler, partial):
+        handler = handler.func
+    for found in (handler, type(handler).__dict__.get("__call__")):
         code = getattr(found, "__code__", None)  # of a bound method too
         if isinstance(code, CodeType):
             return code

@@ -16,8 +16,8 @@ which undoes the change (``begin``, ``hold``) or makes it again (all others). A 
 twice leaves states and counts of holds as one does; totals and the policy's order are computed
 anew.
 
-A policy that fails must not take the books with it. What it raises reaches the caller once. A policy
-that fails again, when the change is repeated or at the next eviction, is replaced by ``LRU``.
+A policy that fails must not take the books with it. What it raises reaches the caller once. When it
+fails again, at the repetition or at the next eviction, ``LRU`` takes its place.
 """
 
 from __future__ import annotations
@@ -400,19 +400,16 @@ class Books(Generic[K, V]):
     def look(self) -> Books[K, V]:
         """The books for a call that only looks; settled, unless a call is in progress."""
         if self.needs_settling:
-            frame = sys._getframe()
             try:
-                self.try_enter(frame)
+                self.try_enter(sys._getframe())
             finally:
-                self.turn.give_up(frame)
+                self.turn.give_up(sys._getframe())
         return self
 
     @property
     def needs_settling(self) -> bool:
         """Whether anything was interrupted, or left to a call that had the turn."""
-        return bool(
-            self.unfinished is not None or self.unclaimed is not None or self.turn.waiting
-        )
+        return bool(self.unfinished is not None or self.unclaimed is not None or self.turn.waiting)
 
     def _make(self, change: Callable[[], None]) -> None:
         """Make a change that stands from here on: if it is interrupted, it is made again."""

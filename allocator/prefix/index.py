@@ -67,7 +67,7 @@ class PrefixIndex(Generic[K, V]):
     Not thread-safe: it belongs to one scheduler. But finalizers may run on any thread, and in the
     middle of any call. From there, and from signal handlers and other callbacks, look-ups and
     ``stats`` answer, and ``hold.release()``, ``store.complete()`` and ``store.abort()`` take effect
-    with the end of the call that is in progress, if there is one; their values are in the next list.
+    with the end of the call in progress, if there is one. Their values are in the next list.
     Other calls raise ``BusyError`` in the middle of a call of their own thread, and change nothing.
 
     =============  ==========================================================================
@@ -93,9 +93,7 @@ class PrefixIndex(Generic[K, V]):
         ValueError: the policy was given to another index.
     """
 
-    def __init__(
-        self, policy: EvictionPolicy | None = None, *, name: str = "PrefixIndex"
-    ) -> None:
+    def __init__(self, policy: EvictionPolicy | None = None, *, name: str = "PrefixIndex") -> None:
         policy = LRU() if policy is None else policy
         if not isinstance(policy, EvictionPolicy):
             raise TypeError(f"policy must be an object of an EvictionPolicy, got {policy!r}")
@@ -173,13 +171,13 @@ class PrefixIndex(Generic[K, V]):
             keys: the request's keys, the head of the prefix first. A key that is not ready is
                 skipped, and one that is named twice counts once.
         """
-        books, me = self._books, sys._getframe()
+        books = self._books
         try:
-            find = books.enter(me).ready.get
+            find = books.enter(sys._getframe()).ready.get
             books.touch([chunk for key in dict.fromkeys(keys) if (chunk := find(key)) is not None])
             books.turn.state = {}
         except BaseException:
-            books.turn.give_up(me)
+            books.turn.give_up(sys._getframe())
             raise
 
     def hold(self, keys: Iterable[K]) -> Hold[K, V]:
@@ -199,17 +197,17 @@ class PrefixIndex(Generic[K, V]):
             KeyError: a key, which it names, is not ready; nothing is held.
             BusyError: another call is in progress; nothing is held.
         """
-        books, me = self._books, sys._getframe()
+        books = self._books
         hold = Hold(books, OpenChunks({}))
         try:
-            ready = books.enter(me).ready
+            ready = books.enter(sys._getframe()).ready
             chunks = {key: ready[key] for key in keys}
             books.unclaimed = (books.release, hold.open_chunks)
             books.hold(hold.open_chunks, chunks)
             # One statement without a call: no signal handler runs before this returns.
             books.unclaimed, books.turn.state = None, {}
         except BaseException:
-            books.turn.give_up(me)
+            books.turn.give_up(sys._getframe())
             raise
         return hold
 
@@ -243,10 +241,10 @@ class PrefixIndex(Generic[K, V]):
         if len(keys) != len(values):
             raise ValueError(f"{len(keys)} keys need as many values, got {len(values)}")
         sizes = _sizes(keys, size_bytes)
-        books, me = self._books, sys._getframe()
+        books = self._books
         store = PendingStore(books, OpenChunks({}), is_empty=not len(keys))
         try:
-            books.enter(me)
+            books.enter(sys._getframe())
             chunks = {
                 key: Chunk(key, value, size, hash(key))
                 for key, value, size in zip(keys, values, sizes, strict=True)
@@ -256,7 +254,7 @@ class PrefixIndex(Generic[K, V]):
             books.begin(store.open_chunks, chunks)
             books.unclaimed, books.turn.state = None, {}  # see hold
         except BaseException:
-            books.turn.give_up(me)
+            books.turn.give_up(sys._getframe())
             raise
         return store
 
@@ -282,10 +280,10 @@ class PrefixIndex(Generic[K, V]):
             BusyError: another call is in progress; nothing is evicted.
         """
         num_bytes = as_whole("num_bytes", num_bytes)
-        books, me = self._books, sys._getframe()
+        books = self._books
         ended: list[tuple[K, V]] | None = None
         try:
-            find = books.enter(me).ready.get
+            find = books.enter(sys._getframe()).ready.get
             found = [chunk for key in dict.fromkeys(protected) if (chunk := find(key)) is not None]
             kept = [chunk for chunk in found if not chunk.holds]
             free_bytes = books.evictable_bytes - sum([chunk.size_bytes for chunk in kept])
@@ -297,7 +295,7 @@ class PrefixIndex(Generic[K, V]):
                 ended = books.ended_pairs()
                 books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see hold
         except BaseException:
-            books.turn.give_up(me)
+            books.turn.give_up(sys._getframe())
             raise
         return ended
 
@@ -311,9 +309,9 @@ class PrefixIndex(Generic[K, V]):
             Keys and values of what has ended, for the caller to free. A chunk that is held or
             pending ends later, with its last hold or its store, and is in the list returned then.
         """
-        books, me = self._books, sys._getframe()
+        books = self._books
         try:
-            books.enter(me)
+            books.enter(sys._getframe())
             wanted = dict.fromkeys(keys)
             find_ready, find_pending = books.ready.get, books.pending.get
             ready = [chunk for key in wanted if (chunk := find_ready(key)) is not None]
@@ -322,19 +320,19 @@ class PrefixIndex(Generic[K, V]):
             ended = books.ended_pairs()
             books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see hold
         except BaseException:
-            books.turn.give_up(me)
+            books.turn.give_up(sys._getframe())
             raise
         return ended
 
     def clear(self) -> list[tuple[K, V]]:
         """End all chunks, as :meth:`remove` does, and let the policy forget its history. O(n)."""
-        books, me = self._books, sys._getframe()
+        books = self._books
         try:
-            books.enter(me).clear()
+            books.enter(sys._getframe()).clear()
             ended = books.ended_pairs()
             books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see hold
         except BaseException:
-            books.turn.give_up(me)
+            books.turn.give_up(sys._getframe())
             raise
         return ended
 
@@ -344,12 +342,12 @@ class PrefixIndex(Generic[K, V]):
         That is what ``with`` blocks, interrupted calls, and finalizers in the middle of calls have
         ended. The caller frees it.
         """
-        books, me = self._books, sys._getframe()
+        books = self._books
         try:
-            ended = books.enter(me).ended_pairs()
+            ended = books.enter(sys._getframe()).ended_pairs()
             books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see hold
         except BaseException:
-            books.turn.give_up(me)
+            books.turn.give_up(sys._getframe())
             raise
         return ended
 
@@ -378,11 +376,11 @@ class PrefixIndex(Generic[K, V]):
         Raises:
             HeapCorruptionError: one does not hold: a bug in kvheap or in the policy.
         """
-        books, me = self._books, sys._getframe()
+        books = self._books
         try:
-            books.enter(me).check()
+            books.enter(sys._getframe()).check()
         finally:
-            books.turn.give_up(me)
+            books.turn.give_up(sys._getframe())
 
     def __repr__(self) -> str:
         """The policy and the counts."""
@@ -458,17 +456,19 @@ class Hold(_Handle[K, V]):
         Raises:
             KeyError: a key, which it names, is not held by this hold; nothing is released.
         """
-        books, me = self._books, sys._getframe()
+        books = self._books
         ended: list[tuple[K, V]] = []
         try:
-            if books.try_enter(me):
+            if books.try_enter(sys._getframe()):
                 books.release(self.open_chunks, self._select(keys))
                 ended = books.ended_pairs()
                 books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see PrefixIndex.hold
             else:
-                books.turn.leave(partial(self._end, books.release, _listed(self._select(keys), keys)))
+                books.turn.leave(
+                    partial(self._end, books.release, _listed(self._select(keys), keys))
+                )
         except BaseException:
-            books.turn.give_up(me)
+            books.turn.give_up(sys._getframe())
             raise
         return ended
 
@@ -481,14 +481,14 @@ class Hold(_Handle[K, V]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        books, me = self._books, sys._getframe()
+        books = self._books
         try:
-            if books.try_enter(me):
+            if books.try_enter(sys._getframe()):
                 books.release(self.open_chunks, self.open_chunks.chunks)
             else:
                 books.turn.leave(partial(self._end, books.release, None))
         finally:
-            books.turn.give_up(me)
+            books.turn.give_up(sys._getframe())
 
 
 class PendingStore(_Handle[K, V]):
@@ -513,10 +513,10 @@ class PendingStore(_Handle[K, V]):
             KeyError: a key, which it names, is not pending in this store; nothing is completed.
             LifetimeError: the whole store is completed or aborted already.
         """
-        books, me = self._books, sys._getframe()
+        books = self._books
         ended: list[tuple[K, V]] = []
         try:
-            is_mine = books.try_enter(me)
+            is_mine = books.try_enter(sys._getframe())
             chunks = self._select(keys)
             if not self.open_chunks.chunks and not self._is_empty:
                 raise LifetimeError("this store is completed or aborted already")
@@ -527,7 +527,7 @@ class PendingStore(_Handle[K, V]):
             else:
                 books.turn.leave(partial(self._end, books.complete, _listed(chunks, keys)))
         except BaseException:
-            books.turn.give_up(me)
+            books.turn.give_up(sys._getframe())
             raise
         return ended
 
@@ -547,17 +547,17 @@ class PendingStore(_Handle[K, V]):
         Raises:
             KeyError: a key, which it names, is not pending in this store; nothing is aborted.
         """
-        books, me = self._books, sys._getframe()
+        books = self._books
         ended: list[tuple[K, V]] = []
         try:
-            if books.try_enter(me):
+            if books.try_enter(sys._getframe()):
                 books.abort(self.open_chunks, self._select(keys))
                 ended = books.ended_pairs()
                 books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see PrefixIndex.hold
             else:
                 books.turn.leave(partial(self._end, books.abort, _listed(self._select(keys), keys)))
         except BaseException:
-            books.turn.give_up(me)
+            books.turn.give_up(sys._getframe())
             raise
         return ended
 

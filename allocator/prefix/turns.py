@@ -44,10 +44,11 @@ class BusyError(RuntimeError):
 class Turn:
     """Who may change an index or a store now. The holder is the frame of a call.
 
-    A call begins with ``turn.begin(frame)`` and ends with ``turn.state = {}``, or if it fails with
-    ``turn.give_up(frame)``. The assignment is one bytecode, and no signal handler runs between it
-    and the ``return`` behind it. So a call can hand over its result and end its turn at once. If an
-    exception leaves the turn with a frame that does not run any more, the next call takes it.
+    A call begins with ``turn.begin(sys._getframe())`` and ends with ``turn.state = {}``, or if it
+    fails with ``turn.give_up(sys._getframe())``; no local variable may refer to the frame, which
+    would then refer to itself. The assignment is one bytecode, and no signal handler runs between
+    it and the ``return`` behind it. So a call can hand over its result and end its turn at once. If
+    an exception leaves the turn with a frame that does not run any more, the next call takes it.
 
     Args:
         name: of whose turn it is, for messages.

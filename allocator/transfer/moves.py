@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvheap.addresses.extents import Int64Array
-from kvheap.blocks.heap import BlockObjects, heap_of, layout_and_addresses
+from kvheap.arguments import as_whole
+from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
 from kvheap.blocks.memory_batch import MemoryBatch
@@ -157,6 +158,59 @@ def offload(
 restore = offload
 
 
+def require_movable(
+    batch: BlockObjects,
+    into: Heap,
+    stream: torch.cuda.Stream | None = None,
+    *,
+    free: bool = False,
+    path: Path | None = None,
+    max_sms: int | None = None,
+) -> None:
+    """Raise what :func:`offload` would raise, as far as it is known before blocks are allocated.
+
+    Raises:
+        ValueError, TypeError, DoubleFreeError, BlockInUseError, LifetimeError, RuntimeError,
+            TransferError: as :func:`offload`.
+    """
+    _require_options(path, max_sms)
+    layout_and_addresses(batch)
+    if free:
+        for part in heap_of(batch).rows_by_batch(batch):
+            part.batch.unclaim(part.batch.claim(part.rows))
+    plan = CopyPlan.to_new_blocks(batch, into)
+    _run_of(plan, stream, path, max_sms, _transfers_filling(plan), is_new=True)
+
+
+def _require_options(path: Path | None, max_sms: int | None) -> None:
+    if path is not None and path not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
+    if max_sms is not None and as_whole("max_sms", max_sms) < 1:
+        raise ValueError(f"max_sms must be positive, got {max_sms}")
+
+
+def _run_of(
+    plan: CopyPlan,
+    stream: Any,
+    path: Path | None,
+    max_sms: int | None,
+    before: list[Transfer],
+    is_new: bool,
+) -> HostRun | DeviceRun:
+    """What executes a plan; its constructor raises if the copy cannot be done."""
+    device = plan.device
+    run: HostRun | DeviceRun
+    if device is None:
+        run = HostRun(plan, stream, path, before)
+    else:
+        run = DeviceRun(plan, device, stream, path, max_sms, before, is_new_target=is_new)
+    if run.is_captured and is_new:
+        raise RuntimeError(
+            "blocks cannot be moved in a graph capture: allocate before it, and capture a copy"
+        )
+    return run
+
+
 def _start(
     plan: CopyPlan,
     stream: Any,
@@ -165,22 +219,10 @@ def _start(
     move: _Move | None = None,
 ) -> Transfer:
     """Protect both sides, claim the blocks that a move frees, and queue the copy."""
-    if path is not None and path not in PATHS:
-        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
-    if max_sms is not None and max_sms < 1:
-        raise ValueError(f"max_sms must be positive, got {max_sms}")
+    _require_options(path, max_sms)
     before = _transfers_filling(plan)
     device = plan.device
-    run: HostRun | DeviceRun
-    if device is None:
-        run = HostRun(plan, stream, path, before)
-    else:
-        is_new = move is not None
-        run = DeviceRun(plan, device, stream, path, max_sms, before, is_new_target=is_new)
-    if run.is_captured and move is not None:
-        raise RuntimeError(
-            "blocks cannot be moved in a graph capture: allocate before it, and capture a copy"
-        )
+    run = _run_of(plan, stream, path, max_sms, before, is_new=move is not None)
     completion = Completion(plan.memory)
     transfer = Transfer(
         completion,

@@ -39,8 +39,8 @@ class GDSF(EvictionPolicy):
     Args:
         cost: what it costs to recompute a chunk of so many bytes. None: its size, so that every
             byte is worth the same, and chunks of one prefix in groups of different sizes have
-            equal priorities. ``lambda size_bytes: 1`` keeps small chunks longer. A finite number that
-            is not negative; anything else is an error of the policy.
+            equal priorities. ``lambda size_bytes: 1`` keeps small chunks longer. Costs are finite
+            and not negative.
 
     Raises:
         TypeError: ``cost`` is not a function.
