@@ -216,22 +216,31 @@ class Completion:
 class Success:
     """An event that completes if a copy succeeds; blocks are freed on this condition."""
 
-    __slots__ = ("_completion",)
+    __slots__ = ("_completion", "_has_come", "_is_void")
 
     def __init__(self, completion: Completion) -> None:
         self._completion = completion
+        self._has_come = self._is_void = False
 
     def query(self) -> bool:
         """Whether the copy has succeeded.
 
         Raises:
-            ReleaseVoidError: it has failed.
+            ReleaseVoidError: it has failed, or the event was made void.
         """
+        if self._is_void:
+            raise ReleaseVoidError("the free of these blocks was taken back")
         completion = self._completion
         ended = completion.has_ended
         if ended and completion.error is not None:
             raise ReleaseVoidError("the copy that the free of these blocks depended on has failed")
+        self._has_come |= ended
         return ended
+
+    def void(self) -> bool:
+        """Make the condition fail; returns False if it was met already."""
+        self._is_void = not self._has_come
+        return self._is_void
 
 
 class InFlight:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.errors import LifetimeError, TransferError
-from kvheap.prefix.books import OpenChunks
+from kvheap.prefix.books import Chunk, OpenChunks
 from kvheap.prefix.space import ChunkSpace
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class ChunkHold(Generic[K]):
             else:
                 space.turn.leave(partial(self._release, wanted))
         finally:
-            space.turn.give_up(sys._getframe())
+            space.end_turn(sys._getframe())
 
     def _release(self, keys: list[K]) -> None:
         """End the hold for keys, in a turn; a second time this changes nothing."""
@@ -118,11 +118,11 @@ class StoreInFlight(Generic[K]):
         "__weakref__",
         "_end",
         "_in_flight",
+        "_open",
         "_space",
         "batch",
         "error",
         "keys",
-        "open_chunks",
         "state",
     )
 
@@ -132,13 +132,13 @@ class StoreInFlight(Generic[K]):
         batch: MemoryBatch,
         keys: Sequence[K],
         in_flight: StoresInFlight[K],
+        open_chunks: OpenChunks[K, MemoryObj],
     ) -> None:
         self._space = space
         # Weak: a store that is dropped, with its heap, must not stay alive through a cycle.
         self._in_flight = weakref.ref(in_flight)
-        self._end: Literal["ready", "removed"] = "ready"
-        self.open_chunks: OpenChunks[K, MemoryObj] = OpenChunks({})
-        """The chunks that are pending, for the store."""
+        self._end: Literal["ready", "removed", "aborted"] | None = None  # what state will be
+        self._open = open_chunks
         self.keys = list(keys)
         self.batch = batch
         self.state: Literal["in flight", "ready", "removed", "aborted"] = "in flight"
@@ -174,7 +174,7 @@ class StoreInFlight(Generic[K]):
             else:
                 space.turn.leave(self.complete_in_turn)
         finally:
-            space.turn.give_up(sys._getframe())
+            space.end_turn(sys._getframe())
 
     def abort(self) -> None:
         """Free the chunks. On a store that has ended it changes nothing.
@@ -193,28 +193,32 @@ class StoreInFlight(Generic[K]):
             else:
                 space.turn.leave(self.abort_in_turn)
         finally:
-            space.turn.give_up(sys._getframe())
+            space.end_turn(sys._getframe())
 
     def complete_in_turn(self) -> None:
         """Make the chunks ready, for a caller who has the turn; a second time changes nothing."""
-        if self.state != "in flight":
-            return
-        chunks = self.open_chunks.chunks
-        if chunks:  # an interrupted call may have come further
-            are_removed = all(chunk.is_removed for chunk in chunks.values())
-            self._end = "removed" if are_removed else "ready"
-            self._space.books.complete(self.open_chunks, chunks)
-        self.state = self._end
-        self._forget()
+        chunks = self._open.chunks.values()
+        are_removed = bool(chunks) and all(chunk.is_removed for chunk in chunks)
+        self._finish("removed" if are_removed else "ready", self._space.books.complete)
 
     def abort_in_turn(self) -> None:
         """End the chunks, for a caller who has the turn; a second time changes nothing."""
+        self._finish("aborted", self._space.books.abort)
+
+    def _finish(
+        self,
+        end: Literal["ready", "removed", "aborted"],
+        change: Callable[[OpenChunks[K, MemoryObj], dict[K, Chunk[K, MemoryObj]]], None],
+    ) -> None:
         if self.state != "in flight":
             return
-        if self.open_chunks.chunks:
-            self._space.books.abort(self.open_chunks, self.open_chunks.chunks)
-        self.state = "aborted"
+        chunks = self._open.chunks
+        if chunks or self._end is None:  # else an interrupted call has come further
+            self._end = end
+            if chunks:
+                change(self._open, chunks)
         self._forget()
+        self.state = self._end
 
     def _forget(self) -> None:
         in_flight = self._in_flight()

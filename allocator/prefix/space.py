@@ -163,6 +163,12 @@ class ChunkSpace(Generic[K]):
             self.free_ended()
         return True
 
+    def end_turn(self, frame: FrameType) -> None:
+        """End the turn of ``frame``, and do what was left for it meanwhile."""
+        self.turn.give_up(frame)
+        if self.turn.waiting:
+            self.look()
+
     def look(self) -> None:
         """Free what has ended, for a call that only looks, unless a call is in progress."""
         if self.books.ended or self.books.needs_settling:

@@ -189,7 +189,7 @@ class PrefixStore(Generic[K]):
             find = books.ready.get
             books.touch([chunk for key in dict.fromkeys(keys) if (chunk := find(key)) is not None])
         finally:
-            space.turn.give_up(sys._getframe())
+            space.end_turn(sys._getframe())
 
     def hold(self, keys: Iterable[K]) -> ChunkHold[K]:
         """Protect ready chunks from eviction until the hold is released. O(N * P).
@@ -303,7 +303,7 @@ class PrefixStore(Generic[K]):
             flight = self._begin(
                 sys._getframe(),
                 keys,
-                lambda: self.heap.batched_allocate(
+                lambda moved: self.heap.batched_allocate(
                     list(layout.shapes), list(layout.dtypes), len(keys), layout.fmt
                 ),
             )
@@ -348,7 +348,9 @@ class PrefixStore(Generic[K]):
             flight = self._begin(
                 sys._getframe(),
                 keys,
-                lambda: offload(blocks, into, stream, free=free, path=path, max_sms=max_sms),
+                lambda moved: offload(
+                    blocks, into, stream, free=free, path=path, max_sms=max_sms, moved=moved
+                ),
                 lambda: require_blocks(self.layout, len(keys), blocks),
                 lambda: require_movable(
                     blocks, into, stream, free=free, path=path, max_sms=max_sms
@@ -378,7 +380,7 @@ class PrefixStore(Generic[K]):
             ended = self._poll()
             space.free_ended()
         finally:
-            space.turn.give_up(sys._getframe())
+            space.end_turn(sys._getframe())
         return ended
 
     def _poll(self) -> list[StoreInFlight[K]]:
@@ -419,7 +421,7 @@ class PrefixStore(Generic[K]):
             books.remove(ready, pending)
             space.free_ended()
         finally:
-            space.turn.give_up(sys._getframe())
+            space.end_turn(sys._getframe())
 
     def clear(self) -> None:
         """Remove all chunks, as :meth:`remove` does, and let the policy forget its history. O(n).
@@ -432,7 +434,7 @@ class PrefixStore(Generic[K]):
             self._enter(sys._getframe()).clear()
             space.free_ended()
         finally:
-            space.turn.give_up(sys._getframe())
+            space.end_turn(sys._getframe())
 
     def close(self) -> None:
         """Abort all stores in flight, free all chunks, and refuse further use.
@@ -451,7 +453,7 @@ class PrefixStore(Generic[K]):
             space.free_ended()
             self._closed = True
         finally:
-            space.turn.give_up(sys._getframe())
+            space.end_turn(sys._getframe())
 
     def __enter__(self) -> Self:
         self._require_open()
@@ -488,7 +490,7 @@ class PrefixStore(Generic[K]):
         try:
             space.enter(sys._getframe()).check()
         finally:
-            space.turn.give_up(sys._getframe())
+            space.end_turn(sys._getframe())
 
     def __repr__(self) -> str:
         """The layout and the index."""
@@ -538,13 +540,13 @@ class PrefixStore(Generic[K]):
             if space.turn.waiting:
                 space.free_ended()
         finally:
-            space.turn.give_up(sys._getframe())
+            space.end_turn(sys._getframe())
 
     def _begin(
         self,
         frame: FrameType,
         keys: Sequence[K],
-        make_batch: Callable[[], MemoryBatch | None],
+        make_batch: Callable[[list[MemoryBatch]], MemoryBatch | None],
         check: Callable[[], object] = tuple,
         check_before_evicting: Callable[[], object] = tuple,
     ) -> StoreInFlight[K]:
@@ -553,29 +555,43 @@ class PrefixStore(Generic[K]):
         books = self._enter(frame)
         self._require_new(keys)
         check()
-        batch = space.allocate(len(keys), make_batch, check_before_evicting, self._poll)
-        flight = StoreInFlight(space, batch, keys, self._in_flight)
-        books.unclaimed = (partial(self._go_on, flight), flight.open_chunks)
-        self._enter_pending(keys, batch, flight.open_chunks)
-        self._in_flight.stores[flight] = None
+        moved: list[MemoryBatch] = []
+        flights: list[StoreInFlight[K]] = []
+        entered: OpenChunks[K, MemoryObj] = OpenChunks({})
+        books.unclaimed = (partial(self._go_on, keys, moved, flights), entered)
+        batch = space.allocate(
+            len(keys), partial(make_batch, moved), check_before_evicting, self._poll
+        )
+        flights.append(StoreInFlight(space, batch, keys, self._in_flight, entered))
+        self._enter_pending(keys, batch, entered)
+        self._in_flight.stores[flights[0]] = None
         if space.turn.waiting:
             space.free_ended()
-        return flight
+        return flights[0]
 
-    def _go_on(self, flight: StoreInFlight[K], *_: object) -> None:
+    def _go_on(
+        self,
+        keys: Sequence[K],
+        moved: list[MemoryBatch],
+        flights: list[StoreInFlight[K]],
+        entered: OpenChunks[K, MemoryObj],
+        chunks: object,
+    ) -> None:
         """Settle a store that an exception has interrupted, in the turn of a later call.
 
         A transfer that was begun goes on, for :meth:`poll` to complete: it may be about to free the
         blocks that it copies, and then the chunks are the only copy.
         """
-        if flight.batch.transfer is None:
-            flight.abort_in_turn()
+        if not flights and moved and moved[-1].transfer is not None:
+            flights.append(StoreInFlight(self._space, moved[-1], keys, self._in_flight, entered))
+        if not flights:
             return
-        if flight in self._in_flight.stores:
+        if flights[0].batch.transfer is None:
+            flights[0].abort_in_turn()
             return
-        if not flight.open_chunks.chunks:
-            self._enter_pending(flight.keys, flight.batch, flight.open_chunks)
-        self._in_flight.stores[flight] = None
+        if not entered.chunks:
+            self._enter_pending(keys, flights[0].batch, entered)
+        self._in_flight.stores[flights[0]] = None
 
     def _enter_pending(
         self, keys: Sequence[K], batch: MemoryBatch, into: OpenChunks[K, MemoryObj]

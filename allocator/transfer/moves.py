@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvheap.addresses.extents import Int64Array
 from kvheap.arguments import as_whole
 from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.lifetime import Lifetime
@@ -41,6 +40,7 @@ from kvheap.blocks.rows import Rows
 from kvheap.device.completion import Completion, Success, in_flight
 from kvheap.device.directions import PATHS, Path
 from kvheap.device.transfer import Transfer
+from kvheap.errors import BlockInUseError, DoubleFreeError
 from kvheap.transfer.plan import CopyPlan
 from kvheap.transfer.runs import DeviceRun, HostRun
 
@@ -96,6 +96,7 @@ def offload(
     by_layer: bool = False,
     path: Path | None = None,
     max_sms: int | None = None,
+    moved: list[MemoryBatch] | None = None,
 ) -> MemoryBatch | None:
     """Allocate in another heap and copy blocks there.
 
@@ -112,6 +113,9 @@ def offload(
         by_layer: see :meth:`CopyPlan.between`.
         path: as for :func:`copy`.
         max_sms: as for :func:`copy`.
+        moved: the new batch is appended to this list before the copy begins, for a caller that must
+            not lose it to an exception of a signal handler. If its ``transfer`` is set, the move
+            has begun.
 
     Returns:
         The new batch, whose ``transfer`` tells when the bytes have arrived; None if the blocks do
@@ -134,22 +138,28 @@ def offload(
     )
     if target is None:
         return None
+    move: _Move | None = None
     try:
-        moved: BlockObjects | Rows | None = batch
+        source: BlockObjects | Rows | None = batch
         if isinstance(batch, MemoryBatch):
             if len(target) < len(batch):
-                moved = Rows(batch, np.arange(len(target)))
+                source = Rows(batch, np.arange(len(target)))
         elif not len(target):  # an empty list has no heap and no layout
-            moved = heap.batched_allocate(shapes, dtypes, 0, layout.fmt)
+            source = heap.batched_allocate(shapes, dtypes, 0, layout.fmt)
         else:
-            moved = batch[: len(target)]
-        assert moved is not None
+            source = batch[: len(target)]
+        assert source is not None
         given_up: Sequence[Rows] = ()
         if free:
-            given_up = [moved] if isinstance(moved, Rows) else heap.rows_by_batch(moved)
-        plan = CopyPlan.between(moved, target, by_layer=by_layer)
-        target.transfer = _start(plan, stream, path, max_sms, _Move(given_up))
+            given_up = [source] if isinstance(source, Rows) else heap.rows_by_batch(source)
+        plan = CopyPlan.between(source, target, by_layer=by_layer)
+        move = _Move(given_up)
+        if moved is not None:
+            moved.append(target)
+        target.transfer = _start(plan, stream, path, max_sms, move)
     except BaseException:
+        if move is not None:
+            move.take_back()
         into.batched_free(target)
         raise
     return target
@@ -177,9 +187,29 @@ def require_movable(
     layout_and_addresses(batch)
     if free:
         for part in heap_of(batch).rows_by_batch(batch):
-            part.batch.unclaim(part.batch.claim(part.rows))
+            _require_freeable(part)
     plan = CopyPlan.to_new_blocks(batch, into)
     _run_of(plan, stream, path, max_sms, _transfers_filling(plan), is_new=True)
+
+
+def _require_freeable(blocks: Rows) -> None:
+    """Raise what claiming blocks would raise, without claiming them."""
+    batch = blocks.batch
+    rows = np.arange(len(batch)) if blocks.rows is None else blocks.rows
+    live, references, pins = batch.live[rows], batch.ref_counts[rows], batch.pin_counts[rows]
+    distinct, counts = np.unique(rows, return_counts=True)
+    if len(distinct) < len(rows):
+        name = batch.describe(int(distinct[counts.argmax()]))
+        raise DoubleFreeError(f"{name} is named twice in one call")
+    wrong = ~live | (references != 1) | (pins != 0)
+    if wrong.any():
+        at = int(wrong.argmax())
+        name = batch.describe(int(rows[at]))
+        if not live[at]:
+            raise DoubleFreeError(f"{name} is already freed")
+        raise BlockInUseError(
+            f"{name} is in use: reference count {references[at]}, pin count {pins[at]}"
+        )
 
 
 def _require_options(path: Path | None, max_sms: int | None) -> None:
@@ -262,8 +292,8 @@ class _Move:
     """The source blocks that a move frees once they have been copied."""
 
     def __init__(self, given_up: Sequence[Rows]) -> None:
-        self._given_up = given_up
-        self._claimed: list[tuple[Rows, Release]] = []
+        self._blocks = given_up  # keeps the batches alive until the move has begun
+        self._given_up: list[_GivenUp] = []
         lifetime = given_up[-1].batch.allocator.lifetime if given_up else None
         self.settle: Callable[[bool], None] | None = None
         """Called after the copy has ended, with whether it failed."""
@@ -277,48 +307,67 @@ class _Move:
             DoubleFreeError: a block is already freed.
             BlockInUseError: a block is pinned or has more than one reference.
         """
-        for part in self._given_up:
-            rows = Rows(part.batch, part.batch.claim(part.rows))
-            try:
-                release = part.batch.release_of(rows.rows)
-            except BaseException:  # a destroyed stream cannot record an event
-                part.batch.unclaim(rows.rows)
-                raise
-            self._claimed.append((rows, release))
+        for rows in self._blocks:
+            self._given_up.append(_GivenUp(rows))  # first: what is claimed can be taken back
+            self._given_up[-1].claim()
 
     def take_back(self) -> None:
-        """Make the blocks live again."""
-        for rows, _ in self._claimed:
-            rows.batch.unclaim(rows.rows)
-        self._claimed = []
+        """Make the blocks live again, however far an exception let the move come."""
+        for blocks in self._given_up:
+            blocks.take_back()
 
     def release(self, completion: Completion) -> None:
         """Free the blocks' bytes when the copy succeeds; make them live again if it fails."""
-        for rows, release in self._claimed:
-            lifetime = rows.batch.allocator.lifetime
-            take_back = partial(
-                _take_back, weakref.ref(rows.batch), rows.rows, weakref.ref(lifetime), release
-            )
-            events = (Success(completion), *release.events)
-            lifetime.release(replace(release, events=events, take_back=take_back))
+        for blocks in self._given_up:
+            blocks.release(Success(completion))
 
 
-def _take_back(
-    batch_reference: weakref.ref[MemoryBatch],
-    rows: Int64Array | None,
-    lifetime_reference: weakref.ref[Lifetime],
-    release: Release,
-) -> None:
-    """Make blocks live again whose copy has failed.
+class _GivenUp:
+    """Blocks of one batch that are freed on condition that they are copied.
 
-    The release that calls this belongs to the heap, as the batch does not: a batch that everyone
-    else has dropped would keep its heap alive through a cycle. Its blocks are freed instead.
+    The release that waits for the copy belongs to the heap, and refers to this object. So this
+    does not keep the batch alive, which refers to the heap: if everyone else has dropped the batch,
+    a heap would stay alive through the cycle.
     """
-    batch, lifetime = batch_reference(), lifetime_reference()
-    if batch is not None:
-        batch.unclaim(rows)
-    elif lifetime is not None:
-        lifetime.release(release)
+
+    def __init__(self, blocks: Rows) -> None:
+        self._batch = weakref.ref(blocks.batch)
+        self._lifetime = weakref.ref(blocks.batch.allocator.lifetime)
+        self._rows = blocks.rows
+        self._were_live = False
+        self._release: Release | None = None
+        self._success: Success | None = None
+
+    def claim(self) -> None:
+        batch = self._batch()
+        assert batch is not None
+        self._were_live = not self._are_freed(batch, any_of_them=True)
+        batch.claim(self._rows)
+        self._release = batch.release_of(self._rows)  # raises if a stream was destroyed
+
+    def release(self, success: Success) -> None:
+        lifetime, release = self._lifetime(), self._release
+        assert lifetime is not None
+        assert release is not None
+        self._success = success
+        events = (success, *release.events)
+        lifetime.release(replace(release, events=events, take_back=self.take_back))
+
+    def take_back(self) -> None:
+        """Make the blocks live again, unless their bytes are free; those of no batch are freed."""
+        if self._success is not None and not self._success.void():
+            return
+        batch, lifetime = self._batch(), self._lifetime()
+        if batch is not None:
+            # That a claim raised, or an exception came just before or after it, makes no difference.
+            if self._were_live and self._are_freed(batch):
+                batch.unclaim(self._rows)
+        elif lifetime is not None and self._release is not None:
+            lifetime.release(self._release)
+
+    def _are_freed(self, batch: MemoryBatch, any_of_them: bool = False) -> bool:
+        live = batch.live if self._rows is None else batch.live[self._rows]
+        return not (live.all() if any_of_them else live.any())
 
 
 def _settle(reference: weakref.ref[Lifetime], has_failed: bool) -> None:
