@@ -359,7 +359,7 @@ class _GivenUp:
             return
         batch, lifetime = self._batch(), self._lifetime()
         if batch is not None:
-            # That a claim raised, or an exception came just before or after it, makes no difference.
+            # Whether a claim raised, or was interrupted before or after it, makes no difference.
             if self._were_live and self._are_freed(batch):
                 batch.unclaim(self._rows)
         elif lifetime is not None and self._release is not None:

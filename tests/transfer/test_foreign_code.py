@@ -218,10 +218,9 @@ class TestTheThreadThatCopies:
             gate.wait(20)
             answers.extend((behind[0].done(), behind[0].wait(0.001)))
             for question in (behind[0].wait, behind[0].result, behind[0].parts[0].wait):
-                try:
+                with pytest.raises(NestedWaitError) as caught:
                     question()
-                except NestedWaitError as error:
-                    answers.append(error)
+                answers.append(caught.value)
 
         with no_deadlock():
             host_queue.run([finalizer], False)
@@ -285,7 +284,7 @@ PREPARED = """
     from kvheap.kernels import host_copy
     from kvheap.transfer import runs
     faulthandler.dump_traceback_later(30, exit=True)
-    SIZE = 1 << 20
+    SIZE, main = 1 << 20, threading.main_thread()
     near, far = (TensorMemoryAllocator(torch.zeros(64 << 20, dtype=torch.uint8)) for _ in range(2))
     batch = near.batched_allocate([SIZE], torch.uint8, 8, MemoryFormat.BINARY,
                                    source=torch.ones(8, SIZE).byte())
@@ -304,8 +303,8 @@ class TestTheEndOfTheProgram:
         """In ``atexit`` functions, threads cannot be started any more from Python 3.12 on."""
         register = {
             "atexit": "atexit.register(at_exit)",
-            "finalize": "class Engine: pass\n    engine = Engine(); weakref.finalize(engine, at_exit)",
-            "thread": "threading.Thread(target=lambda: (threading.main_thread().join(), at_exit())).start()",
+            "finalize": "weakref.finalize(near, at_exit)",
+            "thread": "threading.Thread(target=lambda: (main.join(), at_exit())).start()",
         }[kind]
         text = f"""{PREPARED}
     def at_exit():
