@@ -11,6 +11,7 @@ it. A finalizer that runs there and tries gets a :class:`NestedWaitError` instea
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -189,7 +190,7 @@ class HostQueue:
         """
         if is_small and not self._jobs:
             job.run()
-        elif threading.main_thread().is_alive() or _is_copying.get():
+        elif _is_copying.get() or not _is_ending():
             self._jobs[job] = None
             self._wake.put(None)
             # Whoever runs jobs, be it a caller of this call, looks at the queue once more at its
@@ -221,6 +222,11 @@ class HostQueue:
             last = None
         return is_mine
 
+    def drain(self) -> None:
+        """Wait until all jobs have ended."""
+        while self._jobs and not self._run_all():
+            time.sleep(POLL_SECONDS)
+
     def withdraw(self, job: HostJob) -> bool:
         """Give a job up unless it has begun; returns whether none of its tasks ran, or will."""
         is_withdrawn = job.withdraw()
@@ -236,7 +242,7 @@ def _work(jobs: dict[HostJob, None], wake: SimpleQueue[None], runner: Claim) -> 
     while runner.take(me):
         looks = 0
         try:
-            while looks < MAX_IDLE_LOOKS and (jobs or threading.main_thread().is_alive()):
+            while looks < MAX_IDLE_LOOKS and (jobs or not _is_ending()):
                 with suppress(BaseException):  # the job has it; no signal is handled here
                     _run_in_order(jobs)
                 try:
@@ -278,5 +284,24 @@ def _run_in_order(jobs: dict[HostJob, None]) -> None:
         jobs.pop(job, None)
 
 
+_ending = Latch()
+
+
+def _is_ending() -> bool:
+    """Whether the program is ending: the main thread has come to its end, or to ``atexit``."""
+    main = threading.main_thread()
+    # The main thread never asks about itself: if a signal handler raises in ``is_alive``, CPython
+    # up to 3.12 takes the thread for dead.
+    if threading.current_thread() is not main and not main.is_alive():
+        _ending.open()
+    return _ending.is_open
+
+
 host_queue = HostQueue()
 """The queue of this process."""
+
+
+@atexit.register
+def _end() -> None:
+    _ending.open()
+    host_queue.drain()

@@ -170,9 +170,14 @@ class Transfer:
             Whether it has ended.
 
         Raises:
+            ValueError: ``timeout_s`` is not a number.
+            NestedWaitError: without ``timeout_s``, in a finalizer on the thread that makes the
+                copy. A ``RuntimeError``.
             RuntimeError: as for :meth:`done`.
         """
         self._require_not_captured()
+        if timeout_s is not None and timeout_s != timeout_s:
+            raise ValueError(f"timeout_s must be a number of seconds, got {timeout_s}")
         return self._completion.wait(timeout_s)
 
     def wait_stream(self, stream: torch.cuda.Stream | None) -> None:

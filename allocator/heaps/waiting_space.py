@@ -8,6 +8,7 @@ from functools import partial
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.address_manager import AddressManager
+from kvheap.arguments import as_number
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.report import FullReport, FullReporter
 from kvheap.errors import OutOfMemoryError
@@ -23,6 +24,9 @@ class WaitingSpace:
         lifetime: knows which freed bytes streams still use.
         reporter: counts and reports allocations that do not fit.
         stream_wait_s: seconds that an allocation that does not fit waits for freed bytes.
+
+    Raises:
+        ValueError, TypeError: ``stream_wait_s`` is not a finite number, or negative.
     """
 
     def __init__(
@@ -35,7 +39,7 @@ class WaitingSpace:
         self._manager = address_manager
         self._lifetime = lifetime
         self._reporter = reporter
-        self._stream_wait_s = stream_wait_s
+        self._stream_wait_s = as_number("stream_wait_s", stream_wait_s)
 
     def allocate(
         self,

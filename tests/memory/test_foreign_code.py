@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -112,10 +113,8 @@ def test_a_range_is_closed_in_the_middle_of_a_call(name: str, other: str) -> Non
             REGISTRATION[other](found, registrar)
 
         def call(found: Any = found, registrar: Any = registrar) -> None:
-            try:
+            with suppress(RuntimeError):  # it is closed
                 REGISTRATION[name](found, registrar)
-            except RuntimeError as error:
-                assert "closed" in str(error)
 
         modules = {"modules": ("kvheap.memory", __name__)}
         with no_deadlock():
