@@ -25,6 +25,9 @@ from kvheap.kernels.paged_layout import PagedKVCache
 
 __all__ = ["Entry", "Pairing", "pairing_of"]
 
+MAX_PAIRINGS = 256
+"""Pairings kept with a cache, of about 26 KiB each for 32 layers; half are dropped beyond that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -216,6 +219,7 @@ def pairing_of(
     found: Pairing | None = cache.kept.get(key)
     if found is None:
         found = Pairing.of(cache, chunk, layers, heads)
+        _drop_oldest(cache)
         cache.kept[key] = found
     return found
 
@@ -241,6 +245,18 @@ def _plane_offsets(cache: PagedKVCache, chunk: ChunkLayout) -> tuple[list[int], 
         for part in range(side)
     ]
     return starts, widths.pop()
+
+
+def _drop_oldest(cache: PagedKVCache) -> None:
+    """Make room for a pairing; chunks of ever new lengths must not fill the memory."""
+    kept = cache.kept.copy()
+    pairings = [key for key, value in kept.items() if isinstance(value, Pairing)]
+    if len(pairings) < MAX_PAIRINGS:
+        return
+    if cache.device.type == "cuda":  # work that is queued may still read their tables
+        torch.cuda.synchronize(cache.device)
+    for key in pairings[: MAX_PAIRINGS // 2]:
+        cache.kept.pop(key, None)
 
 
 def _heads(cache_heads: int, chunk_heads: int, heads: slice | None) -> tuple[int, int, int]:

@@ -192,7 +192,9 @@ class Ledger:
         """
         error: BaseException | None = None
         for release in self.begun:
-            if release.is_void:
+            if release.is_void and release.batch is not None and release.batch() is None:
+                release.events = ()  # nobody is left to whom the blocks could go back
+            elif release.is_void:
                 for counts, rows in release.parts:
                     counts.set_live(rows)
                 self.pending.pop(id(release), None)

@@ -310,20 +310,15 @@ class Lifetime:
             guard.busy = False
         return missing
 
-    def free_on(
-        self, parts: Sequence[BlockRows], condition: Event, keep: tuple[object, ...]
-    ) -> tuple[Release, ...]:
+    def free_on(self, parts: Sequence[BlockRows], condition: Event) -> None:
         """Free blocks, all or none, on condition that ``condition`` completes.
 
-        They count as freed at once. If the event raises ``ReleaseVoidError``, they are live again.
+        They count as freed at once. If the event raises ``ReleaseVoidError``, they are live again;
+        or free, if their batch has been dropped meanwhile.
 
         Args:
             parts: blocks of this allocator, each batch once.
             condition: the event.
-            keep: the batches, which must live until the condition is decided.
-
-        Returns:
-            The releases, for :meth:`take_back`.
 
         Raises:
             As :meth:`free`; and ReentrantCallError if the calling thread is inside an operation.
@@ -331,20 +326,14 @@ class Lifetime:
         if self._deferred:
             self._deferred.run()
         events = StreamEvents()
-        while True:
-            missing, releases = self._try_free_on(parts, condition, keep, events)
-            if not missing:
-                return releases
-            events.record(missing)
+        while streams := self._try_free_on(parts, condition, events):
+            events.record(streams)
 
     @section
     def _try_free_on(
-        self,
-        parts: Sequence[BlockRows],
-        condition: Event,
-        keep: tuple[object, ...],
-        events: StreamEvents,
-    ) -> tuple[list[Stream], tuple[Release, ...]]:
+        self, parts: Sequence[BlockRows], condition: Event, events: StreamEvents
+    ) -> Sequence[Stream]:
+        """Free blocks on condition; or return the streams without event that use any of them."""
         guard = self.guard
         if guard.busy and is_inside_section():
             raise ReentrantCallError("offload(free=True)", 0, 0, 0)
@@ -357,30 +346,32 @@ class Lifetime:
             releases: list[Release] = []
             for part in parts:
                 rows, record = part.batch.claimable(part.rows, False), part.batch.record
-                assert record is not None  # a view is not claimable
+                if record is None:
+                    continue  # an empty batch whose blocks are all free
                 found = record.counts.streams_of(rows)
                 missing += events.missing(found)
                 if not missing:
                     release = record.release_of(rows, (condition, *events.of(found)))
-                    release.batches = keep
+                    release.batch, release.condition = record, condition
                     releases.append(release)
             if not missing:
                 ledger.carry_out(tuple(releases))
             guard.busy = False
-        return missing, tuple(releases)
+        return missing
 
     @section
-    def take_back(self, releases: Sequence[Release]) -> None:
-        """Make the blocks of conditional releases live again, unless that was done already."""
+    def take_back(self, condition: Event) -> None:
+        """Make the blocks live again that were freed on a condition, unless that was done."""
         guard = self.guard
         if guard.busy and is_inside_section():
-            return  # :meth:`settle` does it
+            return  # the next operation finds that the condition is void
         with guard.lock:
             guard.busy = True
             ledger = self.ledger
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
-            waiting = tuple(each for each in releases if id(each) in ledger.pending)
+            pending = ledger.pending.copy().values()
+            waiting = tuple(each for each in pending if each.condition is condition)
             for release in waiting:
                 release.is_void = True
             ledger.carry_out(waiting)

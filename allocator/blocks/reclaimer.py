@@ -19,6 +19,7 @@ from kvheap.blocks.release import Release
 from kvheap.blocks.stream_events import StreamEvents
 from kvheap.device.events import POLL_SECONDS, Event, ReleaseVoidError, Stream, has_let_go
 from kvheap.guards import Deferred, Guard, is_inside_section, section
+from kvheap.interrupts import is_interrupt
 
 __all__ = ["Reclaimer"]
 
@@ -126,7 +127,9 @@ class Reclaimer:
         """Record the events that the blocks of a dropped batch wait for; False if that fails."""
         try:
             events.record(streams)
-        except Exception:
+        except Exception as error:
+            if is_interrupt(error):
+                raise
             if not record.was_reported:
                 record.was_reported = True
                 logging.getLogger("kvheap").exception(
@@ -210,7 +213,9 @@ class Reclaimer:
             return event.query()
         except ReleaseVoidError:
             raise
-        except Exception:
+        except Exception as error:
+            if is_interrupt(error):
+                raise
             if not self._told_of_lost_events:
                 self._told_of_lost_events = True
                 logging.getLogger("kvheap").exception(
@@ -235,7 +240,6 @@ class Reclaimer:
                 else:
                     release.events = ()
                 ledger.carry_out_quietly(release)
-                release.batches = ()
             guard.busy = False
 
     def _report(self, release: Release) -> None:

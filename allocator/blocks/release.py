@@ -32,8 +32,9 @@ class Release(Receipt):
         owner: returns a description of the last owner, for messages.
         events: the bytes may be reused once all of these have completed.
         parts: the rows to mark as freed.
-        batches: for a release on condition, the batches to keep alive, because their blocks become
-            live again if an event raises ``ReleaseVoidError``; else empty.
+        batch: for a release on condition, a weak reference to its batch, whose blocks become live
+            again if an event raises ``ReleaseVoidError``; else None.
+        condition: the event that may raise it.
         count: what the rows' reference counts become, ``FREED`` or ``DROPPED``.
         is_void: whether the blocks become live again.
         error: why the bytes could not be given back.
@@ -41,7 +42,8 @@ class Release(Receipt):
     """
 
     __slots__ = (
-        "batches",
+        "batch",
+        "condition",
         "count",
         "error",
         "events",
@@ -60,7 +62,6 @@ class Release(Receipt):
         owner: Callable[[], str],
         events: tuple[Event, ...] = (),
         parts: Parts = (),
-        batches: tuple[object, ...] = (),
     ) -> None:
         self.done = False
         self.freed = freed
@@ -68,7 +69,8 @@ class Release(Receipt):
         self.owner = owner
         self.events = events
         self.parts = parts
-        self.batches = batches
+        self.batch: Callable[[], object | None] | None = None
+        self.condition: Event | None = None
         self.count = FREED
         self.is_void = False
         self.error: BaseException | None = None

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+from kvheap.interrupts import is_interrupt
+
 __all__ = ["FullReport", "FullReporter", "LiveBlocks", "log_full_report", "weakly"]
 
 
@@ -193,7 +195,9 @@ class FullReporter:
         self.failures = 0
         try:
             self._on_full(report)
-        except Exception:  # a failing callback must not make the allocation raise
+        except Exception as error:  # a failing callback must not make the allocation raise
+            if is_interrupt(error):
+                raise
             logging.getLogger("kvheap").exception("on_full failed")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 from kvheap.blocks.recorded_streams import stream_key
 from kvheap.device.events import Event, Stream, has_let_go
 from kvheap.errors import LifetimeError
+from kvheap.interrupts import is_interrupt
 
 __all__ = ["StreamEvents", "StreamGoneError"]
 
@@ -41,7 +42,7 @@ class StreamEvents:
         try:
             self._record(streams)
         except Exception as error:
-            if is_wrapped:
+            if is_wrapped and not is_interrupt(error):
                 raise StreamGoneError(str(error)) from error
             raise
 

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from kvheap.device.events import POLL_SECONDS, DeviceEvent, ReleaseVoidError
-from kvheap.device.host_queue import FutureEvent
+from kvheap.device.host_queue import HostEvent, NestedWaitError
 from kvheap.errors import TransferError
 from kvheap.forks import starts_over_after_fork
+from kvheap.interrupts import is_interrupt
 
 __all__ = ["Answer", "Completion", "InFlight", "Success", "in_flight"]
 
@@ -39,8 +39,8 @@ class Completion:
     """The state of a copy. It is also the stream and the event that protect the copy's bytes.
 
     - to protect bytes: ``record_event``, ``query``, ``has_let_go``;
-    - for the code that queues the copy: ``keep``, ``queued``, ``void``, ``nothing_queued``,
-      ``ended``, ``failed``, ``lose``;
+    - for the code that queues the copy: ``keep``, ``queued``, ``nothing_queued``, ``ended``,
+      ``failed``, ``lose``;
     - for the transfer: ``ask``, ``wait``, ``error``, ``has_ended``, ``is_done``, ``is_lost``.
 
     Args:
@@ -96,11 +96,6 @@ class Completion:
         self._state = "queued"
         self._event = event
 
-    def void(self) -> None:
-        """Note, before :meth:`nothing_queued`, that what depends on this copy must not happen."""
-        if self._error is None:
-            self._error = TransferError("the copy was not started")
-
     def nothing_queued(self) -> None:
         """End the copy if none of it was queued."""
         if self._state == "begun":
@@ -131,10 +126,12 @@ class Completion:
         self._state = "lost"
 
     def _end(self) -> None:
+        # In this order: an exception, or foreign code, may come between any two lines.
         self._error = self.error
         self._state = "ended"
         self._event = None
-        self._keep = []
+        in_flight.discard(self)
+        self._keep = []  # last: the end of what it keeps may run finalizers
 
     # -- for the transfer ----------------------------------------------------------------------
 
@@ -143,10 +140,16 @@ class Completion:
 
         Raises:
             TransferError: the query failed; the copy is lost.
+            NestedWaitError: this thread makes the copy, and cannot wait for it.
+            BaseException: what a signal handler raised meanwhile; the copy goes on.
         """
         try:
             return question()
+        except NestedWaitError:
+            raise
         except Exception as cause:
+            if isinstance(self._event, HostEvent) or is_interrupt(cause):
+                raise
             self.lose(cause)
             error = self.error or TransferError(f"the device cannot be queried: {cause}")
             raise error from cause
@@ -177,7 +180,7 @@ class Completion:
         would keep them for as long as the completion lives.
         """
         event = self._event
-        if self._error is None and isinstance(event, FutureEvent):
+        if self._error is None and isinstance(event, HostEvent):
             self._error = event.error()
         if self._error is None:
             return None
@@ -190,6 +193,9 @@ class Completion:
 
         Returns:
             Whether it has.
+
+        Raises:
+            NestedWaitError: without ``timeout_s``, on the thread that makes the copy.
         """
         if self.has_ended:
             return True
@@ -210,44 +216,65 @@ class Completion:
 class Success:
     """An event that completes if a copy succeeds; blocks are freed on this condition."""
 
-    __slots__ = ("_completion",)
+    __slots__ = ("_completion", "_has_come", "_is_void")
 
     def __init__(self, completion: Completion) -> None:
         self._completion = completion
+        self._has_come = self._is_void = False
 
     def query(self) -> bool:
         """Whether the copy has succeeded.
 
         Raises:
-            ReleaseVoidError: it has failed.
+            ReleaseVoidError: it has failed, or the event was made void.
         """
+        if self._is_void:
+            raise ReleaseVoidError("the free of these blocks was taken back")
         completion = self._completion
         ended = completion.has_ended
         if ended and completion.error is not None:
             raise ReleaseVoidError("the copy that the free of these blocks depended on has failed")
+        self._has_come |= ended
         return ended
+
+    def void(self) -> bool:
+        """Make the condition fail; returns False if it was met already."""
+        self._is_void = not self._has_come
+        return self._is_void
 
 
 class InFlight:
-    """The copies that have begun and not ended. Keeping them keeps their buffers alive."""
+    """The copies that have begun and not ended. Keeping them keeps their buffers alive.
+
+    A copy within host memory leaves when it ends. A copy on a device leaves when somebody asks for
+    its state; of those that nobody asks for, a few are asked whenever another copy begins.
+    """
 
     def __init__(self) -> None:
-        self._begun: deque[Completion] = deque()
+        self._begun: dict[Completion, None] = {}
+        self._to_check: list[Completion] = []
         self._lost: list[Completion] = []
         starts_over_after_fork(self)
 
     def add(self, completion: Completion) -> None:
         """Keep a copy, and drop those that have ended among ``CHECKED_COPIES`` others."""
         for _ in range(min(len(self._begun), CHECKED_COPIES)):
+            # Everything stays in the dict until it is known to have ended: nothing that happens
+            # in between, here or in another thread, can lose a copy in flight.
             try:
-                other = self._begun.popleft()
-            except IndexError:  # another thread took it
-                break
-            if not other.has_ended:
-                self._begun.append(other)
-            elif other.is_lost:  # the device may still write
-                self._lost.append(other)
-        self._begun.append(completion)
+                other = self._to_check.pop()
+            except IndexError:
+                self._to_check = [*reversed(self._begun.copy())]
+                continue
+            if other.has_ended:
+                if other.is_lost:  # the device may still write
+                    self._lost.append(other)
+                self.discard(other)
+        self._begun[completion] = None
+
+    def discard(self, completion: Completion) -> None:
+        """Forget a copy, if it is kept."""
+        self._begun.pop(completion, None)
 
     def start_over_after_fork(self) -> None:
         """Lose all copies in a forked child, which has neither their threads nor their device."""
@@ -255,7 +282,7 @@ class InFlight:
         for completion in self._begun:
             completion.lose(cause)
         self._lost += self._begun
-        self._begun = deque()
+        self._begun, self._to_check = {}, []
 
     def __len__(self) -> int:
         """Number of copies that are kept."""

@@ -1,129 +1,307 @@
-"""``HostQueue``: runs copies within host memory in order, like a stream."""
+"""``HostQueue``: runs copies within host memory in order, like a stream.
+
+A finalizer, a signal handler or an ``atexit`` function may call anything here, in the middle of any
+call, on the caller's thread or on the thread that copies. So no lock is held at any time: a job
+waits in a dict, whoever holds a :class:`~kvheap.claims.Claim` runs the jobs in order, and events
+are latches.
+
+One thing cannot be had: the thread that makes a copy cannot wait for that copy, or for one behind
+it. A finalizer that runs there and tries gets a :class:`NestedWaitError` instead.
+"""
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for_futures
+from contextlib import suppress
+from contextvars import ContextVar, copy_context
+from functools import partial
+from queue import Empty, SimpleQueue
 
+from kvheap.claims import Claim
+from kvheap.device.events import POLL_SECONDS
 from kvheap.errors import TransferError
 from kvheap.forks import starts_over_after_fork
+from kvheap.interrupts import is_interrupt
+from kvheap.kernels.latch import Latch
 
-__all__ = ["FutureEvent", "HostQueue", "NotAllQueuedError", "host_queue"]
+__all__ = ["HostEvent", "HostJob", "HostQueue", "NestedWaitError", "host_queue"]
+
+IDLE_S = 0.05
+"""Seconds between two looks of an idle thread at whether the program is ending."""
+
+MAX_IDLE_LOOKS = 20
+"""An idle thread ends after so many looks."""
+
+_is_copying: ContextVar[bool] = ContextVar("kvheap_is_copying", default=False)
+"""Whether this thread, or the one that it helps, makes the queue's copies."""
 
 
-class FutureEvent:
-    """The end of a task on a thread, as an event."""
+class NestedWaitError(RuntimeError):
+    """The thread that makes a copy was told to wait for it, or for one that comes after it."""
 
-    __slots__ = ("_future",)
 
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
+class HostEvent:
+    """The end of a task of a job."""
+
+    __slots__ = ("_cause", "_ended")
+
+    def __init__(self) -> None:
+        self._ended = Latch()
+        self._cause: BaseException | None = None
 
     def query(self) -> bool:
         """Whether the task has ended."""
-        return self._future.done()
+        return self._ended.is_open
 
     def synchronize(self) -> None:
-        """Wait until the task has ended."""
-        wait_for_futures([self._future])
+        """Wait until the task has ended.
+
+        Raises:
+            NestedWaitError: the task cannot end before this call returns.
+        """
+        if not self._ended.is_open and _is_copying.get():
+            raise NestedWaitError(
+                "the thread that makes a copy cannot wait for it: a finalizer that the garbage "
+                "collector runs there must not wait for transfers"
+            )
+        self._ended.wait()
 
     def error(self) -> TransferError | None:
         """Why the task failed; None while it runs, and if it succeeded."""
-        if not self._future.done():
-            return None
-        cause = None if self._future.cancelled() else self._future.exception()
-        if cause is None:
-            return None
-        if isinstance(cause, TransferError):
+        cause = self._cause
+        if cause is None or isinstance(cause, TransferError):
             return cause
         error = TransferError(f"a copy in host memory failed: {cause}")
         error.__cause__ = cause
         return error
 
+    def end(self, cause: BaseException | None) -> None:
+        """Note that the task has ended, and why it failed, if it did."""
+        self._cause = cause
+        self._ended.open()
 
-class NotAllQueuedError(Exception):
-    """Some tasks could not be queued, for the reason in ``__cause__``; waiting tasks are dropped.
 
-    Attributes:
-        events: the ends of the tasks that were already running.
+class HostJob:
+    """Tasks of one call, which run one after another; if one fails, those after it fail too.
+
+    Args:
+        tasks: the tasks.
+        at_end: called when the last task has ended, on the same thread.
     """
 
-    def __init__(self, events: list[FutureEvent]) -> None:
-        super().__init__(f"not all tasks could be queued; {len(events)} were already running")
-        self.events = events
+    __slots__ = ("_at_end", "_right", "_tasks", "events")
+
+    def __init__(
+        self, tasks: Sequence[Callable[[], None]], at_end: Callable[[], object] | None = None
+    ) -> None:
+        self._tasks = list(tasks)
+        self._at_end = at_end
+        self._right = Claim()  # never given up: a job runs once, or is withdrawn
+        self.events = [HostEvent() for _ in self._tasks]
+        """The end of each task."""
+
+    def run(self) -> None:
+        """Run the tasks, unless the job has run or was withdrawn.
+
+        Raises:
+            BaseException: what a signal handler raised. Tasks that had not ended have failed.
+        """
+        me = object()
+        failure: BaseException | None = None
+        try:
+            if self._right.take(me):
+                for task, event in zip(self._tasks, self.events, strict=True):
+                    if failure is None:
+                        try:
+                            task()
+                        except Exception as error:
+                            if is_interrupt(error):
+                                raise
+                            failure = error
+                    event.end(failure)
+        except BaseException as interrupt:
+            failure = interrupt
+            raise
+        finally:
+            if self._right.holder is me:
+                self._finish(failure)
+            del failure  # whose traceback refers to this frame
+
+    def withdraw(self) -> bool:
+        """Give the job up unless it has begun; returns whether none of its tasks ran, or will."""
+        me = object()
+        self._right.take(me)
+        is_withdrawn = self._right.holder is me
+        if is_withdrawn:
+            self._finish(TransferError("the copy was withdrawn before it began"))
+        return is_withdrawn
+
+    def _finish(self, failure: BaseException | None) -> None:
+        for event in self.events:
+            if not event.query():
+                event.end(failure)
+        self._tasks = []  # they keep memory alive
+        at_end, self._at_end = self._at_end, None
+        if at_end is not None:
+            at_end()
 
 
 class HostQueue:
-    """Runs tasks one after another on one thread, which starts with the first task."""
+    """Runs jobs one after another on one thread, which starts with a job and ends when idle.
+
+    At the end of the program, all jobs are run before the interpreter goes. When no thread can be
+    started, as in ``atexit`` functions and at the system's limit, the caller's thread runs them.
+    """
 
     def __init__(self) -> None:
         self.start_over_after_fork()
         starts_over_after_fork(self)
 
     def start_over_after_fork(self) -> None:
-        """Forget all tasks: a forked child has no queue thread, and the lock may be held."""
-        self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-        self._last: Future[None] | None = None
+        """Forget all jobs: a forked child has no queue thread."""
+        # In order; a job stays until it has ended, so that no exception can lose one.
+        self._jobs: dict[HostJob, None] = {}
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._runner = Claim()
 
-    def run(self, tasks: Sequence[Callable[[], None]], is_small: bool) -> list[FutureEvent]:
-        """Queue tasks in order. If one fails, those after it fail too.
-
-        Args:
-            tasks: the tasks; each waits for the task before it.
-            is_small: run the tasks on the calling thread, unless the queue is busy.
+    def run(self, tasks: Sequence[Callable[[], None]], is_small: bool) -> list[HostEvent]:
+        """Queue tasks in order; see :meth:`submit`.
 
         Returns:
             The end of each task.
+        """
+        job = HostJob(tasks)
+        self.submit(job, is_small)
+        return job.events
+
+    def submit(self, job: HostJob, is_small: bool) -> None:
+        """Queue a job.
+
+        Args:
+            job: the job.
+            is_small: run it on the calling thread, unless the queue is busy.
 
         Raises:
-            NotAllQueuedError: some tasks could not be queued.
+            BaseException: what a signal handler raised; :meth:`withdraw` then tells whether the
+                job has begun.
         """
-        with self._lock:
-            is_idle = self._last is None or self._last.done()
-            if not is_small or not is_idle:
-                return self._queue(tasks)
-        return self._run_here(tasks)
+        if is_small and not self._jobs:
+            job.run()
+        elif _is_copying.get() or not _is_ending():
+            self._jobs[job] = None
+            self._wake.put(None)
+            # Whoever runs jobs, be it a caller of this call, looks at the queue once more at its
+            # end.
+            if not self._runner.is_taken and not self._start_thread():
+                self._run_all()
+        else:
+            # The program is ending: nobody waits any more for a thread that starts now, and the
+            # thread that there is must not get more work for ever.
+            while not self._run_all(job):
+                time.sleep(POLL_SECONDS)
 
-    def _queue(self, tasks: Sequence[Callable[[], None]]) -> list[FutureEvent]:
-        futures: list[Future[None]] = []
+    def _start_thread(self) -> bool:
+        work = partial(_work, self._jobs, self._wake, self._runner)
+        # No daemon: the interpreter waits for it, and so for the copies.
+        thread = threading.Thread(target=work, name="kvheap-copy", daemon=False)
         try:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvheap-copy")
-            for task in tasks:
-                before = futures[-1] if futures else None
-                futures.append(self._executor.submit(_run_after, before, task))
-                self._last = futures[-1]
-        except BaseException as error:  # no more threads, interpreter exit, or an interrupt
-            running = [future for future in futures if not future.cancel()]
-            raise NotAllQueuedError([FutureEvent(future) for future in running]) from error
-        return [FutureEvent(future) for future in futures]
+            thread.start()
+        except RuntimeError:  # the system's limit, or the interpreter is exiting
+            return False
+        return True
 
-    def _run_here(self, tasks: Sequence[Callable[[], None]]) -> list[FutureEvent]:
-        events: list[FutureEvent] = []
-        failure: Exception | None = None
-        for task in tasks:
-            future: Future[None] = Future()
-            try:
-                if failure is None:
-                    task()
-            except Exception as error:
-                failure = error
-            if failure is None:
-                future.set_result(None)
-            else:
-                future.set_exception(failure)
-            events.append(FutureEvent(future))
-        return events
+    def _run_all(self, last: HostJob | None = None) -> bool:
+        """Run all jobs on the calling thread, then ``last``; False if another thread runs jobs."""
+        # In a copy of the context, so that what is set there ends with the call.
+        is_mine = True
+        while is_mine and (self._jobs or last is not None):
+            is_mine = copy_context().run(_run_here, self._jobs, self._runner, last)
+            last = None
+        return is_mine
+
+    def drain(self) -> None:
+        """Wait until all jobs have ended."""
+        while self._jobs and not self._run_all():
+            time.sleep(POLL_SECONDS)
+
+    def withdraw(self, job: HostJob) -> bool:
+        """Give a job up unless it has begun; returns whether none of its tasks ran, or will."""
+        is_withdrawn = job.withdraw()
+        if is_withdrawn:
+            self._jobs.pop(job, None)
+        return is_withdrawn
 
 
-def _run_after(before: Future[None] | None, task: Callable[[], None]) -> None:
-    if before is not None:
-        before.result()
-    task()
+def _work(jobs: dict[HostJob, None], wake: SimpleQueue[None], runner: Claim) -> None:
+    """The queue's thread: run all jobs, and stay a while for more."""
+    _is_copying.set(True)
+    me = object()
+    while runner.take(me):
+        looks = 0
+        try:
+            while looks < MAX_IDLE_LOOKS and (jobs or not _is_ending()):
+                with suppress(BaseException):  # the job has it; no signal is handled here
+                    _run_in_order(jobs)
+                try:
+                    wake.get(timeout=IDLE_S)
+                    looks = 0
+                except Empty:
+                    looks += 1
+        finally:
+            runner.give_up(me)
+        if not jobs:  # else one came while the claim was not given up yet
+            return
+
+
+def _run_here(jobs: dict[HostJob, None], runner: Claim, last: HostJob | None) -> bool:
+    """Run all jobs on the calling thread, then ``last``; False if another thread runs jobs."""
+    _is_copying.set(True)
+    me = object()
+    try:
+        if not runner.take(me):
+            return False
+        _run_in_order(jobs)
+        if last is not None:
+            last.run()
+        return True
+    finally:
+        try:
+            runner.give_up(me)
+        finally:  # once more, if a signal handler raised in there
+            runner.give_up(me)
+
+
+def _run_in_order(jobs: dict[HostJob, None]) -> None:
+    while jobs:
+        try:
+            job = next(iter(jobs))
+        except (RuntimeError, StopIteration):  # a job came, or was withdrawn, at this moment
+            continue
+        job.run()
+        jobs.pop(job, None)
+
+
+_ending = Latch()
+
+
+def _is_ending() -> bool:
+    """Whether the program is ending: the main thread has come to its end, or to ``atexit``."""
+    main = threading.main_thread()
+    # The main thread never asks about itself: if a signal handler raises in ``is_alive``, CPython
+    # up to 3.12 takes the thread for dead.
+    if threading.current_thread() is not main and not main.is_alive():
+        _ending.open()
+    return _ending.is_open
 
 
 host_queue = HostQueue()
 """The queue of this process."""
+
+
+@atexit.register
+def _end() -> None:
+    _ending.open()
+    host_queue.drain()

@@ -14,7 +14,7 @@ from kvheap.device.completion import Answer, Completion
 from kvheap.device.copy_device import CopyDevice
 from kvheap.device.directions import Direction, Path
 from kvheap.device.events import DeviceEvent
-from kvheap.device.host_queue import FutureEvent
+from kvheap.device.host_queue import HostEvent
 from kvheap.errors import TransferError
 
 if TYPE_CHECKING:
@@ -73,8 +73,13 @@ class Part:
             device.wait_event(device.current_stream() if stream is None else stream, self._event)
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
-        answer = self._completion.ask(question)
-        if isinstance(self._event, FutureEvent):
+        completion = self._completion
+        if completion.is_lost:  # its event may never come to pass
+            error = completion.error
+            assert error is not None
+            raise error
+        answer = completion.ask(question)
+        if isinstance(self._event, HostEvent):
             error = self._event.error()
             if error is not None:
                 raise error
@@ -123,7 +128,7 @@ class Transfer:
         num_runs: int,
         device: CopyDevice | None,
         is_captured: bool = False,
-        settle: Callable[[], None] | None = None,
+        settle: Callable[[bool], None] | None = None,
     ) -> None:
         self.path = path
         self.direction = direction
@@ -165,9 +170,14 @@ class Transfer:
             Whether it has ended.
 
         Raises:
+            ValueError: ``timeout_s`` is not a number.
+            NestedWaitError: without ``timeout_s``, in a finalizer on the thread that makes the
+                copy. A ``RuntimeError``.
             RuntimeError: as for :meth:`done`.
         """
         self._require_not_captured()
+        if timeout_s is not None and timeout_s != timeout_s:
+            raise ValueError(f"timeout_s must be a number of seconds, got {timeout_s}")
         return self._completion.wait(timeout_s)
 
     def wait_stream(self, stream: torch.cuda.Stream | None) -> None:
@@ -200,7 +210,7 @@ class Transfer:
         if not ended and error is None:
             raise TimeoutError(f"{self!r} has not ended in {timeout_s:g} s")
         if self._settle is not None:
-            self._settle()
+            self._settle(error is not None)
         if error is not None:
             raise error
 

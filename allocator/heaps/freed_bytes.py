@@ -11,6 +11,7 @@ from kvheap.addresses.address_manager import AddressManager
 from kvheap.blocks.release import Release, WipingError
 from kvheap.heaps.segments import Segments
 from kvheap.heaps.wiping import Wiping
+from kvheap.interrupts import is_interrupt
 
 __all__ = ["FreedBytes"]
 
@@ -47,6 +48,8 @@ class FreedBytes:
             try:
                 self.wiping.freed(release, segments)
             except Exception as error:
+                if is_interrupt(error):
+                    raise
                 raise WipingError from error
         sizes = None if isinstance(release.freed, AddressBatch) else release.sizes
         self._address_manager.give_back(release.freed, sizes, release)

@@ -63,6 +63,12 @@ class BlockEnd:
 
     def __del__(self) -> None:
         # Takes no lock: this thread may hold any.
+        try:
+            self._drop()
+        finally:  # once more, if a signal handler raised in there: nobody else would
+            self._drop()
+
+    def _drop(self) -> None:
         home = getattr(self, "home", None)  # missing if __init__ or batched_allocate failed
         if home is not None:
             home._drop(self.number)
@@ -103,7 +109,7 @@ class HeapCalls:
         self._dropped: deque[MemoryObj] = deque()
         self._count_lock = threading.Lock()
         starts_over_after_fork(self)
-        self._thread = threading.local()
+        self._calls = threading.local()  # .outermost: the token of this thread's outermost call
 
     # -- allocate ------------------------------------------------------------------------------
 
@@ -153,8 +159,9 @@ class HeapCalls:
                 shapes, dtypes, batch_size, fmt
             )
             return objs
-        is_outermost = self._enter()
+        me = object()
         try:
+            is_outermost = self._enter(me)
             if is_outermost:
                 self._settle()
             batch = self.heap.batched_allocate(shapes, dtypes, batch_size, MemoryFormat(fmt.value))
@@ -162,7 +169,10 @@ class HeapCalls:
             if is_outermost and objs:
                 self._report()
         finally:
-            self._leave(is_outermost)
+            try:
+                self._leave(me)
+            finally:  # once more, if a signal handler raised in there
+                self._leave(me)
         return None if batch is None else objs
 
     def _objects_of(self, batch: MemoryBatch, fmt: Any) -> list[Any]:
@@ -222,14 +232,17 @@ class HeapCalls:
             block = self._held.pop(obj.number, None)  # if two threads do this, one gets the block
             if block is not None:
                 self._freed.append(block)
-        is_outermost = self._enter()
+        me = object()
         try:
-            if is_outermost:
+            if self._enter(me):
                 self._settle()
                 if update_stats:
                     self._report()
         finally:
-            self._leave(is_outermost)
+            try:
+                self._leave(me)
+            finally:  # once more, if a signal handler raised in there
+                self._leave(me)
 
     def _drop(self, number: int) -> None:
         """Queue the block of an object that is being finalized. Takes no lock."""
@@ -254,18 +267,18 @@ class HeapCalls:
         self._count_lock = threading.Lock()
 
     # Another object's finalizer may free objects in the middle of a call on the same thread, while
-    # that call holds a lock of the heap or the monitor. Such a nested call only queues its blocks.
+    # that call holds a lock of the heap, of the monitor or the one above. Such a nested call only
+    # queues its blocks. So no thread ever waits for itself.
 
-    def _enter(self) -> bool:
-        """Whether this is the outermost call on this thread."""
-        if getattr(self._thread, "is_inside", False):
-            return False
-        self._thread.is_inside = True
-        return True
+    def _enter(self, me: object) -> bool:
+        """Whether this is the outermost call on this thread; ``me`` is an object of the call's."""
+        return self._calls.__dict__.setdefault("outermost", me) is me
 
-    def _leave(self, is_outermost: bool) -> None:
-        if is_outermost:
-            self._thread.is_inside = False
+    def _leave(self, me: object) -> None:
+        """End a call; changes nothing unless it is the outermost."""
+        calls = self._calls.__dict__
+        if calls.get("outermost") is me:
+            calls.pop("outermost", None)
 
     # -- look ----------------------------------------------------------------------------------
 

@@ -4,6 +4,9 @@ Committing and page-locking host memory takes seconds for every 10 GiB, which wo
 of an engine. So the engine starts with a small heap that grows in the background. Each piece is
 first committed (populated, pinned) and then published (the heap's ``sbrk``), so no address is
 allocated before there is memory behind it.
+
+No lock is held at any time: a finalizer or a signal handler may close the heap, and so stop its
+growth, in the middle of any call, on any thread.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from kvheap.claims import Claim
 from kvheap.forks import starts_over_after_fork
+from kvheap.kernels.latch import Latch
 
 __all__ = ["BackgroundGrowth", "GrowthProgress"]
 
@@ -93,14 +98,15 @@ class BackgroundGrowth:
             raise ValueError(f"piece_bytes must be positive, got {piece_bytes}")
         self._piece_bytes = piece_bytes
         self._on_progress = on_progress
-        self._stopped = threading.Event()
+        self._is_stopped = False
         self._callback_error: BaseException | None = None
         # Only the thread replaces this object, as a whole, so it can be read without a lock.
         self._progress = GrowthProgress(start_bytes, final_bytes, done=False)
         self._thread = threading.Thread(
             target=self._run, args=(commit, publish), name="kvheap-growth", daemon=True
         )
-        self._start_lock = threading.Lock()
+        self._started = Claim()
+        self._ended = Latch()
         starts_over_after_fork(self)
 
     @property
@@ -124,8 +130,14 @@ class BackgroundGrowth:
         Raises:
             RuntimeError: growth was started before.
         """
-        with self._start_lock:
+        me = object()
+        if not self._started.take(me):
+            raise RuntimeError("growth can only be started once: make another BackgroundGrowth")
+        try:
             self._thread.start()
+        except BaseException:  # the system's limit of threads
+            self._started.give_up(me)
+            raise
         return self
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -142,8 +154,11 @@ class BackgroundGrowth:
                 call.
             RuntimeError: growth was not started, or the growth thread itself called this.
         """
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        if not self._started.is_taken:
+            raise RuntimeError("growth cannot be waited for before it is started")
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("the growth thread cannot wait for its own end")
+        if not self._ended.wait(timeout):
             return False
         if self._progress.error is not None:
             raise self._progress.error
@@ -157,18 +172,15 @@ class BackgroundGrowth:
         returns. A piece whose commit was in progress stays committed but unpublished. The caller
         must not hold a lock that a callable needs.
         """
-        self._stopped.set()
-        if threading.current_thread() is self._thread:
-            return
-        with self._start_lock:
-            has_begun = self._thread.ident is not None
-        if has_begun:
-            self._thread.join()
+        self._is_stopped = True
+        # A thread that has not begun yet finds that growth is stopped, and publishes nothing.
+        if threading.current_thread() is not self._thread and self._thread.ident is not None:
+            self._ended.wait()
 
     def start_over_after_fork(self) -> None:
         """End growth in a forked child, which does not inherit the thread."""
-        self._start_lock = threading.Lock()
-        self._stopped.set()
+        self._is_stopped = True
+        self._ended.open()
         if not self._progress.done and self._thread.ident is not None:
             error = RuntimeError("growth does not continue in a forked child")
             self._progress = replace(self._progress, done=True, error=error)
@@ -179,22 +191,26 @@ class BackgroundGrowth:
             self._grow(commit, publish)
         except BaseException as raised:
             error = raised
-        if error is not None and threading.main_thread().is_alive():
-            _logger.error(
-                "growth ended at %d of %d bytes: %r",
-                self._progress.committed_bytes,
-                self._progress.final_bytes,
-                error,
-            )
-        if not self._progress.done:
-            self._report(replace(self._progress, done=True, error=error))
+        del commit, publish  # they may be methods of a heap, which is free to go now
+        try:
+            if error is not None and threading.main_thread().is_alive():
+                _logger.error(
+                    "growth ended at %d of %d bytes: %r",
+                    self._progress.committed_bytes,
+                    self._progress.final_bytes,
+                    error,
+                )
+            if not self._progress.done:
+                self._report(replace(self._progress, done=True, error=error))
+        finally:
+            self._ended.open()
 
     def _grow(self, commit: Callable[[int, int], None], publish: Callable[[int], None]) -> None:
         start, final = self._progress.committed_bytes, self._progress.final_bytes
         while start < final and not self._must_end():
             end = min(start + self._piece_bytes, final)
             commit(start, end)
-            if self._stopped.is_set():
+            if self._is_stopped:
                 return
             publish(end - start)
             start = end
@@ -202,7 +218,7 @@ class BackgroundGrowth:
 
     def _must_end(self) -> bool:
         # When the main thread has ended, the interpreter is exiting: too late to begin a piece.
-        return self._stopped.is_set() or not threading.main_thread().is_alive()
+        return self._is_stopped or not threading.main_thread().is_alive()
 
     def _report(self, progress: GrowthProgress) -> None:
         self._progress = progress

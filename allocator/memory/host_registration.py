@@ -40,8 +40,11 @@ class _Piece:
 class HostRegistrations:
     """The registered pieces of one range of host memory.
 
-    Thread-safe: one call at a time registers or unregisters, and the look-ups never wait for it.
-    This object does not keep the memory mapped.
+    Thread-safe: one thread at a time registers or unregisters, and the look-ups never wait for it.
+    The lock is reentrant: a finalizer or a signal handler may close the heap in the middle of a
+    call on the same thread. What is being registered is then unregistered by the call that does it,
+    and what is being unregistered is left to the call that does it. This object does not keep the
+    memory mapped.
 
     Args:
         pointer: address of the range's first byte, a multiple of the page size.
@@ -49,19 +52,20 @@ class HostRegistrations:
 
     def __init__(self, pointer: int) -> None:
         self._pointer = pointer
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         starts_over_after_fork(self)
         # By start, in order of registration. The look-ups read it with one list(), which is
         # atomic, instead of under the lock.
         self._pieces: dict[int, _Piece] = {}
         self._known: tuple[tuple[int, int], Int64Array] = ((0, 0), np.empty((0, 2), np.int64))
+        self._leaving: set[int] = set()  # the starts of pieces that are being unregistered
         self._changes = 0
         self._closed = False
         self._pid = os.getpid()
 
     def start_over_after_fork(self) -> None:
         """Release the lock in a forked child, which inherits no registration."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -112,17 +116,21 @@ class HostRegistrations:
             if self._closed:
                 raise RuntimeError("the host buffer is closed")
             self._require_unregistered(pieces)
-            bytes_before, num_before = self.num_bytes, len(self._pieces)
+            done: list[_Piece] = []
             try:
-                failure = self._register_each(pieces, registrar, allow_unpinned, cancelled)
+                failure = self._register_each(pieces, registrar, allow_unpinned, cancelled, done)
             except BaseException:
-                self._unregister(list(self._pieces.values())[num_before:])
+                self._unregister(done)
                 raise
-            done_bytes = self.num_bytes - bytes_before
-            if failure is None and not cancelled.is_set():
+            done_bytes = sum(piece.end - piece.start for piece in done)
+            if failure is None and not cancelled.is_set() and not self._closed:
                 return done_bytes
-            undo_errors = [*map(str, self._unregister(list(self._pieces.values())[num_before:]))]
-            done_bytes -= self.num_bytes - bytes_before
+            undo_errors = [*map(str, self._unregister(done))]
+            done_bytes -= sum(
+                piece.end - piece.start for piece in done if self._pieces.get(piece.start) is piece
+            )
+            if self._closed:
+                raise RuntimeError("the host buffer was closed while it was being pinned")
             if failure is None:
                 return 0
             try:
@@ -165,9 +173,10 @@ class HostRegistrations:
         registrar: HostRegistrar,
         allow_unpinned: bool,
         cancelled: threading.Event,
+        done: list[_Piece],
     ) -> tuple[int, RuntimeError] | None:
         for index, (start, end) in enumerate(pieces):
-            if cancelled.is_set():
+            if cancelled.is_set() or self._closed:
                 break
             try:
                 registrar.register(self._pointer + start, round_up(end - start, PAGE_BYTES))
@@ -176,7 +185,9 @@ class HostRegistrations:
                     return index, error
             else:
                 self._changes += 1
-                self._pieces[start] = _Piece(start, end, registrar)
+                piece = _Piece(start, end, registrar)
+                self._pieces[start] = piece
+                done.append(piece)
         return None
 
     def close(self) -> None:
@@ -213,12 +224,19 @@ class HostRegistrations:
         return [error for error in map(self._try_unregister, pieces) if error is not None]
 
     def _try_unregister(self, piece: _Piece) -> RuntimeError | None:
+        start = piece.start
+        if self._pieces.get(start) is not piece or start in self._leaving:
+            return None  # a call in the middle of this one, or around it, sees to it
+        self._leaving.add(start)
         try:
-            piece.registrar.unregister(self._pointer + piece.start)
+            piece.registrar.unregister(self._pointer + start)
         except RuntimeError as error:
             return error
-        self._changes += 1
-        del self._pieces[piece.start]
+        else:
+            self._changes += 1
+            self._pieces.pop(start, None)
+        finally:
+            self._leaving.discard(start)
         return None
 
 

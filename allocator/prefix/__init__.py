@@ -4,6 +4,7 @@
 module        idea
 ============  ====================================================================================
 policies/     which chunk goes next: LRU, GDSF, S3FIFO, ARC
+turns         one call at a time changes anything, whatever runs in the middle of it
 books         chunks by state, changed whole or not at all
 index         ``PrefixIndex``: look-ups, holds, stores and evictions by key; needs no torch
 space         room in a heap for new chunks, and freeing what has ended
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
     from kvheap.prefix.space import RequestTooLargeError as RequestTooLargeError
     from kvheap.prefix.store import PrefixStore as PrefixStore
     from kvheap.prefix.store import StoreStats as StoreStats
+    from kvheap.prefix.turns import BusyError as BusyError
 
 _MODULE_OF = {
     "ARC": "policies",
+    "BusyError": "turns",
     "CachedChunk": "policies",
     "ChunkHold": "handles",
     "EvictionPolicy": "policies",

@@ -15,17 +15,27 @@ an exception interrupts is therefore known: the next operation calls :meth:`Book
 which undoes the change (``begin``, ``hold``) or makes it again (all others). A change that is made
 twice leaves states and counts of holds as one does; totals and the policy's order are computed
 anew.
+
+A policy that fails must not take the books with it. What it raises reaches the caller once. When it
+fails again, at the repetition or at the next eviction, ``LRU`` takes its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+import logging
+import sys
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar, cast
+from types import FrameType
+from typing import Generic, TypeAlias, TypeVar, cast
 
 from kvheap.errors import HeapCorruptionError
+from kvheap.interrupts import is_interrupt
 from kvheap.prefix.policies.base import CachedChunk, EvictionPolicy, total_bytes
+from kvheap.prefix.policies.deaf import Deaf
+from kvheap.prefix.policies.lru import LRU
+from kvheap.prefix.turns import Turn
 
 __all__ = ["Books", "Chunk", "IndexStats", "OpenChunks"]
 
@@ -69,6 +79,11 @@ class OpenChunks(Generic[K, V]):
         return {key: chunk for key, chunk in self.chunks.items() if key not in ended}
 
 
+Unclaimed: TypeAlias = (
+    "tuple[Callable[[OpenChunks[K, V], dict[K, Chunk[K, V]]], None], OpenChunks[K, V]]"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class IndexStats:
     """Chunks and bytes by state, at one moment.
@@ -106,48 +121,65 @@ class Books(Generic[K, V]):
     =================  ======================================================
     chunks in use      ``hold``, ``release``
     stores             ``begin``, ``complete``, ``abort``
-    chunks that end    ``evict``, ``remove``, ``clear``, ``take_ended``
-    upkeep             ``settle``, ``stats``, ``check``
+    chunks that end    ``evict``, ``remove``, ``clear``, ``ended_pairs``
+    upkeep             ``enter``, ``settle``, ``stats``, ``check``
     =================  ======================================================
 
     Attributes:
         policy: the order of the ready chunks that are not held.
         ready, pending: chunks by key.
+        ended, ended_bytes: chunks that have ended and whose values were not taken; and their bytes.
+            Who takes the values assigns an empty dict and 0.
+        unclaimed: what undoes the hold or the store that a call is making, and its chunks; until
+            the call hands it over, an exception undoes it.
+        turn: whose turn it is to change anything.
         evictable_bytes: bytes of the chunks in the policy's order.
         unfinished: undoes or repeats the change that was interrupted; None if there is none.
     """
 
-    def __init__(self, policy: EvictionPolicy) -> None:
+    def __init__(self, policy: EvictionPolicy, name: str) -> None:
         self.policy = policy
         self.ready: dict[K, Chunk[K, V]] = {}
         self.pending: dict[K, Chunk[K, V]] = {}
         self._removed: dict[Chunk[K, V], None] = {}
-        self._ended: dict[Chunk[K, V], None] = {}
-        self.evictable_bytes = 0
-        self._ready_bytes = self._pending_bytes = self._removed_bytes = self._ended_bytes = 0
+        self.ended: dict[Chunk[K, V], None] = {}
+        self.evictable_bytes = self.ended_bytes = 0
+        self._ready_bytes = self._pending_bytes = self._removed_bytes = 0
         self.unfinished: Callable[[], None] | None = None
+        self.unclaimed: Unclaimed[K, V] | None = None
+        self.turn = Turn(name)
+        self._evictions_have_failed = False
 
     # -- chunks in use -------------------------------------------------------------------------
 
     def touch(self, chunks: list[Chunk[K, V]]) -> None:
         """Tell the policy that one request used ready chunks."""
-        self._make(partial(self.policy.touch, chunks))
+        self._make(partial(self._touch, chunks))
 
-    def hold(self, chunks: dict[K, Chunk[K, V]]) -> None:
+    def _touch(self, chunks: list[Chunk[K, V]]) -> None:
+        self.policy.touch(chunks)
+
+    def hold(self, hold: OpenChunks[K, V], chunks: dict[K, Chunk[K, V]]) -> None:
         """Count one more hold on each ready chunk; undone if it is interrupted."""
         held = list(chunks.values())
         counts = [chunk.holds for chunk in held]
         idle = [chunk for chunk in held if not chunk.holds]
-        self.unfinished = partial(self._undo_hold, held, counts, idle)
+        self.unfinished = partial(self._undo_hold, hold, held, counts, idle)
         for chunk in held:
             chunk.holds += 1
         self.policy.take_out(idle)
         self.evictable_bytes -= total_bytes(idle)
+        hold.chunks = chunks
         self.unfinished = None
 
     def _undo_hold(
-        self, held: list[Chunk[K, V]], counts: list[int], idle: list[Chunk[K, V]]
+        self,
+        hold: OpenChunks[K, V],
+        held: list[Chunk[K, V]],
+        counts: list[int],
+        idle: list[Chunk[K, V]],
     ) -> None:
+        hold.chunks = {}
         for chunk, count in zip(held, counts, strict=True):
             chunk.holds = count
         self.policy.put_back(idle)
@@ -178,15 +210,17 @@ class Books(Generic[K, V]):
 
     # -- stores --------------------------------------------------------------------------------
 
-    def begin(self, chunks: dict[K, Chunk[K, V]]) -> None:
+    def begin(self, store: OpenChunks[K, V], chunks: dict[K, Chunk[K, V]]) -> None:
         """Enter pending chunks; undone if it is interrupted."""
         num_bytes = total_bytes(chunks.values())
-        self.unfinished = partial(self._undo_begin, chunks)
+        self.unfinished = partial(self._undo_begin, store, chunks)
         self.pending.update(chunks)
         self._pending_bytes += num_bytes
+        store.chunks = chunks
         self.unfinished = None
 
-    def _undo_begin(self, chunks: dict[K, Chunk[K, V]]) -> None:
+    def _undo_begin(self, store: OpenChunks[K, V], chunks: dict[K, Chunk[K, V]]) -> None:
+        store.chunks = {}
         for key, chunk in chunks.items():
             if self.pending.get(key) is chunk:
                 del self.pending[key]
@@ -242,11 +276,38 @@ class Books(Generic[K, V]):
     def evict(self, num_bytes: int, protected: list[Chunk[K, V]]) -> None:
         """End the chunks that the policy chooses; there are enough beside ``protected``."""
         # Undone, if it is interrupted before the victims are known.
-        self.unfinished = partial(self.policy.put_back, protected)
+        self.unfinished = partial(self._put_back, protected)
         self.policy.take_out(protected)
-        victims = cast("list[Chunk[K, V]]", self.policy.evict(num_bytes))
+        victims = self._victims(num_bytes, protected)
         self.policy.put_back(protected)
         self._make(partial(self._evict, victims))
+
+    def _put_back(self, chunks: list[Chunk[K, V]]) -> None:
+        self.policy.put_back(chunks)
+
+    def _victims(self, num_bytes: int, protected: list[Chunk[K, V]]) -> list[Chunk[K, V]]:
+        """What the policy chooses; what ``LRU`` chooses, if the policy fails a second time."""
+        try:
+            victims = cast("list[Chunk[K, V]]", self.policy.evict(num_bytes))
+            self._require_victims(victims, num_bytes)
+        except Exception as error:
+            if is_interrupt(error) or not self._evictions_have_failed:
+                self._evictions_have_failed = not is_interrupt(error)
+                raise
+            self._replace_policy(error, protected)
+            victims = cast("list[Chunk[K, V]]", self.policy.evict(num_bytes))
+        self._evictions_have_failed = False
+        return victims
+
+    def _require_victims(self, victims: Sequence[Chunk[K, V]], num_bytes: int) -> None:
+        find = self.ready.get
+        is_known = all(find(chunk.key) is chunk and not chunk.holds for chunk in victims)
+        if not is_known or total_bytes(victims) < num_bytes or len(set(victims)) < len(victims):
+            raise HeapCorruptionError(
+                f"the policy {self.policy.name} chose {len(victims)} chunks of "
+                f"{total_bytes(victims)} bytes where {num_bytes} are to be freed: too few, or "
+                f"chunks that it does not have"
+            )
 
     def _evict(self, victims: list[Chunk[K, V]]) -> None:
         for chunk in victims:
@@ -299,8 +360,8 @@ class Books(Generic[K, V]):
         self._end(idle)
 
     def _end(self, chunks: list[Chunk[K, V]]) -> None:
-        self._ended.update(dict.fromkeys(chunks))
-        self._ended_bytes += total_bytes(chunks)
+        self.ended.update(dict.fromkeys(chunks))
+        self.ended_bytes += total_bytes(chunks)
 
     def _end_removed(self, chunks: list[Chunk[K, V]]) -> None:
         """End chunks that were removed before."""
@@ -309,13 +370,46 @@ class Books(Generic[K, V]):
         self._removed_bytes -= total_bytes(chunks)
         self._end(chunks)
 
-    def take_ended(self) -> list[tuple[K, V]]:
-        """Keys and values of the ended chunks, which are then forgotten."""
-        ended = [(chunk.key, chunk.value) for chunk in self._ended]
-        self._ended, self._ended_bytes = {}, 0
-        return ended
+    def ended_pairs(self) -> list[tuple[K, V]]:
+        """Keys and values of the ended chunks, those that finalizers have ended included."""
+        if self.turn.waiting:
+            self.turn.do_what_waits()
+        return [(chunk.key, chunk.value) for chunk in self.ended]
 
     # -- upkeep --------------------------------------------------------------------------------
+
+    def enter(self, frame: FrameType) -> Books[K, V]:
+        """Begin a call that changes something: take the turn, and settle; returns the books.
+
+        Raises:
+            BusyError: another call is in progress.
+        """
+        self.turn.begin(frame)
+        if self.needs_settling:
+            self.settle()
+        return self
+
+    def try_enter(self, frame: FrameType) -> bool:
+        """:meth:`enter` if no other call is in progress; returns whether it did."""
+        if not self.turn.try_begin(frame):
+            return False
+        if self.needs_settling:
+            self.settle()
+        return True
+
+    def look(self) -> Books[K, V]:
+        """The books for a call that only looks; settled, unless a call is in progress."""
+        if self.needs_settling:
+            try:
+                self.try_enter(sys._getframe())
+            finally:
+                self.turn.give_up(sys._getframe())
+        return self
+
+    @property
+    def needs_settling(self) -> bool:
+        """Whether anything was interrupted, or left to a call that had the turn."""
+        return bool(self.unfinished is not None or self.unclaimed is not None or self.turn.waiting)
 
     def _make(self, change: Callable[[], None]) -> None:
         """Make a change that stands from here on: if it is interrupted, it is made again."""
@@ -324,19 +418,63 @@ class Books(Generic[K, V]):
         self.unfinished = None
 
     def settle(self) -> None:
-        """Undo or repeat what was interrupted, and compute every total anew. O(n log n)."""
-        if self.unfinished is None:
-            return
-        self.unfinished()
+        """Make good what was interrupted.
+
+        Undo or repeat the unfinished change, and compute every total anew, O(n log n); and undo the
+        hold or the store that did not reach its caller.
+        """
+        if self.unfinished is not None:
+            self._finish(self.unfinished)
+        if self.unclaimed is not None:
+            undo, handle = self.unclaimed
+            undo(handle, handle.chunks)
+            self.unclaimed = None
+        self.turn.do_what_waits()
+
+    def take_back(self, store: OpenChunks[K, V], chunks: dict[K, Chunk[K, V]]) -> None:
+        """Undo :meth:`begin`; the values do not end: they are the caller's again."""
+        self._make(partial(self._undo_begin, store, chunks))
+        self._pending_bytes = total_bytes(self.pending.values())
+
+    def _finish(self, unfinished: Callable[[], None]) -> None:
+        try:
+            unfinished()
+            self._repair_policy()
+        except Exception as error:
+            if is_interrupt(error):
+                raise
+            policy, self.policy = self.policy, Deaf()
+            try:
+                unfinished()  # raises if not the policy has failed, but a key
+            finally:
+                self.policy = policy
+            self._replace_policy(error)
         ready = self.ready.values()
-        idle = [chunk for chunk in ready if not chunk.holds]
-        self.policy.repair(idle, [chunk for chunk in ready if chunk.holds])
-        self.evictable_bytes = total_bytes(idle)
+        self.evictable_bytes = sum([chunk.size_bytes for chunk in ready if not chunk.holds])
         self._ready_bytes = total_bytes(ready)
         self._pending_bytes = total_bytes(self.pending.values())
         self._removed_bytes = total_bytes(self._removed)
-        self._ended_bytes = total_bytes(self._ended)
+        self.ended_bytes = total_bytes(self.ended)
         self.unfinished = None
+
+    def _repair_policy(self) -> None:
+        ready = self.ready.values()
+        idle = [chunk for chunk in ready if not chunk.holds]
+        self.policy.repair(idle, [chunk for chunk in ready if chunk.holds])
+
+    def _replace_policy(self, error: Exception, taken_out: Iterable[Chunk[K, V]] = ()) -> None:
+        """Go on with ``LRU``, in which the chunks that became ready first go first."""
+        logging.getLogger("kvheap").error(
+            "the eviction policy %s fails again and again; LRU takes its place",
+            self.policy.name,
+            exc_info=error,
+        )
+        left_out = set(taken_out)
+        idle = [chunk for chunk in reversed(self.ready.values()) if not chunk.holds]
+        lru = LRU()
+        lru.has_index = True
+        lru.insert([chunk for chunk in idle if chunk not in left_out])
+        self.policy = lru
 
     def stats(self) -> IndexStats:
         """Chunks and bytes by state."""
@@ -352,8 +490,8 @@ class Books(Generic[K, V]):
             evictable_bytes=self.evictable_bytes,
             removed_chunks=len(self._removed),
             removed_bytes=self._removed_bytes,
-            ended_chunks=len(self._ended),
-            ended_bytes=self._ended_bytes,
+            ended_chunks=len(self.ended),
+            ended_bytes=self.ended_bytes,
         )
 
     def check(self) -> None:
@@ -370,18 +508,18 @@ class Books(Generic[K, V]):
             for key, chunk in keyed.items():
                 require(chunk.key == key, f"the chunk of {chunk.key!r} is kept under {key!r}")
         require(not self.ready.keys() & self.pending.keys(), "a key is ready and pending")
-        everything = [*ready, *pending, *self._removed, *self._ended]
+        everything = [*ready, *pending, *self._removed, *self.ended]
         require(len(set(everything)) == len(everything), "a chunk is in two states")
         require(all(chunk.holds >= 0 for chunk in everything), "a count of holds is negative")
         require(not any(chunk.holds for chunk in pending), "a pending chunk is held")
-        require(not any(chunk.holds for chunk in self._ended), "an ended chunk is held")
+        require(not any(chunk.holds for chunk in self.ended), "an ended chunk is held")
         require(not any(c.is_removed for c in (*ready, *pending)), "a chunk is removed and found")
         require(all(chunk.is_removed for chunk in self._removed), "a removed chunk is not marked")
         self._check_bytes("ready", ready, self._ready_bytes)
         self._check_bytes("pending", pending, self._pending_bytes)
         self._check_bytes("evictable", idle, self.evictable_bytes)
         self._check_bytes("removed", self._removed, self._removed_bytes)
-        self._check_bytes("ended", self._ended, self._ended_bytes)
+        self._check_bytes("ended", self.ended, self.ended_bytes)
         require(len(self.policy) == len(idle), "the policy orders more or fewer chunks")
         self.policy.check(idle, held, require)
 

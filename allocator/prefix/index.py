@@ -21,11 +21,13 @@ asks it what a request finds, protects what is being read, and learns from it wh
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence, Sized
-from operator import index as as_int
+import sys
+from collections.abc import Callable, Hashable, Iterable, Sequence, Sized
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 
+from kvheap.arguments import as_whole
 from kvheap.errors import LifetimeError
 from kvheap.prefix.books import Books, Chunk, IndexStats, OpenChunks
 from kvheap.prefix.policies.base import EvictionPolicy
@@ -62,7 +64,11 @@ class PrefixIndex(Generic[K, V]):
     ``__hash__`` or ``__eq__``, leaves the index whole. A :meth:`begin` or :meth:`hold` that raises
     has not happened. Any other call has not happened, or the next call finishes it.
 
-    Not thread-safe: it belongs to one scheduler.
+    Not thread-safe: it belongs to one scheduler. But finalizers may run on any thread, and in the
+    middle of any call. From there, and from signal handlers and other callbacks, look-ups and
+    ``stats`` answer, and ``hold.release()``, ``store.complete()`` and ``store.abort()`` take effect
+    with the end of the call in progress, if there is one. Their values are in the next list.
+    Other calls raise ``BusyError`` in the middle of a call of their own thread, and change nothing.
 
     =============  ==========================================================================
     purpose        methods
@@ -80,20 +86,26 @@ class PrefixIndex(Generic[K, V]):
 
     Args:
         policy: the order of eviction, a new object that no other index uses; None: ``LRU()``.
+        name: what messages call this index.
 
     Raises:
         TypeError: ``policy`` is not an ``EvictionPolicy``; a class or a name is none.
         ValueError: the policy was given to another index.
     """
 
-    def __init__(self, policy: EvictionPolicy | None = None) -> None:
+    def __init__(self, policy: EvictionPolicy | None = None, *, name: str = "PrefixIndex") -> None:
         policy = LRU() if policy is None else policy
         if not isinstance(policy, EvictionPolicy):
             raise TypeError(f"policy must be an object of an EvictionPolicy, got {policy!r}")
         if policy.has_index or len(policy):
             raise ValueError(f"the {policy.name} policy is another index's: each needs a new one")
         policy.has_index = True
-        self._books: Books[K, V] = Books(policy)
+        self._books: Books[K, V] = Books(policy, name)
+
+    @property
+    def books(self) -> Books[K, V]:
+        """The chunks by state, for code that keeps their bytes too."""
+        return self._books
 
     # -- look up -------------------------------------------------------------------------------
 
@@ -106,7 +118,7 @@ class PrefixIndex(Generic[K, V]):
         >>> index.prefix_length([1, 3, 2])
         1
         """
-        ready = self._settled().ready
+        ready = self._books.look().ready
         length = 0
         for key in keys:
             if key not in ready:
@@ -116,18 +128,18 @@ class PrefixIndex(Generic[K, V]):
 
     def state(self, key: K) -> ChunkState:
         """Whether the chunk of a key is ready, pending or absent. O(1)."""
-        books = self._settled()
+        books = self._books.look()
         if key in books.ready:
             return "ready"
         return "pending" if key in books.pending else "absent"
 
     def __contains__(self, key: K) -> bool:
         """Whether the chunk of a key is ready. O(1)."""
-        return key in self._settled().ready
+        return key in self._books.look().ready
 
     def __len__(self) -> int:
         """How many chunks are ready. O(1)."""
-        return len(self._settled().ready)
+        return len(self._books.look().ready)
 
     def values(self, keys: Iterable[K]) -> list[V]:
         """The values of ready chunks, in the order of the keys. O(N).
@@ -135,7 +147,7 @@ class PrefixIndex(Generic[K, V]):
         Raises:
             KeyError: a key, which it names, is not ready.
         """
-        ready = self._settled().ready
+        ready = self._books.look().ready
         return [ready[key].value for key in keys]
 
     def missing(self, keys: Iterable[K]) -> list[K]:
@@ -146,7 +158,7 @@ class PrefixIndex(Generic[K, V]):
         >>> index.missing([1, 2, 3, 2])
         [2, 3]
         """
-        books = self._settled()
+        books = self._books.look()
         ready, pending = books.ready, books.pending
         return [key for key in dict.fromkeys(keys) if key not in ready and key not in pending]
 
@@ -159,9 +171,14 @@ class PrefixIndex(Generic[K, V]):
             keys: the request's keys, the head of the prefix first. A key that is not ready is
                 skipped, and one that is named twice counts once.
         """
-        books = self._settled()
-        find = books.ready.get
-        books.touch([chunk for key in dict.fromkeys(keys) if (chunk := find(key)) is not None])
+        books = self._books
+        try:
+            find = books.enter(sys._getframe()).ready.get
+            books.touch([chunk for key in dict.fromkeys(keys) if (chunk := find(key)) is not None])
+            books.turn.state = {}
+        except BaseException:
+            books.turn.give_up(sys._getframe())
+            raise
 
     def hold(self, keys: Iterable[K]) -> Hold[K, V]:
         """Protect ready chunks from eviction until the hold is released. O(N * P).
@@ -178,18 +195,29 @@ class PrefixIndex(Generic[K, V]):
 
         Raises:
             KeyError: a key, which it names, is not ready; nothing is held.
+            BusyError: another call is in progress; nothing is held.
         """
-        books = self._settled()
-        ready = books.ready
-        chunks = {key: ready[key] for key in keys}
-        hold = Hold(books, OpenChunks(chunks))
-        books.hold(chunks)
+        books = self._books
+        hold = Hold(books, OpenChunks({}))
+        try:
+            ready = books.enter(sys._getframe()).ready
+            chunks = {key: ready[key] for key in keys}
+            books.unclaimed = (books.release, hold.open_chunks)
+            books.hold(hold.open_chunks, chunks)
+            # One statement without a call: no signal handler runs before this returns.
+            books.unclaimed, books.turn.state = None, {}
+        except BaseException:
+            books.turn.give_up(sys._getframe())
+            raise
         return hold
 
     # -- store ---------------------------------------------------------------------------------
 
     def begin(
-        self, keys: Sequence[K], values: Sequence[V], size_bytes: int | Sequence[int]
+        self,
+        keys: Sequence[K],
+        values: Sequence[V],
+        size_bytes: int | Sequence[int],
     ) -> PendingStore[K, V]:
         """Enter chunks whose bytes are on their way. They are found once they are completed. O(N).
 
@@ -207,18 +235,27 @@ class PrefixIndex(Generic[K, V]):
             ValueError: a key is ready or pending already, or named twice; a size is not positive;
                 or the lists differ in length. The key is named.
             TypeError: a size is not an integer, or a key cannot be hashed.
+            BusyError: another call is in progress.
             After any of them nothing is entered, and the values are still the caller's.
         """
-        books = self._settled()
         if len(keys) != len(values):
             raise ValueError(f"{len(keys)} keys need as many values, got {len(values)}")
-        chunks = {
-            key: Chunk(key, value, size, hash(key))
-            for key, value, size in zip(keys, values, _sizes(keys, size_bytes), strict=True)
-        }
-        _require_new(books, keys, chunks)
-        store = PendingStore(books, OpenChunks(chunks))
-        books.begin(chunks)
+        sizes = _sizes(keys, size_bytes)
+        books = self._books
+        store = PendingStore(books, OpenChunks({}), is_empty=not len(keys))
+        try:
+            books.enter(sys._getframe())
+            chunks = {
+                key: Chunk(key, value, size, hash(key))
+                for key, value, size in zip(keys, values, sizes, strict=True)
+            }
+            _require_new(books, keys, chunks)
+            books.unclaimed = (books.take_back, store.open_chunks)
+            books.begin(store.open_chunks, chunks)
+            books.unclaimed, books.turn.state = None, {}  # see hold
+        except BaseException:
+            books.turn.give_up(sys._getframe())
+            raise
         return store
 
     # -- make room -----------------------------------------------------------------------------
@@ -239,18 +276,28 @@ class PrefixIndex(Generic[K, V]):
 
         Raises:
             ValueError: ``num_bytes`` is negative.
+            TypeError: ``num_bytes`` is not an integer.
+            BusyError: another call is in progress; nothing is evicted.
         """
-        if num_bytes < 0:
-            raise ValueError(f"num_bytes must be non-negative, got {num_bytes}")
-        books = self._settled()
-        find = books.ready.get
-        found = [chunk for key in dict.fromkeys(protected) if (chunk := find(key)) is not None]
-        kept = [chunk for chunk in found if not chunk.holds]
-        if num_bytes > books.evictable_bytes - sum([chunk.size_bytes for chunk in kept]):
-            return None
-        if num_bytes:
-            books.evict(num_bytes, kept)
-        return books.take_ended()
+        num_bytes = as_whole("num_bytes", num_bytes)
+        books = self._books
+        ended: list[tuple[K, V]] | None = None
+        try:
+            find = books.enter(sys._getframe()).ready.get
+            found = [chunk for key in dict.fromkeys(protected) if (chunk := find(key)) is not None]
+            kept = [chunk for chunk in found if not chunk.holds]
+            free_bytes = books.evictable_bytes - sum([chunk.size_bytes for chunk in kept])
+            if num_bytes > free_bytes:
+                books.turn.state = {}
+            else:
+                if num_bytes:
+                    books.evict(num_bytes, kept)
+                ended = books.ended_pairs()
+                books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see hold
+        except BaseException:
+            books.turn.give_up(sys._getframe())
+            raise
+        return ended
 
     def remove(self, keys: Iterable[K]) -> list[tuple[K, V]]:
         """End chunks whatever the policy thinks of them; look-ups no longer find them. O(N * P).
@@ -262,33 +309,54 @@ class PrefixIndex(Generic[K, V]):
             Keys and values of what has ended, for the caller to free. A chunk that is held or
             pending ends later, with its last hold or its store, and is in the list returned then.
         """
-        books = self._settled()
-        wanted = dict.fromkeys(keys)
-        find_ready, find_pending = books.ready.get, books.pending.get
-        ready = [chunk for key in wanted if (chunk := find_ready(key)) is not None]
-        pending = [chunk for key in wanted if (chunk := find_pending(key)) is not None]
-        books.remove(ready, pending)
-        return books.take_ended()
+        books = self._books
+        try:
+            books.enter(sys._getframe())
+            wanted = dict.fromkeys(keys)
+            find_ready, find_pending = books.ready.get, books.pending.get
+            ready = [chunk for key in wanted if (chunk := find_ready(key)) is not None]
+            pending = [chunk for key in wanted if (chunk := find_pending(key)) is not None]
+            books.remove(ready, pending)
+            ended = books.ended_pairs()
+            books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see hold
+        except BaseException:
+            books.turn.give_up(sys._getframe())
+            raise
+        return ended
 
     def clear(self) -> list[tuple[K, V]]:
         """End all chunks, as :meth:`remove` does, and let the policy forget its history. O(n)."""
-        books = self._settled()
-        books.clear()
-        return books.take_ended()
+        books = self._books
+        try:
+            books.enter(sys._getframe()).clear()
+            ended = books.ended_pairs()
+            books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see hold
+        except BaseException:
+            books.turn.give_up(sys._getframe())
+            raise
+        return ended
 
     def take_ended(self) -> list[tuple[K, V]]:
         """Keys and values of what has ended and was not returned before. O(result).
 
-        That is what ``with`` blocks and interrupted calls have ended. The caller frees it.
+        That is what ``with`` blocks, interrupted calls, and finalizers in the middle of calls have
+        ended. The caller frees it.
         """
-        return self._settled().take_ended()
+        books = self._books
+        try:
+            ended = books.enter(sys._getframe()).ended_pairs()
+            books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see hold
+        except BaseException:
+            books.turn.give_up(sys._getframe())
+            raise
+        return ended
 
     # -- watch ---------------------------------------------------------------------------------
 
     @property
     def evictable_bytes(self) -> int:
         """How many bytes :meth:`evict` could free. O(1)."""
-        return self._settled().evictable_bytes
+        return self._books.look().evictable_bytes
 
     def stats(self) -> IndexStats:
         """Chunks and bytes by state. O(1).
@@ -300,7 +368,7 @@ class PrefixIndex(Generic[K, V]):
         >>> stats.ready_bytes, stats.pending_bytes, stats.evictable_chunks
         (10, 20, 1)
         """
-        return self._settled().stats()
+        return self._books.look().stats()
 
     def check(self) -> None:
         """Check every invariant. O(n).
@@ -308,49 +376,59 @@ class PrefixIndex(Generic[K, V]):
         Raises:
             HeapCorruptionError: one does not hold: a bug in kvheap or in the policy.
         """
-        self._settled().check()
+        books = self._books
+        try:
+            books.enter(sys._getframe()).check()
+        finally:
+            books.turn.give_up(sys._getframe())
 
     def __repr__(self) -> str:
         """The policy and the counts."""
         return f"PrefixIndex({self._books.policy.name}, {self._books.stats()})"
 
-    def _settled(self) -> Books[K, V]:
-        """The books, after making good what an exception interrupted."""
-        books = self._books
-        if books.unfinished is not None:
-            books.settle()
-        return books
-
 
 class _Handle(Generic[K, V]):
     """What holds and stores share: the keys that they have not given up."""
 
-    __slots__ = ("_books", "_is_empty", "_open")
+    __slots__ = ("_books", "_is_empty", "open_chunks")
 
-    def __init__(self, books: Books[K, V], open_chunks: OpenChunks[K, V]) -> None:
+    def __init__(
+        self, books: Books[K, V], open_chunks: OpenChunks[K, V], *, is_empty: bool = False
+    ) -> None:
         self._books = books
-        self._open = open_chunks
-        self._is_empty = not open_chunks.chunks  # from the beginning
+        self._is_empty = is_empty  # from the beginning
+        self.open_chunks = open_chunks
+        """The chunks that have not ended, for the index."""
 
     @property
     def keys(self) -> list[K]:
         """The keys that have not ended, in the order that they were given in."""
-        return list(self._open.chunks)
+        return list(self.open_chunks.chunks)
 
     @property
     def values(self) -> list[V]:
         """The values of those keys. They are valid even if the chunks were removed meanwhile."""
-        return [chunk.value for chunk in self._open.chunks.values()]
+        return [chunk.value for chunk in self.open_chunks.chunks.values()]
 
     def __len__(self) -> int:
         """How many keys have not ended."""
-        return len(self._open.chunks)
+        return len(self.open_chunks.chunks)
 
     def _select(self, keys: Iterable[K] | None) -> dict[K, Chunk[K, V]]:
         """The chunks of ``keys``; None: of all keys that have not ended."""
-        self._books.settle()
-        chunks = self._open.chunks
+        chunks = self.open_chunks.chunks
         return chunks if keys is None else {key: chunks[key] for key in keys}
+
+    def _end(
+        self,
+        change: Callable[[OpenChunks[K, V], dict[K, Chunk[K, V]]], None],
+        keys: Iterable[K] | None,
+    ) -> None:
+        """End some chunks later, in the turn of another call; a second time changes nothing."""
+        chunks = self.open_chunks.chunks
+        wanted = chunks if keys is None else {key: chunks[key] for key in keys if key in chunks}
+        if wanted:
+            change(self.open_chunks, wanted)
 
     def __repr__(self) -> str:
         """How many keys have not ended."""
@@ -365,6 +443,9 @@ class Hold(_Handle[K, V]):
     def release(self, keys: Iterable[K] | None = None) -> list[tuple[K, V]]:
         """End the hold. Once it is released, a second call changes nothing. O(N * P).
 
+        In the middle of another call of the index, as in a finalizer, the hold ends with that call,
+        and this returns nothing.
+
         Args:
             keys: end it for these only; None: for all that are left.
 
@@ -375,8 +456,21 @@ class Hold(_Handle[K, V]):
         Raises:
             KeyError: a key, which it names, is not held by this hold; nothing is released.
         """
-        self._books.release(self._open, self._select(keys))
-        return self._books.take_ended()
+        books = self._books
+        ended: list[tuple[K, V]] = []
+        try:
+            if books.try_enter(sys._getframe()):
+                books.release(self.open_chunks, self._select(keys))
+                ended = books.ended_pairs()
+                books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see PrefixIndex.hold
+            else:
+                books.turn.leave(
+                    partial(self._end, books.release, _listed(self._select(keys), keys))
+                )
+        except BaseException:
+            books.turn.give_up(sys._getframe())
+            raise
+        return ended
 
     def __enter__(self) -> Self:
         return self
@@ -387,7 +481,14 @@ class Hold(_Handle[K, V]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._books.release(self._open, self._select(None))
+        books = self._books
+        try:
+            if books.try_enter(sys._getframe()):
+                books.release(self.open_chunks, self.open_chunks.chunks)
+            else:
+                books.turn.leave(partial(self._end, books.release, None))
+        finally:
+            books.turn.give_up(sys._getframe())
 
 
 class PendingStore(_Handle[K, V]):
@@ -397,6 +498,9 @@ class PendingStore(_Handle[K, V]):
 
     def complete(self, keys: Iterable[K] | None = None) -> list[tuple[K, V]]:
         """Make chunks ready, because their bytes have arrived. O(N * P).
+
+        In the middle of another call of the index, as in a finalizer, they become ready with the
+        end of that call, and this returns nothing.
 
         Args:
             keys: complete these only; None: all that are left.
@@ -409,16 +513,30 @@ class PendingStore(_Handle[K, V]):
             KeyError: a key, which it names, is not pending in this store; nothing is completed.
             LifetimeError: the whole store is completed or aborted already.
         """
-        chunks = self._select(keys)
-        if not self._open.chunks and not self._is_empty:
-            raise LifetimeError("this store is completed or aborted already")
-        self._books.complete(self._open, chunks)
-        return self._books.take_ended()
+        books = self._books
+        ended: list[tuple[K, V]] = []
+        try:
+            is_mine = books.try_enter(sys._getframe())
+            chunks = self._select(keys)
+            if not self.open_chunks.chunks and not self._is_empty:
+                raise LifetimeError("this store is completed or aborted already")
+            if is_mine:
+                books.complete(self.open_chunks, chunks)
+                ended = books.ended_pairs()
+                books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see PrefixIndex.hold
+            else:
+                books.turn.leave(partial(self._end, books.complete, _listed(chunks, keys)))
+        except BaseException:
+            books.turn.give_up(sys._getframe())
+            raise
+        return ended
 
     def abort(self, keys: Iterable[K] | None = None) -> list[tuple[K, V]]:
         """End chunks, because their bytes will not arrive. O(N).
 
-        On a store that is completed or aborted as a whole it changes nothing.
+        On a store that is completed or aborted as a whole it changes nothing. In the middle of
+        another call of the index, as in a finalizer, they end with that call, and this returns
+        nothing.
 
         Args:
             keys: abort these only; None: all that are left.
@@ -429,22 +547,37 @@ class PendingStore(_Handle[K, V]):
         Raises:
             KeyError: a key, which it names, is not pending in this store; nothing is aborted.
         """
-        self._books.abort(self._open, self._select(keys))
-        return self._books.take_ended()
+        books = self._books
+        ended: list[tuple[K, V]] = []
+        try:
+            if books.try_enter(sys._getframe()):
+                books.abort(self.open_chunks, self._select(keys))
+                ended = books.ended_pairs()
+                books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see PrefixIndex.hold
+            else:
+                books.turn.leave(partial(self._end, books.abort, _listed(self._select(keys), keys)))
+        except BaseException:
+            books.turn.give_up(sys._getframe())
+            raise
+        return ended
+
+
+def _listed(chunks: dict[K, Chunk[K, V]], keys: Iterable[K] | None) -> list[K] | None:
+    """The keys that a call named, to be ended later; None: all."""
+    return None if keys is None else list(chunks)
 
 
 def _sizes(keys: Sequence[object], size_bytes: int | Sequence[int]) -> list[int]:
     """The bytes of each key's chunk."""
-    if isinstance(size_bytes, Sized):
-        sizes = [as_int(size) for size in size_bytes]
-    else:
-        sizes = [as_int(size_bytes)] * len(keys)
-    if len(sizes) != len(keys):
-        raise ValueError(f"{len(keys)} keys need as many sizes, got {len(sizes)}")
-    if sizes and min(sizes) <= 0:
-        at = next(at for at, size in enumerate(sizes) if size <= 0)
-        raise ValueError(f"size_bytes of {keys[at]!r} must be positive, got {sizes[at]}")
-    return sizes
+    if not isinstance(size_bytes, Sized):
+        of_key = f" of {keys[0]!r}" if keys else ""
+        return [as_whole(f"size_bytes{of_key}", size_bytes, 1)] * len(keys)
+    if len(size_bytes) != len(keys):
+        raise ValueError(f"{len(keys)} keys need as many sizes, got {len(size_bytes)}")
+    return [
+        size if type(size) is int and size > 0 else as_whole(f"size_bytes of {key!r}", size, 1)
+        for key, size in zip(keys, size_bytes, strict=True)
+    ]
 
 
 def _require_new(books: Books[K, V], keys: Sequence[K], chunks: dict[K, Chunk[K, V]]) -> None:

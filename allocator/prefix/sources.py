@@ -9,13 +9,14 @@ from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects, layout_and_addresses
 from kvheap.engine.chunks import chunk_shape, dim_order_of, require_cache
 from kvheap.kernels.chunk_layout import ChunkLayout
-from kvheap.kernels.paged_slots import count_tokens
+from kvheap.kernels.paged_plan import pairing_of
+from kvheap.kernels.paged_slots import Places, count_tokens
 
 if TYPE_CHECKING:
     from kvheap.kernels.paged_layout import PagedKVCache
     from kvheap.kernels.paged_slots import Slots
 
-__all__ = ["engine_chunk_tokens", "require_blocks"]
+__all__ = ["engine_chunk_tokens", "require_blocks", "require_slots"]
 
 
 def require_blocks(layout: BlockLayout, num_chunks: int, blocks: BlockObjects) -> None:
@@ -59,3 +60,16 @@ def engine_chunk_tokens(
     if found != num_chunks:
         raise ValueError(f"{num_chunks} keys need as many chunks, but the slots make {found}")
     return chunk.num_tokens
+
+
+def require_slots(layout: BlockLayout, cache: PagedKVCache, slots: Slots, eager: bool) -> None:
+    """Refuse slots that a copy from an engine's cache would refuse.
+
+    Raises:
+        ValueError: a slot is out of range, or on another device.
+        TypeError: slots are not integers.
+    """
+    order = dim_order_of(layout.fmt)
+    chunk = ChunkLayout.of(order, layout.shapes[0], layout.dtypes[0].itemsize)
+    layers = range(1) if chunk.is_per_layer else None
+    Places.of(slots, pairing_of(cache, chunk, layers, None), eager=eager, distinct=False)

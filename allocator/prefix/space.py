@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Iterable
+from types import FrameType
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.errors import BlockInUseError, ClosedError, DoubleFreeError
-from kvheap.prefix.index import Hold, PendingStore, PrefixIndex
+from kvheap.prefix.books import Books
+from kvheap.prefix.index import PrefixIndex
 
 if TYPE_CHECKING:
     from kvheap.addresses.address_manager import AddressManager
@@ -86,7 +90,7 @@ class ChunkHeap(Protocol):
 
     @property
     def address_manager(self) -> AddressManager:
-        """Rounds sizes up to the alignment."""
+        """Rounds sizes up to the alignment, and knows the free extents."""
 
     def batched_allocate(
         self,
@@ -114,21 +118,21 @@ class ChunkHeap(Protocol):
 
 
 class ChunkSpace(Generic[K]):
-    """A heap, and the index of the chunks that live in it; all of one layout.
+    """A heap, and the books of the chunks that live in it; all of one layout.
 
-    Two lists, ``unclaimed`` and ``ended``, keep what an exception would otherwise lose. Every call
-    of a store begins with :meth:`settle`, which empties them.
+    The chunks that have ended stay in the books until their bytes are free, so that no exception
+    loses one. Every call of a store begins with :meth:`enter`, which frees them.
 
     Args:
         heap: where the chunks live.
         layout: what each chunk holds.
-        index: which chunks there are; its values are the chunks.
+        index: which chunks there are; its values are the chunks. Nobody else changes it.
 
     Attributes:
-        heap, layout, index: as given.
+        heap, layout: as given.
+        books: the chunks by state.
+        turn: whose turn it is to change anything.
         evicted_chunks: how many chunks were evicted so far.
-        unclaimed: handles of the index that have not reached a user yet; ``settle`` ends them.
-        ended: lists of chunks that the index returned; ``settle`` frees them.
     """
 
     def __init__(
@@ -144,12 +148,70 @@ class ChunkSpace(Generic[K]):
             )
         self.heap = heap
         self.layout = layout
-        self.index = index
+        self.books = index.books
+        self.turn = index.books.turn
         self.evicted_chunks = 0
-        self.unclaimed: list[Hold[K, MemoryObj] | PendingStore[K, MemoryObj]] = []
-        self.ended: list[list[tuple[K, MemoryObj]]] = []
         self.chunk_bytes = heap.address_manager.compute_aligned_size(layout.size_bytes)
         """Bytes that a chunk takes in the heap."""
+
+    # -- turns ---------------------------------------------------------------------------------
+
+    def enter(self, frame: FrameType) -> Books[K, MemoryObj]:
+        """Begin a call that changes something, see ``Books.enter``, and free what has ended."""
+        books = self.books.enter(frame)
+        if books.ended:
+            self.free_ended()
+        return books
+
+    def try_enter(self, frame: FrameType) -> bool:
+        """:meth:`enter` if no other call is in progress; returns whether it did."""
+        if not self.books.try_enter(frame):
+            return False
+        if self.books.ended:
+            self.free_ended()
+        return True
+
+    def end_turn(self, frame: FrameType) -> None:
+        """End the turn of ``frame``, and do what was left for it meanwhile."""
+        self.turn.give_up(frame)
+        if self.turn.waiting:
+            self.look()
+
+    def look(self) -> None:
+        """Free what has ended, for a call that only looks, unless a call is in progress."""
+        if self.books.ended or self.books.needs_settling:
+            try:
+                if self.try_enter(sys._getframe()):
+                    self.free_ended()
+            finally:
+                self.turn.give_up(sys._getframe())
+
+    def free_ended(self) -> None:
+        """Free the chunks that have ended by one ``batched_free``; at the end of each turn."""
+        books = self.books
+        if self.turn.waiting:
+            self.turn.do_what_waits()
+        while books.ended:
+            chunks = [chunk.value for chunk in books.ended]
+            try:
+                self.heap.batched_free(chunks)
+            except (BlockInUseError, DoubleFreeError):
+                self._drop_references()
+            except ClosedError:  # the bytes are gone with the heap
+                books.ended, books.ended_bytes = {}, 0
+            else:
+                books.ended, books.ended_bytes = {}, 0
+            if self.turn.waiting:
+                self.turn.do_what_waits()
+
+    def _drop_references(self) -> None:
+        """Drop the store's reference to each chunk, because others pin some or freed them."""
+        books = self.books
+        while books.ended:
+            chunk, _ = books.ended.popitem()  # first, so that no reference is dropped twice
+            books.ended_bytes -= chunk.size_bytes
+            if chunk.value.is_valid():
+                chunk.value.ref_count_down()
 
     # -- room ----------------------------------------------------------------------------------
 
@@ -157,15 +219,18 @@ class ChunkSpace(Generic[K]):
         self,
         num_chunks: int,
         make_batch: Callable[[], MemoryBatch | None],
+        check: Callable[[], object],
         poll: Callable[[], object],
     ) -> MemoryBatch:
         """Make a batch of new chunks, and evict others where there is no room for it.
 
-        Freed bytes that wait for a stream count as room: ``make_batch`` waits for them.
+        Freed bytes that wait for a stream count as room: ``make_batch`` waits for them. Nothing is
+        evicted where it would not make enough room.
 
         Args:
             num_chunks: chunks of the batch.
             make_batch: allocates it; None when it does not fit.
+            check: raises if ``make_batch`` would raise; called before anything is evicted.
             poll: called when too little can be evicted: it may make pending chunks ready.
 
         Raises:
@@ -173,38 +238,83 @@ class ChunkSpace(Generic[K]):
                 has waited for its stream in vain.
         """
         stats = self.heap.stats()
-        wanted_bytes = num_chunks * self.chunk_bytes
-        missing_bytes = wanted_bytes - stats.free_bytes - stats.pending_bytes
-        if missing_bytes > 0:
-            self._evict(missing_bytes, num_chunks, poll)
+        missing_bytes = num_chunks * self.chunk_bytes - stats.free_bytes - stats.pending_bytes
+        is_checked = False
         while True:
+            if missing_bytes > 0:
+                if not is_checked:
+                    check()
+                    self._require_room(num_chunks, poll)
+                    is_checked = True
+                self._evict(missing_bytes, num_chunks)
             batch = make_batch()
             if batch is not None:
                 return batch
             # Free bytes are scattered among the heap's other users, or still wait for a stream.
             pending_bytes = self.heap.stats().pending_bytes
             usable_bytes = self._usable_bytes() + pending_bytes
+            wanted_bytes = num_chunks * self.chunk_bytes
             if usable_bytes >= wanted_bytes and pending_bytes:
                 raise self._too_large(num_chunks)
-            self._evict(max(wanted_bytes - usable_bytes, 1), num_chunks, poll)
+            missing_bytes = max(wanted_bytes - usable_bytes, 1)
 
     def _usable_bytes(self) -> int:
         """Free bytes in extents that hold a chunk. O(free extents)."""
         layout = self.layout
         return self.chunk_bytes * self.heap.max_batch(list(layout.shapes), list(layout.dtypes))
 
-    def _evict(self, num_bytes: int, num_chunks: int, poll: Callable[[], object]) -> None:
-        """Evict and free chunks of so many bytes, to make room for ``num_chunks``."""
-        if self.index.evictable_bytes < num_bytes:
-            poll()
-        if self.index.evictable_bytes < num_bytes:
+    def _require_room(self, num_chunks: int, poll: Callable[[], object]) -> None:
+        """Raise if there is not enough room even after all evictions.
+
+        Every evicted chunk makes room for one chunk, at least where it was, unless others hold it.
+        Where that does not suffice, holes beside evicted chunks may count too: O(n log n).
+
+        Raises:
+            RequestTooLargeError: there is not enough room.
+        """
+        if self.books.evictable_bytes >= num_chunks * self.chunk_bytes:
+            return
+        for attempt in (1, 2):
+            stats = self.heap.stats()
+            usable_bytes = self._usable_bytes() + stats.pending_bytes
+            missing_bytes = num_chunks * self.chunk_bytes - usable_bytes
+            if missing_bytes <= self.books.evictable_bytes:
+                return
+            if attempt == 1:
+                poll()
+        waiting = stats.pending_bytes // self.chunk_bytes
+        if self._places_after_evictions() + waiting < num_chunks:
             raise self._too_large(num_chunks)
-        self.ended.append(self.index.evict(num_bytes) or [])
-        self.evicted_chunks += len(self.ended[-1])
-        self.settle()
+
+    def _places_after_evictions(self) -> int:
+        """How many chunks would fit if everything that may go had gone."""
+        idle = [chunk.value for chunk in self.books.ready.values() if not chunk.holds]
+        sole = [chunk.address for chunk in idle if chunk.ref_count == 1 and not chunk.pin_count]
+        freed = np.array(sole, np.int64).reshape(-1, 1)
+        freed = np.hstack([freed, np.full_like(freed, self.chunk_bytes)])
+        extents = np.vstack([self.heap.address_manager.snapshot(), freed])
+        extents = extents[np.argsort(extents[:, 0])]
+        starts, ends = extents[:, 0], extents.sum(axis=1)
+        if not len(extents):
+            return 0
+        begins = np.flatnonzero(np.append(True, starts[1:] != ends[:-1]))
+        sizes = np.add.reduceat(extents[:, 1], begins)
+        return int((sizes // self.chunk_bytes).sum())
+
+    def _evict(self, num_bytes: int, num_chunks: int) -> None:
+        """Evict and free chunks of so many bytes, to make room for ``num_chunks``."""
+        books = self.books
+        if books.evictable_bytes < num_bytes:
+            num_bytes = books.evictable_bytes
+        if not num_bytes:
+            raise self._too_large(num_chunks)
+        num_before = len(books.ended)
+        books.evict(num_bytes, [])
+        self.evicted_chunks += len(books.ended) - num_before
+        self.free_ended()
 
     def _too_large(self, num_chunks: int) -> RequestTooLargeError:
-        heap, index = self.heap.stats(), self.index.stats()
+        heap, index = self.heap.stats(), self.books.stats()
         own_bytes = index.ready_bytes + index.pending_bytes + index.removed_bytes
         return RequestTooLargeError(
             num_chunks,
@@ -216,30 +326,3 @@ class ChunkSpace(Generic[K]):
             own_bytes - index.evictable_bytes,
             heap.allocated_bytes - heap.pending_bytes - own_bytes,
         )
-
-    # -- freeing -------------------------------------------------------------------------------
-
-    def settle(self) -> None:
-        """End the handles that reached no user, and free what has ended by one ``batched_free``."""
-        for handle in self.unclaimed:
-            self.ended.append(handle.release() if isinstance(handle, Hold) else handle.abort())
-        self.unclaimed.clear()
-        self.ended.append(self.index.take_ended())  # by ``with`` blocks and interrupted changes
-        ended = [pair for pairs in self.ended for pair in pairs]
-        if ended:
-            try:
-                self.heap.batched_free([chunk for _, chunk in ended])
-            except (BlockInUseError, DoubleFreeError):
-                self.ended = [ended]
-                _drop_references(ended)
-            except ClosedError:  # the bytes are gone with the heap
-                pass
-        self.ended.clear()
-
-
-def _drop_references(ended: list[tuple[K, MemoryObj]]) -> None:
-    """Drop the store's reference to each chunk, because others pin some of them or freed them."""
-    while ended:
-        _, chunk = ended.pop()  # first, so that no reference is dropped twice
-        if chunk.is_valid():
-            chunk.ref_count_down()

@@ -19,9 +19,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from types import TracebackType
+from functools import partial
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import numpy as np
@@ -33,18 +35,18 @@ from kvheap.blocks.heap import BlockObjects
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.errors import ClosedError, TransferError
 from kvheap.heaps.block_tensors import require_matching
-from kvheap.prefix.books import IndexStats
-from kvheap.prefix.handles import ChunkHold, StoreInFlight
-from kvheap.prefix.index import ChunkState, Hold, PendingStore, PrefixIndex
+from kvheap.prefix.books import Books, Chunk, IndexStats, OpenChunks
+from kvheap.prefix.handles import ChunkHold, StoreInFlight, StoresInFlight
+from kvheap.prefix.index import ChunkState, PrefixIndex
 from kvheap.prefix.policies.base import EvictionPolicy
-from kvheap.prefix.sources import engine_chunk_tokens, require_blocks
+from kvheap.prefix.sources import engine_chunk_tokens, require_blocks, require_slots
 from kvheap.prefix.space import ChunkHeap, ChunkSpace
-from kvheap.transfer import offload
+from kvheap.transfer.moves import offload, require_movable
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
+    from kvheap.blocks.heap import Heap
     from kvheap.device.directions import Path
     from kvheap.kernels.paged_layout import PagedKVCache
     from kvheap.kernels.paged_slots import Slots
@@ -115,9 +117,9 @@ class PrefixStore(Generic[K]):
     def __init__(
         self, heap: ChunkHeap, layout: BlockLayout, policy: EvictionPolicy | None = None
     ) -> None:
-        self._index: PrefixIndex[K, MemoryObj] = PrefixIndex(policy)
+        self._index: PrefixIndex[K, MemoryObj] = PrefixIndex(policy, name="PrefixStore")
         self._space = ChunkSpace(heap, layout, self._index)
-        self._in_flight: dict[StoreInFlight[K], None] = {}
+        self._in_flight: StoresInFlight[K] = StoresInFlight()
         self._closed = False
 
     @property
@@ -180,8 +182,13 @@ class PrefixStore(Generic[K]):
 
     def touch(self, keys: Iterable[K]) -> None:
         """Tell the policy that one request used chunks; see ``PrefixIndex.touch``. O(N * P)."""
-        self._require_open()
-        self._index.touch(keys)
+        space = self._space
+        try:
+            books = self._enter(sys._getframe())
+            find = books.ready.get
+            books.touch([chunk for key in dict.fromkeys(keys) if (chunk := find(key)) is not None])
+        finally:
+            space.end_turn(sys._getframe())
 
     def hold(self, keys: Iterable[K]) -> ChunkHold[K]:
         """Protect ready chunks from eviction until the hold is released. O(N * P).
@@ -196,13 +203,22 @@ class PrefixStore(Generic[K]):
 
         Raises:
             KeyError: a key, which it names, is not ready; nothing is held.
+            BusyError: another call is in progress; nothing is held.
             ClosedError: the store is closed.
         """
-        self._settle()
-        unclaimed = self._space.unclaimed
-        unclaimed.append(self._index.hold(keys))
-        hold = ChunkHold(self._space, cast("Hold[K, MemoryObj]", unclaimed[-1]))
-        unclaimed.clear()
+        space = self._space
+        hold = ChunkHold(space)
+        try:
+            books = self._enter(sys._getframe())
+            ready = books.ready
+            chunks = {key: ready[key] for key in keys}
+            books.unclaimed = (books.release, hold.open_chunks)
+            books.hold(hold.open_chunks, chunks)
+            # One statement without a call: no signal handler runs before this returns.
+            books.unclaimed, space.turn.state = None, {}
+        except BaseException:
+            space.turn.give_up(sys._getframe())
+            raise
         return hold
 
     # -- store ---------------------------------------------------------------------------------
@@ -226,15 +242,18 @@ class PrefixStore(Generic[K]):
             ClosedError: the store or its heap is closed.
             After any of them nothing is stored.
         """
-        self._settle()
-        self._require_new(keys)
         layout = self.layout
-        require_matching("source", source, len(keys), layout, self.heap.device, cpu_is_fine=True)
+
+        def check() -> None:
+            device = self.heap.device
+            require_matching("source", source, len(keys), layout, device, cpu_is_fine=True)
+
         self._store(
             keys,
             lambda: self.heap.batched_allocate(
                 list(layout.shapes), list(layout.dtypes), len(keys), layout.fmt, source=source
             ),
+            check,
         )
 
     def store_from_engine(self, keys: Sequence[K], cache: PagedKVCache, slots: Slots) -> None:
@@ -252,11 +271,14 @@ class PrefixStore(Generic[K]):
             ClosedError: the store or its heap is closed.
             After any of them nothing is stored.
         """
-        self._settle()
-        self._require_new(keys)
         layout = self.layout
+        self._require_open()
         chunk_tokens = engine_chunk_tokens(layout, len(keys), cache, slots)
-        self._store(keys, lambda: self.heap.batched_store(cache, slots, chunk_tokens, layout.fmt))
+        self._store(
+            keys,
+            lambda: self.heap.batched_store(cache, slots, chunk_tokens, layout.fmt),
+            lambda: require_slots(layout, cache, slots, eager=getattr(self.heap, "debug", False)),
+        )
 
     def begin(self, keys: Sequence[K]) -> StoreInFlight[K]:
         """Allocate chunks that a copy of the caller's fills; they are found when it has ended.
@@ -275,15 +297,20 @@ class PrefixStore(Generic[K]):
             ClosedError: the store or its heap is closed.
             After any of them nothing is allocated.
         """
-        self._settle()
-        self._require_new(keys)
         layout = self.layout
-        return self._begin(
-            keys,
-            lambda: self.heap.batched_allocate(
-                list(layout.shapes), list(layout.dtypes), len(keys), layout.fmt
-            ),
-        )
+        try:
+            flight = self._begin(
+                sys._getframe(),
+                keys,
+                lambda moved: self.heap.batched_allocate(
+                    list(layout.shapes), list(layout.dtypes), len(keys), layout.fmt
+                ),
+            )
+            self._space.books.unclaimed, self._space.turn.state = None, {}  # see hold
+        except BaseException:
+            self._space.turn.give_up(sys._getframe())
+            raise
+        return flight
 
     def offload(
         self,
@@ -315,14 +342,24 @@ class PrefixStore(Generic[K]):
             ClosedError: the store or its heap is closed.
             Others as :func:`kvheap.offload`. After any of them nothing is stored or freed.
         """
-        self._settle()
-        self._require_new(keys)
-        require_blocks(self.layout, len(keys), blocks)
-        into = cast("MemoryAllocatorInterface", self.heap)
-        return self._begin(
-            keys,
-            lambda: offload(blocks, into, stream, free=free, path=path, max_sms=max_sms),
-        )
+        into = cast("Heap", self.heap)
+        try:
+            flight = self._begin(
+                sys._getframe(),
+                keys,
+                lambda moved: offload(
+                    blocks, into, stream, free=free, path=path, max_sms=max_sms, moved=moved
+                ),
+                lambda: require_blocks(self.layout, len(keys), blocks),
+                lambda: require_movable(
+                    blocks, into, stream, free=free, path=path, max_sms=max_sms
+                ),
+            )
+            self._space.books.unclaimed, self._space.turn.state = None, {}  # see hold
+        except BaseException:
+            self._space.turn.give_up(sys._getframe())
+            raise
+        return flight
 
     def poll(self) -> list[StoreInFlight[K]]:
         """Look at the transfers of stores in flight, without waiting; call it once a step.
@@ -336,17 +373,29 @@ class PrefixStore(Generic[K]):
         Raises:
             ClosedError: the store is closed.
         """
-        self._settle()
+        space = self._space
+        try:
+            self._enter(sys._getframe())
+            ended = self._poll()
+            space.free_ended()
+        finally:
+            space.end_turn(sys._getframe())
+        return ended
+
+    def _poll(self) -> list[StoreInFlight[K]]:
+        """:meth:`poll` for a caller who has the turn."""
         ended = []
-        for store in list(self._in_flight):
+        for store in list(self._in_flight.stores):
             transfer = store.batch.transfer
             if transfer is None or not transfer.done():
                 continue
             try:
-                store.complete()
-            except TransferError:
-                if store.error is None:  # another error than the transfer's own
-                    raise
+                transfer.result()
+            except TransferError as error:
+                store.error = error
+                store.abort_in_turn()
+            else:
+                store.complete_in_turn()
             ended.append(store)
         return ended
 
@@ -361,9 +410,17 @@ class PrefixStore(Generic[K]):
         Raises:
             ClosedError: the store is closed.
         """
-        self._settle()
-        self._space.ended.append(self._index.remove(keys))
-        self._space.settle()
+        space = self._space
+        try:
+            books = self._enter(sys._getframe())
+            wanted = dict.fromkeys(keys)
+            find_ready, find_pending = books.ready.get, books.pending.get
+            ready = [chunk for key in wanted if (chunk := find_ready(key)) is not None]
+            pending = [chunk for key in wanted if (chunk := find_pending(key)) is not None]
+            books.remove(ready, pending)
+            space.free_ended()
+        finally:
+            space.end_turn(sys._getframe())
 
     def clear(self) -> None:
         """Remove all chunks, as :meth:`remove` does, and let the policy forget its history. O(n).
@@ -371,9 +428,12 @@ class PrefixStore(Generic[K]):
         Raises:
             ClosedError: the store is closed.
         """
-        self._settle()
-        self._space.ended.append(self._index.clear())
-        self._space.settle()
+        space = self._space
+        try:
+            self._enter(sys._getframe()).clear()
+            space.free_ended()
+        finally:
+            space.end_turn(sys._getframe())
 
     def close(self) -> None:
         """Abort all stores in flight, free all chunks, and refuse further use.
@@ -383,12 +443,16 @@ class PrefixStore(Generic[K]):
         """
         if self._closed:
             return
-        self._space.settle()
-        for store in list(self._in_flight):
-            store.abort()
-        self._space.ended.append(self._index.clear())
-        self._space.settle()
-        self._closed = True
+        space = self._space
+        try:
+            books = space.enter(sys._getframe())
+            for store in list(self._in_flight.stores):
+                store.abort_in_turn()
+            books.clear()
+            space.free_ended()
+            self._closed = True
+        finally:
+            space.end_turn(sys._getframe())
 
     def __enter__(self) -> Self:
         self._require_open()
@@ -406,10 +470,11 @@ class PrefixStore(Generic[K]):
 
     def stats(self) -> StoreStats:
         """Chunks and bytes by state, and counters. O(1)."""
-        index, evicted_chunks = self._index.stats(), self._space.evicted_chunks
+        self._space.look()
+        index, evicted_chunks = self._space.books.stats(), self._space.evicted_chunks
         return StoreStats(
             **{field.name: getattr(index, field.name) for field in fields(IndexStats)},
-            stores_in_flight=len(self._in_flight),
+            stores_in_flight=len(self._in_flight.stores),
             evicted_chunks=evicted_chunks,
             evicted_bytes=evicted_chunks * self._space.chunk_bytes,
         )
@@ -420,8 +485,11 @@ class PrefixStore(Generic[K]):
         Raises:
             HeapCorruptionError: one does not hold.
         """
-        self._space.settle()
-        self._index.check()
+        space = self._space
+        try:
+            space.enter(sys._getframe()).check()
+        finally:
+            space.end_turn(sys._getframe())
 
     def __repr__(self) -> str:
         """The layout and the index."""
@@ -433,10 +501,10 @@ class PrefixStore(Generic[K]):
         if self._closed:
             raise ClosedError("this PrefixStore is closed")
 
-    def _settle(self) -> None:
-        """Begin a call: free what an interrupted one has left."""
+    def _enter(self, frame: FrameType) -> Books[K, MemoryObj]:
+        """Begin a call that changes something."""
         self._require_open()
-        self._space.settle()
+        return self._space.enter(frame)
 
     def _require_new(self, keys: Sequence[K]) -> None:
         """Refuse keys that are known or named twice, before anything is evicted for them."""
@@ -452,22 +520,86 @@ class PrefixStore(Generic[K]):
                 raise ValueError(f"{key!r} is named twice")
             seen.add(key)
 
-    def _store(self, keys: Sequence[K], make_batch: Callable[[], MemoryBatch | None]) -> None:
-        store = self._enter(keys, self._space.allocate(len(keys), make_batch, self.poll))
-        self._space.ended.append(store.complete())
-        self._space.unclaimed.clear()
+    def _store(
+        self,
+        keys: Sequence[K],
+        make_batch: Callable[[], MemoryBatch | None],
+        check: Callable[[], object],
+    ) -> None:
+        space = self._space
+        try:
+            books = self._enter(sys._getframe())
+            self._require_new(keys)
+            batch = space.allocate(len(keys), make_batch, check, self._poll)
+            entered: OpenChunks[K, MemoryObj] = OpenChunks({})
+            books.unclaimed = (books.abort, entered)
+            self._enter_pending(keys, batch, entered)
+            books.complete(entered, entered.chunks)
+            books.unclaimed = None
+            if space.turn.waiting:
+                space.free_ended()
+        finally:
+            space.end_turn(sys._getframe())
 
     def _begin(
-        self, keys: Sequence[K], make_batch: Callable[[], MemoryBatch | None]
+        self,
+        frame: FrameType,
+        keys: Sequence[K],
+        make_batch: Callable[[list[MemoryBatch]], MemoryBatch | None],
+        check: Callable[[], object] = tuple,
+        check_before_evicting: Callable[[], object] = tuple,
     ) -> StoreInFlight[K]:
-        batch = self._space.allocate(len(keys), make_batch, self.poll)
-        store = StoreInFlight(self._space, batch, self._enter(keys, batch), self._in_flight)
-        self._in_flight[store] = None
-        self._space.unclaimed.clear()
-        return store
+        """Begin a store in the turn of ``frame``, which then ends the turn."""
+        space = self._space
+        books = self._enter(frame)
+        self._require_new(keys)
+        check()
+        moved: list[MemoryBatch] = []
+        flights: list[StoreInFlight[K]] = []
+        entered: OpenChunks[K, MemoryObj] = OpenChunks({})
+        books.unclaimed = (partial(self._go_on, keys, moved, flights), entered)
+        batch = space.allocate(
+            len(keys), partial(make_batch, moved), check_before_evicting, self._poll
+        )
+        flights.append(StoreInFlight(space, batch, keys, self._in_flight, entered))
+        self._enter_pending(keys, batch, entered)
+        self._in_flight.stores[flights[0]] = None
+        if space.turn.waiting:
+            space.free_ended()
+        return flights[0]
 
-    def _enter(self, keys: Sequence[K], batch: MemoryBatch) -> PendingStore[K, MemoryObj]:
-        """Enter pending chunks; until ``unclaimed`` is cleared, an exception gives them up."""
-        unclaimed = self._space.unclaimed
-        unclaimed.append(self._index.begin(keys, batch[:], batch.allocated_bytes))
-        return cast("PendingStore[K, MemoryObj]", unclaimed[-1])
+    def _go_on(
+        self,
+        keys: Sequence[K],
+        moved: list[MemoryBatch],
+        flights: list[StoreInFlight[K]],
+        entered: OpenChunks[K, MemoryObj],
+        chunks: object,
+    ) -> None:
+        """Settle a store that an exception has interrupted, in the turn of a later call.
+
+        A transfer that was begun goes on, for :meth:`poll` to complete: it may be about to free the
+        blocks that it copies, and then the chunks are the only copy.
+        """
+        if not flights and moved and moved[-1].transfer is not None:
+            flights.append(StoreInFlight(self._space, moved[-1], keys, self._in_flight, entered))
+        if not flights:
+            return
+        if flights[0].batch.transfer is None:
+            flights[0].abort_in_turn()
+            return
+        if not entered.chunks:
+            self._enter_pending(keys, flights[0].batch, entered)
+        self._in_flight.stores[flights[0]] = None
+
+    def _enter_pending(
+        self, keys: Sequence[K], batch: MemoryBatch, into: OpenChunks[K, MemoryObj]
+    ) -> None:
+        size_bytes = batch.allocated_bytes
+        self._space.books.begin(
+            into,
+            {
+                key: Chunk(key, block, size_bytes, hash(key))
+                for key, block in zip(keys, batch[:], strict=True)
+            },
+        )

@@ -29,17 +29,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvheap.addresses.arguments import require_count, require_flags
+from kvheap.addresses.arguments import require_count
 from kvheap.blocks.carried_tokens import carry_tokens
-from kvheap.blocks.heap import BlockObjects, heap_of, layout_and_addresses
+from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
 from kvheap.blocks.memory_batch import MemoryBatch
-from kvheap.blocks.release import Release
 from kvheap.blocks.rows import Rows
 from kvheap.device.completion import Completion, Success, in_flight
 from kvheap.device.directions import PATHS, Path
 from kvheap.device.transfer import Transfer
+from kvheap.errors import BlockInUseError, DoubleFreeError
 from kvheap.transfer.plan import CopyPlan
 from kvheap.transfer.runs import DeviceRun, HostRun
 
@@ -95,6 +95,7 @@ def offload(
     by_layer: bool = False,
     path: Path | None = None,
     max_sms: int | None = None,
+    moved: list[MemoryBatch] | None = None,
 ) -> MemoryBatch | None:
     """Allocate in another heap and copy blocks there.
 
@@ -111,6 +112,9 @@ def offload(
         by_layer: see :meth:`CopyPlan.between`.
         path: as for :func:`copy`.
         max_sms: as for :func:`copy`.
+        moved: the new batch is appended to this list before the copy begins, for a caller that must
+            not lose it to an exception of a signal handler. If its ``transfer`` is set, the move
+            has begun.
 
     Returns:
         The new batch, whose ``transfer`` tells when the bytes have arrived; None if the blocks do
@@ -125,9 +129,6 @@ def offload(
         TransferError: the copy failed to start, or the transfer that fills the source's blocks has
             failed; nothing is allocated or freed.
     """
-    require_flags(free=free, allow_partial=allow_partial, by_layer=by_layer)
-    if not callable(getattr(into, "batched_allocate", None)):
-        raise TypeError(f"into must be an allocator, got {into!r}")
     heap = heap_of(batch)
     layout, _ = layout_and_addresses(batch)
     shapes, dtypes = list(layout.shapes), list(layout.dtypes)
@@ -136,29 +137,108 @@ def offload(
     )
     if target is None:
         return None
+    move: _Move | None = None
     try:
-        moved: BlockObjects | Rows | None = batch
+        source: BlockObjects | Rows | None = batch
         if isinstance(batch, MemoryBatch):
             if len(target) < len(batch):
-                moved = Rows(batch, np.arange(len(target)))
+                source = Rows(batch, np.arange(len(target)))
         elif not len(target):  # an empty list has no heap and no layout
-            moved = heap.batched_allocate(shapes, dtypes, 0, layout.fmt)
+            source = heap.batched_allocate(shapes, dtypes, 0, layout.fmt)
         else:
-            moved = batch[: len(target)]
-        assert moved is not None
+            source = batch[: len(target)]
+        assert source is not None
         given_up: Sequence[Rows] = ()
         if free:
-            given_up = [moved] if isinstance(moved, Rows) else heap.rows_by_batch(moved)
-        plan = CopyPlan.between(moved, target, by_layer=by_layer)
-        target.transfer = _start(plan, stream, path, max_sms, _Move(given_up))
-        carry_tokens(moved, target)
+            given_up = [source] if isinstance(source, Rows) else heap.rows_by_batch(source)
+        plan = CopyPlan.between(source, target, by_layer=by_layer)
+        move = _Move(given_up)
+        if moved is not None:
+            moved.append(target)
+        target.transfer = _start(plan, stream, path, max_sms, move)
+        carry_tokens(source, target)
     except BaseException:
+        if move is not None:
+            move.take_back()
         into.batched_free(target)
         raise
     return target
 
 
 restore = offload
+
+
+def require_movable(
+    batch: BlockObjects,
+    into: Heap,
+    stream: torch.cuda.Stream | None = None,
+    *,
+    free: bool = False,
+    path: Path | None = None,
+    max_sms: int | None = None,
+) -> None:
+    """Raise what :func:`offload` would raise, as far as it is known before blocks are allocated.
+
+    Raises:
+        ValueError, TypeError, DoubleFreeError, BlockInUseError, LifetimeError, RuntimeError,
+            TransferError: as :func:`offload`.
+    """
+    _require_options(path, max_sms)
+    layout_and_addresses(batch)
+    if free:
+        for part in heap_of(batch).rows_by_batch(batch):
+            _require_freeable(part)
+    plan = CopyPlan.to_new_blocks(batch, into)
+    _run_of(plan, stream, path, max_sms, _transfers_filling(plan), is_new=True)
+
+
+def _require_freeable(blocks: Rows) -> None:
+    """Raise what claiming blocks would raise, without claiming them."""
+    batch = blocks.batch
+    rows = np.arange(len(batch)) if blocks.rows is None else blocks.rows
+    live, references, pins = batch.live[rows], batch.ref_counts[rows], batch.pin_counts[rows]
+    distinct, counts = np.unique(rows, return_counts=True)
+    if len(distinct) < len(rows):
+        name = batch.describe(int(distinct[counts.argmax()]))
+        raise DoubleFreeError(f"{name} is named twice in one call")
+    wrong = ~live | (references != 1) | (pins != 0)
+    if wrong.any():
+        at = int(wrong.argmax())
+        name = batch.describe(int(rows[at]))
+        if not live[at]:
+            raise DoubleFreeError(f"{name} is already freed")
+        raise BlockInUseError(
+            f"{name} is in use: reference count {references[at]}, pin count {pins[at]}"
+        )
+
+
+def _require_options(path: Path | None, max_sms: int | None) -> None:
+    if path is not None and path not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
+    if max_sms is not None:
+        require_count("max_sms", max_sms, at_least=1)
+
+
+def _run_of(
+    plan: CopyPlan,
+    stream: Any,
+    path: Path | None,
+    max_sms: int | None,
+    before: list[Transfer],
+    is_new: bool,
+) -> HostRun | DeviceRun:
+    """What executes a plan; its constructor raises if the copy cannot be done."""
+    device = plan.device
+    run: HostRun | DeviceRun
+    if device is None:
+        run = HostRun(plan, stream, path, before)
+    else:
+        run = DeviceRun(plan, device, stream, path, max_sms, before, is_new_target=is_new)
+    if run.is_captured and is_new:
+        raise RuntimeError(
+            "blocks cannot be moved in a graph capture: allocate before it, and capture a copy"
+        )
+    return run
 
 
 def _start(
@@ -169,22 +249,10 @@ def _start(
     move: _Move | None = None,
 ) -> Transfer:
     """Protect both sides, claim the blocks that a move frees, and queue the copy."""
-    if path is not None and path not in PATHS:
-        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
-    if max_sms is not None:
-        max_sms = require_count("max_sms", max_sms, at_least=1)
+    _require_options(path, max_sms)
     before = _transfers_filling(plan)
     device = plan.device
-    run: HostRun | DeviceRun
-    if device is None:
-        run = HostRun(plan, stream, path, before)
-    else:
-        is_new = move is not None
-        run = DeviceRun(plan, device, stream, path, max_sms, before, is_new_target=is_new)
-    if run.is_captured and move is not None:
-        raise RuntimeError(
-            "blocks cannot be moved in a graph capture: allocate before it, and capture a copy"
-        )
+    run = _run_of(plan, stream, path, max_sms, before, is_new=move is not None)
     completion = Completion(plan.memory)
     transfer = Transfer(
         completion,
@@ -196,8 +264,6 @@ def _start(
         is_captured=run.is_captured,
         settle=None if move is None else move.settle,
     )
-    for rows in plan.target.blocks:
-        rows.batch.stored_tokens.forget(rows.rows)
     try:
         plan.protect(completion)
         if isinstance(run, DeviceRun) and run.is_captured:
@@ -213,7 +279,7 @@ def _start(
             raise error
     except BaseException:
         if move is not None:
-            completion.void()
+            move.void()  # before the copy counts as ended
         completion.nothing_queued()
         if move is not None:
             move.take_back()
@@ -226,11 +292,11 @@ class _Move:
     """The source blocks that a move frees once they have been copied."""
 
     def __init__(self, given_up: Sequence[Rows]) -> None:
-        self._given_up = given_up
-        self._releases: tuple[Release, ...] = ()
+        self._blocks = given_up
         self._lifetime = given_up[-1].batch.allocator.lifetime if given_up else None
-        self.settle: Callable[[], None] | None = None
-        """Frees the blocks, or makes them live again, after the copy has ended."""
+        self._success: Success | None = None
+        self.settle: Callable[[bool], None] | None = None
+        """Called after the copy has ended, with whether it failed."""
         if self._lifetime is not None:
             self.settle = partial(_settle, weakref.ref(self._lifetime))
 
@@ -242,19 +308,32 @@ class _Move:
             BlockInUseError: a block is pinned or has more than one reference.
         """
         if self._lifetime is not None:
-            batches = tuple(part.batch for part in self._given_up)
-            self._releases = self._lifetime.free_on(self._given_up, Success(completion), batches)
+            self._success = Success(completion)
+            self._lifetime.free_on(self._blocks, self._success)
+
+    def void(self) -> bool:
+        """Make the condition fail; False if it was met already, or nothing was claimed."""
+        return self._success is not None and self._success.void()
 
     def take_back(self) -> None:
-        """Make the blocks live again."""
-        if self._lifetime is not None:
-            self._lifetime.take_back(self._releases)
+        """Make the blocks live again, however far an exception let the move come."""
+        if self.void() and self._lifetime is not None and self._success is not None:
+            self._lifetime.take_back(self._success)
 
 
-def _settle(reference: weakref.ref[Lifetime]) -> None:
+def _settle(reference: weakref.ref[Lifetime], has_failed: bool) -> None:
+    """Make blocks live again whose copy has failed, or free some of those that were copied.
+
+    Only the former must be done at once, and needs a look at all pending releases: with thousands
+    of transfers in flight, each of them would look at all others.
+    """
     lifetime = reference()
-    if lifetime is not None:
+    if lifetime is None:
+        return
+    if has_failed:
         lifetime.reclaimer.settle(limit=None)
+    else:
+        lifetime.reclaimer.settle()
 
 
 def _transfers_filling(plan: CopyPlan) -> list[Transfer]:

@@ -19,7 +19,7 @@ import torch
 from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.integers import as_integer
-from kvheap.blocks.heap import BlockObjects
+from kvheap.blocks.heap import BlockObjects, Heap
 from kvheap.blocks.rows import Rows
 from kvheap.device import cuda
 from kvheap.device.completion import Completion
@@ -106,6 +106,30 @@ class CopyPlan:
             ]
             return cls._checked(*sides, parts)
         return cls._checked(*sides, [paired(from_blocks, to_blocks)])
+
+    @classmethod
+    def to_new_blocks(cls, source: BlockObjects, into: Heap) -> CopyPlan:
+        """A plan to copy blocks to some of another heap, of which only the first is known yet.
+
+        It cannot be executed; it shows what is wrong with the source, and which device would copy.
+
+        Raises:
+            ValueError: a device cannot reach the source, or nothing of ``into``.
+            LifetimeError: a block is freed.
+        """
+        blocks = Blocks.of("source", source)
+        memory = tuple(buffer for _, buffer in into.segments)
+        target = Side(cuda.device_of(memory[0]), memory=memory, heap=into)
+        pieces = Pieces(blocks.starts, blocks.starts, blocks.size_bytes)
+        device = blocks.side.device or target.device
+        walls_of(blocks.side, device, pieces.sources, pieces.sizes)
+        if device is not None and target.device is None:
+            ranges = into.pinned_addresses(device)
+            if not len(ranges):
+                raise ValueError(
+                    f"the target is host memory that is not pinned: {device.name} cannot reach it"
+                )
+        return cls(blocks.side, target, (pieces.merged(),))
 
     @classmethod
     def of_addresses(

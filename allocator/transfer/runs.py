@@ -16,9 +16,10 @@ from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice
 from kvheap.device.directions import Path
 from kvheap.device.events import DeviceEvent
-from kvheap.device.host_queue import NotAllQueuedError, host_queue
+from kvheap.device.host_queue import HostJob, host_queue
 from kvheap.device.transfer import Transfer
 from kvheap.errors import TransferError
+from kvheap.interrupts import is_interrupt
 from kvheap.kernels.host_copy import copy_on_host
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.paths import PathChoice
@@ -65,23 +66,26 @@ class HostRun:
 
         Returns:
             The event at the end of each part.
+
+        Raises:
+            BaseException: what a signal handler raised. Parts that had not begun are not copied.
         """
-        tasks = [partial(copy_on_host, part) for part in self._plan.parts]
         waits = [transfer.result for transfer in self._before]
+        tasks = [partial(copy_on_host, part) for part in self._plan.parts]
         is_small = not waits and self._plan.num_bytes < INLINE_COPY_BYTES
-        cause = None
+        # The end is known before the job is queued, so that it is known too if a signal handler
+        # raises at the moment at which the job is queued.
+        job = HostJob([*waits, *tasks], at_end=completion.query)
         try:
-            events = host_queue.run([*waits, *tasks], is_small)
-        except NotAllQueuedError as error:
-            events, cause = error.events, error.__cause__
-            completion.failed(failure_of(self._plan, self.path, cause))
-        if events:
-            completion.queued(events[-1])
-        else:
-            completion.nothing_queued()
-        if cause is not None and not isinstance(cause, Exception):
-            raise cause
-        return events[len(waits) :]
+            if not job.events:
+                completion.nothing_queued()
+                return []
+            completion.queued(job.events[-1])
+            host_queue.submit(job, is_small)
+        except BaseException:
+            host_queue.withdraw(job)
+            raise
+        return job.events[len(waits) :]
 
 
 class DeviceRun:
@@ -169,7 +173,7 @@ class DeviceRun:
                 completion.nothing_queued()
         except BaseException as cause:
             self._abandon(completion, cause)
-            if not isinstance(cause, Exception):
+            if is_interrupt(cause):
                 raise
         return events
 
@@ -202,7 +206,7 @@ class DeviceRun:
             completion.queued(self._device.record_event(self._stream))
         except BaseException as error:
             end_or_lose(self._device, completion)
-            if not isinstance(error, Exception):
+            if is_interrupt(error):
                 raise
 
 

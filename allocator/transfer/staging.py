@@ -21,6 +21,7 @@ from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice
 from kvheap.device.events import DeviceEvent
+from kvheap.interrupts import is_interrupt
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.plan import CopyPlan
 
@@ -119,7 +120,7 @@ def end_or_lose(device: CopyDevice, completion: Completion) -> None:
         device.synchronize()
     except BaseException as lost:
         completion.lose(lost)
-        if not isinstance(lost, Exception):
+        if is_interrupt(lost):
             raise
     else:
         completion.ended()

@@ -7,14 +7,13 @@ import logging
 import threading
 import time
 import weakref
-from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
 from kvheap.device.completion import Completion, InFlight, Success
 from kvheap.device.events import ReleaseVoidError
-from kvheap.device.host_queue import FutureEvent
+from kvheap.device.host_queue import HostEvent
 from kvheap.errors import TransferError
 
 
@@ -261,12 +260,12 @@ class TestSuccess:
             Success(completion).query()
 
     def test_it_fails_with_a_copy_on_a_thread(self) -> None:
-        future: Future[None] = Future()
+        event = HostEvent()
         completion = Completion()
-        completion.queued(FutureEvent(future))
+        completion.queued(event)
         success = Success(completion)
         assert not success.query()
-        future.set_exception(MemoryError("no room"))
+        event.end(MemoryError("no room"))
         with pytest.raises(ReleaseVoidError):
             success.query()
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from functools import partial
 
 import pytest
 
-from kvheap.device.host_queue import FutureEvent, HostQueue, NotAllQueuedError, host_queue
+from kvheap.device.host_queue import HostEvent, HostJob, HostQueue, host_queue
 from kvheap.errors import TransferError
 
 
-class TestFutureEvent:
+class TestHostEvent:
     def test_its_error(self) -> None:
-        future: Future[None] = Future()
-        event = FutureEvent(future)
+        event = HostEvent()
         assert not event.query()
         assert event.error() is None
-        future.set_exception(MemoryError("no room"))
+        event.end(MemoryError("no room"))
         event.synchronize()
         assert event.query()
         error = event.error()
@@ -30,16 +30,15 @@ class TestFutureEvent:
         assert isinstance(error.__cause__, MemoryError)
 
     def test_an_error_of_a_transfer_is_that_error(self) -> None:
-        future: Future[None] = Future()
-        failure = TransferError("the one before")
-        future.set_exception(failure)
-        assert FutureEvent(future).error() is failure
+        event, failure = HostEvent(), TransferError("the one before")
+        event.end(failure)
+        assert event.error() is failure
 
     def test_one_that_went_well(self) -> None:
-        future: Future[None] = Future()
-        future.set_result(None)
-        assert FutureEvent(future).query()
-        assert FutureEvent(future).error() is None
+        event = HostEvent()
+        event.end(None)
+        assert event.query()
+        assert event.error() is None
 
 
 class TestHostQueue:
@@ -98,7 +97,23 @@ class TestHostQueue:
         assert after[0].error() is None
         assert done == [1, 4]
 
-    def test_what_cannot_be_queued(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_caller_copies_when_no_thread_can_be_started(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        queue, done = HostQueue(), []
+
+        def fails(self: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", fails)
+        events = queue.run([lambda: done.append(threading.current_thread())] * 2, False)
+        assert [event.query() for event in events] == [True, True]
+        assert done == [threading.current_thread()] * 2
+        monkeypatch.undo()
+        queue.run([lambda: done.append(None)], False)[0].synchronize()
+        assert done[2:] == [None]
+
+    def test_a_job_is_withdrawn_before_it_begins_or_not_at_all(self) -> None:
         queue, done = HostQueue(), []
         gate, at_work = threading.Event(), threading.Event()
 
@@ -107,25 +122,38 @@ class TestHostQueue:
             assert gate.wait(20)
             done.append(1)
 
-        submit, calls = ThreadPoolExecutor.submit, []
-
-        def fails(self: ThreadPoolExecutor, *arguments: Any) -> Any:
-            calls.append(arguments)
-            if len(calls) == 3:
-                assert at_work.wait(20)
-                raise RuntimeError("no more threads")
-            return submit(self, *arguments)
-
-        monkeypatch.setattr(ThreadPoolExecutor, "submit", fails)
-        with pytest.raises(NotAllQueuedError) as caught:
-            queue.run([work, work, work], False)
-        assert len(caught.value.events) == 1  # the second was not begun, and never is
-        assert isinstance(caught.value.__cause__, RuntimeError)
+        first, second = HostJob([work]), HostJob([lambda: done.append(2)])
+        queue.submit(first, False)
+        queue.submit(second, False)
+        assert at_work.wait(20)
+        assert queue.withdraw(second)
+        assert not queue.withdraw(first)
+        assert second.events[0].query()
+        assert "withdrawn" in str(second.events[0].error())
         gate.set()
-        caught.value.events[0].synchronize()
-        assert done == [1]
-        queue.run([lambda: done.append(2)], False)[0].synchronize()
-        assert done == [1, 2]
+        first.events[0].synchronize()
+        queue.run([lambda: done.append(3)], False)[0].synchronize()
+        assert done == [1, 3]
+
+    def test_what_a_job_used_is_dropped_when_it_has_ended(self) -> None:
+        class Used:
+            pass
+
+        queue, used = HostQueue(), Used()
+        alive = weakref.ref(used)
+        gc.disable()
+        try:
+            for is_small in (True, False):
+                used = Used()
+                alive = weakref.ref(used)
+                job = HostJob([partial(id, used)])
+                del used
+                queue.submit(job, is_small)
+                job.events[0].synchronize()
+                queue.run([lambda: None], False)[0].synchronize()
+                assert alive() is None
+        finally:
+            gc.enable()
 
     def test_no_work(self) -> None:
         assert HostQueue().run([], True) == []
@@ -135,11 +163,14 @@ class TestHostQueue:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_forked_while_somebody_queues_has_a_queue() -> None:
-    with host_queue._lock:  # as another thread may hold it
-        child = os.fork()
-        if not child:
-            signal.alarm(20)
-            done: list[int] = []
-            host_queue.run([lambda: done.append(1)], False)[0].synchronize()
-            os._exit(0 if done == [1] else 1)
+    gate, at_work = threading.Event(), threading.Event()
+    host_queue.run([lambda: at_work.set() or (gate.wait(20) and None)], False)
+    assert at_work.wait(20)  # another thread runs a job, and has the claim
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        done: list[int] = []
+        host_queue.run([lambda: done.append(1)], False)[0].synchronize()
+        os._exit(0 if done == [1] else 1)
+    gate.set()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

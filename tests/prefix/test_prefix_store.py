@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import pickle
 import re
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -14,14 +16,18 @@ from kvheap import (
     BlockIds,
     BlockLayout,
     ClosedError,
+    InvalidFreeError,
+    LifetimeError,
     MemoryFormat,
     MemoryObj,
     PagedKVCache,
+    PrefixIndex,
     PrefixStore,
     TensorMemoryAllocator,
     TransferError,
 )
-from kvheap.prefix import LRU, RequestTooLargeError
+from kvheap.device.host_queue import host_queue
+from kvheap.prefix import GDSF, LRU, S3FIFO, RequestTooLargeError
 
 LAYOUT = BlockLayout.of([2, 1, 512, 2], torch.float16, MemoryFormat.KV_2LTD)
 CHUNK = 4096
@@ -544,3 +550,177 @@ def test_chunks_of_several_groups() -> None:
         store.store_from_engine(["c"], cache, BlockIds(torch.arange(32)))
     with pytest.raises(ValueError, match=r"source must have shape \(1, 131\), got \(1, 4, 8\)"):
         store.store(["c"], torch.zeros(1, 4, 8))
+
+
+def refused_moves(near: TensorMemoryAllocator, how: str) -> dict[str, object]:
+    """Arguments of ``offload`` that are wrong in one way."""
+    batch = near.batched_allocate(LAYOUT.shapes[0], LAYOUT.dtypes[0], 2, LAYOUT.fmt)
+    assert batch is not None
+    if how == "pinned":
+        batch[1].pin()
+    elif how == "referenced":
+        batch[1].ref_count_up()
+    elif how == "failed":
+        batch.transfer = FailedTransfer()  # type: ignore[assignment]
+    blocks: object = [batch[0], batch[0]] if how == "named twice" else batch
+    options = {
+        "path": {"path": "warp"},
+        "a path of devices": {"path": "kernel"},
+        "no SMs": {"max_sms": 0},
+        "no number of SMs": {"max_sms": 1.5},
+        "a stream": {"stream": object()},
+    }
+    return {"blocks": blocks, "free": how != "failed", **options.get(how, {})}
+
+
+class FailedTransfer:
+    error = TransferError("the blocks were never filled")
+
+    def done(self) -> bool:
+        return True
+
+
+class TestNothingIsEvictedInVain:
+    @pytest.mark.parametrize(
+        ("how", "error"),
+        [
+            ("path", ValueError),
+            ("a path of devices", ValueError),
+            ("no SMs", ValueError),
+            ("no number of SMs", TypeError),
+            ("a stream", ValueError),
+            ("pinned", LifetimeError),
+            ("referenced", LifetimeError),
+            ("named twice", InvalidFreeError),
+            ("failed", TransferError),
+        ],
+    )
+    def test_for_an_offload_that_is_refused(self, how: str, error: type[Exception]) -> None:
+        store, near = store_of(4, 1, 2, 3, 4), heap_of(4)
+        arguments = refused_moves(near, how)
+        with pytest.raises(error):
+            store.offload([8, 9], **arguments)  # type: ignore[arg-type]
+        assert ready(store, range(10)) == [1, 2, 3, 4]
+        assert near.stats().allocated_bytes == 2 * CHUNK
+        assert store.stats().stores_in_flight == 0
+
+    @pytest.mark.parametrize(
+        ("slots", "error"),
+        [
+            (torch.tensor([*range(1023), 2048]), ValueError),
+            (torch.tensor([-2, *range(1, 1024)]), ValueError),
+            (torch.arange(1024.0), TypeError),
+            (BlockIds(torch.tensor([*range(63), 128])), ValueError),
+        ],
+    )
+    def test_for_slots_that_are_refused(self, slots: object, error: type[Exception]) -> None:
+        store = store_of(2, 1, 2)
+        cache = PagedKVCache.of("vllm-flash-nhd", [torch.zeros(2, 128, 16, 1, 2).half()])
+        with pytest.raises(error):
+            store.store_from_engine([8, 9], cache, slots)  # type: ignore[arg-type]
+        assert ready(store, range(10)) == [1, 2]
+
+    def test_where_the_holes_of_others_are_too_small(self) -> None:
+        """Half a chunk is free at each of four places, and evictions make room for three more."""
+        heap = heap_of(8, align_bytes=CHUNK // 2)
+        store: PrefixStore = PrefixStore(heap, LAYOUT)
+        halves = heap.batched_allocate([CHUNK // 2], torch.uint8, 8)
+        assert halves is not None
+        store.store([1, 2, 3, 4], contents([1, 2, 3, 4]))
+        heap.batched_free(halves[:8:2])
+        assert heap.stats().free_bytes == 2 * CHUNK
+        with store.hold([1]), pytest.raises(RequestTooLargeError) as caught:
+            store.store([5, 6, 7, 8, 9], contents([5, 6, 7, 8, 9]))
+        assert caught.value.evictable_bytes == 3 * CHUNK
+        assert ready(store, range(10)) == [1, 2, 3, 4]
+        assert store.stats().evicted_chunks == 0
+        store.store([5, 6, 7], contents([5, 6, 7]))
+        assert len(store) == 4
+
+    def test_holes_beside_chunks_count_if_both_together_are_large_enough(self) -> None:
+        heap = heap_of(3, align_bytes=CHUNK // 2)
+        store: PrefixStore = PrefixStore(heap, LAYOUT)
+        half = heap.batched_allocate([CHUNK // 2], torch.uint8, 1)
+        store.store([1], contents([1]))
+        other = heap.batched_allocate([CHUNK // 2], torch.uint8, 1)
+        store.store([2], contents([2]))
+        assert half is not None
+        assert other is not None
+        heap.batched_free(half)
+        heap.batched_free(other)
+        assert heap.max_batch(LAYOUT.shapes[0], LAYOUT.dtypes[0]) == 0
+        store.store([3, 4, 5], contents([3, 4, 5]))  # 12 KiB, of which 8 were two chunks
+        assert ready(store, range(10)) == [3, 4, 5]
+
+    def test_where_others_hold_what_could_be_evicted(self) -> None:
+        store = store_of(4, 1, 2, 3, 4)
+        for chunk in store.chunks([1, 2, 3]):
+            chunk.pin()
+        store.remove([])
+        with pytest.raises(RequestTooLargeError):
+            store.store([7, 8, 9, 10, 11], contents([7, 8, 9, 10, 11]))
+        assert ready(store, range(10)) == [1, 2, 3, 4]
+
+
+def test_a_store_that_is_cleared_in_flight_never_says_ready() -> None:
+    store = store_of(6)
+    whole, half = store.begin([1, 2]), store.begin([3, 4])
+    store.remove([3])
+    half.complete()
+    assert (half.state, ready(store, range(6))) == ("ready", [4])
+    store.clear()
+    whole.complete()
+    whole.complete()
+    whole.abort()
+    assert (whole.state, ready(store, range(6))) == ("removed", [])
+    assert store.heap.stats().allocated_bytes == 0
+
+
+@pytest.mark.parametrize("number", [float("nan"), 1.0, True, "1", None])
+def test_numbers_of_an_index_are_integers(number: object) -> None:
+    index: PrefixIndex[int, int] = PrefixIndex()
+    with pytest.raises(TypeError, match="num_bytes must be an integer"):
+        index.evict(number)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="size_bytes of 1 must be an integer"):
+        index.begin([1], [1], [number])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="size_bytes of 1 must be an integer"):
+        index.begin([1], [1], number if isinstance(number, float) else [number])  # type: ignore[arg-type, list-item]
+    with pytest.raises(TypeError, match="min_uses must be an integer"):
+        S3FIFO(number)  # type: ignore[arg-type]
+    assert index.stats().pending_chunks == 0
+
+
+@pytest.mark.parametrize("cost", [float("nan"), float("inf"), -1.0, True, "1", None])
+def test_costs_are_finite_numbers(cost: object) -> None:
+    index: PrefixIndex[int, int] = PrefixIndex(GDSF(lambda size_bytes: cost))  # type: ignore[arg-type, return-value]
+    with pytest.raises((ValueError, TypeError), match=r"cost\(10\) must be a non-negative finite"):
+        index.begin([1], [1], 10).complete()
+    with pytest.raises(TypeError, match="cost must be a function"):
+        GDSF(1.0)  # type: ignore[arg-type]
+    assert len(index) == 1  # found, in the order of LRU
+    assert index.evict(10) == [(1, 1)]
+
+
+def test_a_store_goes_with_its_last_reference() -> None:
+    """Without the cycle collector, whatever is in flight, held or pending."""
+    gc.collect()
+    gc.disable()
+    try:
+        for order in itertools.permutations(range(3)):
+            store = store_of(6, 1, 2, 3)
+            near = heap_of(2)
+            batch = near.batched_allocate(LAYOUT.shapes[0], LAYOUT.dtypes[0], 1, LAYOUT.fmt)
+            flights = [store.offload([8], batch, free=True), store.begin([9])]  # type: ignore[arg-type]
+            hold = store.hold([1, 2])
+            store.remove([1])
+            with pytest.raises(ValueError, match="stored already"):
+                store.store([2], contents([2]))
+            memory = [weakref.ref(heap.buffer.untyped_storage()) for heap in (near, store.heap)]
+            held: list[object] = [[store, near], hold, [flights, batch]]
+            del store, near, batch, flights, hold
+            for index in order:
+                held[index] = None
+            host_queue.run([lambda: None], False)[0].synchronize()
+            assert [buffer() is None for buffer in memory] == [True, True], order
+    finally:
+        gc.enable()

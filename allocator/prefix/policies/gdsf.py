@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from kvheap.arguments import as_number
 from kvheap.prefix.policies.base import CachedChunk, EvictionPolicy, total_bytes
 from kvheap.prefix.policies.buckets import PriorityBuckets
 from kvheap.prefix.policies.ghosts import GhostList
@@ -38,12 +39,18 @@ class GDSF(EvictionPolicy):
     Args:
         cost: what it costs to recompute a chunk of so many bytes. None: its size, so that every
             byte is worth the same, and chunks of one prefix in groups of different sizes have
-            equal priorities. ``lambda size_bytes: 1`` keeps small chunks longer.
+            equal priorities. ``lambda size_bytes: 1`` keeps small chunks longer. Costs are finite
+            and not negative.
+
+    Raises:
+        TypeError: ``cost`` is not a function.
     """
 
     name = "gdsf"
 
     def __init__(self, cost: Callable[[int], float] | None = None) -> None:
+        if cost is not None and not callable(cost):
+            raise TypeError(f"cost must be a function of a chunk's bytes, got {cost!r}")
         self._cost = cost
         self._order = PriorityBuckets()
         self._ghosts = GhostList()
@@ -75,7 +82,10 @@ class GDSF(EvictionPolicy):
         """Put chunks in at the priorities that the clock gives them now."""
         add, clock, cost = self._order.add, self._clock, self._cost
         for chunk in reversed(chunks):
-            value = 1.0 if cost is None else cost(chunk.size_bytes) / chunk.size_bytes
+            size_bytes = chunk.size_bytes
+            value = 1.0
+            if cost is not None:
+                value = as_number(f"cost({size_bytes})", cost(size_bytes)) / size_bytes
             chunk.rank = clock + chunk.uses * value
             add(chunk)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from kvheap.arguments import as_whole
 from kvheap.prefix.policies.base import CachedChunk, EvictionPolicy
 from kvheap.prefix.policies.ghosts import GhostList
 from kvheap.prefix.policies.lists import ChunkLists
@@ -41,11 +42,13 @@ class S3FIFO(EvictionPolicy):
 
     Raises:
         ValueError: ``min_uses`` is not between 1 and :data:`MAX_USES`.
+        TypeError: ``min_uses`` is not an integer.
     """
 
     name = "s3fifo"
 
     def __init__(self, min_uses: int = 1) -> None:
+        min_uses = as_whole("min_uses", min_uses)
         if not 1 <= min_uses <= MAX_USES:
             raise ValueError(f"min_uses must be between 1 and {MAX_USES}, got {min_uses}")
         self._min_uses = min_uses

@@ -1,0 +1,46 @@
+"""Tells exceptions that a signal handler raised from those of the code that it interrupted.
+
+A time-out is often a signal handler that raises. Where it strikes, its exception looks like an
+error of whatever happened to run: of a query, of a copy, of an eviction policy. Code that keeps
+such errors, or draws conclusions from them, must let a handler's exception pass instead.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from functools import partial
+from types import CodeType
+
+__all__ = ["is_interrupt"]
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an exception came from outside: from a signal handler, or no ``Exception`` at all.
+
+    Signal handlers only run on the main thread. A handler is recognized by its frame in the
+    traceback; one that is written in C is not.
+    """
+    if not isinstance(error, Exception):
+        return True
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
+    handlers.discard(None)
+    trace = error.__traceback__
+    while trace is not None and handlers:
+        if trace.tb_frame.f_code in handlers:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _code_of(handler: object) -> CodeType | None:
+    """The code of a handler; None if it has none, as for ``SIG_DFL``."""
+    if isinstance(handler, partial):
+        handler = handler.func
+    for found in (handler, type(handler).__dict__.get("__call__")):
+        code = getattr(found, "__code__", None)  # of a bound method too
+        if isinstance(code, CodeType):
+            return code
+    return None
