@@ -65,13 +65,16 @@ class Poison:
 
     def __init__(self) -> None:
         self._extents: SortedDict[int, tuple[int, Owner]] = SortedDict()  # start -> end, owner
+        self._is_whole = True
 
     def freed(self, release: Release, segments: Segments) -> None:
         """Write the pattern, with one launch for each block size, and remember the owner."""
         for addresses, size in release.by_size():
             segments.fill(addresses, size, POISON_BYTE)
+            self._begin_change()
             for address in addresses.tolist():
                 self._extents[address] = (address + size, release.owner)
+            self._is_whole = True
 
     def allocated(self, blocks: AddressBatch, segments: Segments) -> None:
         """Check blocks that are about to be allocated, and forget their last owners.
@@ -80,6 +83,7 @@ class Poison:
             WriteAfterFreeError: a poisoned byte has another value; names its address and the
                 block's last owner. The block is poisoned again, and nothing is forgotten.
         """
+        self._begin_change()
         pieces = [
             piece for start, size in blocks.run_pairs() for piece in self._cut(start, start + size)
         ]
@@ -89,11 +93,20 @@ class Poison:
             if len(changed):
                 block.fill_(POISON_BYTE)
                 self._extents.update({start: (stop, held) for start, stop, held in pieces})
+                self._is_whole = True
                 raise WriteAfterFreeError(
                     f"{len(changed)} bytes between {begin + int(changed[0])} and "
                     f"{begin + int(changed[-1])} were written after the block at {begin} was "
                     f"freed; it last held {owner()}"
                 )
+
+        self._is_whole = True
+
+    def _begin_change(self) -> None:
+        """Repair the order of the extents if an exception has interrupted a change of it."""
+        if not self._is_whole:  # a dict is always whole, the sorted list of its keys may be behind
+            self._extents = SortedDict(dict(dict.items(self._extents)))
+        self._is_whole = False
 
     def _cut(self, start: int, end: int) -> list[tuple[int, int, Owner]]:
         """Remove the poisoned extents in ``[start, end)``, and return them with their owners."""

@@ -161,8 +161,9 @@ class Storm:
             obj.record_stream(stream)
 
     def finish(self) -> None:
-        while self.streams:
-            self.streams.pop().finish()
+        for stream in self.streams:
+            stream.finish()
+        self.streams.clear()
 
     def drop(self) -> None:
         if len(self.held) > 5:
@@ -176,7 +177,6 @@ class Storm:
     def ask(self) -> None:
         stats = self.heap.stats()
         assert stats.free_bytes + stats.allocated_bytes == stats.heap_bytes
-        assert self.heap.memcheck()
         self.heap.leaks()
 
     def choose(self) -> MemoryObj | None:
@@ -243,6 +243,8 @@ class Storm:
                     self.account()
         finally:
             self._is_over = True
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             gc.set_threshold(*thresholds)
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -35,6 +35,20 @@ def test_eight_threads_do_everything_for_seconds(monkeypatch: pytest.MonkeyPatch
     assert found_nothing, output.getvalue()
 
 
+@pytest.mark.parametrize("options", [{}, {"scrub": True}, {"debug": True}])
+def test_a_storm_of_signals_for_a_second(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from soak_signals import Storm
+
+    storm = Storm(SEED, **options)
+    storm.blow(1.5)
+    assert storm.checkpoints >= 2
+    assert storm.interrupts > 50
+    assert storm.calls > 5
+
+
 def test_the_command_would_find_blocks_that_are_freed_unclaimed() -> None:
     arguments = ["--minutes", str(MINUTES), "--threads", str(THREADS), "--seed", str(SEED)]
     command = [sys.executable, "-c", BREAK_AND_RUN, str(FOLDER / "soak_allocators.py"), *arguments]
