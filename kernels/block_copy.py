@@ -48,6 +48,7 @@ from kvheap.kernels.block_copy_cpu import copy_on_cpu, fill_on_cpu, repeated_byt
 from kvheap.kernels.block_sides import Dense, Scattered, Side, require_buffer
 from kvheap.kernels.launch import bytes_of, current, jit, runs_kernels, tl
 from kvheap.kernels.tiles import NUM_WARPS, TilePlan, tile_bounds
+from kvheap.kernels.untraced import untraced
 
 __all__ = ["fill_blocks", "gather_blocks", "move_blocks", "scatter_blocks"]
 
@@ -116,6 +117,7 @@ def _first_words(  # type: ignore[no-untyped-def]
     return row
 
 
+@untraced
 def scatter_blocks(
     blocks: torch.Tensor, buffer: torch.Tensor, addresses: Addresses, *, address_alignment: int = 1
 ) -> None:
@@ -141,6 +143,7 @@ def scatter_blocks(
     _copy(Dense(blocks), target, len(blocks), block_bytes)
 
 
+@untraced
 def gather_blocks(
     buffer: torch.Tensor, addresses: Addresses, out: torch.Tensor, *, address_alignment: int = 1
 ) -> torch.Tensor:
@@ -211,6 +214,7 @@ def move_blocks(
     _copy(source, target, len(sources), block_bytes)
 
 
+@untraced
 def fill_blocks(
     buffer: torch.Tensor,
     addresses: Addresses,

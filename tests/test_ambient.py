@@ -148,6 +148,22 @@ def test_settings_of_the_caller_change_no_result(
         assert torch.equal(tensor, wanted)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_caller_gets_the_same(expected: list[torch.Tensor]) -> None:
+    """The graph is cut at each call of kvheap, which is not traced."""
+
+    def twice(inputs: Inputs) -> list[torch.Tensor]:
+        doubled = inputs.bytes + inputs.bytes
+        found = main_path(inputs)
+        return [*found, doubled]
+
+    *found, doubled = torch.compile(twice, backend="eager")(Inputs())
+    assert torch.equal(doubled, 2 * Inputs().bytes)
+    assert len(found) == len(expected)
+    for tensor, wanted in zip(found, expected, strict=True):
+        assert torch.equal(tensor, wanted)
+
+
 FACTORIES = {"arange", "empty", "empty_strided", "eye", "full", "linspace", "ones", "rand"} | {
     "randint",
     "randn",

@@ -16,6 +16,16 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "argparse._SubParsersAction": "the type of what add_subparsers returns has no public name",
     "sys._getframe": "documented, and takes a depth; inspect.currentframe is the same without it",
+    **dict.fromkeys(
+        (
+            "eval_frame._FrameAction",
+            "eval_frame._FrameExecStrategy",
+            "marked._torchdynamo_disable",
+            "marked._torchdynamo_disable_msg",
+            "torch._C._dynamo.eval_frame",
+        ),
+        "what torch.compiler.disable does, without importing the compiler, which takes seconds",
+    ),
 }
 """Private names of the standard library and of others that have no public form, and why."""
 

@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -24,6 +24,7 @@ from kvheap.blocks.report import FullReport, LiveBlocks
 from kvheap.device.events import POLL_SECONDS
 from kvheap.errors import ClosedError
 from kvheap.forks import starts_over_after_fork
+from kvheap.kernels.untraced import untraced_class
 
 if TYPE_CHECKING:
     from typing import Self
@@ -53,6 +54,7 @@ def debug_by_environment() -> bool:
     return os.environ.get("KVHEAP_DEBUG", "") not in ("", "0")
 
 
+@untraced_class
 class MemoryAllocatorInterface(ABC):
     """Allocates and frees blocks, one by one or in batches.
 
@@ -67,6 +69,11 @@ class MemoryAllocatorInterface(ABC):
     """
 
     _closed = False
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Keep ``torch.compile`` from tracing any allocator."""
+        super().__init_subclass__(**arguments)
+        untraced_class(cls)
 
     def __init__(self) -> None:
         self._is_released = False

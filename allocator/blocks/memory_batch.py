@@ -34,6 +34,7 @@ from kvheap.device.events import Stream
 from kvheap.device.transfer import Transfer
 from kvheap.errors import ForeignObjectError, LifetimeError
 from kvheap.kernels.arrays import int64_array, require_all
+from kvheap.kernels.untraced import untraced_class
 
 __all__ = ["BlockOwner", "BytesBufferMemoryObj", "MemoryBatch", "MemoryObj"]
 
@@ -53,6 +54,7 @@ class BlockOwner(Protocol):
         ...
 
 
+@untraced_class
 class MemoryBatch(Sequence["MemoryObj"]):
     """N blocks of one block layout, returned by ``batched_allocate``. Do not construct it.
 
@@ -368,6 +370,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         return self.allocator.block_bytes(self, self._address_batch.address(row), size_bytes)
 
 
+@untraced_class
 class MemoryObj(LMCacheNames):
     """One block of KV: where it is, what it holds, and who still needs it.
 
@@ -663,6 +666,7 @@ class MemoryObj(LMCacheNames):
         return f"{type(self).__name__}(address={self.address}, {self._batch.layout}, {state})"
 
 
+@untraced_class
 class BytesBufferMemoryObj(MemoryObj):
     """A block of plain bytes outside any heap; its format is ``BINARY_BUFFER``."""
 

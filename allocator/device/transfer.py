@@ -16,6 +16,7 @@ from kvheap.device.directions import Direction, Path
 from kvheap.device.events import DeviceEvent
 from kvheap.device.host_queue import HostEvent
 from kvheap.errors import TransferError
+from kvheap.kernels.untraced import untraced_class
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ FIRST_POLL_S, LAST_POLL_S = 50e-6, 2e-3
 """Seconds between two polls of an awaited transfer: the first, doubling up to the last."""
 
 
+@untraced_class
 class Part:
     """One part of a transfer. Parts end in order, and each reports only on itself."""
 
@@ -90,6 +92,7 @@ class Part:
         return f"Part({self._index})"
 
 
+@untraced_class
 class Transfer:
     """A copy in progress. Created by ``copy``, ``offload`` and ``restore``.
 

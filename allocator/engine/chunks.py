@@ -50,6 +50,7 @@ from kvheap.kernels.paged_copy import Chunks, run_copy
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
 from kvheap.kernels.token_copy import TokenCopy
+from kvheap.kernels.untraced import untraced
 
 __all__ = [
     "batched_evict",
@@ -63,6 +64,7 @@ __all__ = [
 ]
 
 
+@untraced
 def store(
     cache: PagedKVCache,
     slots: Slots,
@@ -116,6 +118,7 @@ def store(
     del segments
 
 
+@untraced
 def load(
     batch: BlockObjects,
     cache: PagedKVCache,
@@ -162,6 +165,7 @@ def load(
 # -- methods of a heap -----------------------------------------------------------------------------
 
 
+@untraced
 def batched_store(
     heap: Heap,
     cache: PagedKVCache,
@@ -233,6 +237,7 @@ def batched_store(
     return batch
 
 
+@untraced
 def batched_load(
     heap: Heap,
     batch: BlockObjects,
@@ -258,6 +263,7 @@ def batched_load(
     load(batch, cache, slots, layers=layers, heads=heads, convert=convert, clear_rest=clear_rest)
 
 
+@untraced
 def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = None) -> torch.Tensor:
     """Copy the contents of chunks to a tensor, for the next tier, and free the chunks.
 

@@ -105,7 +105,8 @@ class Poison:
     def _begin_change(self) -> None:
         """Repair the order of the extents if an exception has interrupted a change of it."""
         if not self._is_whole:  # a dict is always whole, the sorted list of its keys may be behind
-            self._extents = SortedDict(dict(dict.items(self._extents)))
+            extents: dict[int, tuple[int, Owner]] = self._extents
+            self._extents = SortedDict(dict(dict.items(extents)))
         self._is_whole = False
 
     def _cut(self, start: int, end: int) -> list[tuple[int, int, Owner]]:

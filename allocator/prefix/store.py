@@ -35,6 +35,7 @@ from kvheap.blocks.heap import BlockObjects
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.errors import ClosedError, TransferError
 from kvheap.heaps.block_tensors import require_matching
+from kvheap.kernels.untraced import untraced_class
 from kvheap.prefix.books import Books, Chunk, IndexStats, OpenChunks
 from kvheap.prefix.handles import ChunkHold, StoreInFlight, StoresInFlight
 from kvheap.prefix.index import ChunkState, PrefixIndex
@@ -70,6 +71,7 @@ class StoreStats(IndexStats):
     evicted_bytes: int
 
 
+@untraced_class
 class PrefixStore(Generic[K]):
     """A heap and a ``PrefixIndex``: chunks of one layout under keys, their bytes included.
 

@@ -40,6 +40,7 @@ from kvheap.device.completion import Completion, Success, in_flight
 from kvheap.device.directions import PATHS, Path
 from kvheap.device.transfer import Transfer
 from kvheap.errors import BlockInUseError, DoubleFreeError
+from kvheap.kernels.untraced import untraced
 from kvheap.transfer.plan import CopyPlan
 from kvheap.transfer.runs import DeviceRun, HostRun
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["copy", "offload", "restore"]
 
 
+@untraced
 def copy(
     plan: CopyPlan | tuple[BlockObjects | torch.Tensor, BlockObjects | torch.Tensor],
     stream: torch.cuda.Stream | None = None,
@@ -85,6 +87,7 @@ def copy(
     return _start(plan, stream, path, max_sms)
 
 
+@untraced
 def offload(
     batch: BlockObjects,
     into: MemoryAllocatorInterface,

@@ -61,8 +61,9 @@ class Request:
             weakref.finalize(self, obj.ref_count_down)
 
     def __del__(self) -> None:
-        if self.obj is not None:
-            self.obj.ref_count_down()
+        obj = getattr(self, "obj", None)  # __init__ may have been interrupted
+        if obj is not None:
+            obj.ref_count_down()
 
 
 def is_in_finalizer(frame: FrameType | None) -> bool:
