@@ -11,7 +11,7 @@ All methods are called with the heap's guard held.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from sortedcontainers import SortedDict
@@ -105,7 +105,7 @@ class Poison:
     def _begin_change(self) -> None:
         """Repair the order of the extents if an exception has interrupted a change of it."""
         if not self._is_whole:  # a dict is always whole, the sorted list of its keys may be behind
-            extents: dict[int, tuple[int, Owner]] = self._extents
+            extents: Any = self._extents
             self._extents = SortedDict(dict(dict.items(extents)))
         self._is_whole = False
 
