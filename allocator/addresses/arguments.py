@@ -1,14 +1,15 @@
-"""Checks of arguments that are neither numbers of bytes nor tensors: flags, times, functions."""
+"""Checks of arguments that are neither numbers of bytes nor tensors: flags, numbers, functions."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from kvheap.addresses.integers import as_integer
 
-__all__ = ["as_seconds", "require_count", "require_flags", "require_function"]
+__all__ = ["as_number", "as_seconds", "require_count", "require_flags", "require_function"]
 
 
 def require_flags(**flags: Any) -> None:
@@ -62,3 +63,26 @@ def require_function(name: str, value: Any) -> None:
     """
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function or None, got {value!r}")
+
+
+def as_number(name: str, value: Any, *, positive: bool = False) -> float:
+    """``value`` as a ``float``: finite, and not negative; with ``positive``, not 0 either.
+
+    Raises:
+        TypeError: ``value`` is not a real number.
+        ValueError: ``value`` is not finite, or too small.
+
+    >>> as_number("stream_wait_s", 1)
+    1.0
+    >>> as_number("stream_wait_s", float("nan"))
+    Traceback (most recent call last):
+    ...
+    ValueError: stream_wait_s must be a non-negative finite number, got nan
+    """
+    kind = "positive" if positive else "non-negative"
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a {kind} finite number, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        raise ValueError(f"{name} must be a {kind} finite number, got {value!r}")
+    return number

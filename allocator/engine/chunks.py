@@ -41,7 +41,7 @@ from kvheap.blocks.names import as_format
 from kvheap.blocks.rows import listed
 from kvheap.engine.clearing import clear_rest as clear_slots_behind
 from kvheap.engine.reach import reachable_buffer
-from kvheap.engine.tokens import record_stored, require_stored
+from kvheap.engine.tokens import record_stored, require_stored, tokens_of
 from kvheap.errors import ForeignObjectError
 from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.block_addresses import require_disjoint
@@ -114,7 +114,7 @@ def store(
         require_disjoint("chunks to store to", chunks.addresses, chunks.size_bytes)
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=True)
     run_copy(copy)
-    record_stored(batch, chunks.layout, copy.places, cache.block_size)
+    record_stored(batch, chunks.layout, tokens_of(copy.places, cache), cache.block_size)
     del segments
 
 
@@ -154,7 +154,7 @@ def load(
     chunks = _chunks(heap, batch, cache, convert)
     segments = heap.segments  # as in store
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=False)
-    require_stored(batch, chunks.layout, copy.places, cache.block_size)
+    require_stored(batch, chunks.layout, tokens_of(copy.places, cache), cache.block_size)
     require_flags(clear_rest=clear_rest)
     if clear_rest:
         clear_slots_behind(copy.pairing, copy.places)  # first: its slots may be among those to load

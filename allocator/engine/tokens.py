@@ -8,6 +8,7 @@ reading it would wait for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,18 @@ from kvheap.blocks.heap import BlockObjects
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.stored_tokens import StoredTokens, TokenSet, sets_of
 from kvheap.kernels.chunk_layout import ChunkLayout
+from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_slots import Places
 
-__all__ = ["record_stored", "require_stored"]
+__all__ = ["record_stored", "require_stored", "tokens_of"]
+
+
+def tokens_of(places: Places, cache: PagedKVCache) -> Places:
+    """The places of a copy, with its tokens counted where only whole blocks are copied."""
+    if not cache.layout.whole_blocks:
+        return places
+    return replace(places, num_tokens=places.num_tokens * cache.block_size)
+
 
 Kept = npt.NDArray[np.bool_] | None
 

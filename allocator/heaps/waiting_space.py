@@ -8,7 +8,6 @@ from collections.abc import Callable
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.address_manager import AddressManager
 from kvheap.addresses.integers import as_integer
-from kvheap.arguments import as_number
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_batch import BlockOwner, MemoryBatch
@@ -29,9 +28,6 @@ class WaitingSpace:
         lifetime: knows which freed bytes streams still use, and who owns the others.
         reporter: counts and reports allocations that do not fit.
         stream_wait_s: seconds that an allocation that does not fit waits for freed bytes.
-
-    Raises:
-        ValueError, TypeError: ``stream_wait_s`` is not a finite number, or negative.
     """
 
     def __init__(
@@ -46,7 +42,7 @@ class WaitingSpace:
         self._freed = freed
         self._lifetime = lifetime
         self._reporter = reporter
-        self._stream_wait_s = as_number("stream_wait_s", stream_wait_s)
+        self._stream_wait_s = stream_wait_s
 
     def allocate(
         self,

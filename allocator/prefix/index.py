@@ -27,7 +27,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 
-from kvheap.arguments import as_whole
+from kvheap.addresses.arguments import require_count
 from kvheap.errors import LifetimeError
 from kvheap.kernels.untraced import untraced_class
 from kvheap.prefix.books import Books, Chunk, IndexStats, OpenChunks
@@ -281,7 +281,7 @@ class PrefixIndex(Generic[K, V]):
             TypeError: ``num_bytes`` is not an integer.
             BusyError: another call is in progress; nothing is evicted.
         """
-        num_bytes = as_whole("num_bytes", num_bytes)
+        num_bytes = require_count("num_bytes", num_bytes)
         books = self._books
         ended: list[tuple[K, V]] | None = None
         try:
@@ -573,11 +573,11 @@ def _sizes(keys: Sequence[object], size_bytes: int | Sequence[int]) -> list[int]
     """The bytes of each key's chunk."""
     if not isinstance(size_bytes, Sized):
         of_key = f" of {keys[0]!r}" if keys else ""
-        return [as_whole(f"size_bytes{of_key}", size_bytes, 1)] * len(keys)
+        return [require_count(f"size_bytes{of_key}", size_bytes, 1)] * len(keys)
     if len(size_bytes) != len(keys):
         raise ValueError(f"{len(keys)} keys need as many sizes, got {len(size_bytes)}")
     return [
-        size if type(size) is int and size > 0 else as_whole(f"size_bytes of {key!r}", size, 1)
+        size if type(size) is int and size > 0 else require_count(f"size_bytes of {key!r}", size, 1)
         for key, size in zip(keys, size_bytes, strict=True)
     ]
 

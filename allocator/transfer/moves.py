@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvheap.addresses.arguments import require_count
+from kvheap.addresses.arguments import require_count, require_flags
 from kvheap.blocks.carried_tokens import carry_tokens
 from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.lifetime import Lifetime
@@ -132,6 +132,9 @@ def offload(
         TransferError: the copy failed to start, or the transfer that fills the source's blocks has
             failed; nothing is allocated or freed.
     """
+    require_flags(free=free, allow_partial=allow_partial, by_layer=by_layer)
+    if not callable(getattr(into, "batched_allocate", None)):
+        raise TypeError(f"into must be an allocator, got {into!r}")
     heap = heap_of(batch)
     layout, _ = layout_and_addresses(batch)
     shapes, dtypes = list(layout.shapes), list(layout.dtypes)
@@ -267,6 +270,8 @@ def _start(
         is_captured=run.is_captured,
         settle=None if move is None else move.settle,
     )
+    for rows in plan.target.blocks:
+        rows.batch.stored_tokens.forget(rows.rows)
     try:
         plan.protect(completion)
         if isinstance(run, DeviceRun) and run.is_captured:

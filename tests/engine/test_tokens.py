@@ -341,3 +341,15 @@ def test_counts_are_kept_without_work_for_each_chunk(fmt: MemoryFormat) -> None:
     store(cache, range(89), batch)
     assert batch.stored_tokens.first == 89
     assert batch.stored_tokens.num_rows_apart == 0
+
+
+def test_a_cache_of_whole_blocks_counts_tokens_too() -> None:
+    """Its copies count blocks, its chunks have tokens."""
+    heap = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8), on_full=None)
+    cache = PagedKVCache.of("vllm-cpu", [torch.rand(8, 2, 4, 16)])
+    batch = heap.batched_store(cache, BlockIds([3, 1, 6]), 8)
+    assert batch is not None
+    assert (len(batch), batch.num_tokens) == (2, 12)
+    heap.batched_load(batch, cache, BlockIds([0, 2, 4]))
+    with pytest.raises(ValueError, match="token 12 of the 16 to load was never stored"):
+        heap.batched_load(batch, cache, BlockIds([0, 2, 4, 5]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvheap.arguments import as_number
+from kvheap.addresses.arguments import as_number
 from kvheap.prefix.policies.base import CachedChunk, EvictionPolicy, total_bytes
 from kvheap.prefix.policies.buckets import PriorityBuckets
 from kvheap.prefix.policies.ghosts import GhostList

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvheap.arguments import as_whole
+from kvheap.addresses.arguments import require_count
 from kvheap.prefix.policies.base import CachedChunk, EvictionPolicy
 from kvheap.prefix.policies.ghosts import GhostList
 from kvheap.prefix.policies.lists import ChunkLists
@@ -48,7 +48,7 @@ class S3FIFO(EvictionPolicy):
     name = "s3fifo"
 
     def __init__(self, min_uses: int = 1) -> None:
-        min_uses = as_whole("min_uses", min_uses)
+        min_uses = require_count("min_uses", min_uses)
         if not 1 <= min_uses <= MAX_USES:
             raise ValueError(f"min_uses must be between 1 and {MAX_USES}, got {min_uses}")
         self._min_uses = min_uses
