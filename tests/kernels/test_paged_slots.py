@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from kernel_paths import PATHS, on_a_gpu, running
-from unseen_slots import copy_unseen
 
 import kvheap
 from kvheap import BlockIds, PagedKVCache, TensorMemoryAllocator
+from kvheap.kernels import paged_copy
 from kvheap.kernels.chunk_layout import ChunkLayout
-from kvheap.kernels.token_copy import Chunks
+from kvheap.kernels.token_copy import Chunks, TokenCopy
 
 BY_KERNELS = pytest.mark.parametrize("path", PATHS[1:])
 BLOCKS, BLOCK_SIZE = 6, 4
@@ -40,6 +42,14 @@ def tokens_of(chunks, dtype):
     starts = (chunks.addresses - chunks.buffer.data_ptr()).tolist()
     parts = [chunks.buffer[start : start + size].view(dtype).view(CHUNK) for start in starts]
     return torch.cat(parts, dim=2)
+
+
+def copy_unseen(cache, values, chunks, num_tokens, are_blocks, to_heap=True):
+    """A copy whose slots are not checked on the host, as where they are on a device."""
+    slots = BlockIds([0] * len(values), num_tokens) if are_blocks else [0] * num_tokens
+    copy = TokenCopy.of(cache, slots, chunks, None, None, eager=False, to_heap=to_heap)
+    unseen = values.to(cache.device)
+    paged_copy._run(replace(copy, places=replace(copy.places, values=unseen)))
 
 
 def make_unseen(device, dtype=torch.float32):

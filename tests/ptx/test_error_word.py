@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,12 @@ from paged_reference import Engine, Sizes
 from paged_worlds import BOTH_WAYS, FLASH, World, cache_of, slots_of_blocks
 from ptx_machine.jit import running_ptx
 from ptx_machine.memory import GlobalMemory
-from unseen_slots import copy_unseen
 
 import kvheap
-from kvheap import MemoryFormat, PagedKVCache, TensorMemoryAllocator
+from kvheap import BlockIds, MemoryFormat, PagedKVCache, TensorMemoryAllocator
+from kvheap.kernels import paged_convert, paged_copy
 from kvheap.kernels.chunk_layout import ChunkLayout
-from kvheap.kernels.token_copy import Chunks
+from kvheap.kernels.token_copy import Chunks, TokenCopy
 
 pytestmark = needs_compiler
 
@@ -29,6 +31,19 @@ def chunks_of(world: World) -> Chunks:
     layout = ChunkLayout.of("PLTD", batch.shape, batch.dtype.itemsize)
     addresses = heap.buffer.data_ptr() + np.asarray(batch.addresses)
     return Chunks(heap.buffer, addresses, layout.size_bytes, 16, layout)
+
+
+def copy_unseen(
+    cache: PagedKVCache, places: torch.Tensor, chunks: Chunks, are_blocks: bool, is_store: bool
+) -> None:
+    """A copy whose slots or block ids nobody checks on the host, as where a device has them."""
+    slots = BlockIds(range(len(places)), NUM_TOKENS) if are_blocks else range(NUM_TOKENS)
+    copy = TokenCopy.of(cache, slots, chunks, None, None, eager=False, to_heap=is_store)
+    copy = replace(copy, places=replace(copy.places, values=places))
+    if chunks.scale_offset is None:
+        paged_copy._launch_copy(copy)
+    else:
+        paged_convert.launch_conversion(copy)
 
 
 def require_named(cache: PagedKVCache, token: int, place: int) -> None:
@@ -51,9 +66,7 @@ def test_slots_out_of_range(dtype: torch.dtype, is_store: bool, capability: int)
     slots[list(bad)] = list(bad.values())
     memory = GlobalMemory(world.parts(), [*world.parts(), cache.error_word()])
     with running_ptx(capability, memory) as gpu:
-        copy_unseen(
-            cache, torch.tensor(slots, dtype=dtype), chunks_of(world), NUM_TOKENS, False, is_store
-        )
+        copy_unseen(cache, torch.tensor(slots, dtype=dtype), chunks_of(world), False, is_store)
     assert world.differences(expected) == []
     assert gpu.launches[0].num_blocks > 4
     assert any(name.startswith("atom.global") for name in gpu.executed)
@@ -73,7 +86,7 @@ def test_blocks_out_of_range(is_store: bool, capability: int) -> None:
     ids[list(bad)] = list(bad.values())
     memory = GlobalMemory(world.parts(), [*world.parts(), cache.error_word()])
     with running_ptx(capability, memory):
-        copy_unseen(cache, torch.tensor(ids), chunks_of(world), NUM_TOKENS, True, is_store)
+        copy_unseen(cache, torch.tensor(ids), chunks_of(world), True, is_store)
     assert world.differences(expected) == []
     require_named(cache, 20 * BLOCK_SIZE, -(1 << 31))
 
@@ -109,7 +122,7 @@ def test_slots_of_conversions(is_store: bool, capability: int) -> None:
     slots[list(bad)] = list(bad.values())
     memory = GlobalMemory(parts, [*parts, cache.error_word()])
     with running_ptx(capability, memory):
-        copy_unseen(cache, torch.tensor(slots), chunks, NUM_TOKENS, False, is_store)
+        copy_unseen(cache, torch.tensor(slots), chunks, False, is_store)
     assert not all(map(torch.equal, expected, before))
     assert all(map(torch.equal, parts, expected))
     require_named(cache, 71, cache.num_slots)

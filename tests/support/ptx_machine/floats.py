@@ -31,6 +31,22 @@ def floats_of(value: Bits) -> Floats:
     return value.astype(np.uint32).view(np.float32)
 
 
+def _from_f16(value: Bits) -> Floats:
+    return value.astype(np.uint16).view(np.float16).astype(np.float32)
+
+
+def _from_bf16(value: Bits) -> Floats:
+    return floats_of(value << np.uint64(16))
+
+
+NUMBERS: dict[str, Callable[[Bits], Floats]] = {
+    "f32": floats_of,
+    "f16": _from_f16,
+    "bf16": _from_bf16,
+}
+"""The numbers that bits stand for, by type."""
+
+
 def bits_of(value: Floats) -> Bits:
     """The bits of float32 numbers, with one pattern for all that are not numbers."""
     bits = np.ascontiguousarray(value, np.float32).view(np.uint32).astype(np.uint64)
@@ -43,6 +59,8 @@ def bits_of(value: Floats) -> Bits:
 def arithmetic(instruction: Instruction, division_ulps: int) -> tuple[tuple[int, ...], Compute]:
     """Widths of the sources of an instruction on floats, and what it computes of their bits."""
     name, kind = instruction.opcode, instruction.type
+    if name in ("abs", "neg") and kind in SIGNS:
+        return _sign_change(instruction)
     if kind == "f32x2" and name in ("add", "mul", "fma"):
         _, compute = arithmetic_of_f32(instruction, division_ulps)
         return (64,) * (3 if name == "fma" else 2), lambda *both: _by_halves(compute, *both)
@@ -64,12 +82,31 @@ def arithmetic_of_f32(
         instruction.require_only("rn")
         return (32, 32, 32), _fused
     instruction.require_only("rn")
-    if name in ("abs", "neg"):
-        sign = np.uint64(1 << 31)
-        return (32,), (lambda a: a & ~sign) if name == "abs" else (lambda a: a ^ sign)
     if name not in BINARY:
         raise instruction.unknown()
+    count = len(instruction.operands) - 1
+    if count == 3 and name in ("max", "min"):
+        return (32, 32, 32), _on_floats(lambda a, b, c: BINARY[name](BINARY[name](a, b), c))
     return (32, 32), _on_floats(BINARY[name])
+
+
+SIGNS = {
+    "f32": 0x80000000,
+    "f16": 0x8000,
+    "bf16": 0x8000,
+    "f16x2": 0x80008000,
+    "bf16x2": 0x80008000,
+}
+"""The bits of the sign, by type."""
+
+
+def _sign_change(instruction: Instruction) -> tuple[tuple[int, ...], Compute]:
+    """``abs`` and ``neg``."""
+    instruction.require_only()
+    sign = np.uint64(SIGNS[instruction.type])
+    if instruction.opcode == "abs":
+        return (instruction.bits,), lambda a: a & ~sign
+    return (instruction.bits,), lambda a: a ^ sign
 
 
 def _on_floats(compute: Callable[..., Floats]) -> Compute:
@@ -150,11 +187,12 @@ def comparison(
 ) -> Callable[[Bits, Bits], npt.NDArray[np.bool_]]:
     """``setp``; a comparison with what is not a number is false, or true if its name ends in u."""
     base = name.removesuffix("u")
-    if instruction.type != "f32" or base not in COMPARISONS:
+    if instruction.type not in NUMBERS or base not in COMPARISONS:
         raise instruction.unknown()
+    numbers = NUMBERS[instruction.type]
 
     def compare(a: Bits, b: Bits) -> npt.NDArray[np.bool_]:
-        x, y = floats_of(a), floats_of(b)
+        x, y = numbers(a), numbers(b)
         is_none = np.isnan(x) | np.isnan(y)
         return (is_none & (base != name)) | (COMPARISONS[base](x, y) & ~is_none)
 
@@ -180,10 +218,6 @@ def conversion(instruction: Instruction) -> tuple[tuple[int, ...], Compute]:
     if found is None:
         raise instruction.unknown()
     return found
-
-
-def _from_f16(value: Bits) -> Floats:
-    return value.astype(np.uint16).view(np.float16).astype(np.float32)
 
 
 def _to_f16(value: Floats) -> Bits:
@@ -245,7 +279,7 @@ def _of_float(encode: Callable[[Floats], Bits]) -> Compute:
 
 CONVERSIONS: dict[str, tuple[tuple[int, ...], Compute]] = {
     "f32.f16": ((16,), lambda value: bits_of(_from_f16(value))),
-    "f32.bf16": ((16,), lambda value: bits_of(floats_of(value << np.uint64(16)))),
+    "f32.bf16": ((16,), lambda value: bits_of(_from_bf16(value))),
     "rn.f16.f32": ((32,), _of_float(_to_f16)),
     "rn.bf16.f32": ((32,), _of_float(_to_bf16)),
     "rn.f16x2.f32": ((32, 32), _pair(_to_f16, 16)),

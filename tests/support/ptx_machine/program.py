@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 WIDTHS = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
-WIDTHS |= {"f16": 16, "bf16": 16, "f32": 32, "f32x2": 64, "pred": 1}
+WIDTHS |= {"f16": 16, "bf16": 16, "f16x2": 32, "bf16x2": 32, "f32": 32, "f32x2": 64, "pred": 1}
 """Bits of each type."""
 
 

@@ -134,6 +134,36 @@ def _load(instruction: Instruction) -> Step:
     return step
 
 
+def _matrix_load(instruction: Instruction) -> Step:
+    """``ldmatrix``: matrices of 8 rows of 16 bytes, whose addresses 8 threads of a warp hold each.
+
+    Thread ``4 * i + j`` gets the ``j``-th 4 bytes of row ``i`` of every matrix.
+    """
+    target, address = instruction.operands
+    *kind, number, space, element = instruction.modifiers
+    counts = {"x1": 1, "x2": 2, "x4": 4}
+    known = (kind, space, element) == (["sync", "aligned", "m8n8"], "shared", "b16")
+    if not known or number not in counts or not isinstance(target, Vector):
+        raise instruction.unknown()
+    targets, count = _registers(instruction, target), counts[number]
+    if len(targets) != count or not isinstance(address, Address):
+        raise instruction.unknown()
+
+    def step(threads: Threads, lanes: Lanes) -> None:
+        _require_warps(threads, lanes, instruction)
+        has_row = lanes % WARP < 8 * count
+        holders = lanes[has_row]
+        addresses = threads.addresses(address, lanes)[has_row]
+        block, thread = threads.block[holders], threads.thread[holders]
+        rows = threads.shared.load(block, thread, addresses, 4, 4, instruction)
+        # [warps, matrices, rows, columns] to a value of each thread for each matrix.
+        values = np.stack(rows, axis=1).reshape(-1, count, WARP)
+        for at, register in enumerate(targets):
+            threads.put(register, values[:, at].reshape(-1), lanes)
+
+    return step
+
+
 def _store(instruction: Instruction) -> Step:
     space, count = _access(instruction)
     address, source = instruction.operands[:2]
@@ -298,6 +328,7 @@ STEPS: dict[str, Callable[[Instruction], Step]] = {
     "mov": _move,
     "createpolicy": _policy,
     "ld": _load,
+    "ldmatrix": _matrix_load,
     "st": _store,
     "atom": _atomic,
     "bar": _barrier,

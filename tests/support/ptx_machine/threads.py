@@ -48,6 +48,7 @@ class Threads:
         self._shared_offsets = program.shared
         self._registers: dict[str, npt.NDArray[Any]] = {}
         self._constants: dict[int, Bits] = {}
+        self._garbage = np.random.default_rng(0)
         self._places = {
             "%tid.x": self.thread.astype(np.uint64),
             "%ctaid.x": np.repeat(np.array(blocks, np.uint64), num_threads),
@@ -64,9 +65,7 @@ class Threads:
     def fetch(self, operand: Operand, bits: int, lanes: Lanes) -> npt.NDArray[Any]:
         """The low bits of an operand in each thread; bools for 1 bit. Not to be changed."""
         if isinstance(operand, Register):
-            values = self._registers.get(operand.name)
-            if values is None:
-                raise KernelError(f"{operand.name} is read before it is written")
+            values = self._register(operand)
             found = values if len(lanes) == self.size else values[lanes]
             if operand.is_negated:
                 return ~found
@@ -85,11 +84,10 @@ class Threads:
             return
         if 1 < register.bits < 64:
             values = values & np.uint64((1 << register.bits) - 1)
-        found = self._registers.get(register.name)
-        if found is None:
-            kind = np.bool_ if register.bits == 1 else np.uint64
-            found = self._registers[register.name] = np.zeros(self.size, kind)
-        found[slice(None) if len(lanes) == self.size else lanes] = values
+        if len(lanes) == self.size:
+            self._registers[register.name] = np.array(values)
+        else:
+            self._register(register)[lanes] = values
 
     def addresses(self, address: Address, lanes: Lanes) -> Bits:
         """Where an access goes in each thread."""
@@ -102,6 +100,18 @@ class Threads:
         if address.offset:
             raise KernelError(f"parameters have no parts, such as that at {address}")
         return self._constant(self._arguments[address.base.name] & ((1 << bits) - 1))[: len(lanes)]
+
+    def _register(self, register: Register) -> npt.NDArray[Any]:
+        """All values of a register; garbage at first, on which no result may depend.
+
+        Compilers do read such registers, where nothing comes of it.
+        """
+        found = self._registers.get(register.name)
+        if found is None:
+            found = self._garbage.integers(0, 1 << register.bits, self.size, np.uint64)
+            found = found.astype(np.bool_) if register.bits == 1 else found
+            self._registers[register.name] = found
+        return found
 
     def _constant(self, value: int) -> Bits:
         found = self._constants.get(value)
