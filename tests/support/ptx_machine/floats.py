@@ -249,8 +249,8 @@ E4M3_NUMBERS = decode_e4m3(np.arange(127, dtype=np.uint64)).astype(np.float64)
 
 def encode_e4m3(value: Floats) -> Bits:
     """The e4m3 codes of the nearest numbers, of the even one of two; 448 if none is as large."""
-    size = np.minimum(np.abs(value.astype(np.float64)), LARGEST_E4M3)
-    size = np.where(np.isnan(value), 0.0, size)
+    size = np.where(np.isnan(value), 0, np.abs(value)).astype(np.float64)
+    size = np.minimum(size, LARGEST_E4M3)
     above = np.searchsorted(E4M3_NUMBERS, size).clip(1, 126)
     to_above, to_below = E4M3_NUMBERS[above] - size, size - E4M3_NUMBERS[above - 1]
     is_above = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))

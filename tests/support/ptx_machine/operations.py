@@ -120,9 +120,10 @@ def _quotient(a: Any, b: Any) -> Any:
     """Rounded towards zero."""
     if (b == 0).any():
         raise KernelError("an integer is divided by zero")
-    if a.dtype == np.uint64:
-        return a // b
-    return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
+    with np.errstate(over="ignore"):
+        below = a // b
+        rest = a - below * b
+        return np.where((rest != 0) & ((a < 0) != (b < 0)), below + a.dtype.type(1), below)
 
 
 def _remainder(a: Any, b: Any) -> Any:

@@ -250,7 +250,7 @@ class _BodyReader:
             tuple(self._operand(operand.strip()) for operand in operands),
             guard if isinstance(guard, Register) else None,
             text,
-            f"line {self._line} of the PTX, {self._source_line}",
+            ", ".join(filter(None, (f"line {self._line} of the PTX", self._source_line))),
         )
 
     def _operand(self, text: str) -> Operand:
