@@ -229,7 +229,7 @@ def test_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_access_may_not_end_outside() -> None:
     body = "add.s64 %rd6, %rd2, 496; st.global.v2.b64 [%rd6], {%rd1, %rd1};"
     run_snippet(body, num_threads=64)
-    with pytest.raises(KernelError, match="16 bytes at .* may not be written"):
+    with pytest.raises(KernelError, match=r"16 bytes at .* may not be written"):
         run_snippet(body, num_threads=64, writable=slice(63))
 
 

@@ -152,7 +152,7 @@ def _quotient(a: Bits, b: Bits, ulps: int) -> Bits:
         # Away from what is neither a normal number nor finite, where an ulp is not one of the bits.
         size = np.abs(quotient)
         is_normal = (size > 2.0**-120) & (size < 2.0**120)
-        bits = np.where(is_normal, bits + np.uint64(ulps), bits)
+        bits = np.where(is_normal, bits + np.int64(ulps).view(np.uint64), bits)
     return bits
 
 
