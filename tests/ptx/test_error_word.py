@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -53,11 +54,10 @@ def require_named(cache: PagedKVCache, token: int, place: int) -> None:
     cache.synchronize()
 
 
-@ON_ALL_CAPABILITIES
-@BOTH_WAYS
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_slots_out_of_range(dtype: torch.dtype, is_store: bool, capability: int) -> None:
-    """They are spread over several programs, whose reports meet in one word."""
+def check_slots(
+    dtype: torch.dtype, is_store: bool, capability: int, rewrite: Callable[[str], str] = str
+) -> None:
+    """Copy tokens of which some are out of range, spread over several programs."""
     world = World(Engine(FLASH, ENGINE), MemoryFormat.KV_2LTD, NUM_TOKENS, 32)
     cache = cache_of(world.engine)
     slots = np.random.default_rng(1).permutation(cache.num_slots)[:NUM_TOKENS]
@@ -65,12 +65,24 @@ def test_slots_out_of_range(dtype: torch.dtype, is_store: bool, capability: int)
     expected = world.expected([-1 if t in bad else int(s) for t, s in enumerate(slots)], is_store)
     slots[list(bad)] = list(bad.values())
     memory = GlobalMemory(world.parts(), [*world.parts(), cache.error_word()])
-    with running_ptx(capability, memory) as gpu:
+    with running_ptx(capability, memory, rewrite=rewrite) as gpu:
         copy_unseen(cache, torch.tensor(slots, dtype=dtype), chunks_of(world), False, is_store)
     assert world.differences(expected) == []
     assert gpu.launches[0].num_blocks > 4
     assert any(name.startswith("atom.global") for name in gpu.executed)
     require_named(cache, 71, cache.num_slots)
+
+
+@ON_ALL_CAPABILITIES
+@BOTH_WAYS
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_slots_out_of_range(dtype: torch.dtype, is_store: bool, capability: int) -> None:
+    check_slots(dtype, is_store, capability)
+
+
+def test_a_report_that_is_lost_would_be_seen() -> None:
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check_slots(torch.int64, True, 90, lambda ptx: ptx.replace("acq_rel.min", "acq_rel.max"))
 
 
 @ON_ALL_CAPABILITIES

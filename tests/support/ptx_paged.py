@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from paged_reference import pairs
@@ -17,12 +17,13 @@ def check_compiled_copy(
     is_store: bool,
     capability: int,
     given_as: Any = None,
+    rewrite: Callable[[str], str] = str,
     **kept: Any,
 ) -> Gpu:
     """Copy the tokens at ``slots``, and compare every byte of the world with the reference."""
     rows = list(pairs(world.engine, world.batch, slots, **kept))
     ours, theirs = [heap_row for _, heap_row in rows], [engine_row for engine_row, _ in rows]
     memory = GlobalMemory(theirs, ours) if is_store else GlobalMemory(ours, theirs)
-    with running_ptx(capability, memory) as gpu:
+    with running_ptx(capability, memory, rewrite=rewrite) as gpu:
         check_copy(world, slots, is_store, given_as, **kept)
     return gpu

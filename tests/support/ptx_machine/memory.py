@@ -239,10 +239,12 @@ class _Accesses:
         in_warp = (lowest // WARP == thread // WARP) & (highest // WARP == thread // WARP)
         ordered = (highest < 0) | by_itself | (in_warp & (self._barriers[cells] < barriers))
         if not ordered.all():
-            at = np.argwhere(~ordered)[0]
+            row, column = np.argwhere(~ordered)[0]
+            this, others = thread[row, 0], (lowest[row, column], highest[row, column])
+            other = others[1] if others[0] == this else others[0]
             raise KernelError(
-                f"threads {int(lowest[tuple(at)])} and {int(thread[at[0], 0])} access a byte of "
-                f"shared memory without a barrier between them: {what}"
+                f"threads {other} and {this} access a byte of shared memory without a barrier "
+                f"between them: {what}"
             )
 
 
