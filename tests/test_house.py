@@ -22,6 +22,12 @@ ALLOWED = {
 BOUND_BY_LMCACHE = {"numpy", "setuptools"}
 """Packages of which LMCache 0.5.6 needs an older version than the other checks use."""
 
+OTHER_VERSIONS = {
+    "constraints-lmcache.txt": BOUND_BY_LMCACHE,
+    "constraints-triton-3.6.txt": {"triton"},
+}
+"""By file, the packages that have another version there than in constraints.txt."""
+
 
 @pytest.fixture(scope="module")
 def sources() -> Sources:
@@ -63,10 +69,11 @@ class TestKvheap:
         for folder in ("allocator", "kernels"):
             assert not set((ROOT / folder).rglob("*.py")) - paths
 
-    def test_the_checks_use_one_version_of_each_package(self) -> None:
-        one, other = versions("constraints.txt"), versions("constraints-lmcache.txt")
-        differing = {name for name in one.keys() & other if one[name] != other[name]}
-        assert differing == BOUND_BY_LMCACHE
+    @pytest.mark.parametrize("name", OTHER_VERSIONS)
+    def test_the_checks_use_one_version_of_each_package(self, name: str) -> None:
+        one, other = versions("constraints.txt"), versions(name)
+        differing = {package for package in one.keys() & other if one[package] != other[package]}
+        assert differing == OTHER_VERSIONS[name]
 
 
 BASE = """
