@@ -12,6 +12,7 @@ from sparse import sparse_memory
 
 from kvheap import BlockIds, PagedKVCache, TensorMemoryAllocator
 from kvheap.kernels import fill_blocks, scatter_blocks
+from kvheap.kernels.paged_slots import Slots
 from kvheap.kernels.pieces import Pieces
 from kvheap.kernels.pointer_copy import copy_pieces
 
@@ -44,7 +45,7 @@ def serve(cache: PagedKVCache, heap: TensorMemoryAllocator, seed: int) -> None:
         blocks = random.permutation(cache.num_blocks)[: -(-num_tokens // cache.block_size)]
         if number % 3 == 0:  # in a fresh cache
             blocks = np.arange(len(blocks)) + int(random.integers(cache.num_blocks - len(blocks)))
-        places: object = BlockIds(blocks, num_tokens)
+        places: Slots = BlockIds(blocks, num_tokens)
         if number % 2:
             offsets = np.arange(num_tokens)
             places = blocks[offsets // cache.block_size] * cache.block_size

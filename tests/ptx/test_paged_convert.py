@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compiled import ON_ALL_CAPABILITIES, needs_compiler
-from converted_worlds import ConvertedWorld
+from converted_worlds import ConvertedWorld, codes_and_scales
 from ptx_machine.jit import running_ptx
 from ptx_machine.memory import GlobalMemory
 from sparse import sparse_memory
@@ -65,7 +65,8 @@ def test_every_number_of_fp16_is_rounded_as_torch_does(capability: int) -> None:
         for slot, row in zip(slots, values.view(512, 128), strict=True):
             world.token(0, plane, slot, 0).copy_(row)
     world.check(slots, True, capability)
-    assert float(world.batch[0].get_tensor(1)[0, 0, 0]) == 1.0
+    _, scales = codes_and_scales(world.batch[0])
+    assert float(scales[0, 0, 0]) == 1.0
 
 
 @ON_ALL_CAPABILITIES
@@ -73,10 +74,9 @@ def test_every_number_of_fp16_is_rounded_as_torch_does(capability: int) -> None:
 def test_every_code_comes_back_with_its_sign(dtype: torch.dtype, capability: int) -> None:
     """Also -0.0."""
     world = ConvertedWorld(dtype, 8, 8, num_heads=1, head_dim=32, num_layers=1)
-    chunk = world.batch[0]
-    every = torch.arange(256, dtype=torch.uint8).view(1, 8, 32)
-    chunk.get_tensor(0).view(torch.uint8).copy_(every.expand(2, 1, 8, 32))
-    chunk.get_tensor(1).copy_(torch.tensor([1.0, 0.37]).view(2, 1, 1))
+    codes, scales = codes_and_scales(world.batch[0])
+    codes.copy_(torch.arange(256, dtype=torch.uint8).view(1, 8, 32).expand(2, 1, 8, 32))
+    scales.copy_(torch.tensor([1.0, 0.37]).view(2, 1, 1))
     world.check(world.slots(), False, capability)
     zero = world.token(0, 0, world.slots()[4], 0)[0]
     assert zero == 0
@@ -127,11 +127,10 @@ def test_offsets_beyond_two_to_the_32(capability: int) -> None:
     for token in tokens:
         token.copy_(torch.randn(2, 32))
     rows = [row for token in tokens for row in token]
-    codes = [chunk.get_tensor(0).view(torch.uint8)[:, 0] for chunk in batch]
+    codes, scales = zip(*map(codes_and_scales, batch), strict=True)
     places = [
-        place for chunk, count in zip(codes, (4, 2), strict=True) for place in chunk[:, :count]
+        place for chunk, count in zip(codes, (4, 2), strict=True) for place in chunk[:, 0, :count]
     ]
-    scales = [chunk.get_tensor(1).view(-1) for chunk in batch]
     saved = torch.stack(tokens)
     with running_ptx(capability, GlobalMemory(rows, [*places, *scales])):
         kvheap.store(cache, slots, batch, convert=True)
@@ -139,6 +138,6 @@ def test_offsets_beyond_two_to_the_32(capability: int) -> None:
         token.zero_()
     with running_ptx(capability, GlobalMemory([*places, *scales], rows)):
         kvheap.load(batch, cache, slots, convert=True)
-    largest = max(float(scale) for scale in torch.cat(scales))
+    largest = float(torch.stack(scales).max())
     found = torch.stack(tokens)
     assert ((found - saved).abs() <= bound(saved.float(), largest, torch.float16)).all()

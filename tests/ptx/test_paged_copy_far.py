@@ -95,7 +95,7 @@ def test_tokens_and_pages_of_a_large_chunk(fmt: MemoryFormat, capability: int) -
     """One of 4,096 layers is copied: tokens are 4 MiB apart, or pages of two tokens 16 MiB."""
     num_layers, num_tokens, dim = 4096, 8192, 1024
     tensor = torch.zeros(2, 1, num_tokens, 1, dim, dtype=torch.uint8)
-    shape = (2, num_tokens, num_layers, dim)
+    shape: tuple[int, ...] = (2, num_tokens, num_layers, dim)
     if fmt is F.KV_PL2TD:
         shape = (num_tokens // 2, num_layers, 2, 2, dim)
     size = torch.Size(shape).numel()

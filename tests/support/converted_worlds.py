@@ -11,9 +11,17 @@ from ptx_machine.jit import Gpu, running_ptx
 from ptx_machine.memory import GlobalMemory
 
 import kvheap
-from kvheap import MemoryBatch, PagedKVCache, TensorMemoryAllocator
+from kvheap import MemoryBatch, MemoryObj, PagedKVCache, TensorMemoryAllocator
 
 E4M3 = torch.float8_e4m3fn
+
+
+def codes_and_scales(chunk: MemoryObj) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes ``[planes, layers, tokens, D]`` and float32 ``[planes, layers, heads]`` of a chunk."""
+    codes, scales = chunk.get_tensor(0), chunk.get_tensor(1)
+    assert codes is not None
+    assert scales is not None
+    return codes.view(torch.uint8), scales
 
 
 class ConvertedWorld:
@@ -49,7 +57,7 @@ class ConvertedWorld:
 
     def slots(self) -> list[int]:
         order = np.random.default_rng(2).permutation(self.num_blocks * self.block_size)
-        return order[: self.num_tokens].tolist()
+        return [int(slot) for slot in order[: self.num_tokens]]
 
     def token(self, layer: int, plane: int, slot: int, head: int) -> torch.Tensor:
         """A row of the cache, ``[head_dim]``, a view."""
@@ -59,10 +67,8 @@ class ConvertedWorld:
     def groups(self, slots: list[int]) -> Iterator[tuple[list[Any], list[Any], Any]]:
         """What shares a scale: rows of the cache, rows of codes, and the scale, ``[1]``; views."""
         for number, chunk in enumerate(self.batch):
-            whole, scales = chunk.get_tensor(0), chunk.get_tensor(1)
-            assert whole is not None
-            assert scales is not None
-            codes = whole.view(torch.uint8).unflatten(-1, (self.num_heads, self.head_dim))
+            whole, scales = codes_and_scales(chunk)
+            codes = whole.view(*whole.shape[:-1], self.num_heads, self.head_dim)
             first = number * self.chunk_tokens
             kept = [
                 (at, slot)
