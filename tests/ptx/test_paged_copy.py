@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import CAPABILITIES, ON_ALL_CAPABILITIES, needs_compiler
-from paged_reference import Engine, Sizes, Strides
+from paged_reference import SPECS, Engine, Sizes, Strides
 from paged_worlds import (
     BOTH_WAYS,
     FLASH,
@@ -21,9 +21,12 @@ from paged_worlds import (
     random_slots,
     slots_of_blocks,
 )
+from ptx_machine.jit import running_ptx
+from ptx_machine.memory import GlobalMemory
 from ptx_paged import check_compiled_copy
 
-from kvheap import BlockIds, MemoryFormat
+import kvheap
+from kvheap import BlockIds, MemoryFormat, PagedKVCache, TensorMemoryAllocator
 from kvheap.kernels import LAYOUTS
 from kvheap.kernels.paged_copy import MANY_TILES
 
@@ -34,13 +37,39 @@ F = MemoryFormat
 
 @ON_ALL_CAPABILITIES
 @BOTH_WAYS
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SPECS)
 def test_every_layout(layout: str, is_store: bool, capability: int) -> None:
-    strides = [Strides(), PADDED][(list(LAYOUTS).index(layout) + is_store) % 2]
+    strides = [Strides(), PADDED][(list(SPECS).index(layout) + is_store) % 2]
     engine = Engine(layout, SMALL, strides)
     num_tokens = 5 if layout == "opaque" else 11
     world = World(engine, format_of(layout), num_tokens, chunk_tokens=4)
     check_compiled_copy(world, random_slots(engine, num_tokens), is_store, capability)
+
+
+@ON_ALL_CAPABILITIES
+@pytest.mark.parametrize("layout", [FUSED, *sorted(LAYOUTS.keys() - SPECS.keys())])
+def test_layouts_of_which_the_reference_knows_no_rows(layout: str, capability: int) -> None:
+    """Beside the same copies on the CPU."""
+    sizes = {"L": 2, "B": 6, "H": 6, "N": 4}
+    shape = [sizes.get(dim, 18) for dim in LAYOUTS[layout].dims]
+    tensor, blocks = torch.randint(0, 256, shape, dtype=torch.uint8), BlockIds([4, 0, 5, 2, 1])
+    cache = PagedKVCache.of(layout, tensor)
+    heap = TensorMemoryAllocator(torch.zeros(1 << 14, dtype=torch.uint8), 64)
+    batch = heap.batched_store(cache, blocks, chunk_tokens=8)
+    assert batch is not None
+    stored = heap.buffer.clone()
+    heap.buffer.zero_()
+    with running_ptx(capability, GlobalMemory(reads=[tensor], writes=[heap.buffer])):
+        kvheap.store(cache, blocks, batch)
+    assert torch.equal(heap.buffer, stored)
+    tensor.zero_()
+    kvheap.load(batch, cache, blocks)
+    loaded = tensor.clone()
+    tensor.zero_()
+    with running_ptx(capability, GlobalMemory(reads=[heap.buffer], writes=[tensor])):
+        kvheap.load(batch, cache, blocks)
+    assert loaded.any()
+    assert torch.equal(tensor, loaded)
 
 
 @BOTH_WAYS
