@@ -291,6 +291,25 @@ def test_float_arithmetic_is_that_of_torch(
     torch.testing.assert_close(found, expected(a, b), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("name", ["abs", "neg"])
+def test_only_the_sign_of_a_float_is_changed(name: str, kind: str) -> None:
+    """Also that of zeros, and of what is no number."""
+    bits = 32 if kind == "f32" else 16
+    register = {32: "%r", 16: "%rs"}[bits]
+    body = f"""
+        ld.global.b{bits} {register}10, [%rd4];
+        {name}.{kind} {register}11, {register}10;
+        st.global.b{bits} [%rd5], {register}11;
+    """
+    values = [0, 1, 0x7F80, 0x7FC0, 0x3C00, 0x1234] * 6
+    values = [value << (bits - 16) | sign << (bits - 1) for value in values for sign in (0, 1)]
+    inputs = torch.tensor(values[:64])
+    found = run_snippet(body, inputs, num_blocks=2).tolist()
+    sign = 1 << (bits - 1)
+    assert found == [v & ~sign if name == "abs" else v ^ sign for v in inputs.tolist()]
+
+
 def test_a_product_and_a_sum_are_rounded_once() -> None:
     random = np.random.default_rng(4)
     a, b = (random.standard_normal(2000).astype(np.float32) for _ in "ab")

@@ -268,6 +268,7 @@ def test_what_has_a_barrier_is_no_race() -> None:
         "redux.sync.xor.b32 %r10, %r2, -1;",
         "atom.shared.add.u32 %r10, [%rd5], %r2;",
         "mul.hi.u64 %rd10, %rd1, %rd2;",
+        "setp.lt.and.s32 %p1, %r2, %r2, %p2;",
         "bra %r2;",
     ],
 )

@@ -287,6 +287,5 @@ CONVERSIONS: dict[str, tuple[tuple[int, ...], Compute]] = {
     "rn.satfinite.e4m3x2.f32": ((32, 32), _pair(encode_e4m3, 8)),
     "rn.f16x2.e4m3x2": ((16,), _unpacked_e4m3),
     "rn.f32.u16": ((16,), lambda value: bits_of(value.astype(np.float32))),
-    "rn.f32.u32": ((32,), lambda value: bits_of(value.astype(np.float32))),
 }
 """By modifiers; widths of the sources, and the result from their bits."""

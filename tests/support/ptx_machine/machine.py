@@ -87,7 +87,7 @@ class _Run:
         self.executed: Counter[str] = Counter()
         self._program = program
         self._steps = [
-            None if each.opcode in ("bra", "ret", "exit") else step_of(each, division_ulps)
+            None if each.opcode in ("bra", "ret") else step_of(each, division_ulps)
             for each in program.instructions
         ]
 

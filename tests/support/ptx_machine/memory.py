@@ -26,8 +26,8 @@ Bits = npt.NDArray[np.uint64]
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """The type of an element of so many bytes."""
 
-FIRST_ADDRESS, END_ADDRESS = 1 << 12, 1 << 47
-"""Addresses of user space on x86-64 and AArch64 Linux."""
+FIRST_ADDRESS, END_ADDRESS = 1 << 12, 1 << 48
+"""Where programs have memory, on x86-64 and AArch64."""
 
 WARP = 32
 

@@ -239,24 +239,16 @@ def _logic(instruction: Instruction) -> Operation:
 
 
 def _comparison(instruction: Instruction) -> Operation:
-    """``setp``, perhaps combined with another predicate."""
-    name, *combined = instruction.modifiers[:-1]
-    bits = instruction.bits
+    """``setp``."""
+    name = instruction.modifiers[0]
+    instruction.require_only(name)
+    widths = (instruction.bits,) * 2
     if instruction.type in FLOAT_TYPES:
-        compare = floats.comparison(instruction, name)
-    elif name in COMPARISONS:
-
-        def compare(a: Bits, b: Bits) -> Any:
-            return COMPARISONS[name](number(instruction, a), number(instruction, b))
-
-    else:
+        return Operation(widths, floats.comparison(instruction, name))
+    if name not in COMPARISONS:
         raise instruction.unknown()
-    if not combined:
-        return Operation((bits, bits), compare)
-    combine = {"and": operator.and_, "or": operator.or_}.get(".".join(combined))
-    if combine is None:
-        raise instruction.unknown()
-    return Operation((bits, bits, 1), lambda a, b, other: combine(compare(a, b), other))
+    compare = COMPARISONS[name]
+    return Operation(widths, lambda a, b: compare(number(instruction, a), number(instruction, b)))
 
 
 def _conversion(instruction: Instruction) -> Operation:

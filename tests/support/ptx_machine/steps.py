@@ -20,8 +20,8 @@ __all__ = ["Step", "step_of"]
 
 Step: TypeAlias = Callable[[Threads, Lanes], None]
 
-CACHE_HINTS = ("L1::evict_first", "L1::evict_last", "L1::no_allocate", "L2::cache_hint", "relaxed")
-ORDERS = ("gpu", "sys", "cta", "relaxed", "acquire", "release", "acq_rel")
+CACHE_HINTS = ("L1::evict_first", "L2::cache_hint")
+ORDERS = ("gpu", "acq_rel")
 ALL_LANES = 0xFFFFFFFF
 
 
@@ -187,7 +187,7 @@ def _store(instruction: Instruction) -> Step:
 def _access(instruction: Instruction) -> tuple[str, int]:
     """The space and the number of elements of a load or store."""
     space, *others = instruction.modifiers[:-1] or ("",)
-    counts = {"v2": 2, "v4": 4, "v8": 8}
+    counts = {"v2": 2, "v4": 4}
     vector = [counts.get(part, 0) for part in others if part not in CACHE_HINTS]
     if space not in ("global", "shared", "param") or len(vector) > 1 or 0 in vector:
         raise instruction.unknown()
@@ -223,12 +223,7 @@ def _atomic(instruction: Instruction) -> Step:
     return step
 
 
-ATOMICS: dict[str, Callable[[int, int], int]] = {
-    "min": min,
-    "max": max,
-    "add": operator.add,
-    "exch": lambda old, new: new,
-}
+ATOMICS: dict[str, Callable[[int, int], int]] = {"min": min, "max": max, "add": operator.add}
 
 
 # -- threads that meet -----------------------------------------------------------------------------
@@ -314,11 +309,6 @@ def _reduction(instruction: Instruction) -> Step:
 
 REDUCTIONS: dict[str, Callable[[Bits], Bits]] = {
     "sync.max.s32": lambda values: signed(values, 32).max(axis=1).view(np.uint64),
-    "sync.min.s32": lambda values: signed(values, 32).min(axis=1).view(np.uint64),
-    "sync.max.u32": lambda values: values.max(axis=1),
-    "sync.min.u32": lambda values: values.min(axis=1),
-    "sync.or.b32": lambda values: np.bitwise_or.reduce(values, axis=1),
-    "sync.and.b32": lambda values: np.bitwise_and.reduce(values, axis=1),
     "sync.max.f32": lambda values: floats.largest(values),
 }
 """By modifiers: the result for each warp, from ``[warps, 32]``."""

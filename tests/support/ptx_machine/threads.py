@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptx_machine.errors import KernelError
-from ptx_machine.memory import WARP, Bits, GlobalMemory, SharedMemory
+from ptx_machine.memory import Bits, GlobalMemory, SharedMemory
 from ptx_machine.program import Address, Immediate, Operand, Program, Register, Symbol
 
 __all__ = ["Lanes", "Threads"]
@@ -54,7 +54,6 @@ class Threads:
             "%ctaid.x": np.repeat(np.array(blocks, np.uint64), num_threads),
             "%nctaid.x": np.full(self.size, num_blocks, np.uint64),
             "%ntid.x": np.full(self.size, num_threads, np.uint64),
-            "%laneid": (self.thread % WARP).astype(np.uint64),
         }
 
     @property
