@@ -236,8 +236,8 @@ def test_an_access_may_not_end_outside() -> None:
 def test_what_has_a_barrier_is_no_race() -> None:
     body = f"""
         {OWN_SHARED} {NEXT_SHARED}
-        st.shared.b32 [%r12], %r2;
-        ld.shared.b32 %r14, [%r12];
+        st.shared::cta.b32 [%r12], %r2;
+        ld.shared::cta.b32 %r14, [%r12];
         bar.sync 0;
         ld.shared.b32 %r14, [%r13];
         bar.sync 0;

@@ -187,6 +187,7 @@ def _store(instruction: Instruction) -> Step:
 def _access(instruction: Instruction) -> tuple[str, int]:
     """The space and the number of elements of a load or store."""
     space, *others = instruction.modifiers[:-1] or ("",)
+    space = space.removesuffix("::cta")
     counts = {"v2": 2, "v4": 4}
     vector = [counts.get(part, 0) for part in others if part not in CACHE_HINTS]
     if space not in ("global", "shared", "param") or len(vector) > 1 or 0 in vector:
