@@ -131,9 +131,9 @@ class TestBeyondTwoToThe32:
     @ON_ALL_CAPABILITIES
     @pytest.mark.parametrize("shift", [0, 1])
     def test_addresses(self, shift: int, capability: int) -> None:
-        buffer = sparse_memory(9 << 30)
-        addresses = np.array([0, (2 << 30) - 64, (2 << 30), (4 << 30) - 16, 4 << 30, 8 << 30])
-        addresses[1:] += shift + 64 * np.arange(5)
+        buffer = sparse_memory(72 << 30)
+        addresses = np.array([0, 2, 4, 16, 35, 71]) << 30  # in words of 8 bytes, 32 GiB wrap
+        addresses[1:] += shift
         places = [buffer[at : at + 48] for at in addresses.tolist()]
         blocks = torch.randint(1, 256, (6, 48), dtype=torch.uint8)
         with running_ptx(capability, GlobalMemory(reads=[blocks], writes=places)):

@@ -53,10 +53,13 @@ def check_round_trip(
 @ON_ALL_CAPABILITIES
 @pytest.mark.parametrize("dim", [64, 61])
 def test_blocks_layers_and_chunks(dim: int, capability: int) -> None:
-    """Blocks 3 GiB apart, a layer at 30 GiB, chunks at up to 39 GiB."""
-    pool, buffer = sparse_memory(60 * GIB), sparse_memory(40 * GIB)
-    strides = (4 * dim, 3 * GIB, dim, dim, 1)
-    tensors = [pool[start:].as_strided((2, 10, 4, 1, dim), strides) for start in (0, 30 * GIB)]
+    """Blocks 5 GiB apart, a layer at 50 GiB, chunks at up to 39 GiB.
+
+    In words of 8 bytes, 32 GiB wrap.
+    """
+    pool, buffer = sparse_memory(100 * GIB), sparse_memory(40 * GIB)
+    strides = (4 * dim, 5 * GIB, dim, dim, 1)
+    tensors = [pool[start:].as_strided((2, 10, 4, 1, dim), strides) for start in (0, 50 * GIB)]
     heap = TensorMemoryAllocator(buffer)
     shape, addresses = (2, 2, 4, dim), [4 * GIB - 4096, 39 * GIB + 4096]
     batch = heap.view(addresses, shape, torch.uint8, F.KV_2LTD)
@@ -74,9 +77,9 @@ def test_blocks_layers_and_chunks(dim: int, capability: int) -> None:
 @ON_ALL_CAPABILITIES
 @pytest.mark.parametrize("dim", [48, 45])
 def test_slots_and_heads(dim: int, capability: int) -> None:
-    """Slots 3 GiB apart, heads 12 GiB: the last head would wrap even in words of 8 bytes."""
-    strides = (dim, 60 * GIB, 3 * GIB, 12 * GIB, 1)
-    tensor = sparse_memory(31 * GIB).as_strided((2, 1, 3, 3, dim), strides)
+    """Slots 18 GiB apart, heads 60 GiB."""
+    strides = (dim, 240 * GIB, 18 * GIB, 60 * GIB, 1)
+    tensor = sparse_memory(160 * GIB).as_strided((2, 1, 3, 3, dim), strides)
     heap = TensorMemoryAllocator(torch.zeros(1 << 12, dtype=torch.uint8))
     batch = heap.view([0], (2, 1, 3, 3 * dim), torch.uint8, F.KV_2LTD)
     chunk, slots = heap.buffer[: 18 * dim].view(2, 3, 3, dim), [2, 0, 1]
@@ -92,8 +95,8 @@ def test_slots_and_heads(dim: int, capability: int) -> None:
 @ON_ALL_CAPABILITIES
 @pytest.mark.parametrize("fmt", [F.KV_2TLD, F.KV_PL2TD], ids=lambda fmt: fmt.name)
 def test_tokens_and_pages_of_a_large_chunk(fmt: MemoryFormat, capability: int) -> None:
-    """One of 4,096 layers is copied: tokens are 4 MiB apart, or pages of two tokens 16 MiB."""
-    num_layers, num_tokens, dim = 4096, 8192, 1024
+    """One of 8,192 layers is copied: tokens are 8 MiB apart, or pages of two tokens 32 MiB."""
+    num_layers, num_tokens, dim = 8192, 8192, 1024
     tensor = torch.zeros(2, 1, num_tokens, 1, dim, dtype=torch.uint8)
     shape: tuple[int, ...] = (2, num_tokens, num_layers, dim)
     if fmt is F.KV_PL2TD:
