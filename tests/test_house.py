@@ -32,9 +32,10 @@ ALLOWED = {
 BOUND_BY = {
     "constraints-lmcache.txt": {"numpy", "setuptools"},
     "constraints-sglang.txt": set(),
+    "constraints-triton-3.6.txt": {"triton"},
     "constraints-vllm.txt": set(),
 }
-"""Packages of which LMCache, SGLang or vLLM needs an older version than the other checks use."""
+"""By file, the packages that have another version there than in constraints.txt."""
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,14 @@
-"""Checks of arguments that are neither numbers of bytes nor tensors: flags, numbers, functions."""
+"""Checks of arguments that are neither numbers of bytes nor tensors: flags, numbers, functions.
+
+Needs no NumPy, as a prefix index without tensors does not.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import numpy as np
-
-from kvheap.addresses.integers import as_integer
+from kvheap.addresses.integers import as_integer, is_bool
 
 __all__ = ["as_number", "as_seconds", "require_count", "require_flags", "require_function"]
 
@@ -19,7 +20,7 @@ def require_flags(**flags: Any) -> None:
         TypeError: names the flag.
     """
     for name, value in flags.items():
-        if value is not True and value is not False and not isinstance(value, np.bool_):
+        if not is_bool(value):
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 

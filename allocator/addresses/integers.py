@@ -5,9 +5,12 @@ from __future__ import annotations
 from operator import index as as_index
 from typing import Any
 
-import numpy as np
+__all__ = ["as_integer", "is_bool", "round_up"]
 
-__all__ = ["as_integer", "round_up"]
+
+def is_bool(value: object) -> bool:
+    """Whether a value is Python's or NumPy's True or False. Does not import NumPy."""
+    return type(value).__name__ in ("bool", "bool_")
 
 
 def as_integer(name: str, value: Any) -> int:
@@ -20,14 +23,14 @@ def as_integer(name: str, value: Any) -> int:
     Raises:
         TypeError: ``value`` is not an integer.
 
-    >>> as_integer("size", np.int32(5))
+    >>> as_integer("size", 5)
     5
     >>> as_integer("size", 5.0)
     Traceback (most recent call last):
     ...
     TypeError: size must be an integer, got 5.0
     """
-    if isinstance(value, (bool, np.bool_)):
+    if is_bool(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     try:
         return as_index(value)

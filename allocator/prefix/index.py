@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 
 from kvheap.addresses.arguments import require_count
 from kvheap.errors import LifetimeError
-from kvheap.kernels.untraced import untraced_class
 from kvheap.prefix.books import Books, Chunk, IndexStats, OpenChunks
 from kvheap.prefix.policies.base import EvictionPolicy
 from kvheap.prefix.policies.lru import LRU
@@ -46,7 +45,6 @@ ChunkState: TypeAlias = Literal["ready", "pending", "absent"]
 """``ready``: found by look-ups; ``pending``: its store has not ended; ``absent``: neither."""
 
 
-@untraced_class
 class PrefixIndex(Generic[K, V]):
     """Chunks by key, in the states pending and ready, with an order of eviction.
 

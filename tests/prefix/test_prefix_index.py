@@ -173,8 +173,8 @@ BAD_STORES = [
     (["n", "m"], ["x", "y"], [10], ValueError, "2 keys need as many sizes, got 1"),
     (["n", "m"], ["x", "y"], [10, 0], ValueError, "size_bytes of 'm' must be positive, got 0"),
     (["n"], ["x"], -5, ValueError, "size_bytes of 'n' must be positive, got -5"),
-    (["n"], ["x"], [1.5], TypeError, "float"),
-    (["n"], ["x"], 1.5, TypeError, "float"),
+    (["n"], ["x"], [1.5], TypeError, "must be an integer, got 1.5"),
+    (["n"], ["x"], 1.5, TypeError, "must be an integer, got 1.5"),
     (["n", ["list"]], ["x", "y"], 10, TypeError, "unhashable"),
 ]
 
