@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvheap.addresses.address_manager import AddressManager
-from kvheap.addresses.arguments import as_seconds, require_count, require_flags
+from kvheap.addresses.arguments import as_number, as_seconds, require_count, require_flags
 from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_layout import BlockLayout
 
@@ -40,7 +40,7 @@ def require_heap_options(
         require_flags(debug=debug)
     if trace_frames is not None:
         require_count("trace_frames", trace_frames)
-    as_seconds("stream_wait_s", stream_wait_s)
+    as_number("stream_wait_s", stream_wait_s)
     as_seconds("on_full_interval_s", on_full_interval_s)
 
 

@@ -162,12 +162,12 @@ def offload(
         if moved is not None:
             moved.append(target)
         target.transfer = _start(plan, stream, path, max_sms, move)
-        carry_tokens(source, target)
     except BaseException:
         if move is not None:
             move.take_back()
         into.batched_free(target)
         raise
+    carry_tokens(source, target)
     return target
 
 

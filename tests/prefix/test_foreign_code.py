@@ -30,7 +30,6 @@ CHUNK = 4096
 PREFIX: dict[str, Any] = {"modules": ("kvheap.prefix", "kvheap.claims")}
 OURS: dict[str, Any] = {
     "modules": ("kvheap.prefix", "kvheap.claims", "kvheap.transfer", "kvheap.device"),
-    "but_not_inside": ("kvheap.blocks", "kvheap.heaps", "kvheap.addresses"),
 }
 
 

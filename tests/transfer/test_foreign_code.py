@@ -34,7 +34,6 @@ OURS: dict[str, Any] = {
         "kvheap.kernels.shared_work",
         "kvheap.transfer",
     ),
-    "but_not_inside": ("kvheap.blocks", "kvheap.heaps", "kvheap.addresses"),
 }
 
 
