@@ -79,7 +79,7 @@ class AddressManager:
     - the whole state: :meth:`stats`, :meth:`snapshot`;
     - invariants: :meth:`check`, :meth:`check_consistency`;
     - for a heap that holds the guard itself: :attr:`guard`, :meth:`take`, :meth:`give_back`,
-      :meth:`extend`, :attr:`heap_bytes`, :meth:`finish`.
+      :meth:`extend`, :attr:`heap_bytes`, :meth:`free_extents`, :meth:`finish`.
 
     Args:
         size: bytes of the address space, rounded down to the alignment; 0 is allowed.
@@ -486,6 +486,11 @@ class AddressManager:
     def heap_bytes(self) -> int:
         """:meth:`get_heap_size` for a caller that holds the guard."""
         return self._free_list.end * self._unit
+
+    def free_extents(self) -> Extents:
+        """All free extents in bytes, in address order, for a caller that holds the guard. O(F)."""
+        extents = self._settled_free_list().extents()
+        return Extents(extents.starts * self._unit, extents.sizes * self._unit)
 
     def finish(self) -> None:
         """Undo what an exception interrupted, so that every receipt is final.

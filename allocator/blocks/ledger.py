@@ -22,17 +22,19 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Protocol
 
+import numpy as np
+
 from kvheap.addresses.address_batch import AddressBatch
-from kvheap.addresses.extents import Int64Array
+from kvheap.addresses.extents import Extents, Int64Array, overlap_of
 from kvheap.addresses.free_list import Receipt
 from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.release import Release, WipingError
 from kvheap.blocks.stream_events import StreamEvents
 from kvheap.device.events import Stream
-from kvheap.errors import InvalidFreeError
+from kvheap.errors import HeapCorruptionError, InvalidFreeError
 
-__all__ = ["Ledger", "NoSpace", "Space"]
+__all__ = ["Ledger", "NoSpace", "Space", "require_one_owner"]
 
 
 class Space(Protocol):
@@ -173,6 +175,27 @@ class Ledger:
             self.live.pop(id(record), None)
         self.dropped.popleft()
 
+    def extents(self) -> Extents:
+        """The bytes that live batches and pending releases name, in address order.
+
+        Returns:
+            Start and size of each block in bytes, as often as it is named.
+        """
+        starts: list[Int64Array] = [np.empty(0, np.int64)]
+        sizes: list[Int64Array] = [np.empty(0, np.int64)]
+        for record in self.live.copy().values():
+            rows = record.counts.rows_to_drop()
+            addresses = record.addresses.addresses
+            starts.append(addresses if rows is None else addresses[rows])
+            sizes.append(np.full(len(starts[-1]), record.addresses.block_bytes, np.int64))
+        for release in self.pending.copy().values():
+            for addresses, size in release.by_size():
+                starts.append(addresses)
+                sizes.append(np.full(len(addresses), size, np.int64))
+        all_starts, all_sizes = np.concatenate(starts), np.concatenate(sizes)
+        order = np.argsort(all_starts, kind="stable")
+        return Extents(all_starts[order], all_sizes[order])
+
     def next_pending(self, limit: int | None) -> list[Release]:
         """The ``limit`` pending releases that were checked longest ago (None: all)."""
         releases = list(islice(self.pending.values(), limit))
@@ -228,3 +251,29 @@ class Ledger:
 
 def _undo_of(blocks: AddressBatch) -> Release:
     return Release(blocks, blocks.block_bytes, lambda: "an allocation that was interrupted")
+
+
+def require_one_owner(owned: Extents, free: Extents) -> None:
+    """Raise if bytes are owned twice, or owned and free.
+
+    Args:
+        owned: extents of blocks, in address order.
+        free: the free extents, disjoint and in address order.
+
+    Raises:
+        HeapCorruptionError: names the first such block.
+    """
+    overlaps = np.flatnonzero(owned.ends[:-1] > owned.starts[1:])
+    if len(overlaps):
+        at = int(overlaps[0])
+        raise HeapCorruptionError(
+            f"two live blocks own the same bytes: those at [{owned.starts[at]}, {owned.ends[at]}) "
+            f"and [{owned.starts[at + 1]}, {owned.ends[at + 1]})"
+        )
+    overlap = overlap_of(free, owned) if len(owned.starts) else None
+    if overlap is not None:
+        extent, block = overlap
+        raise HeapCorruptionError(
+            f"the live block at [{owned.starts[block]}, {owned.ends[block]}) is in the free extent "
+            f"[{free.starts[extent]}, {free.ends[extent]})"
+        )

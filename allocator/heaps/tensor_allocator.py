@@ -22,6 +22,7 @@ from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.heap_stats import HeapStats
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.heap import Heap, await_filling
+from kvheap.blocks.ledger import require_one_owner
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import debug_by_environment
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
@@ -31,7 +32,7 @@ from kvheap.blocks.report import FullReport, FullReporter, weakly
 from kvheap.blocks.rows import Rows
 from kvheap.device.copy_device import CopyDevice
 from kvheap.engine import chunks
-from kvheap.errors import ReentrantCallError
+from kvheap.errors import HeapCorruptionError, ReentrantCallError
 from kvheap.guards import is_inside_section, section
 from kvheap.heaps.block_tensors import require_gatherable, require_matching
 from kvheap.heaps.freed_bytes import FreedBytes
@@ -77,8 +78,8 @@ class TensorMemoryAllocator(Heap):
       process allocated;
     - free: ``free``, ``batched_free``;
     - an engine's cache: ``batched_store``, ``batched_load``, ``batched_evict``;
-    - inspect: ``stats``, ``snapshot``, ``leaks``, ``full_report``, ``memcheck``, ``buffer``,
-      ``segments``, ``device``;
+    - inspect: ``stats``, ``snapshot``, ``leaks``, ``full_report``, ``memcheck``, ``check``,
+      ``buffer``, ``segments``, ``device``;
     - grow and close: ``add_buffer``, ``close``.
 
     Args:
@@ -350,9 +351,43 @@ class TensorMemoryAllocator(Heap):
         return self.address_manager.snapshot()
 
     def memcheck(self) -> bool:
-        """Whether every invariant of the heap holds; ``address_manager.check()`` gives details."""
+        """Whether :meth:`check` finds that every invariant of the heap holds."""
+        try:
+            self.check()
+        except HeapCorruptionError:
+            return False
+        return True
+
+    def check(self) -> None:
+        """Assert every invariant of the heap. O(blocks + F log F) for F free extents.
+
+        Those of its address space (``AddressManager.check``); and that no byte belongs to two live
+        blocks, and none of a live block is free. Allocated bytes that belong to no block are in
+        order: the address space may have other users. Inside an operation of the same thread, only
+        the address space is checked.
+
+        Raises:
+            HeapCorruptionError: an invariant is broken; the message names it.
+        """
         self.require_open()
-        return self.address_manager.check_consistency()
+        if self.lifetime.reclaimer.has_work:
+            self.lifetime.reclaimer.settle()
+        self.address_manager.check()
+        self._check_owners()
+
+    @section
+    def _check_owners(self) -> None:
+        manager, ledger = self.address_manager, self.lifetime.ledger
+        guard = manager.guard
+        if guard.busy and is_inside_section():
+            return
+        with guard.lock:
+            guard.busy = True
+            if ledger.begun or ledger.allocation.done:
+                ledger.finish()
+            owned, free = ledger.extents(), manager.free_extents()
+            guard.busy = False
+        require_one_owner(owned, free)
 
     def full_report(self, num_blocks: int = 0, requested_bytes: int = 0) -> FullReport:
         """What is free, and which live blocks hold the rest. O(1); its ``live`` is O(batches)."""
