@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from kvheap.blocks.lifetime import Lifetime
@@ -58,6 +59,20 @@ class BlockAllocator(MemoryAllocatorInterface):
             if len(out):
                 self.gather(objs, out)
         self.lifetime.free(parts, skip_freed, self.merged_releases)
+
+    def free(self, obj: MemoryObj) -> None:
+        """Free one block; see ``MemoryAllocatorInterface.free``."""
+        self.require_open()
+        if self.lifetime.reclaimer.has_work:
+            self.lifetime.reclaimer.settle()
+        if not isinstance(obj, MemoryObj):
+            more = ": free a batch by batched_free()" if isinstance(obj, MemoryBatch) else ""
+            raise TypeError(f"only a MemoryObj can be freed, got {obj!r}{more}")
+        batch = obj.batch
+        if batch.allocator is not self:
+            raise ForeignObjectError(f"{batch!r} belongs to another allocator")
+        rows = None if len(batch) == 1 else np.array([obj.row], np.int64)
+        self.lifetime.free((Rows(batch, rows),), self.idempotent_free)
 
     def rows_by_batch(self, objs: MemoryBatch | Iterable[MemoryObj]) -> list[Rows]:
         """Group blocks by batch.

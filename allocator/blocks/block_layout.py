@@ -64,8 +64,11 @@ class BlockLayout:
         if isinstance(dtypes, str):
             dtypes = as_dtype(dtypes)
         if isinstance(dtypes, torch.dtype):
-            if isinstance(shapes, torch.Size):
+            kind = type(shapes)
+            if kind is torch.Size:
                 return _single(shapes, dtypes, fmt)
+            if (kind is list or kind is tuple) and (len(shapes) != 1 or type(shapes[0]) is int):
+                return _single(_size(shapes), dtypes, fmt)
             if isinstance(shapes, Sequence) and len(shapes) == 1:
                 first = shapes[0]
                 shapes = first if isinstance(first, Sequence) else shapes

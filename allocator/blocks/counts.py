@@ -64,7 +64,8 @@ class RowCounts:
       ``leased_rows``, ``rows_to_drop``;
     - change one row: ``changed``, ``set_references``, ``set_pins``, ``add_lease``,
       ``remove_lease``, ``leases_of``, ``is_held``;
-    - free: ``claimable``, ``set_freed``, ``set_live``, ``forgive``, ``was_dropped``;
+    - free: ``claimable``, ``set_freed``, ``set_live``, ``forgive``, ``has_dropped``,
+      ``was_dropped``;
     - streams: ``record_stream``, ``streams_of``, ``has_streams``, ``should_prune_streams``,
       ``forget_streams``, ``require_live``.
 
@@ -72,10 +73,19 @@ class RowCounts:
         num_rows: number of rows N; each starts with one reference and no pin.
     """
 
-    __slots__ = ("_leases", "_num_rows", "_pins", "_references", "_streams", "_uniform_references")
+    __slots__ = (
+        "_has_dropped",
+        "_leases",
+        "_num_rows",
+        "_pins",
+        "_references",
+        "_streams",
+        "_uniform_references",
+    )
 
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
+        self._has_dropped = False
         self._uniform_references = 1
         self._references: array[int] | None = None
         self._pins: array[int] | None = None
@@ -133,15 +143,18 @@ class RowCounts:
 
     def leased_rows(self) -> Collection[int]:
         """The live rows that a lease holds."""
-        leased = list((self._leases or {}).copy())
+        if self._leases is None:
+            return ()
+        leased = list(self._leases.copy())
         return [row for row in leased if self.is_live(row) and self.leases_of(row)]
 
     def rows_to_drop(self, but: Collection[int] = ()) -> Int64Array | None:
         """The live rows other than ``but``, int64 ``[R]``; None if all are."""
         if self._references is None and not but:
             return None if self._uniform_references >= 0 else np.empty(0, np.int64)
-        live = self.live()
-        live[list(but)] = False
+        live = self._reference_array() >= 0
+        if but:
+            live[list(but)] = False
         rows = np.flatnonzero(live)
         return None if len(rows) == self._num_rows else rows
 
@@ -237,7 +250,8 @@ class RowCounts:
         """
         if rows is None and self._is_untouched():
             return None
-        rows = self._but_dropped(rows)
+        if self._has_dropped:
+            rows = self._but_dropped(rows)
         if skip_freed:
             rows = self._live_among(rows)
         elif rows is not None:
@@ -247,12 +261,12 @@ class RowCounts:
 
     def set_freed(self, rows: Int64Array | None, count: int = FREED) -> None:
         """Mark ``rows`` (None: all) as ``FREED`` or ``DROPPED``, whatever their state."""
+        if count == DROPPED:
+            self._has_dropped = True
         self._set(rows, count)
 
     def forgive(self, rows: Int64Array | None) -> int:
         """Mark those of ``rows`` (None: all) that were dropped as freed; return how many."""
-        if self._references is None and self._uniform_references != DROPPED:
-            return 0
         dropped = np.flatnonzero(self._reference_array() == DROPPED)
         if rows is not None:
             dropped = np.intersect1d(dropped, rows)
@@ -260,9 +274,14 @@ class RowCounts:
             self._set(dropped, FREED)
         return len(dropped)
 
+    @property
+    def has_dropped(self) -> bool:
+        """Whether rows may have been dropped and reclaimed: none are in most batches."""
+        return self._has_dropped
+
     def was_dropped(self, row: int) -> bool:
         """Whether the row's batch was dropped and reclaimed."""
-        return self._reference_of(row) == DROPPED
+        return self._has_dropped and self._reference_of(row) == DROPPED
 
     def set_live(self, rows: Int64Array | None) -> None:
         """Give each of ``rows`` (None: all) one reference again."""
@@ -342,8 +361,9 @@ class RowCounts:
         pins = np.zeros(self._num_rows, np.int32)
         if self._pins is not None:
             pins += np.frombuffer(self._pins, np.int32)
-        for row in (self._leases or {}).copy():
-            pins[row] += self.leases_of(row)
+        if self._leases is not None:
+            for row in self._leases.copy():
+                pins[row] += self.leases_of(row)
         return pins
 
     def _is_untouched(self) -> bool:
@@ -351,8 +371,6 @@ class RowCounts:
         return is_uniform and self._uniform_references == 1
 
     def _but_dropped(self, rows: Int64Array | None) -> Int64Array | None:
-        if self._references is None and self._uniform_references != DROPPED:
-            return rows
         kept = self._reference_array() != DROPPED
         if kept.all():
             return rows

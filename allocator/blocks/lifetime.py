@@ -45,6 +45,9 @@ from kvheap.guards import Deferred, DeferredCall, Guard, is_inside_section, sect
 
 __all__ = ["Lifetime"]
 
+NO_EVENTS = StreamEvents()
+"""What is known of streams before any was asked."""
+
 Merge = Callable[[list[Release]], list[Release]]
 """Combines releases that can be given back together."""
 
@@ -147,9 +150,12 @@ class Lifetime:
         """
         if self._deferred and call is None:
             self._deferred.run()
-        events = StreamEvents()
-        while streams := self._try_change(batch, row, references, pins, events, call):
-            events.record(streams, is_wrapped=call is not None)
+        streams = self._try_change(batch, row, references, pins, NO_EVENTS, call)
+        if streams:
+            events = StreamEvents()
+            while streams:
+                events.record(streams, is_wrapped=call is not None)
+                streams = self._try_change(batch, row, references, pins, events, call)
 
     @section
     def _try_change(
@@ -260,9 +266,12 @@ class Lifetime:
         """
         if self._deferred and call is None:
             self._deferred.run()
-        events = StreamEvents()
-        while streams := self._try_free(parts, skip_freed, merge, events, call):
-            events.record(streams, is_wrapped=call is not None)
+        streams = self._try_free(parts, skip_freed, merge, NO_EVENTS, call)
+        if streams:
+            events = StreamEvents()
+            while streams:
+                events.record(streams, is_wrapped=call is not None)
+                streams = self._try_free(parts, skip_freed, merge, events, call)
 
     @section
     def _try_free(
@@ -283,18 +292,18 @@ class Lifetime:
             ledger = self.ledger
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
-            claimed = [(each.batch, each.batch.claimable(each.rows, skip_freed)) for each in parts]
-            for part in parts:
-                ledger.num_dropped -= part.batch.counts.forgive(part.rows)
             missing: list[Stream] = []
+            claimed: list[tuple[OwnedBlocks | None, bool]] = []
             releases: list[Release] = []
-            for batch, rows in claimed:
-                record = batch.record
+            for part in parts:
+                batch = part.batch
+                rows, record = batch.claimable(part.rows, skip_freed), batch.record
+                claimed.append((record, rows is None))
                 if record is None or (rows is not None and not len(rows)):
                     continue
                 found: Sequence[Stream] = ()
-                if record.counts.has_streams:
-                    found = record.counts.streams_of(rows)
+                if batch.counts.has_streams:
+                    found = batch.counts.streams_of(rows)
                     missing += events.missing(found)
                 if not missing:
                     releases.append(record.release_of(rows, events.of(found)))
@@ -304,9 +313,12 @@ class Lifetime:
                 if call is not None:
                     call.was_made = True
                 ledger.carry_out(tuple(releases))
-                for batch, rows in claimed:
-                    if rows is None:
-                        ledger.forget(batch.record)
+                for record, is_whole in claimed:
+                    if is_whole:
+                        ledger.forget(record)
+                for part in parts:
+                    if part.batch.counts.has_dropped:
+                        ledger.num_dropped -= part.batch.counts.forgive(part.rows)
             guard.busy = False
         return missing
 

@@ -58,7 +58,7 @@ class OwnedBlocks(Reference):
             blocks = AddressBatch(addresses.block_bytes, [addresses.address(int(rows[0]))], [1])
         else:
             blocks = addresses.addresses_of(rows)
-        if rows is not None:  # few blocks may be left, which need not know all addresses
-            addresses.forget_addresses()
+        if rows is not None and 2 * len(rows) >= len(addresses):
+            addresses.forget_addresses()  # few blocks may be left, which need not know those of all
         owner = LastOwner(self.layout, self.site)
         return Release(blocks, addresses.block_bytes, owner, events, ((self.counts, rows),))
