@@ -7,10 +7,11 @@ such errors, or draws conclusions from them, must let a handler's exception pass
 
 from __future__ import annotations
 
+import inspect
 import signal
 import threading
 from functools import partial
-from types import CodeType
+from types import CodeType, FrameType
 
 __all__ = ["is_interrupt"]
 
@@ -19,7 +20,8 @@ def is_interrupt(error: BaseException) -> bool:
     """Whether an exception came from outside: from a signal handler, or no ``Exception`` at all.
 
     Signal handlers only run on the main thread. A handler is recognized by its frame in the
-    traceback; one that is written in C is not.
+    traceback: it is in force, or it was called with the frame below it, which a handler gets as its
+    second argument. One that is written in C is not recognized.
     """
     if not isinstance(error, Exception):
         return True
@@ -28,10 +30,24 @@ def is_interrupt(error: BaseException) -> bool:
     handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
     handlers.discard(None)
     trace = error.__traceback__
-    while trace is not None and handlers:
-        if trace.tb_frame.f_code in handlers:
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code in handlers or _got_the_frame_below(frame):
             return True
         trace = trace.tb_next
+    return False
+
+
+def _got_the_frame_below(frame: FrameType) -> bool:
+    """Whether one of a function's arguments is the frame that it interrupted."""
+    below, code = frame.f_back, frame.f_code
+    if below is None:
+        return False
+    named = code.co_argcount + code.co_kwonlyargcount
+    names = code.co_varnames[: named + bool(code.co_flags & inspect.CO_VARARGS)]
+    for value in map(frame.f_locals.get, names):
+        if value is below or (type(value) is tuple and any(each is below for each in value)):
+            return True
     return False
 
 

@@ -83,7 +83,10 @@ def as_number(name: str, value: Any, *, positive: bool = False) -> float:
     kind = "positive" if positive else "non-negative"
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a {kind} finite number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name} must be a {kind} finite number, got {value!r}") from None
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be a {kind} finite number, got {value!r}")
     return number

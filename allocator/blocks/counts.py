@@ -105,7 +105,9 @@ class RowCounts:
         return max(self._uniform_references if counts is None else counts[row], 0)
 
     def pins_of(self, row: int) -> int:
-        """The row's pin count, leases included."""
+        """The row's pin count, leases included; 0 once freed."""
+        if not self.is_live(row):
+            return 0
         pins = 0 if self._pins is None else self._pins[row]
         return pins if self._leases is None else pins + self.leases_of(row)
 
@@ -116,7 +118,7 @@ class RowCounts:
         return np.maximum(self._reference_array(), 0)
 
     def pins(self) -> npt.NDArray[np.int32]:
-        """A copy of the pin counts, leases included, int32 ``[N]``."""
+        """A copy of the pin counts, leases included, int32 ``[N]``; 0 for freed rows."""
         return self._pin_array()
 
     def live(self) -> npt.NDArray[np.bool_]:
@@ -224,10 +226,12 @@ class RowCounts:
             return 0
         return sum(each.state == "held" and each is not but for each in leases.copy().values())
 
-    def is_held(self, row: int, but: HeldLease | None = None) -> bool:
-        """Whether a row has a reference or a pin, other than the lease ``but``."""
+    def is_held(self, row: int, but: HeldLease | None = None, but_leases: bool = False) -> bool:
+        """Whether a row has a reference or a pin, other than the lease ``but``, or any lease."""
         has_pins = self._pins is not None and bool(self._pins[row])
-        return has_pins or bool(self.references_of(row) or self.leases_of(row, but))
+        if has_pins or self.references_of(row):
+            return True
+        return not but_leases and bool(self.leases_of(row, but))
 
     # -- free ----------------------------------------------------------------------------------
 
@@ -364,6 +368,7 @@ class RowCounts:
         if self._leases is not None:
             for row in self._leases.copy():
                 pins[row] += self.leases_of(row)
+        pins[self._reference_array() < 0] = 0
         return pins
 
     def _is_untouched(self) -> bool:

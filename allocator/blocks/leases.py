@@ -80,26 +80,34 @@ class Leases:
         """
         if self._deferred and call is None:
             self._deferred.run()
-        was_held = lease.state == "held"
         events = StreamEvents()
-        while streams := self._try_end(lease, state, events):
+        while True:
+            streams, has_ended = self._try_end(lease, state, events)
+            if not streams:
+                return has_ended
             events.record(streams, is_wrapped=True)
-        return was_held
 
     @section
-    def _try_end(self, lease: Lease, state: LeaseState, events: StreamEvents) -> Sequence[Stream]:
-        """End a lease; or return the streams without event that use its block."""
+    def _try_end(
+        self, lease: Lease, state: LeaseState, events: StreamEvents
+    ) -> tuple[Sequence[Stream], bool]:
+        """End a lease; or return the streams without event that use its block.
+
+        Returns:
+            The streams, and whether this call ended it, or will.
+        """
         guard = self._guard
         if guard.busy and is_inside_section():
             self._deferred.add(partial(self.end, lease, state))
-            return ()
+            return (), lease.state == "held"
         with guard.lock:
             guard.busy = True
             ledger, counts, record, row = self._ledger, lease.counts, lease.record, lease.row
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
             missing: Sequence[Stream] = ()
-            if lease.state == "held":
+            is_held = lease.state == "held"
+            if is_held:
                 if counts.is_live(row) and not counts.is_held(row, but=lease):
                     missing = ledger.free_rows(counts, record, np.array([row], np.int64), events)
                 if not missing:
@@ -108,7 +116,7 @@ class Leases:
                     counts.remove_lease(row, lease)
                     lease.record = None  # an ended lease keeps no record
             guard.busy = False
-        return missing
+        return missing, is_held
 
     def expire(self) -> bool:
         """End the leases whose deadline has passed; return whether there were any."""

@@ -102,7 +102,10 @@ class Ledger:
         self.begun = releases  # from here on they are freed, whatever happens
         error = self._go_on(is_quiet=False)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback would hold this frame, and so the heap
 
     def carry_out_quietly(self, release: Release) -> None:
         """:meth:`carry_out` for whoever did not ask for it: an error is noted in ``failed``."""

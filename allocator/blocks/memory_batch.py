@@ -328,9 +328,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
             transfer.wait()
         elif not transfer.done():
             transfer.wait_stream(None)
-        error = transfer.error
-        if error is not None:
-            raise error
+        transfer.require_success()
 
     def claimable(self, rows: Int64Array | None, skip_freed: bool = False) -> Int64Array | None:
         """Check that ``rows`` (None: all) can be freed; changes nothing.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.counts import DROPPED, RowCounts
@@ -152,6 +153,7 @@ class Reclaimer:
                 ledger.finish()
             if ledger.dropped and ledger.dropped[0] is record:
                 leased = counts.leased_rows()
+                num_held = sum(counts.is_held(row, but_leases=True) for row in leased)
                 for row in leased:  # their leases free them
                     counts.set_references(row, 0)
                     counts.set_pins(row, 0)
@@ -162,7 +164,9 @@ class Reclaimer:
                     found = counts.streams_of(rows)
                     release = record.release_of(rows, events.of(found))
                     release.count = DROPPED
-                ledger.reclaim(record, release, num_blocks if release else 0, bool(leased))
+                if id(record) not in ledger.live:
+                    num_blocks, num_held, leased = 0, 0, ()
+                ledger.reclaim(record, release, num_blocks + num_held, bool(leased))
             guard.busy = False
         return True
 
@@ -292,12 +296,21 @@ class Reclaimer:
 
     @section
     def streams_of(self, counts: RowCounts, rows: Int64Array | None) -> tuple[Stream, ...]:
-        """The streams that were recorded for any of ``rows``; none inside a section."""
+        """The streams that were recorded for any of ``rows`` (None: all)."""
         guard = self._guard
         if guard.busy and is_inside_section():
-            return ()
+            return _streams_meanwhile(counts, rows)
         with guard.lock:
             guard.busy = True
             streams = counts.streams_of(rows)
             guard.busy = False
         return streams
+
+
+def _streams_meanwhile(counts: RowCounts, rows: Int64Array | None) -> tuple[Stream, ...]:
+    """The streams of rows, while another thread may be recording more."""
+    streams = None
+    while streams is None:
+        with suppress(RuntimeError):  # a dict has changed while it was read
+            streams = counts.streams_of(rows)
+    return streams

@@ -41,7 +41,8 @@ class Completion:
     - to protect bytes: ``record_event``, ``query``, ``has_let_go``;
     - for the code that queues the copy: ``keep``, ``queued``, ``nothing_queued``, ``ended``,
       ``failed``, ``lose``;
-    - for the transfer: ``ask``, ``wait``, ``error``, ``has_ended``, ``is_done``, ``is_lost``.
+    - for the transfer: ``ask``, ``wait``, ``error``, ``require_success``, ``has_ended``,
+      ``is_done``, ``is_lost``.
 
     Args:
         keep: objects that the copy reads or writes; kept alive until the copy has ended.
@@ -71,9 +72,7 @@ class Completion:
             return True
         event = self._event
         if self._state == "lost":
-            error = self.error
-            assert error is not None
-            raise error
+            raise self._failure()
         if event is None or not self.ask(event.query):
             return False
         self._end()
@@ -151,8 +150,8 @@ class Completion:
             if isinstance(self._event, HostEvent) or is_interrupt(cause):
                 raise
             self.lose(cause)
-            error = self.error or TransferError(f"the device cannot be queried: {cause}")
-            raise error from cause
+            lost = TransferError(f"the device cannot be queried: {cause}")
+            raise (self.error or lost) from cause
 
     @property
     def is_lost(self) -> bool:
@@ -182,8 +181,20 @@ class Completion:
         event = self._event
         if self._error is None and isinstance(event, HostEvent):
             self._error = event.error()
-        if self._error is None:
-            return None
+        return None if self._error is None else self._failure()
+
+    def require_success(self) -> None:
+        """Raise if the copy is known to have failed.
+
+        Raises:
+            TransferError: it has.
+        """
+        if self.error is not None:
+            raise self._failure()  # in no local variable: its traceback would hold this frame
+
+    def _failure(self) -> TransferError:
+        """A new object for the error, which must be known."""
+        assert self._error is not None
         error = TransferError(*self._error.args)
         error.__cause__ = self._error.__cause__
         return error

@@ -12,6 +12,7 @@ it. A finalizer that runs there and tries gets a :class:`NestedWaitError` instea
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -71,17 +72,37 @@ class HostEvent:
 
     def error(self) -> TransferError | None:
         """Why the task failed; None while it runs, and if it succeeded."""
-        cause = self._cause
-        if cause is None or isinstance(cause, TransferError):
-            return cause
-        error = TransferError(f"a copy in host memory failed: {cause}")
-        error.__cause__ = cause
-        return error
+        return None if self._cause is None else self._failure(self._cause)
+
+    def require_success(self) -> None:
+        """Raise if the task is known to have failed.
+
+        Raises:
+            TransferError: it has.
+        """
+        if self._cause is not None:
+            raise self._failure(self._cause)  # in no local variable, as in ``Completion``
 
     def end(self, cause: BaseException | None) -> None:
-        """Note that the task has ended, and why it failed, if it did."""
+        """Note that the task has ended, and why it failed, if it did.
+
+        The failure is logged, and kept without its traceback, whose frames hold the memory.
+        """
+        if cause is not None and not isinstance(cause, TransferError):
+            logging.getLogger("kvheap").error("a copy in host memory failed", exc_info=cause)
+            cause.__traceback__ = None
         self._cause = cause
         self._ended.open()
+
+    def _failure(self, cause: BaseException) -> TransferError:
+        """A new object for the error."""
+        if isinstance(cause, TransferError):
+            error = TransferError(*cause.args)
+            error.__cause__ = cause.__cause__
+        else:
+            error = TransferError(f"a copy in host memory failed: {cause}")
+            error.__cause__ = cause
+        return error
 
 
 class HostJob:

@@ -77,14 +77,10 @@ class Part:
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         completion = self._completion
         if completion.is_lost:  # its event may never come to pass
-            error = completion.error
-            assert error is not None
-            raise error
+            completion.require_success()
         answer = completion.ask(question)
         if isinstance(self._event, HostEvent):
-            error = self._event.error()
-            if error is not None:
-                raise error
+            self._event.require_success()
         return answer
 
     def __repr__(self) -> str:
@@ -154,6 +150,14 @@ class Transfer:
         """Why the transfer failed, as far as is known; None if it has not failed."""
         return self._completion.error
 
+    def require_success(self) -> None:
+        """Raise if the transfer is known to have failed. Does not wait.
+
+        Raises:
+            TransferError: it has.
+        """
+        self._completion.require_success()
+
     def done(self) -> bool:
         """Whether the copy has ended, successfully or not. Does not wait.
 
@@ -193,9 +197,7 @@ class Transfer:
             RuntimeError: as for :meth:`done`.
         """
         self._require_not_captured()
-        error = self._completion.error
-        if error is not None:
-            raise error
+        self._completion.require_success()
         if self.parts:
             self.parts[-1].wait_stream(stream)
 
@@ -209,13 +211,12 @@ class Transfer:
             RuntimeError: as for :meth:`done`.
         """
         ended = self.wait(timeout_s)
-        error = self._completion.error
-        if not ended and error is None:
+        has_failed = self._completion.error is not None
+        if not ended and not has_failed:
             raise TimeoutError(f"{self!r} has not ended in {timeout_s:g} s")
         if self._settle is not None:
-            self._settle(error is not None)
-        if error is not None:
-            raise error
+            self._settle(has_failed)
+        self._completion.require_success()
 
     def _require_not_captured(self) -> None:
         if self.is_captured:

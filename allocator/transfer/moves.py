@@ -282,9 +282,8 @@ def _start(
             move.claim(completion)
         in_flight.add(completion)
         events = run.start(completion)
-        error = completion.error
-        if error is not None and move is not None:
-            raise error
+        if move is not None:
+            completion.require_success()
     except BaseException:
         if move is not None:
             move.void()  # before the copy counts as ended
@@ -357,9 +356,8 @@ def _transfers_filling(plan: CopyPlan) -> list[Transfer]:
             if transfer is None:
                 continue
             ended = transfer.done()
-            error = transfer.error
-            if error is not None and side is plan.source:
-                raise error
+            if side is plan.source:
+                transfer.require_success()
             if not ended and transfer not in found:
                 found.append(transfer)
     return found

@@ -32,7 +32,10 @@ class TestHostEvent:
     def test_an_error_of_a_transfer_is_that_error(self) -> None:
         event, failure = HostEvent(), TransferError("the one before")
         event.end(failure)
-        assert event.error() is failure
+        assert event.error().args == failure.args
+        assert event.error() is not failure  # a raised error keeps the frames that it passed
+        with pytest.raises(TransferError, match="the one before"):
+            event.require_success()
 
     def test_one_that_went_well(self) -> None:
         event = HostEvent()

@@ -579,6 +579,9 @@ class FailedTransfer:
     def done(self) -> bool:
         return True
 
+    def require_success(self) -> None:
+        raise self.error
+
 
 class TestNothingIsEvictedInVain:
     @pytest.mark.parametrize(

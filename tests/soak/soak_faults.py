@@ -113,9 +113,11 @@ class FakeStream:
         self.failures = failures
         """How many calls of ``record_event`` fail."""
         self.ends_at = 0.0
+        self._event: FakeEvent | None = None
+        self._lock = threading.Lock()
 
     def record_event(self) -> FakeEvent:
-        """The event after the stream's work so far.
+        """The event after the stream's work so far, which several threads may ask for.
 
         Raises:
             SoakError: as long as ``failures`` is above zero, which it lowers.
@@ -123,6 +125,10 @@ class FakeStream:
         if self.failures:
             self.failures -= 1
             raise SoakError
-        work_s = self.random.choice((0.0, self.random.uniform(0, LONGEST_WORK_S)))
-        self.ends_at = max(self.ends_at, time.monotonic() + work_s)  # in order, as streams are
-        return self.device.submit(self.blocks, self.ends_at)
+        with self._lock:
+            if self.blocks and self._event is not None:
+                return self._event  # the work on blocks was submitted before any free
+            work_s = self.random.choice((0.0, self.random.uniform(0, LONGEST_WORK_S)))
+            self.ends_at = max(self.ends_at, time.monotonic() + work_s)  # in order, as streams are
+            self._event = self.device.submit(self.blocks, self.ends_at)
+            return self._event

@@ -4,7 +4,7 @@ The rest of the soak uses public names only. When the allocators are restructure
 
 - ``kvheap.heaps`` copies blocks with ``scatter_blocks`` and ``gather_blocks`` of
   ``kvheap.kernels.block_copy``, which its modules import by name;
-- ``MemoryBatch.claim(rows, skip_freed)`` decides which of two frees of a block wins.
+- ``MemoryBatch.claimable(rows, skip_freed)`` decides which of two frees of a block wins.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def batch_of(obj: MemoryObj) -> MemoryBatch:
 
 def let_rows_be_freed_unclaimed() -> None:
     """Break kvheap for the rest of this process: several threads may free the same rows."""
-    claim = MemoryBatch.claim
-    MemoryBatch.claim = lambda batch, rows, skip_freed=False: (  # type: ignore[assignment, method-assign]
-        claim(batch, rows, skip_freed) if rows is None else rows
+    claimable = MemoryBatch.claimable
+    MemoryBatch.claimable = lambda batch, rows, skip_freed=False: (  # type: ignore[assignment, method-assign]
+        claimable(batch, rows, skip_freed) if rows is None else rows
     )
