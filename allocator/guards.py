@@ -37,6 +37,7 @@ by the object that the guard belongs to, and finished by the next section.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections import deque
@@ -118,10 +119,11 @@ class DeferredCall:
     """A call that was put off.
 
     Args:
-        function: what to call, with this object.
+        function: what to call, with this object. If the call was interrupted, it is made again;
+            the second time must change nothing that the first has changed, or find ``was_made``.
 
     Attributes:
-        was_made: set by ``function`` right before its change; the call is not made again then.
+        was_made: set by ``function`` in the same step as its change.
     """
 
     __slots__ = ("_function", "was_made")
@@ -131,48 +133,48 @@ class DeferredCall:
         self.was_made = False
 
     def __call__(self) -> None:
-        """Make the call."""
-        self._function(self)
+        """Make the call. Its own errors are logged: its caller is gone."""
+        try:
+            self._function(self)
+        except (InvalidFreeError, LifetimeError, ClosedError):
+            self.was_made = True
+            logging.getLogger("kvheap").exception(
+                "a call from a finalizer or a signal handler, made while its thread was inside an "
+                "operation and therefore put off, has failed"
+            )
 
 
 class Deferred(deque[DeferredCall]):
     """Calls that were put off because their thread was inside a section, in order.
 
-    The next operation runs them before it begins. If an exception strikes meanwhile, a call that
-    was not made yet stays in the queue; one that strikes right as a call leaves the queue loses it,
-    and the block that it was to free stays live until its batch is dropped.
+    The next operation makes them before it begins, one after another, on one thread. A call leaves
+    the queue once it was made, so an exception that strikes meanwhile loses none.
     """
 
-    __slots__ = ("_guard",)
+    __slots__ = ("_guard", "_runs_in")
 
     def __init__(self, guard: Guard) -> None:
         super().__init__()
         self._guard = guard
+        self._runs_in = 0  # the process in which a thread is making the calls; a fork ends that
 
     def add(self, function: Callable[[DeferredCall], object]) -> None:
         """Put a call off. Takes no lock."""
         self.append(DeferredCall(function))
 
     def run(self) -> None:
-        """Do all calls, unless the thread is inside a section. Their own errors are logged."""
+        """Make all calls; nothing inside a section, or while they are being made."""
         if self._guard.busy and is_inside_section():
             return
-        while self:
-            try:
-                call = self.popleft()
-            except IndexError:  # another thread took it
-                return
-            self._make(call)
-
-    def _make(self, call: DeferredCall) -> None:
+        process = os.getpid()
+        if self._runs_in == process:
+            return
+        self._runs_in = process
         try:
-            call()
-        except (InvalidFreeError, LifetimeError, ClosedError):
-            logging.getLogger("kvheap").exception(
-                "a call from a finalizer or a signal handler, made while its thread was inside an "
-                "operation and therefore put off, has failed"
-            )
-        except BaseException:
-            if not call.was_made:
-                self.appendleft(call)
-            raise
+            while self:
+                call = self[0]
+                if not call.was_made:
+                    call()
+                self.popleft()
+        finally:
+            self._runs_in = 0

@@ -62,7 +62,7 @@ class RowCounts:
     - read one row: ``is_live``, ``references_of``, ``pins_of``;
     - read all rows: ``references``, ``pins``, ``live``, ``count_live``, ``all_live``,
       ``leased_rows``, ``rows_to_drop``;
-    - change one row: ``changed``, ``set_references``, ``set_pins``, ``add_lease``,
+    - change one row: ``changed``, ``references_to_change``, ``pins_to_change``, ``add_lease``,
       ``remove_lease``, ``leases_of``, ``is_held``;
     - free: ``claimable``, ``set_freed``, ``set_live``, ``forgive``, ``has_dropped``,
       ``was_dropped``;
@@ -197,15 +197,15 @@ class RowCounts:
             )
         return count + references, held + pins
 
-    def set_references(self, row: int, count: int) -> None:
-        """Set the reference count of a live row."""
-        self._own_references()[row] = count
+    def references_to_change(self) -> array[int]:
+        """The reference counts of all rows, to set those of live rows."""
+        return self._own_references()
 
-    def set_pins(self, row: int, count: int) -> None:
-        """Set the pin count of a live row, without leases."""
+    def pins_to_change(self) -> array[int]:
+        """The pin counts of all rows without leases, to set those of live rows."""
         if self._pins is None:
             self._pins = array("i", (0,)) * self._num_rows
-        self._pins[row] = count
+        return self._pins
 
     def add_lease(self, row: int, lease: HeldLease) -> None:
         """Pin a row by a lease, for as long as the lease is held."""

@@ -67,6 +67,7 @@ class Ledger:
         live: the records of all batches that may have live blocks, by ``id`` of the record.
         dropped: the records of batches that are gone; each stays in ``live`` until it is reclaimed.
         pending: freed blocks that streams still use, by ``id``, the first checked longest ago.
+        pending_bytes: the bytes of ``pending``.
         begun: releases that are under way. Not empty at the start of a section: an exception
             interrupted the last one, which :meth:`finish` completes.
         allocation: the receipt for allocations from the space. If it is ``done`` at the start of a
@@ -85,6 +86,7 @@ class Ledger:
         self.note_dropped: Callable[[OwnedBlocks], None] = self.dropped.append
         """The interpreter calls it when a batch is gone; nothing interrupts a C function."""
         self.pending: OrderedDict[int, Release] = OrderedDict()
+        self.pending_bytes = 0
         self.begun: tuple[Release, ...] = ()
         self.allocation = Receipt()
         self.failed: deque[Release] = deque()
@@ -151,6 +153,8 @@ class Ledger:
     def _finish_begun(self) -> None:
         if self.begun:
             self._go_on(is_quiet=True)
+            pending = self.pending.copy().values()
+            self.pending_bytes = sum(release.num_bytes for release in pending)
 
     def forget(self, record: OwnedBlocks | None) -> None:
         """Drop the record of a batch without live blocks."""
@@ -223,12 +227,12 @@ class Ledger:
             elif release.is_void:
                 for counts, rows in release.parts:
                     counts.set_live(rows)
-                self.pending.pop(id(release), None)
+                self._end_pending(release)
                 continue
             for counts, rows in release.parts:
                 counts.set_freed(rows, release.count)
             if release.events:
-                self.pending[id(release)] = release
+                self._begin_pending(release)
                 continue
             if not release.done:
                 try:
@@ -244,12 +248,24 @@ class Ledger:
                         release.was_reported = True
                         self.failed.append(release)
                     release.error = error
-                    self.pending[id(release)] = release
+                    self._begin_pending(release)
                     continue
-            if id(release) in self.pending:
-                del self.pending[id(release)]
+            self._end_pending(release)
         self.begun = ()
         return error
+
+    def _begin_pending(self, release: Release) -> None:
+        key, num_bytes, pending = id(release), release.num_bytes, self.pending
+        if key not in pending:  # no signal handler runs between these two lines
+            pending[key] = release
+            self.pending_bytes += num_bytes
+
+    def _end_pending(self, release: Release) -> None:
+        key, pending = id(release), self.pending
+        if key in pending:
+            num_bytes = release.num_bytes
+            del pending[key]
+            self.pending_bytes -= num_bytes
 
 
 def _undo_of(blocks: AddressBatch) -> Release:

@@ -183,18 +183,14 @@ class Lifetime:
                 guard.busy = False
                 return ()
             new_references, new_pins = counts.changed(row, references, pins, batch)
-            if call is not None:
-                call.was_made = True
             if new_references or new_pins or counts.leases_of(row):
-                if references:
-                    counts.set_references(row, new_references)
-                else:
-                    counts.set_pins(row, new_pins)
+                values = counts.references_to_change() if references else counts.pins_to_change()
+                values[row] = new_references if references else new_pins
+                if call is not None:  # no signal handler runs between these two lines
+                    call.was_made = True
                 guard.busy = False
                 return ()
             missing = ledger.free_rows(counts, batch.record, np.array([row], np.int64), events)
-            if missing and call is not None:
-                call.was_made = False
             guard.busy = False
             return missing
 
@@ -266,12 +262,12 @@ class Lifetime:
         """
         if self._deferred and call is None:
             self._deferred.run()
-        streams = self._try_free(parts, skip_freed, merge, NO_EVENTS, call)
+        streams = self._try_free(parts, skip_freed, merge, NO_EVENTS)
         if streams:
             events = StreamEvents()
             while streams:
                 events.record(streams, is_wrapped=call is not None)
-                streams = self._try_free(parts, skip_freed, merge, events, call)
+                streams = self._try_free(parts, skip_freed, merge, events)
 
     @section
     def _try_free(
@@ -280,7 +276,6 @@ class Lifetime:
         skip_freed: bool,
         merge: Merge | None,
         events: StreamEvents,
-        call: DeferredCall | None,
     ) -> Sequence[Stream]:
         """Free blocks; or return the streams without event that use any of them."""
         guard = self.guard
@@ -310,8 +305,6 @@ class Lifetime:
             if not missing:
                 if merge is not None and len(releases) > 1:
                     releases = merge(releases)
-                if call is not None:
-                    call.was_made = True
                 ledger.carry_out(tuple(releases))
                 for record, is_whole in claimed:
                     if is_whole:

@@ -51,8 +51,8 @@ class Reclaimer:
 
     @property
     def pending_bytes(self) -> int:
-        """Freed bytes that streams still use."""
-        return sum(release.num_bytes for release in self._ledger.pending.copy().values())
+        """Freed bytes that streams still use. O(1)."""
+        return self._ledger.pending_bytes
 
     @property
     def has_work(self) -> bool:
@@ -155,8 +155,8 @@ class Reclaimer:
                 leased = counts.leased_rows()
                 num_held = sum(counts.is_held(row, but_leases=True) for row in leased)
                 for row in leased:  # their leases free them
-                    counts.set_references(row, 0)
-                    counts.set_pins(row, 0)
+                    counts.references_to_change()[row] = 0
+                    counts.pins_to_change()[row] = 0
                 rows = counts.rows_to_drop(leased)
                 num_blocks = len(record.addresses if rows is None else rows)
                 release = None

@@ -20,6 +20,8 @@ from collections import deque
 from collections.abc import Callable
 from types import FrameType
 
+from kvheap.forks import starts_over_after_fork
+from kvheap.guards import is_inside_section
 from kvheap.interrupts import is_interrupt
 
 __all__ = ["BusyError", "Turn"]
@@ -58,12 +60,19 @@ class Turn:
         waiting: work that was left to the holder.
     """
 
-    __slots__ = ("_name", "state", "waiting")
+    __slots__ = ("__weakref__", "_name", "state", "waiting")
 
     def __init__(self, name: str) -> None:
         self.state: dict[int, FrameType] = {}
         self._name = name
         self.waiting: deque[Callable[[], object]] = deque()
+        starts_over_after_fork(self)
+
+    def start_over_after_fork(self) -> None:
+        """End the turn of a thread that does not exist in a forked child."""
+        holder = self.state.get(HOLDER)
+        if holder is not None and not _is_on_stack(holder):
+            self.state = {}
 
     def begin(self, frame: FrameType) -> None:
         """Take the turn for the call in ``frame``.
@@ -107,6 +116,11 @@ class Turn:
                     f"this {self._name} is in the middle of another call, which made this one: by "
                     f"a finalizer, a signal handler or a callback. There, only look at it, or end "
                     f"holds and stores"
+                )
+            if is_inside_section():
+                raise BusyError(
+                    f"another thread is in the middle of a call of this {self._name}: a finalizer "
+                    f"or a signal handler inside an operation of a heap cannot wait for it"
                 )
             if time.monotonic() > deadline:
                 raise BusyError(

@@ -349,7 +349,7 @@ def _transfers_filling(plan: CopyPlan) -> list[Transfer]:
     Raises:
         TransferError: a transfer that was to fill the source has failed.
     """
-    found = []
+    found: dict[int, Transfer] = {}
     for side in (plan.source, plan.target):
         for rows in side.blocks:
             transfer = rows.batch.transfer
@@ -358,6 +358,6 @@ def _transfers_filling(plan: CopyPlan) -> list[Transfer]:
             ended = transfer.done()
             if side is plan.source:
                 transfer.require_success()
-            if not ended and transfer not in found:
-                found.append(transfer)
-    return found
+            if not ended:
+                found[id(transfer)] = transfer
+    return list(found.values())

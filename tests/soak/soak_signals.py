@@ -67,9 +67,13 @@ class Request:
 
 
 def is_in_finalizer(frame: FrameType | None) -> bool:
-    """Whether a finalizer is running: interrupted, it would leave its block to nobody."""
+    """Whether a finalizer is running: interrupted, it would leave its block to nobody.
+
+    Or a callback of the collector, such as Hypothesis's, whose errors are kept with their frames.
+    """
     while frame is not None:
-        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename == weakref.__file__:
+        code = frame.f_code
+        if code.co_name in ("__del__", "gc_callback") or code.co_filename == weakref.__file__:
             return True
         frame = frame.f_back
     return False
