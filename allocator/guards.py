@@ -51,6 +51,8 @@ from kvheap.forks import starts_over_after_fork
 
 __all__ = ["Deferred", "DeferredCall", "Guard", "is_inside_section", "section"]
 
+LOGGER = logging.getLogger("kvheap")
+
 Function = TypeVar("Function", bound=Callable[..., object])
 
 _sections: dict[CodeType, int | None] = {}
@@ -138,7 +140,7 @@ class DeferredCall:
             self._function(self)
         except (InvalidFreeError, LifetimeError, ClosedError):
             self.was_made = True
-            logging.getLogger("kvheap").exception(
+            LOGGER.exception(
                 "a call from a finalizer or a signal handler, made while its thread was inside an "
                 "operation and therefore put off, has failed"
             )

@@ -20,6 +20,8 @@ from kvheap.guards import Deferred, DeferredCall, Guard, is_inside_section, sect
 
 __all__ = ["Leases"]
 
+LOGGER = logging.getLogger("kvheap")
+
 RETRY_S = 1.0
 """Seconds until an expired lease is looked at again whose stream cannot be queried."""
 
@@ -110,6 +112,8 @@ class Leases:
             if is_held:
                 if counts.is_live(row) and not counts.is_held(row, but=lease):
                     missing = ledger.free_rows(counts, record, np.array([row], np.int64), events)
+                if record is not None and record() is None and not counts.count_live()[0]:
+                    ledger.forget(record)  # also if an exception kept the last call from it
                 if not missing:
                     self.num_expired += state == "expired" and not lease.was_reported
                     lease.state = state
@@ -136,7 +140,7 @@ class Leases:
         if not lease.was_reported:
             lease.was_reported = True
             self.num_expired += 1
-            logging.getLogger("kvheap").error(
+            LOGGER.error(
                 "a block whose lease expired stays allocated: its stream cannot be queried",
                 exc_info=cause,
             )

@@ -134,8 +134,8 @@ class Ledger:
 
     def finish(self) -> None:
         """Finish what an exception interrupted."""
+        self._space.finish()  # first: a receipt is the truth only once no rollback is pending
         self._finish_begun()
-        self._space.finish()
         allocation = self.allocation
         if not allocation.done:
             return

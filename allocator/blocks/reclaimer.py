@@ -24,6 +24,8 @@ from kvheap.interrupts import is_interrupt
 
 __all__ = ["Reclaimer"]
 
+LOGGER = logging.getLogger("kvheap")
+
 CHECKED_RELEASES = 8
 """Pending releases that one operation checks; see benchmarks/NOTES.md."""
 
@@ -133,7 +135,7 @@ class Reclaimer:
                 raise
             if not record.was_reported:
                 record.was_reported = True
-                logging.getLogger("kvheap").exception(
+                LOGGER.exception(
                     "%d dropped bytes stay allocated: a stream that used them cannot be queried",
                     record.counts.count_live()[0] * record.addresses.block_bytes,
                 )
@@ -222,7 +224,7 @@ class Reclaimer:
                 raise
             if not self._told_of_lost_events:
                 self._told_of_lost_events = True
-                logging.getLogger("kvheap").exception(
+                LOGGER.exception(
                     "cannot tell whether a stream still uses freed bytes: they stay allocated"
                 )
             return False
@@ -247,7 +249,7 @@ class Reclaimer:
             guard.busy = False
 
     def _report(self, release: Release) -> None:
-        logging.getLogger("kvheap").error(
+        LOGGER.error(
             "%d freed bytes could not be given back: %s",
             release.num_bytes,
             release.error,

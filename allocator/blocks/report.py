@@ -21,6 +21,8 @@ from kvheap.interrupts import is_interrupt
 
 __all__ = ["FullReport", "FullReporter", "LiveBlocks", "log_full_report", "weakly"]
 
+LOGGER = logging.getLogger("kvheap")
+
 
 HEAD_START_S = 0.02
 """Seconds for which a logging thread lets others go first: it keeps the GIL for 5 ms at a time."""
@@ -155,7 +157,7 @@ def log_full_report(report: FullReport) -> None:
 
 def _log(report: FullReport) -> None:
     time.sleep(HEAD_START_S)
-    logging.getLogger("kvheap").warning("%s", report)
+    LOGGER.warning("%s", report)
 
 
 class FullReporter:
@@ -198,7 +200,7 @@ class FullReporter:
         except Exception as error:  # a failing callback must not make the allocation raise
             if is_interrupt(error):
                 raise
-            logging.getLogger("kvheap").exception("on_full failed")
+            LOGGER.exception("on_full failed")
 
 
 def weakly(

@@ -29,6 +29,8 @@ from kvheap.interrupts import is_interrupt
 
 __all__ = ["Answer", "Completion", "InFlight", "Success", "in_flight"]
 
+LOGGER = logging.getLogger("kvheap")
+
 Answer = TypeVar("Answer")
 
 CHECKED_COPIES = 8
@@ -111,7 +113,7 @@ class Completion:
         it. The stored error has no traceback: its frames would keep batches alive.
         """
         cause = error.__cause__
-        logging.getLogger("kvheap").error("%s", error, exc_info=cause or error)
+        LOGGER.error("%s", error, exc_info=cause or error)
         if cause is not None:
             cause.__traceback__ = None
         self._error = error

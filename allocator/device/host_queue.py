@@ -30,6 +30,8 @@ from kvheap.kernels.latch import Latch
 
 __all__ = ["HostEvent", "HostJob", "HostQueue", "NestedWaitError", "host_queue"]
 
+LOGGER = logging.getLogger("kvheap")
+
 IDLE_S = 0.05
 """Seconds between two looks of an idle thread at whether the program is ending."""
 
@@ -89,7 +91,7 @@ class HostEvent:
         The failure is logged, and kept without its traceback, whose frames hold the memory.
         """
         if cause is not None and not isinstance(cause, TransferError):
-            logging.getLogger("kvheap").error("a copy in host memory failed", exc_info=cause)
+            LOGGER.error("a copy in host memory failed", exc_info=cause)
             cause.__traceback__ = None
         self._cause = cause
         self._ended.open()
@@ -130,7 +132,7 @@ class HostJob:
         Raises:
             BaseException: what a signal handler raised. Tasks that had not ended have failed.
         """
-        me = object()
+        me = [threading.get_ident()]
         failure: BaseException | None = None
         try:
             if self._right.take(me):
@@ -152,13 +154,19 @@ class HostJob:
             del failure  # whose traceback refers to this frame
 
     def withdraw(self) -> bool:
-        """Give the job up unless it has begun; returns whether none of its tasks ran, or will."""
-        me = object()
+        """Give the job up unless it has begun; returns whether none of its tasks ran, or will.
+
+        If this thread had begun it, an exception has ended that, and perhaps also what was to end
+        the events: they are ended here.
+        """
+        me = [threading.get_ident()]
         self._right.take(me)
-        is_withdrawn = self._right.holder is me
-        if is_withdrawn:
+        holder = self._right.holder
+        if holder is me:
             self._finish(TransferError("the copy was withdrawn before it began"))
-        return is_withdrawn
+        elif holder == me:
+            self._finish(TransferError("the copy was interrupted"))
+        return holder is me
 
     def _finish(self, failure: BaseException | None) -> None:
         for event in self.events:

@@ -169,6 +169,7 @@ class TensorMemoryAllocator(Heap):
         self._bytes = FreedBytes(address_manager, Segments((buffer,), (0,)), wiping)
         self.lifetime = Lifetime(address_manager.guard, self._bytes, trace_frames)
         self._checked_layout: BlockLayout | None = None
+        self._adding: tuple[Segments, Segments] | None = None  # before and after ``add_buffer``
         self._full_reporter = FullReporter(on_full, on_full_interval_s)
         self._space = WaitingSpace(
             address_manager, self._bytes, self.lifetime, self._full_reporter, stream_wait_s
@@ -466,6 +467,7 @@ class TensorMemoryAllocator(Heap):
         with guard.lock:
             guard.busy = True
             manager.finish()
+            self._undo_adding()
             before, start = self._bytes.segments, manager.heap_bytes
             last_end = before.end(unit)
             if start < last_end:
@@ -474,15 +476,27 @@ class TensorMemoryAllocator(Heap):
                     f"ends at {last_end}: grow the heap over it, or cut it, before adding another"
                 )
             # Publish the buffer before a block in it can be allocated.
-            self._bytes.segments = before.with_buffer(buffer, start)
+            after = before.with_buffer(buffer, start)
+            self._adding = before, after
+            self._bytes.segments = after
             self._checked_layout = None
             try:
                 manager.extend(usable, new_segment=True)
             except BaseException:
-                if manager.heap_bytes == start:
-                    self._bytes.segments = before
+                self._undo_adding()
                 raise
+            self._adding = None
             guard.busy = False
+
+    def _undo_adding(self) -> None:
+        """Take back a buffer that an exception kept from joining the address space."""
+        if self._adding is None:
+            return
+        self.address_manager.finish()
+        before, after = self._adding
+        if self._bytes.segments is after and self.address_manager.heap_bytes == after.starts[-1]:
+            self._bytes.segments = before
+        self._adding = None
 
     def close_memory(self, timeout_s: float) -> None:
         """Wait until no stream uses the heap, then drop the buffers."""

@@ -22,10 +22,12 @@ from kvheap.kernels.latch import Latch
 
 __all__ = ["BackgroundGrowth", "GrowthProgress"]
 
+LOGGER = logging.getLogger("kvheap")
+
 GROWTH_BYTES = 256 << 20
 """Bytes of one piece of growth; ``stop`` waits for one piece. See benchmarks/NOTES.md."""
 
-_logger = logging.getLogger("kvheap")
+_logger = LOGGER
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ from kvheap.planning.table_files import cache_path, load_table
 
 __all__ = ["forget_tables", "table_for"]
 
+LOGGER = logging.getLogger("kvheap")
+
 CAUTIOUS_MARGIN = 1.25
 """How many times as fast as the copy engine another path must be on an unknown device. Even the
 built-in costs can differ by a quarter from the figures that they were derived from."""
@@ -37,7 +39,7 @@ STAGED_MARGIN = 1.25
 """How many times as fast as the kernel staging must be without a measurement. It needs memory, and
 can gain at most the tenth of the link that SMs reportedly do not reach."""
 
-_logger = logging.getLogger("kvheap")
+_logger = LOGGER
 
 
 @lru_cache(maxsize=64)

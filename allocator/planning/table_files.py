@@ -14,7 +14,9 @@ from kvheap.planning.table_json import table_from_json, table_to_json
 
 __all__ = ["cache_path", "load_table", "save_table"]
 
-_logger = logging.getLogger("kvheap")
+LOGGER = logging.getLogger("kvheap")
+
+_logger = LOGGER
 
 
 def cache_path(device_name: str, driver_version: str) -> Path:

@@ -39,6 +39,8 @@ from kvheap.prefix.turns import Turn
 
 __all__ = ["Books", "Chunk", "IndexStats", "OpenChunks"]
 
+LOGGER = logging.getLogger("kvheap")
+
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -464,7 +466,7 @@ class Books(Generic[K, V]):
 
     def _replace_policy(self, error: Exception, taken_out: Iterable[Chunk[K, V]] = ()) -> None:
         """Go on with ``LRU``, in which the chunks that became ready first go first."""
-        logging.getLogger("kvheap").error(
+        LOGGER.error(
             "the eviction policy %s fails again and again; LRU takes its place",
             self.policy.name,
             exc_info=error,

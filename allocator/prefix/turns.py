@@ -26,6 +26,8 @@ from kvheap.interrupts import is_interrupt
 
 __all__ = ["BusyError", "Turn"]
 
+LOGGER = logging.getLogger("kvheap")
+
 WAIT_S = 10.0
 """Seconds to wait for another thread's call."""
 
@@ -153,7 +155,7 @@ class Turn:
                 if is_interrupt(error):
                     raise
                 # Who left it is gone; the same error would meet everybody who comes after.
-                logging.getLogger("kvheap").exception("a call that waited for its turn failed")
+                LOGGER.exception("a call that waited for its turn failed")
             self.waiting.popleft()
 
 

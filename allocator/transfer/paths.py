@@ -23,6 +23,8 @@ from kvheap.transfer.plan import CopyPlan
 
 __all__ = ["PathChoice"]
 
+LOGGER = logging.getLogger("kvheap")
+
 MAX_SINGLE_COPIES = 8
 """Maximum runs copied one by one, in a graph or on the legacy stream. Not measured."""
 
@@ -145,7 +147,7 @@ def _tell_of_legacy_stream(device_name: str) -> None:
     """Warn, once per device name."""
     if device_name not in _told_of:
         _told_of.add(device_name)
-        logging.getLogger("kvheap").warning(
+        LOGGER.warning(
             "copies on the legacy default stream of %s cannot use the copy engine's batch call: "
             "pass another stream",
             device_name,

@@ -69,11 +69,14 @@ class Request:
 def is_in_finalizer(frame: FrameType | None) -> bool:
     """Whether a finalizer is running: interrupted, it would leave its block to nobody.
 
-    Or a callback of the collector, such as Hypothesis's, whose errors are kept with their frames.
+    Or a callback of the collector, such as Hypothesis's, whose errors are kept with their frames;
+    or logging, which an exception may leave with a lock held for ever.
     """
     while frame is not None:
         code = frame.f_code
-        if code.co_name in ("__del__", "gc_callback") or code.co_filename == weakref.__file__:
+        if code.co_name in ("__del__", "gc_callback"):
+            return True
+        if code.co_filename in (weakref.__file__, logging.__file__):
             return True
         frame = frame.f_back
     return False
