@@ -104,8 +104,6 @@ class HostMemoryAllocator(HostHeap):
                 f"size is {size}, more than the {host_buffer.size_bytes} bytes of the host_buffer"
             )
         self.host_buffer = host_buffer
-        if options.get("view_only") is None and host_buffer.is_attached:
-            options["view_only"] = True
         try:
             if populate:
                 host_buffer.populate(0, size)

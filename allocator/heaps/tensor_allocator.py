@@ -114,9 +114,10 @@ class TensorMemoryAllocator(Heap):
         on_full_interval_s: minimum seconds between two reports.
         view_only: whether another process keeps the books of this memory: the heap then wraps its
             blocks (``view``) and reads them, and raises ``ForeignProcessError`` for the rest. None:
-            if the tensor is torch's shared memory that another process created. Other memory does
-            not say whose it is: set this for a block of ``multiprocessing.shared_memory``, a
-            mapped file, or GPU memory that another process's heap is in.
+            if the tensor is torch's shared memory that another process created, or of a
+            ``HostBuffer`` that maps a file by ``fd``. Other memory does not say whose it is: set
+            this for a block of ``multiprocessing.shared_memory``, a file that is mapped by other
+            means, or GPU memory that another process's heap is in.
 
     Raises:
         ValueError: the tensor is not contiguous or smaller than ``align_bytes`` but not empty,

@@ -82,7 +82,6 @@ class HostBuffer:
     ) -> None:
         _require_arguments(size_bytes, align_bytes, huge_pages, numa_node, fd)
         self._size_bytes = size_bytes
-        self._is_attached = fd is not None
         self._fd: int | None = None
         if fd is not None:
             self._fd = os.dup(fd)
@@ -131,7 +130,7 @@ class HostBuffer:
                 numa_node=numa_node,
                 fd=fd,
             )
-            buffer._is_attached = False
+            buffer._open_mapping().creator_pid = os.getpid()
             return buffer
         finally:
             os.close(fd)
@@ -169,8 +168,12 @@ class HostBuffer:
 
     @property
     def is_attached(self) -> bool:
-        """Whether the memory is a file that was given, whose contents may be another process's."""
-        return self._is_attached
+        """Whether the memory may be another process's: a file that this process did not create.
+
+        Raises:
+            RuntimeError: the buffer is closed.
+        """
+        return self._fd is not None and self._open_mapping().creator_pid != os.getpid()
 
     @property
     def size_bytes(self) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from kvheap.memory.host_mapping import attached_mappings
+
 __all__ = ["is_of_another_process", "is_shared"]
 
 TORCH_FILE = re.compile(r"/torch_(\d+)_")
@@ -29,10 +31,16 @@ def is_shared(buffer: torch.Tensor) -> bool:
 
 
 def is_of_another_process(buffer: torch.Tensor) -> bool:
-    """Whether a buffer is torch's shared memory, and another process created it.
+    """Whether a buffer is known to be memory that another process created.
 
-    False for all other memory: it does not say who created it.
+    That is memory of a ``HostBuffer`` that maps a file which this process did not create, and
+    torch's shared memory that another process created. Other memory does not say who created it:
+    False.
     """
+    first = buffer.data_ptr()
+    for mapping in attached_mappings():
+        if mapping.data_ptr <= first < mapping.data_ptr + mapping.size_bytes:
+            return True
     if buffer.device.type != "cpu" or not buffer.numel() or not buffer.is_shared():  # type: ignore[no-untyped-call]
         return False
     for _, path in _mappings_of(buffer):

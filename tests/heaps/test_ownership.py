@@ -336,11 +336,13 @@ ATTACHED = {
     "descriptor": "HostMemoryAllocator.attach(fd, size)",
     "path": "HostMemoryAllocator.attach(f'/proc/{owner}/fd/{fd}', size)",
     "host buffer": "HostMemoryAllocator(size, host_buffer=HostBuffer(size, fd=fd))",
-    "tensor": "TensorMemoryAllocator(HostBuffer(size, fd=fd).tensor, view_only=True)",
+    "tensor": "TensorMemoryAllocator(HostBuffer(size, fd=fd).tensor)",
+    "told": "TensorMemoryAllocator(torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8), "
+    "view_only=True)",
 }
 
 WORKER = """
-import json, pickle, sys, torch
+import json, mmap, sys, torch
 from kvheap import *
 fd, size, owner, metadata = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 metadata = MemoryBatchMetadata.from_dict(json.loads(metadata))
@@ -420,6 +422,19 @@ def test_a_shared_tensor_knows_who_made_it(strategy: str) -> None:
         ]
 
     assert in_a_child(ask) == [True, True, False]
+
+
+def test_a_new_heap_of_a_child_over_its_parents_bytes() -> None:
+    with of_memfd() as heap:
+        shared = heap.buffer
+        private = torch.zeros(SIZE, dtype=torch.uint8)
+
+        def ask() -> list[bool]:
+            heaps = [TensorMemoryAllocator(tensor) for tensor in (shared, shared[PAGE:], private)]
+            with HostMemoryAllocator(SIZE, shared=True) as own:
+                return [each.is_view_only for each in (*heaps, own)]
+
+        assert in_a_child(ask) == [True, True, False, False]
 
 
 def test_a_shared_tensor_that_was_sent() -> None:
