@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kvheap.errors import ClosedError as ClosedError
     from kvheap.errors import DoubleFreeError as DoubleFreeError
     from kvheap.errors import ForeignObjectError as ForeignObjectError
+    from kvheap.errors import ForeignProcessError as ForeignProcessError
     from kvheap.errors import HeapCorruptionError as HeapCorruptionError
     from kvheap.errors import InvalidFreeError as InvalidFreeError
     from kvheap.errors import LifetimeError as LifetimeError
@@ -84,6 +85,7 @@ _MODULE_OF = {
     "CopyPlan": "transfer.plan",
     "DoubleFreeError": "errors",
     "ForeignObjectError": "errors",
+    "ForeignProcessError": "errors",
     "FullReport": "blocks.report",
     "GPUMemoryAllocator": "heaps.device_allocators",
     "GrowthProgress": "memory.growth",

@@ -10,6 +10,7 @@ NegativeBatchSizeError    a batch of fewer than zero blocks is requested
 InvalidFreeError          bytes are freed that are not allocated, in whole or in part
 DoubleFreeError           bytes that are free already are freed again
 ForeignObjectError        an allocator receives an object of another allocator
+ForeignProcessError       a process changes a heap whose books another process keeps
 LifetimeError             a reference or pin count would go below zero, or a freed
                           object is used
 BlockInUseError           a block is freed that is referenced or pinned elsewhere
@@ -29,6 +30,7 @@ __all__ = [
     "ClosedError",
     "DoubleFreeError",
     "ForeignObjectError",
+    "ForeignProcessError",
     "HeapCorruptionError",
     "InvalidFreeError",
     "LifetimeError",
@@ -115,6 +117,33 @@ class DoubleFreeError(InvalidFreeError):
 
 class ForeignObjectError(InvalidFreeError):
     """The object belongs to another allocator; nothing was freed."""
+
+
+class ForeignProcessError(ForeignObjectError):
+    """Another process keeps the books of the heap; nothing was changed.
+
+    This process has only a view of the heap's bytes: it is a forked child and they are shared, or
+    it is attached to them.
+
+    Attributes:
+        action: what was refused.
+        owner_pid: the process that keeps the books; None if it is not known.
+        pid: the process that was refused.
+    """
+
+    def __init__(self, action: str, owner_pid: int | None, pid: int) -> None:
+        owner = "another process" if owner_pid is None else f"process {owner_pid}"
+        super().__init__(
+            f"process {pid} cannot {action}: {owner} keeps the books of this heap, and this "
+            f"process has only a view of its bytes; leave it to that process, or make a heap with "
+            f"view_only=False if no other process allocates in this memory"
+        )
+        self.action = action
+        self.owner_pid = owner_pid
+        self.pid = pid
+
+    def __reduce__(self) -> tuple[type[ForeignProcessError], tuple[Any, ...]]:
+        return type(self), (self.action, self.owner_pid, self.pid)
 
 
 class LifetimeError(RuntimeError):

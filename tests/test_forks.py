@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-import pickle
 import pkgutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fake_device import FakeDevice, filled, heap_on
+from forked_child import in_a_child
 from transfer_fixtures import device
 
 import kvheap
@@ -31,28 +30,6 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
-
-
-def in_a_child(task: Callable[[], Any]) -> Any:
-    """What ``task`` returns in a forked child; a child that hangs is killed."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if not child:
-        signal.alarm(20)
-        try:
-            answer = pickle.dumps(("returned", task()))
-        except BaseException as error:
-            answer = pickle.dumps(("raised", repr(error)))
-        os.write(write_end, answer)
-        os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as pipe:
-        answer = pipe.read()
-    _, status = os.waitpid(child, 0)
-    assert os.WIFEXITED(status), f"the child hung, or died of signal {os.WTERMSIG(status)}"
-    kind, value = pickle.loads(answer)
-    assert kind == "returned", value
-    return value
 
 
 def locks_of(obj: object, seen: dict[int, object], found: list[tuple[object, str]]) -> None:

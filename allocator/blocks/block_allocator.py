@@ -39,6 +39,21 @@ class BlockAllocator(MemoryAllocatorInterface):
     idempotent_free = False
     """Whether freeing a freed block does nothing instead of raising."""
 
+    @property
+    def is_view_only(self) -> bool:
+        """Whether another process keeps the books: this one allocates, frees and fills nothing."""
+        return False
+
+    def require_owner(self, action: str) -> None:
+        """Raise if another process keeps the books.
+
+        Args:
+            action: what the caller wants to do, such as "free blocks".
+
+        Raises:
+            ForeignProcessError: names both processes.
+        """
+
     # -- free ----------------------------------------------------------------------------------
 
     def batched_free(
@@ -46,7 +61,7 @@ class BlockAllocator(MemoryAllocatorInterface):
     ) -> None:
         """Free many blocks; see ``MemoryAllocatorInterface.batched_free``."""
         self.require_open()
-        if self.lifetime.reclaimer.has_work:
+        if self.lifetime.reclaimer.has_work and not self.is_view_only:
             self.lifetime.reclaimer.settle()
         if not isinstance(objs, MemoryBatch):
             objs = listed(objs)
@@ -89,7 +104,7 @@ class BlockAllocator(MemoryAllocatorInterface):
 
     def leaks(self) -> tuple[LiveBlocks, ...]:
         """All live blocks; see ``MemoryAllocatorInterface.leaks``."""
-        if self.lifetime.reclaimer.has_work:
+        if self.lifetime.reclaimer.has_work and not self.is_view_only:
             self.lifetime.reclaimer.settle()
         return self.lifetime.live()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -16,7 +16,14 @@ from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.device.copy_device import CopyDevice
 from kvheap.errors import ForeignObjectError, LifetimeError
 
-__all__ = ["BlockObjects", "Heap", "await_filling", "heap_of", "layout_and_addresses"]
+__all__ = [
+    "BlockObjects",
+    "Heap",
+    "await_filling",
+    "heap_of",
+    "layout_and_addresses",
+    "require_writable",
+]
 
 BlockObjects: TypeAlias = "MemoryBatch | Sequence[MemoryObj]"
 """Blocks: a batch, or objects of one heap and layout."""
@@ -101,12 +108,25 @@ def await_filling(objs: BlockObjects, device: torch.device) -> None:
     Raises:
         TransferError: a transfer has failed; the bytes are undefined.
     """
-    batches = (
-        [objs] if isinstance(objs, MemoryBatch) else {id(o.batch): o.batch for o in objs}.values()
-    )
-    for batch in batches:
+    for batch in _batches_of(objs):
         if batch.transfer is not None:
             batch.await_filling(on_host=device.type == "cpu")
+
+
+def require_writable(objs: BlockObjects) -> None:
+    """Raise if stores may not fill blocks.
+
+    Raises:
+        ForeignObjectError: as ``MemoryBatch.require_writable``.
+    """
+    for batch in _batches_of(objs):
+        batch.require_writable()
+
+
+def _batches_of(objs: BlockObjects) -> Iterable[MemoryBatch]:
+    if isinstance(objs, MemoryBatch):
+        return (objs,)
+    return {id(obj.batch): obj.batch for obj in objs}.values()
 
 
 def layout_and_addresses(objs: BlockObjects) -> tuple[BlockLayout, Int64Array]:

@@ -146,6 +146,7 @@ class Lifetime:
 
         Raises:
             LifetimeError: the block is freed, or a count would be negative.
+            ForeignProcessError: the block would be freed, and another process keeps the books.
             Exception: a stream that uses the block cannot record an event; nothing is changed.
         """
         if self._deferred and call is None:
@@ -190,6 +191,8 @@ class Lifetime:
                     call.was_made = True
                 guard.busy = False
                 return ()
+            if batch.record is not None:
+                batch.require_owner()
             missing = ledger.free_rows(counts, batch.record, np.array([row], np.int64), events)
             guard.busy = False
             return missing

@@ -47,6 +47,7 @@ class HeapOptions(TypedDict, total=False):
     stream_wait_s: float
     on_full: Callable[[FullReport], None] | None
     on_full_interval_s: float
+    view_only: bool | None
 
 
 def debug_by_environment() -> bool:

@@ -49,6 +49,15 @@ class BlockOwner(Protocol):
         """The class of the batch's handles."""
         ...
 
+    @property
+    def is_view_only(self) -> bool:
+        """Whether another process keeps the allocator's books."""
+        ...
+
+    def require_owner(self, action: str) -> None:
+        """Raise if another process keeps the allocator's books."""
+        ...
+
     def block_bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:
         """The first bytes of a block, uint8 ``[size_bytes]``, without a copy."""
         ...
@@ -65,8 +74,8 @@ class MemoryBatch(Sequence["MemoryObj"]):
     - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
     - which tokens they hold: ``num_tokens``, ``set_num_tokens``;
     - counts and streams: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
-    - for allocators and transfers: ``counts``, ``own``, ``is_owner``, ``await_filling``,
-      ``claimable``, ``describe``.
+    - for allocators and transfers: ``counts``, ``own``, ``is_owner``, ``is_writable``,
+      ``await_filling``, ``claimable``, ``require_owner``, ``require_writable``, ``describe``.
 
     Attributes:
         allocator: the allocator that made it.
@@ -87,6 +96,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         "_length",
         "_owned",
         "_used_sizes",
+        "_writable",
         "allocator",
         "born",
         "counts",
@@ -105,8 +115,10 @@ class MemoryBatch(Sequence["MemoryObj"]):
         layout: BlockLayout,
         *,
         storage: torch.Tensor | None = None,
+        writable: bool | None = None,
     ) -> None:
         self._owned = False
+        self._writable = writable
         self.record: OwnedBlocks | None = None
         self.allocator = allocator
         self.layout = layout
@@ -130,6 +142,11 @@ class MemoryBatch(Sequence["MemoryObj"]):
     def is_owner(self) -> bool:
         """Whether the batch owns, or owned, its blocks' bytes; a view does not."""
         return self._owned
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether stores and transfers may fill the blocks; see ``heap.view``."""
+        return not self.allocator.is_view_only if self._writable is None else self._writable
 
     # -- what the blocks are -------------------------------------------------------------------
 
@@ -344,12 +361,40 @@ class MemoryBatch(Sequence["MemoryObj"]):
             DoubleFreeError: a row is already freed, or named twice.
             BlockInUseError: a row is pinned or has more than one reference.
             ForeignObjectError: the batch is a view of another process's blocks.
+            ForeignProcessError: another process keeps the books of the heap.
+        """
+        self.require_owner()
+        return self.counts.claimable(rows, self, skip_freed)
+
+    def require_owner(self) -> None:
+        """Raise if this process cannot free the blocks.
+
+        Raises:
+            ForeignObjectError: the batch is a view of another process's blocks.
+            ForeignProcessError: another process keeps the books of the heap.
         """
         if not self._owned:
             raise ForeignObjectError(
                 f"{self!r} is a view: only the process that allocated it can free it"
             )
-        return self.counts.claimable(rows, self, skip_freed)
+        self.allocator.require_owner("free blocks")
+
+    def require_writable(self) -> None:
+        """Raise if stores and transfers may not fill the blocks.
+
+        Raises:
+            ForeignObjectError: they are another process's, which has not given them to this one to
+                fill; ForeignProcessError in a heap whose books another process keeps.
+        """
+        if self.is_writable:
+            return
+        if self._writable is None:
+            self.allocator.require_owner(
+                "fill blocks that it did not get for that by heap.view(metadata, writable=True)"
+            )
+        raise ForeignObjectError(
+            f"{self!r} is a view for reading: make it with writable=True to fill its blocks"
+        )
 
     def describe(self, row: int) -> str:
         """Describe a block for an error message."""
@@ -555,7 +600,13 @@ class MemoryObj(LMCacheNames):
         return self._batch._bytes(self._row, self.size_bytes).data_ptr()
 
     def is_valid(self) -> bool:
-        """Whether the block is live."""
+        """Whether the block is live, as far as this process knows.
+
+        Its books tell, so the answer is exact in the process that allocated the block. A view, or a
+        handle that a forked child has inherited, knows nothing of what the owner has done since:
+        the block may be freed, and its bytes another block's. Let the owner keep a block (its
+        reference or pin) until all processes that have its metadata say that they are done.
+        """
         return self._batch.counts.is_live(self._row)
 
     # -- counts and streams --------------------------------------------------------------------

@@ -36,6 +36,10 @@ class TrackedBatch(Protocol):
         """Check that rows can be freed; see ``MemoryBatch.claimable``."""
         ...
 
+    def require_owner(self) -> None:
+        """Raise if another process owns the blocks; see ``MemoryBatch.require_owner``."""
+        ...
+
 
 class BlockRows(Protocol):
     """Some blocks of one batch; see ``blocks/rows.py``."""

@@ -34,6 +34,7 @@ from kvheap.blocks.heap import (
     await_filling,
     heap_of,
     layout_and_addresses,
+    require_writable,
 )
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.memory_format import MemoryFormat
@@ -106,9 +107,12 @@ def store(
         TypeError: slots are not integers, or the batch does not belong to a heap; nothing is
             written.
         LifetimeError: a chunk is freed; nothing is written.
+        ForeignObjectError: the chunks are another process's, and a view for reading here; nothing
+            is written.
     """
     heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert)
+    require_writable(batch)
     segments = heap.segments  # keeps the buffers alive if another thread closes the heap
     if not isinstance(batch, MemoryBatch):
         require_disjoint("chunks to store to", chunks.addresses, chunks.size_bytes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.address_manager import AddressManager
 from kvheap.blocks.release import Release, WipingError
+from kvheap.heaps.ownership import Ownership
 from kvheap.heaps.segments import Segments
 from kvheap.heaps.wiping import Wiping
 from kvheap.interrupts import is_interrupt
@@ -23,16 +24,23 @@ class FreedBytes:
         address_manager: the free list.
         segments: the heap's buffers.
         wiping: what is done to freed bytes; None: nothing.
+        ownership: whether this process keeps the heap's books. What it drops of another's books is
+            neither wiped nor free.
     """
 
     def __init__(
-        self, address_manager: AddressManager, segments: Segments, wiping: Wiping | None
+        self,
+        address_manager: AddressManager,
+        segments: Segments,
+        wiping: Wiping | None,
+        ownership: Ownership,
     ) -> None:
         self._address_manager = address_manager
         self.segments = segments
         """The heap's buffers now; replaced as a whole when the heap grows or closes."""
         self.wiping = wiping
         """What is done to freed bytes; None: nothing."""
+        self._ownership = ownership
 
     def give_back(self, release: Release) -> None:
         """Free the bytes of a release, in the step that sets ``release.done``.
@@ -43,6 +51,9 @@ class FreedBytes:
             WipingError: the bytes could not be wiped, and are not free.
             InvalidFreeError: somebody else has freed the bytes, by their addresses.
         """
+        if self._ownership.is_view_only:
+            release.done = True
+            return
         segments = self.segments
         if self.wiping is not None and len(segments):  # none once the heap is closed
             try:

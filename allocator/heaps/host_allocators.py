@@ -7,7 +7,8 @@ straddles two pieces, since CUDA cannot copy a range that does.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 from kvheap.addresses.address_manager import AddressManager
 from kvheap.addresses.arguments import require_count, require_flags
@@ -22,6 +23,8 @@ from kvheap.memory.pages import PAGE_BYTES, HugePages
 from kvheap.memory.registrar import HostRegistrar, require_registrar
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from typing_extensions import Unpack
 
     from kvheap.blocks.memory_allocator import HeapOptions
@@ -62,9 +65,11 @@ class HostMemoryAllocator(HostHeap):
         huge_pages: ``"none"``, ``"transparent"`` or ``"explicit"``; see ``HostBuffer``.
         numa_node: take memory of this node only.
         populate: commit all memory now, on several threads, instead of page by page at first use.
-        shared: use memory that other processes can map through ``host_buffer.fd``.
+        shared: use memory that other processes can map: see :meth:`attach`.
         host_buffer: a buffer of your own, which replaces the arguments that describe memory. The
-            heap is its first ``size`` bytes, and the allocator closes it.
+            heap is its first ``size`` bytes, and the allocator closes it. If it maps a file by
+            ``fd``, the heap is view-only, since another process may keep the books; the one process
+            that is to keep them passes ``view_only=False``.
         options: see ``TensorMemoryAllocator``.
 
     Raises:
@@ -106,6 +111,46 @@ class HostMemoryAllocator(HostHeap):
         except BaseException:
             host_buffer.close()
             raise
+
+    @classmethod
+    def attach(
+        cls,
+        file: int | str | os.PathLike[str],
+        size: int,
+        align_bytes: int = AddressManager.ALIGN_BYTES,
+        *,
+        page_layout: BlockLayout | None = None,
+    ) -> Self:
+        """Map the heap of another process, which alone allocates and frees in it.
+
+        The heap is view-only: ``view(metadata)`` wraps blocks that the owner has allocated, to read
+        them, load and copy them, and, with ``writable=True``, to fill them. Everything else raises
+        ``ForeignProcessError``.
+
+        Args:
+            file: the descriptor ``host_buffer.fd`` of the owner's heap, as this process has
+                received it, which is left open; or a path to the file, such as
+                ``/proc/PID/fd/FD`` with the owner's process id and descriptor, or one in
+                ``/dev/shm``.
+            size: bytes of the owner's heap.
+            align_bytes: as the owner's.
+            page_layout: as the owner's.
+
+        Raises:
+            ValueError: an argument is wrong, or the file is too small.
+            TypeError: ``file`` is neither a descriptor nor a path.
+            OSError: there is no such file, or it cannot be mapped.
+
+        >>> import torch
+        >>> with HostMemoryAllocator(1 << 20, shared=True) as owner:
+        ...     batch = owner.batched_allocate([2], torch.float32, 2, source=torch.ones(2, 2))
+        ...     with HostMemoryAllocator.attach(owner.host_buffer.fd, 1 << 20) as heap:
+        ...         heap.view(batch.metadata)[1].tensor, heap.max_batch([2], torch.float32)
+        (tensor([1., 1.]), 0)
+        """
+        size = require_size(size, align_bytes, page_layout)
+        buffer = _attached(file, size)
+        return cls(size, align_bytes, host_buffer=buffer, page_layout=page_layout, view_only=True)
 
 
 class PinMemoryAllocator(HostHeap):
@@ -183,6 +228,17 @@ def empty_address_space(
     else:
         manager = AddressManager.of_pages(0, page_layout.size_bytes)
     return manager, math.lcm(manager.align_bytes, PAGE_BYTES)
+
+
+def _attached(file: Any, size: int) -> HostBuffer:
+    """The first bytes of a file, shared with whoever else maps it."""
+    if not isinstance(file, (str, os.PathLike)):
+        return HostBuffer(size, fd=as_integer("file", file))
+    fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return HostBuffer(size, fd=fd)
+    finally:
+        os.close(fd)
 
 
 def _reserve(

@@ -22,6 +22,7 @@ def require_heap_options(
     trace_frames: Any,
     stream_wait_s: Any,
     on_full_interval_s: Any,
+    view_only: Any,
 ) -> None:
     """Raise if an option of ``TensorMemoryAllocator`` has a wrong type or is out of range.
 
@@ -38,6 +39,8 @@ def require_heap_options(
     require_flags(idempotent_free=idempotent_free, scrub=scrub)
     if debug is not None:
         require_flags(debug=debug)
+    if view_only is not None:
+        require_flags(view_only=view_only)
     if trace_frames is not None:
         require_count("trace_frames", trace_frames)
     as_number("stream_wait_s", stream_wait_s)

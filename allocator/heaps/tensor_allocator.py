@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from kvheap.addresses.address_manager import AddressManager
+from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.heap_stats import HeapStats
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
@@ -37,10 +38,12 @@ from kvheap.guards import is_inside_section, section
 from kvheap.heaps.block_tensors import require_gatherable, require_matching
 from kvheap.heaps.freed_bytes import FreedBytes
 from kvheap.heaps.options import require_heap_options, require_units
+from kvheap.heaps.ownership import Ownership
 from kvheap.heaps.segments import Segments, as_buffer
 from kvheap.heaps.views import ViewedBlocks, read_view, require_fitting
 from kvheap.heaps.waiting_space import WaitingSpace
 from kvheap.heaps.wiping import Poison, Scrub
+from kvheap.memory.sharing import is_of_another_process
 
 __all__ = ["AllocatorStats", "TensorMemoryAllocator"]
 
@@ -66,10 +69,18 @@ class AllocatorStats(HeapStats):
     """Pins with a time to live that have expired, so far."""
     failed_allocations: int
     """Allocations for which the heap had no room, so far."""
+    view_only: bool
+    """Whether another process keeps the books: the numbers are then those at the fork, and those of
+    an empty heap if this one is attached."""
 
 
 class TensorMemoryAllocator(Heap):
     """Allocates tensors, one by one or in batches, from one heap.
+
+    One process keeps a heap's books. In a child that is forked, a heap over shared memory (or a
+    device's) is view-only: it reads, but allocating, freeing and filling blocks raise
+    ``ForeignProcessError``, and its statistics are those at the fork. A heap over private memory,
+    which the fork copies, goes on as a heap of the child's own.
 
     Thread-safe. The holders of an object should free it; a later operation reclaims dropped ones
     and counts them in ``stats().dropped_blocks``.
@@ -79,7 +90,7 @@ class TensorMemoryAllocator(Heap):
     - free: ``free``, ``batched_free``;
     - an engine's cache: ``batched_store``, ``batched_load``, ``batched_evict``;
     - inspect: ``stats``, ``snapshot``, ``leaks``, ``full_report``, ``memcheck``, ``check``,
-      ``buffer``, ``segments``, ``device``;
+      ``buffer``, ``segments``, ``device``, ``is_view_only``;
     - grow and close: ``add_buffer``, ``close``.
 
     Args:
@@ -102,6 +113,12 @@ class TensorMemoryAllocator(Heap):
             once in ``on_full_interval_s`` seconds; ``log_full_report`` logs it. None: a full heap
             is normal, as for a cache; ``stats().failed_allocations`` counts.
         on_full_interval_s: minimum seconds between two reports.
+        view_only: whether another process keeps the books of this memory: the heap then wraps its
+            blocks (``view``) and reads them, and raises ``ForeignProcessError`` for the rest. None:
+            if the tensor is torch's shared memory that another process created, or of a
+            ``HostBuffer`` that maps a file by ``fd``. Other memory does not say whose it is: set
+            this for a block of ``multiprocessing.shared_memory``, a file that is mapped by other
+            means, or GPU memory that another process's heap is in.
 
     Raises:
         ValueError: the tensor is not contiguous or smaller than ``align_bytes`` but not empty,
@@ -133,6 +150,7 @@ class TensorMemoryAllocator(Heap):
         stream_wait_s: float = 1.0,
         on_full: Callable[[FullReport], None] | None = None,
         on_full_interval_s: float = 60.0,
+        view_only: bool | None = None,
     ) -> None:
         super().__init__()
         require_heap_options(
@@ -144,6 +162,7 @@ class TensorMemoryAllocator(Heap):
             trace_frames=trace_frames,
             stream_wait_s=stream_wait_s,
             on_full_interval_s=on_full_interval_s,
+            view_only=view_only,
         )
         buffer = as_buffer(tensor)
         if address_manager is None and page_layout is not None:
@@ -166,7 +185,11 @@ class TensorMemoryAllocator(Heap):
         self.page_layout = page_layout
         self.idempotent_free = idempotent_free
         wiping = Poison() if debug else Scrub() if scrub else None
-        self._bytes = FreedBytes(address_manager, Segments((buffer,), (0,)), wiping)
+        self._ownership = Ownership(
+            is_of_another_process(buffer) if view_only is None else view_only
+        )
+        segments = Segments((buffer,), (0,))
+        self._bytes = FreedBytes(address_manager, segments, wiping, self._ownership)
         self.lifetime = Lifetime(address_manager.guard, self._bytes, trace_frames)
         self._checked_layout: BlockLayout | None = None
         self._adding: tuple[Segments, Segments] | None = None  # before and after ``add_buffer``
@@ -199,6 +222,8 @@ class TensorMemoryAllocator(Heap):
         allow_partial: bool = False,
     ) -> MemoryBatch | None:
         """``batched_allocate`` for a layout that :meth:`layout_of` made."""
+        if self._ownership.is_view_only and batch_size:
+            self.require_owner("allocate blocks")
         if source is not None and batch_size >= 0:
             require_matching("source", source, batch_size, layout, self.device, cpu_is_fine=True)
         batch = self._space.allocate(self, layout, batch_size, allow_partial, self.full_report)
@@ -220,6 +245,8 @@ class TensorMemoryAllocator(Heap):
         """
         self.require_open()
         layout = self.layout_of(shape, dtype, MemoryFormat.UNDEFINED)
+        if self.is_view_only:
+            return 0
         return self.address_manager.max_batch(layout.size_bytes)
 
     def view(
@@ -228,8 +255,14 @@ class TensorMemoryAllocator(Heap):
         shape: Shapes | None = None,
         dtype: Dtypes | None = None,
         fmt: MemoryFormat | str = MemoryFormat.KV_2LTD,
+        *,
+        writable: bool | None = None,
     ) -> MemoryBatch:
         """Wrap blocks that another process allocated in a heap of the same size and alignment.
+
+        The view cannot know what the owner does afterwards: once it frees the blocks, their bytes
+        are other blocks', and the view still shows them as live. The owner must hold the blocks
+        until this process has said that it is done with them.
 
         Args:
             blocks: the ``metadata`` of a batch, of an object or of several objects of one layout,
@@ -238,6 +271,9 @@ class TensorMemoryAllocator(Heap):
             shape: logical shape of each block, if ``blocks`` says only where they are.
             dtype: logical dtype of each block, if ``blocks`` says only where they are.
             fmt: what the dimensions mean, if ``blocks`` says only where they are.
+            writable: whether ``store`` and transfers may fill the blocks. None: unless this heap is
+                view-only; there, say True for blocks that the owner has allocated for this process
+                to fill. Tensors over the blocks can be written to in any case.
 
         Returns:
             A batch on this heap's bytes, in the order of ``blocks``; this process cannot free its
@@ -251,11 +287,13 @@ class TensorMemoryAllocator(Heap):
             ClosedError: the allocator is closed.
         """
         self.require_open()
+        if writable is not None:
+            require_flags(writable=writable)
         manager = self.address_manager
         view = read_view(blocks, shape, dtype, fmt, self.layout_of, manager.compute_aligned_size)
         heap_bytes = manager.get_heap_size()
         require_fitting(view, manager.align_bytes, heap_bytes, self._open_segments())
-        batch = MemoryBatch(self, view.blocks, view.layout)
+        batch = MemoryBatch(self, view.blocks, view.layout, writable=writable)
         batch.set_num_tokens(view.num_tokens)
         return batch
 
@@ -319,6 +357,15 @@ class TensorMemoryAllocator(Heap):
         return isinstance(self._bytes.wiping, Poison)
 
     @property
+    def is_view_only(self) -> bool:
+        """Whether another process keeps the books: this one allocates, frees and fills nothing."""
+        return self._ownership.is_view_only
+
+    def require_owner(self, action: str) -> None:
+        """Raise if another process keeps the books; see ``BlockAllocator.require_owner``."""
+        self._ownership.require(action)
+
+    @property
     def pinned_bytes(self) -> int:
         """Bytes of the heap that are page-locked host memory."""
         return self._bytes.segments.pinned_bytes
@@ -331,7 +378,7 @@ class TensorMemoryAllocator(Heap):
     def stats(self) -> AllocatorStats:
         """A consistent snapshot of the counters. O(1)."""
         segments = self._open_segments()
-        if self.lifetime.reclaimer.has_work:
+        if self.lifetime.reclaimer.has_work and not self.is_view_only:
             self.lifetime.reclaimer.settle()
         heap = self.address_manager.stats()
         return AllocatorStats(
@@ -344,6 +391,7 @@ class TensorMemoryAllocator(Heap):
             dropped_blocks=self.lifetime.dropped_blocks,
             expired_leases=self.lifetime.leases.num_expired,
             failed_allocations=self._full_reporter.total_failures,
+            view_only=self.is_view_only,
         )
 
     def snapshot(self) -> Int64Array:
@@ -446,9 +494,11 @@ class TensorMemoryAllocator(Heap):
                 ``align_bytes``, or shares memory with the heap; or the heap does not yet cover the
                 whole last buffer.
             ReentrantCallError: the calling thread is inside an operation; nothing changes.
+            ForeignProcessError: another process keeps the books of the heap.
             ClosedError: the allocator is closed.
         """
         self.require_open()
+        self.require_owner("add a buffer")
         if isinstance(tensor, torch.Tensor) and tensor.device != self.device:
             raise ValueError(f"the buffer must be on {self.device}, got {tensor.device}")
         buffer = as_buffer(tensor)
@@ -497,6 +547,13 @@ class TensorMemoryAllocator(Heap):
         if self._bytes.segments is after and self.address_manager.heap_bytes == after.starts[-1]:
             self._bytes.segments = before
         self._adding = None
+
+    def start_over_after_fork(self) -> None:
+        """In a forked child: leave the books of shared memory to the parent."""
+        super().start_over_after_fork()
+        freed = getattr(self, "_bytes", None)  # None: a thread was making the heap at the fork
+        if freed is not None:
+            self._ownership.start_over_after_fork(freed.segments.buffers)
 
     def close_memory(self, timeout_s: float) -> None:
         """Wait until no stream uses the heap, then drop the buffers."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
+import weakref
 from collections.abc import Callable
 
 from kvheap.addresses.integers import round_up
@@ -25,11 +27,13 @@ from kvheap.memory.pages import (
     require_transparent_huge_pages,
 )
 
-__all__ = ["HostMapping", "reserve"]
+__all__ = ["HostMapping", "attached_mappings", "reserve"]
 
 # From <linux/mman.h>; not in Python's mmap module, or only in its newest versions.
 MAP_NORESERVE = 0x4000
 MAP_HUGETLB = 0x40000
+
+_of_files: weakref.WeakSet[HostMapping] = weakref.WeakSet()
 
 
 class HostMapping(mmap.mmap):
@@ -46,12 +50,15 @@ class HostMapping(mmap.mmap):
         offset: where the range begins in the mapping.
         data_ptr: address of the range's first byte.
         registrations: which parts of the range are pinned.
+        creator_pid: the process that created the file that it maps; None: that is not known, or it
+            maps no file.
     """
 
     size_bytes: int
     offset: int
     data_ptr: int
     registrations: HostRegistrations
+    creator_pid: int | None
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         registrations = getattr(self, "registrations", None)  # None: reserving it failed
@@ -103,7 +110,15 @@ def reserve(
     mapping.offset = offset
     mapping.data_ptr = pointer + offset
     mapping.registrations = HostRegistrations(mapping.data_ptr)
+    mapping.creator_pid = None
+    if fd is not None:
+        _of_files.add(mapping)
     return mapping
+
+
+def attached_mappings() -> list[HostMapping]:
+    """The mappings of files that this process has not created."""
+    return [mapping for mapping in list(_of_files) if mapping.creator_pid != os.getpid()]
 
 
 def _map_anonymous(size_bytes: int, align_bytes: int, huge_pages: HugePages) -> HostMapping:

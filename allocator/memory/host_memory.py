@@ -41,7 +41,8 @@ class HostBuffer:
     Methods by purpose:
 
     - reserve: the constructor, :meth:`shared`;
-    - the bytes: :attr:`tensor`, :attr:`data_ptr`, :attr:`size_bytes`, :attr:`device`, :attr:`fd`;
+    - the bytes: :attr:`tensor`, :attr:`data_ptr`, :attr:`size_bytes`, :attr:`device`, :attr:`fd`,
+      :attr:`is_attached`;
     - commit and page-lock: :meth:`populate`, :meth:`pin`;
     - what is pinned: :attr:`pinned_ranges`, :attr:`pinned_addresses`, :attr:`pinned_bytes`;
     - end: :meth:`close`, :attr:`closed`, ``with``.
@@ -54,7 +55,8 @@ class HostBuffer:
             few more than needed if ``align_bytes`` exceeds their size; not with ``fd``.
         numa_node: the only node whose memory is used; None leaves the choice to the kernel.
         fd: map this file (a memfd, a shared memory object) from its start, shared with every
-            process that maps it; it must have at least ``size_bytes`` bytes. The descriptor is
+            process that maps it. The buffer counts as attached: a heap in it is view-only unless
+            told otherwise. The file must have at least ``size_bytes`` bytes. The descriptor is
             duplicated, and the caller's is left open. The kernel chooses the address, which is a
             multiple of the page size but may have no larger alignment.
 
@@ -121,13 +123,15 @@ class HostBuffer:
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, size_bytes)
-            return cls(
+            buffer = cls(
                 size_bytes,
                 align_bytes=align_bytes,
                 huge_pages=huge_pages,
                 numa_node=numa_node,
                 fd=fd,
             )
+            buffer._open_mapping().creator_pid = os.getpid()
+            return buffer
         finally:
             os.close(fd)
 
@@ -161,6 +165,15 @@ class HostBuffer:
         """
         self._open_mapping()
         return self._fd
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the memory may be another process's: a file that this process did not create.
+
+        Raises:
+            RuntimeError: the buffer is closed.
+        """
+        return self._fd is not None and self._open_mapping().creator_pid != os.getpid()
 
     @property
     def size_bytes(self) -> int:

@@ -77,6 +77,8 @@ def copy(
             does not make a plan; nothing is queued.
         TypeError: an argument has a wrong type; nothing is queued.
         LifetimeError: a block is freed; nothing is queued.
+        ForeignObjectError: the target's blocks are another process's, and a view for reading here;
+            nothing is queued.
         RuntimeError: a graph is being captured, and it cannot include this copy; nothing is queued.
         TransferError: the source is the target of a transfer that failed; nothing is queued.
     """
@@ -190,6 +192,7 @@ def require_movable(
             TransferError: as :func:`offload`.
     """
     _require_options(path, max_sms)
+    into.require_owner("allocate blocks")
     layout_and_addresses(batch)
     if free:
         for part in heap_of(batch).rows_by_batch(batch):
@@ -201,6 +204,7 @@ def require_movable(
 def _require_freeable(blocks: Rows) -> None:
     """Raise what claiming blocks would raise, without claiming them."""
     batch = blocks.batch
+    batch.require_owner()
     rows = np.arange(len(batch)) if blocks.rows is None else blocks.rows
     live, references, pins = batch.live[rows], batch.ref_counts[rows], batch.pin_counts[rows]
     distinct, counts = np.unique(rows, return_counts=True)
@@ -256,6 +260,8 @@ def _start(
 ) -> Transfer:
     """Protect both sides, claim the blocks that a move frees, and queue the copy."""
     _require_options(path, max_sms)
+    for rows in plan.target.blocks:
+        rows.batch.require_writable()
     before = _transfers_filling(plan)
     device = plan.device
     run = _run_of(plan, stream, path, max_sms, before, is_new=move is not None)
