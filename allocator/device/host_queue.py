@@ -146,7 +146,8 @@ class HostJob:
                             failure = error
                     event.end(failure)
         except BaseException as interrupt:
-            failure = interrupt
+            # Not itself: it is raised on, and collects the frames that it passes.
+            failure = TransferError(f"the copy was interrupted: {interrupt!r}")
             raise
         finally:
             if self._right.holder is me:
@@ -238,7 +239,9 @@ class HostQueue:
         thread = threading.Thread(target=work, name="kvheap-copy", daemon=False)
         try:
             thread.start()
-        except RuntimeError:  # the system's limit, or the interpreter is exiting
+        except RuntimeError as error:  # the system's limit, or the interpreter is exiting
+            if is_interrupt(error):
+                raise
             return False
         return True
 

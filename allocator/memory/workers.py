@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from kvheap.interrupts import is_interrupt
+
 __all__ = ["Worker", "cut", "share_out"]
 
 
@@ -46,7 +48,9 @@ class Worker(threading.Thread):
         try:
             try:
                 self.start()
-            except RuntimeError:  # no more threads: at exit, or at the system's limit
+            except RuntimeError as error:  # no more threads: at exit, or at the system's limit
+                if is_interrupt(error):
+                    raise
                 self.run()
             else:
                 self.join()
@@ -105,7 +109,9 @@ def share_out(
             helper = threading.Thread(target=work, name="kvheap-populate", daemon=True)
             try:
                 helper.start()
-            except RuntimeError:
+            except RuntimeError as error:
+                if is_interrupt(error):
+                    raise
                 break
             helpers.append(helper)
         work()

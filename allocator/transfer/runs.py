@@ -216,5 +216,6 @@ def failure_of(plan: CopyPlan, path: Path, cause: BaseException | None) -> Trans
         f"a transfer {plan.direction} of {plan.num_bytes} bytes in {plan.num_runs} runs by "
         f"{path} failed: {cause}"
     )
-    error.__cause__ = cause
+    if cause is not None and not is_interrupt(cause):  # that one collects frames as it goes on
+        error.__cause__ = cause
     return error
