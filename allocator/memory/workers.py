@@ -48,8 +48,8 @@ class Worker(threading.Thread):
         try:
             try:
                 self.start()
-            except RuntimeError as error:  # no more threads: at exit, or at the system's limit
-                if is_interrupt(error):
+            except RuntimeError as refused:  # no more threads: at exit, or at the system's limit
+                if is_interrupt(refused):
                     raise
                 self.run()
             else:

@@ -326,7 +326,11 @@ class TestTheThreadThatCopies:
         assert [type(error) for error in seen[2:]] == [NestedWaitError] * 2
 
 
-def run_program(text: str) -> str:
+ABORTED_IN_TORCH = -6, "terminate called without an active exception"
+"""How a program may end whose daemon thread is inside torch when the interpreter stops it."""
+
+
+def run_program(text: str, may_abort: bool = False) -> str:
     """The output of a program of its own, which must end within a minute."""
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(text)],
@@ -335,7 +339,9 @@ def run_program(text: str) -> str:
         timeout=60,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    status, message = ABORTED_IN_TORCH
+    if not (may_abort and done.returncode == status and message in done.stderr):
+        assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout
 
@@ -423,7 +429,7 @@ class TestTheEndOfTheProgram:
     time.sleep(0.3)
     print("end", flush=True)
 """
-        assert run_program(text) == "end\n"
+        assert run_program(text, may_abort=True) == "end\n"
 
     def test_a_child_of_multiprocessing_ends_its_copies(self) -> None:
         text = """
