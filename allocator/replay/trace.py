@@ -236,10 +236,10 @@ def _timestamp(record: dict[str, Any]) -> float | None:
 
 
 def _milliseconds(timestamp: float, is_seconds: bool) -> int:
-    found = round(timestamp * 1000 if is_seconds else timestamp)
-    if found >= INT64_END:
+    found = timestamp * 1000 if is_seconds else timestamp
+    if found >= INT64_END:  # also if it has become infinite
         raise ValueError(f"timestamp must be a 64-bit number of ms, got {_shown(timestamp)}")
-    return found
+    return round(found)
 
 
 def _field(record: dict[str, Any], key: str) -> Any:

@@ -58,6 +58,8 @@ def test_the_limit_stops_before_what_lies_behind_it(tmp_path: Path) -> None:
         ({"timestamp": -0.5}, "timestamp must be non-negative, got -0.5"),
         ({"timestamp": 1e19}, "timestamp must be a 64-bit number of ms, got 1e+19"),
         ({"timestamp": 1 << 63}, "timestamp must be a 64-bit integer, got 9223372036854775808"),
+        ({"timestamp": 1e306, "chat_id": 1}, "timestamp must be a 64-bit number of ms, got 1e+306"),
+        ({"timestamp": 1e300}, "timestamp must be a 64-bit number of ms, got 1e+300"),
         ({"input_length": -1}, "input_length must be non-negative, got -1"),
         ({"output_length": True}, "output_length must be an integer, got true"),
         ({"output_length": "52"}, 'output_length must be an integer, got "52"'),
@@ -142,6 +144,12 @@ class TestWhatOthersWrite:
         requests = read_trace(trace_of(tmp_path, *rows))
         assert [request.timestamp_ms for request in requests] == expected
         assert all(type(request.timestamp_ms) is int for request in requests)
+
+    @pytest.mark.parametrize("huge", [1.7e308, 1e306, 9.3e15, 1 << 62])
+    def test_a_timestamp_whose_milliseconds_are_too_many(self, tmp_path: Path, huge: float) -> None:
+        rows = [{**RECORD, "timestamp": 0.5}, {**RECORD, "timestamp": huge}]
+        with pytest.raises(TraceError, match="line 2: timestamp must be a 64-bit number of ms"):
+            read_trace(trace_of(tmp_path, *rows))
 
     def test_unsigned_ids_keep_their_bits_and_stay_apart(self, tmp_path: Path) -> None:
         ids = [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
