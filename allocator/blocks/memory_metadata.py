@@ -86,7 +86,8 @@ class MemoryObjMetadata:
             ValueError: a value is not what :meth:`to_dict` writes; the message names it.
         """
         read = Reader("MemoryObjMetadata", values)
-        shapes, dtypes = read.optional("shapes", read.shapes), read.optional("dtypes", read.dtypes)
+        shapes = read.optional_list("shapes", read.shapes)
+        dtypes = read.optional_list("dtypes", read.dtypes)
         if shapes is not None and dtypes is not None and len(shapes) != len(dtypes):
             raise ValueError(f"shapes and dtypes differ in length: {shapes!r}, {dtypes!r}")
         return cls(

@@ -135,6 +135,8 @@ WRONG: list[dict[str, Any]] = [
     {"ascending": 1},
     {"num_tokens": -1},
     {"num_tokens": 4.0},
+    {"num_tokens": []},
+    {"num_tokens": ()},
     {"__type__": "MemoryObjMetadata"},
 ]
 
