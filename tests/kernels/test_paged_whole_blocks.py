@@ -191,6 +191,33 @@ def test_anything_else_is_refused(
     assert heap.stats().allocated_bytes == 0
 
 
+@pytest.mark.parametrize("fmt", [fmt for fmt in F if fmt.dim_order], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("layout", ["vllm-cpu", "vllm-nvfp4"])
+def test_a_format_brings_blocks_back_or_is_refused(
+    layout: str, layers: int, heads: int, fmt: MemoryFormat
+) -> None:
+    """Also where as many layers as heads make two strides equal."""
+    shape = (BLOCKS, heads, SLOTS, 40) if layout == "vllm-cpu" else (BLOCKS, 2 * heads, SLOTS, 36)
+    tensors = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(layers)]
+    before = [tensor.clone() for tensor in tensors]
+    cache = PagedKVCache.of(layout, tensors)
+    heap = TensorMemoryAllocator(torch.zeros(1 << 18, dtype=torch.uint8))
+    try:
+        batch = heap.batched_store(cache, BlockIds([4, 1, 0, 5]), 2 * SLOTS, fmt)
+    except ValueError as error:
+        assert "lie" in str(error) or "holds K and V" in str(error)  # noqa: PT017
+        return
+    assert batch is not None
+    for tensor in tensors:
+        tensor.fill_(9)
+    heap.batched_load(batch, cache, BlockIds([4, 1, 0, 5]))
+    for tensor, old in zip(tensors, before, strict=True):
+        assert torch.equal(tensor[[4, 1, 0, 5]], old[[4, 1, 0, 5]])
+        assert (tensor[[2, 3]] == 9).all()
+
+
 def test_conversion_is_refused() -> None:
     cache = Engine("vllm-cpu", "cpu").cache()
     heap = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8))
