@@ -63,6 +63,19 @@ each backend's ``get_name``)."""
 ONLY_NAMED = ("opaque", "plane-tuples", "vllm-packed")
 """Engine layouts that fit too much to be guessed."""
 
+PAIRS_OR_LISTS: Mapping[str, str] = {
+    "kv-tuples": "sglang-mha",
+    "kv-tuples-hnd": "sglang-mha-hnd",
+    "kv-tuples-slots": "sglang-mha",
+}
+"""Two lists of two tensors are (K, V) of two layers, or K of both layers and V of both; with slots
+in blocks, ``sglang-mha`` takes the latter once ``flatten(0, 1)`` has joined blocks and slots."""
+
+HOST_PAGES = "a host pool of SGLang (not among the names)"
+"""``[2, pages, L, N, H, C]`` (page_first_direct) or ``[2, pages, H, N, L, C]`` (page_head; SGLang
+0.5.23, ``memory_pool_host.py``): with two layers or heads, it looks like two blocks of an engine
+layout ``[B, L, 2, ...]``."""
+
 MAX_REASONS = 3
 """Of the engine layouts that nearly fit, a message names so many."""
 
@@ -81,6 +94,14 @@ class SizedCache(Protocol):
     @property
     def block_size(self) -> int:
         """Slots of a block."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +226,9 @@ class EngineFacts:
         if layout.content == "nvfp4":
             return ((heads, 9 * head_dim // 16),)
         if layout.content == "values-scales":
-            known = [row, SPLIT_RECORDS.get(row, (row - SCALE_BYTES,))[0]]
+            if row not in SPLIT_RECORDS:
+                return ()  # a name can say that rows end in a scale, their width cannot
+            known = [row, SPLIT_RECORDS[row][0]]
             known += [DEEPSEEK_V4_HEAD_DIM] if row in PAGE_ALIGNMENT else []
             return ((heads, row),) if head_dim in known else ()
         if layout.content != "one":
@@ -222,6 +245,10 @@ class EngineFacts:
             # A latent of this head dim may have two scales behind it: 576 + 8 bytes.
             rows = (self.head_dim, self.head_dim + 2 * SCALE_BYTES, *EITHER_WAY)
             return "mla" if cache.head_dim in rows else None
+        if layout.name in PAIRS_OR_LISTS and cache.num_layers == 2 and not self._has_other_v:
+            return PAIRS_OR_LISTS[layout.name]
+        if layout.dims.startswith("BLP") and cache.num_blocks == 2:
+            return HOST_PAGES
         if layout.content not in ("fused", "key-rows") or self._has_other_v:
             return None
         if self._backend == MAY_HAVE_SIDES and cache.num_heads == 2:
