@@ -181,7 +181,9 @@ class MemoryBatch(Sequence["MemoryObj"]):
     @property
     def metadata(self) -> MemoryBatchMetadata:
         """What another process passes to ``heap.view`` to wrap the blocks."""
-        return MemoryBatchMetadata(self._address_batch, self.layout, self.num_tokens)
+        sets = self.stored_tokens.sets(self._length, self.layout)
+        count = self.num_tokens if sets is None else None
+        return MemoryBatchMetadata(self._address_batch, self.layout, count, sets)
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a MemoryBatch cannot be pickled: send its metadata")
@@ -480,6 +482,7 @@ class MemoryObj(LMCacheNames):
             fmt=layout.fmt,
             shapes=list(layout.shapes),
             dtypes=list(layout.dtypes),
+            stored=self._batch.stored_tokens.of_block(self._row, layout),
         )
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -29,7 +29,15 @@ from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.kernels.chunk_layout import ChunkLayout
 
-__all__ = ["Cells", "StoredTokens", "TokenSet", "chunk_of", "require_token_count", "sets_of"]
+__all__ = [
+    "Cells",
+    "StoredTokens",
+    "TokenSet",
+    "chunk_of",
+    "require_token_count",
+    "require_token_sets",
+    "sets_of",
+]
 
 TokenSet: TypeAlias = int
 """Tokens of one chunk: bit ``t`` stands for token ``t``."""
@@ -39,7 +47,7 @@ class Cells(NamedTuple):
     """Some of the (layer, head) pairs of a chunk: bit ``layer * heads + head`` of ``mask``."""
 
     mask: int
-    count: int
+    total: int
     """All (layer, head) pairs of the chunk."""
 
     @classmethod
@@ -107,7 +115,7 @@ class StoredTokens:
             return (self,)
         found = []
         every = (1 << self._num_cells) - 1
-        wanted = every if cells is None or cells.count != self._num_cells else cells.mask
+        wanted = every if cells is None or cells.total != self._num_cells else cells.mask
         for mask, part in list(apart.items()):
             if mask & wanted:
                 found.append(part)
@@ -121,10 +129,10 @@ class StoredTokens:
         """
         if cells is None:
             return self.within(None)
-        if self._apart is not None and cells.count != self._num_cells:
+        if self._apart is not None and cells.total != self._num_cells:
             return ()  # heads of another size: no new token counts
         if self._apart is None:
-            self._rest, self._num_cells = self._copy(), cells.count
+            self._rest, self._num_cells = self._copy(), cells.total
             self._apart = {}
         apart, rest = self._apart, self._rest
         assert rest is not None
@@ -160,12 +168,13 @@ class StoredTokens:
 
     def join(self) -> None:
         """Let one record stand for all cells, if all have the same."""
-        parts = self.within(None)
-        if self._apart is None or any(
-            (part._first, part._of_row) != (parts[0]._first, parts[0]._of_row) for part in parts
-        ):
+        if self._apart is None:
             return
-        self._first, self._of_row = parts[0]._first, parts[0]._of_row
+        parts = self.within(None)
+        first, of_row = parts[0]._first, parts[0]._of_row
+        if any((part._first, part._of_row) != (first, of_row) for part in parts):
+            return
+        self._first, self._of_row = first, of_row
         self._apart = None
 
     def _copy(self) -> StoredTokens:
@@ -207,6 +216,23 @@ class StoredTokens:
         if is_per_layer:
             row %= max(-(-first // chunk_tokens), 1)
         return first - row * chunk_tokens >= num_tokens
+
+    def sets(self, num_rows: int, layout: BlockLayout) -> tuple[TokenSet | None, ...] | None:
+        """The tokens of each chunk, unless :attr:`first` or nothing is all that is known."""
+        chunk = chunk_of(layout)
+        if self.is_unknown or chunk is None or (self._apart is None and not self._of_row):
+            return None
+        return tuple(self.of(row, chunk.num_tokens, chunk.is_per_layer) for row in range(num_rows))
+
+    def of_block(self, row: int, layout: BlockLayout) -> TokenSet | None:
+        """The tokens of one block of a layout; None if they are not known."""
+        chunk = None if self.is_unknown else chunk_of(layout)
+        return None if chunk is None else self.of(row, chunk.num_tokens, chunk.is_per_layer)
+
+    def set_rows(self, sets: Sequence[TokenSet | None]) -> None:
+        """The tokens of all chunks, one after the other."""
+        self.set_first(None)
+        self._of_row = dict(enumerate(sets))
 
     def set_row(self, row: int, tokens: TokenSet | None) -> None:
         """The tokens of a chunk; None if they are not known."""
@@ -277,3 +303,29 @@ def require_token_count(layout: BlockLayout, num_blocks: int, num_tokens: int) -
             f"num_tokens is {num_tokens}, which are not the tokens of {num_blocks} blocks of "
             f"{chunk.num_tokens} tokens"
         )
+
+
+def require_token_sets(
+    layout: BlockLayout, num_blocks: int, sets: Sequence[TokenSet | None]
+) -> None:
+    """Raise if these are not sets of tokens of so many blocks of a layout.
+
+    Raises:
+        ValueError: there are more or fewer than blocks, the blocks hold no tokens, or one has a
+            token that a block has no room for.
+        TypeError: a set is not an integer.
+    """
+    chunk = chunk_of(layout)
+    if chunk is None:
+        raise ValueError(f"blocks of {layout} hold no tokens of a paged cache")
+    if len(sets) != num_blocks:
+        raise ValueError(f"stored has the tokens of {len(sets)} blocks, but there are {num_blocks}")
+    for row, held in enumerate(sets):
+        if held is None:
+            continue
+        if type(held) is not int:
+            raise TypeError(f"stored[{row}] must be a set of tokens as an integer, got {held!r}")
+        if held < 0 or held.bit_length() > chunk.num_tokens:
+            raise ValueError(
+                f"stored[{row}] has tokens beyond the {chunk.num_tokens} of a block: {held:#x}"
+            )

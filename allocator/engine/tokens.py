@@ -122,19 +122,20 @@ def record_stored(
             _record_rows(each, chunk, num_tokens, kept, keeps_skipped)
         stored.join()
         return
+    pairs = _rows_of(objs)
     records: dict[int, Sequence[StoredTokens]] = {}
     rows_by_batch: dict[int, list[int]] = {}
-    for stored, row in _rows_of(objs):
+    for stored, row in pairs:
         rows_by_batch.setdefault(id(stored), []).append(row)
     leaves_layers = chunk.is_per_layer and copy.pairing.num_layers < cache.num_layers
-    for stored, _ in _rows_of(objs):
+    for stored, _ in pairs:
         if id(stored) not in records:
             if leaves_layers:
                 stored.empty_if_unknown(None)  # the chunks of the other layers
             records[id(stored)] = stored.to_store(cells, rows_by_batch[id(stored)])
-    each = [(records[id(stored)], row) for stored, row in _rows_of(objs)]
+    each = [(records[id(stored)], row) for stored, row in pairs]
     _record_rows(each, chunk, num_tokens, kept, keeps_skipped)
-    for stored, _ in _rows_of(objs):
+    for stored, _ in pairs:
         stored.join()
 
 

@@ -7,8 +7,9 @@ number. A load must never bring that number to the engine, and must not refuse w
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from kvheap import (
     MemoryBatch,
     MemoryBatchMetadata,
     MemoryFormat,
+    MemoryObjMetadata,
     PagedKVCache,
     PrefixStore,
     TensorMemoryAllocator,
@@ -226,6 +228,69 @@ class TestWhereTheCountGoes:
         fresh = worker.view(view.addresses, view.shape, view.dtype, fmt)
         assert fresh.num_tokens is None
         load(fresh, cache, range(40, 54))
+
+    WAYS: ClassVar[dict[str, Callable[[MemoryBatch], Any]]] = {
+        "batch": lambda batch: batch.metadata,
+        "pickle": lambda batch: pickle.loads(pickle.dumps(batch.metadata)),
+        "json": lambda batch: MemoryBatchMetadata.from_dict(
+            json.loads(json.dumps(batch.metadata.to_dict()))
+        ),
+        "objects": lambda batch: [obj.metadata for obj in batch],
+        "json of objects": lambda batch: [
+            MemoryObjMetadata.from_dict(json.loads(json.dumps(obj.metadata.to_dict())))
+            for obj in batch
+        ],
+        "view of a view": lambda batch: batch.allocator.view(batch.metadata).metadata,  # type: ignore[attr-defined]
+    }
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("fmt", [F.KV_2LTD, F.KV_2TD], ids=lambda fmt: fmt.name)
+    def test_to_another_process_by_any_way(self, fmt: MemoryFormat, way: str) -> None:
+        """Whole, with gaps, by single blocks, and by layers: what was stored and no more."""
+        cache, tensors = engine()
+        heap = soiled()
+
+        def view(batch: MemoryBatch) -> MemoryBatch:
+            return heap.view(self.WAYS[way](batch))
+
+        whole = stored(heap, cache, range(13), fmt=fmt)
+        gaps = stored(heap, cache, [0, 1, -1, 3, *range(4, 12)], fmt=fmt)
+        single = heap.batched_allocate(whole.shape, whole.dtype, len(whole), fmt)
+        assert single is not None
+        step = len(whole) // 2
+        store(cache, range(5), single[::step] if step > 1 else single[:1])
+        load(view(whole), cache, range(40, 53))
+        load(view(gaps), cache, [40, 41, -1, *range(43, 52)])
+        chosen = view(single)
+        some: Any = chosen[::step] if step > 1 else chosen[:1]
+        load(some, cache, range(40, 45))
+        assert all((tensor < 1).all() for tensor in tensors)
+        with pytest.raises(ValueError, match="token 13 "):
+            load(view(whole), cache, range(40, 54))
+        with pytest.raises(ValueError, match="token 2 "):
+            load(view(gaps), cache, range(40, 52))
+        with pytest.raises(ValueError, match="token 5 "):
+            load(some, cache, range(40, 46))
+        if fmt is F.KV_2TD:
+            return
+        store(cache, range(13), single, layers=range(1))
+        with pytest.raises(ValueError, match="token 5 "):
+            load(view(single), cache, range(40, 53))
+        store(cache, range(13), single, layers=range(1, 2))
+        load(view(single), cache, range(40, 53))
+
+    @pytest.mark.parametrize("wrong", ["", "xyz", "-1", 7, "0x1f", ["1"], True, "1ff", "1_0"])
+    def test_sets_that_cannot_be(self, wrong: Any) -> None:
+        cache, _ = engine()
+        heap = soiled()
+        batch = stored(heap, cache, [0, -1, *range(2, 12)])
+        values = batch.metadata.to_dict()
+        for damaged in ([wrong, "1"], [None, wrong], ["1"], ["1"] * 3, "11", 3):
+            with pytest.raises(ValueError, match="stored"):
+                heap.view(MemoryBatchMetadata.from_dict({**values, "stored": damaged}))
+        obj = {**batch[0].metadata.to_dict(), "stored": wrong}
+        with pytest.raises(ValueError, match="stored"):
+            heap.view(MemoryObjMetadata.from_dict(obj))
 
     @pytest.mark.parametrize("by_layer", [False, True])
     def test_to_another_heap_and_back(self, by_layer: bool) -> None:
