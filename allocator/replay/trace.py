@@ -184,13 +184,27 @@ class _Signs:
         return tuple(each - 2 * INT64_END if each >= INT64_END else each for each in hash_ids)
 
 
+class _OwningGzipFile(gzip.GzipFile):
+    """A gzip file that closes the file that it reads."""
+
+    def close(self) -> None:
+        """Close both."""
+        file = self.fileobj
+        super().close()
+        if file is not None:
+            file.close()
+
+
 def _opened(path: Path) -> IO[bytes]:
     """The lines of a file, decompressed if it begins like a gzip file."""
-    with path.open("rb") as file:
-        is_gzip = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-    if is_gzip:
-        return cast("IO[bytes]", gzip.open(path, "rb"))
-    return path.open("rb")
+    file = path.open("rb")  # once: a pipe cannot be read again
+    try:
+        if file.peek(len(GZIP_MAGIC))[: len(GZIP_MAGIC)] != GZIP_MAGIC:
+            return file
+        return cast("IO[bytes]", _OwningGzipFile(fileobj=file, mode="rb"))
+    except BaseException:
+        file.close()
+        raise
 
 
 def _parse(line: bytes, line_number: int) -> _Row:

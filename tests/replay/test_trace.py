@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,18 @@ class TestWhatOthersWrite:
         plain = tmp_path / "trace.jsonl.gz"
         plain.write_bytes(text)
         assert len(read_trace(plain)) == 100
+
+    @pytest.mark.parametrize("is_gzip", [False, True])
+    def test_a_pipe_is_read_once(self, tmp_path: Path, is_gzip: bool) -> None:
+        text = (json.dumps(RECORD) + "\n").encode() * 300
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+        sent = gzip.compress(text) if is_gzip else text
+        writer = threading.Thread(target=path.write_bytes, args=(sent,), daemon=True)
+        writer.start()
+        assert len(read_trace(path)) == 300
+        writer.join(10)
+        assert not writer.is_alive()
 
     @pytest.mark.parametrize("cut", [5, 30, -9, -3])
     def test_damaged_gzip(self, tmp_path: Path, cut: int) -> None:
