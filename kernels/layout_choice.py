@@ -49,6 +49,14 @@ PACKED_BACKENDS = (
 """vLLM's backends whose rows are copied as they are. The first two keep two head slots: one for all
 heads of K, one for all heads of V (``customize_spec``, vLLM 0.33.0)."""
 
+FUSED_BACKENDS = (
+    *("FLASH_ATTN", "FLASH_ATTN_DIFFKV", "TRITON_FLASH_ATTN", "FLASHINFER", "TRITON_FLASHINFER"),
+    *("TRITON_ATTN", "TRITON_ATTN_DIFFKV", "FLEX_ATTENTION", "HPC_ATTN", "TORCH_SDPA"),
+    *("CUTLASS_MSA", "TRITON_MSA", "STEP5_DSA", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN"),
+)
+"""vLLM's backends that keep each token's K and then its V in a row (vLLM 0.33.0,
+``backends/registry.py``). Any other name, such as CUSTOM, tells nothing: third parties use it."""
+
 MIXING_BACKENDS = ("ROCM_ATTN",)
 """vLLM's backends that mix the tokens of a block (``PagedAttention.write_to_paged_cache``)."""
 
@@ -142,20 +150,20 @@ class EngineFacts:
             return False
         if not backend:
             return True
-        if (layout.content == "key-rows") != (backend == "CPU_ATTN"):
-            return False
         if any(part in backend for part in ONE_PLANE_BACKENDS):
             return not layout.is_key_value
-        return layout.is_key_value or not self._is_vllm
+        if backend == "CPU_ATTN":
+            return layout.content == "key-rows"
+        return not self._keeps_fused_rows or (layout.is_key_value and layout.content != "key-rows")
 
     @property
     def _backend(self) -> str:
         return (self.backend or "").upper()
 
     @property
-    def _is_vllm(self) -> bool:
-        """Whether the backend's name is one of vLLM's, which are in capitals."""
-        return (self.backend or "").isupper()
+    def _keeps_fused_rows(self) -> bool:
+        """Whether the backend is one of vLLM's that are known to keep K then V in a row."""
+        return self._backend in FUSED_BACKENDS
 
     @property
     def _is_packed(self) -> bool:
@@ -253,7 +261,7 @@ class EngineFacts:
             return None
         if self._backend == MAY_HAVE_SIDES and cache.num_heads == 2:
             return "opaque"
-        if self._is_vllm:
+        if self._keeps_fused_rows or layout.content == "key-rows":
             return None
         if cache.num_heads == 1 and 2 * self.head_dim in LATENT_ROWS:
             return "mla"

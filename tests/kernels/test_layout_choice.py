@@ -305,6 +305,26 @@ def test_what_may_be_two_things_is_not_guessed(
     assert "backend=" in lines[2]
 
 
+@pytest.mark.parametrize(
+    "backend", ["CUSTOM", "FOO", "NO_ATTENTION", "MAMBA2", "MINIMAX_M3_SPARSE"]
+)
+@pytest.mark.parametrize(
+    ("tensors", "facts"),
+    [
+        (layers(6, 2, 16, 128), known(2, 64, 16)),
+        (layers(6, 3, 16, 128), known(3, 64, 16)),
+        (layers(6, 1, 16, 576), known(1, 288, 16)),
+        ([t.transpose(1, 2) for t in layers(6, 16, 2, 128)], known(2, 64, 16)),
+    ],
+)
+def test_a_backend_that_is_not_known_tells_nothing(
+    tensors: Any, facts: dict[str, Any], backend: str
+) -> None:
+    for told in ({}, {"backend": backend}):
+        with pytest.raises(LayoutError, match="several engine layouts fit"):
+            PagedKVCache.detect(tensors, **facts, **told)
+
+
 NONE: list[tuple[str, Any, dict[str, Any]]] = [
     ("NVFP4 as K and V", layers(5, 6, 16, 72, dtype=U8), known(6, 36, 16)),
     (
