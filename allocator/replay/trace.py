@@ -187,12 +187,14 @@ class _Signs:
 class _OwningGzipFile(gzip.GzipFile):
     """A gzip file that closes the file that it reads."""
 
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._file = file
+
     def close(self) -> None:
         """Close both."""
-        file = self.fileobj
         super().close()
-        if file is not None:
-            file.close()
+        self._file.close()
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -201,7 +203,7 @@ def _opened(path: Path) -> IO[bytes]:
     try:
         if file.peek(len(GZIP_MAGIC))[: len(GZIP_MAGIC)] != GZIP_MAGIC:
             return file
-        return cast("IO[bytes]", _OwningGzipFile(fileobj=file, mode="rb"))
+        return cast("IO[bytes]", _OwningGzipFile(file))
     except BaseException:
         file.close()
         raise
