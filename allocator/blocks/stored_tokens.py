@@ -72,7 +72,7 @@ class StoredTokens:
     ``is_per_layer``, whether the chunks of each layer follow those of the layer before.
     """
 
-    __slots__ = ("_apart", "_first", "_num_cells", "_of_row", "_rest")
+    __slots__ = ("_apart", "_first", "_num_cells", "_of_row", "_rest", "form")
 
     def __init__(self) -> None:
         self._first: int | None = None
@@ -82,6 +82,9 @@ class StoredTokens:
         self._apart: dict[int, StoredTokens] | None = None
         self._rest: StoredTokens | None = None
         self._num_cells = 0
+        self.form: str | None = None
+        """What the last store took for one unit: rows of tokens, or blocks as an engine mixes them;
+        None if that is not known."""
 
     @property
     def first(self) -> int | None:
@@ -107,6 +110,7 @@ class StoredTokens:
         self._of_row = {}
         self._first = num_tokens
         self._apart = None
+        self.form = None
 
     def within(self, cells: Cells | None) -> Sequence[StoredTokens]:
         """The records of cells (None: of all). Together they say what can be loaded."""
@@ -187,6 +191,7 @@ class StoredTokens:
         if rows is None:
             self.set_first(None)
         elif not self.is_unknown:
+            self.form = None
             for part in self.within(None):
                 part._of_row.update(dict.fromkeys(rows.tolist()))
 
@@ -245,6 +250,7 @@ class StoredTokens:
         self._of_row = dict(other._of_row)
         self._first = other._first
         self._num_cells = other._num_cells
+        self.form = other.form
         self._rest = None if apart is None or rest is None else rest._copy()
         self._apart = (
             None if apart is None else {mask: part._copy() for mask, part in list(apart.items())}

@@ -32,6 +32,14 @@ def _tokens_of(places: Places, cache: PagedKVCache) -> Places:
     return replace(places, num_tokens=places.num_tokens * cache.block_size)
 
 
+def _form_of(cache: PagedKVCache, pairing: Pairing) -> str:
+    """In what units a chunk keeps the KV of a cache: only the same units can be loaded."""
+    if not cache.layout.whole_blocks:
+        return "rows of tokens"
+    order = "" if pairing.cache.num_heads == cache.num_heads else ", slots outermost"
+    return f"whole blocks of {cache.block_size} slots of {cache.layout.name}{order}"
+
+
 def _cells_of(pairing: Pairing) -> Cells | None:
     """Which layers and heads of the chunks are copied; None: all."""
     chunk = pairing.chunk
@@ -58,8 +66,12 @@ def require_stored(
         cache: the cache.
 
     Raises:
-        ValueError: names the first such token.
+        ValueError: names the first such token, or the chunks hold other units than the cache's.
     """
+    form = _form_of(cache, copy.pairing)
+    for stored in _records_of(objs):
+        if stored.form not in (None, form):
+            raise ValueError(f"the chunks hold {stored.form}, the cache takes {form}")
     places, cells = _tokens_of(copy.places, cache), _cells_of(copy.pairing)
     num_tokens = places.num_tokens
     if isinstance(objs, MemoryBatch):
@@ -106,6 +118,15 @@ def record_stored(
     Tokens that the store skipped are as they were, unless it converted: the new scales are not
     those of the tokens that were there. Arguments are those of :func:`require_stored`.
     """
+    form = _form_of(cache, copy.pairing)
+    were = [(stored, stored.form) for stored in _records_of(objs)]
+    _record(objs, chunk, copy, cache)
+    for stored, before in were:
+        is_mixed = not isinstance(objs, MemoryBatch) and before not in (None, form)
+        stored.form = None if is_mixed else form
+
+
+def _record(objs: BlockObjects, chunk: ChunkLayout, copy: TokenCopy, cache: PagedKVCache) -> None:
     places, cells = _tokens_of(copy.places, cache), _cells_of(copy.pairing)
     num_tokens, kept = places.num_tokens, places.kept(cache.block_size)
     keeps_skipped = copy.chunks.scale_offset is None
@@ -169,6 +190,13 @@ def _without_padding(
         -num_tokens // chunk_tokens
     )
     return (None, count) if is_padding else (kept, num_tokens)
+
+
+def _records_of(objs: BlockObjects) -> Sequence[StoredTokens]:
+    """The records of the batches that chunks belong to, each once."""
+    if isinstance(objs, MemoryBatch):
+        return (objs.stored_tokens,)
+    return list({id(obj.batch): obj.batch.stored_tokens for obj in objs}.values())
 
 
 def _rows_of(objs: BlockObjects) -> Sequence[tuple[StoredTokens, int]]:
