@@ -183,7 +183,8 @@ class MemoryBatch(Sequence["MemoryObj"]):
         """What another process passes to ``heap.view`` to wrap the blocks."""
         sets = self.stored_tokens.sets(self._length, self.layout)
         count = self.num_tokens if sets is None else None
-        return MemoryBatchMetadata(self._address_batch, self.layout, count, sets)
+        form = self.stored_tokens.form
+        return MemoryBatchMetadata(self._address_batch, self.layout, count, sets, form)
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a MemoryBatch cannot be pickled: send its metadata")
@@ -483,6 +484,7 @@ class MemoryObj(LMCacheNames):
             shapes=list(layout.shapes),
             dtypes=list(layout.dtypes),
             stored=self._batch.stored_tokens.of_block(self._row, layout),
+            form=self._batch.stored_tokens.form,
         )
 
     def __reduce__(self) -> tuple[object, ...]:

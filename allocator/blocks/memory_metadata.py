@@ -39,6 +39,7 @@ class MemoryObjMetadata:
         shapes: the shapes of all groups, or None.
         dtypes: their dtypes, or None.
         stored: which tokens were stored in it, bit ``t`` for token ``t``; None if not known.
+        form: in what units, see ``StoredTokens.form``; None if not known.
     """
 
     shape: torch.Size
@@ -51,6 +52,7 @@ class MemoryObjMetadata:
     shapes: list[torch.Size] | None = None
     dtypes: list[torch.dtype] | None = None
     stored: int | None = None
+    form: str | None = None
 
     def get_size(self) -> int:
         """Logical bytes of all groups."""
@@ -66,7 +68,7 @@ class MemoryObjMetadata:
         >>> MemoryObjMetadata.from_dict(metadata.to_dict()) == metadata
         True
         """
-        values = {
+        values: dict[str, Any] = {
             "__type__": "MemoryObjMetadata",
             "shape": list(self.shape),
             "dtype": _dtype_name(self.dtype),
@@ -78,7 +80,11 @@ class MemoryObjMetadata:
             "shapes": [list(shape) for shape in self.shapes] if self.shapes else None,
             "dtypes": [_dtype_name(dtype) for dtype in self.dtypes] if self.dtypes else None,
         }
-        return values if self.stored is None else {**values, "stored": f"{self.stored:x}"}
+        if self.stored is not None:
+            values["stored"] = f"{self.stored:x}"
+        if self.form is not None:
+            values["form"] = self.form
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MemoryObjMetadata:
@@ -104,6 +110,7 @@ class MemoryObjMetadata:
             shapes=shapes,
             dtypes=dtypes,
             stored=read.token_set("stored") if "stored" in values else None,
+            form=read.optional("form", read.text) if "form" in values else None,
         )
 
 
@@ -118,12 +125,14 @@ class MemoryBatchMetadata:
             known, or ``stored`` says more.
         stored: which tokens each block holds, if they are not the first ones of the batch: bit
             ``t`` for token ``t``, None for a block of which nothing is known.
+        form: in what units they were stored, see ``StoredTokens.form``; None if not known.
     """
 
     blocks: AddressBatch
     layout: BlockLayout
     num_tokens: int | None = None
     stored: tuple[int | None, ...] | None = None
+    form: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, strings and lists, for msgpack or JSON; O(R) for R runs.
@@ -143,6 +152,8 @@ class MemoryBatchMetadata:
         }
         if self.stored is not None:
             values["stored"] = [None if held is None else f"{held:x}" for held in self.stored]
+        if self.form is not None:
+            values["form"] = self.form
         return values
 
     @classmethod
@@ -169,7 +180,8 @@ class MemoryBatchMetadata:
             raise ValueError(f"run_starts must ascend, got {values['run_starts']!r}")
         num_tokens = read.optional("num_tokens", read.integer) if "num_tokens" in values else None
         stored = read.token_sets("stored") if "stored" in values else None
-        return cls(blocks, layout, num_tokens, stored)
+        form = read.optional("form", read.text) if "form" in values else None
+        return cls(blocks, layout, num_tokens, stored, form)
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str | None:

@@ -86,6 +86,13 @@ class Reader:
         """A list of names of dtypes, at least one."""
         return [self._dtype(key, value) for value in self._list(key, at_least=1)]
 
+    def text(self, key: str) -> str:
+        """A text."""
+        value = self._value(key)
+        if not isinstance(value, str):
+            raise ValueError(f"{key} must be a text, got {value!r}")
+        return value
+
     def token_set(self, key: str) -> int | None:
         """A set of tokens in hexadecimal digits, or None."""
         return self._token_set(key, self._value(key))

@@ -259,6 +259,7 @@ class TensorMemoryAllocator(Heap):
         batch.set_num_tokens(view.num_tokens)
         if view.stored is not None:
             batch.stored_tokens.set_rows(view.stored)
+        batch.stored_tokens.form = view.form
         return batch
 
     # -- free ----------------------------------------------------------------------------------

@@ -38,12 +38,14 @@ class View:
         blocks: where the blocks are: disjoint, with addresses and ends in int64.
         num_tokens: how many tokens they hold; None if that is not known.
         stored: the tokens of each, if ``num_tokens`` does not say it all.
+        form: in what units; None if that is not known.
     """
 
     layout: BlockLayout
     blocks: AddressBatch
     num_tokens: int | None = None
     stored: Sequence[int | None] | None = None
+    form: str | None = None
 
 
 def read_view(
@@ -90,7 +92,7 @@ def read_view(
     blocks = metadata.blocks.checked()
     if metadata.stored is not None:
         require_token_sets(layout, len(blocks), metadata.stored)
-    return View(layout, blocks, metadata.num_tokens, metadata.stored)
+    return View(layout, blocks, metadata.num_tokens, metadata.stored, metadata.form)
 
 
 def _metadata_of(blocks: ViewedBlocks) -> MemoryBatchMetadata | None:
@@ -119,7 +121,9 @@ def _of_objects(objs: Sequence[Any]) -> MemoryBatchMetadata:
     blocks = AddressBatch.of_addresses([obj.address for obj in objs], sizes[0])
     stored = tuple(obj.stored for obj in objs)
     is_known = any(held is not None for held in stored)
-    return MemoryBatchMetadata(blocks, layouts[0], stored=stored if is_known else None)
+    forms = {obj.form for obj in objs}
+    form = forms.pop() if len(forms) == 1 else None
+    return MemoryBatchMetadata(blocks, layouts[0], None, stored if is_known else None, form)
 
 
 def _layout_of(obj: MemoryObjMetadata) -> BlockLayout:

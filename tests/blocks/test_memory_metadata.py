@@ -137,6 +137,8 @@ WRONG: list[dict[str, Any]] = [
     {"num_tokens": 4.0},
     {"num_tokens": []},
     {"num_tokens": ()},
+    {"form": 7},
+    {"form": []},
     {"__type__": "MemoryObjMetadata"},
 ]
 

@@ -253,7 +253,14 @@ def test_blocks_are_loaded_as_they_were_stored(
             continue
         with pytest.raises(ValueError, match=r"the chunks hold .*, the cache takes "):
             kvheap.load(objs, loaded, places(loaded))
+        for metadata in (batch.metadata, [obj.metadata for obj in batch]):
+            with pytest.raises(ValueError, match=r"the chunks hold .*, the cache takes "):
+                kvheap.load(heap.view(metadata), loaded, places(loaded))
+        sent = kvheap.MemoryBatchMetadata.from_dict(batch.metadata.to_dict())
+        with pytest.raises(ValueError, match=r"the chunks hold .*, the cache takes "):
+            kvheap.load(heap.view(sent), loaded, places(loaded))
         batch.set_num_tokens(24)  # says that other means have filled it
+        assert batch.metadata.form is None
 
 
 def test_conversion_is_refused() -> None:
