@@ -117,7 +117,8 @@ class ChunkLayout:
                 f"only whole blocks of {block_size} tokens can be copied, the chunk has "
                 f"{self.page_tokens} tokens in a row"
             )
-        if self.token_stride != self.row_bytes:
+        # With heads apart, the strides may be equal by chance: as many layers as groups of heads.
+        if self.token_stride != self.row_bytes or self.head_groups > 1:
             raise ValueError(
                 "only whole blocks can be copied, but in this format the tokens of a block lie "
                 "apart: use KV_2LTD, KV_MLA_FMT, KV_2TD, KV_PL2TD or KV_PLTD"

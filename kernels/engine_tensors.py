@@ -144,7 +144,10 @@ def _flatten(layout: KVLayout, tensors: Any) -> tuple[KVLayout, list[list[Labell
     if isinstance(tensors, torch.Tensor | str) or not isinstance(tensors, Sequence):
         raise OtherTensorsError(f"{name} is {layout.tensors}, got {kind_of(tensors)}")
     if nesting == "PL":
-        if len(tensors) != 2 or any(isinstance(part, torch.Tensor) for part in tensors):
+        are_lists = all(
+            isinstance(part, Sequence) and not isinstance(part, str) for part in tensors
+        )
+        if len(tensors) != 2 or not are_lists:
             raise OtherTensorsError(
                 f"{name} is a list of K and a list of V, got {kind_of(tensors)}"
             )

@@ -49,6 +49,14 @@ PACKED_BACKENDS = (
 """vLLM's backends whose rows are copied as they are. The first two keep two head slots: one for all
 heads of K, one for all heads of V (``customize_spec``, vLLM 0.33.0)."""
 
+FUSED_BACKENDS = (
+    *("FLASH_ATTN", "FLASH_ATTN_DIFFKV", "TRITON_FLASH_ATTN", "FLASHINFER", "TRITON_FLASHINFER"),
+    *("TRITON_ATTN", "TRITON_ATTN_DIFFKV", "FLEX_ATTENTION", "HPC_ATTN", "TORCH_SDPA"),
+    *("CUTLASS_MSA", "TRITON_MSA", "STEP5_DSA", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN"),
+)
+"""vLLM's backends that keep each token's K and then its V in a row (vLLM 0.33.0,
+``backends/registry.py``). Any other name, such as CUSTOM, tells nothing: third parties use it."""
+
 MIXING_BACKENDS = ("ROCM_ATTN",)
 """vLLM's backends that mix the tokens of a block (``PagedAttention.write_to_paged_cache``)."""
 
@@ -62,6 +70,19 @@ each backend's ``get_name``)."""
 
 ONLY_NAMED = ("opaque", "plane-tuples", "vllm-packed")
 """Engine layouts that fit too much to be guessed."""
+
+PAIRS_OR_LISTS: Mapping[str, str] = {
+    "kv-tuples": "sglang-mha",
+    "kv-tuples-hnd": "sglang-mha-hnd",
+    "kv-tuples-slots": "sglang-mha",
+}
+"""Two lists of two tensors are (K, V) of two layers, or K of both layers and V of both; with slots
+in blocks, ``sglang-mha`` takes the latter once ``flatten(0, 1)`` has joined blocks and slots."""
+
+HOST_PAGES = "a host pool of SGLang (not among the names)"
+"""``[2, pages, L, N, H, C]`` (page_first_direct) or ``[2, pages, H, N, L, C]`` (page_head; SGLang
+0.5.23, ``memory_pool_host.py``): with two layers or heads, it looks like two blocks of an engine
+layout ``[B, L, 2, ...]``."""
 
 MAX_REASONS = 3
 """Of the engine layouts that nearly fit, a message names so many."""
@@ -81,6 +102,14 @@ class SizedCache(Protocol):
     @property
     def block_size(self) -> int:
         """Slots of a block."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,20 +150,20 @@ class EngineFacts:
             return False
         if not backend:
             return True
-        if (layout.content == "key-rows") != (backend == "CPU_ATTN"):
-            return False
         if any(part in backend for part in ONE_PLANE_BACKENDS):
             return not layout.is_key_value
-        return layout.is_key_value or not self._is_vllm
+        if backend == "CPU_ATTN":
+            return layout.content == "key-rows"
+        return not self._keeps_fused_rows or (layout.is_key_value and layout.content != "key-rows")
 
     @property
     def _backend(self) -> str:
         return (self.backend or "").upper()
 
     @property
-    def _is_vllm(self) -> bool:
-        """Whether the backend's name is one of vLLM's, which are in capitals."""
-        return (self.backend or "").isupper()
+    def _keeps_fused_rows(self) -> bool:
+        """Whether the backend is one of vLLM's that are known to keep K then V in a row."""
+        return self._backend in FUSED_BACKENDS
 
     @property
     def _is_packed(self) -> bool:
@@ -205,7 +234,9 @@ class EngineFacts:
         if layout.content == "nvfp4":
             return ((heads, 9 * head_dim // 16),)
         if layout.content == "values-scales":
-            known = [row, SPLIT_RECORDS.get(row, (row - SCALE_BYTES,))[0]]
+            if row not in SPLIT_RECORDS:
+                return ()  # a name can say that rows end in a scale, their width cannot
+            known = [row, SPLIT_RECORDS[row][0]]
             known += [DEEPSEEK_V4_HEAD_DIM] if row in PAGE_ALIGNMENT else []
             return ((heads, row),) if head_dim in known else ()
         if layout.content != "one":
@@ -222,11 +253,15 @@ class EngineFacts:
             # A latent of this head dim may have two scales behind it: 576 + 8 bytes.
             rows = (self.head_dim, self.head_dim + 2 * SCALE_BYTES, *EITHER_WAY)
             return "mla" if cache.head_dim in rows else None
+        if layout.name in PAIRS_OR_LISTS and cache.num_layers == 2 and not self._has_other_v:
+            return PAIRS_OR_LISTS[layout.name]
+        if layout.dims.startswith("BLP") and cache.num_blocks == 2:
+            return HOST_PAGES
         if layout.content not in ("fused", "key-rows") or self._has_other_v:
             return None
         if self._backend == MAY_HAVE_SIDES and cache.num_heads == 2:
             return "opaque"
-        if self._is_vllm:
+        if self._keeps_fused_rows or layout.content == "key-rows":
             return None
         if cache.num_heads == 1 and 2 * self.head_dim in LATENT_ROWS:
             return "mla"

@@ -120,8 +120,6 @@ class PagedKVCache:
             layout = LAYOUTS[layout]
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be the name of an engine layout, got {layout!r}")
-        if block_size is not None:
-            block_size = as_whole("block_size", block_size)
         found = read_tensors(layout, tensors, TensorFacts(block_size, v_head_dim, widths))
         return cls(
             found.layout,
@@ -163,6 +161,10 @@ class PagedKVCache:
         >>> cache.num_layers, cache.num_blocks, cache.block_size, cache.num_heads
         (3, 1, 7, 2)
         """
+        if num_kv_heads is not None:
+            num_kv_heads = as_whole("num_kv_heads", num_kv_heads)
+        if head_dim is not None:
+            head_dim = as_whole("head_dim", head_dim)
         tensors = key_value_tensors(cache, num_kv_heads, head_dim)
         return cls.of("kv-tuples-hnd", tensors)
 
@@ -198,9 +200,16 @@ class PagedKVCache:
             LayoutError: no engine layout fits, or two that fit put a token at different addresses;
                 the message has three lines. ``opaque``, ``vllm-packed`` and ``plane-tuples`` are
                 only found if ``kv_cache_dtype`` or ``backend`` says so.
-            TypeError: ``kv_cache_dtype`` or ``backend`` is not text.
+            TypeError: a number is not an integer, or ``kv_cache_dtype`` or ``backend`` not text.
         """
-        facts = EngineFacts(num_kv_heads, head_dim, block_size, v_head_dim, kv_cache_dtype, backend)
+        facts = EngineFacts(
+            as_whole("num_kv_heads", num_kv_heads),
+            as_whole("head_dim", head_dim),
+            as_whole("block_size", block_size),
+            None if v_head_dim is None else as_whole("v_head_dim", v_head_dim),
+            kv_cache_dtype,
+            backend,
+        )
         readings: Readings[PagedKVCache] = Readings(facts)
         for layout in facts.candidates():
             for given in facts.tensor_facts(layout, tensors):

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from kvheap.kernels.arguments import as_whole
 from kvheap.kernels.arrays import Int64Array, alignment_of
 from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.paged_layout import PagedKVCache
@@ -209,13 +210,20 @@ def pairing_of(
 
     Raises:
         ValueError: as :meth:`Pairing.of`.
-        TypeError: ``layers`` is not a range, or ``heads`` not a slice.
+        TypeError: ``layers`` is not a range, or ``heads`` not a slice of integers.
     """
     if layers is not None and not isinstance(layers, range):
         raise TypeError(f"layers must be a range, got {layers!r}")
     if heads is not None and not isinstance(heads, slice):
         raise TypeError(f"heads must be a slice, got {heads!r}")
-    key = (chunk, layers, None if heads is None else (heads.start, heads.stop, heads.step))
+    bounds = None
+    if heads is not None:
+        bounds = tuple(
+            None if bound is None else as_whole("a bound of heads", bound)
+            for bound in (heads.start, heads.stop, heads.step)
+        )
+        heads = slice(*bounds)
+    key = (chunk, layers, bounds)
     found: Pairing | None = cache.kept.get(key)
     if found is None:
         found = Pairing.of(cache, chunk, layers, heads)
@@ -270,7 +278,9 @@ def _heads(cache_heads: int, chunk_heads: int, heads: slice | None) -> tuple[int
         return 0, 0, cache_heads
     most = max(cache_heads, chunk_heads)
     begin, end, step = heads.indices(most)
-    if step != 1 or end <= begin or (heads.stop is not None and heads.stop > most):
+    bounds = (heads.start, heads.stop)
+    leaves = any(bound is not None and not -most <= bound <= most for bound in bounds)
+    if step != 1 or end <= begin or leaves:
         raise ValueError(f"heads must be a slice of the {most} heads in steps of 1, got {heads}")
     count = end - begin
     for name, number in (("cache", cache_heads), ("chunk", chunk_heads)):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kvheap.kernels.arguments import as_whole
 from kvheap.kernels.engine_layouts import (
     INDEXER_BYTES,
     SCALE_BYTES,
@@ -51,7 +52,9 @@ def checked_facts(layout: KVLayout, facts: TensorFacts, first: torch.Tensor) -> 
 
     Raises:
         LayoutError: the engine layout needs another fact, or has no use for one.
+        TypeError: a fact is not an integer.
     """
+    facts = _whole_numbers(facts)
     is_split = layout.content == "values-scales"
     if facts.widths is not None and layout.name != "values-scales":
         raise LayoutError(f"widths are for values-scales, not for {layout.name}")
@@ -61,18 +64,14 @@ def checked_facts(layout: KVLayout, facts: TensorFacts, first: torch.Tensor) -> 
     if not is_split:
         return facts
     if layout.name == "values-scales":
-        widths = facts.widths
-        if widths is None or len(widths) != 2 or any(width <= 0 for width in widths):
-            raise LayoutError(
-                "values-scales needs widths=(values, scales), the bytes that each has for a token, "
-                f"such as (576, 8) for DeepSeek-V4; got {widths}"
-            )
-        return replace(facts, widths=(int(widths[0]), int(widths[1])))
+        if facts.widths is None or min(facts.widths) <= 0:
+            raise LayoutError(f"{_NEEDS_WIDTHS}; got {facts.widths}")
+        return facts
     row = INDEXER_BYTES
     if first.dim() > 2:
         row = first.shape[-1]
-    elif first.dim() == 2 and facts.block_size:
-        row = first.shape[-1] // facts.block_size
+    elif first.dim() == 2 and facts.block_size is not None:
+        row = _indexer_row(layout, first.shape[-1], facts.block_size)
     if not SCALE_BYTES < row <= INDEXER_BYTES:
         raise LayoutError(
             f"layer 0 of {layout.name} must be bytes [B, N, values + {SCALE_BYTES}], up to 128 "
@@ -80,6 +79,47 @@ def checked_facts(layout: KVLayout, facts: TensorFacts, first: torch.Tensor) -> 
             f"use values-scales and its widths"
         )
     return replace(facts, widths=(row - SCALE_BYTES, SCALE_BYTES))
+
+
+_NEEDS_WIDTHS = (
+    "values-scales needs widths=(values, scales), the bytes that each has for a token, such as "
+    "(576, 8) for DeepSeek-V4"
+)
+
+
+def _whole_numbers(facts: TensorFacts) -> TensorFacts:
+    """The facts with their numbers as ``int``.
+
+    Raises:
+        LayoutError: the widths are not two.
+        TypeError: a number is not an integer.
+    """
+    block_size, v_head_dim, widths = facts.block_size, facts.v_head_dim, facts.widths
+    if widths is not None and (not isinstance(widths, (tuple, list)) or len(widths) != 2):
+        raise LayoutError(f"{_NEEDS_WIDTHS}; got {widths!r}")
+    return TensorFacts(
+        None if block_size is None else as_whole("block_size", block_size),
+        None if v_head_dim is None else as_whole("v_head_dim", v_head_dim),
+        None
+        if widths is None
+        else (as_whole("widths[0]", widths[0]), as_whole("widths[1]", widths[1])),
+    )
+
+
+def _indexer_row(layout: KVLayout, page_bytes: int, block_size: int) -> int:
+    """Bytes of a token in pages ``[B, bytes]`` of the indexer, which have no padding.
+
+    Raises:
+        LayoutError: so many slots would not have rows of a known size.
+    """
+    for row, (_, scales) in SPLIT_RECORDS.items():
+        if scales == SCALE_BYTES and page_bytes == block_size * row:
+            return row
+    raise LayoutError(
+        f"layer 0 of {layout.name} has pages of {page_bytes} bytes, which are not blocks of "
+        f"block_size={block_size} rows of 132 or 68 bytes: for other rows, or pages with padding, "
+        f"use values-scales and its widths"
+    )
 
 
 def tensor_view(
@@ -173,6 +213,12 @@ def _page_rows(
             raise LayoutError(
                 f"{label} of {layout.name} has blocks of {page_bytes} bytes: with rows of {row}, "
                 f"block_size={facts.block_size} does not fit; padded blocks need a block_size"
+            )
+        if page_bytes - slots * row >= row:
+            raise LayoutError(
+                f"{label} of {layout.name} has blocks of {page_bytes} bytes, which have room for "
+                f"{page_bytes // row} rows of {row}: block_size={facts.block_size} does not fit; "
+                f"if the rest is padding, slice it off"
             )
         if tensor.stride(1) != 1 and page_bytes > 1:
             raise LayoutError(

@@ -198,7 +198,10 @@ class MemoryBatch(Sequence["MemoryObj"]):
     @property
     def metadata(self) -> MemoryBatchMetadata:
         """What another process passes to ``heap.view`` to wrap the blocks."""
-        return MemoryBatchMetadata(self._address_batch, self.layout, self.num_tokens)
+        sets = self.stored_tokens.sets(self._length, self.layout)
+        count = self.num_tokens if sets is None else None
+        form = self.stored_tokens.form
+        return MemoryBatchMetadata(self._address_batch, self.layout, count, sets, form)
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a MemoryBatch cannot be pickled: send its metadata")
@@ -523,6 +526,8 @@ class MemoryObj(LMCacheNames):
             fmt=layout.fmt,
             shapes=list(layout.shapes),
             dtypes=list(layout.dtypes),
+            stored=self._batch.stored_tokens.of_block(self._row, layout),
+            form=self._batch.stored_tokens.form,
         )
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -5,7 +5,7 @@ and what they hold, pickle these objects, or send ``to_dict()`` through msgpack 
 passes the result to ``heap.view``.
 
 ``MemoryObjMetadata`` has the fields of LMCache 0.5.6's class of the same name, and its dicts have
-the same keys.
+the same keys; ``stored`` is added where tokens are known.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class MemoryObjMetadata:
         fmt: what the dimensions mean.
         shapes: the shapes of all groups, or None.
         dtypes: their dtypes, or None.
+        stored: which tokens were stored in it, bit ``t`` for token ``t``; None if not known.
+        form: in what units, see ``StoredTokens.form``; None if not known.
     """
 
     shape: torch.Size
@@ -49,6 +51,8 @@ class MemoryObjMetadata:
     fmt: MemoryFormat = MemoryFormat.UNDEFINED
     shapes: list[torch.Size] | None = None
     dtypes: list[torch.dtype] | None = None
+    stored: int | None = None
+    form: str | None = None
 
     def get_size(self) -> int:
         """Logical bytes of all groups."""
@@ -64,7 +68,7 @@ class MemoryObjMetadata:
         >>> MemoryObjMetadata.from_dict(metadata.to_dict()) == metadata
         True
         """
-        return {
+        values: dict[str, Any] = {
             "__type__": "MemoryObjMetadata",
             "shape": list(self.shape),
             "dtype": _dtype_name(self.dtype),
@@ -76,6 +80,11 @@ class MemoryObjMetadata:
             "shapes": [list(shape) for shape in self.shapes] if self.shapes else None,
             "dtypes": [_dtype_name(dtype) for dtype in self.dtypes] if self.dtypes else None,
         }
+        if self.stored is not None:
+            values["stored"] = f"{self.stored:x}"
+        if self.form is not None:
+            values["form"] = self.form
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MemoryObjMetadata:
@@ -86,7 +95,8 @@ class MemoryObjMetadata:
             ValueError: a value is not what :meth:`to_dict` writes; the message names it.
         """
         read = Reader("MemoryObjMetadata", values)
-        shapes, dtypes = read.optional("shapes", read.shapes), read.optional("dtypes", read.dtypes)
+        shapes = read.optional_list("shapes", read.shapes)
+        dtypes = read.optional_list("dtypes", read.dtypes)
         if shapes is not None and dtypes is not None and len(shapes) != len(dtypes):
             raise ValueError(f"shapes and dtypes differ in length: {shapes!r}, {dtypes!r}")
         return cls(
@@ -99,6 +109,8 @@ class MemoryObjMetadata:
             fmt=read.fmt("fmt"),
             shapes=shapes,
             dtypes=dtypes,
+            stored=read.token_set("stored") if "stored" in values else None,
+            form=read.optional("form", read.text) if "form" in values else None,
         )
 
 
@@ -110,16 +122,24 @@ class MemoryBatchMetadata:
         blocks: where they are.
         layout: what each of them holds.
         num_tokens: how many tokens they hold, see ``MemoryBatch.num_tokens``; None if that is not
-            known.
+            known, or ``stored`` says more.
+        stored: which tokens each block holds, if they are not the first ones of the batch: bit
+            ``t`` for token ``t``, None for a block of which nothing is known.
+        form: in what units they were stored, see ``StoredTokens.form``; None if not known.
     """
 
     blocks: AddressBatch
     layout: BlockLayout
     num_tokens: int | None = None
+    stored: tuple[int | None, ...] | None = None
+    form: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to numbers, strings and lists, for msgpack or JSON; O(R) for R runs."""
-        return {
+        """Convert to numbers, strings and lists, for msgpack or JSON; O(R) for R runs.
+
+        Blocks that were stored by themselves add O(N), under the key ``stored``.
+        """
+        values: dict[str, Any] = {
             "__type__": "MemoryBatchMetadata",
             "block_bytes": self.blocks.block_bytes,
             "run_starts": self.blocks.run_starts.tolist(),
@@ -130,6 +150,11 @@ class MemoryBatchMetadata:
             "fmt": self.layout.fmt.value,
             "num_tokens": self.num_tokens,
         }
+        if self.stored is not None:
+            values["stored"] = [None if held is None else f"{held:x}" for held in self.stored]
+        if self.form is not None:
+            values["form"] = self.form
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MemoryBatchMetadata:
@@ -154,7 +179,9 @@ class MemoryBatchMetadata:
         if ascending and not blocks.is_ascending:
             raise ValueError(f"run_starts must ascend, got {values['run_starts']!r}")
         num_tokens = read.optional("num_tokens", read.integer) if "num_tokens" in values else None
-        return cls(blocks, layout, num_tokens)
+        stored = read.token_sets("stored") if "stored" in values else None
+        form = read.optional("form", read.text) if "form" in values else None
+        return cls(blocks, layout, num_tokens, stored, form)
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str | None:

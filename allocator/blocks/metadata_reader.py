@@ -19,6 +19,7 @@ __all__ = ["Reader"]
 T = TypeVar("T")
 
 INT64_END = 1 << 63
+HEX_DIGITS = frozenset("0123456789abcdef")
 
 
 class Reader:
@@ -45,8 +46,14 @@ class Reader:
         self._values = values
 
     def optional(self, key: str, read: Callable[[str], T]) -> T | None:
-        """The value that ``read`` finds; None if the dict has None or an empty list."""
-        return None if self._value(key) in (None, [], ()) else read(key)
+        """The value that ``read`` finds; None if the dict has None."""
+        return None if self._value(key) is None else read(key)
+
+    def optional_list(self, key: str, read: Callable[[str], T]) -> T | None:
+        """The list that ``read`` finds; None if the dict has None or an empty list."""
+        value = self._value(key)
+        is_empty = isinstance(value, (list, tuple)) and not value
+        return None if value is None or is_empty else read(key)
 
     def flag(self, key: str) -> bool:
         """True or False."""
@@ -79,6 +86,23 @@ class Reader:
         """A list of names of dtypes, at least one."""
         return [self._dtype(key, value) for value in self._list(key, at_least=1)]
 
+    def text(self, key: str) -> str:
+        """A text."""
+        value = self._value(key)
+        if not isinstance(value, str):
+            raise ValueError(f"{key} must be a text, got {value!r}")
+        return value
+
+    def token_set(self, key: str) -> int | None:
+        """A set of tokens in hexadecimal digits, or None."""
+        return self._token_set(key, self._value(key))
+
+    def token_sets(self, key: str) -> tuple[int | None, ...] | None:
+        """A list of such sets, or None."""
+        if self._value(key) is None:
+            return None
+        return tuple(self._token_set(key, value) for value in self._list(key))
+
     def fmt(self, key: str) -> MemoryFormat:
         """The number of a format."""
         number = self._integer(key, self._value(key))
@@ -110,6 +134,13 @@ class Reader:
         if 0 in extents:
             raise ValueError(f"{key} must be a list of positive integers, got {value!r}")
         return torch.Size(extents)
+
+    def _token_set(self, key: str, value: object) -> int | None:
+        if value is None:
+            return None
+        if not isinstance(value, str) or not value or set(value) - HEX_DIGITS:
+            raise ValueError(f"{key} must be tokens in hexadecimal digits, got {value!r}")
+        return int(value, 16)
 
     def _dtype(self, key: str, value: object) -> torch.dtype:
         if not isinstance(value, str):

@@ -9,13 +9,18 @@ holds its first tokens, chunk after chunk. Chunks that were stored by themselves
 set of tokens each: an ``int``, whose bit ``t`` stands for token ``t`` of the chunk. What other
 means have written, such as ``source=`` or a caller's own copy, is not known, and nothing is
 refused.
+
+A store may write only some layers or heads: some :class:`Cells` of each chunk. These then have a
+record of their own, and what nobody has stored counts as empty. Once all cells hold the same
+tokens, one record stands for all again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import TypeAlias
+from functools import lru_cache, reduce
+from operator import and_
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +29,40 @@ from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.kernels.chunk_layout import ChunkLayout
 
-__all__ = ["StoredTokens", "TokenSet", "chunk_of", "require_token_count", "sets_of"]
+__all__ = [
+    "Cells",
+    "StoredTokens",
+    "TokenSet",
+    "chunk_of",
+    "require_token_count",
+    "require_token_sets",
+    "sets_of",
+]
 
 TokenSet: TypeAlias = int
 """Tokens of one chunk: bit ``t`` stands for token ``t``."""
+
+
+class Cells(NamedTuple):
+    """Some of the (layer, head) pairs of a chunk: bit ``layer * heads + head`` of ``mask``."""
+
+    mask: int
+    total: int
+    """All (layer, head) pairs of the chunk."""
+
+    @classmethod
+    def of(
+        cls, layers: tuple[int, int], num_layers: int, heads: tuple[int, int], num_heads: int
+    ) -> Cells:
+        """The cells of some layers and heads, each given as the first and their number.
+
+        >>> bin(Cells.of((1, 2), 3, (0, 1), 2).mask)
+        '0b10100'
+        """
+        (first_layer, some_layers), (first_head, some_heads) = layers, heads
+        each_layer = ((1 << num_heads * some_layers) - 1) // ((1 << num_heads) - 1)
+        row = ((1 << some_heads) - 1) << first_head
+        return cls(row * each_layer << first_layer * num_heads, num_layers * num_heads)
 
 
 class StoredTokens:
@@ -37,22 +72,33 @@ class StoredTokens:
     ``is_per_layer``, whether the chunks of each layer follow those of the layer before.
     """
 
-    __slots__ = ("_first", "_of_row")
+    __slots__ = ("_apart", "_first", "_num_cells", "_of_row", "_rest", "form")
 
     def __init__(self) -> None:
         self._first: int | None = None
         # Single operations on a dict are atomic: threads may store into chunks of one batch.
         self._of_row: dict[int, TokenSet | None] = {}
+        # The cells with records of their own, by disjoint masks; None: no cells are apart.
+        self._apart: dict[int, StoredTokens] | None = None
+        self._rest: StoredTokens | None = None
+        self._num_cells = 0
+        self.form: str | None = None
+        """What the last store took for one unit: rows of tokens, or blocks as an engine mixes them;
+        None if that is not known."""
 
     @property
     def first(self) -> int | None:
-        """N, if the batch holds its first N tokens and no others; else None."""
-        return None if self._of_row else self._first
+        """N, if the batch holds its first N tokens, in all cells, and no others; else None."""
+        if self._apart is None:
+            return None if self._of_row else self._first
+        counts = [part.first for part in self.within(None)]
+        known = [count for count in counts if count is not None]
+        return min(known) if len(known) == len(counts) else None
 
     @property
     def is_unknown(self) -> bool:
         """Whether nothing is known of any chunk."""
-        return self._first is None and not self._of_row
+        return self._apart is None and self._first is None and not self._of_row
 
     @property
     def num_rows_apart(self) -> int:
@@ -63,16 +109,98 @@ class StoredTokens:
         """The batch holds its first ``num_tokens`` tokens; None: that is not known."""
         self._of_row = {}
         self._first = num_tokens
+        self._apart = None
+        self.form = None
+
+    def within(self, cells: Cells | None) -> Sequence[StoredTokens]:
+        """The records of cells (None: of all). Together they say what can be loaded."""
+        apart, rest = self._apart, self._rest
+        if apart is None or rest is None:
+            return (self,)
+        found = []
+        every = (1 << self._num_cells) - 1
+        wanted = every if cells is None or cells.total != self._num_cells else cells.mask
+        for mask, part in list(apart.items()):
+            if mask & wanted:
+                found.append(part)
+                wanted &= ~mask
+        return [*found, rest] if wanted else found
+
+    def to_store(self, cells: Cells | None, rows: Sequence[int] | None) -> Sequence[StoredTokens]:
+        """The records that a store to cells of ``rows`` must change (None: all cells, all rows).
+
+        What is not known of the other cells of these rows counts as not stored from now on.
+        """
+        if cells is None:
+            return self.within(None)
+        if self._apart is not None and cells.total != self._num_cells:
+            return ()  # heads of another size: no new token counts
+        if self._apart is None:
+            self._rest, self._num_cells = self._copy(), cells.total
+            self._apart = {}
+        apart, rest = self._apart, self._rest
+        assert rest is not None
+        for part in (rest, *apart.values()):
+            part.empty_if_unknown(rows)
+        found, left = [], cells.mask
+        for mask, part in list(apart.items()):
+            both = mask & left
+            if not both:
+                continue
+            left &= ~both
+            inner = part
+            if both != mask:
+                inner = part._copy()
+                apart[mask & ~both] = part
+                apart[both] = inner
+                del apart[mask]
+            found.append(inner)
+        if left:
+            found.append(apart.setdefault(left, rest._copy()))
+        return found
+
+    def empty_if_unknown(self, rows: Sequence[int] | None) -> None:
+        """Chunks of which nothing is known hold no tokens (None: all chunks)."""
+        for part in self.within(None):
+            if rows is None:
+                unknown = [row for row, held in list(part._of_row.items()) if held is None]
+                part._of_row.update(dict.fromkeys(unknown, 0))
+                part._first = 0 if part._first is None else part._first
+            else:
+                unknown = [row for row in rows if part._of_row.get(row, part._first) is None]
+                part._of_row.update(dict.fromkeys(unknown, 0))
+
+    def join(self) -> None:
+        """Let one record stand for all cells, if all have the same."""
+        if self._apart is None:
+            return
+        parts = self.within(None)
+        first, of_row = parts[0]._first, parts[0]._of_row
+        if any((part._first, part._of_row) != (first, of_row) for part in parts):
+            return
+        self._first, self._of_row = first, of_row
+        self._apart = None
+
+    def _copy(self) -> StoredTokens:
+        found = StoredTokens()
+        found._first, found._of_row = self._first, dict(self._of_row)
+        return found
 
     def forget(self, rows: Int64Array | None) -> None:
         """The tokens of ``rows`` (None: all) are not known."""
         if rows is None:
             self.set_first(None)
         elif not self.is_unknown:
-            self._of_row.update(dict.fromkeys(rows.tolist()))
+            self.form = None
+            for part in self.within(None):
+                part._of_row.update(dict.fromkeys(rows.tolist()))
 
     def of(self, row: int, chunk_tokens: int, is_per_layer: bool) -> TokenSet | None:
-        """The tokens of a chunk; None if they are not known."""
+        """The tokens of a chunk that it has in all cells; None if they are not known."""
+        if self._apart is not None:
+            sets = [part.of(row, chunk_tokens, is_per_layer) for part in self.within(None)]
+            known = [held for held in sets if held is not None]
+            return reduce(and_, known) if known else None
         if row in self._of_row:
             return self._of_row[row]
         first = self._first
@@ -85,7 +213,7 @@ class StoredTokens:
     def holds_first(self, row: int, num_tokens: int, chunk_tokens: int, is_per_layer: bool) -> bool:
         """Whether a chunk holds its first tokens, or nothing is known of it."""
         first = self._first
-        if self._of_row:
+        if self._of_row or self._apart is not None:
             held = self.of(row, chunk_tokens, is_per_layer)
             return held is None or not ((1 << num_tokens) - 1) & ~held
         if first is None:
@@ -94,14 +222,39 @@ class StoredTokens:
             row %= max(-(-first // chunk_tokens), 1)
         return first - row * chunk_tokens >= num_tokens
 
+    def sets(self, num_rows: int, layout: BlockLayout) -> tuple[TokenSet | None, ...] | None:
+        """The tokens of each chunk, unless :attr:`first` or nothing is all that is known."""
+        chunk = chunk_of(layout)
+        if self.is_unknown or chunk is None or (self._apart is None and not self._of_row):
+            return None
+        return tuple(self.of(row, chunk.num_tokens, chunk.is_per_layer) for row in range(num_rows))
+
+    def of_block(self, row: int, layout: BlockLayout) -> TokenSet | None:
+        """The tokens of one block of a layout; None if they are not known."""
+        chunk = None if self.is_unknown else chunk_of(layout)
+        return None if chunk is None else self.of(row, chunk.num_tokens, chunk.is_per_layer)
+
+    def set_rows(self, sets: Sequence[TokenSet | None]) -> None:
+        """The tokens of all chunks, one after the other."""
+        self.set_first(None)
+        self._of_row = dict(enumerate(sets))
+
     def set_row(self, row: int, tokens: TokenSet | None) -> None:
         """The tokens of a chunk; None if they are not known."""
-        self._of_row[row] = tokens
+        for part in self.within(None):
+            part._of_row[row] = tokens
 
     def copy_from(self, other: StoredTokens) -> None:
-        """Take over what is known of another batch with as many chunks."""
+        """Take over what is known of another batch of the same layout with as many chunks."""
+        apart, rest = other._apart, other._rest
         self._of_row = dict(other._of_row)
         self._first = other._first
+        self._num_cells = other._num_cells
+        self.form = other.form
+        self._rest = None if apart is None or rest is None else rest._copy()
+        self._apart = (
+            None if apart is None else {mask: part._copy() for mask, part in list(apart.items())}
+        )
 
 
 def sets_of(
@@ -156,3 +309,29 @@ def require_token_count(layout: BlockLayout, num_blocks: int, num_tokens: int) -
             f"num_tokens is {num_tokens}, which are not the tokens of {num_blocks} blocks of "
             f"{chunk.num_tokens} tokens"
         )
+
+
+def require_token_sets(
+    layout: BlockLayout, num_blocks: int, sets: Sequence[TokenSet | None]
+) -> None:
+    """Raise if these are not sets of tokens of so many blocks of a layout.
+
+    Raises:
+        ValueError: there are more or fewer than blocks, the blocks hold no tokens, or one has a
+            token that a block has no room for.
+        TypeError: a set is not an integer.
+    """
+    chunk = chunk_of(layout)
+    if chunk is None:
+        raise ValueError(f"blocks of {layout} hold no tokens of a paged cache")
+    if len(sets) != num_blocks:
+        raise ValueError(f"stored has the tokens of {len(sets)} blocks, but there are {num_blocks}")
+    for row, held in enumerate(sets):
+        if held is None:
+            continue
+        if type(held) is not int:
+            raise TypeError(f"stored[{row}] must be a set of tokens as an integer, got {held!r}")
+        if held < 0 or held.bit_length() > chunk.num_tokens:
+            raise ValueError(
+                f"stored[{row}] has tokens beyond the {chunk.num_tokens} of a block: {held:#x}"
+            )

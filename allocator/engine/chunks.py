@@ -42,7 +42,7 @@ from kvheap.blocks.names import as_format
 from kvheap.blocks.rows import listed
 from kvheap.engine.clearing import clear_rest as clear_slots_behind
 from kvheap.engine.reach import reachable_buffer
-from kvheap.engine.tokens import record_stored, require_stored, tokens_of
+from kvheap.engine.tokens import record_stored, require_stored
 from kvheap.errors import ForeignObjectError
 from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.block_addresses import require_disjoint
@@ -92,7 +92,8 @@ def store(
             first layer first. A chunk with one plane holds K then V of each head, or whatever
             planes the cache has, side by side.
         layers: copy only these layers, for pipelines that follow the computation; the chunks hold
-            either all layers of the cache or only these.
+            either all layers of the cache or only these. Tokens count as stored for the layers and
+            heads that were stored; a load of others raises.
         heads: copy only these heads, numbered on the side that has more heads; the other side has
             either only these heads or all of them.
         convert: convert a cache of bfloat16 or float16 to chunks of two groups: elements of
@@ -118,7 +119,7 @@ def store(
         require_disjoint("chunks to store to", chunks.addresses, chunks.size_bytes)
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=True)
     run_copy(copy)
-    record_stored(batch, chunks.layout, tokens_of(copy.places, cache), cache.block_size)
+    record_stored(batch, chunks.layout, copy, cache)
     del segments
 
 
@@ -158,7 +159,7 @@ def load(
     chunks = _chunks(heap, batch, cache, convert)
     segments = heap.segments  # as in store
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=False)
-    require_stored(batch, chunks.layout, tokens_of(copy.places, cache), cache.block_size)
+    require_stored(batch, chunks.layout, copy, cache)
     require_flags(clear_rest=clear_rest)
     if clear_rest:
         clear_slots_behind(copy.pairing, copy.places)  # first: its slots may be among those to load

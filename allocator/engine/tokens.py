@@ -1,8 +1,8 @@
 """Which tokens chunks hold: recorded by a store, and required by a load.
 
-Both cost O(1) for whole batches. For lists of chunks, and if slots on the host skip tokens, they
-cost a few operations for each chunk. A slot of -1 that is on a device counts as a token, because
-reading it would wait for the device.
+Both cost O(1) for whole batches, with all layers and heads. For lists of chunks, and if slots on
+the host skip tokens, they cost a few operations for each chunk. A slot of -1 that is on a device
+counts as a token, because reading it would wait for the device.
 """
 
 from __future__ import annotations
@@ -15,36 +15,64 @@ import numpy.typing as npt
 
 from kvheap.blocks.heap import BlockObjects
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
-from kvheap.blocks.stored_tokens import StoredTokens, TokenSet, sets_of
+from kvheap.blocks.stored_tokens import Cells, StoredTokens, TokenSet, sets_of
 from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.paged_layout import PagedKVCache
+from kvheap.kernels.paged_plan import Pairing
 from kvheap.kernels.paged_slots import Places
+from kvheap.kernels.token_copy import TokenCopy
 
-__all__ = ["record_stored", "require_stored", "tokens_of"]
+__all__ = ["record_stored", "require_stored"]
 
 
-def tokens_of(places: Places, cache: PagedKVCache) -> Places:
+def _tokens_of(places: Places, cache: PagedKVCache) -> Places:
     """The places of a copy, with its tokens counted where only whole blocks are copied."""
     if not cache.layout.whole_blocks:
         return places
     return replace(places, num_tokens=places.num_tokens * cache.block_size)
 
 
+def _form_of(cache: PagedKVCache, pairing: Pairing) -> str:
+    """In what units a chunk keeps the KV of a cache: only the same units can be loaded."""
+    if not cache.layout.whole_blocks:
+        return "rows of tokens"
+    order = "" if pairing.cache.num_heads == cache.num_heads else ", slots outermost"
+    return f"whole blocks of {cache.block_size} slots of {cache.layout.name}{order}"
+
+
+def _cells_of(pairing: Pairing) -> Cells | None:
+    """Which layers and heads of the chunks are copied; None: all."""
+    chunk = pairing.chunk
+    num_heads = chunk.row_bytes // pairing.chunk_head_stride
+    layers = (0, 1) if chunk.is_per_layer else (pairing.chunk_layers[0], pairing.num_layers)
+    if layers[1] == chunk.num_layers and pairing.num_heads == num_heads:
+        return None
+    heads = (pairing.chunk_head, pairing.num_heads)
+    return Cells.of(layers, chunk.num_layers, heads, num_heads)
+
+
 Kept = npt.NDArray[np.bool_] | None
 
 
-def require_stored(objs: BlockObjects, chunk: ChunkLayout, places: Places, block_size: int) -> None:
+def require_stored(
+    objs: BlockObjects, chunk: ChunkLayout, copy: TokenCopy, cache: PagedKVCache
+) -> None:
     """Raise if chunks are known not to hold a token that is to be loaded.
 
     Args:
         objs: exactly as many chunks as the tokens need.
         chunk: where tokens are in them.
-        places: the tokens of the load.
-        block_size: slots of a block of the cache.
+        copy: the load.
+        cache: the cache.
 
     Raises:
-        ValueError: names the first such token.
+        ValueError: names the first such token, or the chunks hold other units than the cache's.
     """
+    form = _form_of(cache, copy.pairing)
+    for stored in _records_of(objs):
+        if stored.form not in (None, form):
+            raise ValueError(f"the chunks hold {stored.form}, the cache takes {form}")
+    places, cells = _tokens_of(copy.places, cache), _cells_of(copy.pairing)
     num_tokens = places.num_tokens
     if isinstance(objs, MemoryBatch):
         stored = objs.stored_tokens
@@ -53,19 +81,22 @@ def require_stored(objs: BlockObjects, chunk: ChunkLayout, places: Places, block
             return
     elif places.are_all_real and _hold_first(objs, chunk, num_tokens):
         return
-    needed = sets_of(num_tokens, places.kept(block_size), chunk.num_tokens)
+    needed = sets_of(num_tokens, places.kept(cache.block_size), chunk.num_tokens)
     for at, (stored, row) in enumerate(_rows_of(objs)):
         wanted = needed[at % len(needed)]
-        held = stored.of(row, chunk.num_tokens, chunk.is_per_layer)
-        if held is None or not wanted & ~held:
-            continue
-        missing = wanted & ~held
-        token = at % len(needed) * chunk.num_tokens + (missing & -missing).bit_length() - 1
-        raise ValueError(
-            f"token {token} of the {num_tokens} to load was never stored: chunk {at} holds "
-            f"{held.bit_count()} tokens, and other bytes behind them; load only what was stored, "
-            f"or skip tokens by slots of -1"
-        )
+        for part in stored.within(cells):
+            held = part.of(row, chunk.num_tokens, chunk.is_per_layer)
+            if held is None or not wanted & ~held:
+                continue
+            missing = wanted & ~held
+            token = at % len(needed) * chunk.num_tokens + (missing & -missing).bit_length() - 1
+            where = "" if part is stored else " in some of the layers and heads to load"
+            raise ValueError(
+                f"token {token} of the {num_tokens} to load was never stored: chunk {at} holds "
+                f"{held.bit_count()} tokens{where}, and other bytes behind them; load only what "
+                f"was stored, or skip tokens by slots of -1 (what was filled by other means, say "
+                f"by set_num_tokens)"
+            )
 
 
 def _hold_first(objs: Sequence[MemoryObj], chunk: ChunkLayout, num_tokens: int) -> bool:
@@ -79,29 +110,75 @@ def _hold_first(objs: Sequence[MemoryObj], chunk: ChunkLayout, num_tokens: int) 
     return True
 
 
-def record_stored(objs: BlockObjects, chunk: ChunkLayout, places: Places, block_size: int) -> None:
+def record_stored(
+    objs: BlockObjects, chunk: ChunkLayout, copy: TokenCopy, cache: PagedKVCache
+) -> None:
     """Record what a store has written: the tokens of each chunk are now those of this store.
 
-    Tokens that the store skipped are as they were. Arguments are those of :func:`require_stored`.
+    Tokens that the store skipped are as they were, unless it converted: the new scales are not
+    those of the tokens that were there. Arguments are those of :func:`require_stored`.
     """
-    num_tokens, kept = places.num_tokens, places.kept(block_size)
+    form = _form_of(cache, copy.pairing)
+    were = [(stored, stored.form) for stored in _records_of(objs)]
+    _record(objs, chunk, copy, cache)
+    for stored, before in were:
+        is_mixed = not isinstance(objs, MemoryBatch) and before not in (None, form)
+        stored.form = None if is_mixed else form
+
+
+def _record(objs: BlockObjects, chunk: ChunkLayout, copy: TokenCopy, cache: PagedKVCache) -> None:
+    places, cells = _tokens_of(copy.places, cache), _cells_of(copy.pairing)
+    num_tokens, kept = places.num_tokens, places.kept(cache.block_size)
+    keeps_skipped = copy.chunks.scale_offset is None
     if isinstance(objs, MemoryBatch):
         stored = objs.stored_tokens
-        if kept is not None and stored.first == 0:
+        parts = stored.to_store(cells, None)
+        if kept is not None and all(part.first == 0 for part in parts):
             kept, num_tokens = _without_padding(kept, num_tokens, chunk.num_tokens)
         if kept is None:
-            stored.set_first(num_tokens)
-            return
+            for part in parts:
+                part.set_first(num_tokens)
+        else:
+            each = [(parts, row) for row in range(len(objs))]
+            _record_rows(each, chunk, num_tokens, kept, keeps_skipped)
+        stored.join()
+        return
+    pairs = _rows_of(objs)
+    records: dict[int, Sequence[StoredTokens]] = {}
+    rows_by_batch: dict[int, list[int]] = {}
+    for stored, row in pairs:
+        rows_by_batch.setdefault(id(stored), []).append(row)
+    leaves_layers = chunk.is_per_layer and copy.pairing.num_layers < cache.num_layers
+    for stored, _ in pairs:
+        if id(stored) not in records:
+            if leaves_layers:
+                stored.empty_if_unknown(None)  # the chunks of the other layers
+            records[id(stored)] = stored.to_store(cells, rows_by_batch[id(stored)])
+    each = [(records[id(stored)], row) for stored, row in pairs]
+    _record_rows(each, chunk, num_tokens, kept, keeps_skipped)
+    for stored, _ in pairs:
+        stored.join()
+
+
+def _record_rows(
+    rows: Sequence[tuple[Sequence[StoredTokens], int]],
+    chunk: ChunkLayout,
+    num_tokens: int,
+    kept: Kept,
+    keeps_skipped: bool,
+) -> None:
+    """Record the tokens of each chunk by itself, in each of the records that it has."""
     written = sets_of(num_tokens, kept, chunk.num_tokens)
     spans = sets_of(num_tokens, None, chunk.num_tokens)
-    for at, (stored, row) in enumerate(_rows_of(objs)):
+    for at, (parts, row) in enumerate(rows):
         number = at % len(written)
         skipped = spans[number] & ~written[number]
-        held: TokenSet | None = 0
-        if skipped:
-            held = stored.of(row, chunk.num_tokens, chunk.is_per_layer)
-        # If nothing is known of the tokens that were skipped, nothing is known of the chunk.
-        stored.set_row(row, None if held is None else written[number] | (held & skipped))
+        for part in parts:
+            held: TokenSet | None = 0
+            if skipped and (keeps_skipped or not written[number]):
+                held = part.of(row, chunk.num_tokens, chunk.is_per_layer)
+            # If nothing is known of the tokens that were skipped, nothing is known of the chunk.
+            part.set_row(row, None if held is None else written[number] | (held & skipped))
 
 
 def _without_padding(
@@ -113,6 +190,13 @@ def _without_padding(
         -num_tokens // chunk_tokens
     )
     return (None, count) if is_padding else (kept, num_tokens)
+
+
+def _records_of(objs: BlockObjects) -> Sequence[StoredTokens]:
+    """The records of the batches that chunks belong to, each once."""
+    if isinstance(objs, MemoryBatch):
+        return (objs.stored_tokens,)
+    return list({id(obj.batch): obj.batch.stored_tokens for obj in objs}.values())
 
 
 def _rows_of(objs: BlockObjects) -> Sequence[tuple[StoredTokens, int]]:

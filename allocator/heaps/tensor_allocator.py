@@ -277,7 +277,8 @@ class TensorMemoryAllocator(Heap):
 
         Returns:
             A batch on this heap's bytes, in the order of ``blocks``; this process cannot free its
-            blocks.
+            blocks. It knows the tokens that its metadata knew; of mere addresses, nothing is known,
+            and a load from them brings what is there.
 
         Raises:
             ValueError: a block is smaller than its contents, not aligned to this heap's
@@ -295,6 +296,9 @@ class TensorMemoryAllocator(Heap):
         require_fitting(view, manager.align_bytes, heap_bytes, self._open_segments())
         batch = MemoryBatch(self, view.blocks, view.layout, writable=writable)
         batch.set_num_tokens(view.num_tokens)
+        if view.stored is not None:
+            batch.stored_tokens.set_rows(view.stored)
+        batch.stored_tokens.form = view.form
         return batch
 
     # -- free ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.memory_metadata import MemoryBatchMetadata, MemoryObjMetadata
+from kvheap.blocks.stored_tokens import require_token_sets
 from kvheap.heaps.segments import Segments
 
 __all__ = ["View", "ViewedBlocks", "read_view", "require_fitting"]
@@ -36,11 +37,15 @@ class View:
         layout: what each block holds.
         blocks: where the blocks are: disjoint, with addresses and ends in int64.
         num_tokens: how many tokens they hold; None if that is not known.
+        stored: the tokens of each, if ``num_tokens`` does not say it all.
+        form: in what units; None if that is not known.
     """
 
     layout: BlockLayout
     blocks: AddressBatch
     num_tokens: int | None = None
+    stored: Sequence[int | None] | None = None
+    form: str | None = None
 
 
 def read_view(
@@ -84,7 +89,10 @@ def read_view(
         raise ValueError("metadata says what the blocks hold: pass it without a shape or a dtype")
     given = metadata.layout
     layout = layout_of(list(given.shapes), list(given.dtypes), given.fmt)
-    return View(layout, metadata.blocks.checked(), metadata.num_tokens)
+    blocks = metadata.blocks.checked()
+    if metadata.stored is not None:
+        require_token_sets(layout, len(blocks), metadata.stored)
+    return View(layout, blocks, metadata.num_tokens, metadata.stored, metadata.form)
 
 
 def _metadata_of(blocks: ViewedBlocks) -> MemoryBatchMetadata | None:
@@ -111,7 +119,11 @@ def _of_objects(objs: Sequence[Any]) -> MemoryBatchMetadata:
                 f"block {at} is {layout} in {size} bytes"
             )
     blocks = AddressBatch.of_addresses([obj.address for obj in objs], sizes[0])
-    return MemoryBatchMetadata(blocks, layouts[0])
+    stored = tuple(obj.stored for obj in objs)
+    is_known = any(held is not None for held in stored)
+    forms = {obj.form for obj in objs}
+    form = forms.pop() if len(forms) == 1 else None
+    return MemoryBatchMetadata(blocks, layouts[0], None, stored if is_known else None, form)
 
 
 def _layout_of(obj: MemoryObjMetadata) -> BlockLayout:

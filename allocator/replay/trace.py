@@ -184,13 +184,29 @@ class _Signs:
         return tuple(each - 2 * INT64_END if each >= INT64_END else each for each in hash_ids)
 
 
+class _OwningGzipFile(gzip.GzipFile):
+    """A gzip file that closes the file that it reads."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._file = file
+
+    def close(self) -> None:
+        """Close both."""
+        super().close()
+        self._file.close()
+
+
 def _opened(path: Path) -> IO[bytes]:
     """The lines of a file, decompressed if it begins like a gzip file."""
-    with path.open("rb") as file:
-        is_gzip = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-    if is_gzip:
-        return cast("IO[bytes]", gzip.open(path, "rb"))
-    return path.open("rb")
+    file = path.open("rb")  # once: a pipe cannot be read again
+    try:
+        if file.peek(len(GZIP_MAGIC))[: len(GZIP_MAGIC)] != GZIP_MAGIC:
+            return file
+        return cast("IO[bytes]", _OwningGzipFile(file))
+    except BaseException:
+        file.close()
+        raise
 
 
 def _parse(line: bytes, line_number: int) -> _Row:
@@ -236,10 +252,10 @@ def _timestamp(record: dict[str, Any]) -> float | None:
 
 
 def _milliseconds(timestamp: float, is_seconds: bool) -> int:
-    found = round(timestamp * 1000 if is_seconds else timestamp)
-    if found >= INT64_END:
+    found = timestamp * 1000 if is_seconds else timestamp
+    if found >= INT64_END:  # also if it has become infinite
         raise ValueError(f"timestamp must be a 64-bit number of ms, got {_shown(timestamp)}")
-    return found
+    return round(found)
 
 
 def _field(record: dict[str, Any], key: str) -> Any:

@@ -135,6 +135,10 @@ WRONG: list[dict[str, Any]] = [
     {"ascending": 1},
     {"num_tokens": -1},
     {"num_tokens": 4.0},
+    {"num_tokens": []},
+    {"num_tokens": ()},
+    {"form": 7},
+    {"form": []},
     {"__type__": "MemoryObjMetadata"},
 ]
 

@@ -7,8 +7,9 @@ number. A load must never bring that number to the engine, and must not refuse w
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from kvheap import (
     MemoryBatch,
     MemoryBatchMetadata,
     MemoryFormat,
+    MemoryObjMetadata,
     PagedKVCache,
     PrefixStore,
     TensorMemoryAllocator,
@@ -227,6 +229,69 @@ class TestWhereTheCountGoes:
         assert fresh.num_tokens is None
         load(fresh, cache, range(40, 54))
 
+    WAYS: ClassVar[dict[str, Callable[[MemoryBatch], Any]]] = {
+        "batch": lambda batch: batch.metadata,
+        "pickle": lambda batch: pickle.loads(pickle.dumps(batch.metadata)),
+        "json": lambda batch: MemoryBatchMetadata.from_dict(
+            json.loads(json.dumps(batch.metadata.to_dict()))
+        ),
+        "objects": lambda batch: [obj.metadata for obj in batch],
+        "json of objects": lambda batch: [
+            MemoryObjMetadata.from_dict(json.loads(json.dumps(obj.metadata.to_dict())))
+            for obj in batch
+        ],
+        "view of a view": lambda batch: batch.allocator.view(batch.metadata).metadata,  # type: ignore[attr-defined]
+    }
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("fmt", [F.KV_2LTD, F.KV_2TD], ids=lambda fmt: fmt.name)
+    def test_to_another_process_by_any_way(self, fmt: MemoryFormat, way: str) -> None:
+        """Whole, with gaps, by single blocks, and by layers: what was stored and no more."""
+        cache, tensors = engine()
+        heap = soiled()
+
+        def view(batch: MemoryBatch) -> MemoryBatch:
+            return heap.view(self.WAYS[way](batch))
+
+        whole = stored(heap, cache, range(13), fmt=fmt)
+        gaps = stored(heap, cache, [0, 1, -1, 3, *range(4, 12)], fmt=fmt)
+        single = heap.batched_allocate(whole.shape, whole.dtype, len(whole), fmt)
+        assert single is not None
+        step = len(whole) // 2
+        store(cache, range(5), single[::step] if step > 1 else single[:1])
+        load(view(whole), cache, range(40, 53))
+        load(view(gaps), cache, [40, 41, -1, *range(43, 52)])
+        chosen = view(single)
+        some: Any = chosen[::step] if step > 1 else chosen[:1]
+        load(some, cache, range(40, 45))
+        assert all((tensor < 1).all() for tensor in tensors)
+        with pytest.raises(ValueError, match="token 13 "):
+            load(view(whole), cache, range(40, 54))
+        with pytest.raises(ValueError, match="token 2 "):
+            load(view(gaps), cache, range(40, 52))
+        with pytest.raises(ValueError, match="token 5 "):
+            load(some, cache, range(40, 46))
+        if fmt is F.KV_2TD:
+            return
+        store(cache, range(13), single, layers=range(1))
+        with pytest.raises(ValueError, match="token 5 "):
+            load(view(single), cache, range(40, 53))
+        store(cache, range(13), single, layers=range(1, 2))
+        load(view(single), cache, range(40, 53))
+
+    @pytest.mark.parametrize("wrong", ["", "xyz", "-1", 7, "0x1f", ["1"], True, "1ff", "1_0"])
+    def test_sets_that_cannot_be(self, wrong: Any) -> None:
+        cache, _ = engine()
+        heap = soiled()
+        batch = stored(heap, cache, [0, -1, *range(2, 12)])
+        values = batch.metadata.to_dict()
+        for damaged in ([wrong, "1"], [None, wrong], ["1"], ["1"] * 3, "11", 3):
+            with pytest.raises(ValueError, match="stored"):
+                heap.view(MemoryBatchMetadata.from_dict({**values, "stored": damaged}))
+        obj = {**batch[0].metadata.to_dict(), "stored": wrong}
+        with pytest.raises(ValueError, match="stored"):
+            heap.view(MemoryObjMetadata.from_dict(obj))
+
     @pytest.mark.parametrize("by_layer", [False, True])
     def test_to_another_heap_and_back(self, by_layer: bool) -> None:
         cache, tensors = engine()
@@ -353,3 +418,148 @@ def test_a_cache_of_whole_blocks_counts_tokens_too() -> None:
     heap.batched_load(batch, cache, BlockIds([0, 2, 4]))
     with pytest.raises(ValueError, match="token 12 of the 16 to load was never stored"):
         heap.batched_load(batch, cache, BlockIds([0, 2, 4, 5]))
+
+
+class TestSomeLayersAndHeads:
+    """Tokens count for the layers and heads that were stored, and for no others."""
+
+    @staticmethod
+    def chunks(heads: int = 2, layers: int = 3, fmt: MemoryFormat = F.KV_2LTD) -> MemoryBatch:
+        shape = [2, layers, CHUNK, 8 * heads] if fmt is F.KV_2LTD else [2, CHUNK, 8 * heads]
+        number = 3 if fmt is F.KV_2LTD else 3 * layers
+        batch = soiled(1 << 20).batched_allocate(shape, torch.float32, number, fmt)
+        assert batch is not None
+        return batch
+
+    @pytest.mark.parametrize("is_list", [False, True])
+    @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+    def test_layer_after_layer(self, order: list[int], is_list: bool) -> None:
+        cache, tensors = engine(3)
+        batch = self.chunks()
+        objs: Any = list(batch) if is_list else batch
+        done: list[int] = []
+        for layer in order:
+            store(cache, range(19), objs, layers=range(layer, layer + 1))
+            done.append(layer)
+            for other in range(3):
+                only = range(other, other + 1)
+                if other in done:
+                    load(objs, cache, range(40, 59), layers=only)
+                    with pytest.raises(ValueError, match="token 19 "):
+                        load(objs, cache, range(40, 60), layers=only)
+                else:
+                    with pytest.raises(ValueError, match=r"token 0 .*layers and heads to load"):
+                        load(objs, cache, range(40, 59), layers=only)
+            if len(done) < 3:
+                assert batch.num_tokens in (0, None)
+                for view in (objs, list(batch)):
+                    with pytest.raises(ValueError, match="token 0 "):
+                        load(view, cache, range(40, 59))
+                with pytest.raises(ValueError, match="token 0 "):
+                    load([batch[1]], cache, range(40, 48))
+        load(objs, cache, range(40, 59))
+        assert all((tensor < 1).all() for tensor in tensors)
+        with pytest.raises(ValueError, match="token 19 "):
+            load(objs, cache, range(40, 60))
+        if not is_list:
+            assert (batch.num_tokens, batch.stored_tokens.num_rows_apart) == (19, 0)
+
+    def test_heads_of_two_ranks(self) -> None:
+        cache, _ = engine(3)
+        batch = self.chunks(heads=4)
+        store(cache, range(19), batch, heads=slice(0, 2))
+        load(batch, cache, range(40, 59), heads=slice(0, 2))
+        load(batch, cache, range(40, 59), heads=slice(0, 2), layers=range(1, 3))
+        for heads in (slice(2, 4), slice(1, 3)):
+            with pytest.raises(ValueError, match="token 0 "):
+                load(batch, cache, range(40, 59), heads=heads)
+        store(cache, range(19), batch, heads=slice(2, 4), layers=range(2))
+        load(batch, cache, range(40, 59), heads=slice(1, 3), layers=range(2))
+        with pytest.raises(ValueError, match="token 0 "):
+            load(batch, cache, range(40, 59), heads=slice(1, 3))
+        store(cache, range(19), batch, heads=slice(2, 4), layers=range(2, 3))
+        assert batch.num_tokens == 19
+
+    def test_layers_with_chunks_of_their_own(self) -> None:
+        cache, _ = engine(3)
+        batch = self.chunks(fmt=F.KV_2TD)
+        store(cache, range(19), batch[:3], layers=range(1))
+        load(batch[:3], cache, range(40, 59), layers=range(1))
+        for objs in (batch, list(batch)):
+            with pytest.raises(ValueError, match="token 0 "):
+                load(objs, cache, range(40, 59))
+        store(cache, range(19), batch[3:], layers=range(1, 3))
+        load(batch, cache, range(40, 59))
+
+    def test_a_layer_of_a_whole_batch_again(self) -> None:
+        cache, _ = engine(3)
+        batch = self.chunks()
+        store(cache, range(24), batch)
+        store(cache, range(19), batch, layers=range(1))
+        load(batch, cache, range(40, 64), layers=range(1, 3))
+        load(batch, cache, range(40, 59))
+        assert batch.num_tokens == 19
+        with pytest.raises(ValueError, match="token 19 "):
+            load(batch, cache, range(40, 64))
+        store(cache, range(24), batch)
+        assert (batch.num_tokens, batch.stored_tokens.first) == (24, 24)
+
+    def test_where_they_go(self) -> None:
+        cache, _ = engine(3)
+        batch = self.chunks()
+        store(cache, range(19), batch, layers=range(1))
+        far = soiled(1 << 20)
+        for source in (batch, list(batch)):
+            away = offload(source, into=far)
+            assert away is not None
+            with pytest.raises(ValueError, match="token 0 "):
+                load(away, cache, range(40, 59))
+        whole = offload(batch, into=far)
+        assert whole is not None
+        load(whole, cache, range(40, 59), layers=range(1))
+
+    @settings(deadline=None, max_examples=100)
+    @given(st.data())
+    def test_beside_a_set_of_cells(self, data: st.DataObject) -> None:
+        wide = PagedKVCache.of(
+            "vllm-flash-nhd", [torch.rand(2, BLOCKS, BLOCK_SIZE, 4, 8) for _ in range(3)]
+        )
+        batch = self.chunks(heads=4)
+        held = np.zeros((3, 3, 4, CHUNK), bool)  # chunk, layer, head, token
+        for _ in range(data.draw(st.integers(1, 8))):
+            a, b = sorted(
+                data.draw(st.lists(st.integers(0, 3), min_size=2, max_size=2, unique=True))
+            )
+            c, d = sorted(
+                data.draw(st.lists(st.integers(0, 4), min_size=2, max_size=2, unique=True))
+            )
+            which = data.draw(st.sampled_from([[0], [1], [2], [0, 1, 2], [2, 0]]))
+            objs: Any = batch if len(which) == 3 else [batch[row] for row in which]
+            count = data.draw(st.integers(1, CHUNK)) + CHUNK * (len(which) - 1)
+            spans = [min(CHUNK, count - at) for at in range(0, count, CHUNK)]
+            if data.draw(st.booleans()):
+                store(wide, range(count), objs, layers=range(a, b), heads=slice(c, d))
+                for row, span in zip(which, spans, strict=True):
+                    held[row, a:b, c:d] = np.arange(CHUNK) < span
+                continue
+            is_there = all(held[r, a:b, c:d, :n].all() for r, n in zip(which, spans, strict=True))
+            was_stored = held.any()
+            if is_there:
+                load(objs, wide, range(48, 48 + count), layers=range(a, b), heads=slice(c, d))
+            elif was_stored and all(held[r].any() for r in which):
+                with pytest.raises(ValueError, match="never stored"):
+                    load(objs, wide, range(48, 48 + count), layers=range(a, b), heads=slice(c, d))
+        assert all((tensor < 1).all() for tensor in wide.tensors)
+
+
+def test_a_converted_chunk_is_stored_as_a_whole() -> None:
+    """A second store has scales of its own, which are not those of the tokens before."""
+    tensors = [torch.ones(2, BLOCKS, BLOCK_SIZE, 2, 8).half() for _ in range(2)]
+    cache = PagedKVCache.of("vllm-flash-nhd", tensors)
+    batch = stored(soiled(), cache, range(12), convert=True)
+    store(cache, [*[-1] * 12, 12, 13], batch, convert=True)
+    load(batch, cache, [*range(40, 48), *[-1] * 4, 48, 49], convert=True)
+    with pytest.raises(ValueError, match="token 8 "):
+        load(batch, cache, range(40, 54), convert=True)
+    with pytest.raises(ValueError, match="token 8 "):
+        load(list(batch), cache, range(40, 54), convert=True)

@@ -26,6 +26,24 @@ def known(heads: int, dim: int, block: int, **more: Any) -> dict[str, Any]:
 
 
 FOUND: list[tuple[str, Any, dict[str, Any], str]] = [
+    (
+        "two layers of pairs, V smaller than K",
+        [(torch.zeros(5, 16, 3, 192), torch.zeros(5, 16, 3, 128)) for _ in range(2)],
+        known(3, 192, 16, v_head_dim=128),
+        "kv-tuples",
+    ),
+    (
+        "three layers of pairs",
+        [layers(5, 16, 3, 64) for _ in range(3)],
+        known(3, 64, 16),
+        "kv-tuples",
+    ),
+    (
+        "three blocks of all layers",
+        torch.zeros(3, 8, 2, 16, 3, 64),
+        known(3, 64, 16),
+        "vllm-cross-layer",
+    ),
     ("mla of 4 dimensions", latent(5, 16, 576), known(1, 576, 16), "mla"),
     ("slots before the head", layers(5, 16, 1, 576), known(1, 576, 16), "mla"),
     ("mla, a backend of vLLM", latent(5, 16, 576), known(1, 576, 16, backend="FLASHMLA"), "mla"),
@@ -238,6 +256,36 @@ ASKED: list[tuple[str, Any, dict[str, Any], str]] = [
         known(3, 64, 16),
         "sglang-mha-hnd, kv-tuples-hnd",
     ),
+    (
+        "two layers of pairs with slots first, or K and V of two layers",
+        (layers(5, 16, 3, 64), layers(5, 16, 3, 64)),
+        known(3, 64, 16),
+        "kv-tuples, sglang-mha",
+    ),
+    (
+        "the same of a backend of vLLM",
+        (layers(5, 16, 3, 64), layers(5, 16, 3, 64)),
+        known(3, 64, 16, backend="FLASH_ATTN"),
+        "kv-tuples, sglang-mha",
+    ),
+    (
+        "two blocks of all layers, or K and V of pages of two layers",
+        torch.zeros(2, 8, 2, 16, 3, 64),
+        known(3, 64, 16),
+        "vllm-cross-layer, a host pool of SGLang (not among the names)",
+    ),
+    (
+        "the same with heads before slots",
+        torch.zeros(2, 8, 2, 3, 16, 64),
+        known(3, 64, 16),
+        "trtllm, a host pool of SGLang (not among the names)",
+    ),
+    (
+        "two blocks of all layers, or K and V of pages of two heads",
+        torch.zeros(2, 8, 2, 16, 2, 64),
+        known(2, 64, 16),
+        "vllm-cross-layer, a host pool of SGLang (not among the names)",
+    ),
 ]
 
 
@@ -255,6 +303,26 @@ def test_what_may_be_two_things_is_not_guessed(
     assert len(lines) == 3
     assert names in lines[0]
     assert "backend=" in lines[2]
+
+
+@pytest.mark.parametrize(
+    "backend", ["CUSTOM", "FOO", "NO_ATTENTION", "MAMBA2", "MINIMAX_M3_SPARSE"]
+)
+@pytest.mark.parametrize(
+    ("tensors", "facts"),
+    [
+        (layers(6, 2, 16, 128), known(2, 64, 16)),
+        (layers(6, 3, 16, 128), known(3, 64, 16)),
+        (layers(6, 1, 16, 576), known(1, 288, 16)),
+        ([t.transpose(1, 2) for t in layers(6, 16, 2, 128)], known(2, 64, 16)),
+    ],
+)
+def test_a_backend_that_is_not_known_tells_nothing(
+    tensors: Any, facts: dict[str, Any], backend: str
+) -> None:
+    for told in ({}, {"backend": backend}):
+        with pytest.raises(LayoutError, match="several engine layouts fit"):
+            PagedKVCache.detect(tensors, **facts, **told)
 
 
 NONE: list[tuple[str, Any, dict[str, Any]]] = [
@@ -284,6 +352,8 @@ NONE: list[tuple[str, Any, dict[str, Any]]] = [
         layers(5, 6, 16, 64, dtype=U8),
         known(3, 128, 16, kv_cache_dtype="nvfp4"),
     ),
+    ("rows of a width that no indexer has", layers(5, 64, 100, dtype=U8), known(1, 96, 64)),
+    ("pages of such rows", layers(5, 64 * 100, dtype=U8), known(1, 96, 64)),
     ("rows of another width", layers(5, 64, 600, dtype=U8), known(1, 512, 64)),
     ("no tensors", [], known(1, 8, 4)),
     ("text", "abc", known(1, 8, 4)),
@@ -320,3 +390,29 @@ def test_a_message_says_what_was_known_and_what_nearly_fits() -> None:
         "16\n"
         "PagedKVCache.of(name, tensors) tells more about one engine layout"
     )
+
+
+@pytest.mark.parametrize("value", [64.0, True, "64", None, (64,)])
+@pytest.mark.parametrize("name", ["num_kv_heads", "head_dim", "block_size", "v_head_dim"])
+@pytest.mark.parametrize("dtype", [None, "int4_per_token_head"])
+def test_numbers_are_integers(name: str, value: Any, dtype: str | None) -> None:
+    facts = known(3, 64, 16, kv_cache_dtype=dtype) | {name: value}
+    for tensors in (layers(5, 3, 16, 128), layers(5, 64, 584, dtype=U8), [layers(80, 3, 64)] * 3):
+        if name == "v_head_dim" and value is None:
+            continue
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got "):
+            PagedKVCache.detect(tensors, **facts)
+
+
+@pytest.mark.parametrize("name", ["num_kv_heads", "head_dim"])
+@pytest.mark.parametrize("value", [64.0, True, "64"])
+def test_numbers_of_transformers_are_integers(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got "):
+        PagedKVCache.of_transformers([layers(2, 3, 16, 64)], **{name: value})
+
+
+@pytest.mark.parametrize("layout", ["sglang-mha", "sglang-mha-hnd"])
+@pytest.mark.parametrize("tensors", [(1, 2), ([torch.zeros(80, 3, 64)], None), ("ab", "cd")])
+def test_lists_of_k_and_v_are_lists(layout: str, tensors: Any) -> None:
+    with pytest.raises(LayoutError, match=f"{layout} is a list of K and a list of V, got"):
+        PagedKVCache.of(layout, tensors)

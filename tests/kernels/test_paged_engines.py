@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_paths import ON_ALL_PATHS, running, sample
@@ -95,6 +96,8 @@ def check_values_then_scales(widths: tuple[int, int], padding: int, shape: str, 
     values, scales = widths
     block_size = 64 if (values, shape, path) == (576, "pages", "cpu") else 5
     page = block_size * (values + scales)
+    if shape == "pages":
+        padding = min(padding, values + scales - 2)
     with running(path) as device:
         storage = Storage(device)
         pages = [
@@ -430,6 +433,21 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("vllm-cpu", torch.zeros(5, 3, 4, 16), {"v_head_dim": 6}, "K and V have the same size"),
     ("plane-tuples", torch.zeros(5, 4, 1, 8), {}, "must be one or more tensors"),
     ("indexer", torch.zeros(0, 8448, dtype=U8), {}, "is empty.*leave out layers that keep nothing"),
+    *(
+        ("indexer", torch.zeros(5, 64 * row, dtype=U8), {"block_size": size}, "not blocks of ")
+        for row, sizes in ((132, (32, 65, 80, 100, 124, 128)), (68, (32, 33, 63, 128)))
+        for size in sizes
+    ),
+    *(
+        (
+            "values-scales",
+            torch.zeros(5, page, dtype=U8),
+            {"widths": (576, 8), "block_size": size},
+            f"have room for 64 rows of 584.*block_size={size} does not fit",
+        )
+        for page in (37376, 37440)
+        for size in (1, 32, 63)
+    ),
 ]
 
 
@@ -439,6 +457,39 @@ def test_what_would_be_read_wrongly_is_refused(
 ) -> None:
     with pytest.raises(LayoutError, match=message):
         PagedKVCache.of(layout, [tensor], **given)
+
+
+NO_NUMBERS: list[Any] = [64.0, 0.5, True, "64", "x", (64,), torch.tensor(1.5)]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize(
+    ("layout", "tensor", "given"),
+    [
+        ("vllm-lbhnc", torch.zeros(5, 3, 4, 128), {"v_head_dim"}),
+        ("sglang-mla", torch.zeros(64, 1, 8), {"block_size"}),
+        ("mla", torch.zeros(5, 4, 8), {"v_head_dim", "block_size"}),
+        ("values-scales", torch.zeros(5, 64, 584, dtype=U8), {"widths"}),
+    ],
+)
+def test_numbers_are_integers(layout: str, tensor: Any, given: set[str], value: Any) -> None:
+    for name in given:
+        for number in ((value, 8), (576, value)) if name == "widths" else (value,):
+            with pytest.raises(TypeError, match=f"{name}.* must be an integer, got"):
+                PagedKVCache.of(layout, [tensor], **{name: number})
+
+
+@pytest.mark.parametrize("widths", [584, "ab", (576,), (576, 8, 0), (), [[576, 8]]])
+def test_widths_are_two(widths: Any) -> None:
+    with pytest.raises(LayoutError, match=r"needs widths=\(values, scales\)"):
+        PagedKVCache.of("values-scales", [torch.zeros(5, 64, 584, dtype=U8)], widths=widths)
+
+
+def test_numbers_of_numpy_are_integers_too() -> None:
+    pages = [torch.zeros(5, 64, 584, dtype=U8)]
+    widths: Any = [np.int64(576), np.uint8(8)]
+    cache = PagedKVCache.of("values-scales", pages, widths=widths, block_size=np.int32(64))
+    assert [plane.row_bytes for plane in cache.planes] == [576, 8]
 
 
 def test_layers_without_rows_are_refused() -> None:

@@ -226,6 +226,10 @@ def test_chunks_may_lie_in_pinned_host_memory_only(is_pinned):
     [
         ({"layers": [0]}, r"layers must be a range, got \[0\]"),
         ({"layers": 1}, "layers must be a range, got 1"),
+        ({"heads": slice(0.0, 1)}, "a bound of heads must be an integer, got 0.0"),
+        ({"heads": slice("a")}, "a bound of heads must be an integer, got 'a'"),
+        ({"heads": slice([0], 1)}, r"a bound of heads must be an integer, got \[0\]"),
+        ({"heads": slice(False, 1)}, "a bound of heads must be an integer, got False"),
         ({"heads": range(1)}, r"heads must be a slice, got range\(0, 1\)"),
     ],
 )
@@ -246,3 +250,14 @@ def test_unsigned_slots_do_not_wrap_to_skipped_ones(bad):
     slots[3] = bad
     with pytest.raises(ValueError, match=str(bad)):
         kvheap.store(cache, slots, batch)
+
+
+@pytest.mark.parametrize(
+    "heads", [slice(-10, 2), slice(-3, None), slice(0, 3), slice(3, 4), slice(1, 1)]
+)
+def test_heads_out_of_range_are_refused(heads):
+    cache = PagedKVCache.of("vllm-flash-nhd", [torch.zeros(2, BLOCKS, BLOCK_SIZE, 2, 16).half()])
+    heap = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8))
+    batch = heap.batched_store(cache, range(15), 8)
+    with pytest.raises(ValueError, match="heads must be a slice of the 2 heads"):
+        kvheap.load(batch, cache, range(15), heads=heads)

@@ -191,6 +191,78 @@ def test_anything_else_is_refused(
     assert heap.stats().allocated_bytes == 0
 
 
+@pytest.mark.parametrize("fmt", [fmt for fmt in F if fmt.dim_order], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("layout", ["vllm-cpu", "vllm-nvfp4"])
+def test_a_format_brings_blocks_back_or_is_refused(
+    layout: str, layers: int, heads: int, fmt: MemoryFormat
+) -> None:
+    """Also where as many layers as heads make two strides equal."""
+    shape = (BLOCKS, heads, SLOTS, 40) if layout == "vllm-cpu" else (BLOCKS, 2 * heads, SLOTS, 36)
+    tensors = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(layers)]
+    before = [tensor.clone() for tensor in tensors]
+    cache = PagedKVCache.of(layout, tensors)
+    heap = TensorMemoryAllocator(torch.zeros(1 << 18, dtype=torch.uint8))
+    try:
+        batch = heap.batched_store(cache, BlockIds([4, 1, 0, 5]), 2 * SLOTS, fmt)
+    except ValueError as error:
+        assert "lie" in str(error) or "holds K and V" in str(error)  # noqa: PT017
+        return
+    assert batch is not None
+    for tensor in tensors:
+        tensor.fill_(9)
+    heap.batched_load(batch, cache, BlockIds([4, 1, 0, 5]))
+    for tensor, old in zip(tensors, before, strict=True):
+        assert torch.equal(tensor[[4, 1, 0, 5]], old[[4, 1, 0, 5]])
+        assert (tensor[[2, 3]] == 9).all()
+
+
+def caches_of_equal_rows(size: int) -> dict[str, PagedKVCache]:
+    tensors = [torch.randint(0, 256, (size, 6, SLOTS * 6 // size, 36), dtype=torch.uint8)]
+    wide = [torch.zeros(size, 3, SLOTS * 6 // size, 72, dtype=torch.uint8)]
+    return {
+        "vllm-nvfp4": PagedKVCache.of("vllm-nvfp4", tensors),
+        "vllm-nvfp4-linear": PagedKVCache.of("vllm-nvfp4-linear", tensors),
+        "vllm-packed": PagedKVCache.of("vllm-packed", wide),
+    }
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+@pytest.mark.parametrize("target", ["vllm-nvfp4", "vllm-nvfp4-linear", "vllm-packed"])
+@pytest.mark.parametrize("sizes", [(6, 6), (6, 3), (3, 6)])
+def test_blocks_are_loaded_as_they_were_stored(
+    sizes: tuple[int, int], target: str, is_list: bool
+) -> None:
+    """Blocks of another size, and rows of tokens, would be read in another order."""
+    source, other = caches_of_equal_rows(sizes[0]), caches_of_equal_rows(sizes[1])
+    heap = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8))
+
+    def places(cache: PagedKVCache) -> Any:
+        whole = cache.layout.whole_blocks
+        return BlockIds(range(24 // cache.block_size)) if whole else range(24)
+
+    for cache in source.values():
+        batch = heap.batched_store(cache, places(cache), 24, F.KV_MLA_FMT)
+        assert batch is not None
+        loaded = other[target]
+        objs: Any = list(batch) if is_list else batch
+        is_same = cache.layout.whole_blocks == loaded.layout.whole_blocks
+        if is_same and (not cache.layout.whole_blocks or sizes[0] == sizes[1]):
+            kvheap.load(objs, loaded, places(loaded))
+            continue
+        with pytest.raises(ValueError, match=r"the chunks hold .*, the cache takes "):
+            kvheap.load(objs, loaded, places(loaded))
+        for metadata in (batch.metadata, [obj.metadata for obj in batch]):
+            with pytest.raises(ValueError, match=r"the chunks hold .*, the cache takes "):
+                kvheap.load(heap.view(metadata), loaded, places(loaded))
+        sent = kvheap.MemoryBatchMetadata.from_dict(batch.metadata.to_dict())
+        with pytest.raises(ValueError, match=r"the chunks hold .*, the cache takes "):
+            kvheap.load(heap.view(sent), loaded, places(loaded))
+        batch.set_num_tokens(24)  # says that other means have filled it
+        assert batch.metadata.form is None
+
+
 def test_conversion_is_refused() -> None:
     cache = Engine("vllm-cpu", "cpu").cache()
     heap = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,8 @@ def test_the_limit_stops_before_what_lies_behind_it(tmp_path: Path) -> None:
         ({"timestamp": -0.5}, "timestamp must be non-negative, got -0.5"),
         ({"timestamp": 1e19}, "timestamp must be a 64-bit number of ms, got 1e+19"),
         ({"timestamp": 1 << 63}, "timestamp must be a 64-bit integer, got 9223372036854775808"),
+        ({"timestamp": 1e306, "chat_id": 1}, "timestamp must be a 64-bit number of ms, got 1e+306"),
+        ({"timestamp": 1e300}, "timestamp must be a 64-bit number of ms, got 1e+300"),
         ({"input_length": -1}, "input_length must be non-negative, got -1"),
         ({"output_length": True}, "output_length must be an integer, got true"),
         ({"output_length": "52"}, 'output_length must be an integer, got "52"'),
@@ -143,6 +147,12 @@ class TestWhatOthersWrite:
         assert [request.timestamp_ms for request in requests] == expected
         assert all(type(request.timestamp_ms) is int for request in requests)
 
+    @pytest.mark.parametrize("huge", [1.7e308, 1e306, 9.3e15, 1 << 62])
+    def test_a_timestamp_whose_milliseconds_are_too_many(self, tmp_path: Path, huge: float) -> None:
+        rows = [{**RECORD, "timestamp": 0.5}, {**RECORD, "timestamp": huge}]
+        with pytest.raises(TraceError, match="line 2: timestamp must be a 64-bit number of ms"):
+            read_trace(trace_of(tmp_path, *rows))
+
     def test_unsigned_ids_keep_their_bits_and_stay_apart(self, tmp_path: Path) -> None:
         ids = [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
         (request,) = read_trace(trace_of(tmp_path, {**RECORD, "hash_ids": ids}))
@@ -174,6 +184,18 @@ class TestWhatOthersWrite:
         plain = tmp_path / "trace.jsonl.gz"
         plain.write_bytes(text)
         assert len(read_trace(plain)) == 100
+
+    @pytest.mark.parametrize("is_gzip", [False, True])
+    def test_a_pipe_is_read_once(self, tmp_path: Path, is_gzip: bool) -> None:
+        text = (json.dumps(RECORD) + "\n").encode() * 300
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+        sent = gzip.compress(text) if is_gzip else text
+        writer = threading.Thread(target=path.write_bytes, args=(sent,), daemon=True)
+        writer.start()
+        assert len(read_trace(path)) == 300
+        writer.join(10)
+        assert not writer.is_alive()
 
     @pytest.mark.parametrize("cut", [5, 30, -9, -3])
     def test_damaged_gzip(self, tmp_path: Path, cut: int) -> None:
