@@ -171,8 +171,8 @@ class Deferred(deque[DeferredCall]):
         process = os.getpid()
         if self._runs_in == process:
             return
-        self._runs_in = process
         try:
+            self._runs_in = process
             while self:
                 call = self[0]
                 if not call.was_made:

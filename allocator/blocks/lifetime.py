@@ -186,8 +186,12 @@ class Lifetime:
             new_references, new_pins = counts.changed(row, references, pins, batch)
             if new_references or new_pins or counts.leases_of(row):
                 values = counts.references_to_change() if references else counts.pins_to_change()
+                # No signal handler runs between these lines. If something did, the count would be
+                # too high, never too low.
+                if call is not None and references + pins < 0:
+                    call.was_made = True
                 values[row] = new_references if references else new_pins
-                if call is not None:  # no signal handler runs between these two lines
+                if call is not None:
                     call.was_made = True
                 guard.busy = False
                 return ()
