@@ -9,6 +9,8 @@ handler raises into it every few hundred microseconds, and half of the time only
 itself. Other threads work on the same heap, and finalizers free blocks while the collector runs at
 every few allocations. At each checkpoint everything stops, and the heap must account for every
 byte: what is allocated is what lives in batches that somebody holds, and nothing is in two of them.
+At some of them a child is forked, which goes on with what it inherited; in the end, three threads
+close the heap at once.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import os
 import random
 import signal
 import sys
@@ -35,6 +38,7 @@ from small_heaps import PAGE, FakeStream
 
 from kvheap import (
     BlockInUseError,
+    ClosedError,
     DoubleFreeError,
     LifetimeError,
     MemoryBatch,
@@ -45,6 +49,9 @@ from kvheap import (
 __all__ = ["Storm"]
 
 PAGES = 256
+
+FORKED_CHECKPOINTS = 2
+"""A child is forked at one checkpoint in so many."""
 
 
 class TimeOutError(Exception):
@@ -102,7 +109,7 @@ class Storm:
         )
         self.held: list[MemoryBatch] = []
         self.streams: list[FakeStream] = []
-        self.interrupts = self.calls = self.operations = self.checkpoints = 0
+        self.interrupts = self.calls = self.operations = self.checkpoints = self.forks = 0
         self._is_armed = False
         self._is_over = False
         self._gates = [threading.Lock() for _ in range(threads)]
@@ -249,6 +256,8 @@ class Storm:
                     for gate in self._gates:
                         stopped.enter_context(gate)
                     self.account()
+                    if self.checkpoints % FORKED_CHECKPOINTS == 0:
+                        self.fork()
         finally:
             self._is_over = True
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -256,6 +265,10 @@ class Storm:
             gc.set_threshold(*thresholds)
             for number, handler in before.items():
                 signal.signal(number, handler)
+        for worker in self._workers:
+            worker.join(60)
+            assert not worker.is_alive(), "a thread hangs"
+        self.close()
 
     def _go_on(self, until: float, mean_s: float) -> None:
         choices = self.choices
@@ -274,6 +287,52 @@ class Storm:
                 pass
             signal.setitimer(signal.ITIMER_REAL, 0)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    def fork(self) -> None:
+        """A child finds everything as it was, and can go on; the parent notices nothing."""
+        before = self.heap.stats().allocated_bytes
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                signal.alarm(30)  # by default, it kills
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                assert self.heap.stats().allocated_bytes == before
+                batch = self.heap.batched_allocate([PAGE], torch.uint8, 1)
+                if batch is not None:
+                    batch[0].ref_count_down()
+                for held in self.held:
+                    for obj in held:
+                        while obj.is_valid() and obj.ref_count:
+                            obj.ref_count_down()
+                        if obj.is_valid():
+                            break
+                self.heap.check()
+                self.heap.close(5)
+                status = 0
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        assert status == 0, f"the child ended with {status}"
+        self.forks += 1
+        assert self.heap.stats().allocated_bytes == before
+
+    def close(self) -> None:
+        """Two threads and a finalizer close at once; afterwards everything is refused."""
+        closers = [threading.Thread(target=self.heap.close, args=(10,)) for _ in range(2)]
+        for closer in closers:
+            closer.start()
+        self.heap.close(10)
+        for closer in closers:
+            closer.join(60)
+            assert not closer.is_alive(), "closing hangs"
+        with suppress(ClosedError):
+            self.heap.allocate([PAGE], torch.uint8)
+            raise AssertionError("a closed heap allocates")
+        while self.held:  # what is left can be dropped and freed
+            batch = self.held.pop()
+            if len(batch) and batch[0].is_valid() and batch[0].ref_count:
+                batch[0].ref_count_down()
 
     def account(self) -> None:
         """Every byte is free, or lives in one batch that is held."""
@@ -315,7 +374,8 @@ def main() -> None:
         storm.blow(min(left, 60.0))
         print(
             f"seed {seed}: {storm.operations:,} operations, {storm.interrupts:,} interrupts, "
-            f"{storm.calls:,} calls from handlers, {storm.checkpoints:,} checkpoints",
+            f"{storm.calls:,} calls from handlers, {storm.checkpoints:,} checkpoints, "
+            f"{storm.forks:,} forks",
             flush=True,
         )
         seed += 1
