@@ -50,8 +50,9 @@ def test_skipped_tokens_and_blocks(capability: int) -> None:
     ids = [7, -1, 0, 3, 2, 1, 8, -1, 4, 6, -1, 5]
     of_blocks = [-1 if ids[at // 4] < 0 else ids[at // 4] * 4 + at % 4 for at in range(46)]
     for is_store in (True, False):
-        world.check(slots, is_store, capability)
-        world.check(of_blocks, is_store, capability, given=BlockIds(ids, 46))
+        for expected, given in ((slots, None), (of_blocks, BlockIds(ids, 46))):
+            world.batch.set_num_tokens(None)  # filled by hand: a store may have skipped the rest
+            world.check(expected, is_store, capability, given=given)
 
 
 @ON_ALL_CAPABILITIES

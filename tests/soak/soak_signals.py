@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -290,6 +291,7 @@ class Storm:
 
     def fork(self) -> None:
         """A child finds everything as it was, and can go on; the parent notices nothing."""
+        self.heap.lifetime.reclaimer.settle(limit=None)  # a single operation reclaims only a few
         before = self.heap.stats().allocated_bytes
         child = os.fork()
         if not child:
@@ -297,7 +299,8 @@ class Storm:
             try:
                 signal.alarm(30)  # by default, it kills
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                assert self.heap.stats().allocated_bytes == before
+                stats = self.heap.stats()
+                assert stats.allocated_bytes == before, (before, stats)
                 batch = self.heap.batched_allocate([PAGE], torch.uint8, 1)
                 if batch is not None:
                     batch[0].ref_count_down()
@@ -310,6 +313,8 @@ class Storm:
                 self.heap.check()
                 self.heap.close(5)
                 status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(status)
         _, status = os.waitpid(child, 0)
