@@ -116,6 +116,7 @@ class Leases:
                     ledger.forget(record)  # also if an exception kept the last call from it
                 if not missing:
                     self.num_expired += state == "expired" and not lease.was_reported
+                    ledger.num_reclaimed += state == "expired" and not counts.is_live(row)
                     lease.state = state
                     counts.remove_lease(row, lease)
                     lease.record = None  # an ended lease keeps no record

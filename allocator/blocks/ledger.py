@@ -74,7 +74,8 @@ class Ledger:
             section, likewise.
         failed: releases whose bytes could not be given back, to be reported.
         unclear: dropped batches whose streams could not be queried, to be tried again.
-        num_returned: number of releases whose bytes were given back.
+        num_reclaimed: number of releases whose bytes were given back after the free: a wait for
+            bytes was worth it.
         num_dropped: number of blocks that were dropped without being freed, and then reclaimed.
     """
 
@@ -91,7 +92,7 @@ class Ledger:
         self.allocation = Receipt()
         self.failed: deque[Release] = deque()
         self.unclear: list[OwnedBlocks] = []
-        self.num_returned = 0
+        self.num_reclaimed = 0
         self.num_dropped = 0
 
     def carry_out(self, releases: tuple[Release, ...]) -> None:
@@ -113,6 +114,7 @@ class Ledger:
         """:meth:`carry_out` for whoever did not ask for it: an error is noted in ``failed``."""
         self.begun = (release,)
         self._go_on(is_quiet=True)
+        self.num_reclaimed += release.done
 
     def free_rows(
         self, counts: RowCounts, record: OwnedBlocks | None, rows: Int64Array, events: StreamEvents
@@ -237,7 +239,6 @@ class Ledger:
             if not release.done:
                 try:
                     self._space.give_back(release)
-                    self.num_returned += 1
                 except InvalidFreeError as failure:  # its bytes are somebody else's by now
                     error = release.error = failure
                     if is_quiet:

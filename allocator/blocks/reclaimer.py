@@ -71,8 +71,8 @@ class Reclaimer:
 
     @property
     def num_reclaimed(self) -> int:
-        """How many times bytes were given back: a count that changes when there may be room."""
-        return self._ledger.num_returned
+        """How many times bytes were reclaimed; frees that gave theirs back at once do not count."""
+        return self._ledger.num_reclaimed
 
     def settle(self, limit: int | None = CHECKED_RELEASES) -> bool:
         """Reclaim dropped blocks, freed blocks that streams no longer use, and expired leases.

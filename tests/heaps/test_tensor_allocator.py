@@ -447,3 +447,26 @@ def test_on_a_gpu_sources_may_be_on_the_host() -> None:
     assert batch is not None
     with pytest.raises(ValueError, match="out must be on cuda"):
         heap.batched_free(batch, out=torch.empty(4, *SHAPE))
+
+
+def test_an_allocation_that_cannot_fit_does_not_wait_for_the_frees_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another thread frees all the time: that is no sign that more will become free."""
+    buffer = torch.zeros(4 * 4096, dtype=torch.uint8)
+    heap = TensorMemoryAllocator(buffer, on_full=None, stream_wait_s=3600.0)
+    waiting = [heap.allocate([1], torch.uint8) for _ in range(3)]
+    calls = 0
+
+    def settle_beside_another_thread(limit: int | None = 8) -> bool:
+        nonlocal calls
+        calls += 1
+        obj = waiting.pop()
+        assert obj is not None
+        obj.ref_count_down()
+        return settle(limit)
+
+    settle = heap.lifetime.reclaimer.settle
+    monkeypatch.setattr(heap.lifetime.reclaimer, "settle", settle_beside_another_thread)
+    assert heap.allocate([5 * 4096], torch.uint8) is None
+    assert calls == 1
