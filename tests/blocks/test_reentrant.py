@@ -154,9 +154,13 @@ def visit(name: str, visitor: str, number: int) -> bool:
 
     place = Visit(number, lambda: VISITORS[visitor](scene))
     place.strikes(task)
+    if place.was_called:
+        scene.heap.stats()  # what was put off is done by the next operation
+        live, references = foreign.live.tolist(), foreign.ref_counts.tolist()
+        freed = visitor.startswith("frees"), visitor.startswith(("frees", "counts"))
+        assert live == [not freed[1], not freed[0]]
+        assert references == [int(each) for each in live]
     require_that_every_byte_is_accounted_for(scene)
-    if place.was_called and visitor.startswith("frees"):
-        assert not foreign.live.any()
     return place.was_called
 
 
