@@ -24,6 +24,7 @@ from kvheap.blocks.report import FullReport, LiveBlocks
 from kvheap.device.events import POLL_SECONDS
 from kvheap.errors import ClosedError
 from kvheap.forks import starts_over_after_fork
+from kvheap.guards import is_inside_section
 from kvheap.kernels.untraced import untraced_class
 
 if TYPE_CHECKING:
@@ -230,8 +231,12 @@ class MemoryAllocatorInterface(ABC):
         deadline = time.monotonic() + timeout_s
         me = threading.get_ident()
         while self._closed_by not in (None, me):
-            if time.monotonic() >= deadline:
-                raise TimeoutError(f"another thread is still closing this after {timeout_s:g} s")
+            # Inside an operation, the other thread may wait for what this one holds.
+            if time.monotonic() >= deadline or is_inside_section():
+                raise TimeoutError(
+                    f"another thread is still closing this; close waits for {timeout_s:g} s, and "
+                    f"not at all inside an operation of a heap"
+                )
             time.sleep(POLL_SECONDS)
         # Not ``acquire(timeout=...)``: an exception right after it would keep the lock.
         with self._close_lock:

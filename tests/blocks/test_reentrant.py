@@ -24,7 +24,7 @@ import pytest
 import torch
 from heap_scenes import OPERATIONS, PAGES, Scene, require_that_every_byte_is_accounted_for
 from interrupts import Visit
-from small_heaps import PAGE, heap_of, no_debug
+from small_heaps import PAGE, FakeStream, heap_of, no_debug
 
 from kvheap import (
     AddressManager,
@@ -33,6 +33,7 @@ from kvheap import (
     ReentrantCallError,
     TensorMemoryAllocator,
 )
+from kvheap.addresses.free_list import FreeList
 
 __all__ = ["no_debug"]
 
@@ -387,6 +388,38 @@ def test_close_from_a_finalizer() -> None:
     with collector_at_every_allocation(), suppress(ClosedError):
         in_time(work)
     assert heap.closed
+
+
+def test_close_inside_an_operation_does_not_wait_for_another_close(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That one may need what this operation holds."""
+    heap, other = heap_of(4, on_full=None), heap_of(4, on_full=None)
+    batch = other.batched_allocate([PAGE], torch.uint8, 1)
+    assert batch is not None
+    stream = FakeStream()
+    stream.submit()
+    batch.record_stream(stream)
+    closer = threading.Thread(target=other.close, args=(LIMIT_S,))
+    closer.start()
+    while not other.closed:
+        time.sleep(1e-3)
+    time.sleep(0.05)
+    take, is_closing = FreeList.take, []
+
+    def close_and_take(free_list: FreeList, size: int) -> int | None:
+        with pytest.raises(TimeoutError, match="still closing"):
+            other.close(LIMIT_S)
+        is_closing.append(closer.is_alive())
+        return take(free_list, size)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FreeList, "take", close_and_take)
+        assert heap.allocate([PAGE], torch.uint8) is not None
+    assert is_closing == [True]
+    stream.finish()
+    closer.join(LIMIT_S)
+    assert not closer.is_alive()
 
 
 def test_frees_at_the_end_of_the_process() -> None:
