@@ -30,10 +30,11 @@ def make(device, **options):
     return PagedKVCache.of("vllm-flash-nhd", tensors), tensors, batch
 
 
-def chunks_in(memory, item_bytes, scale_offset=None):
-    """Two chunks at the ends of the memory."""
+def chunks_in(memory, item_bytes, are_scaled=False):
+    """Two chunks at the ends of the memory, perhaps with scales behind their elements."""
     layout = ChunkLayout.of("PLTD", CHUNK, item_bytes)
-    size_bytes = layout.size_bytes + (0 if scale_offset is None else 4 * 2 * 2 * 2)
+    scale_offset = layout.size_bytes if are_scaled else None
+    size_bytes = layout.size_bytes + (4 * 2 * 2 * 2 if are_scaled else 0)
     starts = memory.data_ptr() + np.array([0, len(memory) - size_bytes])
     return Chunks(memory, starts, size_bytes, 16, layout, scale_offset)
 
@@ -59,7 +60,9 @@ def make_unseen(device, dtype=torch.float32):
     shape = (2, BLOCKS, BLOCK_SIZE, 2, 16)
     tensors = [(torch.rand(shape) + 1).to(dtype).to(device) for _ in range(2)]
     memory = torch.zeros(1 << 15, dtype=torch.uint8, device=device)
-    chunks = chunks_in(memory, 4) if dtype == torch.float32 else chunks_in(memory, 1, 2048)
+    chunks = (
+        chunks_in(memory, 4) if dtype == torch.float32 else chunks_in(memory, 1, are_scaled=True)
+    )
     return PagedKVCache.of("vllm-flash-nhd", tensors), tensors, chunks
 
 
