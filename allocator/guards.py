@@ -42,6 +42,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from opcode import opmap
 from types import CodeType, FrameType
 from typing import TypeVar
@@ -49,10 +50,14 @@ from typing import TypeVar
 from kvheap.errors import ClosedError, InvalidFreeError, LifetimeError
 from kvheap.forks import starts_over_after_fork
 
-__all__ = ["Deferred", "DeferredCall", "Guard", "is_inside_section", "section"]
+__all__ = ["Deferred", "DeferredCall", "Guard", "is_inside_section", "read_meanwhile", "section"]
 
 LOGGER = logging.getLogger("kvheap")
 
+MAX_READS = 1000
+"""How often to read what other threads change."""
+
+Result = TypeVar("Result")
 Function = TypeVar("Function", bound=Callable[..., object])
 
 _sections: dict[CodeType, int | None] = {}
@@ -115,6 +120,18 @@ class Guard:
     def start_over_after_fork(self) -> None:
         """Replace the lock in a forked child; the next section finishes what was under way."""
         self.lock = threading.RLock()
+
+
+def read_meanwhile(read: Callable[[], Result]) -> Result:
+    """Read what other threads change: again, as long as a dict has changed while it was read.
+
+    Raises:
+        RuntimeError: it changed every time.
+    """
+    for _ in range(MAX_READS):
+        with suppress(RuntimeError):
+            return read()
+    return read()
 
 
 class DeferredCall:

@@ -31,6 +31,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     Attributes:
         block_bytes: allocated bytes of each block, a multiple of the alignment.
+        num_blocks: number of blocks N, as ``len`` returns it.
 
     >>> batch = AddressBatch(4096, np.array([0, 16384]), np.array([2, 1]))
     >>> list(batch)
@@ -39,7 +40,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
     (2, 3, array([    0,  4096, 16384]))
     """
 
-    __slots__ = ("_addresses", "_counts", "_ends", "_length", "_starts", "block_bytes")
+    __slots__ = ("_addresses", "_counts", "_ends", "_starts", "block_bytes", "num_blocks")
 
     def __init__(
         self,
@@ -51,7 +52,10 @@ class AddressBatch(Sequence[tuple[int, int]]):
         # Lists of a few runs stay lists: freeing the whole batch needs no array.
         self._starts = run_starts
         self._counts = run_counts
-        self._length = int(sum(run_counts) if len(run_counts) < 64 else np.sum(run_counts))
+        if len(run_counts) == 1:  # most batches
+            self.num_blocks = int(run_counts[0])
+        else:
+            self.num_blocks = int(sum(run_counts) if len(run_counts) < 64 else np.sum(run_counts))
         self._addresses: Int64Array | None = None
         self._ends: list[int] | None = None
 
@@ -139,9 +143,16 @@ class AddressBatch(Sequence[tuple[int, int]]):
         size = self.block_bytes
         return [(int(s), int(c) * size) for s, c in zip(self._starts, self._counts, strict=True)]
 
-    def first_run(self) -> tuple[int, int]:
-        """Address and bytes of the first run, as plain ints; there must be one."""
+    def only_run(self) -> tuple[int, int] | None:
+        """Address and bytes of the run, as plain ints; None unless there is exactly one."""
+        if len(self._starts) != 1:
+            return None
         return int(self._starts[0]), int(self._counts[0]) * self.block_bytes
+
+    def part(self, first: int, count: int) -> AddressBatch:
+        """Blocks ``first`` to ``first + count - 1`` of a batch of one run, as a batch."""
+        start = int(self._starts[0]) + first * self.block_bytes
+        return AddressBatch(self.block_bytes, [start], [count])
 
     @property
     def addresses(self) -> Int64Array:
@@ -151,7 +162,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
         """
         found = self._addresses  # once: another thread may forget them
         if found is None:
-            offsets = np.arange(self._length, dtype=np.int64)
+            offsets = np.arange(self.num_blocks, dtype=np.int64)
             if self.num_runs > 1:
                 first_index = np.cumsum(self.run_counts) - self.run_counts
                 offsets -= np.repeat(first_index, self.run_counts)
@@ -204,7 +215,7 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     def __len__(self) -> int:
         """The number of blocks."""
-        return self._length
+        return self.num_blocks
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """The ``(address, size)`` pairs."""

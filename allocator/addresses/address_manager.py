@@ -422,9 +422,9 @@ class AddressManager:
             self._deferred.run()
         one_run: tuple[int, int] | None = None
         extents: Extents | None = None
-        if isinstance(blocks, AddressBatch) and sizes is None and blocks.num_runs == 1:
-            one_run = blocks.first_run()
-        else:
+        if isinstance(blocks, AddressBatch) and sizes is None:
+            one_run = blocks.only_run()
+        if one_run is None:
             # The walls may be read before the lock is taken: a block of a segment is allocated
             # only after the segment's wall was put up.
             extents = self._merged(blocks, sizes)
@@ -476,9 +476,9 @@ class AddressManager:
         Raises:
             DoubleFreeError, InvalidFreeError, TypeError, ValueError: as :meth:`batched_free`.
         """
-        if isinstance(blocks, AddressBatch) and blocks.num_runs == 1:
-            start, num_bytes = blocks.first_run()
-            self._free_one(start, num_bytes, receipt)
+        one_run = blocks.only_run() if isinstance(blocks, AddressBatch) else None
+        if one_run is not None:
+            self._free_one(one_run[0], one_run[1], receipt)
         else:
             self._insert(self._merged(blocks, sizes), receipt)
 

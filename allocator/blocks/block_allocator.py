@@ -60,12 +60,15 @@ class BlockAllocator(MemoryAllocatorInterface):
         self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
     ) -> None:
         """Free many blocks; see ``MemoryAllocatorInterface.batched_free``."""
-        self.require_open()
+        if self._closed:
+            self.require_open()
         if self.lifetime.reclaimer.has_work and not self.is_view_only:
             self.lifetime.reclaimer.settle()
-        if not isinstance(objs, MemoryBatch):
-            objs = listed(objs)
-        parts = self.rows_by_batch(objs)
+        if isinstance(objs, MemoryBatch) and objs.allocator is self:
+            parts = [Rows(objs, None)]
+        else:
+            objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
+            parts = self.rows_by_batch(objs)
         skip_freed = self.idempotent_free and out is None
         if out is not None:
             self.require_gatherable(parts, out)

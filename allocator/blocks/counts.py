@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.recorded_streams import RecordedStreams
 from kvheap.device.events import Stream
 from kvheap.errors import BlockInUseError, DoubleFreeError, LifetimeError
+from kvheap.guards import read_meanwhile
 
 __all__ = ["DROPPED", "FREED", "RowCounts"]
 
@@ -64,33 +66,36 @@ class RowCounts:
       ``leased_rows``, ``rows_to_drop``;
     - change one row: ``changed``, ``references_to_change``, ``pins_to_change``, ``add_lease``,
       ``remove_lease``, ``leases_of``, ``is_held``;
-    - free: ``claimable``, ``set_freed``, ``set_live``, ``forgive``, ``has_dropped``,
-      ``was_dropped``;
-    - streams: ``record_stream``, ``streams_of``, ``has_streams``, ``should_prune_streams``,
-      ``forget_streams``, ``require_live``.
+    - free: ``claimable``, ``set_freed``, ``set_live``, ``forgive``, ``was_dropped``;
+    - streams: ``record_stream``, ``streams_of``, ``streams_now``, ``forget_streams``,
+      ``require_live``.
+
+    Attributes:
+        has_dropped: whether rows may have been dropped and reclaimed: none are in most batches.
+        streams: the recorded streams; None if none was ever recorded.
 
     Args:
         num_rows: number of rows N; each starts with one reference and no pin.
     """
 
     __slots__ = (
-        "_has_dropped",
         "_leases",
         "_num_rows",
         "_pins",
         "_references",
-        "_streams",
         "_uniform_references",
+        "has_dropped",
+        "streams",
     )
 
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
-        self._has_dropped = False
+        self.has_dropped = False
         self._uniform_references = 1
         self._references: array[int] | None = None
         self._pins: array[int] | None = None
         self._leases: dict[int, dict[int, HeldLease]] | None = None
-        self._streams: RecordedStreams | None = None
+        self.streams: RecordedStreams | None = None
 
     # -- read one row --------------------------------------------------------------------------
 
@@ -199,7 +204,9 @@ class RowCounts:
 
     def references_to_change(self) -> array[int]:
         """The reference counts of all rows, to set those of live rows."""
-        return self._own_references()
+        if self._references is None:
+            self._references = array("i", (self._uniform_references,)) * self._num_rows
+        return self._references
 
     def pins_to_change(self) -> array[int]:
         """The pin counts of all rows without leases, to set those of live rows."""
@@ -252,9 +259,15 @@ class RowCounts:
             DoubleFreeError: a row is already freed, or named twice.
             BlockInUseError: a row is pinned or has more than one reference.
         """
-        if rows is None and self._is_untouched():
+        if (
+            rows is None
+            and self._uniform_references == 1
+            and self._references is None
+            and self._pins is None
+            and self._leases is None
+        ):
             return None
-        if self._has_dropped:
+        if self.has_dropped:
             rows = self._but_dropped(rows)
         if skip_freed:
             rows = self._live_among(rows)
@@ -266,8 +279,12 @@ class RowCounts:
     def set_freed(self, rows: Int64Array | None, count: int = FREED) -> None:
         """Mark ``rows`` (None: all) as ``FREED`` or ``DROPPED``, whatever their state."""
         if count == DROPPED:
-            self._has_dropped = True
-        self._set(rows, count)
+            self.has_dropped = True
+        if rows is None:
+            self._uniform_references = count  # first: readers take no lock
+            self._references = None
+        else:
+            self._set(rows, count)
 
     def forgive(self, rows: Int64Array | None) -> int:
         """Mark those of ``rows`` (None: all) that were dropped as freed; return how many."""
@@ -278,14 +295,9 @@ class RowCounts:
             self._set(dropped, FREED)
         return len(dropped)
 
-    @property
-    def has_dropped(self) -> bool:
-        """Whether rows may have been dropped and reclaimed: none are in most batches."""
-        return self._has_dropped
-
     def was_dropped(self, row: int) -> bool:
         """Whether the row's batch was dropped and reclaimed."""
-        return self._has_dropped and self._reference_of(row) == DROPPED
+        return self.has_dropped and self._reference_of(row) == DROPPED
 
     def set_live(self, rows: Int64Array | None) -> None:
         """Give each of ``rows`` (None: all) one reference again."""
@@ -293,20 +305,10 @@ class RowCounts:
 
     # -- streams -------------------------------------------------------------------------------
 
-    @property
-    def should_prune_streams(self) -> bool:
-        """Whether so many streams are recorded that those that have ended should be forgotten."""
-        return self._streams is not None and self._streams.should_prune
-
     def forget_streams(self, ended: Sequence[Stream]) -> None:
         """Forget streams that have ended."""
-        if self._streams is not None:
-            self._streams.prune(ended)
-
-    @property
-    def has_streams(self) -> bool:
-        """Whether a stream was ever recorded."""
-        return self._streams is not None
+        if self.streams is not None:
+            self.streams.prune(ended)
 
     def record_stream(self, stream: Stream, rows: Int64Array | None, batch: NamesRows) -> None:
         """Record that a stream uses ``rows`` (None: all).
@@ -314,14 +316,22 @@ class RowCounts:
         Raises:
             LifetimeError: one of them is freed.
         """
-        self.require_live(rows, batch)
-        if self._streams is None:
-            self._streams = RecordedStreams()
-        self._streams.add(stream, rows)
+        if self._references is not None or self._uniform_references < 0:
+            self.require_live(rows, batch)
+        if self.streams is None:
+            self.streams = RecordedStreams()
+        self.streams.add(stream, rows)
 
     def streams_of(self, rows: Int64Array | None) -> tuple[Stream, ...]:
         """The streams that were recorded for any of ``rows`` (None: all)."""
-        return () if self._streams is None else self._streams.of(rows)
+        return () if self.streams is None else self.streams.of(rows)
+
+    def streams_now(self, rows: Int64Array | None) -> tuple[Stream, ...]:
+        """:meth:`streams_of`, for whoever is not in a section: other threads may record more."""
+        try:
+            return () if self.streams is None else self.streams.of(rows)
+        except RuntimeError:
+            return read_meanwhile(partial(self.streams_of, rows))
 
     def require_live(self, rows: Int64Array | None, batch: NamesRows) -> None:
         """Raise if any of ``rows`` (None: all) is freed.
@@ -340,14 +350,9 @@ class RowCounts:
 
     # -- helpers -------------------------------------------------------------------------------
 
-    def _own_references(self) -> array[int]:
-        if self._references is None:
-            self._references = array("i", (self._uniform_references,)) * self._num_rows
-        return self._references
-
     def _set(self, rows: Int64Array | None, count: int) -> None:
         if rows is not None and len(rows) < self._num_rows:
-            np.frombuffer(self._own_references(), np.int32)[rows] = count
+            np.frombuffer(self.references_to_change(), np.int32)[rows] = count
             return
         self._uniform_references = count  # first: readers take no lock
         self._references = None
@@ -370,10 +375,6 @@ class RowCounts:
                 pins[row] += self.leases_of(row)
         pins[self._reference_array() < 0] = 0
         return pins
-
-    def _is_untouched(self) -> bool:
-        is_uniform = self._references is None and self._pins is None and self._leases is None
-        return is_uniform and self._uniform_references == 1
 
     def _but_dropped(self, rows: Int64Array | None) -> Int64Array | None:
         kept = self._reference_array() != DROPPED

@@ -31,8 +31,9 @@ from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.release import Release, WipingError
 from kvheap.blocks.stream_events import StreamEvents
-from kvheap.device.events import Stream
+from kvheap.device.events import Event, Stream
 from kvheap.errors import HeapCorruptionError, InvalidFreeError
+from kvheap.guards import read_meanwhile
 
 __all__ = ["Ledger", "NoSpace", "Space", "require_one_owner"]
 
@@ -123,13 +124,13 @@ class Ledger:
         if record is None:  # a view: its bytes are another process's
             counts.set_freed(rows)
             return ()
-        found: Sequence[Stream] = ()
-        if counts.has_streams:
-            found = counts.streams_of(rows)
-            missing = events.missing(found)
+        waits: tuple[Event, ...] = ()
+        if counts.streams is not None:
+            missing: list[Stream] = []
+            waits = events.of(counts.streams_of(rows), missing)
             if missing:
                 return missing
-        self.carry_out((record.release_of(rows, events.of(found)),))
+        self.carry_out((record.release_of(rows, waits),))
         if len(record.addresses) == 1 or (record() is None and not counts.count_live()[0]):
             self.forget(record)
         return []
@@ -206,12 +207,20 @@ class Ledger:
         return Extents(all_starts[order], all_sizes[order])
 
     def next_pending(self, limit: int | None) -> list[Release]:
-        """The ``limit`` pending releases that were checked longest ago (None: all)."""
-        releases = list(islice(self.pending.values(), limit))
-        if limit is not None:
-            for release in releases:
+        """The ``limit`` pending releases that were checked longest ago (None: all).
+
+        Needs no guard.
+        """
+        try:
+            return list(islice(self.pending.values(), limit))
+        except RuntimeError:
+            return read_meanwhile(lambda: list(islice(self.pending.values(), limit)))
+
+    def check_last(self, releases: Sequence[Release]) -> None:
+        """Let :meth:`next_pending` return these releases, if they are pending, after all others."""
+        for release in releases:
+            if id(release) in self.pending:
                 self.pending.move_to_end(id(release))
-        return releases
 
     def _go_on(self, is_quiet: bool) -> BaseException | None:
         """Carry out ``begun``, of which every step may have been done before.
@@ -256,21 +265,23 @@ class Ledger:
         return error
 
     def _begin_pending(self, release: Release) -> None:
-        key, num_bytes, pending = id(release), release.num_bytes, self.pending
-        if key not in pending:  # no signal handler runs between these two lines
+        key, pending = id(release), self.pending
+        if key not in pending:
+            release.pending_bytes = num_bytes = release.num_bytes
+            # No signal handler runs between these two lines.
             pending[key] = release
             self.pending_bytes += num_bytes
 
     def _end_pending(self, release: Release) -> None:
         key, pending = id(release), self.pending
         if key in pending:
-            num_bytes = release.num_bytes
+            num_bytes = release.pending_bytes
             del pending[key]
             self.pending_bytes -= num_bytes
 
 
 def _undo_of(blocks: AddressBatch) -> Release:
-    return Release(blocks, blocks.block_bytes, lambda: "an allocation that was interrupted")
+    return Release(blocks, blocks.block_bytes, None)
 
 
 def require_one_owner(owned: Extents, free: Extents) -> None:

@@ -15,8 +15,7 @@ operation, an allocation returns None, and readers answer. An exception that str
 undoes it or lets it be finished by the next one.
 
 Events are recorded and queried outside sections, because that calls code of the user's: a free
-looks up the streams inside a section, records their events outside, and is made in a section that
-finds no other stream.
+looks up the streams and records their events, and is made in a section that finds no other stream.
 """
 
 from __future__ import annotations
@@ -37,16 +36,13 @@ from kvheap.blocks.reclaimer import Reclaimer
 from kvheap.blocks.release import Release
 from kvheap.blocks.report import LiveBlocks
 from kvheap.blocks.sites import Site, callers, site_lines
-from kvheap.blocks.stream_events import StreamEvents
+from kvheap.blocks.stream_events import NO_EVENTS, StreamEvents
 from kvheap.blocks.tracked import BlockRows, TrackedBatch
 from kvheap.device.events import Event, Stream, has_let_go
 from kvheap.errors import ReentrantCallError
 from kvheap.guards import Deferred, DeferredCall, Guard, is_inside_section, section
 
 __all__ = ["Lifetime"]
-
-NO_EVENTS = StreamEvents()
-"""What is known of streams before any was asked."""
 
 Merge = Callable[[list[Release]], list[Release]]
 """Combines releases that can be given back together."""
@@ -151,12 +147,9 @@ class Lifetime:
         """
         if self._deferred and call is None:
             self._deferred.run()
-        streams = self._try_change(batch, row, references, pins, NO_EVENTS, call)
-        if streams:
-            events = StreamEvents()
-            while streams:
-                events.record(streams, is_wrapped=call is not None)
-                streams = self._try_change(batch, row, references, pins, events, call)
+        events = NO_EVENTS
+        while streams := self._try_change(batch, row, references, pins, events, call):
+            events = events.record(streams, is_wrapped=call is not None)
 
     @section
     def _try_change(
@@ -178,7 +171,7 @@ class Lifetime:
             ledger, counts = self.ledger, batch.counts
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
-            if references + pins < 0 and counts.was_dropped(row):
+            if counts.has_dropped and references + pins < 0 and counts.was_dropped(row):
                 if references:
                     ledger.num_dropped -= counts.forgive(np.array([row], np.int64))
                 guard.busy = False
@@ -201,6 +194,7 @@ class Lifetime:
             guard.busy = False
             return missing
 
+    @section
     def record_stream(
         self,
         batch: TrackedBatch,
@@ -216,20 +210,9 @@ class Lifetime:
         if self._deferred:
             self._deferred.run()
         ended: Sequence[Stream] | None = None
-        if batch.counts.should_prune_streams:
-            ended = [
-                each for each in self.reclaimer.streams_of(batch.counts, None) if has_let_go(each)
-            ]
-        self._record_stream(batch, stream, rows, ended)
-
-    @section
-    def _record_stream(
-        self,
-        batch: TrackedBatch,
-        stream: Stream,
-        rows: Int64Array | None,
-        ended: Sequence[Stream] | None,
-    ) -> None:
+        recorded = batch.counts.streams
+        if recorded is not None and recorded.num_unpruned <= 0:
+            ended = [each for each in batch.counts.streams_now(None) if has_let_go(each)]
         guard = self.guard
         if guard.busy and is_inside_section():
             self._deferred.add(partial(self.record_stream, batch, stream, rows))
@@ -269,12 +252,13 @@ class Lifetime:
         """
         if self._deferred and call is None:
             self._deferred.run()
-        streams = self._try_free(parts, skip_freed, merge, NO_EVENTS)
-        if streams:
+        events = NO_EVENTS
+        if parts and parts[0].batch.counts.streams is not None and not self.guard.busy:
             events = StreamEvents()
-            while streams:
-                events.record(streams, is_wrapped=call is not None)
-                streams = self._try_free(parts, skip_freed, merge, events)
+            for part in parts:
+                events.foresee(part.batch.counts.streams_now(part.rows))
+        while streams := self._try_free(parts, skip_freed, merge, events):
+            events = events.record(streams, is_wrapped=call is not None)
 
     @section
     def _try_free(
@@ -294,6 +278,7 @@ class Lifetime:
             ledger = self.ledger
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
+            has_dropped = False
             missing: list[Stream] = []
             claimed: list[tuple[OwnedBlocks | None, bool]] = []
             releases: list[Release] = []
@@ -301,14 +286,14 @@ class Lifetime:
                 batch = part.batch
                 rows, record = batch.claimable(part.rows, skip_freed), batch.record
                 claimed.append((record, rows is None))
+                has_dropped = has_dropped or batch.counts.has_dropped
                 if record is None or (rows is not None and not len(rows)):
                     continue
-                found: Sequence[Stream] = ()
-                if batch.counts.has_streams:
-                    found = batch.counts.streams_of(rows)
-                    missing += events.missing(found)
+                waits: tuple[Event, ...] = ()
+                if batch.counts.streams is not None:
+                    waits = events.of(batch.counts.streams.of(rows), missing)
                 if not missing:
-                    releases.append(record.release_of(rows, events.of(found)))
+                    releases.append(record.release_of(rows, waits))
             if not missing:
                 if merge is not None and len(releases) > 1:
                     releases = merge(releases)
@@ -316,8 +301,8 @@ class Lifetime:
                 for record, is_whole in claimed:
                     if is_whole:
                         ledger.forget(record)
-                for part in parts:
-                    if part.batch.counts.has_dropped:
+                if has_dropped:
+                    for part in parts:
                         ledger.num_dropped -= part.batch.counts.forgive(part.rows)
             guard.busy = False
         return missing
@@ -337,9 +322,9 @@ class Lifetime:
         """
         if self._deferred:
             self._deferred.run()
-        events = StreamEvents()
+        events = NO_EVENTS
         while streams := self._try_free_on(parts, condition, events):
-            events.record(streams)
+            events = events.record(streams)
 
     @section
     def _try_free_on(
@@ -360,10 +345,9 @@ class Lifetime:
                 rows, record = part.batch.claimable(part.rows, False), part.batch.record
                 if record is None:
                     continue  # an empty batch whose blocks are all free
-                found = record.counts.streams_of(rows)
-                missing += events.missing(found)
+                waits = events.of(record.counts.streams_of(rows), missing)
                 if not missing:
-                    release = record.release_of(rows, (condition, *events.of(found)))
+                    release = record.release_of(rows, (condition, *waits))
                     release.batch, release.condition = record, condition
                     releases.append(release)
             if not missing:

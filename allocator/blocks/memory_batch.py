@@ -126,7 +126,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         self.site: Site = ()
         self.transfer: Transfer | None = None
         self._address_batch = address_batch
-        self._length = length = len(address_batch)
+        self._length = length = address_batch.num_blocks
         self.counts = RowCounts(length)
         self._used_sizes: dict[int, int] = {}
         self.storage = storage
@@ -366,7 +366,8 @@ class MemoryBatch(Sequence["MemoryObj"]):
             ForeignObjectError: the batch is a view of another process's blocks.
             ForeignProcessError: another process keeps the books of the heap.
         """
-        self.require_owner()
+        if not self._owned or self.allocator.is_view_only:
+            self.require_owner()
         return self.counts.claimable(rows, self, skip_freed)
 
     def require_owner(self) -> None:

@@ -17,6 +17,9 @@ __all__ = ["MemoryFormat"]
 class MemoryFormat(Enum):
     """Dimensions of one chunk: T tokens, L layers, D hidden dimension (heads x head dim)."""
 
+    # Formats are parts of cache keys at each allocation; Enum's own hash is a Python function.
+    __hash__ = object.__hash__
+
     UNDEFINED = 0
     KV_2LTD = 1
     """``[2, L, T, D]``: K and V of all layers."""

@@ -9,7 +9,7 @@ from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.counts import RowCounts
-from kvheap.blocks.release import LastOwner, Release
+from kvheap.blocks.release import Release
 from kvheap.blocks.sites import Site
 from kvheap.device.events import Event
 
@@ -56,9 +56,16 @@ class OwnedBlocks(Reference):
             blocks = addresses
         elif len(rows) == 1:
             blocks = AddressBatch(addresses.block_bytes, [addresses.address(int(rows[0]))], [1])
+        elif addresses.num_runs == 1 and _are_consecutive(rows):
+            blocks = addresses.part(int(rows[0]), len(rows))
         else:
             blocks = addresses.addresses_of(rows)
         if rows is not None and 2 * len(rows) >= len(addresses):
             addresses.forget_addresses()  # few blocks may be left, which need not know those of all
-        owner = LastOwner(self.layout, self.site)
-        return Release(blocks, addresses.block_bytes, owner, events, ((self.counts, rows),))
+        owner, parts = (self.layout, self.site), ((self.counts, rows),)
+        return Release(blocks, addresses.block_bytes, owner, events, parts)
+
+
+def _are_consecutive(rows: Int64Array) -> bool:
+    first, last = int(rows[0]), int(rows[-1])
+    return last - first == len(rows) - 1 and rows.tolist() == list(range(first, last + 1))

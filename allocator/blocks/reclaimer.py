@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
-from kvheap.addresses.extents import Int64Array
-from kvheap.blocks.counts import DROPPED, RowCounts
+from kvheap.blocks.counts import DROPPED
 from kvheap.blocks.leases import Leases
 from kvheap.blocks.ledger import Ledger
 from kvheap.blocks.owned_blocks import OwnedBlocks
@@ -29,13 +27,15 @@ LOGGER = logging.getLogger("kvheap")
 CHECKED_RELEASES = 8
 """Pending releases that one operation checks; see benchmarks/NOTES.md."""
 
+RELEASES_PER_SECTION = 64
+"""How many are given back at once; other threads wait as long."""
+
 
 class Reclaimer:
     """Gives bytes back that nobody uses any more.
 
     - what waits: ``has_work``, ``pending_bytes``, ``num_reclaimed``;
-    - reclaim: ``settle``, ``wait_for_streams``, ``wait_until_unused``;
-    - streams: ``streams_of``.
+    - reclaim: ``settle``, ``wait_for_streams``, ``wait_until_unused``.
 
     Args:
         guard: the allocator's guard.
@@ -88,25 +88,22 @@ class Reclaimer:
         guard = self._guard
         if guard.busy and is_inside_section():
             return False
-        before = self.num_reclaimed
+        ledger = self._ledger
+        before = ledger.num_reclaimed
         if self._deferred:
             self._deferred.run()
         if self._leases.queue.entries:
             self._leases.expire()
-        ledger = self._ledger
         if limit is None and ledger.unclear:
             ledger.dropped.extend(ledger.unclear)  # what is queued twice is skipped
             ledger.unclear = []
         while ledger.dropped and self._reclaim_dropped():
             continue
         if ledger.pending or ledger.begun or ledger.allocation.done:
-            for release in self._next_pending(limit):
-                state = self._state_of(release)
-                if state != "pending":
-                    self._conclude(release, is_void=state == "failed")
+            self._look_at_pending(limit)
         while ledger.failed:
             self._report(ledger.failed.popleft())
-        return self.num_reclaimed != before
+        return ledger.num_reclaimed != before
 
     def _reclaim_dropped(self) -> bool:
         """Free the first dropped batch; False if there is none, or this thread cannot."""
@@ -118,8 +115,8 @@ class Reclaimer:
             return self._skip(record)
         events = StreamEvents()
         streams: Sequence[Stream] = ()
-        if record.counts.has_streams:
-            streams = self.streams_of(record.counts, record.counts.rows_to_drop())
+        if record.counts.streams is not None:
+            streams = record.counts.streams_now(record.counts.rows_to_drop())
         if streams and not self._can_record(record, streams, events):
             return self._skip(record)
         return self._reclaim(record, events)
@@ -163,8 +160,7 @@ class Reclaimer:
                 num_blocks = len(record.addresses if rows is None else rows)
                 release = None
                 if num_blocks and id(record) in ledger.live:
-                    found = counts.streams_of(rows)
-                    release = record.release_of(rows, events.of(found))
+                    release = record.release_of(rows, events.of(counts.streams_of(rows), []))
                     release.count = DROPPED
                 if id(record) not in ledger.live:
                     num_blocks, num_held, leased = 0, 0, ()
@@ -190,48 +186,67 @@ class Reclaimer:
             guard.busy = False
         return True
 
-    @section
-    def _next_pending(self, limit: int | None) -> Sequence[Release]:
-        guard = self._guard
-        if guard.busy and is_inside_section():
-            return ()
-        with guard.lock:
-            guard.busy = True
-            ledger = self._ledger
-            if ledger.begun or ledger.allocation.done:
-                ledger.finish()
-            releases = ledger.next_pending(limit)
-            guard.busy = False
-        return releases
+    def _look_at_pending(self, limit: int | None) -> None:
+        """Give back what has ended of the ``limit`` pending releases checked longest ago."""
+        ledger = self._ledger
+        releases = ledger.next_pending(limit)
+        last = releases if len(releases) < len(ledger.pending) else ()
+        ended: list[Release] = []
+        for release in releases:
+            state = self._state_of(release)
+            if state == "pending":
+                continue
+            if state == "failed":
+                release.is_void = True
+            ended.append(release)
+            if len(ended) == RELEASES_PER_SECTION:
+                self._conclude(ended, ())
+                ended = []
+        if ended or last or ledger.begun or ledger.allocation.done:
+            self._conclude(ended, last)
 
     def _state_of(self, release: Release) -> str:
         """``pending``; ``ended``; or ``failed`` if the blocks become live again."""
         if release.is_void:
             return "failed"
         try:
-            return "ended" if all(map(self._has_ended, release.events)) else "pending"
+            for event in release.events:
+                if not event.query():
+                    return "pending"
         except ReleaseVoidError:
             return "failed"
+        except Exception as error:
+            self._note_lost(error)
+            return "pending"
+        return "ended"
 
     def _has_ended(self, event: Event) -> bool:
-        """Whether an event is over; False if it cannot tell, which is logged once."""
+        """Whether an event is over; False if it cannot tell."""
         try:
             return event.query()
-        except ReleaseVoidError:
-            raise
         except Exception as error:
-            if is_interrupt(error):
-                raise
-            if not self._told_of_lost_events:
-                self._told_of_lost_events = True
-                LOGGER.exception(
-                    "cannot tell whether a stream still uses freed bytes: they stay allocated"
-                )
+            self._note_lost(error)
             return False
 
+    def _note_lost(self, error: Exception) -> None:
+        """Log once that an event cannot tell; raise if its error is an interrupt."""
+        if is_interrupt(error):
+            raise error
+        if not self._told_of_lost_events:
+            self._told_of_lost_events = True
+            LOGGER.error(
+                "cannot tell whether a stream still uses freed bytes: they stay allocated",
+                exc_info=error,
+            )
+
     @section
-    def _conclude(self, release: Release, is_void: bool) -> None:
-        """Give the bytes of a pending release back, or make its blocks live again."""
+    def _conclude(self, ended: Sequence[Release], last: Sequence[Release]) -> None:
+        """Give the bytes of releases back, or make the blocks of void ones live again.
+
+        Args:
+            ended: the releases.
+            last: the pending releases that are to be checked again last.
+        """
         guard = self._guard
         if guard.busy and is_inside_section():
             return
@@ -240,12 +255,13 @@ class Reclaimer:
             ledger = self._ledger
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
-            if id(release) in ledger.pending:
-                if is_void:
-                    release.is_void = True
-                else:
-                    release.events = ()
-                ledger.carry_out_quietly(release)
+            for release in ended:
+                if id(release) in ledger.pending:
+                    if not release.is_void:
+                        release.events = release.parts = ()  # they are marked as freed already
+                    ledger.carry_out_quietly(release)
+            if last:
+                ledger.check_last(last)
             guard.busy = False
 
     def _report(self, release: Release) -> None:
@@ -284,7 +300,7 @@ class Reclaimer:
         """
         deadline = time.monotonic() + seconds
         records = self._ledger.live.copy().values()
-        streams = [each for record in records for each in self.streams_of(record.counts, None)]
+        streams = [each for record in records for each in record.counts.streams_now(None)]
         waits = [stream.record_event() for stream in streams if not has_let_go(stream)]
         while True:
             self.settle(limit=None)
@@ -295,24 +311,3 @@ class Reclaimer:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(POLL_SECONDS)
-
-    @section
-    def streams_of(self, counts: RowCounts, rows: Int64Array | None) -> tuple[Stream, ...]:
-        """The streams that were recorded for any of ``rows`` (None: all)."""
-        guard = self._guard
-        if guard.busy and is_inside_section():
-            return _streams_meanwhile(counts, rows)
-        with guard.lock:
-            guard.busy = True
-            streams = counts.streams_of(rows)
-            guard.busy = False
-        return streams
-
-
-def _streams_meanwhile(counts: RowCounts, rows: Int64Array | None) -> tuple[Stream, ...]:
-    """The streams of rows, while another thread may be recording more."""
-    streams = None
-    while streams is None:
-        with suppress(RuntimeError):  # a dict has changed while it was read
-            streams = counts.streams_of(rows)
-    return streams

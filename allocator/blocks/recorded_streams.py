@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import cast
 
 from kvheap.addresses.extents import Int64Array
 from kvheap.device.events import Stream
@@ -17,6 +16,10 @@ Streams = dict[Hashable, Stream]
 """Streams by themselves, so that equal ones count once: ``torch.cuda.current_stream()`` returns a
 new object at each call. Streams that cannot be hashed are told apart by their ``id``."""
 
+# Never changed; most batches have streams for all rows only.
+NO_ROWS: dict[int, Streams] = {}
+NO_SETS: dict[frozenset[int], Streams] = {}
+
 
 class RecordedStreams:
     """The streams recorded for a batch: for all rows, for one row, or for a set of rows.
@@ -25,34 +28,39 @@ class RecordedStreams:
     regardless of how many rows have streams. Not thread-safe.
     """
 
-    __slots__ = ("_num_records", "_of_all", "_of_row", "_of_set", "_prune_at")
+    __slots__ = ("_of_all", "_of_row", "_of_set", "num_unpruned")
 
     def __init__(self) -> None:
         self._of_all: Streams = {}
-        self._of_row: dict[int, Streams] = {}
-        self._of_set: dict[frozenset[int], Streams] = {}
-        self._num_records = 0
-        self._prune_at = MIN_PRUNED
-
-    @property
-    def should_prune(self) -> bool:
-        """Whether it is time to :meth:`prune`."""
-        return self._num_records >= self._prune_at
+        self._of_row = NO_ROWS
+        self._of_set = NO_SETS
+        self.num_unpruned = MIN_PRUNED
+        """How many more records there may be before it is time to :meth:`prune`."""
 
     def add(self, stream: Stream, rows: Int64Array | None) -> None:
         """Record that a stream uses ``rows`` (None: all)."""
         if rows is None:
             streams = self._of_all
         elif len(rows) == 1:
+            if self._of_row is NO_ROWS:
+                self._of_row = {}
             streams = self._of_row.setdefault(int(rows[0]), {})
         else:
+            if self._of_set is NO_SETS:
+                self._of_set = {}
             streams = self._of_set.setdefault(frozenset(rows.tolist()), {})
         key = stream_key(stream)
-        self._num_records += key not in streams
+        self.num_unpruned -= key not in streams
         streams[key] = stream
 
     def of(self, rows: Int64Array | None) -> tuple[Stream, ...]:
-        """The streams that use any of ``rows`` (None: all)."""
+        """The streams that use any of ``rows`` (None: all).
+
+        Raises:
+            RuntimeError: another thread recorded one meanwhile.
+        """
+        if not self._of_row and not self._of_set:
+            return tuple(self._of_all.values())
         found = dict(self._of_all)
         if rows is None:
             for streams in (*self._of_row.values(), *self._of_set.values()):
@@ -75,13 +83,14 @@ class RecordedStreams:
         self._of_all = _but(self._of_all, keys)
         self._of_row = of_row
         self._of_set = of_set
-        self._num_records = len(self._of_all) + sum(map(len, (*of_row.values(), *of_set.values())))
-        self._prune_at = max(MIN_PRUNED, 2 * self._num_records)
+        num_records = len(self._of_all) + sum(map(len, (*of_row.values(), *of_set.values())))
+        self.num_unpruned = max(MIN_PRUNED - num_records, num_records)
 
 
 def stream_key(stream: Stream) -> Hashable:
     """What tells streams apart: the stream itself if it can be hashed, else its ``id``."""
-    return id(stream) if type(stream).__hash__ is None else cast("Hashable", stream)
+    key: Hashable = stream  # type: ignore[assignment]  # protocols do not say that they hash
+    return id(stream) if type(stream).__hash__ is None else key
 
 
 def _but(streams: Streams, keys: set[Hashable]) -> Streams:

@@ -14,7 +14,10 @@ from kvheap.blocks.counts import FREED, RowCounts
 from kvheap.blocks.sites import Site, allocated_at
 from kvheap.device.events import Event
 
-__all__ = ["LastOwner", "Parts", "Release", "WipingError", "merged"]
+__all__ = ["LastOwner", "Parts", "Release", "WipingError", "describe_owner", "merged"]
+
+LastOwner = tuple[BlockLayout, Site]
+"""What a block held, and where it was allocated."""
 
 Parts = tuple[tuple[RowCounts, "Int64Array | None"], ...]
 """The counts of batches, each with the rows to free (None: all)."""
@@ -28,8 +31,8 @@ class Release(Receipt):
 
     Attributes:
         freed: the blocks: a whole batch, or the addresses of some, int64 ``[N]``.
-        sizes: allocated bytes of each block, or one number for all; unused for a whole batch.
-        owner: returns a description of the last owner, for messages.
+        sizes: allocated bytes of each block, or one number for all, as for a whole batch.
+        owner: the last owner; None: an allocation that was interrupted.
         events: the bytes may be reused once all of these have completed.
         parts: the rows to mark as freed.
         batch: for a release on condition, a weak reference to its batch, whose blocks become live
@@ -37,6 +40,7 @@ class Release(Receipt):
         condition: the event that may raise it.
         count: what the rows' reference counts become, ``FREED`` or ``DROPPED``.
         is_void: whether the blocks become live again.
+        pending_bytes: while it is pending, :attr:`num_bytes`.
         error: why the bytes could not be given back.
         was_reported: whether the log says so.
     """
@@ -51,6 +55,7 @@ class Release(Receipt):
         "is_void",
         "owner",
         "parts",
+        "pending_bytes",
         "sizes",
         "was_reported",
     )
@@ -59,7 +64,7 @@ class Release(Receipt):
         self,
         freed: AddressBatch | Int64Array,
         sizes: int | Int64Array,
-        owner: Callable[[], str],
+        owner: LastOwner | None,
         events: tuple[Event, ...] = (),
         parts: Parts = (),
     ) -> None:
@@ -73,17 +78,17 @@ class Release(Receipt):
         self.condition: Event | None = None
         self.count = FREED
         self.is_void = False
+        self.pending_bytes = 0
         self.error: BaseException | None = None
         self.was_reported = False
 
     @property
     def num_bytes(self) -> int:
         """Allocated bytes of all blocks."""
-        if isinstance(self.freed, AddressBatch):
-            return len(self.freed) * self.freed.block_bytes
-        if isinstance(self.sizes, int):
-            return len(self.freed) * self.sizes
-        return int(self.sizes.sum())
+        freed, sizes = self.freed, self.sizes
+        if not isinstance(sizes, int):
+            return int(sizes.sum())
+        return sizes * (freed.num_blocks if isinstance(freed, AddressBatch) else len(freed))
 
     @property
     def ended(self) -> bool:
@@ -105,18 +110,12 @@ class WipingError(Exception):
     """The bytes of a release could not be wiped, for the reason in ``__cause__``."""
 
 
-class LastOwner:
-    """Describes the last owner of released blocks, only when a message needs the text."""
-
-    __slots__ = ("layout", "site")
-
-    def __init__(self, layout: BlockLayout, site: Site) -> None:
-        self.layout = layout
-        self.site = site
-
-    def __call__(self) -> str:
-        """The block layout and the allocation site."""
-        return f"{self.layout}{allocated_at(self.site)}"
+def describe_owner(owner: LastOwner | None) -> str:
+    """The block layout and the allocation site of freed bytes, for a message."""
+    if owner is None:
+        return "an allocation that was interrupted"
+    layout, site = owner
+    return f"{layout}{allocated_at(site)}"
 
 
 def merged(releases: list[Release]) -> list[Release]:

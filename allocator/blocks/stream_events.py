@@ -14,51 +14,76 @@ from kvheap.device.events import Event, Stream, has_let_go
 from kvheap.errors import LifetimeError
 from kvheap.interrupts import is_interrupt
 
-__all__ = ["StreamEvents", "StreamGoneError"]
+__all__ = ["NO_EVENTS", "StreamEvents", "StreamGoneError"]
 
 
 class StreamGoneError(LifetimeError):
     """A stream cannot record an event, for the reason in ``__cause__``."""
 
 
-class StreamEvents:
-    """An event of each stream, or the knowledge that it needs none."""
+class StreamEvents(dict[Hashable, "Event | None"]):
+    """An event of each stream, by :func:`stream_key`, or None for a stream that needs none."""
 
-    __slots__ = ("_events",)
+    __slots__ = ()
 
-    def __init__(self) -> None:
-        self._events: dict[Hashable, Event | None] = {}
-
-    def record(self, streams: Sequence[Stream], is_wrapped: bool = False) -> None:
+    def record(self, streams: Sequence[Stream], is_wrapped: bool = False) -> StreamEvents:
         """Record an event of each stream that may still use bytes. Call it outside sections.
 
         Args:
             streams: the streams.
             is_wrapped: raise a ``StreamGoneError`` from the stream's error.
 
+        Returns:
+            This object; a new one instead of ``NO_EVENTS``.
+
         Raises:
             Exception: a stream cannot record an event.
         """
+        if self is NO_EVENTS:
+            return StreamEvents().record(streams, is_wrapped)
         try:
-            self._record(streams)
+            for stream in streams:
+                self[stream_key(stream)] = _event_of(stream)
         except Exception as error:
             if is_wrapped and not is_interrupt(error):
                 raise StreamGoneError(str(error)) from error
             raise
+        return self
 
-    def _record(self, streams: Sequence[Stream]) -> None:
+    def foresee(self, streams: Sequence[Stream]) -> None:
+        """:meth:`record` what a free will probably need; it finds out itself what fails here."""
+        try:
+            for stream in streams:
+                key = stream_key(stream)
+                if key not in self:
+                    self[key] = None if has_let_go(stream) else stream.record_event()
+        except Exception as error:
+            if is_interrupt(error):
+                raise
+
+    def of(self, streams: Sequence[Stream], missing: list[Stream]) -> tuple[Event, ...]:
+        """The events of those streams that still use bytes.
+
+        Args:
+            streams: the streams.
+            missing: to which those are added of which nothing is known.
+        """
+        found: list[Event] = []
         for stream in streams:
-            # No event for a transfer that has ended: it would only have to be checked again.
-            event = None if has_let_go(stream) else stream.record_event()
-            self._events[stream_key(stream)] = event
+            key = stream_key(stream)
+            if key not in self:
+                missing.append(stream)
+                continue
+            event = self[key]
+            if event is not None:
+                found.append(event)
+        return tuple(found)
 
-    def missing(self, streams: Sequence[Stream]) -> list[Stream]:
-        """The streams of which nothing is known."""
-        return [stream for stream in streams if stream_key(stream) not in self._events]
 
-    def of(self, streams: Sequence[Stream]) -> tuple[Event, ...]:
-        """The events of those streams that still use bytes."""
-        if not streams:
-            return ()
-        found = (self._events.get(stream_key(stream)) for stream in streams)
-        return tuple(event for event in found if event is not None)
+def _event_of(stream: Stream) -> Event | None:
+    """An event of a stream; None for a transfer that has ended: it would have to be checked."""
+    return None if has_let_go(stream) else stream.record_event()
+
+
+NO_EVENTS = StreamEvents()
+"""What is known of streams before any was asked."""

@@ -78,7 +78,7 @@ class WaitingSpace:
             lifetime.reclaimer.settle()
         deadline = None
         while True:
-            since = lifetime.reclaimer.num_reclaimed
+            since = lifetime.ledger.num_reclaimed
             batch = self._try_allocate(owner, layout, batch_size, False)
             if batch is not None:
                 return batch

@@ -10,14 +10,13 @@ All methods are called with the heap's guard held.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from sortedcontainers import SortedDict
 
 from kvheap.addresses.address_batch import AddressBatch
-from kvheap.blocks.release import Release
+from kvheap.blocks.release import LastOwner, Release, describe_owner
 from kvheap.errors import WriteAfterFreeError
 from kvheap.heaps.segments import Segments
 
@@ -25,8 +24,6 @@ __all__ = ["POISON_BYTE", "Poison", "Scrub", "Wiping"]
 
 POISON_BYTE = 0xDB
 """Not a plausible length, pointer or token; a large negative bf16, fp16 or fp32."""
-
-Owner = Callable[[], str]
 
 
 class Wiping(Protocol):
@@ -64,7 +61,9 @@ class Poison:
     tells_owners_apart = True
 
     def __init__(self) -> None:
-        self._extents: SortedDict[int, tuple[int, Owner]] = SortedDict()  # start -> end, owner
+        self._extents: SortedDict[int, tuple[int, LastOwner | None]] = (
+            SortedDict()
+        )  # start -> end, owner
         self._is_whole = True
 
     def freed(self, release: Release, segments: Segments) -> None:
@@ -97,7 +96,7 @@ class Poison:
                 raise WriteAfterFreeError(
                     f"{len(changed)} bytes between {begin + int(changed[0])} and "
                     f"{begin + int(changed[-1])} were written after the block at {begin} was "
-                    f"freed; it last held {owner()}"
+                    f"freed; it last held {describe_owner(owner)}"
                 )
 
         self._is_whole = True
@@ -109,11 +108,11 @@ class Poison:
             self._extents = SortedDict(dict(dict.items(extents)))
         self._is_whole = False
 
-    def _cut(self, start: int, end: int) -> list[tuple[int, int, Owner]]:
+    def _cut(self, start: int, end: int) -> list[tuple[int, int, LastOwner | None]]:
         """Remove the poisoned extents in ``[start, end)``, and return them with their owners."""
         extents = self._extents
         position = max(extents.bisect_right(start) - 1, 0)
-        found: list[tuple[int, int, Owner]] = []
+        found: list[tuple[int, int, LastOwner | None]] = []
         while position < len(extents):
             begin, (stop, owner) = extents.peekitem(position)
             if begin >= end:
