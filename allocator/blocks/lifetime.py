@@ -84,7 +84,7 @@ class Lifetime:
         Before it the bytes are the caller's to free; after it they are the batch's, also if an
         exception strikes.
         """
-        batch.born = time.monotonic()
+        batch.is_owner = True
         if self._site_frames:
             batch.site = callers(self._site_frames)
         ledger = self.ledger

@@ -10,6 +10,7 @@ allocator's next operation reclaims those blocks and counts them as dropped (``O
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol, SupportsIndex, overload
 
@@ -74,14 +75,15 @@ class MemoryBatch(Sequence["MemoryObj"]):
     - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
     - which tokens they hold: ``num_tokens``, ``set_num_tokens``;
     - counts and streams: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
-    - for allocators and transfers: ``counts``, ``own``, ``is_owner``, ``is_writable``,
+    - for allocators and transfers: ``counts``, ``is_owner``, ``is_writable``,
       ``await_filling``, ``claimable``, ``require_owner``, ``require_writable``, ``describe``.
 
     Attributes:
         allocator: the allocator that made it.
         layout: what each block holds.
         counts: reference counts, pin counts, leases and streams of the blocks.
-        born: when it was allocated, as a ``time.monotonic`` value in seconds.
+        is_owner: whether the batch owns, or owned, its blocks' bytes; a view does not.
+        born: when it was made, as a ``time.monotonic`` value in seconds.
         site: its allocation site, if sites are recorded.
         record: what its allocator's ledger knows of it; None for a view, and once all is freed.
         stored_tokens: which tokens stores from an engine's cache have put into the blocks.
@@ -94,12 +96,12 @@ class MemoryBatch(Sequence["MemoryObj"]):
         "__weakref__",
         "_address_batch",
         "_length",
-        "_owned",
         "_used_sizes",
         "_writable",
         "allocator",
         "born",
         "counts",
+        "is_owner",
         "layout",
         "record",
         "site",
@@ -117,12 +119,12 @@ class MemoryBatch(Sequence["MemoryObj"]):
         storage: torch.Tensor | None = None,
         writable: bool | None = None,
     ) -> None:
-        self._owned = False
+        self.is_owner = False
         self._writable = writable
         self.record: OwnedBlocks | None = None
         self.allocator = allocator
         self.layout = layout
-        self.born = 0.0
+        self.born = time.monotonic()
         self.site: Site = ()
         self.transfer: Transfer | None = None
         self._address_batch = address_batch
@@ -131,17 +133,6 @@ class MemoryBatch(Sequence["MemoryObj"]):
         self._used_sizes: dict[int, int] = {}
         self.storage = storage
         self.stored_tokens = StoredTokens()
-
-    def own(self) -> MemoryBatch:
-        """Own the blocks' bytes from now on; returns the batch. See ``Lifetime.own``."""
-        self._owned = True
-        self.allocator.lifetime.own(self)
-        return self
-
-    @property
-    def is_owner(self) -> bool:
-        """Whether the batch owns, or owned, its blocks' bytes; a view does not."""
-        return self._owned
 
     @property
     def is_writable(self) -> bool:
@@ -366,7 +357,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
             ForeignObjectError: the batch is a view of another process's blocks.
             ForeignProcessError: another process keeps the books of the heap.
         """
-        if not self._owned or self.allocator.is_view_only:
+        if not self.is_owner or self.allocator.is_view_only:
             self.require_owner()
         return self.counts.claimable(rows, self, skip_freed)
 
@@ -377,7 +368,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
             ForeignObjectError: the batch is a view of another process's blocks.
             ForeignProcessError: another process keeps the books of the heap.
         """
-        if not self._owned:
+        if not self.is_owner:
             raise ForeignObjectError(
                 f"{self!r} is a view: only the process that allocated it can free it"
             )

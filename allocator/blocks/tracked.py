@@ -18,6 +18,7 @@ class TrackedBatch(Protocol):
     """The part of a batch that :class:`Lifetime` uses."""
 
     born: float
+    is_owner: bool
     site: Site
     layout: BlockLayout
     counts: RowCounts

@@ -79,7 +79,9 @@ class AdHocMemoryAllocator(BlockAllocator):
             storage[:, : layout.size_bytes].copy_(content.view(torch.uint8))
         runs = [[0], [batch_size]] if batch_size else [[], []]
         addresses = AddressBatch(block_bytes, *runs)
-        return MemoryBatch(self, addresses, layout, storage=storage.view(-1)).own()
+        batch = MemoryBatch(self, addresses, layout, storage=storage.view(-1))
+        self.lifetime.own(batch)
+        return batch
 
     def require_gatherable(self, parts: Sequence[Rows], out: torch.Tensor) -> None:
         """Check that ``out`` of ``batched_free`` matches the blocks."""

@@ -120,7 +120,8 @@ class WaitingSpace:
                     manager.give_back(addresses)  # the bytes are still poisoned
                     allocation.done = False
                     raise
-            batch = MemoryBatch(owner, addresses, layout).own()
+            batch = MemoryBatch(owner, addresses, layout)
+            lifetime.own(batch)
             allocation.done = False
             guard.busy = False
         return batch
@@ -128,4 +129,6 @@ class WaitingSpace:
 
 def _empty(owner: BlockOwner, layout: BlockLayout) -> MemoryBatch:
     """A batch of no blocks, which needs no section."""
-    return MemoryBatch(owner, AddressBatch(layout.size_bytes, [], []), layout).own()
+    batch = MemoryBatch(owner, AddressBatch(layout.size_bytes, [], []), layout)
+    owner.lifetime.own(batch)
+    return batch
