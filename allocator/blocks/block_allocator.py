@@ -60,8 +60,7 @@ class BlockAllocator(MemoryAllocatorInterface):
         self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
     ) -> None:
         """Free many blocks; see ``MemoryAllocatorInterface.batched_free``."""
-        if self._closed:
-            self.require_open()
+        self.require_open()
         if self.lifetime.reclaimer.has_work and not self.is_view_only:
             self.lifetime.reclaimer.settle()
         if isinstance(objs, MemoryBatch) and objs.allocator is self:

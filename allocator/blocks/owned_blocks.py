@@ -67,5 +67,7 @@ class OwnedBlocks(Reference):
 
 
 def _are_consecutive(rows: Int64Array) -> bool:
+    if not len(rows):
+        return False
     first, last = int(rows[0]), int(rows[-1])
     return last - first == len(rows) - 1 and rows.tolist() == list(range(first, last + 1))

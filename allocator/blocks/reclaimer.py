@@ -235,7 +235,7 @@ class Reclaimer:
         if not self._told_of_lost_events:
             self._told_of_lost_events = True
             LOGGER.error(
-                "cannot tell whether a stream still uses freed bytes: they stay allocated",
+                "cannot tell whether a stream still uses bytes: they stay allocated",
                 exc_info=error,
             )
 
@@ -296,18 +296,29 @@ class Reclaimer:
         """Wait until no stream uses live or freed blocks, for at most ``seconds``.
 
         Returns:
-            Whether all streams have finished.
+            Whether all streams have finished; False without a wait for one that cannot tell.
         """
         deadline = time.monotonic() + seconds
         records = self._ledger.live.copy().values()
         streams = [each for record in records for each in record.counts.streams_now(None)]
-        waits = [stream.record_event() for stream in streams if not has_let_go(stream)]
+        waits: list[Event] = []
+        can_tell = all([self._can_wait_for(stream, waits) for stream in streams])
         while True:
             self.settle(limit=None)
             waits = [event for event in waits if not self._has_ended(event)]
             pending = self._ledger.pending.copy().values()
             if not waits and all(self._state_of(release) != "pending" for release in pending):
-                return True
+                return can_tell
             if time.monotonic() >= deadline:
                 return False
             time.sleep(POLL_SECONDS)
+
+    def _can_wait_for(self, stream: Stream, waits: list[Event]) -> bool:
+        """Add the event to wait for, if any; False if the stream cannot tell whether it is over."""
+        try:
+            if not has_let_go(stream):
+                waits.append(stream.record_event())
+        except Exception as error:
+            self._note_lost(error)
+            return False
+        return True

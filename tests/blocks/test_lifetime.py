@@ -24,6 +24,7 @@ from small_heaps import (
 from kvheap import (
     BlockInUseError,
     ClosedError,
+    DoubleFreeError,
     LifetimeError,
     MemoryObj,
     TensorMemoryAllocator,
@@ -395,6 +396,46 @@ class TestStreams:
                 free()
             assert batch.ref_counts.tolist() == [1, 1]
             assert allocated_pages(heap) == 2
+
+    def test_a_double_free_is_one_also_if_the_stream_is_gone(self) -> None:
+        heap = heap_of(2)
+        batch = take(heap, 2)
+        heap.free(batch[0])
+        batch.record_stream(BrokenStream(), [1])
+        with pytest.raises(DoubleFreeError, match="block 0 of 2"):
+            heap.batched_free(batch)
+        assert batch.ref_counts.tolist() == [0, 1]
+
+    def test_a_heap_with_such_a_stream_can_be_closed_once_its_block_is_detached(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        heap = heap_of(2)
+        batch = take(heap, 2)
+        batch.record_stream(BrokenStream())
+        for _ in range(2):
+            with pytest.raises(TimeoutError, match="a stream has not finished"):
+                heap.close(timeout_s=60)  # and does not wait for it
+        assert "the stream is gone" in caplog.text
+        batch.detach()
+        heap.close()
+
+    def test_hundreds_of_pending_frees_end_at_once_and_in_turn(self) -> None:
+        heap = heap_of(512, stream_wait_s=0.0)
+        streams = [FakeStream() for _ in range(300)]
+        for stream in streams:
+            stream.submit()
+            batch = take(heap, 1)
+            batch.record_stream(stream)
+            heap.batched_free(batch)
+        for number, stream in enumerate(streams):
+            if number % 2:
+                stream.finish()
+        for _ in range(300):  # each looks at a few others
+            heap.batched_free(take(heap, 1))
+        assert heap.stats().pending_bytes == 150 * PAGE
+        for stream in streams:
+            stream.finish()
+        assert len(take(heap, 512)) == 512
 
     def test_dropped_bytes_of_such_a_stream_stay_allocated(
         self, caplog: pytest.LogCaptureFixture

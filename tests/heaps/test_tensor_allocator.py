@@ -285,6 +285,33 @@ class TestFree:
         assert heap.stats().allocated_bytes == 0
         heap.address_manager.check()
 
+    @pytest.mark.parametrize(
+        "rows", [[2, 3, 4], [4, 3, 2], [0, 5, 2, 3], [1, 3, 2, 4], [7], [6, 7], [0, 2, 4], []]
+    )
+    @pytest.mark.parametrize("options", [{}, {"scrub": True}, {"debug": True}])
+    @pytest.mark.parametrize("has_gap", [False, True])
+    def test_rows_are_freed_and_no_others(
+        self, rows: list[int], options: dict[str, bool], has_gap: bool
+    ) -> None:
+        heap = TensorMemoryAllocator(torch.zeros(16 * PAGE, dtype=torch.uint8), **options)
+        held = [heap.allocate([PAGE], torch.uint8) for _ in range(12 if has_gap else 0)]
+        for obj in held[3:5] + held[7:9] + held[11:]:
+            heap.free(obj)
+        batch = heap.batched_allocate([PAGE], torch.uint8, 8)
+        assert (batch.num_runs > 1) == has_gap
+        for row, obj in enumerate(batch):
+            obj.tensor.fill_(row + 1)
+        heap.batched_free([batch[row] for row in rows])
+        assert heap.memcheck()
+        live = [row not in rows for row in range(8)]
+        assert batch.live.tolist() == live
+        others = sum(obj.is_valid() for obj in held)
+        assert heap.stats().allocated_bytes == (sum(live) + others) * PAGE
+        for row in np.flatnonzero(live):
+            assert (batch[int(row)].tensor == row + 1).all()
+        again = heap.batched_allocate([PAGE], torch.uint8, 16 - others - sum(live))
+        assert not set(again.addresses) & set(batch.addresses[live])
+
     def test_a_double_free_does_not_hit_the_next_owner(self, heap: TensorMemoryAllocator) -> None:
         first = heap.allocate([4], torch.float32)
         assert first is not None
