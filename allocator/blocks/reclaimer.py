@@ -302,13 +302,13 @@ class Reclaimer:
         records = self._ledger.live.copy().values()
         streams = [each for record in records for each in record.counts.streams_now(None)]
         waits: list[Event] = []
-        can_tell = all([self._can_wait_for(stream, waits) for stream in streams])
+        can_wait = [self._can_wait_for(stream, waits) for stream in streams]
         while True:
             self.settle(limit=None)
             waits = [event for event in waits if not self._has_ended(event)]
             pending = self._ledger.pending.copy().values()
             if not waits and all(self._state_of(release) != "pending" for release in pending):
-                return can_tell
+                return all(can_wait)
             if time.monotonic() >= deadline:
                 return False
             time.sleep(POLL_SECONDS)
