@@ -470,13 +470,15 @@ class AddressManager:
 
         Args:
             blocks: as for :meth:`batched_free`.
-            sizes: as for :meth:`batched_free`.
+            sizes: as for :meth:`batched_free`; not used for an :class:`AddressBatch`.
             receipt: tells whether the blocks are free.
 
         Raises:
             DoubleFreeError, InvalidFreeError, TypeError, ValueError: as :meth:`batched_free`.
         """
-        one_run = blocks.only_run() if isinstance(blocks, AddressBatch) else None
+        one_run: tuple[int, int] | None = None
+        if isinstance(blocks, AddressBatch):
+            one_run, sizes = blocks.only_run(), None
         if one_run is not None:
             self._free_one(one_run[0], one_run[1], receipt)
         else:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvheap.addresses.extents import Int64Array
-from kvheap.blocks.recorded_streams import RecordedStreams
+from kvheap.blocks.recorded_streams import RecordedStreams, Streams
 from kvheap.device.events import Stream
 from kvheap.errors import BlockInUseError, DoubleFreeError, LifetimeError
 from kvheap.guards import read_meanwhile
@@ -322,14 +322,14 @@ class RowCounts:
             self.streams = RecordedStreams()
         self.streams.add(stream, rows)
 
-    def streams_of(self, rows: Int64Array | None) -> tuple[Stream, ...]:
-        """The streams that were recorded for any of ``rows`` (None: all)."""
-        return () if self.streams is None else self.streams.of(rows)
+    def streams_of(self, rows: Int64Array | None) -> Streams:
+        """The streams that were recorded for any of ``rows`` (None: all), by their keys."""
+        return {} if self.streams is None else self.streams.of(rows)
 
-    def streams_now(self, rows: Int64Array | None) -> tuple[Stream, ...]:
+    def streams_now(self, rows: Int64Array | None) -> Streams:
         """:meth:`streams_of`, for whoever is not in a section: other threads may record more."""
         try:
-            return () if self.streams is None else self.streams.of(rows)
+            return {} if self.streams is None else self.streams.of(rows)
         except RuntimeError:
             return read_meanwhile(partial(self.streams_of, rows))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -12,9 +11,9 @@ import numpy as np
 from kvheap.addresses.arguments import as_seconds
 from kvheap.blocks.lease import Lease, LeaseQueue, LeaseState
 from kvheap.blocks.ledger import Ledger
+from kvheap.blocks.recorded_streams import Streams
 from kvheap.blocks.stream_events import StreamEvents, StreamGoneError
 from kvheap.blocks.tracked import TrackedBatch
-from kvheap.device.events import Stream
 from kvheap.errors import ReentrantCallError
 from kvheap.guards import Deferred, DeferredCall, Guard, is_inside_section, section
 
@@ -92,7 +91,7 @@ class Leases:
     @section
     def _try_end(
         self, lease: Lease, state: LeaseState, events: StreamEvents
-    ) -> tuple[Sequence[Stream], bool]:
+    ) -> tuple[Streams, bool]:
         """End a lease; or return the streams without event that use its block.
 
         Returns:
@@ -101,13 +100,13 @@ class Leases:
         guard = self._guard
         if guard.busy and is_inside_section():
             self._deferred.add(partial(self.end, lease, state))
-            return (), lease.state == "held"
+            return {}, lease.state == "held"
         with guard.lock:
             guard.busy = True
             ledger, counts, record, row = self._ledger, lease.counts, lease.record, lease.row
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
-            missing: Sequence[Stream] = ()
+            missing: Streams = {}
             is_held = lease.state == "held"
             if is_held:
                 if counts.is_live(row) and not counts.is_held(row, but=lease):

@@ -29,9 +29,10 @@ from kvheap.addresses.extents import Extents, Int64Array, overlap_of
 from kvheap.addresses.free_list import Receipt
 from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.owned_blocks import OwnedBlocks
+from kvheap.blocks.recorded_streams import Streams
 from kvheap.blocks.release import Release, WipingError
 from kvheap.blocks.stream_events import StreamEvents
-from kvheap.device.events import Event, Stream
+from kvheap.device.events import Event
 from kvheap.errors import HeapCorruptionError, InvalidFreeError
 from kvheap.guards import read_meanwhile
 
@@ -119,21 +120,21 @@ class Ledger:
 
     def free_rows(
         self, counts: RowCounts, record: OwnedBlocks | None, rows: Int64Array, events: StreamEvents
-    ) -> Sequence[Stream]:
+    ) -> Streams:
         """Free rows that nothing holds; or return the streams without event that use them."""
         if record is None:  # a view: its bytes are another process's
             counts.set_freed(rows)
-            return ()
+            return {}
         waits: tuple[Event, ...] = ()
         if counts.streams is not None:
-            missing: list[Stream] = []
+            missing: Streams = {}
             waits = events.of(counts.streams_of(rows), missing)
             if missing:
                 return missing
         self.carry_out((record.release_of(rows, waits),))
         if len(record.addresses) == 1 or (record() is None and not counts.count_live()[0]):
             self.forget(record)
-        return []
+        return {}
 
     def finish(self) -> None:
         """Finish what an exception interrupted."""

@@ -33,6 +33,7 @@ from kvheap.blocks.leases import Leases
 from kvheap.blocks.ledger import Ledger, Space
 from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.reclaimer import Reclaimer
+from kvheap.blocks.recorded_streams import Streams
 from kvheap.blocks.release import Release
 from kvheap.blocks.report import LiveBlocks
 from kvheap.blocks.sites import Site, callers, site_lines
@@ -160,12 +161,12 @@ class Lifetime:
         pins: int,
         events: StreamEvents,
         call: DeferredCall | None,
-    ) -> Sequence[Stream]:
+    ) -> Streams:
         """Change counts; or return the streams without event that use a block to be freed."""
         guard = self.guard
         if guard.busy and is_inside_section():
             self._deferred.add(partial(self.change, batch, row, references, pins))
-            return ()
+            return {}
         with guard.lock:
             guard.busy = True
             ledger, counts = self.ledger, batch.counts
@@ -175,7 +176,7 @@ class Lifetime:
                 if references:
                     ledger.num_dropped -= counts.forgive(np.array([row], np.int64))
                 guard.busy = False
-                return ()
+                return {}
             new_references, new_pins = counts.changed(row, references, pins, batch)
             if new_references or new_pins or counts.leases_of(row):
                 values = counts.references_to_change() if references else counts.pins_to_change()
@@ -187,7 +188,7 @@ class Lifetime:
                 if call is not None:
                     call.was_made = True
                 guard.busy = False
-                return ()
+                return {}
             if batch.record is not None:
                 batch.require_owner()
             missing = ledger.free_rows(counts, batch.record, np.array([row], np.int64), events)
@@ -212,7 +213,7 @@ class Lifetime:
         ended: Sequence[Stream] | None = None
         recorded = batch.counts.streams
         if recorded is not None and recorded.num_unpruned <= 0:
-            ended = [each for each in batch.counts.streams_now(None) if has_let_go(each)]
+            ended = [each for each in batch.counts.streams_now(None).values() if has_let_go(each)]
         guard = self.guard
         if guard.busy and is_inside_section():
             self._deferred.add(partial(self.record_stream, batch, stream, rows))
@@ -267,19 +268,19 @@ class Lifetime:
         skip_freed: bool,
         merge: Merge | None,
         events: StreamEvents,
-    ) -> Sequence[Stream]:
+    ) -> Streams:
         """Free blocks; or return the streams without event that use any of them."""
         guard = self.guard
         if guard.busy and is_inside_section():
             self._deferred.add(partial(self.free, parts, skip_freed, merge))
-            return ()
+            return {}
         with guard.lock:
             guard.busy = True
             ledger = self.ledger
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
             has_dropped = False
-            missing: list[Stream] = []
+            missing: Streams = {}
             claimed: list[tuple[OwnedBlocks | None, bool]] = []
             releases: list[Release] = []
             for part in parts:
@@ -329,7 +330,7 @@ class Lifetime:
     @section
     def _try_free_on(
         self, parts: Sequence[BlockRows], condition: Event, events: StreamEvents
-    ) -> Sequence[Stream]:
+    ) -> Streams:
         """Free blocks on condition; or return the streams without event that use any of them."""
         guard = self.guard
         if guard.busy and is_inside_section():
@@ -339,7 +340,7 @@ class Lifetime:
             ledger = self.ledger
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
-            missing: list[Stream] = []
+            missing: Streams = {}
             releases: list[Release] = []
             for part in parts:
                 rows, record = part.batch.claimable(part.rows, False), part.batch.record

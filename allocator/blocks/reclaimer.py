@@ -14,6 +14,7 @@ from kvheap.blocks.counts import DROPPED
 from kvheap.blocks.leases import Leases
 from kvheap.blocks.ledger import Ledger
 from kvheap.blocks.owned_blocks import OwnedBlocks
+from kvheap.blocks.recorded_streams import Streams
 from kvheap.blocks.release import Release
 from kvheap.blocks.stream_events import StreamEvents
 from kvheap.device.events import POLL_SECONDS, Event, ReleaseVoidError, Stream, has_let_go
@@ -114,16 +115,14 @@ class Reclaimer:
         if id(record) not in self._ledger.live:  # it was never owned, or freed since
             return self._skip(record)
         events = StreamEvents()
-        streams: Sequence[Stream] = ()
+        streams: Streams = {}
         if record.counts.streams is not None:
             streams = record.counts.streams_now(record.counts.rows_to_drop())
         if streams and not self._can_record(record, streams, events):
             return self._skip(record)
         return self._reclaim(record, events)
 
-    def _can_record(
-        self, record: OwnedBlocks, streams: Sequence[Stream], events: StreamEvents
-    ) -> bool:
+    def _can_record(self, record: OwnedBlocks, streams: Streams, events: StreamEvents) -> bool:
         """Record the events that the blocks of a dropped batch wait for; False if that fails."""
         try:
             events.record(streams)
@@ -160,7 +159,7 @@ class Reclaimer:
                 num_blocks = len(record.addresses if rows is None else rows)
                 release = None
                 if num_blocks and id(record) in ledger.live:
-                    release = record.release_of(rows, events.of(counts.streams_of(rows), []))
+                    release = record.release_of(rows, events.of(counts.streams_of(rows), {}))
                     release.count = DROPPED
                 if id(record) not in ledger.live:
                     num_blocks, num_held, leased = 0, 0, ()
@@ -300,7 +299,7 @@ class Reclaimer:
         """
         deadline = time.monotonic() + seconds
         records = self._ledger.live.copy().values()
-        streams = [each for record in records for each in record.counts.streams_now(None)]
+        streams = [each for record in records for each in record.counts.streams_now(None).values()]
         waits: list[Event] = []
         can_wait = [self._can_wait_for(stream, waits) for stream in streams]
         while True:

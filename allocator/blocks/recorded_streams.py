@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from kvheap.addresses.extents import Int64Array
 from kvheap.device.events import Stream
 
-__all__ = ["RecordedStreams", "stream_key"]
+__all__ = ["RecordedStreams", "Streams", "stream_key"]
 
 MIN_PRUNED = 8
 """Ended streams are pruned at this many records, then each time the number has doubled."""
@@ -53,19 +53,19 @@ class RecordedStreams:
         self.num_unpruned -= key not in streams
         streams[key] = stream
 
-    def of(self, rows: Int64Array | None) -> tuple[Stream, ...]:
-        """The streams that use any of ``rows`` (None: all).
+    def of(self, rows: Int64Array | None) -> Streams:
+        """The streams that use any of ``rows`` (None: all), by :func:`stream_key`.
 
         Raises:
             RuntimeError: another thread recorded one meanwhile.
         """
         if not self._of_row and not self._of_set:
-            return tuple(self._of_all.values())
-        found = dict(self._of_all)
+            return self._of_all.copy()
+        found = self._of_all.copy()
         if rows is None:
             for streams in (*self._of_row.values(), *self._of_set.values()):
                 found |= streams
-            return tuple(found.values())
+            return found
         wanted = rows.tolist()
         if self._of_row:
             for row in wanted:
@@ -73,7 +73,7 @@ class RecordedStreams:
         for used, streams in self._of_set.items():
             if not used.isdisjoint(wanted):
                 found |= streams
-        return tuple(found.values())
+        return found
 
     def prune(self, ended: Sequence[Stream]) -> None:
         """Drop streams that have ended, such as finished transfers."""

@@ -7,9 +7,9 @@ free first finds the streams that lack an event, and is tried again once they ha
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
-from kvheap.blocks.recorded_streams import stream_key
+from kvheap.blocks.recorded_streams import Streams
 from kvheap.device.events import Event, Stream, has_let_go
 from kvheap.errors import LifetimeError
 from kvheap.interrupts import is_interrupt
@@ -22,11 +22,11 @@ class StreamGoneError(LifetimeError):
 
 
 class StreamEvents(dict[Hashable, "Event | None"]):
-    """An event of each stream, by :func:`stream_key`, or None for a stream that needs none."""
+    """An event of each stream, by the stream's key, or None for a stream that needs none."""
 
     __slots__ = ()
 
-    def record(self, streams: Sequence[Stream], is_wrapped: bool = False) -> StreamEvents:
+    def record(self, streams: Streams, is_wrapped: bool = False) -> StreamEvents:
         """Record an event of each stream that may still use bytes. Call it outside sections.
 
         Args:
@@ -42,26 +42,25 @@ class StreamEvents(dict[Hashable, "Event | None"]):
         if self is NO_EVENTS:
             return StreamEvents().record(streams, is_wrapped)
         try:
-            for stream in streams:
-                self[stream_key(stream)] = _event_of(stream)
+            for key, stream in streams.items():
+                self[key] = _event_of(stream)
         except Exception as error:
             if is_wrapped and not is_interrupt(error):
                 raise StreamGoneError(str(error)) from error
             raise
         return self
 
-    def foresee(self, streams: Sequence[Stream]) -> None:
+    def foresee(self, streams: Streams) -> None:
         """:meth:`record` what a free will probably need; it finds out itself what fails here."""
         try:
-            for stream in streams:
-                key = stream_key(stream)
+            for key, stream in streams.items():
                 if key not in self:
                     self[key] = None if has_let_go(stream) else stream.record_event()
         except Exception as error:
             if is_interrupt(error):
                 raise
 
-    def of(self, streams: Sequence[Stream], missing: list[Stream]) -> tuple[Event, ...]:
+    def of(self, streams: Streams, missing: Streams) -> tuple[Event, ...]:
         """The events of those streams that still use bytes.
 
         Args:
@@ -69,10 +68,9 @@ class StreamEvents(dict[Hashable, "Event | None"]):
             missing: to which those are added of which nothing is known.
         """
         found: list[Event] = []
-        for stream in streams:
-            key = stream_key(stream)
+        for key, stream in streams.items():
             if key not in self:
-                missing.append(stream)
+                missing[key] = stream
                 continue
             event = self[key]
             if event is not None:

@@ -6,7 +6,6 @@ object, and this object knows neither of the two. A dropped heap frees its memor
 
 from __future__ import annotations
 
-from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.address_manager import AddressManager
 from kvheap.blocks.release import Release, WipingError
 from kvheap.heaps.ownership import Ownership
@@ -62,8 +61,7 @@ class FreedBytes:
                 if is_interrupt(error):
                     raise
                 raise WipingError from error
-        sizes = None if isinstance(release.freed, AddressBatch) else release.sizes
-        self._address_manager.give_back(release.freed, sizes, release)
+        self._address_manager.give_back(release.freed, release.sizes, release)
 
     def finish(self) -> None:
         """Undo an allocation that an exception interrupted. Call with the guard held."""
