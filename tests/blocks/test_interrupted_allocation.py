@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from foreign_code import TimeOutError, interrupts
 from heap_scenes import OPERATIONS, Scene, require_that_every_byte_is_accounted_for
-from interrupts import Interrupt
 from small_heaps import PAGE, no_debug
 
 __all__ = ["no_debug"]
@@ -23,7 +23,7 @@ def run(name: str, options: dict[str, Any], everywhere: bool, number: int) -> bo
     def task() -> None:
         OPERATIONS[name](scene)
 
-    struck = Interrupt(number, everywhere).strikes(task)
+    struck = interrupts(number, task, TimeOutError, function="task", everywhere=everywhere)
     if name == "detach" and not scene.kept and not scene.batch.live.any():
         # Done, but its result did not arrive: the batch still has the addresses.
         scene.kept.append(tuple(address // PAGE for address in scene.batch.addresses.tolist()))

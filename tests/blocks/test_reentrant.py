@@ -22,8 +22,8 @@ from types import FrameType
 
 import pytest
 import torch
+from foreign_code import Foreign
 from heap_scenes import OPERATIONS, PAGES, Scene, require_that_every_byte_is_accounted_for
-from interrupts import Visit
 from small_heaps import PAGE, FakeStream, heap_of, no_debug
 
 from kvheap import (
@@ -141,6 +141,11 @@ VISITORS: dict[str, Callable[[Scene], None]] = {
 }
 
 
+def visits(number: int, visitor: Callable[[], object], task: Callable[[], object]) -> bool:
+    """Whether the visitor was called before one of the bytecodes of ``task``."""
+    return Foreign(number, visitor, function="task", everywhere=True).strikes(task)
+
+
 def visit(name: str, visitor: str, number: int) -> bool:
     """Whether the visitor was called before the operation ended."""
     scene = Scene({})
@@ -153,16 +158,15 @@ def visit(name: str, visitor: str, number: int) -> bool:
     def task() -> None:
         OPERATIONS[name](scene)
 
-    place = Visit(number, lambda: VISITORS[visitor](scene))
-    place.strikes(task)
-    if place.was_called:
+    was_called = visits(number, lambda: VISITORS[visitor](scene), task)
+    if was_called:
         scene.heap.stats()  # what was put off is done by the next operation
         live, references = foreign.live.tolist(), foreign.ref_counts.tolist()
         freed = visitor.startswith("frees"), visitor.startswith(("frees", "counts"))
         assert live == [not freed[1], not freed[0]]
         assert references == [int(each) for each in live]
     require_that_every_byte_is_accounted_for(scene)
-    return place.was_called
+    return was_called
 
 
 @pytest.mark.parametrize("visitor", VISITORS)
@@ -506,11 +510,10 @@ def test_the_address_manager_alone(fragments: int) -> None:
                 def task(manager: AddressManager = manager, which: int = which) -> None:
                     task_of(manager, which)
 
-                place = Visit(number, visitor)
-                place.strikes(task)
+                was_called = visits(number, visitor, task)
                 manager.check()
                 freed = 3 if which == 2 else 0
-                if not place.was_called:
+                if not was_called:
                     break
                 assert manager.stats().free_bytes == before + (freed + 1) * PAGE
                 number += 3 if fragments < 64 else 37
@@ -530,7 +533,7 @@ def test_a_wrong_free_that_was_put_off_is_logged(caplog: pytest.LogCaptureFixtur
             manager.free(0, PAGE)
 
         try:
-            Visit(number, partial(manager.free, 4 * PAGE, PAGE)).strikes(task)
+            visits(number, partial(manager.free, 4 * PAGE, PAGE), task)
         except ValueError:
             continue  # not inside the operation: its caller is told
         assert manager.stats().free_bytes == 8 * PAGE
