@@ -26,7 +26,8 @@ are next to each other. A word has the largest of 8, 4, 2 and 1 bytes that divid
 addresses, the strides and the block size. If 16 bytes divide them all, each access moves a pair of
 words, 16 bytes.
 
-**On a CPU**: :mod:`kvheap.kernels.block_copy_cpu`, which is also the reference.
+**On a CPU**: :mod:`kvheap.kernels.block_copy_cpu`, which is also the reference; and
+:mod:`kvheap.kernels.few_blocks` for a few.
 
 Launches are on the current stream of the buffer's device and never synchronize. Host addresses are
 checked. Addresses on the device are trusted, because a check would have to wait for the device.
@@ -46,6 +47,7 @@ from kvheap.kernels.block_addresses import (
 )
 from kvheap.kernels.block_copy_cpu import copy_on_cpu, fill_on_cpu, repeated_byte
 from kvheap.kernels.block_sides import Dense, Scattered, Side, require_buffer
+from kvheap.kernels.few_blocks import copy_few
 from kvheap.kernels.launch import bytes_of, current, jit, runs_kernels, tl
 from kvheap.kernels.tiles import NUM_WARPS, TilePlan, tile_bounds
 from kvheap.kernels.untraced import untraced
@@ -135,6 +137,8 @@ def scatter_blocks(
         ValueError: shapes, strides, devices or addresses do not fit; nothing is written.
         TypeError: ``addresses`` are not integers; nothing is written.
     """
+    if address_alignment == 1 and copy_few(blocks, buffer, addresses, to_buffer=True):
+        return
     block_bytes = _require_blocks("blocks", blocks, buffer)
     target = Scattered.of(buffer, addresses, block_bytes, address_alignment)
     _require_length(target, len(blocks))
@@ -163,6 +167,8 @@ def gather_blocks(
         ValueError: shapes, strides, devices or addresses do not fit; nothing is written.
         TypeError: ``addresses`` are not integers; nothing is written.
     """
+    if address_alignment == 1 and copy_few(out, buffer, addresses, to_buffer=False):
+        return out
     block_bytes = _require_blocks("out", out, buffer)
     if len(out) > 1 and abs(out.stride(0)) * out.element_size() < block_bytes:
         raise ValueError(

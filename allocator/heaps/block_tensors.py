@@ -45,7 +45,7 @@ def require_matching(
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.device != device and not (cpu_is_fine and tensor.device.type == "cpu"):
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-    if num_blocks and not tensor[0].is_contiguous():
+    if num_blocks and not tensor.is_contiguous() and not tensor[0].is_contiguous():
         raise ValueError(f"each block of {name} must be contiguous, got strides {tensor.stride()}")
 
 

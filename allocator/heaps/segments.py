@@ -18,6 +18,7 @@ from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
+from kvheap.kernels.few_blocks import copy_run, memory_of
 from kvheap.kernels.pieces import first_outside
 
 __all__ = ["Segments", "as_buffer"]
@@ -37,12 +38,14 @@ class Segments:
         starts: heap address of the first byte of each, ascending; the first is 0.
     """
 
-    __slots__ = ("_reached", "buffers", "starts")
+    __slots__ = ("_memory", "_reached", "buffers", "starts")
 
     def __init__(self, buffers: tuple[torch.Tensor, ...], starts: tuple[int, ...]) -> None:
         self.buffers = buffers
         self.starts = starts
         self._reached: dict[CopyDevice, Int64Array] = {}
+        is_on_host = len(buffers) == 1 and buffers[0].is_cpu
+        self._memory = memory_of(buffers[0]) if is_on_host else None
 
     def __len__(self) -> int:
         """Number of segments."""
@@ -148,21 +151,36 @@ class Segments:
 
     # -- copy and fill blocks ------------------------------------------------------------------
 
-    def scatter(self, source: torch.Tensor, addresses: Int64Array) -> None:
-        """Copy ``source[i]`` to the block at ``addresses[i]``, by one kernel for each segment."""
-        blocks = source.detach().to(self.device)
+    def scatter(self, source: torch.Tensor, blocks: AddressBatch) -> None:
+        """Copy ``source[i]`` to ``blocks[i]``, by one kernel for each segment."""
+        if self._copy_run(source, blocks, to_heap=True):
+            return
+        addresses, source = blocks.addresses, source.detach().to(self.device)
         for buffer, local, positions in self._by_segment(addresses):
-            scatter_blocks(blocks[positions], buffer, local)
+            scatter_blocks(source[positions], buffer, local)
 
-    def gather(self, addresses: Int64Array, out: torch.Tensor) -> None:
-        """Copy the block at ``addresses[i]`` to ``out[i]``, by one kernel for each segment."""
-        for buffer, local, positions in self._by_segment(addresses):
+    def gather(self, blocks: AddressBatch | Int64Array, out: torch.Tensor) -> None:
+        """Copy the blocks, or those at addresses, to ``out[i]``, by one kernel for each segment."""
+        if isinstance(blocks, AddressBatch):
+            if self._copy_run(out, blocks, to_heap=False):
+                return
+            blocks = blocks.addresses
+        for buffer, local, positions in self._by_segment(blocks):
             if isinstance(positions, slice):
                 gather_blocks(buffer, local, out[positions])
             else:
                 part = torch.empty((len(local), *out.shape[1:]), dtype=out.dtype, device=out.device)
                 gather_blocks(buffer, local, part)
                 out[torch.from_numpy(positions).to(out.device)] = part
+
+    def _copy_run(self, tensor: torch.Tensor, blocks: AddressBatch, to_heap: bool) -> bool:
+        """Copy blocks of host memory that form one run; False if they do not."""
+        run = blocks.only_run() if self._memory is not None else None
+        if run is None or self._memory is None:
+            return False
+        start, num_bytes = run
+        memory = self._memory[start : start + num_bytes]
+        return copy_run(tensor, memory, blocks.block_bytes, to_heap)
 
     def fill(self, addresses: Int64Array, size_bytes: int, value: int) -> None:
         """Set every byte of blocks of one size to ``value``, by one kernel for each segment."""

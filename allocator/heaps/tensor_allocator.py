@@ -230,7 +230,8 @@ class TensorMemoryAllocator(Heap):
         if batch is None or source is None or not len(batch):
             return batch
         try:
-            self._open_segments().scatter(source[: len(batch)], batch.addresses)
+            source = source if len(batch) == batch_size else source[: len(batch)]
+            self._open_segments().scatter(source, batch.runs)
         except BaseException:
             # Part of the source may have been written: wipe it, as any free does.
             self.lifetime.discard(batch)
@@ -312,10 +313,9 @@ class TensorMemoryAllocator(Heap):
         segments = self._open_segments()
         await_filling(objs, segments.device)
         if isinstance(objs, MemoryBatch):
-            addresses = objs.addresses
+            segments.gather(objs.runs, out)
         else:
-            addresses = np.array([obj.address for obj in objs], np.int64)
-        segments.gather(addresses, out)
+            segments.gather(np.array([obj.address for obj in objs], np.int64), out)
 
     def merged_releases(self, releases: list[Release]) -> list[Release]:
         """Combine the releases that wait for no stream, unless debug mode needs each owner."""

@@ -65,7 +65,7 @@ class TestDropped:
             raise MemoryError
 
         heap = heap_of(4)
-        monkeypatch.setattr("kvheap.heaps.segments.scatter_blocks", fail)
+        monkeypatch.setattr("kvheap.heaps.segments.copy_run", fail)
         with pytest.raises(MemoryError):
             heap.batched_allocate([PAGE], torch.uint8, 2, source=torch.zeros(2, PAGE).byte())
         gc.collect()

@@ -117,7 +117,7 @@ class TestAllocate:
             raise KeyboardInterrupt
 
         heap = heap_of(4)
-        monkeypatch.setattr("kvheap.heaps.segments.scatter_blocks", fail)
+        monkeypatch.setattr("kvheap.heaps.segments.copy_run", fail)
         with pytest.raises(KeyboardInterrupt):
             heap.batched_allocate(SHAPE, torch.float32, 3, source=random_blocks(3))
         assert heap.stats().allocated_bytes == 0
@@ -228,7 +228,7 @@ class TestContents:
         heap = heap_of(4)
         batch = heap.batched_allocate(SHAPE, torch.float32, 3)
         assert batch is not None
-        monkeypatch.setattr("kvheap.heaps.segments.gather_blocks", fail)
+        monkeypatch.setattr("kvheap.heaps.segments.copy_run", fail)
         with pytest.raises(KeyboardInterrupt):
             heap.batched_free(batch, out=torch.empty(3, *SHAPE))
         assert batch.live.all()

@@ -94,11 +94,11 @@ class TestScrub:
         assert heap.buffer[6 * PAGE :].eq(9).all()
 
     def test_what_a_failed_scatter_wrote_is_zeroed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def write_and_fail(blocks: object, buffer: torch.Tensor, addresses: object) -> None:
-            buffer[: 2 * PAGE].fill_(5)
+        def write_and_fail(blocks: object, run: np.ndarray, *rest: object) -> None:
+            run[:PAGE] = 5
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("kvheap.heaps.segments.scatter_blocks", write_and_fail)
+        monkeypatch.setattr("kvheap.heaps.segments.copy_run", write_and_fail)
         heap = heap_of(4, scrub=True)
         with pytest.raises(KeyboardInterrupt):
             heap.batched_allocate([PAGE], torch.uint8, 2, source=torch.zeros(2, PAGE).byte())

@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_paths import ON_ALL_PATHS, WITHOUT_A_GPU, needs_triton, on_a_gpu, running
+from kernel_paths import PATHS, WITHOUT_A_GPU, needs_triton, on_a_gpu, running
 
 from kvheap.kernels import block_copy, fill_blocks, gather_blocks, move_blocks, scatter_blocks
 from kvheap.kernels.block_sides import Dense, Scattered
 
 POISON = 0xA5
+
+ON_ALL_PATHS = pytest.mark.parametrize("path", ["cpu-bulk", *PATHS])
 
 
 @dataclass

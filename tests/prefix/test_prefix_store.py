@@ -176,7 +176,7 @@ class TestWrongArguments:
         def fail(*arguments: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("kvheap.heaps.segments.scatter_blocks", fail)
+        monkeypatch.setattr("kvheap.heaps.segments.copy_run", fail)
         with pytest.raises(KeyboardInterrupt):
             store.store([1, 2], contents([1, 2]))
         assert len(store) == store.heap.stats().allocated_bytes == 0

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from kvheap.kernels import few_blocks
 from kvheap.kernels.launch import triton
 
 T = TypeVar("T")
@@ -37,8 +38,11 @@ WITHOUT_A_GPU = pytest.mark.parametrize("path", PATHS[:2])
 @contextmanager
 def running(path: str) -> Iterator[torch.device]:
     """The device on which launchers take this path; "interpreter" runs kernels on CPU tensors."""
-    with interpreted() if path == "interpreter" else nullcontext():
-        yield torch.device("cpu" if path == "interpreter" else path)
+    kernels = interpreted() if path == "interpreter" else nullcontext()
+    with kernels, pytest.MonkeyPatch.context() as patch:
+        if path == "cpu-bulk":  # as if the blocks were many
+            patch.setattr(few_blocks, "MAX_BLOCKS", 0)
+        yield torch.device("cuda" if path == "cuda" else "cpu")
 
 
 def sample(values: Sequence[T], path: str, at: int, count: int) -> list[T]:
