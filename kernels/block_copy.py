@@ -137,7 +137,8 @@ def scatter_blocks(
         ValueError: shapes, strides, devices or addresses do not fit; nothing is written.
         TypeError: ``addresses`` are not integers; nothing is written.
     """
-    if address_alignment == 1 and copy_few(blocks, buffer, addresses, to_buffer=True):
+    is_plain = type(address_alignment) is int and address_alignment == 1
+    if is_plain and copy_few(blocks, buffer, addresses, to_buffer=True):
         return
     block_bytes = _require_blocks("blocks", blocks, buffer)
     target = Scattered.of(buffer, addresses, block_bytes, address_alignment)
@@ -167,7 +168,8 @@ def gather_blocks(
         ValueError: shapes, strides, devices or addresses do not fit; nothing is written.
         TypeError: ``addresses`` are not integers; nothing is written.
     """
-    if address_alignment == 1 and copy_few(out, buffer, addresses, to_buffer=False):
+    is_plain = type(address_alignment) is int and address_alignment == 1
+    if is_plain and copy_few(out, buffer, addresses, to_buffer=False):
         return out
     block_bytes = _require_blocks("out", out, buffer)
     if len(out) > 1 and abs(out.stride(0)) * out.element_size() < block_bytes:
