@@ -215,6 +215,8 @@ class Reclaimer:
         except ReleaseVoidError:
             return "failed"
         except Exception as error:
+            if is_interrupt(error):
+                raise
             self._note_lost(error)
             return "pending"
         return "ended"
@@ -224,13 +226,13 @@ class Reclaimer:
         try:
             return event.query()
         except Exception as error:
+            if is_interrupt(error):
+                raise
             self._note_lost(error)
             return False
 
     def _note_lost(self, error: Exception) -> None:
-        """Log once that an event cannot tell; raise if its error is an interrupt."""
-        if is_interrupt(error):
-            raise error
+        """Log once that an event cannot tell."""
         if not self._told_of_lost_events:
             self._told_of_lost_events = True
             LOGGER.error(
@@ -257,7 +259,7 @@ class Reclaimer:
             for release in ended:
                 if id(release) in ledger.pending:
                     if not release.is_void:
-                        release.events = release.parts = ()  # they are marked as freed already
+                        release.events = ()
                     ledger.carry_out_quietly(release)
             if last:
                 ledger.check_last(last)
@@ -318,6 +320,8 @@ class Reclaimer:
             if not has_let_go(stream):
                 waits.append(stream.record_event())
         except Exception as error:
+            if is_interrupt(error):
+                raise
             self._note_lost(error)
             return False
         return True
