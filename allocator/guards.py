@@ -145,18 +145,22 @@ class DeferredCall:
         was_made: set by ``function`` in the same step as its change.
     """
 
-    __slots__ = ("_function", "was_made")
+    __slots__ = ("_function", "_was_begun", "was_made")
 
     def __init__(self, function: Callable[[DeferredCall], object]) -> None:
         self._function = function
+        self._was_begun = False
         self.was_made = False
 
     def __call__(self) -> None:
         """Make the call. Its own errors are logged: its caller is gone."""
+        was_begun, self._was_begun = self._was_begun, True
         try:
             self._function(self)
         except (InvalidFreeError, LifetimeError, ClosedError):
             self.was_made = True
+            if was_begun:  # it was interrupted, and had freed the block before
+                return
             LOGGER.exception(
                 "a call from a finalizer or a signal handler, made while its thread was inside an "
                 "operation and therefore put off, has failed"

@@ -18,11 +18,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import count
 from types import FrameType
 
 import pytest
 import torch
-from foreign_code import Foreign
+from foreign_code import Foreign, TimeOutError, interrupts
 from heap_scenes import OPERATIONS, PAGES, Scene, require_that_every_byte_is_accounted_for
 from small_heaps import PAGE, FakeStream, heap_of, no_debug
 
@@ -30,6 +31,7 @@ from kvheap import (
     AddressManager,
     ClosedError,
     FullReport,
+    MemoryObj,
     ReentrantCallError,
     TensorMemoryAllocator,
 )
@@ -539,3 +541,27 @@ def test_a_wrong_free_that_was_put_off_is_logged(caplog: pytest.LogCaptureFixtur
         assert manager.stats().free_bytes == 8 * PAGE
         logged += "has failed" in caplog.text
     assert logged > 5
+
+
+def test_a_free_that_was_put_off_and_then_interrupted_is_no_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def put_off(place: int) -> tuple[TensorMemoryAllocator, MemoryObj]:
+        heap = heap_of(4)
+        obj = heap.allocate([PAGE], torch.uint8)
+        assert obj is not None
+        assert visits(place, obj.ref_count_down, lambda: heap.allocate([PAGE], torch.uint8))
+        return heap, obj
+
+    inside = next(place for place in count() if put_off(place)[1].is_valid())
+    number = 0
+    while True:
+        heap, obj = put_off(inside)
+        if not interrupts(number, heap.stats, TimeOutError, everywhere=True):
+            break
+        assert heap.stats().allocated_bytes == 0  # the other page was dropped
+        assert not obj.is_valid()
+        assert heap.memcheck()
+        number += 1
+    assert number > 100
+    assert "has failed" not in caplog.text
