@@ -51,18 +51,33 @@ heads of K, one for all heads of V (``customize_spec``, vLLM 0.33.0)."""
 
 FUSED_BACKENDS = (
     *("FLASH_ATTN", "FLASH_ATTN_DIFFKV", "TRITON_FLASH_ATTN", "FLASHINFER", "TRITON_FLASHINFER"),
-    *("TRITON_ATTN", "TRITON_ATTN_DIFFKV", "FLEX_ATTENTION", "HPC_ATTN", "TORCH_SDPA"),
+    *("TRITON_ATTN", "TRITON_ATTN_DIFFKV", "FLEX_ATTENTION", "HPC_ATTN"),
     *("CUTLASS_MSA", "TRITON_MSA", "STEP5_DSA", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN"),
 )
 """vLLM's backends that keep each token's K and then its V in a row (vLLM 0.33.0,
 ``backends/registry.py``). Any other name, such as CUSTOM, tells nothing: third parties use it."""
 
-MIXING_BACKENDS = ("ROCM_ATTN",)
-"""vLLM's backends that mix the tokens of a block (``PagedAttention.write_to_paged_cache``)."""
+MIXING_BACKENDS = (
+    "ROCM_ATTN",
+    *("DEEPSEEK_V4_ROCM_MXFP4_INDEXER", "DEEPSEEK_V41_ROCM_MXFP4_INDEXER"),
+)
+"""vLLM's backends that mix the tokens of a block (vLLM 0.33.0,
+``PagedAttention.write_to_paged_cache``, ``ops/rocm_paged_mxfp4_indexer.py``)."""
 
-MAY_HAVE_SIDES = "ROCM_AITER_FA"
-"""vLLM's backend that keeps two head slots, and mixes tokens, if an environment variable says
-so."""
+MAY_SHUFFLE = ("ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN")
+"""vLLM's backends that mix tokens, and keep two head slots or K and V apart, if the environment
+variable ``VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT`` says so (vLLM 0.33.0, ``rocm_aiter_fa.py``,
+``rocm_aiter_unified_attn.py``). The first one calls itself FLASH_ATTN (``get_name``)."""
+
+NVFP4_BACKENDS = ("FLASHINFER", "TRITON_FLASHINFER")
+"""vLLM's backends that keep NVFP4 as :func:`~kvheap.kernels.engine_planes.planes_of` reads it."""
+
+OTHER_NVFP4 = ("MINIMAX_M3_SPARSE",)
+"""vLLM's backends that keep NVFP4 with V of a head beside K of it (vLLM 0.33.0,
+``msa_cutlass_sparse_decode.py``)."""
+
+OTHER_NVFP4_SHAPE = (128, 72)
+"""Slots of a block and bytes of a row that those have: only head dim 128, in blocks of 128."""
 
 ONE_PLANE_BACKENDS = ("MLA", "INDEXER", "DEEPSEEK", "SWA")
 """Parts of the names of vLLM's backends without K and V (vLLM 0.33.0, ``backends/registry.py`` and
@@ -83,6 +98,9 @@ HOST_PAGES = "a host pool of SGLang (not among the names)"
 """``[2, pages, L, N, H, C]`` (page_first_direct) or ``[2, pages, H, N, L, C]`` (page_head; SGLang
 0.5.23, ``memory_pool_host.py``): with two layers or heads, it looks like two blocks of an engine
 layout ``[B, L, 2, ...]``."""
+
+INDEXER_ROWS = tuple(row for row, (_, scales) in SPLIT_RECORDS.items() if scales == SCALE_BYTES)
+"""Bytes of a token in an indexer's cache."""
 
 MAX_REASONS = 3
 """Of the engine layouts that nearly fit, a message names so many."""
@@ -145,8 +163,9 @@ class EngineFacts:
             return layout.name == "vllm-packed" and self._has_scales
         if layout.content == "values-scales" and self._has_scales:
             return False
-        is_nvfp4 = dtype is not None and dtype.startswith("nvfp4") and dtype not in ROW_RECORDS
-        if dtype is not None and is_nvfp4 != (layout.content == "nvfp4"):
+        if dtype is not None and self._is_nvfp4 != (layout.content == "nvfp4"):
+            return False
+        if layout.content == "nvfp4" and self._keeps_no_such_nvfp4:
             return False
         if not backend:
             return True
@@ -166,6 +185,27 @@ class EngineFacts:
         return self._backend in FUSED_BACKENDS
 
     @property
+    def _may_shuffle(self) -> bool:
+        """Whether an environment variable decides if the backend mixes the tokens of a block."""
+        return self._backend in MAY_SHUFFLE or (self._backend == "FLASH_ATTN" and _is_rocm())
+
+    @property
+    def _is_nvfp4(self) -> bool:
+        dtype = self.kv_cache_dtype
+        return dtype is not None and dtype.startswith("nvfp4") and dtype not in ROW_RECORDS
+
+    @property
+    def _keeps_no_such_nvfp4(self) -> bool:
+        """Whether the backend is known, and does not keep NVFP4 as FlashInfer does."""
+        is_known = self._keeps_fused_rows or self._backend in OTHER_NVFP4
+        return is_known and self._backend not in NVFP4_BACKENDS
+
+    @property
+    def _rules_out_nvfp4(self) -> bool:
+        """Whether rows of K and V cannot be those of NVFP4; "auto" may stand for any dtype."""
+        return self.kv_cache_dtype not in (None, "auto") and not self._is_nvfp4
+
+    @property
     def _is_packed(self) -> bool:
         is_dtype = (self.kv_cache_dtype or "").startswith(PACKED_DTYPES)
         return is_dtype or self._backend in PACKED_BACKENDS
@@ -179,15 +219,14 @@ class EngineFacts:
         """What to do if this engine's cache cannot be one of the candidates."""
         if self._backend in MIXING_BACKENDS:
             return f"{self.backend} mixes the tokens of a block: use opaque"
+        if self._is_nvfp4 and self._keeps_no_such_nvfp4:
+            return f"{self.backend} does not keep NVFP4 as FlashInfer does: use opaque"
         return None
 
     def tensor_facts(self, layout: KVLayout, tensors: Any) -> Iterator[TensorFacts]:
         """What to read the tensors with; one of them for each pair of widths that may fit."""
         if layout.name != "values-scales":
-            v_head_dim = None
-            if self.v_head_dim is not None and layout.content in ("key-value", "fused", "key-rows"):
-                v_head_dim = self._with_scales(self.v_head_dim)
-            yield TensorFacts(self.block_size, v_head_dim)
+            yield TensorFacts(self.block_size, self._value_dim(layout, tensors))
             return
         first = _first_tensor(tensors)
         if first is None or first.dim() < 2 or first.element_size() != 1 or self.block_size < 1:
@@ -200,6 +239,19 @@ class EngineFacts:
             sizes = (page, -(-page // unit) * unit) if first.dim() == 2 else (row,)
             if first.shape[-1] in sizes:
                 yield TensorFacts(self.block_size, None, widths)
+
+    def _value_dim(self, layout: KVLayout, tensors: Any) -> int | None:
+        """Elements of a head of V with its scales, if they are known and tell something."""
+        if layout.content not in ("key-value", "fused", "key-rows"):
+            return None
+        if self.v_head_dim is not None:
+            return self._with_scales(self.v_head_dim)
+        if layout.content == "key-value" or not self._rules_out_nvfp4:
+            return None
+        # Told, so that a row of K and V is not taken for one of NVFP4, which may be as wide.
+        half, first = self._with_scales(self.head_dim), _first_tensor(tensors)
+        is_two_halves = first is not None and first.dim() and first.shape[-1] == 2 * half
+        return half if is_two_halves else None
 
     @property
     def _has_other_v(self) -> bool:
@@ -247,6 +299,8 @@ class EngineFacts:
 
     def also_fits(self, layout: KVLayout, cache: SizedCache) -> str | None:
         """Another engine layout with the same shape, which nothing here rules out."""
+        if layout.content == "values-scales" and _is_rocm() and cache.head_dim in INDEXER_ROWS:
+            return "opaque"  # with tiles of 16 tokens: ``rocm_aiter_mla_sparse.py``, vLLM 0.33.0
         if layout.content == "values-scales":
             if self.kv_cache_dtype in ROW_RECORDS or "INDEXER" in self._backend:
                 return None
@@ -257,9 +311,15 @@ class EngineFacts:
             return PAIRS_OR_LISTS[layout.name]
         if layout.dims.startswith("BLP") and cache.num_blocks == 2:
             return HOST_PAGES
+        if layout.content == "nvfp4":
+            seen = (cache.block_size, cache.head_dim)
+            is_either = seen == OTHER_NVFP4_SHAPE and self._backend not in NVFP4_BACKENDS
+            return "opaque" if is_either else None
+        if layout.content == "key-value" and "P" in layout.dims and self._may_shuffle:
+            return "opaque"
         if layout.content not in ("fused", "key-rows") or self._has_other_v:
             return None
-        if self._backend == MAY_HAVE_SIDES and cache.num_heads == 2:
+        if self._may_shuffle and cache.num_heads == 2:
             return "opaque"
         if self._keeps_fused_rows or layout.content == "key-rows":
             return None
@@ -275,6 +335,11 @@ class EngineFacts:
             value = getattr(self, name)
             words += "" if value is None else f", {name}={value!r}"
         return words
+
+
+def _is_rocm() -> bool:
+    """Whether this is the torch of an engine on AMD's GPUs."""
+    return torch.version.hip is not None
 
 
 def _first_tensor(tensors: Any) -> torch.Tensor | None:
