@@ -143,7 +143,8 @@ def load(
         batch: the chunks; see :func:`store`. A chunk may be named more than once.
         cache: the engine's cache.
         slots: where the tokens go; see :func:`store`.
-        layers: see :func:`store`.
+        layers: see :func:`store`. Chunks that were stored of some of a cache's layers or heads are
+            loaded as the same ones; ``MemoryBatch.forget_origin`` lets them be others.
         heads: see :func:`store`.
         convert: see :func:`store`.
         clear_rest: also zero the slots behind the last token's in its block, in the layers and
@@ -151,8 +152,9 @@ def load(
             former owner's NaN through.
 
     Raises:
-        ValueError: as for :func:`store`; a slot appears twice; or a token was not stored, if the
-            batch knows its tokens (``MemoryBatch.num_tokens``). Nothing is loaded.
+        ValueError: as for :func:`store`; a slot appears twice; a token was not stored, if the batch
+            knows its tokens (``MemoryBatch.num_tokens``); or the chunks are known to be of other
+            layers or heads. Nothing is loaded.
         TypeError, LifetimeError: as for :func:`store`; nothing is loaded.
     """
     heap = heap_of(batch)

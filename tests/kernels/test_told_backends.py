@@ -78,7 +78,7 @@ class TestRowsAsWideAsThoseOfNVFP4:
 
     def test_by_name(self) -> None:
         tensors = layers(6, 4, 16, 72, dtype=U8)
-        with pytest.raises(LayoutError, match="NVFP4 of head dim 128.*v_head_dim=36"):
+        with pytest.raises(LayoutError, match=r"NVFP4 of head dim 128.*v_head_dim=36"):
             PagedKVCache.of("vllm-lbhnc", tensors)
         cache = PagedKVCache.of("vllm-lbhnc", tensors, v_head_dim=36)
         assert [plane.row_bytes for plane in cache.planes] == [36, 36]
@@ -135,9 +135,7 @@ class TestBackendsThatMayShuffle:
     def test_indexers_that_are_always_shuffled(self, version: str) -> None:
         backend = f"DEEPSEEK_{version}_ROCM_MXFP4_INDEXER"
         with pytest.raises(LayoutError, match=f"{backend} mixes the tokens .* use opaque"):
-            PagedKVCache.detect(
-                layers(6, 1, 64, 68, dtype=U8), **known(1, 64, 64, backend=backend)
-            )
+            PagedKVCache.detect(layers(6, 1, 64, 68, dtype=U8), **known(1, 64, 64, backend=backend))
 
     def test_a_name_that_keeps_no_cache(self) -> None:
         asked(layers(6, 3, 16, 128), "vllm-cpu", **known(3, 64, 16, backend="TORCH_SDPA"))
