@@ -103,7 +103,8 @@ class PagedKVCache:
             v_head_dim: elements of a head of V. Needed if it is not as large as one of K and both
                 share a row, as in ``vllm-lbhnc``; else checked.
             widths: for ``values-scales``, the bytes of a token's values and of its scales, such as
-                (576, 8) for DeepSeek-V4.
+                (576, 8) for DeepSeek-V4. Those of known records are checked; of other rows, nothing
+                but the caller can tell one split from another, nor one ``v_head_dim`` from another.
 
         Raises:
             LayoutError: the name is unknown; or a tensor has another rank, device, dtype or size
