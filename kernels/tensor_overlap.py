@@ -112,7 +112,7 @@ def _first_overlap(
     here, there = groups
     one, two = extents[here[0]], extents[there[0]]
     apart = starts[there][None, :] - starts[here][:, None]
-    meets = (starts[here][:, None] < ends[there][None, :]) & (
+    meets: Bools = (starts[here][:, None] < ends[there][None, :]) & (
         starts[there][None, :] < ends[here][:, None]
     )
     meets &= ~_are_allowed(layout, extents, groups, apart)
@@ -151,7 +151,8 @@ def _are_allowed(
         is_within = (apart >= min(longer, 0)) & (apart <= max(longer, 0))
     else:
         is_within = (apart == 0) & (one.part == two.part) & (one.run_bytes == two.run_bytes)
-    return same | (is_within & (layers[here][:, None] != layers[there][None, :]))
+    allowed: Bools = same | (is_within & (layers[here][:, None] != layers[there][None, :]))
+    return allowed
 
 
 def _run_into_each_other(distances: Int64Array, one: Extent, two: Extent) -> Bools:
@@ -163,8 +164,8 @@ def _run_into_each_other(distances: Int64Array, one: Extent, two: Extent) -> Boo
         below = np.clip(left // step, 1 - count, count - 1)
         above = np.clip(left // step + 1, 1 - count, count - 1)
         left = np.concatenate([left - below * step, left - above * step])
-    found: Bools = ((left < one.run_bytes) & (left > -two.run_bytes)).any(axis=0)
-    return found
+    meets: Bools = (left < one.run_bytes) & (left > -two.run_bytes)
+    return np.logical_or.reduce(meets, axis=0)  # type: ignore[no-any-return]
 
 
 def _share_runs(one: Extent, two: Extent) -> bool:
