@@ -72,9 +72,9 @@ class TestRowsAsWideAsThoseOfNVFP4:
     def test_not_told(self, told: dict[str, str]) -> None:
         """Half of such a row may be the size of a head; of NVFP4, it is not."""
         tensors = layers(6, 4, 16, 72, dtype=U8)
-        for head_dim in (64, 36):
+        for head_dim, more in ((64, {}), (36, {}), (36, {"v_head_dim": 36})):
             with pytest.raises(LayoutError, match="kv_cache_dtype"):
-                PagedKVCache.detect(tensors, **known(4, head_dim, 16), **told)
+                PagedKVCache.detect(tensors, **known(4, head_dim, 16, **more), **told)
 
     def test_by_name(self) -> None:
         tensors = layers(6, 4, 16, 72, dtype=U8)
@@ -120,6 +120,10 @@ class TestBackendsThatMayShuffle:
         monkeypatch.setattr(torch.version, "hip", "7.1")
         asked(tensors, "opaque", **facts)
         assert PagedKVCache.detect(tensors, **{**facts, "backend": "TRITON_ATTN"}).num_heads == 2
+        apart = layers(2, 6, 16, 3, 64)
+        for told in ({}, {"backend": "FLASH_ATTN"}, {"backend": "CUSTOM"}):
+            asked(apart, "opaque", **known(3, 64, 16, **told))
+        assert PagedKVCache.detect(apart, **known(3, 64, 16, backend="FLASHINFER")).num_heads == 3
 
     @pytest.mark.parametrize("shape", [(6, 1, 64, 132), (6, 64, 132), (6, 64 * 132)])
     @pytest.mark.parametrize("told", [{}, {"backend": "DEEPSEEK_V32_INDEXER"}])
