@@ -201,7 +201,8 @@ others of vLLM:
   scales of V, each ``[H, N, row]``, or ``[N, H, row]`` if slots are outermost. On compute
   capability 10 (``reshape_and_cache_nvfp4_kernel``), the scales of V of each four tokens are mixed,
   so whole blocks are copied, which is right everywhere. ``vllm-nvfp4-linear`` also copies single
-  tokens, as the kernels of capability 8, 9 and 12 keep them.
+  tokens, as the kernels of capability 8, 9 and 12 keep them. MiniMax M3 keeps NVFP4 otherwise, V of
+  a head beside its K (``msa_cutlass_sparse_decode.py``): that is ``opaque``.
 - ``vllm-packed`` copies each row as it is: quantized rows with scales of their own (TurboQuant,
   per-token-head scales), backends with a head slot for K and one for V, anything with one plane.
 

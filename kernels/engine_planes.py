@@ -148,13 +148,14 @@ def _halves(
 ) -> tuple[int, int]:
     """Elements of K and of V in a row that holds both."""
     row = dims.sizes["F"]
-    if dims.item_bytes == 1 and row in NVFP4_ROWS and dims.sizes["H"] % 2 == 0:
-        raise LayoutError(
-            f"{label} of {layout.name} has rows of {row} bytes for {dims.sizes['H']} heads, which "
-            f"is NVFP4 of head dim {NVFP4_ROWS[row]}: use vllm-nvfp4, or vllm-packed for rows as "
-            f"they are"
-        )
     if v_head_dim is None:
+        if dims.item_bytes == 1 and row in NVFP4_ROWS and dims.sizes["H"] % 2 == 0:
+            raise LayoutError(
+                f"{label} of {layout.name} has rows of {row} bytes for {dims.sizes['H']} heads, "
+                f"which is NVFP4 of head dim {NVFP4_ROWS[row]}: use vllm-nvfp4, or vllm-packed for "
+                f"rows as they are; if they are K then V, say so by v_head_dim={row // 2}, or by "
+                f"the kv_cache_dtype"
+            )
         if row % 2:
             raise LayoutError(
                 f"{label} of {layout.name} must hold K then V in its last dimension, got {row} "

@@ -17,6 +17,7 @@ from kvheap.kernels.arrays import INT32_END, Int64Array
 from kvheap.kernels.engine_layouts import KVLayout, LayoutError, OtherTensorsError
 from kvheap.kernels.engine_planes import Blocks, Plane, TensorPlanes, planes_of
 from kvheap.kernels.tensor_dims import TensorDims, kind_of
+from kvheap.kernels.tensor_overlap import Extent, require_disjoint_tensors, steps_of
 from kvheap.kernels.tensor_views import TensorFacts, checked_facts, tensor_view
 
 __all__ = ["CacheGeometry", "EngineTensors", "read_tensors"]
@@ -59,11 +60,13 @@ def read_tensors(layout: KVLayout, tensors: EngineTensors, facts: TensorFacts) -
 
     Raises:
         LayoutError: a tensor has another rank, device, dtype or size than the engine layout or the
-            first layer requires, or strides that do not fit; the message names its layer.
+            first layer requires, or strides that do not fit; the message names its layer; or two
+            share bytes, and are not one tensor of two layers.
         TypeError: one of ``tensors`` is not a tensor.
     """
     layout, layers = _flatten(layout, tensors)
     labelled = [part for parts in layers for part in parts]
+    numbers = [(layer, part) for layer, parts in enumerate(layers) for part in range(len(parts))]
     for label, tensor in labelled:
         _require_tensor(layout, label, tensor)
     facts = checked_facts(layout, facts, labelled[0][1])
@@ -75,6 +78,13 @@ def read_tensors(layout: KVLayout, tensors: EngineTensors, facts: TensorFacts) -
         for pair in zip(views, layers, strict=True)
     ]
     _require_alike(layout, layers, views, dims)
+    if len(labelled) > 1:
+        alike = [steps_of(of_part) for of_part in dims[0]] * len(dims)  # the same in all layers
+        extents = [
+            Extent(label, *number, tensor.data_ptr(), *steps)
+            for (label, tensor), number, steps in zip(labelled, numbers, alike, strict=True)
+        ]
+        require_disjoint_tensors(layout, extents)
     if layout.order:
         for (label, _), found in zip(labelled, (d for parts in dims for d in parts), strict=True):
             found.require_order(layout, label)

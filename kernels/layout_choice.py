@@ -8,6 +8,17 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from kvheap.kernels.engine_backends import (
+    FUSED_BACKENDS,
+    MAY_SHUFFLE,
+    MIXING_BACKENDS,
+    NVFP4_BACKENDS,
+    ONE_PLANE_BACKENDS,
+    OTHER_NVFP4,
+    OTHER_NVFP4_SHAPE,
+    PACKED_BACKENDS,
+    PACKED_DTYPES,
+)
 from kvheap.kernels.engine_layouts import (
     LAYOUTS,
     SCALE_BYTES,
@@ -39,35 +50,6 @@ DEEPSEEK_V4_HEAD_DIM = 512
 PAGE_ALIGNMENT: Mapping[int, int] = {584: 576, 528: 512, 288: 256}
 """Bytes that SGLang pads a block of such rows to a multiple of (``kv_layout.py``)."""
 
-PACKED_DTYPES = ("turboquant_", "octave_", "ultraquant_")
-"""Beginnings of vLLM's ``kv_cache_dtype`` whose rows cannot be cut into K and V."""
-
-PACKED_BACKENDS = (
-    *("B12X", "ROCM_SEGMENTED_ATTN", "KPOOL_TAIL"),
-    *("TURBOQUANT", "ROCM_OCTAVE", "ULTRAQUANT"),
-)
-"""vLLM's backends whose rows are copied as they are. The first two keep two head slots: one for all
-heads of K, one for all heads of V (``customize_spec``, vLLM 0.33.0)."""
-
-FUSED_BACKENDS = (
-    *("FLASH_ATTN", "FLASH_ATTN_DIFFKV", "TRITON_FLASH_ATTN", "FLASHINFER", "TRITON_FLASHINFER"),
-    *("TRITON_ATTN", "TRITON_ATTN_DIFFKV", "FLEX_ATTENTION", "HPC_ATTN", "TORCH_SDPA"),
-    *("CUTLASS_MSA", "TRITON_MSA", "STEP5_DSA", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN"),
-)
-"""vLLM's backends that keep each token's K and then its V in a row (vLLM 0.33.0,
-``backends/registry.py``). Any other name, such as CUSTOM, tells nothing: third parties use it."""
-
-MIXING_BACKENDS = ("ROCM_ATTN",)
-"""vLLM's backends that mix the tokens of a block (``PagedAttention.write_to_paged_cache``)."""
-
-MAY_HAVE_SIDES = "ROCM_AITER_FA"
-"""vLLM's backend that keeps two head slots, and mixes tokens, if an environment variable says
-so."""
-
-ONE_PLANE_BACKENDS = ("MLA", "INDEXER", "DEEPSEEK", "SWA")
-"""Parts of the names of vLLM's backends without K and V (vLLM 0.33.0, ``backends/registry.py`` and
-each backend's ``get_name``)."""
-
 ONLY_NAMED = ("opaque", "plane-tuples", "vllm-packed")
 """Engine layouts that fit too much to be guessed."""
 
@@ -83,6 +65,9 @@ HOST_PAGES = "a host pool of SGLang (not among the names)"
 """``[2, pages, L, N, H, C]`` (page_first_direct) or ``[2, pages, H, N, L, C]`` (page_head; SGLang
 0.5.23, ``memory_pool_host.py``): with two layers or heads, it looks like two blocks of an engine
 layout ``[B, L, 2, ...]``."""
+
+INDEXER_ROWS = tuple(row for row, (_, scales) in SPLIT_RECORDS.items() if scales == SCALE_BYTES)
+"""Bytes of a token in an indexer's cache."""
 
 MAX_REASONS = 3
 """Of the engine layouts that nearly fit, a message names so many."""
@@ -145,8 +130,9 @@ class EngineFacts:
             return layout.name == "vllm-packed" and self._has_scales
         if layout.content == "values-scales" and self._has_scales:
             return False
-        is_nvfp4 = dtype is not None and dtype.startswith("nvfp4") and dtype not in ROW_RECORDS
-        if dtype is not None and is_nvfp4 != (layout.content == "nvfp4"):
+        if dtype is not None and self._is_nvfp4 != (layout.content == "nvfp4"):
+            return False
+        if layout.content == "nvfp4" and self._keeps_no_such_nvfp4:
             return False
         if not backend:
             return True
@@ -166,6 +152,30 @@ class EngineFacts:
         return self._backend in FUSED_BACKENDS
 
     @property
+    def _may_shuffle(self) -> bool:
+        """Whether an environment variable may decide if the tokens of a block are mixed."""
+        if not _is_rocm():
+            return self._backend in MAY_SHUFFLE
+        others = set(FUSED_BACKENDS) - {*MAY_SHUFFLE, "FLASH_ATTN"}
+        return self._backend not in others
+
+    @property
+    def _is_nvfp4(self) -> bool:
+        dtype = self.kv_cache_dtype
+        return dtype is not None and dtype.startswith("nvfp4") and dtype not in ROW_RECORDS
+
+    @property
+    def _keeps_no_such_nvfp4(self) -> bool:
+        """Whether the backend is known, and does not keep NVFP4 as FlashInfer does."""
+        is_known = self._keeps_fused_rows or self._backend in OTHER_NVFP4
+        return is_known and self._backend not in NVFP4_BACKENDS
+
+    @property
+    def _rules_out_nvfp4(self) -> bool:
+        """Whether rows of K and V cannot be those of NVFP4; "auto" may stand for any dtype."""
+        return self.kv_cache_dtype not in (None, "auto") and not self._is_nvfp4
+
+    @property
     def _is_packed(self) -> bool:
         is_dtype = (self.kv_cache_dtype or "").startswith(PACKED_DTYPES)
         return is_dtype or self._backend in PACKED_BACKENDS
@@ -179,15 +189,14 @@ class EngineFacts:
         """What to do if this engine's cache cannot be one of the candidates."""
         if self._backend in MIXING_BACKENDS:
             return f"{self.backend} mixes the tokens of a block: use opaque"
+        if self._is_nvfp4 and self._keeps_no_such_nvfp4:
+            return f"{self.backend} does not keep NVFP4 as FlashInfer does: use opaque"
         return None
 
     def tensor_facts(self, layout: KVLayout, tensors: Any) -> Iterator[TensorFacts]:
         """What to read the tensors with; one of them for each pair of widths that may fit."""
         if layout.name != "values-scales":
-            v_head_dim = None
-            if self.v_head_dim is not None and layout.content in ("key-value", "fused", "key-rows"):
-                v_head_dim = self._with_scales(self.v_head_dim)
-            yield TensorFacts(self.block_size, v_head_dim)
+            yield TensorFacts(self.block_size, self._value_dim(layout, tensors))
             return
         first = _first_tensor(tensors)
         if first is None or first.dim() < 2 or first.element_size() != 1 or self.block_size < 1:
@@ -200,6 +209,20 @@ class EngineFacts:
             sizes = (page, -(-page // unit) * unit) if first.dim() == 2 else (row,)
             if first.shape[-1] in sizes:
                 yield TensorFacts(self.block_size, None, widths)
+
+    def _value_dim(self, layout: KVLayout, tensors: Any) -> int | None:
+        """Elements of a head of V with its scales, if they are known and tell something."""
+        if layout.content not in ("key-value", "fused", "key-rows"):
+            return None
+        is_half = layout.content != "key-value" and not self._has_other_v
+        if self.v_head_dim is not None and not is_half:
+            return self._with_scales(self.v_head_dim)
+        if not is_half or not self._rules_out_nvfp4:
+            return None
+        # Told, so that a row of K and V is not taken for one of NVFP4, which may be as wide.
+        half, first = self._with_scales(self.head_dim), _first_tensor(tensors)
+        is_two_halves = first is not None and first.dim() and first.shape[-1] == 2 * half
+        return half if is_two_halves else None
 
     @property
     def _has_other_v(self) -> bool:
@@ -247,6 +270,8 @@ class EngineFacts:
 
     def also_fits(self, layout: KVLayout, cache: SizedCache) -> str | None:
         """Another engine layout with the same shape, which nothing here rules out."""
+        if layout.content == "values-scales" and _is_rocm() and cache.head_dim in INDEXER_ROWS:
+            return "opaque"  # with tiles of 16 tokens: ``rocm_aiter_mla_sparse.py``, vLLM 0.33.0
         if layout.content == "values-scales":
             if self.kv_cache_dtype in ROW_RECORDS or "INDEXER" in self._backend:
                 return None
@@ -257,9 +282,15 @@ class EngineFacts:
             return PAIRS_OR_LISTS[layout.name]
         if layout.dims.startswith("BLP") and cache.num_blocks == 2:
             return HOST_PAGES
+        if layout.content == "nvfp4":
+            seen = (cache.block_size, cache.head_dim)
+            is_either = seen == OTHER_NVFP4_SHAPE and self._backend not in NVFP4_BACKENDS
+            return "opaque" if is_either else None
+        if layout.content == "key-value" and "P" in layout.dims and self._may_shuffle:
+            return "opaque"
         if layout.content not in ("fused", "key-rows") or self._has_other_v:
             return None
-        if self._backend == MAY_HAVE_SIDES and cache.num_heads == 2:
+        if self._may_shuffle and cache.num_heads == 2:
             return "opaque"
         if self._keeps_fused_rows or layout.content == "key-rows":
             return None
@@ -275,6 +306,11 @@ class EngineFacts:
             value = getattr(self, name)
             words += "" if value is None else f", {name}={value!r}"
         return words
+
+
+def _is_rocm() -> bool:
+    """Whether this is the torch of an engine on AMD's GPUs."""
+    return torch.version.hip is not None
 
 
 def _first_tensor(tensors: Any) -> torch.Tensor | None:

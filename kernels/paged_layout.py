@@ -6,7 +6,7 @@ and the letters of their dimensions are in :mod:`kvheap.kernels.engine_layouts`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -58,6 +58,8 @@ class PagedKVCache:
         dtype: dtype of the elements.
         device: where the tensors are.
         tensors: the engine's tensors, layer by layer.
+        filled_tokens: how many slots of a block were filled when this was made, for each layer; a
+            store of others raises. None if that is not known.
 
     >>> tensors = [torch.zeros(2, 8, 16, 4, 64, dtype=torch.float16) for _ in range(3)]
     >>> cache = PagedKVCache.of("vllm-flash-nhd", tensors)
@@ -75,6 +77,7 @@ class PagedKVCache:
     dtype: torch.dtype
     device: torch.device
     tensors: tuple[torch.Tensor, ...] = field(repr=False)
+    filled_tokens: tuple[int, ...] | None = field(default=None, repr=False)
     kept: dict[object, Any] = field(default_factory=dict, repr=False)
     """Results that copies compute once for this cache and reuse."""
 
@@ -100,7 +103,8 @@ class PagedKVCache:
             v_head_dim: elements of a head of V. Needed if it is not as large as one of K and both
                 share a row, as in ``vllm-lbhnc``; else checked.
             widths: for ``values-scales``, the bytes of a token's values and of its scales, such as
-                (576, 8) for DeepSeek-V4.
+                (576, 8) for DeepSeek-V4. Those of known records are checked; of other rows, nothing
+                but the caller can tell one split from another, nor one ``v_head_dim`` from another.
 
         Raises:
             LayoutError: the name is unknown; or a tensor has another rank, device, dtype or size
@@ -141,20 +145,22 @@ class PagedKVCache:
         """The cache that Hugging Face's transformers keep, without pages: row ``b`` is a block.
 
         Slot ``b * T + t`` is token ``t`` of row ``b``; a row has as many slots as its tensors have
-        tokens. A ``DynamicCache`` makes new tensors with every token: make this again then.
+        tokens. A ``DynamicCache`` makes new tensors with every token, and a ``StaticCache`` fills
+        its tensors: make this again then. Tokens that were not filled can be loaded, not stored.
 
         Args:
             cache: an object whose ``layers`` have ``keys`` and ``values`` (transformers 5.24,
                 ``cache_utils.py``: ``DynamicCache``, ``StaticCache``); one with lists
-                ``key_cache`` and ``value_cache``; or a (K, V) pair for each layer. All tensors are
-                ``[B, H, T, D]``; V may have other D than K.
+                ``key_cache`` and ``value_cache``; or a (K, V) pair for each layer, but not two
+                pairs, which may be two lists: ``of`` takes them by name. All tensors are ``[B, H,
+                T, D]``; V may have other D than K.
             num_kv_heads: KV heads H. With it, tensors ``[B, T, H, D]`` are refused.
             head_dim: elements of a head of K, checked if given.
 
         Raises:
             LayoutError: a layer has no K and V, keeps only a window of its tokens, or does not fit
                 the others or what was given; the message names it.
-            TypeError: ``cache`` is of another kind.
+            TypeError: ``cache`` is of another kind, or counts its tokens in no integer.
 
         >>> pairs = [(torch.zeros(1, 2, 7, 8), torch.zeros(1, 2, 7, 8)) for _ in range(3)]
         >>> cache = PagedKVCache.of_transformers(pairs, num_kv_heads=2)
@@ -165,8 +171,8 @@ class PagedKVCache:
             num_kv_heads = as_whole("num_kv_heads", num_kv_heads)
         if head_dim is not None:
             head_dim = as_whole("head_dim", head_dim)
-        tensors = key_value_tensors(cache, num_kv_heads, head_dim)
-        return cls.of("kv-tuples-hnd", tensors)
+        pairs, filled = key_value_tensors(cache, num_kv_heads, head_dim)
+        return replace(cls.of("kv-tuples-hnd", pairs), filled_tokens=filled)
 
     @classmethod
     def detect(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -112,6 +112,30 @@ class Places:
             return None
         tokens = block_size if self.are_blocks else self.unit_tokens
         return np.repeat(values >= 0, tokens)[: self.num_tokens]
+
+    def require_filled(self, block_size: int, filled: int, eager: bool) -> None:
+        """Refuse slots behind the first ``filled`` ones of a block. One pass over the tokens.
+
+        Slots on a device are looked at only if ``eager``.
+
+        Raises:
+            ValueError: names the first such slot.
+        """
+        values = self.values
+        if filled >= block_size or (isinstance(values, torch.Tensor) and not eager):
+            return
+        seen = values.cpu().numpy() if isinstance(values, torch.Tensor) else values
+        slots = replace(self, values=seen).as_slots(block_size).as_mapping()
+        offsets = slots % block_size
+        is_empty = (slots >= 0) & (offsets >= filled)
+        if is_empty.any():
+            at = int(is_empty.argmax())
+            row, token = divmod(int(slots[at]), block_size)
+            raise ValueError(
+                f"slot {int(slots[at])} is token {token} of row {row}, which was not filled when "
+                f"this cache was made: rows had {filled} of {block_size} tokens; store these, or "
+                f"make the cache again"
+            )
 
     def as_slots(self, block_size: int) -> Places:
         """The same places as slots. Block ids must be on the host."""

@@ -66,6 +66,7 @@ def checked_facts(layout: KVLayout, facts: TensorFacts, first: torch.Tensor) -> 
     if layout.name == "values-scales":
         if facts.widths is None or min(facts.widths) <= 0:
             raise LayoutError(f"{_NEEDS_WIDTHS}; got {facts.widths}")
+        _require_widths(facts.widths)
         return facts
     row = INDEXER_BYTES
     if first.dim() > 2:
@@ -85,6 +86,29 @@ _NEEDS_WIDTHS = (
     "values-scales needs widths=(values, scales), the bytes that each has for a token, such as "
     "(576, 8) for DeepSeek-V4"
 )
+
+
+def _require_widths(widths: tuple[int, int]) -> None:
+    """Refuse widths that no engine's records have, as far as that is known.
+
+    The widths of the records of :data:`SPLIT_RECORDS` are known, and scales have fewer bytes than
+    what they scale. For rows of any other sum, nothing tells one pair of such widths from another.
+
+    Raises:
+        LayoutError: says what is wrong with them.
+    """
+    values, scales = widths
+    row = values + scales
+    known = SPLIT_RECORDS.get(row, widths)
+    if widths != known:
+        raise LayoutError(
+            f"widths={widths}: rows of {row} bytes have values of {known[0]} bytes, then scales of "
+            f"{known[1]}; for rows of another kind, use opaque"
+        )
+    if values <= scales:
+        raise LayoutError(
+            f"widths={widths}: the values come first, and have more bytes than their scales"
+        )
 
 
 def _whole_numbers(facts: TensorFacts) -> TensorFacts:

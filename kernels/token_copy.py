@@ -85,6 +85,9 @@ class TokenCopy:
             cache = blocks_of_cache(cache)
         pairing = pairing_of(cache, _exact_layout(cache, chunks), layers, heads)
         places = Places.of(slots, pairing, eager, distinct=not to_heap)
+        if to_heap and cache.filled_tokens is not None:
+            filled = min(cache.filled_tokens[layer] for layer in pairing.layers)
+            places.require_filled(cache.block_size, filled, eager)
         _require_chunks(pairing, places.num_tokens, chunks)
         if not chunks.are_reachable:
             _require_reachable(cache, chunks.buffer)

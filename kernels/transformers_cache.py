@@ -3,21 +3,23 @@
 Facts from transformers 5.24.0, ``cache_utils.py``: a cache has ``layers``; a layer that holds
 attention has ``keys`` and ``values`` of ``[batch, heads, tokens, head dim]``, which are None or
 empty before its first token. Layers of a sliding window keep their last tokens only: their
-``get_seq_length()`` counts more tokens than the tensors have. Older caches have the lists
-``key_cache`` and ``value_cache``, and the oldest are tuples of (K, V).
+``get_seq_length()`` counts more tokens than the tensors have. Those of a ``StaticCache`` have room
+for more tokens than it counts. Older caches have the lists ``key_cache`` and ``value_cache``, and
+the oldest are tuples of (K, V).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from kvheap.kernels.arguments import as_whole
 from kvheap.kernels.engine_layouts import LayoutError
 from kvheap.kernels.tensor_dims import kind_of
 
-__all__ = ["key_value_tensors"]
+__all__ = ["KeyValues", "key_value_tensors"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -25,9 +27,16 @@ MAX_HEADS = 256
 """More KV heads than any known model has (GPT-3 has 96): what looks like more are tokens."""
 
 
+class KeyValues(NamedTuple):
+    """The tensors of a cache, and how many tokens of each layer are filled, if that is known."""
+
+    pairs: list[Pair]
+    filled: tuple[int, ...] | None
+
+
 def key_value_tensors(
     cache: object, num_kv_heads: int | None = None, head_dim: int | None = None
-) -> list[Pair]:
+) -> KeyValues:
     """The (K, V) tensors ``[B, H, T, D]`` of each layer, checked.
 
     Args:
@@ -38,8 +47,8 @@ def key_value_tensors(
 
     Raises:
         LayoutError: a layer has no K and V, keeps only a window of its tokens, or does not fit the
-            others or what was given.
-        TypeError: ``cache`` is of another kind.
+            others or what was given; or two pairs may be two lists.
+        TypeError: ``cache`` is of another kind, or counts its tokens in no integer.
     """
     pairs = _pairs(cache)
     if not pairs:
@@ -51,7 +60,8 @@ def key_value_tensors(
     first = tuple(pairs[0][0].shape)
     for layer, (keys, _) in enumerate(pairs):
         _require_like_first(layer, tuple(keys.shape), first)
-    return pairs
+    _require_pairs(cache, pairs)
+    return KeyValues(pairs, _filled(cache, pairs))
 
 
 def _pairs(cache: Any) -> list[Pair]:
@@ -63,9 +73,11 @@ def _pairs(cache: Any) -> list[Pair]:
             f"cross_attention_cache"
         )
     if hasattr(cache, "layers"):
-        return [_of_layer(number, layer) for number, layer in enumerate(cache.layers)]
+        layers = _listed("layers", cache.layers)
+        return [_of_layer(number, layer) for number, layer in enumerate(layers)]
     if hasattr(cache, "key_cache") and hasattr(cache, "value_cache"):
-        keys, values = list(cache.key_cache), list(cache.value_cache)
+        keys = _listed("key_cache", cache.key_cache)
+        values = _listed("value_cache", cache.value_cache)
         if len(keys) != len(values):
             raise LayoutError(f"the cache has {len(keys)} layers of K, {len(values)} of V")
         return list(zip(keys, values, strict=True))
@@ -89,16 +101,65 @@ def _of_layer(number: int, layer: Any) -> Pair:
             f"layer {number}, a {type(layer).__name__}, has no keys and values: it keeps another "
             f"state, or no token yet"
         )
-    count = getattr(layer, "get_seq_length", None)
-    if callable(count) and keys.dim() == 4:
-        num_tokens = int(count())
-        if num_tokens > keys.shape[2]:
-            raise LayoutError(
-                f"layer {number}, a {type(layer).__name__}, counts {num_tokens} tokens, but its "
-                f"keys [B, H, T, D] are {tuple(keys.shape)}: it keeps a window or quantized "
-                f"tokens, or heads and tokens are swapped"
-            )
     return keys, values
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    """What a cache has for each layer; one tensor of all layers counts as a list.
+
+    Raises:
+        TypeError: it is no list.
+    """
+    is_stacked = isinstance(value, torch.Tensor) and value.dim() == 5
+    is_other = isinstance(value, (torch.Tensor, str, bytes, Mapping))
+    if not is_stacked and (is_other or not hasattr(value, "__iter__")):
+        raise TypeError(f"{name} of a cache must be a list, got {kind_of(value)}")
+    return list(value)
+
+
+def _filled(cache: Any, pairs: list[Pair]) -> tuple[int, ...] | None:
+    """How many tokens each layer counts, if it does.
+
+    Raises:
+        LayoutError: it counts more than its tensors have.
+        TypeError: the count is no integer.
+    """
+    if hasattr(cache, "layers"):
+        counted = list(cache.layers)
+    elif hasattr(cache, "key_cache"):
+        counted = [cache] * len(pairs)
+    else:
+        return None
+    if not all(callable(getattr(one, "get_seq_length", None)) for one in counted):
+        return None
+    filled = []
+    for number, (one, (keys, _)) in enumerate(zip(counted, pairs, strict=True)):
+        name = f"layer {number}, a {type(one).__name__},"
+        count = as_whole(f"get_seq_length() of {name[:-1]}", one.get_seq_length())
+        if not 0 <= count <= keys.shape[2]:
+            raise LayoutError(
+                f"{name} counts {count} tokens, but its keys [B, H, T, D] are "
+                f"{tuple(keys.shape)}: it keeps a window or quantized tokens, or heads and tokens "
+                f"are swapped"
+            )
+        filled.append(count)
+    return tuple(filled)
+
+
+def _require_pairs(cache: Any, pairs: list[Pair]) -> None:
+    """Refuse two pairs of equal shapes that nobody calls K and V of two layers.
+
+    Raises:
+        LayoutError: they may be K of both layers, and V of both.
+    """
+    if hasattr(cache, "layers") or hasattr(cache, "key_cache") or len(pairs) != 2:
+        return
+    if len({tuple(side.shape) for pair in pairs for side in pair}) == 1:
+        raise LayoutError(
+            "two pairs of tensors may be (K, V) of two layers, or K of both and V of both: choose "
+            "one by name, PagedKVCache.of('kv-tuples-hnd', [(k0, v0), (k1, v1)]) or "
+            "PagedKVCache.of('sglang-mha-hnd', ([k0, k1], [v0, v1]))"
+        )
 
 
 def _require_heads_and_tokens(label: str, keys: Any, values: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a batch of copied blocks holds: the tokens of the blocks that were copied."""
+"""What a batch of copied blocks holds: the tokens of the blocks that were copied, as they were."""
 
 from __future__ import annotations
 
@@ -30,4 +30,6 @@ def carry_tokens(source: MemoryBatch | Rows | Sequence[MemoryObj], target: Memor
     for at, (stored, row) in enumerate(pairs):
         if not stored.is_unknown:
             tokens = stored.of(row, chunk.num_tokens, chunk.is_per_layer)
-            target.stored_tokens.set_row(at, tokens)
+            target.stored_tokens.set_row(at, tokens, stored.origin_of(row))
+    forms = {stored.form for stored, _ in pairs}
+    target.stored_tokens.form = forms.pop() if len(forms) == 1 else None

@@ -73,7 +73,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     - what the blocks are: ``layout``, ``shape``, ``dtype``, ``fmt``, ``size_bytes``;
     - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
-    - which tokens they hold: ``num_tokens``, ``set_num_tokens``;
+    - which tokens they hold: ``num_tokens``, ``set_num_tokens``, ``forget_origin``;
     - counts and streams: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
     - for allocators and transfers: ``counts``, ``is_owner``, ``is_writable``,
       ``await_filling``, ``claimable``, ``require_owner``, ``require_writable``, ``describe``.
@@ -191,8 +191,8 @@ class MemoryBatch(Sequence["MemoryObj"]):
         """What another process passes to ``heap.view`` to wrap the blocks."""
         sets = self.stored_tokens.sets(self._length, self.layout)
         count = self.num_tokens if sets is None else None
-        form = self.stored_tokens.form
-        return MemoryBatchMetadata(self._address_batch, self.layout, count, sets, form)
+        form, origins = self.stored_tokens.form, self.stored_tokens.origins(self._length)
+        return MemoryBatchMetadata(self._address_batch, self.layout, count, sets, form, origins)
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a MemoryBatch cannot be pickled: send its metadata")
@@ -220,6 +220,15 @@ class MemoryBatch(Sequence["MemoryObj"]):
             num_tokens = as_integer("num_tokens", num_tokens)
             require_token_count(self.layout, self._length, num_tokens)
         self.stored_tokens.set_first(num_tokens)
+
+    def forget_origin(self) -> None:
+        """Let a load take the blocks for any layers and heads, as many as they hold.
+
+        A store that names some of a cache's layers or heads says which ones the blocks hold, and a
+        load that names others raises. Between caches that number them differently, such as those
+        of pipeline stages of another size, that is meant: call this before the load.
+        """
+        self.stored_tokens.set_origins(None)
 
     # -- counts and streams --------------------------------------------------------------------
 
@@ -520,6 +529,7 @@ class MemoryObj(LMCacheNames):
             dtypes=list(layout.dtypes),
             stored=self._batch.stored_tokens.of_block(self._row, layout),
             form=self._batch.stored_tokens.form,
+            origin=self._batch.stored_tokens.origin_of(self._row),
         )
 
     def __reduce__(self) -> tuple[object, ...]:

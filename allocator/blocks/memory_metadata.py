@@ -5,7 +5,7 @@ and what they hold, pickle these objects, or send ``to_dict()`` through msgpack 
 passes the result to ``heap.view``.
 
 ``MemoryObjMetadata`` has the fields of LMCache 0.5.6's class of the same name, and its dicts have
-the same keys; ``stored`` is added where tokens are known.
+the same keys; ``stored``, ``form`` and ``origin`` are added where they are known.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kvheap.addresses.address_batch import AddressBatch
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.metadata_reader import Reader
+from kvheap.blocks.origin import Origin
 
 __all__ = ["MemoryBatchMetadata", "MemoryObjMetadata"]
 
@@ -40,6 +41,7 @@ class MemoryObjMetadata:
         dtypes: their dtypes, or None.
         stored: which tokens were stored in it, bit ``t`` for token ``t``; None if not known.
         form: in what units, see ``StoredTokens.form``; None if not known.
+        origin: from which layers and heads of a cache; None if not known, or all.
     """
 
     shape: torch.Size
@@ -53,6 +55,7 @@ class MemoryObjMetadata:
     dtypes: list[torch.dtype] | None = None
     stored: int | None = None
     form: str | None = None
+    origin: Origin | None = None
 
     def get_size(self) -> int:
         """Logical bytes of all groups."""
@@ -84,6 +87,8 @@ class MemoryObjMetadata:
             values["stored"] = f"{self.stored:x}"
         if self.form is not None:
             values["form"] = self.form
+        if self.origin is not None:
+            values["origin"] = self.origin.to_list()
         return values
 
     @classmethod
@@ -111,6 +116,7 @@ class MemoryObjMetadata:
             dtypes=dtypes,
             stored=read.token_set("stored") if "stored" in values else None,
             form=read.optional("form", read.text) if "form" in values else None,
+            origin=read.origin("origin") if "origin" in values else None,
         )
 
 
@@ -126,6 +132,8 @@ class MemoryBatchMetadata:
         stored: which tokens each block holds, if they are not the first ones of the batch: bit
             ``t`` for token ``t``, None for a block of which nothing is known.
         form: in what units they were stored, see ``StoredTokens.form``; None if not known.
+        origins: from which layers and heads of a cache each block was stored, or one for all of
+            them; None if that is not known, or from all.
     """
 
     blocks: AddressBatch
@@ -133,6 +141,7 @@ class MemoryBatchMetadata:
     num_tokens: int | None = None
     stored: tuple[int | None, ...] | None = None
     form: str | None = None
+    origins: tuple[Origin | None, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, strings and lists, for msgpack or JSON; O(R) for R runs.
@@ -154,6 +163,8 @@ class MemoryBatchMetadata:
             values["stored"] = [None if held is None else f"{held:x}" for held in self.stored]
         if self.form is not None:
             values["form"] = self.form
+        if self.origins is not None:
+            values["origins"] = [None if o is None else o.to_list() for o in self.origins]
         return values
 
     @classmethod
@@ -181,7 +192,8 @@ class MemoryBatchMetadata:
         num_tokens = read.optional("num_tokens", read.integer) if "num_tokens" in values else None
         stored = read.token_sets("stored") if "stored" in values else None
         form = read.optional("form", read.text) if "form" in values else None
-        return cls(blocks, layout, num_tokens, stored, form)
+        origins = read.origins("origins") if "origins" in values else None
+        return cls(blocks, layout, num_tokens, stored, form, origins)
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str | None:

@@ -13,6 +13,7 @@ import torch
 
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.names import as_dtype
+from kvheap.blocks.origin import Origin
 
 __all__ = ["Reader"]
 
@@ -103,6 +104,16 @@ class Reader:
             return None
         return tuple(self._token_set(key, value) for value in self._list(key))
 
+    def origin(self, key: str) -> Origin | None:
+        """An origin as its numbers, or None."""
+        return self._origin(key, self._value(key))
+
+    def origins(self, key: str) -> tuple[Origin | None, ...] | None:
+        """A list of such origins, or None."""
+        if self._value(key) is None:
+            return None
+        return tuple(self._origin(key, value) for value in self._list(key, at_least=1))
+
     def fmt(self, key: str) -> MemoryFormat:
         """The number of a format."""
         number = self._integer(key, self._value(key))
@@ -141,6 +152,19 @@ class Reader:
         if not isinstance(value, str) or not value or set(value) - HEX_DIGITS:
             raise ValueError(f"{key} must be tokens in hexadecimal digits, got {value!r}")
         return int(value, 16)
+
+    def _origin(self, key: str, value: object) -> Origin | None:
+        if value is None:
+            return None
+        if not isinstance(value, (list, tuple)) or len(value) != 4:
+            raise ValueError(f"{key} must be the numbers of an origin, got {value!r}")
+        layer, of_layers, head, rows_per_layer = value
+        return Origin(
+            None if layer is None else self._integer(key, layer),
+            self._integer(key, of_layers),
+            None if head is None else self._integer(key, head),
+            self._integer(key, rows_per_layer),
+        )
 
     def _dtype(self, key: str, value: object) -> torch.dtype:
         if not isinstance(value, str):

@@ -13,6 +13,9 @@ refused.
 A store may write only some layers or heads: some :class:`Cells` of each chunk. These then have a
 record of their own, and what nobody has stored counts as empty. Once all cells hold the same
 tokens, one record stands for all again.
+
+With the tokens goes their :class:`~kvheap.blocks.origin.Origin`: of which layers and heads they
+are, where a store named some.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache, reduce
 from operator import and_
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.origin import Origin
 from kvheap.kernels.chunk_layout import ChunkLayout
 
 __all__ = [
@@ -72,12 +76,17 @@ class StoredTokens:
     ``is_per_layer``, whether the chunks of each layer follow those of the layer before.
     """
 
-    __slots__ = ("_apart", "_first", "_num_cells", "_of_row", "_rest", "form")
+    __slots__ = (
+        *("_apart", "_first", "_num_cells", "_of_row", "_origin", "_origin_of_row", "_rest"),
+        "form",
+    )
 
     def __init__(self) -> None:
         self._first: int | None = None
         # Single operations on a dict are atomic: threads may store into chunks of one batch.
         self._of_row: dict[int, TokenSet | None] = {}
+        self._origin: Origin | None = None
+        self._origin_of_row: dict[int, Origin | None] = {}
         # The cells with records of their own, by disjoint masks; None: no cells are apart.
         self._apart: dict[int, StoredTokens] | None = None
         self._rest: StoredTokens | None = None
@@ -105,10 +114,11 @@ class StoredTokens:
         """Number of chunks that have a record of their own."""
         return len(self._of_row)
 
-    def set_first(self, num_tokens: int | None) -> None:
+    def set_first(self, num_tokens: int | None, origin: Origin | None = None) -> None:
         """The batch holds its first ``num_tokens`` tokens; None: that is not known."""
         self._of_row = {}
         self._first = num_tokens
+        self._origin, self._origin_of_row = origin, {}
         self._apart = None
         self.form = None
 
@@ -175,16 +185,24 @@ class StoredTokens:
         if self._apart is None:
             return
         parts = self.within(None)
-        first, of_row = parts[0]._first, parts[0]._of_row
-        if any((part._first, part._of_row) != (first, of_row) for part in parts):
+        first = parts[0]._what
+        if any(part._what != first for part in parts):
             return
-        self._first, self._of_row = first, of_row
+        self._first, self._of_row, self._origin, self._origin_of_row = first
         self._apart = None
+
+    @property
+    def _what(self) -> tuple[Any, ...]:
+        return self._first, self._of_row, self._origin, self._origin_of_row
 
     def _copy(self) -> StoredTokens:
         found = StoredTokens()
-        found._first, found._of_row = self._first, dict(self._of_row)
+        found._take(self)
         return found
+
+    def _take(self, other: StoredTokens) -> None:
+        self._first, self._of_row = other._first, dict(other._of_row)
+        self._origin, self._origin_of_row = other._origin, dict(other._origin_of_row)
 
     def forget(self, rows: Int64Array | None) -> None:
         """The tokens of ``rows`` (None: all) are not known."""
@@ -194,6 +212,40 @@ class StoredTokens:
             self.form = None
             for part in self.within(None):
                 part._of_row.update(dict.fromkeys(rows.tolist()))
+                part._origin_of_row.update(dict.fromkeys(rows.tolist()))
+
+    @property
+    def origin(self) -> Origin | None:
+        """The origin of all chunks, if one says it all; else None."""
+        return None if self._origin_of_row or self._apart is not None else self._origin
+
+    @property
+    def has_origins(self) -> bool:
+        """Whether the origin of any chunk is known."""
+        return any(part._origin is not None or part._origin_of_row for part in self.within(None))
+
+    def origin_of(self, row: int) -> Origin | None:
+        """The origin of a chunk; None if it is not known, or not the same in all cells."""
+        if self._apart is not None:
+            found = {part.origin_of(row) for part in self.within(None)}
+            return found.pop() if len(found) == 1 else None
+        if row in self._origin_of_row:
+            return self._origin_of_row[row]
+        return None if self._origin is None else self._origin.of_row(row)
+
+    def origins(self, num_rows: int) -> tuple[Origin | None, ...] | None:
+        """The origin of each chunk, or one for all; None if none is known."""
+        if not self.has_origins:
+            return None
+        only = self.origin
+        return tuple(map(self.origin_of, range(num_rows))) if only is None else (only,)
+
+    def set_origins(self, origins: Sequence[Origin | None] | None) -> None:
+        """The origins of all chunks, one after the other, or one for all; None: not known."""
+        for part in self.within(None):
+            part._origin = origins[0] if origins is not None and len(origins) == 1 else None
+            each = origins if origins is not None and len(origins) > 1 else ()
+            part._origin_of_row = dict(enumerate(each))
 
     def of(self, row: int, chunk_tokens: int, is_per_layer: bool) -> TokenSet | None:
         """The tokens of a chunk that it has in all cells; None if they are not known."""
@@ -239,16 +291,17 @@ class StoredTokens:
         self.set_first(None)
         self._of_row = dict(enumerate(sets))
 
-    def set_row(self, row: int, tokens: TokenSet | None) -> None:
+    def set_row(self, row: int, tokens: TokenSet | None, origin: Origin | None = None) -> None:
         """The tokens of a chunk; None if they are not known."""
         for part in self.within(None):
             part._of_row[row] = tokens
+            if origin != part.origin_of(row):
+                part._origin_of_row[row] = origin
 
     def copy_from(self, other: StoredTokens) -> None:
         """Take over what is known of another batch of the same layout with as many chunks."""
         apart, rest = other._apart, other._rest
-        self._of_row = dict(other._of_row)
-        self._first = other._first
+        self._take(other)
         self._num_cells = other._num_cells
         self.form = other.form
         self._rest = None if apart is None or rest is None else rest._copy()

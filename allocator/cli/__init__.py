@@ -37,10 +37,12 @@ REPLAY_NOTES = """\
 geometries (KV of one chunk of 512 tokens):
   tiny              4 KiB   1 layer, 1 head, head dim 2, fp16
   small            32 KiB   2 layers, 2 KV heads, head dim 4, fp16
+  small-nvfp4     144 KiB   2 layers, 2 KV heads, head dim 64, NVFP4: 36 bytes a head
   small-mla        16 KiB   MLA: 2 layers, 8 elements a token, bf16
   small-indexer   132 KiB   2 layers, 132 bytes a token: 128 values and a scale
   small-opaque     12 KiB   2 layers, 32 blocks of 192 bytes
   llama-3-8b       64 MiB   32 layers, 8 KV heads, head dim 128, bf16
+  llama-3-8b-nvfp4 18 MiB   the same in NVFP4: 72 bytes a head
   llama-3-70b     160 MiB   80 layers, 8 KV heads, head dim 128, bf16
   llama-3-70b-tp4  40 MiB   one rank of four
   mistral-7b       64 MiB   32 layers, 8 KV heads, head dim 128, bf16
@@ -53,6 +55,7 @@ engine layouts (blocks of 16 tokens):
                vllm-lbhnc, vllm-lbnhc, vllm-lhbnc, vllm-blhnc, vllm-blnhc, vllm-bhlnc,
                vllm-cpu, vllm-cross-layer, sglang-mha, sglang-mha-hnd, trtllm, kv-tuples,
                kv-tuples-hnd, kv-tuples-slots
+  NVFP4        vllm-nvfp4, vllm-nvfp4-linear
   MLA          mla, sglang-mla, sglang-rows, vllm-packed, plane-tuples
   other        indexer, values-scales, opaque
 

@@ -52,6 +52,7 @@ HEAP_BYTES_END = 1 << 63
 
 _DEFAULT_GEOMETRIES = {
     "attention": "small",
+    "nvfp4": "small-nvfp4",
     "latent": "small-mla",
     "indexer": "small-indexer",
     "opaque": "small-opaque",

@@ -50,7 +50,7 @@ from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.paged_copy import Chunks, run_copy
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
-from kvheap.kernels.token_copy import TokenCopy
+from kvheap.kernels.token_copy import CONVERTIBLE, TokenCopy
 from kvheap.kernels.untraced import untraced
 
 __all__ = [
@@ -143,7 +143,8 @@ def load(
         batch: the chunks; see :func:`store`. A chunk may be named more than once.
         cache: the engine's cache.
         slots: where the tokens go; see :func:`store`.
-        layers: see :func:`store`.
+        layers: see :func:`store`. Chunks that were stored of some of a cache's layers or heads are
+            loaded as the same ones; ``MemoryBatch.forget_origin`` lets them be others.
         heads: see :func:`store`.
         convert: see :func:`store`.
         clear_rest: also zero the slots behind the last token's in its block, in the layers and
@@ -151,8 +152,9 @@ def load(
             former owner's NaN through.
 
     Raises:
-        ValueError: as for :func:`store`; a slot appears twice; or a token was not stored, if the
-            batch knows its tokens (``MemoryBatch.num_tokens``). Nothing is loaded.
+        ValueError: as for :func:`store`; a slot appears twice; a token was not stored, if the batch
+            knows its tokens (``MemoryBatch.num_tokens``); or the chunks are known to be of other
+            layers or heads. Nothing is loaded.
         TypeError, LifetimeError: as for :func:`store`; nothing is loaded.
     """
     heap = heap_of(batch)
@@ -196,9 +198,9 @@ def batched_store(
             many chunks for each layer.
         layers: store only these layers; the chunks then hold no others.
         allow_partial: if not all chunks fit, store only the first tokens, as many as fit.
-        convert: store a cache of bfloat16 or float16 as float8_e4m3fn, with float32 scales in a
-            second group of each chunk (the first, if the bytes of the elements are not a multiple
-            of 4); this loses precision.
+        convert: store a cache of bfloat16 or float16, whose K and V have one size, as
+            float8_e4m3fn, with float32 scales in a second group of each chunk (the first, if the
+            bytes of the elements are not a multiple of 4); this loses precision.
 
     Returns:
         The chunks; None if they do not fit.
@@ -215,6 +217,8 @@ def batched_store(
     if fmt is None:
         fmt = MemoryFormat.KV_2LTD if cache.chunk_planes == 2 else MemoryFormat.KV_MLA_FMT
     fmt = as_format(fmt)
+    if convert:
+        _require_convertible(cache, fmt)
     shape = chunk_shape(cache, fmt, chunk_tokens, num_layers)
     layout = ChunkLayout.of(dim_order_of(fmt), shape, cache.dtype.itemsize)
     num_tokens = count_tokens(slots, cache.block_size)
@@ -356,7 +360,7 @@ def chunk_shape(
     """
     order = dim_order_of(fmt)
     chunk_tokens = require_count("chunk_tokens", chunk_tokens, at_least=1)
-    planes = 2 if "P" in order and fmt is not MemoryFormat.KV_MLA_FMT else 1
+    planes = _chunk_planes(fmt)
     row_bytes = sum(plane.row_bytes for plane in cache.planes) * cache.num_heads
     if planes == 2 and not cache.is_key_value:
         raise ValueError(f"{fmt.name} holds K and V planes; {cache.layout.name} has none")
@@ -376,11 +380,42 @@ def chunk_shape(
     return tuple(sizes[letter] for letter in order)
 
 
+def _require_convertible(cache: PagedKVCache, fmt: MemoryFormat) -> None:
+    """Raise if KV of a cache cannot be converted to chunks of a format.
+
+    Raises:
+        ValueError: says what a conversion needs.
+    """
+    if cache.layout.whole_blocks:
+        raise ValueError(
+            f"convert=True needs rows of single tokens, and {cache.layout.name} holds no rows that "
+            f"could be converted"
+        )
+    if cache.dtype not in CONVERTIBLE:
+        raise ValueError(
+            f"convert=True needs a cache of bfloat16 or float16: only these can be converted, got "
+            f"{cache.dtype}"
+        )
+    planes = _chunk_planes(fmt)
+    if cache.num_planes != planes:
+        raise ValueError(
+            f"convert=True needs a plane of the chunk for each of the cache's, such as K and V of "
+            f"one size in KV_2LTD: {cache.layout.name} has planes of "
+            f"{[plane.row_bytes for plane in cache.planes]} bytes a head, {fmt.name} has {planes}"
+        )
+
+
+def _chunk_planes(fmt: MemoryFormat) -> int:
+    return 2 if "P" in dim_order_of(fmt) and fmt is not MemoryFormat.KV_MLA_FMT else 1
+
+
 def _chunks(heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool) -> Chunks:
     """Describe the chunks to the kernels."""
     require_cache(cache)
     require_flags(convert=convert)
     layout, addresses = layout_and_addresses(objs)
+    if convert:
+        _require_convertible(cache, layout.fmt)
     await_filling(objs, heap.device)
     absolute, alignment = heap.absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout

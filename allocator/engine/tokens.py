@@ -1,4 +1,4 @@
-"""Which tokens chunks hold: recorded by a store, and required by a load.
+"""Which tokens chunks hold, and of which layers: recorded by a store, and required by a load.
 
 Both cost O(1) for whole batches, with all layers and heads. For lists of chunks, and if slots on
 the host skip tokens, they cost a few operations for each chunk. A slot of -1 that is on a device
@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from kvheap.blocks.heap import BlockObjects
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
+from kvheap.blocks.origin import Origin
 from kvheap.blocks.stored_tokens import Cells, StoredTokens, TokenSet, sets_of
+from kvheap.engine.origins import origin_of, require_origin
 from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import Pairing
@@ -66,13 +68,15 @@ def require_stored(
         cache: the cache.
 
     Raises:
-        ValueError: names the first such token, or the chunks hold other units than the cache's.
+        ValueError: names the first such token; or the chunks hold other units than the cache's, or
+            other layers or heads than the load names.
     """
     form = _form_of(cache, copy.pairing)
     for stored in _records_of(objs):
         if stored.form not in (None, form):
             raise ValueError(f"the chunks hold {stored.form}, the cache takes {form}")
     places, cells = _tokens_of(copy.places, cache), _cells_of(copy.pairing)
+    require_origin(objs, origin_of(copy.pairing, len(objs)), cells)
     num_tokens = places.num_tokens
     if isinstance(objs, MemoryBatch):
         stored = objs.stored_tokens
@@ -115,8 +119,9 @@ def record_stored(
 ) -> None:
     """Record what a store has written: the tokens of each chunk are now those of this store.
 
-    Tokens that the store skipped are as they were, unless it converted: the new scales are not
-    those of the tokens that were there. Arguments are those of :func:`require_stored`.
+    Tokens that the store skipped are as they were, unless it converted (the new scales are not
+    those of the tokens that were there), or they were of other layers or heads. Arguments are those
+    of :func:`require_stored`.
     """
     form = _form_of(cache, copy.pairing)
     were = [(stored, stored.form) for stored in _records_of(objs)]
@@ -129,6 +134,7 @@ def record_stored(
 def _record(objs: BlockObjects, chunk: ChunkLayout, copy: TokenCopy, cache: PagedKVCache) -> None:
     places, cells = _tokens_of(copy.places, cache), _cells_of(copy.pairing)
     num_tokens, kept = places.num_tokens, places.kept(cache.block_size)
+    origin = origin_of(copy.pairing, len(objs))
     keeps_skipped = copy.chunks.scale_offset is None
     if isinstance(objs, MemoryBatch):
         stored = objs.stored_tokens
@@ -137,10 +143,10 @@ def _record(objs: BlockObjects, chunk: ChunkLayout, copy: TokenCopy, cache: Page
             kept, num_tokens = _without_padding(kept, num_tokens, chunk.num_tokens)
         if kept is None:
             for part in parts:
-                part.set_first(num_tokens)
+                part.set_first(num_tokens, origin)
         else:
             each = [(parts, row) for row in range(len(objs))]
-            _record_rows(each, chunk, num_tokens, kept, keeps_skipped)
+            _record_rows(each, chunk, num_tokens, kept, keeps_skipped, origin)
         stored.join()
         return
     pairs = _rows_of(objs)
@@ -155,7 +161,7 @@ def _record(objs: BlockObjects, chunk: ChunkLayout, copy: TokenCopy, cache: Page
                 stored.empty_if_unknown(None)  # the chunks of the other layers
             records[id(stored)] = stored.to_store(cells, rows_by_batch[id(stored)])
     each = [(records[id(stored)], row) for stored, row in pairs]
-    _record_rows(each, chunk, num_tokens, kept, keeps_skipped)
+    _record_rows(each, chunk, num_tokens, kept, keeps_skipped, origin)
     for stored, _ in pairs:
         stored.join()
 
@@ -166,19 +172,27 @@ def _record_rows(
     num_tokens: int,
     kept: Kept,
     keeps_skipped: bool,
+    origin: Origin | None,
 ) -> None:
     """Record the tokens of each chunk by itself, in each of the records that it has."""
     written = sets_of(num_tokens, kept, chunk.num_tokens)
     spans = sets_of(num_tokens, None, chunk.num_tokens)
+    origins = [None] * len(rows) if origin is None else origin.of_rows(len(rows))
     for at, (parts, row) in enumerate(rows):
         number = at % len(written)
         skipped = spans[number] & ~written[number]
         for part in parts:
             held: TokenSet | None = 0
-            if skipped and (keeps_skipped or not written[number]):
-                held = part.of(row, chunk.num_tokens, chunk.is_per_layer)
+            now = origins[at]
+            if skipped:
+                before = part.origin_of(row)
+                now = now if written[number] else before
+                is_alike = now is None or before is None or now.agrees_with(before)
+                if is_alike and (keeps_skipped or not written[number]):
+                    held = part.of(row, chunk.num_tokens, chunk.is_per_layer)
             # If nothing is known of the tokens that were skipped, nothing is known of the chunk.
-            part.set_row(row, None if held is None else written[number] | (held & skipped))
+            tokens = None if held is None else written[number] | (held & skipped)
+            part.set_row(row, tokens, now)
 
 
 def _without_padding(

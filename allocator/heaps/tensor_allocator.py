@@ -300,6 +300,8 @@ class TensorMemoryAllocator(Heap):
         if view.stored is not None:
             batch.stored_tokens.set_rows(view.stored)
         batch.stored_tokens.form = view.form
+        if view.origins is not None:
+            batch.stored_tokens.set_origins(view.origins)
         return batch
 
     # -- free ----------------------------------------------------------------------------------

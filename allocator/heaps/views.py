@@ -17,6 +17,7 @@ from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.memory_metadata import MemoryBatchMetadata, MemoryObjMetadata
+from kvheap.blocks.origin import Origin, require_origins
 from kvheap.blocks.stored_tokens import require_token_sets
 from kvheap.heaps.segments import Segments
 
@@ -39,6 +40,7 @@ class View:
         num_tokens: how many tokens they hold; None if that is not known.
         stored: the tokens of each, if ``num_tokens`` does not say it all.
         form: in what units; None if that is not known.
+        origins: from which layers and heads each was stored, or one for all; None if not known.
     """
 
     layout: BlockLayout
@@ -46,6 +48,7 @@ class View:
     num_tokens: int | None = None
     stored: Sequence[int | None] | None = None
     form: str | None = None
+    origins: Sequence[Origin | None] | None = None
 
 
 def read_view(
@@ -92,7 +95,10 @@ def read_view(
     blocks = metadata.blocks.checked()
     if metadata.stored is not None:
         require_token_sets(layout, len(blocks), metadata.stored)
-    return View(layout, blocks, metadata.num_tokens, metadata.stored, metadata.form)
+    if metadata.origins is not None:
+        require_origins(len(blocks), metadata.origins)
+    known = (metadata.num_tokens, metadata.stored, metadata.form, metadata.origins)
+    return View(layout, blocks, *known)
 
 
 def _metadata_of(blocks: ViewedBlocks) -> MemoryBatchMetadata | None:
@@ -123,7 +129,10 @@ def _of_objects(objs: Sequence[Any]) -> MemoryBatchMetadata:
     is_known = any(held is not None for held in stored)
     forms = {obj.form for obj in objs}
     form = forms.pop() if len(forms) == 1 else None
-    return MemoryBatchMetadata(blocks, layouts[0], None, stored if is_known else None, form)
+    tokens = stored if is_known else None
+    origins = tuple(obj.origin for obj in objs)
+    where = origins if any(origin is not None for origin in origins) else None
+    return MemoryBatchMetadata(blocks, layouts[0], None, tokens, form, where)
 
 
 def _layout_of(obj: MemoryObjMetadata) -> BlockLayout:

@@ -40,8 +40,8 @@ class _Sizes:
     """Sizes of an engine's tensors by letter.
 
     L layers, B blocks, N tokens of a block, H heads, C elements of a head, F elements of K and V
-    of a head, S slots of all blocks, I bytes that an indexer keeps for a token, R and K elements of
-    two parts of a head. A digit stands for itself.
+    of a head, G heads of K and of V, S slots of all blocks, I bytes that an indexer keeps for a
+    token, R and K elements of two parts of a head. A digit stands for itself.
     """
 
     by_letter: Mapping[str, int]
@@ -54,6 +54,7 @@ class _Sizes:
     ) -> _Sizes:
         sizes = {"L": geometry.num_layers, "B": num_blocks, "N": block_size}
         sizes |= {"H": geometry.num_heads, "C": geometry.head_dim, "F": 2 * geometry.head_dim}
+        sizes |= {"G": 2 * geometry.num_heads}
         sizes |= {"S": num_blocks * block_size, "I": INDEXER_BYTES}
         sizes |= {"K": geometry.head_dim // 4, "R": geometry.head_dim - geometry.head_dim // 4}
         return cls(sizes, geometry.dtype, device)
@@ -84,7 +85,8 @@ class EngineTensors:
         kind: the kind of geometry that they can keep.
         make: makes the tensors, filled with zeros.
         planes: takes the tensors, a layer, and the number of tokens of a block. Returns views
-            ``[B, N, H, C]``: of K and V, of values and scales, or a single view.
+            ``[B, N, H, C]``: of K and V, of values and scales, of both of K and of V, or a single
+            view.
         by_head: whether a chunk keeps each block head by head, because only whole blocks are
             copied, not token by token.
         widths: bytes of values and of scales, if the engine layout needs to be told.
@@ -117,6 +119,16 @@ def _key_then_value_rows(
     """Views of K and V in ``[L, B, H, N, 2C]``, where a head has all its K rows first."""
     rows = tensor[layer].view(*tensor.shape[1:3], 2 * block_size, -1)
     return rows.transpose(1, 2).chunk(2, dim=1)
+
+
+def _nvfp4_planes(tensor: torch.Tensor, layer: int, block_size: int) -> Sequence[torch.Tensor]:
+    """Views of the data and scales of K, then of V, in ``[L, B, 2H, N, C]`` of bytes."""
+    num_blocks, head_slots, _, row_bytes = tensor.shape[1:]
+    shape = (num_blocks, head_slots // 2, block_size)
+    sides = tensor[layer].flatten(1).chunk(2, dim=1)
+    end = head_slots // 2 * block_size * row_bytes * 8 // 9
+    parts = (part for side in sides for part in (side[:, :end], side[:, end:]))
+    return [part.view(*shape, -1).transpose(1, 2) for part in parts]
 
 
 def _pages(slots: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -196,6 +208,10 @@ ENGINE_LAYOUTS: Mapping[str, EngineTensors] = {
     "vllm-cpu": EngineTensors(
         "attention", lambda sizes: sizes.zeros("LBHNF"), _key_then_value_rows, by_head=True
     ),
+    "vllm-nvfp4": EngineTensors(
+        "nvfp4", lambda sizes: sizes.zeros("LBGNC"), _nvfp4_planes, by_head=True
+    ),
+    "vllm-nvfp4-linear": EngineTensors("nvfp4", lambda sizes: sizes.zeros("LBGNC"), _nvfp4_planes),
     "vllm-packed": EngineTensors(
         "latent",
         lambda sizes: sizes.zeros("LB1NC"),
@@ -225,8 +241,7 @@ ENGINE_LAYOUTS: Mapping[str, EngineTensors] = {
         lambda caches, layer, _: (caches[layer][:, None, None],),
     ),
 }
-"""Tensors of engine layouts, by their names in :data:`~kvheap.kernels.paged_layout.LAYOUTS`. Those
-of NVFP4 are missing: no named geometry keeps such rows."""
+"""Tensors of engine layouts, by their names in :data:`~kvheap.kernels.paged_layout.LAYOUTS`."""
 
 
 class EngineCache:
@@ -336,14 +351,16 @@ class EngineCache:
 
     def _pieces(self, chunks: torch.Tensor, layer: int) -> list[torch.Tensor]:
         """Views ``[chunks, blocks of a chunk, N, H, C]`` of a layer of chunks, for each plane."""
-        planes: Sequence[torch.Tensor] = chunks[:, :, layer].unbind(1)
-        blocks = (len(chunks), self._blocks_per_chunk)
+        sides: Sequence[torch.Tensor] = chunks[:, :, layer].unbind(1)
+        widths = [plane.shape[-1] for plane in self._planes(layer)]
+        widths = widths[: len(widths) // len(sides)]  # planes that are side by side in the chunk
+        ends = [sum(widths[: at + 1]) for at in range(len(widths) - 1)]
+        blocks, heads = (len(chunks), self._blocks_per_chunk), self.geometry.num_heads
+        size = self._block_size
         if self._engine_tensors.by_head:
-            by_head = (*blocks, self.geometry.num_heads, self._block_size, -1)
-            return [plane.flatten(1).view(by_head).transpose(2, 3) for plane in planes]
-        if len(planes) == 1:
-            widths = [plane.shape[-1] for plane in self._planes(layer)]
-            ends = [sum(widths[: at + 1]) for at in range(len(widths))]
-            planes = planes[0].tensor_split(ends[:-1], dim=-1)
-        shape = (*blocks, self._block_size, self.geometry.num_heads)
-        return [plane.view(*shape, -1) for plane in planes]
+            by_head = [side.flatten(1).view(*blocks, heads, -1) for side in sides]
+            cuts = [size * end for end in ends]
+            parts = [part for side in by_head for part in side.tensor_split(cuts, dim=-1)]
+            return [part.view(*blocks, heads, size, -1).transpose(2, 3) for part in parts]
+        by_token = [side.view(*blocks, size, heads, -1) for side in sides]
+        return [part for side in by_token for part in side.tensor_split(ends, dim=-1)]

@@ -3,8 +3,9 @@
 Layers, KV heads, head dimensions and dtypes are those of each model's published ``config.json``
 (Hugging Face: meta-llama/Meta-Llama-3-8B and -70B, mistralai/Mistral-7B-v0.1, Qwen/Qwen3-8B,
 openai/gpt-oss-20b, deepseek-ai/DeepSeek-V3). MLA keeps ``kv_lora_rank + qk_rope_head_dim`` = 512 +
-64 elements for each token and layer. ``tiny`` and the ``small`` geometries are not of models: they
-are for tests, and for runs that time everything except copying.
+64 elements for each token and layer. NVFP4 keeps 4 bits of an element, and a byte of scale for each
+16: 9 bytes for 16 elements (vLLM 0.33.0, ``nvfp4_kv_cache_full_dim``). ``tiny`` and the ``small``
+geometries are not of models: they are for tests, and for runs that time everything except copying.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ __all__ = ["GEOMETRIES", "Geometry", "Kind"]
 OPAQUE_BLOCK_TOKENS = 16
 """Tokens of a block of the opaque geometry."""
 
-Kind = Literal["attention", "latent", "indexer", "opaque"]
-"""What an engine keeps for each token: K and V; one latent vector; 128 values and a scale. For
-``opaque``, it keeps whole blocks with unknown contents."""
+Kind = Literal["attention", "nvfp4", "latent", "indexer", "opaque"]
+"""What an engine keeps for each token: K and V; both with scales in NVFP4; one latent vector; 128
+values and a scale. For ``opaque``, it keeps whole blocks with unknown contents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class Geometry:
     Attributes:
         name: the name on the command line.
         kind: what is kept for each token.
-        shape: ``[2, L, T, H * C]`` for attention, else ``[1, L, T, D]``; T counts tokens, or the
-            engine's blocks if they are opaque.
+        shape: ``[2, L, T, H * C]`` for attention and NVFP4 (C counts bytes there), else
+            ``[1, L, T, D]``; T counts tokens, or the engine's blocks if they are opaque.
         dtype: of the elements.
         num_heads: KV heads H; 1 for kinds without heads.
     """
@@ -70,8 +71,8 @@ class Geometry:
     @property
     def fmt(self) -> MemoryFormat:
         """What the dimensions mean."""
-        is_attention = self.kind == "attention"
-        return MemoryFormat.KV_2LTD if is_attention else MemoryFormat.KV_MLA_FMT
+        is_key_value = self.kind in ("attention", "nvfp4")
+        return MemoryFormat.KV_2LTD if is_key_value else MemoryFormat.KV_MLA_FMT
 
     @property
     def layout(self) -> BlockLayout:
@@ -85,7 +86,7 @@ class Geometry:
 
     @property
     def head_dim(self) -> int:
-        """Elements of one head; of one token for kinds without heads."""
+        """Elements of one head, or its bytes in NVFP4; of one token for kinds without heads."""
         return self.shape[3] // self.num_heads
 
     @property
@@ -106,6 +107,12 @@ def _attention(
     return Geometry(name, "attention", shape, dtype, kv_heads)
 
 
+def _nvfp4(name: str, layers: int, kv_heads: int, head_dim: int) -> Geometry:
+    row_bytes = head_dim // 2 + head_dim // 16
+    shape = torch.Size((2, layers, CHUNK_TOKENS, kv_heads * row_bytes))
+    return Geometry(name, "nvfp4", shape, torch.uint8, kv_heads)
+
+
 def _latent_attention(name: str, layers: int, latent_dim: int) -> Geometry:
     shape = torch.Size((1, layers, CHUNK_TOKENS, latent_dim))
     return Geometry(name, "latent", shape, torch.bfloat16)
@@ -120,10 +127,12 @@ GEOMETRIES = {
     for geometry in (
         _attention("tiny", 1, 1, 2, torch.float16),
         _attention("small", 2, 2, 4, torch.float16),
+        _nvfp4("small-nvfp4", 2, 2, 64),
         _latent_attention("small-mla", 2, 8),
         _of_bytes("small-indexer", "indexer", 2, CHUNK_TOKENS, INDEXER_BYTES),
         _of_bytes("small-opaque", "opaque", 2, CHUNK_TOKENS // OPAQUE_BLOCK_TOKENS, 192),
         _attention("llama-3-8b", 32, 8, 128),
+        _nvfp4("llama-3-8b-nvfp4", 32, 8, 128),
         _attention("llama-3-70b", 80, 8, 128),
         _attention("llama-3-70b-tp4", 80, 2, 128),
         _attention("mistral-7b", 32, 8, 128),

@@ -563,3 +563,19 @@ def test_a_converted_chunk_is_stored_as_a_whole() -> None:
         load(batch, cache, range(40, 54), convert=True)
     with pytest.raises(ValueError, match="token 8 "):
         load(list(batch), cache, range(40, 54), convert=True)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_whole_blocks_stay_whole_blocks_in_another_heap(by_row: bool) -> None:
+    """Also if they are moved one by one: another layout would take their bytes for rows."""
+    tensors = [torch.rand(8, 2, 4, 16)]
+    cache, other = (PagedKVCache.of(name, tensors) for name in ("vllm-cpu", "vllm-lbhnc"))
+    near, far = soiled(), soiled()
+    batch = near.batched_store(cache, BlockIds([3, 1]), 8)
+    assert batch is not None
+    away = offload(list(batch) if by_row else batch, into=far)
+    assert away is not None
+    with pytest.raises(ValueError, match="the chunks hold whole blocks of 4 slots of vllm-cpu"):
+        load(away, other, BlockIds([0, 2]))
+    load(away, cache, BlockIds([0, 2]))
+    assert torch.equal(tensors[0][[0, 2]], tensors[0][[3, 1]])

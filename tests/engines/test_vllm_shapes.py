@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 
 import pytest
-from engine_caches import EngineCache, because, check_blocks, check_detected, each, engine_code
+from engine_caches import EngineCache, check_blocks, check_detected, each, engine_code
 from vllm_attention import SCENES, layouts_of, make
 from vllm_layers import LAYERS
 from vllm_scenes import ALL_LAYOUTS, BLOCK_COMPACT, LAYER_BY_LAYER
@@ -18,10 +18,7 @@ TOLD = ("kv_cache_dtype", "backend")
 """What an engine may leave out when it asks for its layout."""
 
 
-NOT_YET = because(
-    "taken for NVFP4",
-    "TRITON_ATTN-int4_per_token_head-2",
-)
+NOT_YET: dict[str, str] = {}
 """Cases whose engine layout is missing, and why; each must fail until it is taken off the list."""
 
 NOT_YET_TOLD_LESS: dict[str, str] = {}
@@ -33,6 +30,7 @@ IN_BLOCKS = {"CPU_ATTN-2", "CPU_ATTN-3"}
 
 NEEDS_A_NAME = {
     "ROCM_AITER_FA-2": "its blocks look the same whether shuffled or not: an environment variable",
+    "ROCM_AITER_UNIFIED_ATTN-2": "the same",
 }
 """Cases that may be refused: nothing that the engine knows tells them from others."""
 

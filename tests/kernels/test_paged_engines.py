@@ -7,6 +7,7 @@ source makes it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -513,3 +514,37 @@ def test_some_layers_of_parts() -> None:
         row = found[0, layer - 1, 0 if slot == 8 else 7]
         block, at = divmod(slot, 4)
         assert torch.equal(row, torch.cat([part[block, at, 0] for part in layers[layer]]))
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ((568, 16), "rows of 584 bytes have values of 576 bytes, then scales of 8"),
+        ((8, 576), "rows of 584 bytes have values of 576 bytes"),
+        ((583, 1), "rows of 584 bytes have values of 576 bytes"),
+        ((520, 8), "rows of 528 bytes have values of 512 bytes, then scales of 16"),
+        ((272, 16), "rows of 288 bytes have values of 256 bytes, then scales of 32"),
+        ((66, 66), "rows of 132 bytes have values of 128 bytes, then scales of 4"),
+        ((4, 64), "rows of 68 bytes have values of 64 bytes, then scales of 4"),
+        ((8, 592), "the values come first, and have more bytes than their scales"),
+        ((300, 300), "the values come first"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_page", [False, True])
+def test_widths_of_the_same_sum(widths: tuple[int, int], message: str, is_page: bool) -> None:
+    """What is known of records of this size, and of scales, is not what was told."""
+    row = sum(widths)
+    shape = (5, 64 * row) if is_page else (5, 64, row)
+    with pytest.raises(LayoutError, match=re.escape(f"widths={widths}: {message}")):
+        PagedKVCache.of(
+            "values-scales", [torch.zeros(shape, dtype=U8)], widths=widths, block_size=64
+        )
+
+
+def test_widths_that_nothing_contradicts() -> None:
+    """Rows of 600 bytes are of no known engine: only the caller can say where they are split."""
+    pages = [torch.zeros(5, 64, 600, dtype=U8)]
+    for widths in ((592, 8), (576, 24), (512, 88), (598, 2)):
+        cache = PagedKVCache.of("values-scales", pages, widths=widths)
+        assert tuple(plane.row_bytes for plane in cache.planes) == widths

@@ -10,7 +10,7 @@ import torch
 from kernel_paths import ON_ALL_PATHS, running
 
 import kvheap
-from kvheap import LayoutError, MemoryFormat, PagedKVCache, TensorMemoryAllocator
+from kvheap import BlockIds, LayoutError, MemoryFormat, PagedKVCache, TensorMemoryAllocator
 
 B, H, T, D = 2, 3, 7, 8
 
@@ -47,13 +47,13 @@ FORMS = {"layers": as_layers, "lists": as_lists, "list of pairs": list, "pairs":
 @pytest.mark.parametrize("is_view", [False, True], ids=["contiguous", "a view of [B, T, H, D]"])
 def test_tokens_go_through_a_heap(form: str, is_view: bool, path: str) -> None:
     with running(path) as device:
-        pairs = [tuple(side.to(device) for side in pair()) for _ in range(2)]
+        pairs = [tuple(side.to(device) for side in pair()) for _ in range(3)]
         if is_view:  # as a model's projection leaves them
             pairs = [
                 tuple(s.transpose(1, 2).contiguous().transpose(1, 2) for s in p) for p in pairs
             ]
         cache = PagedKVCache.of_transformers(FORMS[form](pairs), num_kv_heads=H, head_dim=D)
-        assert (cache.num_layers, cache.num_blocks, cache.block_size) == (2, B, T)
+        assert (cache.num_layers, cache.num_blocks, cache.block_size) == (3, B, T)
         assert (cache.num_heads, cache.head_dim) == (H, D)
         heap = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8, device=device))
         slots = [T + 3, 0, 6, 13, 2]  # row b, token t: b * T + t
@@ -177,9 +177,101 @@ def test_what_does_not_fit_is_refused(cache: Any, known: dict[str, int], message
         (7, "got int"),
         (SimpleNamespace(self_attention_cache=1), "is two caches: give its self_attention_cache"),
         ([(pair()[0], None)], "layer 0, V must be a tensor, got None"),
+        (SimpleNamespace(layers=3), "layers of a cache must be a list, got 3"),
+        (SimpleNamespace(layers=None), "layers of a cache must be a list, got None"),
+        (SimpleNamespace(layers="ab"), "layers of a cache must be a list, got 'ab'"),
+        (SimpleNamespace(layers={0: 1}), "layers of a cache must be a list, got {0: 1}"),
+        (SimpleNamespace(key_cache=None, value_cache=None), "key_cache of a cache must be a list"),
+        (SimpleNamespace(key_cache=[], value_cache=7), "value_cache of a cache must be a list"),
+        (SimpleNamespace(key_cache=torch.ones(2), value_cache=[]), "key_cache of a cache must be"),
+        (
+            SimpleNamespace(layers=[SimpleNamespace(**vars(Layer(*pair())), get_seq_length=list)]),
+            r"get_seq_length\(\) of layer 0, a SimpleNamespace must be an integer, got \[\]",
+        ),
     ],
     ids=str,
 )
 def test_other_objects_are_refused(cache: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         PagedKVCache.of_transformers(cache)
+
+
+class TestTokensThatAreNotFilled:
+    """A ``StaticCache`` has room for more tokens than it counts: those hold nothing yet."""
+
+    @staticmethod
+    def cache(*filled: Any) -> PagedKVCache:
+        layers = [Layer(*pair(1, H, 9, D), num_tokens=count) for count in filled]
+        return PagedKVCache.of_transformers(SimpleNamespace(layers=layers))
+
+    @staticmethod
+    def heap(**options: Any) -> TensorMemoryAllocator:
+        return TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8), **options)
+
+    @pytest.mark.parametrize("count", [3, torch.tensor(3)], ids=str)  # as StaticLayer counts
+    def test_they_are_not_stored(self, count: Any) -> None:
+        cache, heap = self.cache(count, count), self.heap()
+        for slots, first in ((range(9), 3), ([0, -1, 4], 4), (BlockIds([0]), 3), ([8], 8)):
+            with pytest.raises(
+                ValueError, match=f"slot {first} is token {first} of row 0, .* had 3"
+            ):
+                heap.batched_store(cache, slots, 16)
+        assert heap.stats().allocated_bytes == 0
+        for slots in (range(3), [2, -1, 0], BlockIds([0], 3)):
+            batch = heap.batched_store(cache, slots, 16)
+            assert batch is not None
+        heap.batched_load(batch, cache, [6, 7, 8])  # to the empty ones
+
+    def test_rows_of_their_own(self) -> None:
+        keys, values = pair(2, H, 9, D)
+        layers = [Layer(keys, values, num_tokens=3)]
+        cache = PagedKVCache.of_transformers(SimpleNamespace(layers=layers))
+        assert self.heap().batched_store(cache, [2, 9, 11], 4) is not None
+        with pytest.raises(ValueError, match="slot 12 is token 3 of row 1"):
+            self.heap().batched_store(cache, [2, 9, 12], 4)
+        with pytest.raises(ValueError, match="slot 3 is token 3 of row 0"):
+            self.heap().batched_store(cache, BlockIds([0, 1], 12), 16)
+
+    def test_layer_after_layer(self) -> None:
+        """In the middle of a step, the first layers have a token more."""
+        cache = self.cache(4, 3)
+        assert self.heap().batched_store(cache, range(4), 4, layers=range(1)) is not None
+        for layers in (None, range(1, 2)):
+            with pytest.raises(ValueError, match="slot 3 is token 3"):
+                self.heap().batched_store(cache, range(4), 4, layers=layers)
+
+    def test_an_older_cache_counts_too(self) -> None:
+        keys, values = pair(1, H, 9, D)
+        old = SimpleNamespace(key_cache=[keys], value_cache=[values], get_seq_length=lambda: 5)
+        cache = PagedKVCache.of_transformers(old)
+        assert self.heap().batched_store(cache, range(5), 16) is not None
+        with pytest.raises(ValueError, match="slot 5 is token 5"):
+            self.heap().batched_store(cache, range(6), 16)
+        old.get_seq_length = lambda: 10
+        with pytest.raises(LayoutError, match="counts 10 tokens, but"):
+            PagedKVCache.of_transformers(old)
+
+    def test_nothing_is_known_of_pairs(self) -> None:
+        cache = PagedKVCache.of_transformers([pair(1, H, 9, D)])
+        assert cache.filled_tokens is None
+        assert self.heap().batched_store(cache, range(9), 16) is not None
+
+
+class TestTwoPairs:
+    """Two lists of two tensors: K and V of two layers, or K of both layers and V of both."""
+
+    def test_they_are_asked_for(self) -> None:
+        pairs = [pair(), pair()]
+        for nested in (pairs, tuple(pairs), [list(both) for both in pairs]):
+            with pytest.raises(LayoutError, match=r"two pairs .* choose one by name"):
+                PagedKVCache.of_transformers(nested, num_kv_heads=H, head_dim=D)
+        assert PagedKVCache.of("kv-tuples-hnd", pairs).num_layers == 2
+        assert PagedKVCache.of("sglang-mha-hnd", pairs).num_layers == 2
+        for form in (as_layers, as_lists):
+            assert PagedKVCache.of_transformers(form(pairs)).num_layers == 2
+
+    def test_sizes_tell(self) -> None:
+        assert PagedKVCache.of_transformers([pair(v_dim=5), pair(v_dim=5)]).num_layers == 2
+        keys, values = ([both[side] for both in (pair(v_dim=5), pair(v_dim=5))] for side in (0, 1))
+        with pytest.raises(LayoutError):  # K of both layers
+            PagedKVCache.of_transformers([keys, values])

@@ -41,8 +41,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_there_is_one_for_each_layout() -> None:
-    without_a_geometry = {"vllm-nvfp4", "vllm-nvfp4-linear"}
-    assert set(ENGINE_LAYOUTS) == set(LAYOUTS) - without_a_geometry
+    assert set(ENGINE_LAYOUTS) == set(LAYOUTS)
 
 
 @each_layout

@@ -51,6 +51,15 @@ def test_a_chunk_is_whole_pages_and_the_help_says_how_many_bytes(geometry: Geome
     assert math.isclose(said_bytes, geometry.chunk_bytes, rel_tol=1e-3)
 
 
+def test_nvfp4_keeps_nine_bytes_for_sixteen_elements() -> None:
+    """4 bits of an element, and one byte of scale for each 16: 0.5625 bytes an element."""
+    geometry, wide = GEOMETRIES["llama-3-8b-nvfp4"], GEOMETRIES["llama-3-8b"]
+    assert geometry.shape == (2, 32, 512, 8 * 72)
+    assert (geometry.dtype, geometry.num_heads, geometry.head_dim) == (torch.uint8, 8, 72)
+    assert geometry.chunk_bytes == wide.chunk_bytes // 2 * 9 // 16 == 18 * MIB
+    assert geometry.fmt == MemoryFormat.KV_2LTD
+
+
 class TestContents:
     contents = Contents(GEOMETRIES["tiny"], torch.device("cpu"))
 

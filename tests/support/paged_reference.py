@@ -152,6 +152,8 @@ class Engine:
             sizes = replace(sizes, num_heads=1)
         if layout in BYTES_ONLY:
             sizes = replace(sizes, dtype=torch.uint8)
+        if layout == "values-scales":  # values have more bytes than their scales
+            sizes = replace(sizes, head_dim=max(sizes.head_dim, SPLIT_SCALE_BYTES + 1))
         self.layout, self.sizes, self.device = layout, sizes, torch.device(device)
         self.spec, self.strides = SPECS[layout], strides
         self.block_size = 1 if layout == "opaque" else sizes.block_size
