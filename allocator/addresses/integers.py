@@ -30,11 +30,13 @@ def as_integer(name: str, value: Any) -> int:
     ...
     TypeError: size must be an integer, got 5.0
     """
-    if is_bool(value):
+    if type(value) is int:
+        return value
+    if is_bool(value) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     try:
         return as_index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # torch raises both
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
