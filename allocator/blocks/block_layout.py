@@ -75,10 +75,10 @@ class BlockLayout:
                 first = shapes[0]
                 shapes = first if isinstance(first, Sequence) else shapes
             return _single(_size(shapes), dtypes, fmt)
-        if not isinstance(dtypes, Sequence) or isinstance(dtypes, _TEXT):
+        if not _is_list(dtypes):
             raise TypeError(f"dtype must be a torch.dtype or a list of them, got {dtypes!r}")
         dtypes = [as_dtype(dtype) for dtype in dtypes]
-        if not isinstance(shapes, Sequence) or isinstance(shapes, _TEXT):
+        if not _is_list(shapes):
             raise TypeError(f"shape must be a sequence of integers, got {shapes!r}")
         is_one_shape = len(shapes) and not isinstance(shapes[0], Sequence)
         sizes = [_size(shapes)] if is_one_shape else [_size(shape) for shape in shapes]
@@ -168,6 +168,13 @@ def _integers(shape: Any) -> list[int]:
         return [as_integer("shape", extent) for extent in shape]
     except TypeError:
         raise TypeError(f"shape must be a sequence of integers, got {shape!r}") from None
+
+
+def _is_list(value: object) -> bool:
+    kind = type(value)
+    if kind is list or kind is tuple:
+        return True
+    return isinstance(value, Sequence) and not isinstance(value, _TEXT)
 
 
 _TEXT = (str, bytes, bytearray, memoryview)

@@ -126,7 +126,7 @@ class MemoryObjMetadata:
                 ``dtype`` is not that of the first group, or the block is smaller than its contents.
             TypeError: a value is of the wrong kind.
         """
-        self._require_counts()
+        self.require_counts()
         if self.dtype is None:
             raise ValueError(f"plain bytes are in no heap, got {self!r}")
         if self.shapes is None or self.dtypes is None:
@@ -135,9 +135,10 @@ class MemoryObjMetadata:
                 f"{self.shape!r} and dtype {self.dtype}, but shapes {self.shapes!r} and dtypes "
                 f"{self.dtypes!r}"
             )
-        for name, groups in (("shapes", self.shapes), ("dtypes", self.dtypes)):
-            if not isinstance(groups, (list, tuple)):
-                raise TypeError(f"{name} must be a list with that of each group, got {groups!r}")
+        if not isinstance(self.shapes, (list, tuple)):
+            raise TypeError(f"shapes must be a list with that of each group, got {self.shapes!r}")
+        if not isinstance(self.dtypes, (list, tuple)):
+            raise TypeError(f"dtypes must be a list with that of each group, got {self.dtypes!r}")
         if len(self.shapes) != len(self.dtypes):
             raise ValueError(
                 f"shapes and dtypes differ in length: {self.shapes!r}, {self.dtypes!r}"
@@ -161,19 +162,26 @@ class MemoryObjMetadata:
             ValueError: the bytes are freed, or ``shapes`` or ``dtypes`` describe groups.
             TypeError: a count is not an integer.
         """
-        self._require_counts()
+        self.require_counts()
         if self.dtype is not None or self.shapes is not None or self.dtypes is not None:
             raise ValueError(
                 f"dtype is {self.dtype}, as of plain bytes, but shapes is {self.shapes!r} and "
                 f"dtypes is {self.dtypes!r}"
             )
 
-    def _require_counts(self) -> None:
+    def require_counts(self) -> None:
+        """Raise if the block is freed, or a count is none.
+
+        Raises:
+            ValueError: the reference count is below 1, or the pin count below 0.
+            TypeError: a count is not an integer.
+        """
         if as_integer("ref_count", self.ref_count) < 1:
             raise ValueError(
                 f"ref_count is {self.ref_count}: the block at address {self.address} is freed"
             )
-        require_count("pin_count", self.pin_count)
+        if type(self.pin_count) is not int or self.pin_count < 0:
+            require_count("pin_count", self.pin_count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +264,9 @@ class MemoryBatchMetadata:
             TypeError: a value is of the wrong kind.
             ValueError: both ``num_tokens`` and ``stored`` say which tokens there are.
         """
+        is_plain = self.stored is None and self.form is None  # as most are
+        if is_plain and type(self.blocks) is AddressBatch and type(self.layout) is BlockLayout:
+            return
         kinds: list[tuple[str, object, type | tuple[type, ...], str]] = [
             ("blocks", self.blocks, AddressBatch, "an AddressBatch"),
             ("layout", self.layout, BlockLayout, "a BlockLayout"),

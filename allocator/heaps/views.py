@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
+
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
@@ -114,19 +116,38 @@ def _of_objects(objs: Sequence[Any]) -> MemoryBatchMetadata:
     for obj in objs:
         if not isinstance(obj, MemoryObjMetadata):
             raise TypeError(f"blocks must all be metadata of objects, got {obj!r} among them")
-    layouts = [obj.layout() for obj in objs]
-    sizes = [obj.phy_size for obj in objs]
-    for at, (layout, size) in enumerate(zip(layouts, sizes, strict=True)):
-        if layout != layouts[0] or size != sizes[0]:
+    first, layout = objs[0], objs[0].layout()
+    for at, obj in enumerate(objs):
+        if _holds_the_same(obj, first):
+            obj.require_counts()
+            continue
+        found = obj.layout()
+        if found != layout or obj.phy_size != first.phy_size:
             raise ValueError(
-                f"the blocks of a view must be alike: block 0 is {layouts[0]} in {sizes[0]} bytes, "
-                f"block {at} is {layout} in {size} bytes"
+                f"the blocks of a view must be alike: block 0 is {layout} in {first.phy_size} "
+                f"bytes, block {at} is {found} in {obj.phy_size} bytes"
             )
-    blocks = AddressBatch.of_addresses([obj.address for obj in objs], sizes[0])
+    blocks = AddressBatch.of_addresses([obj.address for obj in objs], first.phy_size)
     stored = tuple(obj.stored for obj in objs)
     is_known = any(held is not None for held in stored)
     form = _form_of(objs)
-    return MemoryBatchMetadata(blocks, layouts[0], None, stored if is_known else None, form)
+    return MemoryBatchMetadata(blocks, layout, None, stored if is_known else None, form)
+
+
+def _holds_the_same(one: MemoryObjMetadata, other: MemoryObjMetadata) -> bool:
+    """Whether two blocks hold the same, by their metadata's lists; a quick look."""
+    return (
+        type(one.phy_size) is int
+        and one.phy_size == other.phy_size
+        and type(one.shape) is type(other.shape) is torch.Size
+        and type(one.shapes) is type(other.shapes) is list
+        and type(one.dtypes) is type(other.dtypes) is list
+        and one.shape == other.shape
+        and one.shapes == other.shapes
+        and one.dtype is other.dtype
+        and one.dtypes == other.dtypes
+        and one.fmt is other.fmt
+    )
 
 
 def _form_of(objs: Sequence[MemoryObjMetadata]) -> str | None:
