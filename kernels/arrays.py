@@ -5,7 +5,7 @@ Imports NumPy only.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ __all__ = [
     "MAX_ACCESS_BYTES",
     "Int64Array",
     "alignment_of",
+    "as_array",
     "combined_bits",
     "int64_array",
     "require_all",
@@ -71,7 +72,7 @@ def int64_array(name: str, values: npt.ArrayLike, *, allow_scalar: bool = False)
     Traceback (most recent call last):
     ValueError: slots must be one-dimensional, got shape (1, 2)
     """
-    array = np.asarray(values)
+    array = as_array(name, values)
     if array.ndim != 1 and not (allow_scalar and array.ndim == 0):
         raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
     if array.size == 0:
@@ -81,6 +82,18 @@ def int64_array(name: str, values: npt.ArrayLike, *, allow_scalar: bool = False)
     if array.dtype == np.uint64:
         require_all(name, array, array < INT64_END, "must be below 2**63")
     return array.astype(np.int64, copy=False)
+
+
+def as_array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    """A caller's values as an array of any dtype.
+
+    Raises:
+        ValueError: they are lists of several lengths.
+    """
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise ValueError(f"{name} must be one-dimensional, got {values!r}") from None
 
 
 def require_all(

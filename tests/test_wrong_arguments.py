@@ -1,16 +1,19 @@
 """Every public callable with the wrong kind of each argument: it says what is wrong with it.
 
 Each error is a ``TypeError`` or ``ValueError`` of kvheap whose message names the argument or shows
-the value, and after it nothing is allocated, freed or copied.
+the value, and after it nothing is allocated, freed or copied. Odd values, which are right for some
+arguments, are taken or refused by kvheap, and never met by Python, NumPy or torch further inside.
 """
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,11 +27,14 @@ from kvheap import (
     HostBuffer,
     MemoryBatchMetadata,
     MemoryFormat,
+    MemoryObjMetadata,
     PagedKVCache,
+    PrefixIndex,
     PrefixStore,
     TensorMemoryAllocator,
 )
 from kvheap.kernels import fill_blocks, gather_blocks, move_blocks, scatter_blocks
+from kvheap.replay.trace import infer_chunk_tokens, read_trace, synthetic_trace
 from kvheap.transfer import copy
 
 HALF = torch.float16
@@ -41,6 +47,20 @@ WRONG: dict[str, Any] = {
     "list": [1, "a"],
     "tensor": torch.zeros(3),
     "class": dict,
+}
+ODD: dict[str, Any] = {
+    "None": None,
+    "huge": 1 << 70,
+    "negative": -1,
+    "True": True,
+    "NaN": float("nan"),
+    "empty": [],
+    "bytes": b"ab",
+    "set": {1, 2},
+    "ragged": [[1, 2], [3]],
+    "strange list": [None],
+    "array": np.zeros(3),
+    "bools": torch.tensor([True, False]),
 }
 
 
@@ -60,6 +80,18 @@ class Scene:
         self.manager = AddressManager(1 << 16)
         self.buffer = HostBuffer(1 << 16)
         self.before = self.state()
+
+    def ready(self) -> PrefixIndex[str, int]:
+        """An index that has chunks."""
+        index: PrefixIndex[str, int] = PrefixIndex()
+        index.begin(["a", "b"], [1, 2], 10).complete()
+        return index
+
+    def taken(self) -> AddressManager:
+        """A manager with an allocated extent."""
+        manager = AddressManager(1 << 16)
+        manager.allocate(4096)
+        return manager
 
     def state(self) -> tuple[Any, ...]:
         held = (self.heap.stats().allocated_bytes, self.far.stats().allocated_bytes)
@@ -93,6 +125,14 @@ HEAP_OPTIONS = {
     "on_full_interval_s": 1.0,
 }
 SECONDS = (("stream_wait_s", "float"), ("on_full_interval_s", "float"), ("on_full", "class"))
+
+PATH = ("path", "text")
+KEYS = (("keys", "list"), ("keys", "dict"))
+LOOK_UPS = ("prefix_length", "chunks", "addresses", "missing", "touch", "hold", "remove")
+METADATA: dict[str, Callable[[Scene], Any]] = {
+    "batch's": lambda s: s.batch.metadata,
+    "block's": lambda s: s.batch[0].metadata,
+}
 
 CALLS: dict[str, Call] = {
     "TensorMemoryAllocator": call(
@@ -334,12 +374,77 @@ CALLS: dict[str, Call] = {
         ("keys", "list"),
         ("keys", "text"),
     ),
+    **{
+        f"PrefixStore.{name}": call(
+            lambda s, name=name: getattr(s.index, name),
+            lambda s: {"keys": []},
+            *KEYS,
+        )
+        for name in LOOK_UPS
+    },
+    "PrefixStore.begin": call(
+        lambda s: s.index.begin, lambda s: {"keys": []}, ("keys", "list"), ("keys", "dict")
+    ),
+    "ChunkHold.release": call(lambda s: s.index.hold([]).release, lambda s: {"keys": []}, *KEYS),
+    "PrefixIndex": call(
+        lambda s: PrefixIndex, lambda s: {"policy": None, "name": "mine"}, ("name", "text")
+    ),
+    **{
+        f"PrefixIndex.{name}": call(
+            lambda s, name=name: getattr(s.ready(), name),
+            lambda s: {"keys": ["a"]},
+            *KEYS,
+        )
+        for name in ("prefix_length", "values", "missing", "touch", "hold", "remove")
+    },
+    "PrefixIndex.begin": call(
+        lambda s: s.ready().begin,
+        lambda s: {"keys": ["c", "d"], "values": [3, 4], "size_bytes": [10, 20]},
+        ("keys", "list"),
+        ("keys", "dict"),  # one key for two values
+        ("values", "list"),
+        ("values", "dict"),
+        ("values", "tensor"),
+        ("size_bytes", "dict"),
+        ("size_bytes", "tensor"),
+    ),
+    "PrefixIndex.evict": call(
+        lambda s: s.ready().evict,
+        lambda s: {"num_bytes": 10, "protected": ["a"]},
+        ("protected", "list"),
+        ("protected", "dict"),
+    ),
+    "Hold.release": call(lambda s: s.ready().hold(["a"]).release, lambda s: {"keys": ["a"]}, *KEYS),
+    **{
+        f"PendingStore.{name}": call(
+            lambda s, name=name: getattr(s.ready().begin(["c"], [3], 10), name),
+            lambda s: {"keys": ["c"]},
+            *KEYS,
+        )
+        for name in ("complete", "abort")
+    },
     "AddressManager": call(lambda s: AddressManager, lambda s: {"size": 4096, "align_bytes": 4096}),
     "AddressManager.allocate": call(lambda s: s.manager.allocate, lambda s: {"size": 4096}),
     "AddressManager.batched_allocate": call(
-        lambda s: s.manager.batched_allocate, lambda s: {"size": 4096, "batch_size": 2}
+        lambda s: s.manager.batched_allocate,
+        lambda s: {"size": 4096, "batch_size": 2, "allow_partial": False},
     ),
-    "AddressManager.sbrk": call(lambda s: s.manager.sbrk, lambda s: {"size": 4096}),
+    "AddressManager.of_pages": call(
+        lambda s: AddressManager.of_pages, lambda s: {"num_pages": 3, "page_bytes": 512}
+    ),
+    "AddressManager.compute_aligned_size": call(
+        lambda s: s.manager.compute_aligned_size, lambda s: {"size": 5}
+    ),
+    "AddressManager.free": call(lambda s: s.taken().free, lambda s: {"address": 0, "size": 4096}),
+    "AddressManager.batched_free": call(
+        lambda s: s.taken().batched_free, lambda s: {"blocks": [0], "sizes": 4096}
+    ),
+    "AddressManager.batched_free of pairs": call(
+        lambda s: s.taken().batched_free, lambda s: {"blocks": [(0, 4096)]}
+    ),
+    "AddressManager.sbrk": call(
+        lambda s: s.manager.sbrk, lambda s: {"size": 4096, "new_segment": False}
+    ),
     "AddressManager.max_batch": call(lambda s: s.manager.max_batch, lambda s: {"size": 4096}),
     "AddressBatch.of_addresses": call(
         lambda s: AddressBatch.of_addresses, lambda s: {"addresses": [0], "block_bytes": 4096}
@@ -347,6 +452,30 @@ CALLS: dict[str, Call] = {
     "AddressBatch.of_runs": call(
         lambda s: AddressBatch.of_runs,
         lambda s: {"block_bytes": 4096, "run_starts": [0], "run_counts": [1]},
+    ),
+    "AddressBatch[]": call(
+        lambda s: lambda index: AddressBatch(8, [0], [2])[index], lambda s: {"index": 1}
+    ),
+    "BlockLayout.view": call(
+        lambda s: s.layout.view,
+        lambda s: {"block": torch.zeros(s.layout.size_bytes, dtype=BYTES), "group": 0},
+    ),
+    "read_trace": call(lambda s: read_trace, lambda s: {"path": "/dev/null", "limit": None}, PATH),
+    "infer_chunk_tokens": call(lambda s: infer_chunk_tokens, lambda s: {"requests": []}),
+    "synthetic_trace": call(lambda s: synthetic_trace, lambda s: {"num_requests": 3, "seed": 0}),
+    **{
+        f"view of a {kind} metadata, {field.name}": call(
+            lambda s, of=of: lambda **change: s.heap.view(replace(of(s), **change)),
+            lambda s, of=of, field=field: {field.name: getattr(of(s), field.name)},
+            ("form", "text"),
+        )
+        for kind, of in METADATA.items()
+        for field in fields(of(Scene()))
+    },
+    "MemoryObjMetadata.from_dict": call(
+        lambda s: MemoryObjMetadata.from_dict,
+        lambda s: {"values": s.batch[0].metadata.to_dict()},
+        ("values", "dict"),
     ),
     "MemoryBatch[]": call(lambda s: lambda index: s.batch[index], lambda s: {"index": 0}),
     "MemoryBatch.set_num_tokens": call(
@@ -425,6 +554,44 @@ def test_the_wrong_kind_of_each_argument(name: str) -> None:
                 raise AssertionError(f"{where} is accepted")
             assert scene.state() == scene.before, where
             assert scene.heap.memcheck(), where
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_odd_values_of_each_argument(name: str) -> None:
+    """They are taken, or refused by a ``raise`` of kvheap."""
+    case = CALLS[name]
+    scene = Scene()
+    for argument in case.arguments(scene):
+        for kind, odd in ODD.items():
+            error = error_of(case.make(scene), {**case.arguments(scene), argument: odd})
+            if error is None:
+                scene = Scene()
+                continue
+            line = line_of(error)
+            is_missing_key = isinstance(error, KeyError) and "key" in line
+            where = f"{name}({argument}={kind})"
+            assert is_missing_key or line.startswith("raise "), f"{where}: {error!r} in {line!r}"
+
+
+def error_of(function: Callable[..., object], arguments: dict[str, Any]) -> Exception | None:
+    """What a call raises; None if it returns."""
+    try:
+        function(**arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def line_of(error: Exception) -> str:
+    """The line of kvheap's that has raised an error; empty if another's has."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    assert trace is not None
+    path = trace.tb_frame.f_code.co_filename
+    if not {"kvheap", "allocator", "kernels"} & set(Path(path).parts):
+        return ""
+    return linecache.getline(path, trace.tb_lineno).strip()
 
 
 def require_clear(error: Exception, argument: str, wrong: Any, where: str) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from kvheap.addresses.batch_checks import integers, is_run, positive, require_apart
 from kvheap.addresses.extents import Int64Array
+from kvheap.addresses.integers import as_integer
 
 __all__ = ["AddressBatch"]
 
@@ -229,7 +230,10 @@ class AddressBatch(Sequence[tuple[int, int]]):
         """One ``(address, size)`` pair, or a list of them for a slice."""
         if isinstance(index, slice):
             return list(zip(self.addresses[index].tolist(), repeat(self.block_bytes)))
-        return int(self.addresses[index]), self.block_bytes
+        number = as_integer("index", index)
+        if not -self.num_blocks <= number < self.num_blocks:
+            raise IndexError(f"block {number} is out of range for a batch of {self.num_blocks}")
+        return int(self.addresses[number]), self.block_bytes
 
     def __eq__(self, other: object) -> bool:
         """Whether the other sequence holds the same pairs in the same order."""

@@ -39,6 +39,7 @@ import numpy.typing as npt
 
 from kvheap.addresses import bulk
 from kvheap.addresses.address_batch import AddressBatch
+from kvheap.addresses.arguments import require_count, require_flags
 from kvheap.addresses.extents import Extents, Int64Array
 from kvheap.addresses.free_list import FreeList, Receipt
 from kvheap.addresses.free_requests import (
@@ -136,7 +137,7 @@ class AddressManager:
                 f"num_pages must be non-negative and page_bytes positive, got {num_pages} "
                 f"and {page_bytes}"
             )
-        _require_addressable(num_pages * page_bytes)
+        _require_addressable(num_pages * page_bytes, f" ({num_pages} pages of {page_bytes} bytes)")
         manager = cls.__new__(cls)
         manager._set_up(num_pages, page_bytes)
         return manager
@@ -154,8 +155,13 @@ class AddressManager:
         return self._unit
 
     def compute_aligned_size(self, size: int) -> int:
-        """``size`` rounded up to the alignment, in bytes."""
-        return round_up(size, self._unit)
+        """``size`` rounded up to the alignment, in bytes.
+
+        Raises:
+            TypeError: ``size`` is not an integer.
+            ValueError: ``size`` is negative.
+        """
+        return round_up(require_count("size", size), self._unit)
 
     def get_heap_size(self) -> int:
         """Bytes of the address space."""
@@ -267,11 +273,14 @@ class AddressManager:
 
         Raises:
             ValueError: ``size`` is not positive.
+            TypeError: a number is not an integer, or ``allow_partial`` neither True nor False.
             NegativeBatchSizeError: ``batch_size`` is negative.
             OutOfMemoryError: the blocks do not all fit, and ``allow_partial`` is false; nothing
                 changes.
             ReentrantCallError: the calling thread is inside an operation; nothing changes.
         """
+        if allow_partial is not False and allow_partial is not True:
+            require_flags(allow_partial=allow_partial)
         if self._deferred:
             self._deferred.run()
         guard = self.guard
@@ -541,6 +550,7 @@ class AddressManager:
         Raises:
             ValueError: ``size`` is negative or not a multiple of the alignment, or the heap
                 would end at 2**63 or beyond.
+            TypeError: ``size`` is not an integer, or ``new_segment`` neither True nor False.
             ReentrantCallError: the calling thread is inside an operation; nothing changes.
         """
         guard = self.guard
@@ -558,6 +568,7 @@ class AddressManager:
             ValueError: as :meth:`sbrk`.
         """
         size = as_integer("size", size)
+        require_flags(new_segment=new_segment)
         unit = self._unit
         if size < 0 or size % unit:
             raise ValueError(
@@ -566,7 +577,7 @@ class AddressManager:
         if size == 0:
             return
         free_list = self._settled_free_list()
-        _require_addressable(free_list.end * unit + size)
+        _require_addressable(free_list.end * unit + size, f" (with {size} more)")
         free_list = free_list.ready_to_grow(size // unit, new_segment)
         self._free_list = free_list
         try:
@@ -662,6 +673,8 @@ def _positive(size: int) -> int:
     return size
 
 
-def _require_addressable(heap_bytes: int) -> None:
+def _require_addressable(heap_bytes: int, reason: str = "") -> None:
     if heap_bytes >> ADDRESS_BITS:
-        raise ValueError(f"a heap must end below 2**{ADDRESS_BITS}, got {heap_bytes} bytes")
+        raise ValueError(
+            f"a heap must end below 2**{ADDRESS_BITS}: its size would be {heap_bytes} bytes{reason}"
+        )

@@ -7,7 +7,7 @@ heap cannot free. Only the free list knows whether bytes are free already.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import index as as_index
 from typing import Any
@@ -32,7 +32,7 @@ def as_extents(
         sizes: one for each address, ``[N]``, or one for all.
 
     Raises:
-        TypeError: something is not an integer.
+        TypeError: something is not an integer, or ``blocks`` is not what is said above.
         ValueError: the shapes do not fit each other.
         InvalidFreeError: a number is too large to be an address.
 
@@ -43,7 +43,7 @@ def as_extents(
     """
     if sizes is None:
         return _from_pairs(blocks)
-    addresses = _integer_array("addresses", _listed(blocks))
+    addresses = _integer_array("blocks' addresses", _listed(blocks))
     lengths = _integer_array("sizes", sizes)
     if addresses.ndim != 1 or lengths.ndim > 1:
         raise ValueError(
@@ -58,7 +58,7 @@ def as_extents(
 def _from_pairs(blocks: Iterable[tuple[int, int]] | npt.ArrayLike) -> Extents:
     pairs: Any = _listed(blocks)
     if isinstance(pairs, np.ndarray):
-        table = _integer_array("(address, size) pairs", pairs)
+        table = _integer_array("blocks' (address, size) pairs", pairs)
         if table.size == 0:
             return Extents.of(0, 0)
         if table.ndim != 2 or table.shape[1] != 2:
@@ -70,27 +70,61 @@ def _from_pairs(blocks: Iterable[tuple[int, int]] | npt.ArrayLike) -> Extents:
     except TypeError:
         lengths = {0}
     if not lengths <= {2}:
-        wrong = next(pair for pair in pairs if not isinstance(pair, Sized) or len(pair) != 2)
+        wrong = next(pair for pair in pairs if not _is_pair(pair))
         raise ValueError(f"blocks must be (address, size) pairs, got {wrong!r}")
     try:
         flat = np.fromiter(map(as_index, chain.from_iterable(pairs)), np.int64, 2 * len(pairs))
-    except TypeError as error:
-        raise TypeError(f"(address, size) pairs must be integers: {error}") from None
+    except (TypeError, RuntimeError) as error:  # torch raises both
+        wrong = next(each for each in chain.from_iterable(pairs) if not _is_integer(each))
+        raise TypeError(
+            f"blocks' (address, size) pairs must be integers: {error}, got {wrong!r}"
+        ) from None
     except OverflowError:
         huge = max(chain.from_iterable(pairs), key=abs)
         raise InvalidFreeError(f"(address, size) pairs must be below 2**63, got {huge}") from None
     return Extents(flat[0::2], flat[1::2])
 
 
+def _is_pair(value: Any) -> bool:
+    try:
+        return len(value) == 2
+    except TypeError:
+        return False
+
+
+def _is_integer(value: Any) -> bool:
+    try:
+        as_index(value)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
 def _listed(values: Any) -> Any:
     """``values`` as a sequence or an array; an iterator is consumed."""
-    return values if isinstance(values, (np.ndarray, Sequence)) else list(values)
+    kind = type(values)
+    if kind is list or kind is tuple or isinstance(values, np.ndarray):
+        return values
+    if isinstance(values, (str, bytes, bytearray, Mapping)) or not hasattr(kind, "__iter__"):
+        raise TypeError(
+            f"blocks must be an AddressBatch, (address, size) pairs, or addresses with sizes, got "
+            f"{values!r}"
+        )
+    if str(getattr(values, "dtype", "")) == "torch.bool":
+        raise TypeError(f"blocks must be integers, got {values!r}")
+    return values if isinstance(values, Sequence) else list(values)
 
 
 def _integer_array(name: str, values: npt.ArrayLike) -> Int64Array:
-    array = np.asarray(values)
-    if array.size == 0:
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        raise ValueError(f"{name} must be one-dimensional, got {values!r}") from None
+    if array.size == 0 and array.dtype.kind not in "SU":
         return array.astype(np.int64)
+    if array.dtype.kind == "O" and all(type(each) is int for each in array.flat):
+        huge = max(array.flat, key=abs)
+        raise InvalidFreeError(f"{name} must be below 2**63, got {huge}")
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype} ({array.flat[0]!r}, ...)")
     if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:

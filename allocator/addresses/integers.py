@@ -14,7 +14,7 @@ def is_bool(value: object) -> bool:
 
 
 def as_integer(name: str, value: Any) -> int:
-    """``value`` as an ``int``; NumPy's integers are accepted, bools are not.
+    """``value`` as an ``int``; those of NumPy and torch are accepted, bools are not.
 
     Args:
         name: the argument's name, for the error message.
@@ -30,12 +30,20 @@ def as_integer(name: str, value: Any) -> int:
     ...
     TypeError: size must be an integer, got 5.0
     """
-    if is_bool(value):
+    if type(value) is int:
+        return value
+    if is_bool(value) or _is_tensor_of_bools(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     try:
         return as_index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # torch raises both
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _is_tensor_of_bools(value: object) -> bool:
+    """Torch makes integers of its True and False."""
+    is_of_torch = type(value).__module__.startswith("torch")
+    return is_of_torch and str(getattr(value, "dtype", "")) == "torch.bool"
 
 
 def round_up(value: int, unit: int) -> int:

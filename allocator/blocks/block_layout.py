@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
+from kvheap.addresses.integers import as_integer
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.names import as_dtype, as_format
 
@@ -73,10 +75,10 @@ class BlockLayout:
                 first = shapes[0]
                 shapes = first if isinstance(first, Sequence) else shapes
             return _single(_size(shapes), dtypes, fmt)
-        if not isinstance(dtypes, Sequence):
+        if not _is_list(dtypes):
             raise TypeError(f"dtype must be a torch.dtype or a list of them, got {dtypes!r}")
         dtypes = [as_dtype(dtype) for dtype in dtypes]
-        if not isinstance(shapes, Sequence) or isinstance(shapes, str):
+        if not _is_list(shapes):
             raise TypeError(f"shape must be a sequence of integers, got {shapes!r}")
         is_one_shape = len(shapes) and not isinstance(shapes[0], Sequence)
         sizes = [_size(shapes)] if is_one_shape else [_size(shape) for shape in shapes]
@@ -110,9 +112,30 @@ class BlockLayout:
         return math.prod(self.packed[0])
 
     def view(self, block: torch.Tensor, group: int = 0) -> torch.Tensor:
-        """Group ``group`` of ``block``, its bytes as uint8 ``[size_bytes]``, without a copy."""
-        begin, end = self.offsets[group], self.offsets[group + 1]
-        return block[begin:end].view(self.dtypes[group]).view(self.shapes[group])
+        """Group ``group`` of ``block``, its bytes as uint8 ``[size_bytes]``, without a copy.
+
+        Raises:
+            TypeError: ``block`` is not a tensor, or ``group`` not an integer.
+            ValueError: ``block`` is not such a tensor, or there is no such group.
+        """
+        try:
+            begin, end = self.offsets[group], self.offsets[group + 1]
+            return block[begin:end].view(self.dtypes[group]).view(self.shapes[group])
+        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+            raise self._not_viewable(block, group, error) from None
+
+    def _not_viewable(self, block: Any, group: Any, error: Exception) -> Exception:
+        """Why :meth:`view` has failed."""
+        number = as_integer("group", group)
+        if not 0 <= number < len(self.shapes):
+            return ValueError(f"group must be between 0 and {len(self.shapes) - 1}, got {number}")
+        if not isinstance(block, torch.Tensor):
+            return TypeError(f"block must be a torch.Tensor, got {block!r}")
+        if block.dtype != torch.uint8 or block.ndim != 1 or len(block) < self.size_bytes:
+            return ValueError(
+                f"block must be uint8 [{self.size_bytes}], got {block.dtype} {tuple(block.shape)}"
+            )
+        return error
 
     def __str__(self) -> str:
         """Shapes, dtypes and format, as they appear in messages."""
@@ -124,12 +147,37 @@ class BlockLayout:
 def _size(shape: Any) -> torch.Size:
     if isinstance(shape, torch.Size):
         return shape
-    if isinstance(shape, (str, bytes)):
+    kind = type(shape)
+    try:
+        if (kind is list or kind is tuple) and 1 not in shape:  # True is 1
+            return torch.Size(shape)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    return torch.Size(_integers(shape))
+
+
+def _integers(shape: Any) -> list[int]:
+    """The extents of a shape.
+
+    Raises:
+        TypeError: it is not a sequence of integers.
+    """
+    if not isinstance(shape, (Sequence, np.ndarray, torch.Tensor)) or isinstance(shape, _TEXT):
         raise TypeError(f"shape must be a sequence of integers, got {shape!r}")
     try:
-        return torch.Size(shape)
-    except (TypeError, OverflowError):
+        return [as_integer("shape", extent) for extent in shape]
+    except TypeError:
         raise TypeError(f"shape must be a sequence of integers, got {shape!r}") from None
+
+
+def _is_list(value: object) -> bool:
+    kind = type(value)
+    if kind is list or kind is tuple:
+        return True
+    return isinstance(value, Sequence) and not isinstance(value, _TEXT)
+
+
+_TEXT = (str, bytes, bytearray, memoryview)
 
 
 @lru_cache(maxsize=256)
@@ -142,6 +190,8 @@ def _several(
     shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], fmt: MemoryFormat
 ) -> BlockLayout:
     offsets = [0]
+    # A Size keeps NumPy's integers, which JSON does not know.
+    shapes = tuple(torch.Size([int(extent) for extent in shape]) for shape in shapes)
     for group, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
         if str(dtype).startswith(("torch.qint", "torch.quint")):
             raise ValueError(f"{dtype} keeps its scales outside its bytes: use an integer dtype")
@@ -154,5 +204,6 @@ def _several(
             )
         offsets.append(offsets[-1] + math.prod(shape) * dtype.itemsize)  # numel() would overflow
     if offsets[-1] >= MAX_BYTES:
-        raise ValueError(f"a block must have fewer than 2**63 bytes, got shapes {shapes}")
+        extents = [tuple(shape) for shape in shapes]  # torch cannot print a Size of huge ones
+        raise ValueError(f"a block must have fewer than 2**63 bytes, got shapes {extents}")
     return BlockLayout(shapes, dtypes, fmt, tuple(offsets))

@@ -6,7 +6,8 @@ still use a block. It has no lock: ``Lifetime`` makes all changes inside its sec
 needs none. Every change is one store, so it is made or not made when an exception strikes.
 
 Most batches are filled, read and freed as a whole, and no count ever changes in between. Counts are
-therefore one number for all rows until one of them changes, and arrays from then on.
+therefore one number for all rows until one of them changes, and arrays from then on. Once few rows
+are live, they are kept by themselves: one block that outlives a large batch costs no array.
 """
 
 from __future__ import annotations
@@ -41,6 +42,13 @@ FEW_ROWS = 4
 """Up to this many rows are looked at one by one."""
 
 
+MANY_ROWS = 256
+"""From this many rows on, an array is given up for a few live rows."""
+
+ROWS_PER_LIVE = 64
+"""An entry of a dict takes the bytes of about 25 counts of an array."""
+
+
 class NamesRows(Protocol):
     """A batch, which error messages ask to describe a row."""
 
@@ -56,6 +64,26 @@ class HeldLease(Protocol):
     def state(self) -> str:
         """``held`` as long as it pins its block."""
         ...
+
+
+class FewCounts(dict[int, int]):
+    """The counts of a few rows; all other rows have the count ``rest``."""
+
+    __slots__ = ("rest",)
+
+    def __init__(self, counts: dict[int, int], rest: int) -> None:
+        super().__init__(counts)
+        self.rest = rest
+
+    def __missing__(self, row: int) -> int:
+        return self.rest
+
+    def as_array(self, num_rows: int) -> npt.NDArray[np.int32]:
+        """The counts of all rows, int32 ``[num_rows]``."""
+        found = np.full(num_rows, self.rest, np.int32)
+        for row, count in self.copy().items():
+            found[row] = count
+        return found
 
 
 class RowCounts:
@@ -80,6 +108,7 @@ class RowCounts:
 
     __slots__ = (
         "_leases",
+        "_num_freed",
         "_num_rows",
         "_pins",
         "_references",
@@ -91,9 +120,10 @@ class RowCounts:
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
         self.has_dropped = False
+        self._num_freed = 0  # at most, since the array was last looked at
         self._uniform_references = 1
-        self._references: array[int] | None = None
-        self._pins: array[int] | None = None
+        self._references: array[int] | FewCounts | None = None
+        self._pins: array[int] | FewCounts | None = None
         self._leases: dict[int, dict[int, HeldLease]] | None = None
         self.streams: RecordedStreams | None = None
 
@@ -202,16 +232,17 @@ class RowCounts:
             )
         return count + references, held + pins
 
-    def references_to_change(self) -> array[int]:
+    def references_to_change(self) -> array[int] | FewCounts:
         """The reference counts of all rows, to set those of live rows."""
         if self._references is None:
             self._references = array("i", (self._uniform_references,)) * self._num_rows
         return self._references
 
-    def pins_to_change(self) -> array[int]:
+    def pins_to_change(self) -> array[int] | FewCounts:
         """The pin counts of all rows without leases, to set those of live rows."""
         if self._pins is None:
-            self._pins = array("i", (0,)) * self._num_rows
+            is_few = isinstance(self._references, FewCounts)
+            self._pins = FewCounts({}, 0) if is_few else array("i", (0,)) * self._num_rows
         return self._pins
 
     def add_lease(self, row: int, lease: HeldLease) -> None:
@@ -283,8 +314,12 @@ class RowCounts:
         if rows is None:
             self._uniform_references = count  # first: readers take no lock
             self._references = None
-        else:
-            self._set(rows, count)
+            return
+        self._set(rows, count)
+        if self._num_rows >= MANY_ROWS:
+            self._num_freed += len(rows)
+            if (self._num_rows - self._num_freed) * ROWS_PER_LIVE <= self._num_rows:
+                self._give_up_arrays()
 
     def forgive(self, rows: Int64Array | None) -> int:
         """Mark those of ``rows`` (None: all) that were dropped as freed; return how many."""
@@ -350,9 +385,31 @@ class RowCounts:
 
     # -- helpers -------------------------------------------------------------------------------
 
+    def _give_up_arrays(self) -> None:
+        """Keep the counts of live rows by themselves, if there are only a few."""
+        counts = self._references
+        if counts is None or isinstance(counts, FewCounts) or self.has_dropped:
+            return
+        rows = np.flatnonzero(np.frombuffer(counts, np.int32) >= 0).tolist()
+        self._num_freed = self._num_rows - len(rows)
+        if len(rows) * ROWS_PER_LIVE > self._num_rows:
+            return
+        pins = self._pins
+        self._references = FewCounts({row: counts[row] for row in rows}, FREED)
+        if pins is not None:
+            self._pins = FewCounts({row: pins[row] for row in rows}, 0)
+
     def _set(self, rows: Int64Array | None, count: int) -> None:
         if rows is not None and len(rows) < self._num_rows:
-            np.frombuffer(self.references_to_change(), np.int32)[rows] = count
+            counts = self.references_to_change()
+            if not isinstance(counts, FewCounts):
+                np.frombuffer(counts, np.int32)[rows] = count
+                return
+            few = FewCounts({**counts, **dict.fromkeys(rows.tolist(), count)}, counts.rest)
+            # Unless a large free is undone, they stay few.
+            are_few = len(few) * ROWS_PER_LIVE <= 2 * self._num_rows
+            all_rows = None if are_few else array("i", few.as_array(self._num_rows).tobytes())
+            self._references = few if all_rows is None else all_rows
             return
         self._uniform_references = count  # first: readers take no lock
         self._references = None
@@ -362,14 +419,21 @@ class RowCounts:
         return self._uniform_references if counts is None else counts[row]
 
     def _reference_array(self) -> npt.NDArray[np.int32]:
-        if self._references is None:
+        counts = self._references  # once: readers take no lock
+        if counts is None:
             return np.full(self._num_rows, self._uniform_references, np.int32)
-        return np.frombuffer(self._references, np.int32)
+        if isinstance(counts, FewCounts):
+            return counts.as_array(self._num_rows)
+        return np.frombuffer(counts, np.int32)
 
     def _pin_array(self) -> npt.NDArray[np.int32]:
-        pins = np.zeros(self._num_rows, np.int32)
-        if self._pins is not None:
-            pins += np.frombuffer(self._pins, np.int32)
+        counts = self._pins  # once: readers take no lock
+        if counts is None:
+            pins = np.zeros(self._num_rows, np.int32)
+        elif isinstance(counts, FewCounts):
+            pins = counts.as_array(self._num_rows)
+        else:
+            pins = np.frombuffer(counts, np.int32).copy()
         if self._leases is not None:
             for row in self._leases.copy():
                 pins[row] += self.leases_of(row)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from kvheap.addresses.address_batch import AddressBatch
+from kvheap.addresses.arguments import require_count
+from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.metadata_reader import Reader
@@ -34,11 +36,11 @@ class MemoryObjMetadata:
         dtype: dtype of the first group; None for plain bytes.
         address: offset in the heap, bytes.
         phy_size: allocated bytes.
-        ref_count: reference count.
+        ref_count: reference count; at least 1, or the block is freed.
         pin_count: pin count.
         fmt: what the dimensions mean.
-        shapes: the shapes of all groups, or None.
-        dtypes: their dtypes, or None.
+        shapes: the shapes of all groups; None for plain bytes.
+        dtypes: their dtypes; None for plain bytes.
         stored: which tokens were stored in it, bit ``t`` for token ``t``; None if not known.
         form: in what units, see ``StoredTokens.form``; None if not known.
         origin: from which layers and heads of a cache; None if not known, or all.
@@ -67,7 +69,8 @@ class MemoryObjMetadata:
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, strings and lists, for msgpack or JSON.
 
-        >>> metadata = MemoryObjMetadata(torch.Size([2, 3]), torch.float16, 4096, 4096, 1)
+        >>> shape, dtype = torch.Size([2, 3]), torch.float16
+        >>> metadata = MemoryObjMetadata(shape, dtype, 0, 4096, 1, shapes=[shape], dtypes=[dtype])
         >>> MemoryObjMetadata.from_dict(metadata.to_dict()) == metadata
         True
         """
@@ -97,14 +100,11 @@ class MemoryObjMetadata:
 
         Raises:
             KeyError: a key is missing.
-            ValueError: a value is not what :meth:`to_dict` writes; the message names it.
+            ValueError: a value is not what :meth:`to_dict` writes, or contradicts another; the
+                message names it, or both.
         """
         read = Reader("MemoryObjMetadata", values)
-        shapes = read.optional_list("shapes", read.shapes)
-        dtypes = read.optional_list("dtypes", read.dtypes)
-        if shapes is not None and dtypes is not None and len(shapes) != len(dtypes):
-            raise ValueError(f"shapes and dtypes differ in length: {shapes!r}, {dtypes!r}")
-        return cls(
+        found = cls(
             shape=read.shape("shape"),
             dtype=read.optional("dtype", read.dtype),
             address=read.integer("address"),
@@ -112,12 +112,82 @@ class MemoryObjMetadata:
             ref_count=read.integer("ref_count"),
             pin_count=read.integer("pin_count") if "pin_count" in values else 0,
             fmt=read.fmt("fmt"),
-            shapes=shapes,
-            dtypes=dtypes,
+            shapes=read.optional("shapes", read.shapes),
+            dtypes=read.optional("dtypes", read.dtypes),
             stored=read.token_set("stored") if "stored" in values else None,
             form=read.optional("form", read.text) if "form" in values else None,
             origin=read.origin("origin") if "origin" in values else None,
         )
+        if found.dtype is not None:
+            found.layout()
+        else:
+            found.require_plain_bytes()
+        return found
+
+    def layout(self) -> BlockLayout:
+        """What the block holds, after a check that all that the metadata says fits together.
+
+        Raises:
+            ValueError: the block is freed, or plain bytes; a group is missing, ``shape`` or
+                ``dtype`` is not that of the first group, or the block is smaller than its contents.
+            TypeError: a value is of the wrong kind.
+        """
+        self.require_counts()
+        if self.dtype is None:
+            raise ValueError(f"plain bytes are in no heap, got {self!r}")
+        if self.shapes is None or self.dtypes is None:
+            raise ValueError(
+                f"shapes and dtypes must be those of all groups of the block, got shape "
+                f"{self.shape!r} and dtype {self.dtype}, but shapes {self.shapes!r} and dtypes "
+                f"{self.dtypes!r}"
+            )
+        if not isinstance(self.shapes, (list, tuple)):
+            raise TypeError(f"shapes must be a list with that of each group, got {self.shapes!r}")
+        if not isinstance(self.dtypes, (list, tuple)):
+            raise TypeError(f"dtypes must be a list with that of each group, got {self.dtypes!r}")
+        if len(self.shapes) != len(self.dtypes):
+            raise ValueError(
+                f"shapes and dtypes differ in length: {self.shapes!r}, {self.dtypes!r}"
+            )
+        layout = BlockLayout.of(self.shapes, self.dtypes, self.fmt)
+        if not isinstance(self.shape, (list, tuple)) or tuple(self.shape) != layout.shapes[0]:
+            raise ValueError(f"shape is {self.shape!r}, but shapes[0] is {layout.shapes[0]!r}")
+        if self.dtype is not layout.dtypes[0]:
+            raise ValueError(f"dtype is {self.dtype!r}, but dtypes[0] is {layout.dtypes[0]}")
+        if as_integer("phy_size", self.phy_size) < layout.size_bytes:
+            raise ValueError(
+                f"the block is too small: phy_size is {self.phy_size}, but {layout} has "
+                f"{layout.size_bytes} bytes"
+            )
+        return layout
+
+    def require_plain_bytes(self) -> None:
+        """Raise if this is not what plain bytes are described by.
+
+        Raises:
+            ValueError: the bytes are freed, or ``shapes`` or ``dtypes`` describe groups.
+            TypeError: a count is not an integer.
+        """
+        self.require_counts()
+        if self.dtype is not None or self.shapes is not None or self.dtypes is not None:
+            raise ValueError(
+                f"dtype is {self.dtype}, as of plain bytes, but shapes is {self.shapes!r} and "
+                f"dtypes is {self.dtypes!r}"
+            )
+
+    def require_counts(self) -> None:
+        """Raise if the block is freed, or a count is none.
+
+        Raises:
+            ValueError: the reference count is below 1, or the pin count below 0.
+            TypeError: a count is not an integer.
+        """
+        if as_integer("ref_count", self.ref_count) < 1:
+            raise ValueError(
+                f"ref_count is {self.ref_count}: the block at address {self.address} is freed"
+            )
+        if type(self.pin_count) is not int or self.pin_count < 0:
+            require_count("pin_count", self.pin_count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +263,37 @@ class MemoryBatchMetadata:
         stored = read.token_sets("stored") if "stored" in values else None
         form = read.optional("form", read.text) if "form" in values else None
         origins = read.origins("origins") if "origins" in values else None
-        return cls(blocks, layout, num_tokens, stored, form, origins)
+        found = cls(blocks, layout, num_tokens, stored, form, origins)
+        found.require_whole()
+        return found
+
+    def require_whole(self) -> None:
+        """Raise if a value is of the wrong kind, or contradicts another.
+
+        Whether the blocks fit a heap, and the tokens the blocks, ``heap.view`` checks. O(1).
+
+        Raises:
+            TypeError: a value is of the wrong kind.
+            ValueError: both ``num_tokens`` and ``stored`` say which tokens there are.
+        """
+        is_plain = self.stored is None and self.form is None and self.origins is None  # most are
+        if is_plain and type(self.blocks) is AddressBatch and type(self.layout) is BlockLayout:
+            return
+        kinds: list[tuple[str, object, type | tuple[type, ...], str]] = [
+            ("blocks", self.blocks, AddressBatch, "an AddressBatch"),
+            ("layout", self.layout, BlockLayout, "a BlockLayout"),
+            ("stored", self.stored, (type(None), tuple, list), "a list of sets of tokens or None"),
+            ("form", self.form, (type(None), str), "a text or None"),
+            ("origins", self.origins, (type(None), tuple, list), "a list of origins or None"),
+        ]
+        for name, value, kind, words in kinds:
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be {words}, got {value!r}")
+        if self.num_tokens is not None and self.stored is not None:
+            raise ValueError(
+                f"num_tokens is {self.num_tokens}, but stored says which tokens each block holds: "
+                f"{self.stored!r}"
+            )
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str | None:

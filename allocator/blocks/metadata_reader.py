@@ -50,12 +50,6 @@ class Reader:
         """The value that ``read`` finds; None if the dict has None."""
         return None if self._value(key) is None else read(key)
 
-    def optional_list(self, key: str, read: Callable[[str], T]) -> T | None:
-        """The list that ``read`` finds; None if the dict has None or an empty list."""
-        value = self._value(key)
-        is_empty = isinstance(value, (list, tuple)) and not value
-        return None if value is None or is_empty else read(key)
-
     def flag(self, key: str) -> bool:
         """True or False."""
         value = self._value(key)

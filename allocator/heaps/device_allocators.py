@@ -73,6 +73,8 @@ def aligned_tensor(size: int, device: torch.device, align_bytes: int) -> torch.T
         raise ValueError(
             f"size must be non-negative and align_bytes positive, got {size} and {align_bytes}"
         )
+    if size + align_bytes >= 1 << 63:
+        raise ValueError(f"size and align_bytes are too large: {size} and {align_bytes}")
     whole = torch.empty(size + align_bytes, dtype=torch.uint8, device=device)
     skipped = -whole.data_ptr() % align_bytes
     return whole[skipped : skipped + size]

@@ -83,7 +83,7 @@ class LazyMemoryAllocator(HostHeap):
         registrar: HostRegistrar | None = None,
         **options: Unpack[HeapOptions],
     ) -> None:
-        if pin not in ("required", "if possible", "no"):
+        if not isinstance(pin, str) or pin not in ("required", "if possible", "no"):
             raise ValueError(f"pin must be 'required', 'if possible' or 'no', got {pin!r}")
         require_function("on_progress", on_progress)
         require_registrar(registrar)

@@ -73,6 +73,11 @@ class AdHocMemoryAllocator(BlockAllocator):
             require_matching("source", source, batch_size, layout, self.device, cpu_is_fine=True)
         # Each block begins at a multiple of its largest item size.
         block_bytes = -(-layout.size_bytes // layout.alignment) * layout.alignment
+        if batch_size * block_bytes >= 1 << 63:
+            raise ValueError(
+                f"batch_size is {batch_size}: so many blocks of {block_bytes} bytes do not fit any "
+                f"address space"
+            )
         storage = torch.empty((batch_size, block_bytes), dtype=torch.uint8, device=self.device)
         if source is not None:
             content = source.detach().reshape(batch_size, layout.packed_elements)

@@ -7,9 +7,12 @@ write beside the blocks, so every way in goes through :func:`read_view` and :fun
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+import torch
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
@@ -81,7 +84,9 @@ def read_view(
     metadata = _metadata_of(blocks)
     if metadata is None:
         if shape is None or dtype is None:
-            raise ValueError("addresses need a shape and a dtype: pass both")
+            raise ValueError(
+                f"addresses need a shape and a dtype: pass both, got blocks {reprlib.repr(blocks)}"
+            )
         layout = layout_of(shape, dtype, fmt)
         if isinstance(blocks, AddressBatch):
             return View(layout, blocks.checked())
@@ -90,8 +95,9 @@ def read_view(
         return View(layout, AddressBatch.of_addresses(addresses, block_bytes))
     if shape is not None or dtype is not None:
         raise ValueError("metadata says what the blocks hold: pass it without a shape or a dtype")
+    metadata.require_whole()
     given = metadata.layout
-    layout = layout_of(list(given.shapes), list(given.dtypes), given.fmt)
+    layout = layout_of(given.shapes, given.dtypes, given.fmt)
     blocks = metadata.blocks.checked()
     if metadata.stored is not None:
         require_token_sets(layout, len(blocks), metadata.stored)
@@ -116,31 +122,57 @@ def _of_objects(objs: Sequence[Any]) -> MemoryBatchMetadata:
     for obj in objs:
         if not isinstance(obj, MemoryObjMetadata):
             raise TypeError(f"blocks must all be metadata of objects, got {obj!r} among them")
-    layouts = [_layout_of(obj) for obj in objs]
-    sizes = [obj.phy_size for obj in objs]
-    for at, (layout, size) in enumerate(zip(layouts, sizes, strict=True)):
-        if layout != layouts[0] or size != sizes[0]:
+    first, layout = objs[0], objs[0].layout()
+    for at, obj in enumerate(objs):
+        if _holds_the_same(obj, first):
+            obj.require_counts()
+            continue
+        found = obj.layout()
+        if found != layout or obj.phy_size != first.phy_size:
             raise ValueError(
-                f"the blocks of a view must be alike: block 0 is {layouts[0]} in {sizes[0]} bytes, "
-                f"block {at} is {layout} in {size} bytes"
+                f"the blocks of a view must be alike: block 0 is {layout} in {first.phy_size} "
+                f"bytes, block {at} is {found} in {obj.phy_size} bytes"
             )
-    blocks = AddressBatch.of_addresses([obj.address for obj in objs], sizes[0])
+    blocks = AddressBatch.of_addresses([obj.address for obj in objs], first.phy_size)
     stored = tuple(obj.stored for obj in objs)
     is_known = any(held is not None for held in stored)
-    forms = {obj.form for obj in objs}
-    form = forms.pop() if len(forms) == 1 else None
-    tokens = stored if is_known else None
+    form, tokens = _form_of(objs), stored if is_known else None
     origins = tuple(obj.origin for obj in objs)
     where = origins if any(origin is not None for origin in origins) else None
-    return MemoryBatchMetadata(blocks, layouts[0], None, tokens, form, where)
+    return MemoryBatchMetadata(blocks, layout, None, tokens, form, where)
 
 
-def _layout_of(obj: MemoryObjMetadata) -> BlockLayout:
-    if obj.shapes and obj.dtypes:
-        return BlockLayout.of(obj.shapes, obj.dtypes, obj.fmt)
-    if obj.dtype is None:
-        raise ValueError(f"plain bytes are in no heap, got {obj!r}")
-    return BlockLayout.of(obj.shape, obj.dtype, obj.fmt)
+def _holds_the_same(one: MemoryObjMetadata, other: MemoryObjMetadata) -> bool:
+    """Whether two blocks hold the same, by their metadata's lists; a quick look."""
+    return (
+        type(one.phy_size) is int
+        and one.phy_size == other.phy_size
+        and type(one.shape) is type(other.shape) is torch.Size
+        and type(one.shapes) is type(other.shapes) is list
+        and type(one.dtypes) is type(other.dtypes) is list
+        and one.shape == other.shape
+        and one.shapes == other.shapes
+        and one.dtype is other.dtype
+        and one.dtypes == other.dtypes
+        and one.fmt is other.fmt
+    )
+
+
+def _form_of(objs: Sequence[MemoryObjMetadata]) -> str | None:
+    """In what units blocks were stored, as far as it is known of any; they must agree."""
+    found: str | None = None
+    for at, obj in enumerate(objs):
+        if obj.form is None:
+            continue
+        if not isinstance(obj.form, str):
+            raise TypeError(f"form must be a text or None, got {obj.form!r}")
+        if found is not None and obj.form != found:
+            raise ValueError(
+                f"the blocks of a view must be alike: block {at} was stored as {obj.form}, one "
+                f"before it as {found}"
+            )
+        found = obj.form
+    return found
 
 
 def require_fitting(view: View, align_bytes: int, heap_bytes: int, segments: Segments) -> None:

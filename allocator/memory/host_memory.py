@@ -351,15 +351,16 @@ def _require_arguments(
     align_bytes = as_integer("align_bytes", align_bytes)
     if numa_node is not None:
         numa_node = as_integer("numa_node", numa_node)
-    if fd is not None:
-        as_integer("fd", fd)
+    if fd is not None and not 0 <= as_integer("fd", fd) < 1 << 31:
+        raise ValueError(f"fd must be a file descriptor, got {fd}")
     if not 1 <= size_bytes < 1 << 62:
         raise ValueError(f"size_bytes must be positive and below 2**62, got {size_bytes}")
     if not 1 <= align_bytes < 1 << 62 or align_bytes & (align_bytes - 1):
         raise ValueError(
             f"align_bytes must be a positive power of two below 2**62, got {align_bytes}"
         )
-    if huge_pages not in ("none", "transparent", "explicit"):
+    known = ("none", "transparent", "explicit")
+    if not isinstance(huge_pages, str) or huge_pages not in known:
         raise ValueError(
             f"huge_pages must be 'none', 'transparent' or 'explicit', got {huge_pages!r}"
         )

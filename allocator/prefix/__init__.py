@@ -5,6 +5,7 @@ module        idea
 ============  ====================================================================================
 policies/     which chunk goes next: LRU, GDSF, S3FIFO, ARC
 turns         one call at a time changes anything, whatever runs in the middle of it
+keys          checks of the keys that callers name
 books         chunks by state, changed whole or not at all
 index         ``PrefixIndex``: look-ups, holds, stores and evictions by key; needs no torch
 space         room in a heap for new chunks, and freeing what has ended

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.errors import LifetimeError, TransferError
 from kvheap.prefix.books import Chunk, OpenChunks
+from kvheap.prefix.keys import as_key_error, require_keys
 from kvheap.prefix.space import ChunkSpace
 
 if TYPE_CHECKING:
@@ -58,7 +59,14 @@ class ChunkHold(Generic[K]):
             KeyError: a key, which it names, is not held by this hold; nothing is released.
         """
         held = self.open_chunks.chunks
-        wanted = [*held] if keys is None else list(dict.fromkeys(keys))
+        if keys is None:
+            wanted = [*held]
+        else:
+            require_keys(keys)
+            try:
+                wanted = list(dict.fromkeys(keys))
+            except TypeError as error:
+                raise as_key_error(error, keys) from None
         for key in wanted:
             held[key]  # raises
         space = self._space

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 from kvheap.addresses.arguments import require_count
 from kvheap.errors import LifetimeError
 from kvheap.prefix.books import Books, Chunk, IndexStats, OpenChunks
+from kvheap.prefix.keys import as_key_error, require_key_list, require_keys, require_list
 from kvheap.prefix.policies.base import EvictionPolicy
 from kvheap.prefix.policies.lru import LRU
 
@@ -84,12 +85,15 @@ class PrefixIndex(Generic[K, V]):
     O(1) with those of :mod:`kvheap.prefix.policies`. No cost depends on how many chunks are ready,
     held or pending, unless it says so.
 
+    Wherever keys are taken, a text or a tensor raises ``TypeError``: its parts would be the keys.
+
     Args:
         policy: the order of eviction, a new object that no other index uses; None: ``LRU()``.
         name: what messages call this index.
 
     Raises:
-        TypeError: ``policy`` is not an ``EvictionPolicy``; a class or a name is none.
+        TypeError: ``policy`` is not an ``EvictionPolicy``; a class or a name is none. ``name`` is
+            not a text.
         ValueError: the policy was given to another index.
     """
 
@@ -99,6 +103,8 @@ class PrefixIndex(Generic[K, V]):
             raise TypeError(f"policy must be an object of an EvictionPolicy, got {policy!r}")
         if policy.has_index or len(policy):
             raise ValueError(f"the {policy.name} policy is another index's: each needs a new one")
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a text, got {name!r}")
         policy.has_index = True
         self._books: Books[K, V] = Books(policy, name)
 
@@ -118,24 +124,35 @@ class PrefixIndex(Generic[K, V]):
         >>> index.prefix_length([1, 3, 2])
         1
         """
+        require_keys(keys)
         ready = self._books.look().ready
         length = 0
-        for key in keys:
-            if key not in ready:
-                break
-            length += 1
+        try:
+            for key in keys:
+                if key not in ready:
+                    break
+                length += 1
+        except TypeError as error:
+            raise as_key_error(error, keys) from None
         return length
 
     def state(self, key: K) -> ChunkState:
         """Whether the chunk of a key is ready, pending or absent. O(1)."""
         books = self._books.look()
-        if key in books.ready:
-            return "ready"
-        return "pending" if key in books.pending else "absent"
+        try:
+            if key in books.ready:
+                return "ready"
+            return "pending" if key in books.pending else "absent"
+        except TypeError as error:
+            raise as_key_error(error, [key], "key") from None
 
     def __contains__(self, key: K) -> bool:
         """Whether the chunk of a key is ready. O(1)."""
-        return key in self._books.look().ready
+        ready = self._books.look().ready
+        try:
+            return key in ready
+        except TypeError as error:
+            raise as_key_error(error, [key], "key") from None
 
     def __len__(self) -> int:
         """How many chunks are ready. O(1)."""
@@ -147,8 +164,12 @@ class PrefixIndex(Generic[K, V]):
         Raises:
             KeyError: a key, which it names, is not ready.
         """
+        require_keys(keys)
         ready = self._books.look().ready
-        return [ready[key].value for key in keys]
+        try:
+            return [ready[key].value for key in keys]
+        except TypeError as error:
+            raise as_key_error(error, keys) from None
 
     def missing(self, keys: Iterable[K]) -> list[K]:
         """The keys that are neither ready nor pending, each once: what is to be stored. O(N).
@@ -158,9 +179,13 @@ class PrefixIndex(Generic[K, V]):
         >>> index.missing([1, 2, 3, 2])
         [2, 3]
         """
+        require_keys(keys)
         books = self._books.look()
         ready, pending = books.ready, books.pending
-        return [key for key in dict.fromkeys(keys) if key not in ready and key not in pending]
+        try:
+            return [key for key in dict.fromkeys(keys) if key not in ready and key not in pending]
+        except TypeError as error:
+            raise as_key_error(error, keys) from None
 
     # -- use -----------------------------------------------------------------------------------
 
@@ -171,14 +196,15 @@ class PrefixIndex(Generic[K, V]):
             keys: the request's keys, the head of the prefix first. A key that is not ready is
                 skipped, and one that is named twice counts once.
         """
+        require_keys(keys)
         books = self._books
         try:
             find = books.enter(sys._getframe()).ready.get
             books.touch([chunk for key in dict.fromkeys(keys) if (chunk := find(key)) is not None])
             books.turn.state = {}
-        except BaseException:
+        except BaseException as error:
             books.turn.give_up(sys._getframe())
-            raise
+            raise as_key_error(error, keys)  # noqa: B904
 
     def hold(self, keys: Iterable[K]) -> Hold[K, V]:
         """Protect ready chunks from eviction until the hold is released. O(N * P).
@@ -197,6 +223,7 @@ class PrefixIndex(Generic[K, V]):
             KeyError: a key, which it names, is not ready; nothing is held.
             BusyError: another call is in progress; nothing is held.
         """
+        require_keys(keys)
         books = self._books
         hold = Hold(books, OpenChunks({}))
         try:
@@ -206,9 +233,9 @@ class PrefixIndex(Generic[K, V]):
             books.hold(hold.open_chunks, chunks)
             # One statement without a call: no signal handler runs before this returns.
             books.unclaimed, books.turn.state = None, {}
-        except BaseException:
+        except BaseException as error:
             books.turn.give_up(sys._getframe())
-            raise
+            raise as_key_error(error, keys)  # noqa: B904
         return hold
 
     # -- store ---------------------------------------------------------------------------------
@@ -238,6 +265,8 @@ class PrefixIndex(Generic[K, V]):
             BusyError: another call is in progress.
             After any of them nothing is entered, and the values are still the caller's.
         """
+        require_key_list(keys)
+        require_list("values", values)
         if len(keys) != len(values):
             raise ValueError(f"{len(keys)} keys need as many values, got {len(values)}")
         sizes = _sizes(keys, size_bytes)
@@ -253,9 +282,9 @@ class PrefixIndex(Generic[K, V]):
             books.unclaimed = (books.take_back, store.open_chunks)
             books.begin(store.open_chunks, chunks)
             books.unclaimed, books.turn.state = None, {}  # see hold
-        except BaseException:
+        except BaseException as error:
             books.turn.give_up(sys._getframe())
-            raise
+            raise as_key_error(error, keys)  # noqa: B904
         return store
 
     # -- make room -----------------------------------------------------------------------------
@@ -280,6 +309,7 @@ class PrefixIndex(Generic[K, V]):
             BusyError: another call is in progress; nothing is evicted.
         """
         num_bytes = require_count("num_bytes", num_bytes)
+        require_keys(protected, "protected")
         books = self._books
         ended: list[tuple[K, V]] | None = None
         try:
@@ -294,9 +324,9 @@ class PrefixIndex(Generic[K, V]):
                     books.evict(num_bytes, kept)
                 ended = books.ended_pairs()
                 books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see hold
-        except BaseException:
+        except BaseException as error:
             books.turn.give_up(sys._getframe())
-            raise
+            raise as_key_error(error, protected, "protected")  # noqa: B904
         return ended
 
     def remove(self, keys: Iterable[K]) -> list[tuple[K, V]]:
@@ -309,6 +339,7 @@ class PrefixIndex(Generic[K, V]):
             Keys and values of what has ended, for the caller to free. A chunk that is held or
             pending ends later, with its last hold or its store, and is in the list returned then.
         """
+        require_keys(keys)
         books = self._books
         try:
             books.enter(sys._getframe())
@@ -319,9 +350,9 @@ class PrefixIndex(Generic[K, V]):
             books.remove(ready, pending)
             ended = books.ended_pairs()
             books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see hold
-        except BaseException:
+        except BaseException as error:
             books.turn.give_up(sys._getframe())
-            raise
+            raise as_key_error(error, keys)  # noqa: B904
         return ended
 
     def clear(self) -> list[tuple[K, V]]:
@@ -417,7 +448,13 @@ class _Handle(Generic[K, V]):
     def _select(self, keys: Iterable[K] | None) -> dict[K, Chunk[K, V]]:
         """The chunks of ``keys``; None: of all keys that have not ended."""
         chunks = self.open_chunks.chunks
-        return chunks if keys is None else {key: chunks[key] for key in keys}
+        if keys is None:
+            return chunks
+        require_keys(keys)
+        try:
+            return {key: chunks[key] for key in keys}
+        except TypeError as error:
+            raise as_key_error(error, keys) from None
 
     def _end(
         self,
@@ -569,8 +606,10 @@ def _listed(chunks: dict[K, Chunk[K, V]], keys: Iterable[K] | None) -> list[K] |
 
 def _sizes(keys: Sequence[object], size_bytes: int | Sequence[int]) -> list[int]:
     """The bytes of each key's chunk."""
-    if not isinstance(size_bytes, Sized):
-        of_key = f" of {keys[0]!r}" if keys else ""
+    if isinstance(size_bytes, Sized):
+        require_list("size_bytes", size_bytes)
+    else:
+        of_key = f" of {next(iter(keys))!r}" if len(keys) else ""
         return [require_count(f"size_bytes{of_key}", size_bytes, 1)] * len(keys)
     if len(size_bytes) != len(keys):
         raise ValueError(f"{len(keys)} keys need as many sizes, got {len(size_bytes)}")

@@ -35,10 +35,12 @@ from kvheap.blocks.heap import BlockObjects
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.errors import ClosedError, TransferError
 from kvheap.heaps.block_tensors import require_matching
+from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.untraced import untraced_class
 from kvheap.prefix.books import Books, Chunk, IndexStats, OpenChunks
 from kvheap.prefix.handles import ChunkHold, StoreInFlight, StoresInFlight
 from kvheap.prefix.index import ChunkState, PrefixIndex
+from kvheap.prefix.keys import as_key_error, require_key_list, require_keys
 from kvheap.prefix.policies.base import EvictionPolicy
 from kvheap.prefix.sources import engine_chunk_tokens, require_blocks, require_slots
 from kvheap.prefix.space import ChunkHeap, ChunkSpace
@@ -105,6 +107,7 @@ class PrefixStore(Generic[K]):
     =============  ===========================================================================
 
     Complexities are for N keys; P is what the policy takes for one chunk, see ``PrefixIndex``.
+    Wherever keys are taken, a text or a tensor raises ``TypeError``: its parts would be the keys.
 
     Args:
         heap: where the chunks live.
@@ -184,11 +187,14 @@ class PrefixStore(Generic[K]):
 
     def touch(self, keys: Iterable[K]) -> None:
         """Tell the policy that one request used chunks; see ``PrefixIndex.touch``. O(N * P)."""
+        require_keys(keys)
         space = self._space
         try:
             books = self._enter(sys._getframe())
             find = books.ready.get
             books.touch([chunk for key in dict.fromkeys(keys) if (chunk := find(key)) is not None])
+        except TypeError as error:
+            raise as_key_error(error, keys)  # noqa: B904
         finally:
             space.end_turn(sys._getframe())
 
@@ -208,6 +214,7 @@ class PrefixStore(Generic[K]):
             BusyError: another call is in progress; nothing is held.
             ClosedError: the store is closed.
         """
+        require_keys(keys)
         space = self._space
         hold = ChunkHold(space)
         try:
@@ -218,9 +225,9 @@ class PrefixStore(Generic[K]):
             books.hold(hold.open_chunks, chunks)
             # One statement without a call: no signal handler runs before this returns.
             books.unclaimed, space.turn.state = None, {}
-        except BaseException:
+        except BaseException as error:
             space.turn.give_up(sys._getframe())
-            raise
+            raise as_key_error(error, keys)  # noqa: B904
         return hold
 
     # -- store ---------------------------------------------------------------------------------
@@ -244,6 +251,8 @@ class PrefixStore(Generic[K]):
             ClosedError: the store or its heap is closed.
             After any of them nothing is stored.
         """
+        require_key_list(keys)
+        require_tensor("source", source)
         layout = self.layout
 
         def check() -> None:
@@ -273,6 +282,7 @@ class PrefixStore(Generic[K]):
             ClosedError: the store or its heap is closed.
             After any of them nothing is stored.
         """
+        require_key_list(keys)
         layout = self.layout
         self._require_open()
         chunk_tokens = engine_chunk_tokens(layout, len(keys), cache, slots)
@@ -299,6 +309,7 @@ class PrefixStore(Generic[K]):
             ClosedError: the store or its heap is closed.
             After any of them nothing is allocated.
         """
+        require_key_list(keys)
         layout = self.layout
         try:
             flight = self._begin(
@@ -344,6 +355,7 @@ class PrefixStore(Generic[K]):
             ClosedError: the store or its heap is closed.
             Others as :func:`kvheap.offload`. After any of them nothing is stored or freed.
         """
+        require_key_list(keys)
         into = cast("Heap", self.heap)
         try:
             flight = self._begin(
@@ -412,6 +424,7 @@ class PrefixStore(Generic[K]):
         Raises:
             ClosedError: the store is closed.
         """
+        require_keys(keys)
         space = self._space
         try:
             books = self._enter(sys._getframe())
@@ -421,6 +434,8 @@ class PrefixStore(Generic[K]):
             pending = [chunk for key in wanted if (chunk := find_pending(key)) is not None]
             books.remove(ready, pending)
             space.free_ended()
+        except TypeError as error:
+            raise as_key_error(error, keys)  # noqa: B904
         finally:
             space.end_turn(sys._getframe())
 

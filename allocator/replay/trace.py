@@ -9,21 +9,24 @@ fields are ignored. Where publishers and tools differ:
 - ids are signed or unsigned 64-bit integers, but not both in one file;
 - a chunk has 512 tokens (Mooncake), 16 (Bailian), or another number, which
   :func:`infer_chunk_tokens` finds from the lengths;
-- the file may be compressed by gzip, and have blank lines.
+- the file may be compressed by gzip, bzip2 or xz, and have blank lines.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import random
-import zlib
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
+
+from kvheap.addresses.arguments import require_count
+from kvheap.addresses.integers import as_integer
+from kvheap.replay.compression import opened
 
 __all__ = [
     "CHUNK_TOKENS",
@@ -40,7 +43,8 @@ CHUNK_TOKENS = 512
 INT64_END = 1 << 63
 """Ids and counts must fit int64, because they are put into int64 tensors and arrays."""
 
-GZIP_MAGIC = b"\x1f\x8b"
+MAX_LINE_BYTES = 16 << 20
+"""A prompt of a million chunks has shorter lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +82,33 @@ class TraceError(ValueError):
         return type(self), (self.path, self.line_number, self.reason)
 
 
-def read_trace(path: Path, limit: int | None = None) -> list[Request]:
+def read_trace(path: Path | str, limit: int | None = None) -> list[Request]:
     """Read the first ``limit`` requests of a file; None: all.
 
     Raises:
-        TraceError: a line is malformed; the message says which and why.
+        TypeError: ``path`` is not a path, or ``limit`` not an integer.
+        ValueError: ``limit`` is negative.
+        TraceError: a line is malformed, or the file is compressed in another way than by gzip,
+            bzip2 or xz, or damaged; the message says which and why.
         OSError: the file cannot be read.
     """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"path must be a path, got {path!r}")
+    path = Path(path)
+    if limit is not None:
+        limit = require_count("limit", limit)
     rows: list[_Row] = []
-    line_number = 0
+    line_number = 1
     try:
-        with _opened(path) as lines:
+        with opened(path) as lines:
+            line_number = 0
             while limit is None or len(rows) < limit:
                 line_number += 1
-                line = lines.readline()
+                line = lines.readline(MAX_LINE_BYTES + 1)
                 if not line:
                     break
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(f"longer than {MAX_LINE_BYTES} bytes")
                 if line.strip():
                     rows.append(_parse(line, line_number))
         if not rows and line_number > 1:
@@ -113,8 +128,6 @@ def read_trace(path: Path, limit: int | None = None) -> list[Request]:
                     signs.as_int64(row.hash_ids),
                 )
             )
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise TraceError(path, line_number, f"the gzip file is damaged: {error}") from None
     except ValueError as error:
         raise TraceError(path, line_number, str(error)) from None
     return requests
@@ -128,9 +141,14 @@ def infer_chunk_tokens(requests: Sequence[Request]) -> int:
     Returns:
         512 if that fits all requests; else the largest power of two that does; 512 if none does.
 
+    Raises:
+        TypeError: ``requests`` is not a list of requests.
+
     >>> infer_chunk_tokens([Request(0, 521, 132, tuple(range(33)))])
     16
     """
+    if not isinstance(requests, Sequence) or not all(isinstance(r, Request) for r in requests):
+        raise TypeError(f"requests must be a list of requests, got {reprlib.repr(requests)}")
     shapes = {(r.input_length, len(r.hash_ids)) for r in requests if r.input_length and r.hash_ids}
     candidates = (CHUNK_TOKENS, *(1 << power for power in range(20, -1, -1)))
     for tokens in candidates:
@@ -182,31 +200,6 @@ class _Signs:
         if highest < INT64_END:
             return tuple(hash_ids)
         return tuple(each - 2 * INT64_END if each >= INT64_END else each for each in hash_ids)
-
-
-class _OwningGzipFile(gzip.GzipFile):
-    """A gzip file that closes the file that it reads."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(fileobj=file, mode="rb")
-        self._file = file
-
-    def close(self) -> None:
-        """Close both."""
-        super().close()
-        self._file.close()
-
-
-def _opened(path: Path) -> IO[bytes]:
-    """The lines of a file, decompressed if it begins like a gzip file."""
-    file = path.open("rb")  # once: a pipe cannot be read again
-    try:
-        if file.peek(len(GZIP_MAGIC))[: len(GZIP_MAGIC)] != GZIP_MAGIC:
-            return file
-        return cast("IO[bytes]", _OwningGzipFile(file))
-    except BaseException:
-        file.close()
-        raise
 
 
 def _parse(line: bytes, line_number: int) -> _Row:
@@ -287,10 +280,17 @@ def synthetic_trace(num_requests: int, seed: int = 0) -> list[Request]:
     1 to 6 chunks in each turn: the prompt of a turn is everything said before, plus a new question.
     One request in four begins a conversation; the others continue one of the last 200.
 
+    Raises:
+        TypeError: a number is not an integer.
+        ValueError: ``num_requests`` is negative, or 2**31 or more.
+
     >>> synthetic_trace(3) == synthetic_trace(3), len(synthetic_trace(3))
     (True, 3)
     """
-    random_source = random.Random(seed)
+    num_requests = require_count("num_requests", num_requests)
+    if num_requests >= 1 << 31:
+        raise ValueError(f"num_requests must be below 2**31, got {num_requests}")
+    random_source = random.Random(as_integer("seed", seed))
     new_id = count()
     prompts = [[next(new_id) for _ in range(random_source.randint(1, 4))] for _ in range(16)]
     popularity = [1 / (rank + 1) for rank in range(len(prompts))]

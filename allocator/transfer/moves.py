@@ -223,7 +223,7 @@ def _require_freeable(blocks: Rows) -> None:
 
 
 def _require_options(path: Path | None, max_sms: int | None) -> None:
-    if path is not None and path not in PATHS:
+    if path is not None and (not isinstance(path, str) or path not in PATHS):
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
     if max_sms is not None:
         require_count("max_sms", max_sms, at_least=1)

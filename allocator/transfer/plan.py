@@ -26,6 +26,7 @@ from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice, PreparedCopy
 from kvheap.device.directions import Direction
 from kvheap.kernels.arguments import require_tensor
+from kvheap.kernels.arrays import as_array
 from kvheap.kernels.block_addresses import host_addresses
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.sides import NOWHERE, Blocks, Side, layer_offsets, paired, walls_of
@@ -157,7 +158,7 @@ class CopyPlan:
                 differ, or a device cannot reach the host memory; the message names the piece.
             TypeError: an address, size or count is not an integer.
         """
-        size_array = np.asarray(sizes)
+        size_array = as_array("sizes", sizes)
         places = [
             _places(name, buffer, addresses, size_array)
             for name, buffer, addresses in (
@@ -202,7 +203,7 @@ class CopyPlan:
             Side(cuda.find_device(torch.device(device)), memory=tuple(keep), is_unknown=True)
             for device in (source_device, target_device)
         )
-        return cls._of_arrays(source, target, sources, targets, np.asarray(sizes), parts)
+        return cls._of_arrays(source, target, sources, targets, as_array("sizes", sizes), parts)
 
     @classmethod
     def _of_arrays(
@@ -216,7 +217,7 @@ class CopyPlan:
     ) -> CopyPlan:
         if parts is None:
             return cls._checked(source, target, [Pieces.of(sources, targets, sizes)])
-        sources, targets = np.asarray(sources), np.asarray(targets)
+        sources, targets = as_array("sources", sources), as_array("targets", targets)
         if len(targets) != len(sources) or (sizes.ndim and len(sizes) != len(sources)):
             Pieces.of(sources, targets, sizes)  # raises and names the difference
         counts = [as_integer("parts", count) for count in parts]
@@ -343,7 +344,7 @@ def _places(
         raise ValueError(f"buffers must be contiguous, got strides {buffer.stride()}")
     num_bytes = buffer.nbytes
     size_bytes = max(int(sizes), 0) if sizes.ndim == 0 and sizes.dtype.kind in "iu" else 0
-    array = cast("Int64Array", np.asarray(addresses))
+    array = cast("Int64Array", as_array(name, addresses))
     offsets = host_addresses(name, array, num_bytes, size_bytes)
     if sizes.ndim == 1 and len(sizes) == len(offsets) and sizes.dtype.kind in "iu":
         beyond = offsets > num_bytes - sizes.astype(np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -174,13 +175,131 @@ def test_what_is_no_dict_is_refused(values: Any) -> None:
         {"shapes": [[2], [3]], "dtypes": ["torch.float32"]},
         {"fmt": 1.0},
         {"ref_count": "1"},
+        {"ref_count": 0},
+        {"ref_count": -1},
+        {"ref_count": True},
         {"pin_count": None},
+        {"pin_count": -1},
+        {"shape": [1]},
+        {"shape": [3]},
+        {"shape": []},
+        {"dtype": "torch.float32"},
+        {"dtype": None},
+        {"shapes": None},
+        {"dtypes": None},
+        {"shapes": None, "dtypes": None},
+        {"shapes": [], "dtypes": []},
+        {"shapes": (), "dtypes": ()},
+        {"shapes": [[2, 1, 16, 8]], "dtypes": None},
+        {"shapes": [[3], [2, 1, 16, 8]]},
+        {"dtypes": ["torch.float32", "torch.float16"]},
+        {"form": []},
         {"__type__": "MemoryBatchMetadata"},
     ],
 )
 def test_a_damaged_dict_of_an_object_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"\S"):
         WORKER.view(MemoryObjMetadata.from_dict({**OBJECT_DICT, **change}))
+    if "address" not in change and change.get("phy_size") != HEAP + PAGE:  # what depends on a heap
+        with pytest.raises(ValueError, match=r"\S"):
+            MemoryObjMetadata.from_dict({**OBJECT_DICT, **change})
+
+
+SHAPES = [torch.Size([2, 1, 16, 8]), torch.Size([3])]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"shape": torch.Size([1])},
+            r"shape is torch.Size\(\[1\]\), but shapes\[0\] is .*2, 1, 16",
+        ),
+        ({"shape": None}, r"shape is None, but shapes\[0\] is"),
+        ({"dtype": torch.float32}, r"dtype is torch.float32, but dtypes\[0\] is torch.float16"),
+        ({"dtype": "torch.float16"}, r"dtype is 'torch.float16', but dtypes\[0\]"),
+        ({"shapes": None, "dtypes": None}, r"all groups .* but shapes None and dtypes None"),
+        ({"shapes": None}, "all groups .* but shapes None"),
+        ({"shapes": SHAPES[:1]}, "shapes and dtypes differ in length"),
+        ({"shapes": SHAPES[:1], "dtypes": [torch.float32]}, r"dtype is torch.float16, but dtypes"),
+        ({"ref_count": 0, "address": 4096}, "ref_count is 0: the block at address 4096 is freed"),
+        ({"ref_count": -2}, "ref_count is -2"),
+        ({"ref_count": True}, "ref_count must be an integer, got True"),
+        ({"pin_count": -1}, "pin_count must be non-negative, got -1"),
+        ({"phy_size": 64}, "too small: phy_size is 64, but .* has 524 bytes"),
+        ({"phy_size": None}, "phy_size must be an integer, got None"),
+        ({"fmt": 1}, "fmt must be a MemoryFormat, got 1"),
+        ({"form": 7}, "form must be a text or None, got 7"),
+    ],
+)
+def test_metadata_of_an_object_that_contradicts_itself(
+    change: dict[str, Any], message: str
+) -> None:
+    for blocks in (replace(OBJECT, **change), [replace(OBJECT, **change)]):
+        with pytest.raises((ValueError, TypeError), match=message):
+            WORKER.view(blocks)
+
+
+def test_the_groups_of_scales_cannot_get_lost() -> None:
+    """What a block holds beside its first group fits into the bytes that alignment adds."""
+    data, scales = [2, 3, 8, 24], [2, 3, 8]
+    dtypes = [torch.float8_e4m3fn, torch.float32]
+    batch = WORKER.batched_allocate([data, scales], dtypes, 1, MemoryFormat.KV_2LTD)
+    assert batch is not None
+    try:
+        metadata = batch[0].metadata
+        assert WORKER.view(metadata).layout == batch.layout
+        values = {**metadata.to_dict(), "shapes": None, "dtypes": None}
+        with pytest.raises(ValueError, match="all groups"):
+            MemoryObjMetadata.from_dict(values)
+        with pytest.raises(ValueError, match="all groups"):
+            WORKER.view(replace(metadata, shapes=None, dtypes=None))
+    finally:
+        WORKER.batched_free(batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": None}, "layout must be a BlockLayout, got None"),
+        ({"blocks": [0]}, r"blocks must be an AddressBatch, got \[0\]"),
+        ({"stored": "11"}, "stored must be a list of sets of tokens or None, got '11'"),
+        ({"form": 7}, "form must be a text or None, got 7"),
+        ({"num_tokens": 8, "stored": (1, None)}, r"num_tokens is 8, but stored .*\(1, None\)"),
+    ],
+)
+def test_metadata_of_a_batch_that_contradicts_itself(change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        WORKER.view(replace(BATCH, **change))
+
+
+def test_tokens_are_said_once() -> None:
+    heap = TensorMemoryAllocator(torch.zeros(HEAP, dtype=torch.uint8))
+    batch = heap.batched_allocate([2, 1, 16, 8], torch.float16, 2, MemoryFormat.KV_2LTD)
+    assert batch is not None
+    values = {**batch.metadata.to_dict(), "num_tokens": 20}
+    assert MemoryBatchMetadata.from_dict(values).num_tokens == 20
+    with pytest.raises(ValueError, match="num_tokens is 20, but stored says"):
+        MemoryBatchMetadata.from_dict({**values, "stored": ["ff", "1"]})
+
+
+def test_blocks_in_different_units_make_no_view() -> None:
+    known, other = replace(OBJECT, form="blocks"), replace(OBJECT, form="rows", address=8 * PAGE)
+    with pytest.raises(ValueError, match="block 1 was stored as rows, one before it as blocks"):
+        WORKER.view([known, other])
+    view = WORKER.view([known, replace(other, form=None)])
+    assert view.metadata.form == "blocks"
+
+
+@pytest.mark.parametrize("change", [{"shapes": [[8]]}, {"dtypes": ["uint8"]}, {"ref_count": 0}])
+def test_plain_bytes(change: dict[str, Any]) -> None:
+    bytes_of = MemoryObjMetadata(torch.Size([8]), None, 0, 8, 1, fmt=MemoryFormat.BINARY_BUFFER)
+    values = bytes_of.to_dict()
+    assert MemoryObjMetadata.from_dict(values) == bytes_of
+    with pytest.raises(ValueError, match=r"dtype is None, as of plain bytes|ref_count is 0"):
+        MemoryObjMetadata.from_dict({**values, **change})
+    with pytest.raises(ValueError, match="plain bytes are in no heap"):
+        WORKER.view(bytes_of)
 
 
 JSON_VALUES = st.recursive(

@@ -143,8 +143,8 @@ def test_s3fifo_asks_for_more_uses_in_its_small_queue(min_uses: int) -> None:
 def test_the_tail_of_a_request_goes_before_its_head(name: str) -> None:
     index: PrefixIndex[str, int] = PrefixIndex(POLICIES[name]())
     index.begin(list("abcdefgh"), range(8), 10).complete()
-    with index.hold("abcdefgh"):
-        index.touch("abcdefgh")
+    with index.hold([*"abcdefgh"]):
+        index.touch([*"abcdefgh"])
     keys = [index.evict(1)[0][0] for _ in range(8)]
     assert keys == list("hgfedcba")
 

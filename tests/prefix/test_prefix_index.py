@@ -25,12 +25,12 @@ class TestStates:
         index = index_of("a")
         store = index.begin(["b", "c"], ["B", "C"], 10)
         assert [index.state(key) for key in "abz"] == ["ready", "pending", "absent"]
-        assert (index.prefix_length("abc"), "b" in index, len(index)) == (1, False, 1)
-        assert index.missing("abcz") == ["z"]
+        assert (index.prefix_length([*"abc"]), "b" in index, len(index)) == (1, False, 1)
+        assert index.missing([*"abcz"]) == ["z"]
         with pytest.raises(KeyError, match="b"):
             index.values(["a", "b"])
         assert store.complete(["b"]) == []
-        assert (index.prefix_length("abc"), index.values("ab")) == (2, ["A", "B"])
+        assert (index.prefix_length([*"abc"]), index.values([*"ab"])) == (2, ["A", "B"])
         assert (store.keys, store.values) == (["c"], ["C"])
         assert store.abort() == [("c", "C")]
         assert index.state("c") == "absent"
@@ -60,7 +60,7 @@ class TestStates:
 class TestWhatIsRemovedInUse:
     def test_a_held_chunk_ends_with_its_last_hold(self) -> None:
         index = index_of("a", "b")
-        first, second = index.hold("ab"), index.hold("a")
+        first, second = index.hold([*"ab"]), index.hold(["a"])
         assert index.remove(["a", "unknown", "a"]) == []
         assert [index.state(key) for key in "ab"] == ["absent", "ready"]
         assert first.values == ["A", "B"]
@@ -79,18 +79,18 @@ class TestWhatIsRemovedInUse:
 
     def test_its_key_can_be_stored_again_at_once(self) -> None:
         index = index_of("a")
-        hold, store = index.hold("a"), index.begin(["b"], ["B"], 10)
+        hold, store = index.hold(["a"]), index.begin(["b"], ["B"], 10)
         index.clear()
         index.begin(["a", "b"], ["new A", "new B"], 10).complete()
         assert (hold.values, store.values) == (["A"], ["B"])
         assert [*hold.release(), *store.complete()] == [("a", "A"), ("b", "B")]
-        assert index.values("ab") == ["new A", "new B"]
-        assert index.hold("ab").release() == []
+        assert index.values([*"ab"]) == ["new A", "new B"]
+        assert index.hold([*"ab"]).release() == []
 
     def test_what_a_block_ends_is_returned_by_the_next_call(self) -> None:
         index = index_of("a", "b", "c")
-        with index.hold("a"), index.hold("b"):
-            assert index.remove("ab") == []
+        with index.hold(["a"]), index.hold(["b"]):
+            assert index.remove([*"ab"]) == []
         assert index.stats().ended_bytes == 20
         assert index.evict(10) == [("b", "B"), ("a", "A"), ("c", "C")]
         assert index.take_ended() == []
@@ -99,7 +99,7 @@ class TestWhatIsRemovedInUse:
 class TestHolds:
     def test_they_nest(self) -> None:
         index = index_of("a")
-        holds = [index.hold("a") for _ in range(3)]
+        holds = [index.hold(["a"]) for _ in range(3)]
         for hold in holds:
             assert index.evict(10) is None
             hold.release()
@@ -107,7 +107,7 @@ class TestHolds:
 
     def test_a_second_release_changes_nothing(self) -> None:
         index = index_of("a")
-        first, second = index.hold("a"), index.hold("a")
+        first, second = index.hold(["a"]), index.hold(["a"])
         for _ in range(3):
             first.release()
         assert (len(first), first.keys, index.evict(10)) == (0, [], None)
@@ -117,7 +117,7 @@ class TestHolds:
 
     def test_a_key_that_is_named_twice_is_held_once(self) -> None:
         index = index_of("a", "b")
-        hold = index.hold("abaab")
+        hold = index.hold([*"abaab"])
         assert hold.keys == ["a", "b"]
         hold.release(["a"])
         assert index.stats().held_chunks == 1
@@ -133,7 +133,7 @@ class TestHolds:
 
     def test_an_error_in_the_block_releases(self) -> None:
         index = index_of("a")
-        with pytest.raises(KeyboardInterrupt), index.hold("a"):
+        with pytest.raises(KeyboardInterrupt), index.hold(["a"]):
             raise KeyboardInterrupt
         assert index.evictable_bytes == 10
 
@@ -141,7 +141,7 @@ class TestHolds:
 class TestEviction:
     def test_it_is_whole_or_not_at_all(self) -> None:
         index = index_of("a", "b", "c")
-        with index.hold("b"):
+        with index.hold(["b"]):
             assert index.evict(21) is None
             assert index.evict(11) == [("c", "C"), ("a", "A")]
         assert index.evict(10) == [("b", "B")]
@@ -161,7 +161,7 @@ class TestEviction:
 
     def test_the_tail_goes_before_the_head(self) -> None:
         index = index_of("a", "b", "c", "d")
-        index.touch("ab")
+        index.touch([*"ab"])
         assert [key for key, _ in index.evict(40)] == ["d", "c", "b", "a"]
 
 
@@ -207,7 +207,7 @@ def test_other_wrong_calls_are_refused() -> None:
     with pytest.raises(KeyError, match="b"):
         store.complete(["b"])
     assert store.abort() == []
-    assert index.prefix_length("abc") == 3
+    assert index.prefix_length([*"abc"]) == 3
 
 
 def test_an_empty_store_and_an_empty_hold_do_nothing() -> None:

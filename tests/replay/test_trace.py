@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import pickle
+import sys
 import threading
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kvheap.replay import compression, trace
 from kvheap.replay.trace import (
     CHUNK_TOKENS,
     Request,
@@ -21,6 +27,7 @@ from kvheap.replay.trace import (
 )
 
 TRACE = Path(__file__).parents[3] / "shared" / "traces" / "conversation_trace.jsonl"
+COMPRESSORS = (gzip, bz2, lzma)
 RECORD = {"timestamp": 7, "input_length": 900, "output_length": 52, "hash_ids": [46, 47]}
 
 
@@ -210,6 +217,103 @@ class TestWhatOthersWrite:
         broken[len(whole) // 2] ^= 0xFF
         path.write_bytes(broken)
         with pytest.raises(TraceError, match=r"line \d+: "):
+            read_trace(path)
+
+    @pytest.mark.parametrize("module", COMPRESSORS, ids=lambda module: module.__name__)
+    def test_streams_one_after_another_and_zeros_between(self, tmp_path: Path, module: Any) -> None:
+        lines = [json.dumps({**RECORD, "n": n}).encode() + b"\n" for n in range(3000)]
+        whole = module.compress(b"".join(lines))
+        half = module.compress(b"".join(lines[:7])[:-30])
+        rest = module.compress(b"".join(lines[:7])[-30:])
+        path = tmp_path / "trace"
+        for contents, count in (
+            (whole, 3000),
+            (whole + whole, 6000),
+            (half + rest, 7),
+            (whole + bytes(64), 3000),
+            (whole + bytes(64) + half + rest, 3007),
+            (module.compress(b"") + half + rest, 7),
+        ):
+            path.write_bytes(contents)
+            assert len(read_trace(path)) == count
+        assert len(read_trace(str(path), limit=3)) == 3
+
+    @pytest.mark.parametrize("module", COMPRESSORS, ids=lambda module: module.__name__)
+    def test_a_damaged_file_says_so(self, tmp_path: Path, module: Any) -> None:
+        text = "".join(json.dumps({**RECORD, "n": n}) + "\n" for n in range(5000))
+        whole = module.compress(text.encode())
+        path = tmp_path / "trace"
+        for contents in (whole[:8], whole[:-3], whole + b"garbage" * 9):
+            path.write_bytes(contents)
+            with pytest.raises(TraceError, match=r"line \d+: the (gzip|bzip2|xz) file is damaged"):
+                read_trace(path)
+        for at in range(12, len(whole), len(whole) // 40):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+            with pytest.raises(TraceError, match=r"line \d+: "):
+                read_trace(path)
+
+    @pytest.mark.parametrize("module", COMPRESSORS, ids=lambda module: module.__name__)
+    def test_few_bytes_do_not_fill_the_memory(
+        self, tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "trace"
+        path.write_bytes(module.compress(b"0" * (16 << 20)))
+        monkeypatch.setattr(trace, "MAX_LINE_BYTES", 1 << 20)
+        tracemalloc.start()
+        with pytest.raises(TraceError, match="line 1: longer than 1048576 bytes"):
+            read_trace(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 12 << 20
+        monkeypatch.setattr(compression, "SMALL_BYTES", 1 << 19)
+        path.write_bytes(module.compress((json.dumps(RECORD) + "\n").encode() * 15_000))
+        with pytest.raises(
+            TraceError, match=r"\d+ bytes of \w+ decompress to more than [5-9]\d{5},"
+        ):
+            read_trace(path)
+        assert len(read_trace(path, limit=100)) == 100
+        monkeypatch.setattr(compression, "MAX_GROWTH", 1 << 20)
+        assert len(read_trace(path)) == 15_000
+
+    def test_a_dictionary_of_xz_is_bounded(self, tmp_path: Path) -> None:
+        text = (json.dumps(RECORD) + "\n").encode()
+        path = tmp_path / "trace"
+        for dictionary, is_read in ((64 << 20, True), (1 << 30, False)):
+            filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": dictionary}]
+            path.write_bytes(lzma.compress(text, filters=filters))
+            if is_read:
+                assert len(read_trace(path)) == 1
+            else:
+                with pytest.raises(TraceError, match="line 1: the xz file is damaged: Memory"):
+                    read_trace(path)
+
+    @pytest.mark.parametrize(
+        ("magic", "kind"),
+        [
+            ("28b52ffd", "zstd"),
+            ("522a4d18", "zstd"),
+            ("04224d18", "lz4"),
+            ("4c5a4950", "lzip"),
+            ("1f9d", "compress"),
+            ("5d000080", "lzma"),
+            ("504b0304", "zip"),
+            ("377abcaf271c", "7z"),
+        ],
+    )
+    def test_other_compressions_are_named(self, tmp_path: Path, magic: str, kind: str) -> None:
+        path = tmp_path / "trace.jsonl"
+        path.write_bytes(bytes.fromhex(magic) + b"\x04\x00" * 20)
+        message = f"line 1: a file compressed by {kind}: decompress it first, with .* trace.jsonl"
+        with pytest.raises(TraceError, match=message):
+            read_trace(path)
+
+    def test_a_python_without_a_library(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "trace"
+        path.write_bytes(lzma.compress(json.dumps(RECORD).encode()))
+        monkeypatch.setitem(sys.modules, "lzma", None)
+        with pytest.raises(TraceError, match="line 1: a file compressed by xz, which this Python"):
             read_trace(path)
 
     @pytest.mark.parametrize("tokens", [1, 16, 64, 128, 256, 512, 1024, 4096])

@@ -1,0 +1,98 @@
+"""Checks of the keys that a caller names, and of the lists that go with them.
+
+A text is a sequence of texts, and a tensor one of tensors, which are equal to nothing but
+themselves. So ``store("ab", ...)`` would store chunks under "a" and "b", and ``store(tensor, ...)``
+under keys that nobody finds again.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sized
+from typing import Any
+
+__all__ = ["as_key_error", "require_key_list", "require_keys", "require_list"]
+
+TEXT = (str, bytes, bytearray, memoryview)
+
+
+def require_keys(keys: Any, name: str = "keys") -> None:
+    """Raise if an argument is not a collection of keys. O(1); an iterator is not begun.
+
+    Raises:
+        TypeError: names the argument and what it is.
+
+    >>> require_keys("ab")
+    Traceback (most recent call last):
+    ...
+    TypeError: keys must be a list or another iterable of keys, got 'ab': for one key pass ['ab']
+    """
+    kind = type(keys)
+    if kind is list or kind is tuple:
+        return
+    if not hasattr(kind, "__iter__") or isinstance(keys, TEXT) or _is_tensor(keys):
+        advice = f": for one key pass [{keys!r}]" if isinstance(keys, TEXT) else ""
+        raise TypeError(f"{name} must be a list or another iterable of keys, got {keys!r}{advice}")
+
+
+def require_list(name: str, values: Any) -> None:
+    """Raise if an argument has no order or no length, or is a text. O(1).
+
+    Raises:
+        TypeError: names the argument and what it is.
+
+    >>> require_list("values", {4096, 8192})
+    Traceback (most recent call last):
+    ...
+    TypeError: values must be a list or another sequence, got a set, which has no order
+    """
+    kind = type(values)
+    if kind is list or kind is tuple:
+        return
+    if isinstance(values, (set, frozenset)):
+        raise TypeError(
+            f"{name} must be a list or another sequence, got a {kind.__name__}, which has no order"
+        )
+    has_length = isinstance(values, Sized) and hasattr(kind, "__iter__")
+    if not has_length or isinstance(values, TEXT):
+        raise TypeError(f"{name} must be a list or another sequence, got {values!r}")
+
+
+def require_key_list(keys: Any) -> None:
+    """Raise if an argument is not a sequence of keys to store chunks under. O(1).
+
+    Raises:
+        TypeError: names the argument and what it is.
+    """
+    require_keys(keys)
+    require_list("keys", keys)
+    if (type(keys) is list or type(keys) is tuple) and keys and _is_tensor(keys[0]):
+        raise TypeError(f"keys must not be tensors, got {keys[0]!r}: pass tensor.tolist()")
+
+
+def as_key_error(error: BaseException, keys: Any, name: str = "keys") -> BaseException:
+    """The error to raise for ``error``, which a call with these keys has met.
+
+    That of Python for a key that cannot be hashed does not say which one.
+    """
+    if type(error) is not TypeError or not isinstance(keys, (list, tuple)):
+        return error
+    for key in keys:
+        if not _is_hashable(key):
+            return TypeError(f"{key!r} in {name} is unhashable: a key must be hashable")
+    return error
+
+
+def _is_hashable(key: object) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_tensor(value: object) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
