@@ -45,10 +45,16 @@ def _got_the_frame_below(frame: FrameType) -> bool:
         return False
     named = code.co_argcount + code.co_kwonlyargcount
     names = code.co_varnames[: named + bool(code.co_flags & inspect.CO_VARARGS)]
-    for value in map(frame.f_locals.get, names):
-        if value is below or (type(value) is tuple and any(each is below for each in value)):
-            return True
-    return False
+    if not names:
+        return False
+    values = frame.f_locals  # up to CPython 3.12 a copy, which the frame keeps
+    found = any(
+        value is below or (type(value) is tuple and any(each is below for each in value))
+        for value in map(values.get, names)
+    )
+    if type(values) is dict and code.co_flags & inspect.CO_OPTIMIZED:
+        values.clear()  # the error may be in it, and would keep itself and the frame alive
+    return found
 
 
 def _code_of(handler: object) -> CodeType | None:

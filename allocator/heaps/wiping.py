@@ -61,9 +61,8 @@ class Poison:
     tells_owners_apart = True
 
     def __init__(self) -> None:
-        self._extents: SortedDict[int, tuple[int, LastOwner | None]] = (
-            SortedDict()
-        )  # start -> end, owner
+        # By start: the end and the owner of each.
+        self._extents: SortedDict[int, tuple[int, LastOwner | None]] = SortedDict()
         self._is_whole = True
 
     def freed(self, release: Release, segments: Segments) -> None:

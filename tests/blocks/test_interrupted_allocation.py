@@ -6,12 +6,15 @@ bytecode. Afterwards it was undone or done, and the heap accounts for every byte
 
 from __future__ import annotations
 
+import gc
+import weakref
+from functools import partial
 from typing import Any
 
 import pytest
 from foreign_code import TimeOutError, interrupts
 from heap_scenes import OPERATIONS, Scene, require_that_every_byte_is_accounted_for
-from small_heaps import PAGE, no_debug
+from small_heaps import PAGE, heap_of, no_debug, take
 
 __all__ = ["no_debug"]
 
@@ -54,3 +57,23 @@ def test_nor_while_bytes_are_wiped(name: str, options: dict[str, Any]) -> None:
     while run(name, options, False, number):
         number += 11  # wiping is a copy too
     assert number > 8
+
+
+@pytest.mark.parametrize("options", [{}, {"scrub": True}, {"debug": True}])
+def test_an_interrupted_free_leaves_no_cycle(options: dict[str, bool]) -> None:
+    gc.collect()
+    gc.disable()  # as engines do
+    try:
+        number, struck = 0, True
+        while struck:
+            heap = heap_of(4, **options)
+            batch = take(heap, 2)
+            free = partial(heap.batched_free, batch)
+            struck = interrupts(number, free, TimeOutError, everywhere=True)
+            found = weakref.ref(batch)
+            del batch, free
+            assert found() is None, f"place {number}"
+            number += 5
+        assert number > 100
+    finally:
+        gc.enable()
