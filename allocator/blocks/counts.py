@@ -91,7 +91,7 @@ class RowCounts:
 
     - read one row: ``is_live``, ``references_of``, ``pins_of``;
     - read all rows: ``references``, ``pins``, ``live``, ``count_live``, ``all_live``,
-      ``leased_rows``, ``rows_to_drop``;
+      ``is_untouched``, ``leased_rows``, ``rows_to_drop``;
     - change one row: ``changed``, ``references_to_change``, ``pins_to_change``, ``add_lease``,
       ``remove_lease``, ``leases_of``, ``is_held``;
     - free: ``claimable``, ``set_freed``, ``set_live``, ``forgive``, ``was_dropped``;
@@ -177,6 +177,11 @@ class RowCounts:
             return (0 if self._uniform_references < 0 else self._num_rows), 0
         live = self.live()
         return int(live.sum()), int((live & (self._pin_array() > 0)).sum())
+
+    def is_untouched(self) -> bool:
+        """Whether every row has one reference, no pin, and never had a lease."""
+        is_uniform = self._references is None and self._pins is None and self._leases is None
+        return is_uniform and self._uniform_references == 1
 
     def leased_rows(self) -> Collection[int]:
         """The live rows that a lease holds."""
@@ -290,13 +295,7 @@ class RowCounts:
             DoubleFreeError: a row is already freed, or named twice.
             BlockInUseError: a row is pinned or has more than one reference.
         """
-        if (
-            rows is None
-            and self._uniform_references == 1
-            and self._references is None
-            and self._pins is None
-            and self._leases is None
-        ):
+        if rows is None and self.is_untouched():
             return None
         if self.has_dropped:
             rows = self._but_dropped(rows)

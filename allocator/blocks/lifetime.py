@@ -254,10 +254,10 @@ class Lifetime:
         if self._deferred and call is None:
             self._deferred.run()
         events = NO_EVENTS
-        if parts and parts[0].batch.counts.streams is not None and not self.guard.busy:
-            events = StreamEvents()
-            for part in parts:
-                events.foresee(part.batch.counts.streams_now(part.rows))
+        if len(parts) == 1 and parts[0].rows is None and not self.guard.busy:
+            counts = parts[0].batch.counts
+            if counts.streams is not None and counts.is_untouched():  # it will be freed
+                events = NO_EVENTS.record(counts.streams_now(None), is_wrapped=call is not None)
         while streams := self._try_free(parts, skip_freed, merge, events):
             events = events.record(streams, is_wrapped=call is not None)
 

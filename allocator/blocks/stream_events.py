@@ -50,16 +50,6 @@ class StreamEvents(dict[Hashable, "Event | None"]):
             raise
         return self
 
-    def foresee(self, streams: Streams) -> None:
-        """:meth:`record` what a free will probably need; it finds out itself what fails here."""
-        try:
-            for key, stream in streams.items():
-                if key not in self:
-                    self[key] = None if has_let_go(stream) else stream.record_event()
-        except Exception as error:
-            if is_interrupt(error):
-                raise
-
     def of(self, streams: Streams, missing: Streams) -> tuple[Event, ...]:
         """The events of those streams that still use bytes.
 

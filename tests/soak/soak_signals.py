@@ -248,19 +248,21 @@ class Storm:
             Request(obj, by_del=False)
 
     def blow(self, seconds: float, mean_s: float = 3e-4) -> None:
-        """Go on for some seconds, with a checkpoint every half second."""
+        """Go on for some seconds, with a checkpoint every half second, at least two."""
         before = {
             number: signal.signal(number, self.handle)
             for number in (signal.SIGALRM, signal.SIGVTALRM)
         }
         thresholds = gc.get_threshold()
+        gc.collect()
+        gc.freeze()  # so that each collection is quick
         gc.set_threshold(50, 5, 5)
         for worker in self._workers:
             worker.start()
         try:
             end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                self._go_on(min(end, time.monotonic() + 0.5), mean_s)
+            while time.monotonic() < end or self.checkpoints < 2:
+                self._go_on(time.monotonic() + 0.5, mean_s)
                 with ExitStack() as stopped:
                     for gate in self._gates:
                         stopped.enter_context(gate)
@@ -272,6 +274,7 @@ class Storm:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             gc.set_threshold(*thresholds)
+            gc.unfreeze()
             for number, handler in before.items():
                 signal.signal(number, handler)
         for worker in self._workers:
