@@ -9,6 +9,10 @@ from itertools import count
 import pytest
 
 from kvheap.prefix.orders import ORDERS, AdaptiveOrder, EvictionOrder
+from kvheap.prefix.orders.adaptive import BY_RECENCY
+from kvheap.prefix.orders.classes import ClassedChunk
+from kvheap.prefix.orders.reuse import NUM_CLASSES
+from kvheap.prefix.orders.shadows import ShadowCache
 
 Request = Sequence[int]
 
@@ -129,3 +133,26 @@ def test_a_chunk_that_was_removed_is_not_remembered() -> None:
 
     assert last_victim(lambda order: order.evict([0])) == 0
     assert last_victim(lambda order: order.remove(0)) == 2
+
+
+def test_a_shadow_counts_the_bytes_that_a_small_cache_finds() -> None:
+    source = random.Random(4)
+    shadow = ShadowCache[int](320, newest_too=False)
+    shadow.extend(NUM_CLASSES)
+    chunks = {key: ClassedChunk(key, 1 + key % 5, 0) for key in range(200)}
+    plain: list[int] = []  # least recently used first
+    found = 0
+    for now in range(1, 5000):
+        key = min(int(source.expovariate(1 / 60)), 199)
+        chunks[key].used_at = now
+        shadow.use(chunks[key], BY_RECENCY)
+        if key in plain:
+            found += 1 + key % 5
+            plain.remove(key)
+        plain.append(key)
+        # It holds 320 bytes on the average: evicts at more than 330, down to 310.
+        if sum(1 + each % 5 for each in plain) > 330:
+            while sum(1 + each % 5 for each in plain) > 310:
+                del plain[0]
+        assert shadow.found_bytes == found
+    assert 0.3 < found / (3 * 5000) < 0.95
