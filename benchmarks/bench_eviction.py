@@ -94,8 +94,9 @@ def stored_in_vllm(policy: str) -> Callable[[int], EvictionOrder[int]] | None:
         def settle(self, keys: Sequence[int]) -> None:
             """Nothing: it would count as a use."""
 
-        def evict_until(self, num_bytes: int, protected: set[int]) -> list[int]:
-            victims = self.policy.evict(num_bytes, protected) or []
+        def evict_until(self, num_bytes: int, is_pinned: Any) -> list[int]:
+            """Evict chunks; the replays give the method of a set, and vLLM wants the set."""
+            victims = self.policy.evict(num_bytes, is_pinned.__self__) or []
             self.count -= len(victims)
             return [key for key, _ in victims]
 
@@ -113,7 +114,6 @@ def stored_in_vllm(policy: str) -> Callable[[int], EvictionOrder[int]] | None:
 
 def replay(order: EvictionOrder[int], requests: Requests, capacity: int) -> dict[str, float]:
     """Hits in % of references, and microseconds of one."""
-    asks_for_set = not isinstance(getattr(order, "evict", None), Callable)  # type: ignore[arg-type]
     hits = 0
     seconds = 0.0
     for ids in requests:
@@ -128,10 +128,8 @@ def replay(order: EvictionOrder[int], requests: Requests, capacity: int) -> dict
         excess = len(order) + len(missing) - capacity
         start = time.thread_time()
         order.touch(stored)
-        if excess > 0:
-            is_pinned: Any = kept if asks_for_set else kept.__contains__
-            if not order.evict_until(excess, is_pinned):
-                raise RuntimeError(f"a request of {len(distinct)} chunks exceeds the cache")
+        if excess > 0 and not order.evict_until(excess, kept.__contains__):
+            raise RuntimeError(f"a request of {len(distinct)} chunks exceeds the cache")
         for key in missing:
             order.insert(key, 1, 0)
         order.settle(distinct)
