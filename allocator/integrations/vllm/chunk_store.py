@@ -81,7 +81,7 @@ class ChunkStore(Generic[K]):
     purpose        methods
     =============  ==================================================================
     look up        ``find``, ``is_ready``, ``in``, ``len``
-    load           ``begin_load``, ``end_load``, ``touch``
+    load           ``begin_load``, ``end_load``, ``touch``, ``settle``
     store          ``begin_store``, ``end_store``
     drop           ``forget``, ``reset``
     watch          ``stats``, ``check``
@@ -124,6 +124,7 @@ class ChunkStore(Generic[K]):
         self._by_tag = dict(zip(groups, self._groups, strict=True))
         self._tag_of = tag_of
         self._order = order
+        self._settle: Callable[[list[K]], None] | None = getattr(order, "settle", None)
         self._chunks: dict[K, Chunk[K]] = {}
         self._leaving: dict[K, Chunk[K]] = {}
         sizes = {group.allocated_bytes for group in self._groups}
@@ -172,9 +173,9 @@ class ChunkStore(Generic[K]):
             if chunk is None or chunk.loads == PENDING:
                 raise KeyError(f"{key!r} is {'absent' if chunk is None else 'pending'}")
             chunks.append(chunk)
-        clock = self._tick()
+        clock = self._clock = self._clock + 1
         groups = self._groups
-        for chunk in dict.fromkeys(chunks):
+        for chunk in dict.fromkeys(chunks) if len(chunks) > 1 else chunks:
             if not chunk.loads:
                 self._evictable_bytes -= chunk.span.size
             chunk.loads += 1
@@ -213,7 +214,8 @@ class ChunkStore(Generic[K]):
 
         Keys that are not there are skipped.
         """
-        find, clock = self._chunks.get, self._tick()
+        find = self._chunks.get
+        clock = self._clock = self._clock + 1
         found = []
         for key in keys:
             chunk = find(key)
@@ -225,6 +227,15 @@ class ChunkStore(Generic[K]):
             if self._ages:
                 for chunk in reversed(found):
                     self._ages[chunk.span.size].move_to_end(chunk.key)
+
+    def settle(self, keys: Iterable[K]) -> None:
+        """Tell the order which chunks belong to one request, the head of its prefix first.
+
+        Not a use of them: chunks of a request that were stored in several steps come into the
+        order in which they are needed. O(N * P); orders without ``settle`` do not want to know.
+        """
+        if self._settle is not None:
+            self._settle([key for key in keys if key in self._chunks])
 
     # -- store ---------------------------------------------------------------------------------
 
@@ -265,7 +276,7 @@ class ChunkStore(Generic[K]):
         if places is None:
             self._refused += 1
             return StorePlan([], NOTHING, NOTHING, evicted, is_refused=True)
-        clock, insert = self._tick(), self._order.insert
+        clock = self._clock = self._clock + 1
         stored: list[Chunk[K]] = []
         for key, group in zip(new, groups, strict=True):
             span, address = places[group.allocated_bytes].pop()
@@ -275,7 +286,7 @@ class ChunkStore(Generic[K]):
             self._pending_bytes += group.allocated_bytes
             stored.append(chunk)
         for chunk in reversed(stored):  # so that a prefix loses its tail first
-            insert(chunk.key, chunk.span.size, chunk.group)
+            self._order.insert(chunk.key, chunk.span.size, chunk.group)
             if self._ages:
                 self._ages[chunk.span.size][chunk.key] = None
         return StorePlan(
@@ -459,10 +470,6 @@ class ChunkStore(Generic[K]):
     def __repr__(self) -> str:
         """The counters."""
         return f"ChunkStore({self.stats()})"
-
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
 
     def _of_no_group(self, keys: list[K]) -> ValueError:
         key = next(key for key in keys if self._tag_of(key) not in self._by_tag)

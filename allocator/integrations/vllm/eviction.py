@@ -6,10 +6,10 @@ POLICY's file replaces this one when it is merged.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
-__all__ = ["LRU", "EvictionOrder"]
+__all__ = ["LRU", "POLICIES", "EvictionOrder"]
 
 K = TypeVar("K", bound=Hashable)
 
@@ -53,6 +53,9 @@ class LRU:
             if key in sizes:
                 sizes.move_to_end(key)
 
+    settle = touch
+    """Order the chunks of a request, the head of its prefix first, without counting a use."""
+
     def remove(self, key: Hashable) -> None:
         """Forget a key."""
         del self._sizes[key]
@@ -79,3 +82,7 @@ class LRU:
     def __len__(self) -> int:
         """How many keys there are."""
         return len(self._sizes)
+
+
+POLICIES: Mapping[str, Callable[[int], EvictionOrder[Any]]] = {"lru": lambda heap_bytes: LRU()}
+"""By the name that users write, what makes a new order for a heap of so many bytes."""
