@@ -513,7 +513,7 @@ class ChunkStore(Generic[K]):
                 return chunks[key].loads != 0 or key in kept
 
             victims = self._next_in_order(wanted, is_pinned)
-            victims = victims or self._in_emptiest_span(missing, is_pinned)
+            victims = victims or self._in_emptiest_span(missing, kept)
             while victims:
                 evicted += victims
                 self._take_places(victims, missing, places)
@@ -524,9 +524,9 @@ class ChunkStore(Generic[K]):
                 if space.idle_bytes < self._most_idle_bytes:
                     victims = self._next_in_order(wanted, is_pinned)
                 else:
-                    victims = self._in_emptiest_span(missing, is_pinned, CHEAP)
+                    victims = self._in_emptiest_span(missing, kept, CHEAP)
                     victims = victims or self._oldest_of_size(missing, is_pinned)
-                victims = victims or self._in_emptiest_span(missing, is_pinned)
+                victims = victims or self._in_emptiest_span(missing, kept)
                 victims = victims or self._next_in_order(wanted, is_pinned)
         if wanted:
             for taken in places.values():
@@ -563,17 +563,17 @@ class ChunkStore(Generic[K]):
         return keys
 
     def _in_emptiest_span(
-        self, missing: dict[int, int], is_pinned: Callable[[K], bool], share: float = 1.0
+        self, missing: dict[int, int], kept: frozenset[K], share: float = 1.0
     ) -> list[K]:
         """The chunks of a span to empty for the largest missing size; they left the order.
 
         Args:
             missing: how many chunks of each size need a place.
-            is_pinned: whether a chunk must not leave.
+            kept: keys that must not leave.
             share: of the span, that its chunks may have at most.
         """
         size = max(size for size, count in missing.items() if count)
-        span = self._space.emptiest(size, lambda chunk: not is_pinned(chunk.key))
+        span = self._space.emptiest(size, lambda chunk: not chunk.loads and chunk.key not in kept)
         if span is None or len(span.chunks) * span.size > share * span.length:
             return []
         keys = [chunk.key for chunk in span.chunks.values()]
