@@ -52,15 +52,14 @@ NOWHERE = ChunkLocations([], [])
 
 
 class _Access:
-    """The chunks that one request has met, the first time first."""
+    """The chunks that one request has used or stored, the first one first."""
 
-    __slots__ = ("keys", "reset_count", "reused", "stored")
+    __slots__ = ("has_stored", "keys", "reset_count")
 
     def __init__(self, reset_count: int) -> None:
         self.reset_count = reset_count
         self.keys: dict[OffloadKey, None] = {}
-        self.reused: set[OffloadKey] = set()
-        self.stored: set[OffloadKey] = set()
+        self.has_stored = False
 
 
 class KVHeapManager(OffloadingManager):  # type: ignore[misc,unused-ignore]
@@ -136,9 +135,7 @@ class KVHeapManager(OffloadingManager):  # type: ignore[misc,unused-ignore]
             KeyError: a chunk, which it names, is not ready; nothing is protected.
         """
         places = self._store.begin_load(keys)
-        access = self._access(req_context)
-        access.keys.update(dict.fromkeys(keys))
-        access.reused.update(keys)
+        self._use(keys, self._access(req_context))
         return ChunkLocations(*places)
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
@@ -162,17 +159,15 @@ class KVHeapManager(OffloadingManager):  # type: ignore[misc,unused-ignore]
         plan = store.begin_store(offered)
         if plan.evicted and self._events is not None:
             self._events.append(OffloadingEvent(plan.evicted, Medium.CPU, removed=True))
-        access.keys.update(dict.fromkeys(keys))
         if len(plan.keys) < len(keys):
-            for key in keys:
-                chunk = find(key)
-                if chunk is not None and chunk.loads >= 0:
-                    access.reused.add(key)
+            ready = [key for key in keys if (chunk := find(key)) is not None and chunk.loads >= 0]
+            self._use(ready, access)
         if plan.is_refused:
             return None
         if not plan.keys:
             return PrepareStoreOutput([], NOWHERE, [])
-        access.stored.update(plan.keys)
+        access.keys.update(dict.fromkeys(plan.keys))
+        access.has_stored = True
         self._feed.allocations.append(len(plan.keys))
         return PrepareStoreOutput(
             plan.keys, ChunkLocations(plan.addresses, plan.sizes), plan.evicted
@@ -214,19 +209,23 @@ class KVHeapManager(OffloadingManager):  # type: ignore[misc,unused-ignore]
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: ReqContext) -> None:
-        """Tell the order what the request used, the head of its prefix first, once for each chunk.
-
-        Chunks that the request itself stored are not used by it, but come into that order too.
-        """
-        access = req_context.get_state(_Access)
-        if access is None or access.reset_count != self._reset_count or not access.keys:
+        """Tell the order which chunks belong together, and which of them is the prefix's head."""
+        access: _Access | None = req_context.get_state(_Access)
+        if access is None or access.reset_count != self._reset_count or not access.has_stored:
             return
-        keys = _in_prefix_order(list(access.keys), req_context)
-        stored, reused = access.stored, access.reused
-        access.keys = {}
-        if stored:
-            self._store.settle(keys)
-        self._store.touch([key for key in keys if key in reused and key not in stored])
+        access.has_stored = False
+        self._store.settle(_in_prefix_order(list(access.keys), req_context))
+
+    def _use(self, keys: Collection[OffloadKey], access: _Access) -> None:
+        """Count the chunks as used by a request, unless it has used or stored them before.
+
+        At once, so that the chunks that the request brings do not push out those it stands on.
+        """
+        met = access.keys
+        new = [key for key in keys if key not in met] if met else keys
+        if new:
+            met.update(dict.fromkeys(new))
+            self._store.touch(new)
 
     def _access(self, req_context: ReqContext) -> _Access:
         access: _Access | None = req_context.get_state(_Access)
