@@ -119,7 +119,7 @@ class ChunkSpace(Generic[K]):
 
     >>> space = ChunkSpace(1 << 20, {4096, 1024})
     >>> space.span_bytes, [address for span, address in space.take(1024, 2)]
-    (16384, [0, 1024])
+    (4096, [0, 1024])
     """
 
     def __init__(
@@ -304,8 +304,8 @@ def span_bytes_of(longest: int, sizes: Sequence[int]) -> int:
         longest: the most bytes that a span can have.
         sizes: the sizes in bytes, ascending.
 
-    >>> span_bytes_of(1 << 30, [8 << 10, 9 << 10, 10 << 10]) >> 10  # 45, 40 and 36 places
-    360
+    >>> span_bytes_of(1 << 30, [8 << 10, 9 << 10, 10 << 10]) >> 10  # 35, 31 and 28 places
+    280
     >>> span_bytes_of(1 << 30, [1 << 20]) >> 20
     16
     """

@@ -124,7 +124,6 @@ class ChunkStore(Generic[K]):
         self._by_tag = dict(zip(groups, self._groups, strict=True))
         self._tag_of = tag_of
         self._order = order
-        self._settle: Callable[[list[K]], None] | None = getattr(order, "settle", None)
         self._chunks: dict[K, Chunk[K]] = {}
         self._leaving: dict[K, Chunk[K]] = {}
         sizes = {group.allocated_bytes for group in self._groups}
@@ -232,10 +231,11 @@ class ChunkStore(Generic[K]):
         """Tell the order which chunks belong to one request, the head of its prefix first.
 
         Not a use of them: chunks of a request that were stored in several steps come into the
-        order in which they are needed. O(N * P); orders without ``settle`` do not want to know.
+        order in which they are needed. O(N * P).
         """
-        if self._settle is not None:
-            self._settle([key for key in keys if key in self._chunks])
+        found = [key for key in keys if key in self._chunks]
+        if found:
+            self._order.settle(found)
 
     # -- store ---------------------------------------------------------------------------------
 
@@ -558,8 +558,7 @@ class ChunkStore(Generic[K]):
         size = max(size for size, count in missing.items() if count)
         may_go = (key for key in self._ages[size] if not is_pinned(key))
         keys = list(islice(may_go, missing[size]))
-        for key in keys:
-            self._order.remove(key)
+        self._order.evict(keys)
         return keys
 
     def _in_emptiest_span(
@@ -577,8 +576,7 @@ class ChunkStore(Generic[K]):
         if span is None or len(span.chunks) * span.size > share * span.length:
             return []
         keys = [chunk.key for chunk in span.chunks.values()]
-        for key in keys:
-            self._order.remove(key)
+        self._order.evict(keys)
         self._span_evictions += len(keys)
         return keys
 

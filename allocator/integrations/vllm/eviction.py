@@ -6,7 +6,7 @@ POLICY's file replaces this one when it is merged.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 __all__ = ["LRU", "POLICIES", "EvictionOrder"]
@@ -20,11 +20,17 @@ class EvictionOrder(Protocol[K]):
     def insert(self, key: K, size_bytes: int, group: int) -> None:
         """Enter a chunk whose store begins."""
 
-    def touch(self, keys: Iterable[K]) -> None:
+    def touch(self, keys: Sequence[K]) -> None:
         """A request used these chunks, the head of its prefix first."""
+
+    def settle(self, keys: Sequence[K]) -> None:
+        """Order the chunks of a request, the head of its prefix first, without counting a use."""
 
     def remove(self, key: K) -> None:
         """A chunk left for another reason than an eviction."""
+
+    def evict(self, keys: Iterable[K]) -> None:
+        """Remove chunks that the caller evicts by a choice of its own."""
 
     def evict_until(self, num_bytes: int, is_pinned: Callable[[K], bool]) -> list[K]:
         """Remove chunks of at least ``num_bytes`` together; ``[]``, and no change: impossible."""
@@ -46,10 +52,10 @@ class LRU:
         """Enter a chunk as the last to leave."""
         self._sizes[key] = size_bytes
 
-    def touch(self, keys: Iterable[Hashable]) -> None:
+    def touch(self, keys: Sequence[Hashable]) -> None:
         """Make the keys the last to leave, the first of them the very last."""
         sizes = self._sizes
-        for key in reversed(list(keys)):
+        for key in reversed(keys):
             if key in sizes:
                 sizes.move_to_end(key)
 
@@ -60,7 +66,7 @@ class LRU:
         """Forget a key."""
         del self._sizes[key]
 
-    def evict_until(self, num_bytes: int, is_pinned: Callable[[Hashable], bool]) -> list[Hashable]:
+    def evict_until(self, num_bytes: int, is_pinned: Callable[[Any], bool]) -> list[Any]:
         """Remove the oldest keys of at least ``num_bytes`` together."""
         victims = []
         for key, size in self._sizes.items():
@@ -74,6 +80,11 @@ class LRU:
         for key in victims:
             del self._sizes[key]
         return victims
+
+    def evict(self, keys: Iterable[Hashable]) -> None:
+        """Forget keys."""
+        for key in keys:
+            del self._sizes[key]
 
     def reset(self) -> None:
         """Forget all keys."""

@@ -5,9 +5,11 @@ Needs no vLLM.
 >>> settings = TierSettings.of({"cpu_bytes_to_use": 8 << 30}, world_size=2)
 >>> settings.heap_bytes >> 30, settings.eviction_policy, settings.blocks_per_chunk
 (4, 'lru', 1)
->>> TierSettings.of({"cpu_bytes_to_use": 1 << 30, "evict_policy": "lru"})
+>>> TierSettings.of({"cpu_bytes_to_use": 1 << 30, "huge_pages": True})
 Traceback (most recent call last):
-ValueError: kv_connector_extra_config has no key 'evict_policy': did you mean 'eviction_policy'? ...
+...
+ValueError: kv_connector_extra_config['huge_pages'] must be one of 'none', 'transparent', \
+'explicit', got True
 """
 
 from __future__ import annotations
