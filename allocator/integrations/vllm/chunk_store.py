@@ -17,7 +17,7 @@ Needs no vLLM.
 ([0, 1024, 1280], [1024, 256, 256])
 >>> store.end_store(plan.keys)
 ['f0', 'w0', 'w1']
->>> store.begin_load(["w1"]).addresses.tolist()
+>>> store.begin_load(["w1"])[0].tolist()
 [1280]
 >>> store.begin_store(["f1"]).evicted
 ['w0', 'f0']
@@ -30,7 +30,8 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from itertools import islice
 from typing import Generic, TypeVar
 
-import numpy as np
+from numpy import array as as_array
+from numpy import empty, int64
 
 from kvheap.addresses.arguments import require_count
 from kvheap.addresses.extents import Int64Array
@@ -38,7 +39,7 @@ from kvheap.errors import HeapCorruptionError, LifetimeError
 from kvheap.integrations.vllm.chunk_space import PENDING, Chunk, ChunkSpace, Place
 from kvheap.integrations.vllm.eviction import EvictionOrder
 from kvheap.integrations.vllm.groups import ChunkGroup
-from kvheap.integrations.vllm.store_values import GroupStats, Places, StorePlan, StoreStats
+from kvheap.integrations.vllm.store_values import GroupStats, StorePlan, StoreStats
 
 __all__ = ["ChunkStore"]
 
@@ -54,7 +55,7 @@ With 1/128, 1 % of a heap of 4,000 chunks of four sizes is idle; with 1/192, 0.6
 CHEAP = 1 / 4
 """Share of a span that chunks may have for it to be emptied in place of older chunks."""
 
-NOTHING: Int64Array = np.empty(0, np.int64)
+NOTHING: Int64Array = empty(0, int64)
 NOTHING.setflags(write=False)
 
 
@@ -157,10 +158,13 @@ class ChunkStore(Generic[K]):
 
     # -- load ----------------------------------------------------------------------------------
 
-    def begin_load(self, keys: Collection[K]) -> Places:
+    def begin_load(self, keys: Collection[K]) -> tuple[Int64Array, Int64Array]:
         """Protect ready chunks until :meth:`end_load`, and tell where they are. O(N).
 
         Loads nest. A key that is named twice is protected once.
+
+        Returns:
+            Addresses and bytes, both int64 ``[N]``, in the order of the keys.
 
         Raises:
             KeyError: a key, which it names, is not ready; nothing is protected.
@@ -180,9 +184,9 @@ class ChunkStore(Generic[K]):
             chunk.loads += 1
             chunk.used = clock
             groups[chunk.group].hits += chunk.chunk_bytes
-        return Places(
-            np.array([chunk.address for chunk in chunks], np.int64),
-            np.array([chunk.chunk_bytes for chunk in chunks], np.int64),
+        return (
+            as_array([chunk.address for chunk in chunks], int64),
+            as_array([chunk.chunk_bytes for chunk in chunks], int64),
         )
 
     def end_load(self, keys: Iterable[K]) -> None:
@@ -291,8 +295,8 @@ class ChunkStore(Generic[K]):
                 self._ages[chunk.span.size][chunk.key] = None
         return StorePlan(
             new,
-            np.array([chunk.address for chunk in stored], np.int64),
-            np.array([group.chunk_bytes for group in groups], np.int64),
+            as_array([chunk.address for chunk in stored], int64),
+            as_array([group.chunk_bytes for group in groups], int64),
             evicted,
         )
 

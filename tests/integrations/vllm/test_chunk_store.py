@@ -90,7 +90,7 @@ class TestLoadsAndStores:
         store = store_of(2048, f=1024)
         filled(store, "f0", "f1")
         first, second = store.begin_load(["f0"]), store.begin_load(["f0", "f0"])
-        assert first.addresses.tolist() * 2 == second.addresses.tolist()
+        assert first[0].tolist() * 2 == second[0].tolist()
         store.end_load(["f0"])
         assert filled(store, "f2") == ["f1"]
         assert store.begin_store(["f3", "f4"]).is_refused
@@ -458,9 +458,9 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(KeyError):
                 self.store.begin_load(keys)
             return
-        places = self.store.begin_load(keys)
-        assert places.addresses.tolist() == [naive.chunks[key].address for key in keys]
-        assert places.sizes.tolist() == [naive.chunks[key].chunk_bytes for key in keys]
+        addresses, sizes = self.store.begin_load(keys)
+        assert addresses.tolist() == [naive.chunks[key].address for key in keys]
+        assert sizes.tolist() == [naive.chunks[key].chunk_bytes for key in keys]
         for key in keys:
             naive.chunks[key].loads += 1
         self.loads.append(keys)
