@@ -36,7 +36,13 @@ from numpy import empty, int64
 from kvheap.addresses.arguments import require_count
 from kvheap.addresses.extents import Int64Array
 from kvheap.errors import HeapCorruptionError, LifetimeError
-from kvheap.integrations.vllm.chunk_space import PENDING, Chunk, ChunkSpace, Place
+from kvheap.integrations.vllm.chunk_space import (
+    PENDING,
+    Chunk,
+    ChunkSpace,
+    Place,
+    place_bytes_of,
+)
 from kvheap.integrations.vllm.eviction import EvictionOrder
 from kvheap.integrations.vllm.groups import ChunkGroup
 from kvheap.integrations.vllm.store_values import GroupStats, StorePlan, StoreStats
@@ -62,13 +68,13 @@ NOTHING.setflags(write=False)
 class _Group:
     """A group's sizes and counters."""
 
-    __slots__ = ("allocated_bytes", "chunk_bytes", "chunks", "evicted", "hits", "index", "name")
+    __slots__ = ("chunk_bytes", "chunks", "evicted", "hits", "index", "name", "place_bytes")
 
-    def __init__(self, index: int, group: ChunkGroup) -> None:
+    def __init__(self, index: int, group: ChunkGroup, place_bytes: int) -> None:
         self.index = index
         self.name = group.name
         self.chunk_bytes = group.chunk_bytes
-        self.allocated_bytes = group.allocated_bytes
+        self.place_bytes = place_bytes
         self.chunks = self.evicted = self.hits = 0
 
 
@@ -121,13 +127,17 @@ class ChunkStore(Generic[K]):
                     f"{'the heap' if longest == heap_bytes else 'a segment'}: give more memory, or "
                     f"make chunks of fewer blocks"
                 )
-        self._groups = [_Group(index, group) for index, group in enumerate(groups.values())]
+        place_bytes = place_bytes_of({group.allocated_bytes for group in groups.values()})
+        self._groups = [
+            _Group(index, group, place_bytes[group.allocated_bytes])
+            for index, group in enumerate(groups.values())
+        ]
         self._by_tag = dict(zip(groups, self._groups, strict=True))
         self._tag_of = tag_of
         self._order = order
         self._chunks: dict[K, Chunk[K]] = {}
         self._leaving: dict[K, Chunk[K]] = {}
-        sizes = {group.allocated_bytes for group in self._groups}
+        sizes = {group.place_bytes for group in self._groups}
         self._space: ChunkSpace[K] = ChunkSpace(heap_bytes, sizes, segment_bytes)
         self._most_idle_bytes = self._space.heap_bytes * MOST_IDLE
         # The keys by size, the one that was used longest ago first. Equal sizes need none.
@@ -273,7 +283,7 @@ class ChunkStore(Generic[K]):
             raise self._of_no_group(new) from None
         counts: dict[int, int] = {}
         for group in groups:
-            counts[group.allocated_bytes] = counts.get(group.allocated_bytes, 0) + 1
+            counts[group.place_bytes] = counts.get(group.place_bytes, 0) + 1
         kept = [key for key in keys if key in chunks] if len(new) < len(keys) else []
         evicted: list[K] = []
         places = self._find_room(counts, frozenset(kept), evicted)
@@ -283,11 +293,11 @@ class ChunkStore(Generic[K]):
         clock = self._clock = self._clock + 1
         stored: list[Chunk[K]] = []
         for key, group in zip(new, groups, strict=True):
-            span, address = places[group.allocated_bytes].pop()
+            span, address = places[group.place_bytes].pop()
             chunk = Chunk(key, span, address, group.index, group.chunk_bytes, clock)
             chunks[key] = chunk
             group.chunks += 1
-            self._pending_bytes += group.allocated_bytes
+            self._pending_bytes += group.place_bytes
             stored.append(chunk)
         for chunk in reversed(stored):  # so that a prefix loses its tail first
             self._order.insert(chunk.key, chunk.span.size, chunk.group)

@@ -347,6 +347,12 @@ class TestSpace:
         span = span_bytes_of(1 << 40, sorted(sizes))
         assert all(span % size <= span / 100 for size in sizes)
 
+    def test_nearly_equal_chunks_take_each_others_places(self) -> None:
+        store = store_of(10 << 20, f=1 << 20, s=(1 << 20) - 10_000)
+        filled(store, *[f"f{i}" for i in range(10)])
+        assert filled(store, *[f"s{i}" for i in range(10)]) == [f"f{i}" for i in range(10)]
+        assert store.stats().useful_bytes == 10 * ((1 << 20) - 10_000)
+
     def test_no_chunk_crosses_a_border(self) -> None:
         space: ChunkSpace[str] = ChunkSpace(1 << 20, {768, 512}, segment_bytes=1 << 16)
         taken = [(768, space.take(768, 500)), (512, space.take(512, 5000))]
