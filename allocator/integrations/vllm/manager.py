@@ -33,7 +33,6 @@ from kvheap.integrations.vllm.locations import ChunkLocations
 from kvheap.integrations.vllm.metrics import MetricsFeed
 from kvheap.integrations.vllm.offers import OfferCounts
 from kvheap.integrations.vllm.settings import TierSettings
-from kvheap.memory.host_registration import REGISTRATION_BYTES
 
 __all__ = ["CONFIG_INFO_KEYS", "KVHeapManager"]
 
@@ -97,7 +96,6 @@ class KVHeapManager(OffloadingManager):  # type: ignore[misc,unused-ignore]
             tagged,
             POLICIES[settings.eviction_policy](settings.heap_bytes),
             tag_of=itemgetter(slice(-TAG_BYTES, None)),
-            segment_bytes=REGISTRATION_BYTES,
         )
         self._find = self._store.find
         self._reset_count = 0
