@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import pkgutil
 
 import pytest
 from optional import need_matplotlib
 
 import kvheap
+
+NEED_VLLM = {
+    f"kvheap.integrations.vllm.{name}" for name in ("geometry", "locations", "manager", "metrics")
+}
+"""Modules that cannot be imported without vLLM."""
 
 MODULES = [module.name for module in pkgutil.walk_packages(kvheap.__path__, "kvheap.")]
 
@@ -18,4 +24,6 @@ MODULES = [module.name for module in pkgutil.walk_packages(kvheap.__path__, "kvh
 def test_doctests(name: str) -> None:
     if name.endswith("_plot"):
         need_matplotlib()
+    if name in NEED_VLLM and not os.environ.get("KVHEAP_REQUIRE_VLLM"):
+        pytest.importorskip("vllm", reason="needs vLLM", exc_type=ImportError)
     assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -1,21 +1,22 @@
 """A script: two rounds of prompts with a shared head through an engine with a kvheap tier.
 
-    python vllm_rounds.py MODEL OPTIONS
+    python vllm_rounds.py MODEL OPTIONS OUT
 
-OPTIONS are keyword arguments of ``vllm.LLM`` as JSON. The last line of the output is JSON: answers
-and cached tokens of both rounds, and vLLM's counters.
+OPTIONS are keyword arguments of ``vllm.LLM`` as JSON. The file OUT gets JSON: answers and cached
+tokens of both rounds, and vLLM's counters.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 from vllm_engines import Engine, prompt
 
 
 def main() -> None:
-    """Run, and print what came of it."""
+    """Run, and write what came of it."""
     engine = Engine(sys.argv[1], {}, **json.loads(sys.argv[2]))
     prompts = [prompt(number, 200, shared=160) for number in range(3)]
     answers, cached = [], []
@@ -23,7 +24,8 @@ def main() -> None:
         answers.append(engine.generate(prompts))
         cached.append(engine.cached)
         engine.forget_device()
-    print(json.dumps({"answers": answers, "cached": cached, "counters": engine.counters()}))
+    found = {"answers": answers, "cached": cached, "counters": engine.counters()}
+    Path(sys.argv[3]).write_text(json.dumps(found))
     engine.llm.llm_engine.engine_core.shutdown()
 
 

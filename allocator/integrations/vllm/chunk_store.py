@@ -9,9 +9,9 @@ forgotten meanwhile is no longer found; its bytes become free when its last copy
 
 Needs no vLLM.
 
->>> from kvheap.integrations.vllm.eviction import LRU
+>>> from kvheap.prefix.orders import LRUOrder
 >>> groups = {"f": ChunkGroup("full", 1024), "w": ChunkGroup("window", 256)}
->>> store = ChunkStore(2048, groups, LRU(), tag_of=lambda key: key[0])
+>>> store = ChunkStore(2048, groups, LRUOrder(), tag_of=lambda key: key[0])
 >>> plan = store.begin_store(["f0", "w0", "w1"])
 >>> plan.addresses.tolist(), plan.sizes.tolist()
 ([0, 1024, 1280], [1024, 256, 256])

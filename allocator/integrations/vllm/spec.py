@@ -197,12 +197,16 @@ class KVHeapTieringSpec(TieringOffloadingSpec):  # type: ignore[misc,unused-igno
                 kv_bytes_per_chunk=self.kv_bytes_per_chunk,
                 cpu_page_size=self.cpu_page_size_per_worker,
             )
-            if device.type == "cuda":
-                pin_mmap_region(region)
-            memory = RegionMemory(
-                region, self.kv_bytes_per_chunk, self.cpu_page_size_per_worker, part
-            )
-            self._kvheap_worker = KVHeapWorker(kv_caches, memory, self.blocks_per_chunk, pages)
+            try:
+                if device.type == "cuda":
+                    pin_mmap_region(region)
+                memory = RegionMemory(
+                    region, self.kv_bytes_per_chunk, self.cpu_page_size_per_worker, part
+                )
+                self._kvheap_worker = KVHeapWorker(kv_caches, memory, self.blocks_per_chunk, pages)
+            except BaseException:
+                region.cleanup()  # its file too
+                raise
         return self._kvheap_worker
 
 

@@ -56,7 +56,23 @@ NEEDED = {
         "TransferResult",
     ),
     "vllm.v1.kv_offload.config": ("OffloadingConfig",),
-    "vllm.v1.kv_offload.cpu.common": ("CPULoadStoreSpec",),
+    "vllm.v1.kv_offload.cpu.common": ("CPULoadStoreSpec", "CPUOffloadingMetrics"),
+    "vllm.v1.kv_offload.cpu.gpu_worker": ("pin_mmap_region",),
+    "vllm.v1.kv_offload.cpu.shared_offload_region": (
+        "SharedOffloadRegion.base_tensor",
+        "SharedOffloadRegion.cleanup",
+    ),
+    "vllm.v1.kv_offload.factory": ("OffloadingSpecFactory.get_spec_cls",),
+    "vllm.v1.kv_offload.tiering.spec": (
+        "TieringOffloadingSpec.get_manager",
+        "TieringOffloadingSpec.get_worker",
+    ),
+    "vllm.v1.kv_cache_interface": (
+        "AttentionSpec",
+        "MambaSpec",
+        "get_kv_cache_spec_kind",
+        "iter_layer_specs",
+    ),
     f"{CONNECTORS}.base": (
         "KVConnectorBase_V1.bind_connector_metadata",
         "KVConnectorBase_V1.get_transfer_results",
@@ -65,6 +81,11 @@ NEEDED = {
     f"{CONNECTORS}.offloading.common": (
         "OffloadingConnectorMetadata",
         "OffloadingWorkerMetadata.aggregate",
+    ),
+    f"{CONNECTORS}.offloading.config": ("build_offloading_config", "get_offloading_group_ids"),
+    f"{CONNECTORS}.offloading.metrics": (
+        "OffloadingConnectorStats.increase_counter",
+        "OffloadingConnectorStats.set_gauge",
     ),
     f"{CONNECTORS}.offloading_connector": (
         "OffloadingConnector.build_connector_meta",

@@ -23,8 +23,8 @@ from naive_chunks import NaiveChunks
 from kvheap.errors import HeapCorruptionError, LifetimeError
 from kvheap.integrations.vllm.chunk_space import Chunk, ChunkSpace, span_bytes_of
 from kvheap.integrations.vllm.chunk_store import ChunkStore
-from kvheap.integrations.vllm.eviction import LRU
 from kvheap.integrations.vllm.groups import CHUNK_ALIGN_BYTES, ChunkGroup
+from kvheap.prefix.orders import LRUOrder
 
 FULL, WINDOW, STATE = 2560, 1024, 600
 
@@ -34,7 +34,7 @@ def store_of(
 ) -> ChunkStore[str]:
     """A store whose keys begin with the letter of their group."""
     groups = {tag: ChunkGroup(tag, size) for tag, size in chunk_bytes.items()}
-    return ChunkStore(heap_bytes, groups, LRU(), lambda key: key[0], segment_bytes)
+    return ChunkStore(heap_bytes, groups, LRUOrder(), lambda key: key[0], segment_bytes)
 
 
 def filled(store: ChunkStore[str], *keys: str) -> list[str]:

@@ -244,7 +244,10 @@ class TestPreemption:
     """Four requests that outgrow the engine's blocks, prompts in pieces of 64 tokens."""
 
     MODEL = "plain"
-    EXTRA: ClassVar[dict[str, Any]] = {"cpu_bytes_to_use": 40 * BLOCK_BYTES}
+    EXTRA: ClassVar[dict[str, Any]] = {
+        "cpu_bytes_to_use": 40 * BLOCK_BYTES,
+        "eviction_policy": "s3fifo",
+    }
     OPTIONS: ClassVar[dict[str, Any]] = {
         "num_gpu_blocks_override": 12,
         "max_num_batched_tokens": 64,
@@ -302,7 +305,10 @@ class TestHybridInASmallHeap(HybridCases):
     """Chunks of all groups leave, and requests are preempted."""
 
     MODEL = "hybrid"
-    EXTRA: ClassVar[dict[str, Any]] = {"cpu_bytes_to_use": 30 * 16384, "eviction_policy": "lru"}
+    EXTRA: ClassVar[dict[str, Any]] = {
+        "cpu_bytes_to_use": 30 * 16384,
+        "eviction_policy": "adaptive",
+    }
     OPTIONS: ClassVar[dict[str, Any]] = {
         "num_gpu_blocks_override": 48,
         "max_num_batched_tokens": 64,
@@ -402,14 +408,14 @@ class TestMistakes:
             )
 
 
-def in_processes(model: str, timeout_s: int, **options: Any) -> dict[str, Any]:
+def in_processes(model: str, out: Path, timeout_s: int, **options: Any) -> dict[str, Any]:
     """Two rounds in a process of their own, whose engine has processes of its own."""
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), model, json.dumps(options)],
+        [sys.executable, str(SCRIPT), model, json.dumps(options), str(out)],
         env=environment,
         capture_output=True,
         text=True,
@@ -417,7 +423,7 @@ def in_processes(model: str, timeout_s: int, **options: Any) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(out.read_text())
     return found
 
 
@@ -428,12 +434,13 @@ def require_rounds(found: dict[str, Any], expected: list[Answer]) -> None:
     assert counters["vllm:kv_offload_load_bytes"] == counters["vllm:kv_offload_store_bytes"] > 0
 
 
-def test_an_engine_in_another_process(models: dict[str, str], answers: Any) -> None:
-    require_rounds(in_processes(models["plain"], 300), answers["plain"]["heads"])
+def test_an_engine_in_another_process(models: dict[str, str], answers: Any, tmp_path: Path) -> None:
+    found = in_processes(models["plain"], tmp_path / "found", 300)
+    require_rounds(found, answers["plain"]["heads"])
 
 
 @pytest.mark.tensor_parallel
-def test_two_workers(models: dict[str, str], answers: Any) -> None:
+def test_two_workers(models: dict[str, str], answers: Any, tmp_path: Path) -> None:
     """Each has one of the two KV heads, and the same addresses in a heap of its own."""
-    found = in_processes(models["plain"], 600, tensor_parallel_size=2)
+    found = in_processes(models["plain"], tmp_path / "found", 600, tensor_parallel_size=2)
     require_rounds(found, answers["plain"]["heads"])
