@@ -20,7 +20,7 @@ from kvheap.addresses.address_manager import AddressManager
 from kvheap.errors import HeapCorruptionError
 from kvheap.integrations.vllm.groups import CHUNK_ALIGN_BYTES
 
-__all__ = ["PENDING", "Chunk", "ChunkSpace", "Span", "span_bytes_of"]
+__all__ = ["PENDING", "Chunk", "ChunkSpace", "Span", "place_bytes_of", "span_bytes_of"]
 
 K = TypeVar("K")
 
@@ -35,6 +35,14 @@ FEWEST_SPANS = 64
 
 ACCEPTED_REST = 1 / 256
 """Of a span: what a size may leave unused at its end, if a shorter span leaves more."""
+
+
+NEARLY_EQUAL = 1 / 64
+"""Of a place: what a chunk may leave unused to share the spans of a slightly larger size.
+
+The states of a hybrid model have 98 to 99.9 % of the bytes of its attention pages. Spans of their
+own would cost more: in 64 GiB of Qwen3-Next's chunks, 0.9 % instead of 0.2 %.
+"""
 
 
 class Chunk(Generic[K]):
@@ -291,6 +299,21 @@ class ChunkSpace(Generic[K]):
                 f"{self.used_bytes} used and {self.idle_bytes} idle bytes, but spans have {used} "
                 f"and {idle}"
             )
+
+
+def place_bytes_of(sizes: Iterable[int]) -> dict[int, int]:
+    """By size of chunks, the bytes of their places: those of the largest nearly equal size.
+
+    >>> place_bytes_of([1000, 990, 500])
+    {1000: 1000, 990: 1000, 500: 500}
+    """
+    places: dict[int, int] = {}
+    place = 0
+    for size in sorted(sizes, reverse=True):
+        if size < place * (1 - NEARLY_EQUAL) or not place:
+            place = size
+        places[size] = place
+    return places
 
 
 def span_bytes_of(longest: int, sizes: Sequence[int]) -> int:

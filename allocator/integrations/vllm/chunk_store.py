@@ -9,15 +9,15 @@ forgotten meanwhile is no longer found; its bytes become free when its last copy
 
 Needs no vLLM.
 
->>> from kvheap.prefix.orders import LRUOrder
+>>> from kvheap.integrations.vllm.eviction import POLICIES
 >>> groups = {"f": ChunkGroup("full", 1024), "w": ChunkGroup("window", 256)}
->>> store = ChunkStore(2048, groups, LRUOrder(), tag_of=lambda key: key[0])
+>>> store = ChunkStore(2048, groups, POLICIES["lru"](2048), tag_of=lambda key: key[0])
 >>> plan = store.begin_store(["f0", "w0", "w1"])
 >>> plan.addresses.tolist(), plan.sizes.tolist()
 ([0, 1024, 1280], [1024, 256, 256])
 >>> store.end_store(plan.keys)
 ['f0', 'w0', 'w1']
->>> store.begin_load(["w1"]).addresses.tolist()
+>>> store.begin_load(["w1"])[0].tolist()
 [1280]
 >>> store.begin_store(["f1"]).evicted
 ['w0', 'f0']
@@ -30,15 +30,22 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from itertools import islice
 from typing import Generic, TypeVar
 
-import numpy as np
+from numpy import array as as_array
+from numpy import empty, int64
 
 from kvheap.addresses.arguments import require_count
 from kvheap.addresses.extents import Int64Array
 from kvheap.errors import HeapCorruptionError, LifetimeError
-from kvheap.integrations.vllm.chunk_space import PENDING, Chunk, ChunkSpace, Place
+from kvheap.integrations.vllm.chunk_space import (
+    PENDING,
+    Chunk,
+    ChunkSpace,
+    Place,
+    place_bytes_of,
+)
 from kvheap.integrations.vllm.eviction import EvictionOrder
 from kvheap.integrations.vllm.groups import ChunkGroup
-from kvheap.integrations.vllm.store_values import GroupStats, Places, StorePlan, StoreStats
+from kvheap.integrations.vllm.store_values import GroupStats, StorePlan, StoreStats
 
 __all__ = ["ChunkStore"]
 
@@ -54,20 +61,20 @@ With 1/128, 1 % of a heap of 4,000 chunks of four sizes is idle; with 1/192, 0.6
 CHEAP = 1 / 4
 """Share of a span that chunks may have for it to be emptied in place of older chunks."""
 
-NOTHING: Int64Array = np.empty(0, np.int64)
+NOTHING: Int64Array = empty(0, int64)
 NOTHING.setflags(write=False)
 
 
 class _Group:
     """A group's sizes and counters."""
 
-    __slots__ = ("allocated_bytes", "chunk_bytes", "chunks", "evicted", "hits", "index", "name")
+    __slots__ = ("chunk_bytes", "chunks", "evicted", "hits", "index", "name", "place_bytes")
 
-    def __init__(self, index: int, group: ChunkGroup) -> None:
+    def __init__(self, index: int, group: ChunkGroup, place_bytes: int) -> None:
         self.index = index
         self.name = group.name
         self.chunk_bytes = group.chunk_bytes
-        self.allocated_bytes = group.allocated_bytes
+        self.place_bytes = place_bytes
         self.chunks = self.evicted = self.hits = 0
 
 
@@ -120,13 +127,17 @@ class ChunkStore(Generic[K]):
                     f"{'the heap' if longest == heap_bytes else 'a segment'}: give more memory, or "
                     f"make chunks of fewer blocks"
                 )
-        self._groups = [_Group(index, group) for index, group in enumerate(groups.values())]
+        place_bytes = place_bytes_of({group.allocated_bytes for group in groups.values()})
+        self._groups = [
+            _Group(index, group, place_bytes[group.allocated_bytes])
+            for index, group in enumerate(groups.values())
+        ]
         self._by_tag = dict(zip(groups, self._groups, strict=True))
         self._tag_of = tag_of
         self._order = order
         self._chunks: dict[K, Chunk[K]] = {}
         self._leaving: dict[K, Chunk[K]] = {}
-        sizes = {group.allocated_bytes for group in self._groups}
+        sizes = {group.place_bytes for group in self._groups}
         self._space: ChunkSpace[K] = ChunkSpace(heap_bytes, sizes, segment_bytes)
         self._most_idle_bytes = self._space.heap_bytes * MOST_IDLE
         # The keys by size, the one that was used longest ago first. Equal sizes need none.
@@ -157,10 +168,13 @@ class ChunkStore(Generic[K]):
 
     # -- load ----------------------------------------------------------------------------------
 
-    def begin_load(self, keys: Collection[K]) -> Places:
+    def begin_load(self, keys: Collection[K]) -> tuple[Int64Array, Int64Array]:
         """Protect ready chunks until :meth:`end_load`, and tell where they are. O(N).
 
         Loads nest. A key that is named twice is protected once.
+
+        Returns:
+            Addresses and bytes, both int64 ``[N]``, in the order of the keys.
 
         Raises:
             KeyError: a key, which it names, is not ready; nothing is protected.
@@ -180,9 +194,9 @@ class ChunkStore(Generic[K]):
             chunk.loads += 1
             chunk.used = clock
             groups[chunk.group].hits += chunk.chunk_bytes
-        return Places(
-            np.array([chunk.address for chunk in chunks], np.int64),
-            np.array([chunk.chunk_bytes for chunk in chunks], np.int64),
+        return (
+            as_array([chunk.address for chunk in chunks], int64),
+            as_array([chunk.chunk_bytes for chunk in chunks], int64),
         )
 
     def end_load(self, keys: Iterable[K]) -> None:
@@ -269,7 +283,7 @@ class ChunkStore(Generic[K]):
             raise self._of_no_group(new) from None
         counts: dict[int, int] = {}
         for group in groups:
-            counts[group.allocated_bytes] = counts.get(group.allocated_bytes, 0) + 1
+            counts[group.place_bytes] = counts.get(group.place_bytes, 0) + 1
         kept = [key for key in keys if key in chunks] if len(new) < len(keys) else []
         evicted: list[K] = []
         places = self._find_room(counts, frozenset(kept), evicted)
@@ -279,11 +293,11 @@ class ChunkStore(Generic[K]):
         clock = self._clock = self._clock + 1
         stored: list[Chunk[K]] = []
         for key, group in zip(new, groups, strict=True):
-            span, address = places[group.allocated_bytes].pop()
+            span, address = places[group.place_bytes].pop()
             chunk = Chunk(key, span, address, group.index, group.chunk_bytes, clock)
             chunks[key] = chunk
             group.chunks += 1
-            self._pending_bytes += group.allocated_bytes
+            self._pending_bytes += group.place_bytes
             stored.append(chunk)
         for chunk in reversed(stored):  # so that a prefix loses its tail first
             self._order.insert(chunk.key, chunk.span.size, chunk.group)
@@ -291,8 +305,8 @@ class ChunkStore(Generic[K]):
                 self._ages[chunk.span.size][chunk.key] = None
         return StorePlan(
             new,
-            np.array([chunk.address for chunk in stored], np.int64),
-            np.array([group.chunk_bytes for group in groups], np.int64),
+            as_array([chunk.address for chunk in stored], int64),
+            as_array([group.chunk_bytes for group in groups], int64),
             evicted,
         )
 

@@ -132,9 +132,9 @@ class KVHeapManager(OffloadingManager):  # type: ignore[misc,unused-ignore]
         Raises:
             KeyError: a chunk, which it names, is not ready; nothing is protected.
         """
-        places = self._store.begin_load(keys)
+        addresses, sizes = self._store.begin_load(keys)
         self._use(keys, self._access(req_context))
-        return ChunkLocations(*places)
+        return ChunkLocations.of_arrays(addresses, sizes)
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """A request uses chunks that it need not load."""
@@ -168,7 +168,7 @@ class KVHeapManager(OffloadingManager):  # type: ignore[misc,unused-ignore]
         access.has_stored = True
         self._feed.allocations.append(len(plan.keys))
         return PrepareStoreOutput(
-            plan.keys, ChunkLocations(plan.addresses, plan.sizes), plan.evicted
+            plan.keys, ChunkLocations.of_arrays(plan.addresses, plan.sizes), plan.evicted
         )
 
     def _admitted(
@@ -220,8 +220,7 @@ class KVHeapManager(OffloadingManager):  # type: ignore[misc,unused-ignore]
         At once, so that the chunks that the request brings do not push out those it stands on.
         """
         met = access.keys
-        new = [key for key in keys if key not in met] if met else keys
-        if new:
+        if new := [key for key in keys if key not in met]:
             met.update(dict.fromkeys(new))
             self._store.touch(new)
 

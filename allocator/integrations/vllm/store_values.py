@@ -1,4 +1,4 @@
-"""What a ``ChunkStore`` answers: places, plans and statistics.
+"""What a ``ChunkStore`` answers: plans and statistics.
 
 Needs no vLLM.
 """
@@ -7,20 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from kvheap.addresses.extents import Int64Array
 
-__all__ = ["GroupStats", "Places", "StorePlan", "StoreStats"]
+__all__ = ["GroupStats", "StorePlan", "StoreStats"]
 
 K = TypeVar("K", bound=Hashable)
-
-
-class Places(NamedTuple):
-    """Where chunks are: addresses and bytes, both int64 ``[N]``, in the order of the keys."""
-
-    addresses: Int64Array
-    sizes: Int64Array
 
 
 @dataclass(frozen=True, slots=True)

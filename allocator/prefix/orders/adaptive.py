@@ -57,11 +57,13 @@ NEW_CLASS = frozenset(FIRST_USES[1:])
 
 LEARNED, RECENCY, FREQUENCY = range(3)
 
-BY_RECENCY: Table = [[1.0 / edge for edge in AGE_EDGES[:NUM_AGES]]] * NUM_CLASSES
+_EDGES: list[float] = AGE_EDGES.tolist()[:NUM_AGES]
 
-BY_FREQUENCY: Table = [
-    [number + 0.25 / edge for edge in AGE_EDGES[:NUM_AGES]] for number in range(NUM_CLASSES)
-]
+BY_RECENCY: Table = [[1.0 / edge for edge in _EDGES]] * NUM_CLASSES
+"""The longer ago, the less."""
+
+BY_FREQUENCY: Table = [[number + 0.25 / edge for edge in _EDGES] for number in range(NUM_CLASSES)]
+"""The fewer uses, the less; among a class, the longer ago."""
 
 
 class AdaptiveOrder(Generic[K]):

@@ -98,7 +98,7 @@ class ReuseTimes:
         num_ages = age_of(now + 1) + 1  # none is older
         for counts in self.reused:
             counts[:num_ages] = [count * decay for count in counts[:num_ages]]
-        self._begun = self._begun * decay + begun
+        self._begun = (self._begun + begun) * decay
         self._times.append(now)
         self._snapshots.append(self._begun)
         self._thin_snapshots()
