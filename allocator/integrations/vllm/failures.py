@@ -6,6 +6,7 @@ manager. Between them travel the numbers of the jobs that failed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ from vllm.v1.kv_offload.base import (
 )
 
 __all__ = ["ForgetfulManager", "JobKeys", "TolerantWorker", "WorkerReport"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -120,6 +123,7 @@ class TolerantWorker(OffloadingWorker):  # type: ignore[misc,unused-ignore]
         try:
             is_accepted = submit(job_id, *specs, **options)
         except Exception:
+            logger.exception("job %d could not be started; its chunks are not used", job_id)
             is_accepted = False
         if not is_accepted:
             self._refused.append(job_id)
