@@ -8,25 +8,9 @@ import os
 import pkgutil
 
 import pytest
-from optional import need_matplotlib
+from optional import NEED_VLLM, need_matplotlib
 
 import kvheap
-
-NEED_VLLM = {
-    f"kvheap.integrations.vllm.{name}"
-    for name in (
-        "chunk_memory",
-        "connector",
-        "failures",
-        "geometry",
-        "locations",
-        "manager",
-        "metrics",
-        "spec",
-        "worker",
-    )
-}
-"""Modules that cannot be imported without vLLM."""
 
 MODULES = [module.name for module in pkgutil.walk_packages(kvheap.__path__, "kvheap.")]
 

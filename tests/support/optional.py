@@ -4,6 +4,22 @@ from __future__ import annotations
 
 import pytest
 
+NEED_VLLM = {
+    f"kvheap.integrations.vllm.{name}"
+    for name in (
+        "chunk_memory",
+        "connector",
+        "failures",
+        "geometry",
+        "locations",
+        "manager",
+        "metrics",
+        "spec",
+        "worker",
+    )
+}
+"""Modules that cannot be imported without vLLM."""
+
 
 def need_matplotlib() -> None:
     """Skip the test that is running if matplotlib, which draws pictures, is not installed."""

@@ -280,7 +280,7 @@ class RegionMemory:
 
     def close(self) -> None:
         """Unpin and unmap the region; its last user removes its file."""
-        self._tensor = torch.empty(0, dtype=torch.int8)
+        self._tensor = torch.empty(0, dtype=torch.int8, device="cpu")
         self._region.cleanup()
 
 
