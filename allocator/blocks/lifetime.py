@@ -53,7 +53,7 @@ class Lifetime:
     """Tracks the blocks of one allocator from allocation until their bytes may be reused.
 
     - batches: ``own``, ``live``, ``dropped_blocks``;
-    - counts: ``change``, ``record_stream``;
+    - counts: ``hold``, ``change``, ``record_stream``;
     - freeing: ``free``, ``free_on``, ``take_back``, ``discard``, ``detach``;
     - its parts: ``leases``, ``reclaimer``;
     - for the allocator's own sections: ``guard``, ``ledger``.
@@ -123,6 +123,47 @@ class Lifetime:
         return self.ledger.num_dropped
 
     # -- counts --------------------------------------------------------------------------------
+
+    @section
+    def hold(
+        self,
+        batch: TrackedBatch,
+        row: int,
+        references: int = 0,
+        pins: int = 0,
+        call: DeferredCall | None = None,
+    ) -> None:
+        """Add a reference or a pin to a block; :meth:`change` takes it away.
+
+        Args:
+            batch: the block's batch.
+            row: the block's number in it.
+            references: what to add to the reference count: 1, or 0 for a pin.
+            pins: what to add to the pin count: 1, or 0 for a reference.
+            call: if this call was put off.
+
+        Raises:
+            LifetimeError: the block is freed.
+        """
+        if self._deferred and call is None:
+            self._deferred.run()
+        guard = self.guard
+        if guard.busy and is_inside_section():
+            self._deferred.add(partial(self.hold, batch, row, references, pins))
+            return
+        with guard.lock:
+            guard.busy = True
+            ledger, counts = self.ledger, batch.counts
+            if ledger.begun or ledger.allocation.done:
+                ledger.finish()
+            new_references, new_pins = counts.changed(row, references, pins, batch)
+            values = counts.references_to_change() if references else counts.pins_to_change()
+            # No signal handler runs between these lines. If something did, the count would be too
+            # high, never too low.
+            values[row] = new_references if references else new_pins
+            if call is not None:
+                call.was_made = True
+            guard.busy = False
 
     def change(
         self,

@@ -636,7 +636,7 @@ class MemoryObj(LMCacheNames):
             LifetimeError: the block is freed.
         """
         batch = self._batch
-        batch.allocator.lifetime.change(batch, self._row, +1)
+        batch.allocator.lifetime.hold(batch, self._row, 1)
 
     def ref_count_down(self) -> None:
         """Drop a reference; frees the block if no reference and no pin is left.
@@ -668,7 +668,7 @@ class MemoryObj(LMCacheNames):
         batch = self._batch
         if ttl is not None:
             return batch.allocator.lifetime.leases.grant(batch, self._row, ttl)
-        batch.allocator.lifetime.change(batch, self._row, 0, +1)
+        batch.allocator.lifetime.hold(batch, self._row, 0, 1)
         return True
 
     def unpin(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from kvheap.blocks.recorded_streams import Streams
-from kvheap.device.events import Event, Stream, has_let_go
+from kvheap.device.events import Event, has_let_go
 from kvheap.errors import LifetimeError
 from kvheap.interrupts import is_interrupt
 
@@ -39,16 +39,16 @@ class StreamEvents(dict[Hashable, "Event | None"]):
         Raises:
             Exception: a stream cannot record an event.
         """
-        if self is NO_EVENTS:
-            return StreamEvents().record(streams, is_wrapped)
+        events = StreamEvents() if self is NO_EVENTS else self
         try:
             for key, stream in streams.items():
-                self[key] = _event_of(stream)
+                # No event for a transfer that has ended: it would only have to be checked again.
+                events[key] = None if has_let_go(stream) else stream.record_event()
         except Exception as error:
             if is_wrapped and not is_interrupt(error):
                 raise StreamGoneError(str(error)) from error
             raise
-        return self
+        return events
 
     def of(self, streams: Streams, missing: Streams) -> tuple[Event, ...]:
         """The events of those streams that still use bytes.
@@ -66,11 +66,6 @@ class StreamEvents(dict[Hashable, "Event | None"]):
             if event is not None:
                 found.append(event)
         return tuple(found)
-
-
-def _event_of(stream: Stream) -> Event | None:
-    """An event of a stream; None for a transfer that has ended: it would have to be checked."""
-    return None if has_let_go(stream) else stream.record_event()
 
 
 NO_EVENTS = StreamEvents()
