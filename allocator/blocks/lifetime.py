@@ -173,7 +173,9 @@ class Lifetime:
         pins: int = 0,
         call: DeferredCall | None = None,
     ) -> None:
-        """Add to a block's counts, and free it if no reference and no pin is left.
+        """Change a block's counts, and free it if no reference and no pin is left.
+
+        :meth:`hold` is quicker where nothing can become free.
 
         Args:
             batch: the block's batch.
