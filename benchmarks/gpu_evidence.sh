@@ -110,8 +110,13 @@ if ! wanted tests; then
     say "device  ${gpu:-none}"
 elif [ -n "$gpu" ]; then
     say "device  $gpu"
+    # Most of the time goes into compiling: with pytest-xdist, on as many cores as there are.
+    workers=()
+    ! "$python" -c "import xdist" 2>/dev/null ||
+        workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist worksteal)
     step "tests on the GPU" 240 "$python" -m pytest -c "$repository/pyproject.toml" \
-        --rootdir "$repository" -p no:cacheprovider -m gpu "$repository/tests"
+        --rootdir "$repository" -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
+        -m gpu -q --durations 15 "$repository/tests"
 else
     say "device  none: this is a dry run, and no figure in it is a GPU's"
     step "tests that need no GPU" 180 "$python" -m pytest -c "$repository/pyproject.toml" \
