@@ -14,6 +14,7 @@ from kvheap.memory import registrar as registrar_module
 from kvheap.memory.host_memory import HostBuffer
 from kvheap.memory.numa import numa_node_of_gpu
 from kvheap.memory.registrar import CudaHostRegistrar
+from kvheap.transfer import CopyPlan, copy
 
 
 class FakeCudart:
@@ -118,11 +119,25 @@ class TestGpu:
             assert buffer.pin(0, 4 << 20, piece_bytes=1 << 20) == 4 << 20
             assert buffer.tensor.is_pinned()
             buffer.tensor.random_()
-            on_device = buffer.tensor.to("cuda", non_blocking=True)  # across all four pieces
-            torch.cuda.synchronize()
-            assert torch.equal(on_device.cpu(), buffer.tensor)
+            for piece in buffer.tensor.split(1 << 20):
+                on_device = piece.to("cuda", non_blocking=True)
+                torch.cuda.synchronize()
+                assert torch.equal(on_device.cpu(), piece)
+
         with HostBuffer(PAGE) as buffer:
             assert not buffer.tensor.is_pinned()
+
+    def test_one_copy_cannot_straddle_two_registrations_but_a_transfer_can(self) -> None:
+        with HostBuffer(2 << 20, align_bytes=HUGE) as buffer:
+            buffer.pin(0, 2 << 20, piece_bytes=1 << 20)
+            buffer.tensor.random_()
+            on_device = torch.zeros_like(buffer.tensor, device="cuda")
+            # If a driver learns to do it, allocators of pinned memory need no walls any more.
+            with pytest.raises(RuntimeError, match="invalid argument"):
+                on_device.copy_(buffer.tensor, non_blocking=True)
+            plan = CopyPlan.between(buffer.tensor[None], on_device[None])
+            copy(plan, torch.cuda.Stream(), path="copy_engine").result()
+            assert torch.equal(on_device.cpu(), buffer.tensor)
 
     def test_a_double_registration_is_an_error_and_leaves_no_trace(self) -> None:
         registrar = CudaHostRegistrar()
