@@ -140,6 +140,25 @@ memory, disk, package), 130 interrupted.
 """
 
 
+DOCTOR_HELP = """\
+Look at this machine, and say what it has for kvheap, what kvheap will use, and what is missing.
+
+Looks at packages and their versions, CUDA, GPUs and their driver, memory, huge pages, NUMA nodes,
+a C compiler for Triton, and the engines that kvheap has adapters for. Changes nothing. Engines are
+not imported: only the versions of what is installed are read.
+"""
+
+DOCTOR_NOTES = """\
+states:
+  ok        there, and fit for use
+  absent    kvheap works without it
+  untested  a version that kvheap's tests never met; it may work
+  wrong     something that kvheap needs is missing or fails
+
+exit status: 0 nothing is wrong, 1 something is, 3 the report could not be made or printed.
+"""
+
+
 class CommandError(Exception):
     """A mistake in the arguments or in a file's contents; printed as one line, exit status 2."""
 
@@ -155,7 +174,8 @@ class MachineError(CommandError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status.
 
-    1 is a verdict (bytes were wrong) and nothing else: an error that nobody foresaw is 3.
+    1 is a verdict (bytes were wrong, the machine is not fit) and nothing else: an error that
+    nobody foresaw is 3.
     """
     options = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -200,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_replay(commands)
     _add_calibrate(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -312,3 +333,14 @@ def _add_calibrate(commands: Commands) -> None:
         metavar="FILE",
         help="with --show: a table written by --json; needs no GPU",
     )
+
+
+def _add_doctor(commands: Commands) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this machine has for kvheap, and what is missing",
+        description=DOCTOR_HELP,
+        epilog=DOCTOR_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
