@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from kvheap.prefix.orders import adaptive
+from kvheap.prefix.orders import adaptive, contest
 from kvheap.prefix.orders.classes import NEWEST_FACTOR
 from kvheap.prefix.orders.reuse import AGE_EDGES, FIRST_USES, NUM_CLASSES, ReuseTimes
+from kvheap.prefix.orders.rules import PROBATION_SHARE
 from kvheap.prefix.orders.s3fifo import MAX_USES, SMALL_SHARE
 from kvheap.prefix.orders.shadows import SLACK_DIVISOR
 
@@ -220,10 +221,8 @@ class NaiveAdaptive:
         self.stored: dict[int, float] = {}
         self.read: dict[int, float] = {}
         self.is_uneven = False
-        self.rule = "learned"
-        self.shadows = {name: [] for name in ("learned", "recency", "frequency")}
-        self.found = dict.fromkeys(self.shadows, 0.0)
-        self.share = max(1, heap_bytes // (adaptive.SAMPLE_MASK + 1))
+        self.contest: NaiveContest | None = None
+        self.heap_bytes = heap_bytes
         self.now = self.updated_at = 0
         self.next_update = adaptive.MIN_UPDATE_REFERENCES
 
@@ -231,13 +230,23 @@ class NaiveAdaptive:
     def sizes(self) -> dict[Key, int]:
         return {key: chunk.size for key, chunk in self.known.items()}
 
-    def worth(self, rule: str, chunk: Known, now: int) -> float:
+    @property
+    def rule(self) -> str:
+        if self.is_uneven:
+            return "frequency"
+        return "learned" if self.contest is None else self.contest.rule
+
+    def worth(self, rule: str, chunk: Known, now: int) -> tuple[float, ...]:
         age = age_by_search(now - chunk.used_at)
-        if rule == "recency":
-            return float(1 / AGE_EDGES[age])
         if rule == "frequency":
-            return float(chunk.rank + 0.25 / AGE_EDGES[age])
-        return self.learned[chunk.rank][age]
+            return (chunk.rank + 0.25 / AGE_EDGES[age],)
+        if rule == "learned":
+            return (self.learned[chunk.rank][age],)
+        if rule == "once first":
+            return (float(chunk.rank > 0), 1 / AGE_EDGES[age])
+        if rule == "once last":
+            return (float(chunk.rank == 0), 1 / AGE_EDGES[age])
+        return (1 / AGE_EDGES[age],)
 
     def cheapest(self, rule: str, chunks: list[Known], now: int) -> Known:
         """The best of the ends of all classes; ``chunks`` are in the order of the last use."""
@@ -248,8 +257,8 @@ class NaiveAdaptive:
         for _, members in sorted(classes.items()):
             ends.append((self.worth(rule, members[0], now), members[0].used_at, members[0]))
             if rule == "learned" and len(members) > 1:
-                worth = NEWEST_FACTOR * self.worth(rule, members[-1], now)
-                ends.append((worth, members[-1].used_at, members[-1]))
+                (worth,) = self.worth(rule, members[-1], now)
+                ends.append(((NEWEST_FACTOR * worth,), members[-1].used_at, members[-1]))
         return min(ends, key=lambda end: end[:2])[2]
 
     def insert(self, key: Key, size: int, group: int) -> None:
@@ -276,46 +285,24 @@ class NaiveAdaptive:
         chunk.used_at = self.now
         self.begun[chunk.rank] += 1
         self.order.append(chunk)
-        sampled = hash(chunk.key) * adaptive.MIXER >> adaptive.SAMPLE_SHIFT
-        if sampled % (adaptive.SAMPLE_MASK + 1) == 0:
-            for rule, chunks in self.shadows.items():
-                self.shadow(rule, chunks, chunk)
+        if self.contest is not None:
+            self.contest.use(chunk)
         if self.now >= self.next_update:
             self.update()
-
-    def shadow(self, rule: str, chunks: list[tuple[Known, int]], chunk: Known) -> None:
-        """``chunks`` of a shadow, with the classes that they had when they were used."""
-        there = [place for place in chunks if place[0].key == chunk.key]
-        if there:
-            chunks.remove(there[0])
-            self.found[rule] += chunk.size
-        chunks.append((chunk, chunk.rank))
-        slack = self.share // SLACK_DIVISOR
-        low = self.share - slack // 2
-        if sum(known.size for known, _ in chunks) > low + slack:
-            while sum(known.size for known, _ in chunks) > low:
-                others = [known for known, _ in chunks if known.key != chunk.key]
-                if not others:
-                    break
-                victim = self.cheapest(rule, others, self.now + 1)
-                chunks[:] = [place for place in chunks if place[0] is not victim]
 
     def update(self) -> None:
         num_chunks = max(len(self.known), adaptive.MIN_UPDATE_REFERENCES)
         window = adaptive.WINDOW_TURNS * num_chunks
         self.learned = self.times.update(self.now, self.begun, window)
         self.begun = [0.0] * NUM_CLASSES
-        best = max(self.found, key=self.found.__getitem__)
-        if self.found[best] > adaptive.LEAD * self.found[self.rule]:
-            self.rule = best
         shares = [self.read.get(group, 0) / stored for group, stored in self.stored.items()]
         self.is_uneven = min(shares) < adaptive.UNEVEN_SHARE * max(shares)
-        if self.is_uneven:
-            self.rule = "frequency"
         passed = self.now - self.updated_at
-        for counts in (self.found, self.stored, self.read):
+        for counts in (self.stored, self.read):
             for name in counts:
-                counts[name] *= math.exp(-passed / (adaptive.CONTEST_TURNS * num_chunks))
+                counts[name] *= math.exp(-passed / (adaptive.COMPARED_TURNS * num_chunks))
+        if self.contest is not None:
+            self.contest.decide()
         self.updated_at = self.now
         period = max(adaptive.MIN_UPDATE_REFERENCES, num_chunks // adaptive.UPDATES_PER_TURN)
         self.next_update = self.now + period
@@ -352,17 +339,82 @@ class NaiveAdaptive:
             del self.ghosts[0]
 
     def evict_until(self, num_bytes: int, is_pinned: IsPinned) -> list[Key]:
+        if self.contest is None and self.order:
+            self.contest = NaiveContest(self)
         left = [chunk for chunk in self.order if not is_pinned(chunk.key)]
         if sum(chunk.size for chunk in left) < num_bytes:
             return []
         victims = []
+        rule = now_read(self.rule, self.order)
         while num_bytes > 0:
-            victim = self.cheapest(self.rule, left, self.now + 1)
+            victim = self.cheapest(rule, left, self.now + 1)
             left.remove(victim)
             num_bytes -= victim.size
             victims.append(victim.key)
         self.evict(victims)
         return victims
+
+
+def now_read(rule: str, chunks: Sequence[Known]) -> str:
+    """How a rule reads these chunks."""
+    if rule != "probation":
+        return rule
+    once = sum(chunk.size for chunk in chunks if chunk.rank == 0)
+    is_much = once > PROBATION_SHARE * sum(chunk.size for chunk in chunks)
+    return "once first" if is_much else "once last"
+
+
+class NaiveContest:
+    def __init__(self, order: NaiveAdaptive) -> None:
+        self.order = order
+        self.rule = "learned"
+        self.shadows: dict[str, list[tuple[Known, int]]] = {
+            rule: [] for rule in ("learned", "recency", "frequency", "probation")
+        }
+        self.leads = dict.fromkeys(self.shadows, 0.0)
+        self.mean = sum(chunk.size for chunk in order.order) / len(order.order)
+        self.one_in = 8
+        while self.one_in > 1 and order.heap_bytes / self.mean < contest.MIN_SAMPLE * self.one_in:
+            self.one_in //= 2
+        for chunk in list(order.order):
+            self.use(chunk)
+        self.leads = dict.fromkeys(self.shadows, 0.0)
+
+    def use(self, chunk: Known) -> None:
+        if (hash(chunk.key) * contest.MIXER >> contest.HASH_SHIFT) % self.one_in:
+            return
+        found = {rule: self.shadow(rule, chunk) for rule in self.shadows}
+        for rule in self.shadows:
+            step = found[rule] - found[self.rule]
+            if step > 0:
+                step *= 1 - contest.LEAD_DRIFT
+            self.leads[rule] = max(0, self.leads[rule] + step * chunk.size)
+
+    def decide(self) -> None:
+        best = max(self.leads, key=self.leads.__getitem__)
+        if self.leads[best] > contest.MIN_LEAD * self.mean and best != self.rule:
+            self.rule = best
+            self.leads = dict.fromkeys(self.shadows, 0.0)
+
+    def shadow(self, rule: str, chunk: Known) -> bool:
+        """Whether it was there; chunks have the classes that they had when they were used."""
+        chunks = self.shadows[rule]
+        there = [place for place in chunks if place[0].key == chunk.key]
+        if there:
+            chunks.remove(there[0])
+        chunks.append((chunk, chunk.rank))
+        share = max(1, self.order.heap_bytes // self.one_in)
+        slack = share // SLACK_DIVISOR
+        low = share - slack // 2
+        if sum(known.size for known, _ in chunks) > low + slack:
+            now_rule = now_read(rule, [known for known, _ in chunks])
+            while sum(known.size for known, _ in chunks) > low:
+                others = [known for known, _ in chunks if known.key != chunk.key]
+                if not others:
+                    break
+                victim = self.order.cheapest(now_rule, others, self.order.now + 1)
+                chunks[:] = [place for place in chunks if place[0] is not victim]
+        return bool(there)
 
 
 NAIVE = {"lru": NaiveLRU, "arc": NaiveARC, "s3fifo": NaiveS3FIFO, "adaptive": NaiveAdaptive}

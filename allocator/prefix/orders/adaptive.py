@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from kvheap.prefix.orders.base import require_heap_bytes, require_new, require_num_bytes
 from kvheap.prefix.orders.classes import ChunkClasses, ClassedChunk
+from kvheap.prefix.orders.contest import HASH_SHIFT, MIXER, Contest
 from kvheap.prefix.orders.reuse import (
-    AGE_EDGES,
     FIRST_USES,
-    NUM_AGES,
     NUM_CLASSES,
     ReuseTimes,
-    Table,
     age_of,
 )
-from kvheap.prefix.orders.shadows import ShadowCache
+from kvheap.prefix.orders.rules import FREQUENCY, LEARNED, RULES, Rule, TableRule
 
 __all__ = ["AdaptiveOrder"]
 
@@ -37,33 +36,14 @@ MIN_UPDATE_REFERENCES = 1000
 WINDOW_TURNS = 20
 """After how many times as many uses as there are chunks a counted reuse weighs 1/e."""
 
-CONTEST_TURNS = 2
-"""The same for what a shadow has found."""
-
-LEAD = 1.01
-"""By how much another rule must be better to be taken."""
+COMPARED_TURNS = 2
+"""The same for how often each group was stored and read."""
 
 UNEVEN_SHARE = 0.5
 """Groups are uneven if one is read less than this as often as another for each chunk stored."""
 
-SAMPLE_SHIFT, SAMPLE_MASK = 29, 7
-"""One key in eight is sampled."""
-
-MIXER = 0x9E3779B97F4A7C15
-"""2^64 over the golden ratio: spreads the hashes of consecutive numbers."""
-
 NEW_CLASS = frozenset(FIRST_USES[1:])
 """A use that makes so many puts a chunk into the next class."""
-
-LEARNED, RECENCY, FREQUENCY = range(3)
-
-_EDGES: list[float] = AGE_EDGES.tolist()[:NUM_AGES]
-
-BY_RECENCY: Table = [[1.0 / edge for edge in _EDGES]] * NUM_CLASSES
-"""The longer ago, the less."""
-
-BY_FREQUENCY: Table = [[number + 0.25 / edge for edge in _EDGES] for number in range(NUM_CLASSES)]
-"""The fewer uses, the less; among a class, the longer ago."""
 
 
 class AdaptiveOrder(Generic[K]):
@@ -74,10 +54,10 @@ class AdaptiveOrder(Generic[K]):
     worth of a chunk follows from its class and its age. So what is used once leaves early if such
     chunks rarely return, and stays if they do; and of a loop that does not fit, a part stays.
 
-    What was learnt may be late or wrong. Two other rules are at hand, least recently and least
-    often used. For each of the three a :class:`ShadowCache` follows an eighth of the keys, and
-    the rule whose shadow found most bytes lately decides. As all rules are only ways to read the
-    same lists, a change of rule takes no time to have an effect.
+    What was learnt may be late or wrong. Three other rules are at hand: least recently used, least
+    often used, and used once first. A :class:`Contest` follows what each would find of a sample of
+    the keys, and the rule that is ahead decides. As all rules are only ways to read the same lists,
+    a change of rule takes no time to have an effect.
 
     Every byte is worth the same: what it costs to compute a chunk again is taken to be in
     proportion to its size, so that the groups of one token range stay or leave together. Where
@@ -87,7 +67,8 @@ class AdaptiveOrder(Generic[K]):
     least often read leave first, and what was evicted is not remembered.
 
     O(1) for each chunk, amortized; an eviction compares the ends of the 7 lists of classes, and
-    steps over pinned chunks. A remembered chunk takes about 300 bytes of host
+    steps over pinned chunks. The first eviction
+    sorts all chunks once. A remembered chunk takes about 300 bytes of host
     memory, and :data:`REMEMBERED_SHARE` are remembered for each that is stored.
 
     Args:
@@ -112,31 +93,30 @@ class AdaptiveOrder(Generic[K]):
     def reset(self) -> None:
         """Forget all chunks, what was learnt and what is remembered."""
         self._chunks: dict[K, ClassedChunk[K]] = {}
-        self._classes: ChunkClasses[K] = ChunkClasses()
+        self._classes: ChunkClasses[K] = ChunkClasses(NUM_CLASSES)
         self._ghosts: OrderedDict[K, ClassedChunk[K]] = OrderedDict()
         self._bytes = self._ghost_bytes = 0
-        self._classes.extend(NUM_CLASSES)
+        self._first_bytes = 0  # of chunks used once
         self._times = ReuseTimes()
         self._begun = [0.0] * NUM_CLASSES  # since the last update
-        first_worths = ReuseTimes.first_worths()
-        self._worths: list[Table] = [first_worths, BY_RECENCY, BY_FREQUENCY]  # by rule
-        self._rule = LEARNED
+        self._learned = TableRule(LEARNED, ReuseTimes.first_worths(), newest_too=True)
+        self._rules: tuple[Rule, ...] = (self._learned, *RULES)
+        self._contest: Contest[K] | None = None  # from the first eviction on
         self._stored: dict[int, float] = {}  # chunks by group, decayed
         self._read: dict[int, float] = {}
         self._is_uneven = False  # whether some groups are read less often for each chunk stored
-        share_bytes = max(1, self._heap_bytes // (SAMPLE_MASK + 1))
-        self._shadows: list[ShadowCache[K]] = [
-            ShadowCache(share_bytes, newest_too=rule == LEARNED) for rule in range(3)
-        ]
-        for shadow in self._shadows:
-            shadow.extend(NUM_CLASSES)
         self._now = self._updated_at = 0
         self._next_update = MIN_UPDATE_REFERENCES
 
     @property
     def rule(self) -> str:
-        """What decides now: ``learned``, ``recency`` or ``frequency``."""
-        return ("learned", "recency", "frequency")[self._rule]
+        """What decides now: ``learned``, ``recency``, ``frequency`` or ``probation``."""
+        return self._present_rule().name
+
+    def _present_rule(self) -> Rule:
+        if self._is_uneven:
+            return FREQUENCY
+        return self._learned if self._contest is None else self._rules[self._contest.rule]
 
     def insert(self, key: K, size_bytes: int, group: int) -> None:
         """Enter a chunk; one that is remembered has its uses of before, and one more."""
@@ -168,6 +148,8 @@ class AdaptiveOrder(Generic[K]):
                 number = chunk.number
                 read[chunk.group] = read.get(chunk.group, 0.0) + 1
                 del lists[number][key]
+                if not number:
+                    self._first_bytes -= chunk.size_bytes
                 now = self._now + 1
                 reused[number][age_of(now - chunk.used_at)] += 1
                 chunk.uses += 1
@@ -179,28 +161,25 @@ class AdaptiveOrder(Generic[K]):
         """Append a chunk to the list of its class, with a use that has just been counted."""
         now = self._now = self._now + 1
         number, key = chunk.number, chunk.key
+        if not number:
+            self._first_bytes += chunk.size_bytes
         self._begun[number] += 1
         chunk.used_at = now
         self._classes.lists[number][key] = chunk
-        if not (hash(key) * MIXER >> SAMPLE_SHIFT) & SAMPLE_MASK:
-            for shadow, worths in zip(self._shadows, self._worths, strict=True):
-                shadow.use(chunk, worths)
+        contest = self._contest
+        if contest is not None and not hash(key) * MIXER >> HASH_SHIFT & contest.mask:
+            contest.use(chunk)
         if now >= self._next_update:
             self._update()
 
     def _update(self) -> None:
-        """Compute the worths anew, and let the shadows decide on the rule."""
+        """Compute the worths anew, and let the contest decide on the rule."""
         now, num_chunks = self._now, max(len(self._chunks), MIN_UPDATE_REFERENCES)
-        self._worths[LEARNED] = self._times.update(now, self._begun, WINDOW_TURNS * num_chunks)
+        self._learned.table = self._times.update(now, self._begun, WINDOW_TURNS * num_chunks)
         self._begun = [0.0] * NUM_CLASSES
-        found = [shadow.found_bytes for shadow in self._shadows]
-        best = max(range(3), key=found.__getitem__)
-        if found[best] > LEAD * found[self._rule]:
-            self._rule = best
-        decay = math.exp((self._updated_at - now) / (CONTEST_TURNS * num_chunks))
-        self._compare_groups(decay)
-        for shadow in self._shadows:
-            shadow.found_bytes *= decay
+        self._compare_groups(math.exp((self._updated_at - now) / (COMPARED_TURNS * num_chunks)))
+        if self._contest is not None:
+            self._contest.decide()
         self._updated_at = now
         self._next_update = now + max(MIN_UPDATE_REFERENCES, num_chunks // UPDATES_PER_TURN)
 
@@ -208,8 +187,6 @@ class AdaptiveOrder(Generic[K]):
         """Look whether some groups are read less often than others, and forget the past a bit."""
         shares = [self._read.get(group, 0.0) / stored for group, stored in self._stored.items()]
         self._is_uneven = min(shares) < UNEVEN_SHARE * max(shares)
-        if self._is_uneven:
-            self._rule = FREQUENCY
         for counts in (self._stored, self._read):
             for group in counts:
                 counts[group] *= decay
@@ -228,15 +205,20 @@ class AdaptiveOrder(Generic[K]):
         chunk = self._chunks.pop(key)
         del self._classes.lists[chunk.number][key]
         self._bytes -= chunk.size_bytes
+        if not chunk.number:
+            self._first_bytes -= chunk.size_bytes
         self._begun[chunk.number] -= 1  # nothing is learnt from it
 
     def evict_until(self, num_bytes: int, is_pinned: Callable[[K], bool]) -> list[K]:
         """Remove the chunks that are worth least under the present rule, and remember them."""
         require_num_bytes(num_bytes)
+        if self._contest is None and self._chunks:
+            in_order = sorted(self._chunks.values(), key=attrgetter("used_at"))
+            self._contest = Contest(self._rules, self._heap_bytes, in_order)
         victims = []
-        worths = self._worths[self._rule]
-        newest_too = self._rule == LEARNED
-        for chunk in self._classes.cheapest(worths, self._now + 1, newest_too, is_pinned):
+        rule = self._present_rule()
+        worths = rule.worths(self._first_bytes, self._bytes)
+        for chunk in self._classes.cheapest(worths, self._now + 1, rule.newest_too, is_pinned):
             victims.append(chunk)
             num_bytes -= chunk.size_bytes
             if num_bytes <= 0:
@@ -254,6 +236,8 @@ class AdaptiveOrder(Generic[K]):
         for key in keys:
             chunk = chunks.pop(key)
             del lists[chunk.number][key]
+            if not chunk.number:
+                self._first_bytes -= chunk.size_bytes
             ghosts[key] = chunk
             evicted_bytes += chunk.size_bytes
         self._bytes -= evicted_bytes

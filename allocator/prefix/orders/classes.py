@@ -44,18 +44,19 @@ class ChunkClasses(Generic[K]):
     Only the ends of the lists are compared: where the worth of a class rises or falls with age, the
     least is at an end.
 
+    Args:
+        num_classes: how many there are.
+
     Attributes:
         lists: the chunks by key, of each class.
     """
 
     __slots__ = ("lists",)
 
-    def __init__(self) -> None:
-        self.lists: list[OrderedDict[K, ClassedChunk[K]]] = []
-
-    def extend(self, num_classes: int) -> None:
-        """Have so many classes more."""
-        self.lists += [OrderedDict() for _ in range(num_classes)]
+    def __init__(self, num_classes: int) -> None:
+        self.lists: list[OrderedDict[K, ClassedChunk[K]]] = [
+            OrderedDict() for _ in range(num_classes)
+        ]
 
     def cheapest(
         self, worths: Table, now: int, newest_too: bool, is_pinned: Callable[[K], bool]
