@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.chunk_layout import ChunkLayout
-from kvheap.kernels.launch import bytes_of, staging
+from kvheap.kernels.launch import staging
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import Pairing, pairing_of
 from kvheap.kernels.paged_slots import Places, Slots
@@ -93,48 +95,35 @@ class TokenCopy:
             _require_reachable(cache, chunks.buffer)
         return cls(pairing, places, chunks, to_heap)
 
-    def kernel_tensors(
-        self, table: torch.Tensor, places: Places, access_bytes: int
-    ) -> tuple[torch.Tensor, ...]:
-        """The first arguments of a kernel, one for each of its pointers.
-
-        The bytes of the cache's first tensor, the bytes of the chunks' buffer, the table, the
-        places, the chunks' offsets in the buffer, and the cache's error word. Everything that is on
-        the host is uploaded at once.
+    def upload(
+        self, first_words: Sequence[int], access_bytes: int
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Upload what kernels read of the host, at once.
 
         Args:
-            table: the pairing's table, on the device.
-            places: the places of this copy, perhaps in longer units.
-            access_bytes: the unit of the chunks' offsets, a power of two.
+            first_words: what comes first, such as those of groups.
+            access_bytes: what chunks' addresses are counted in, a power of two.
+
+        Returns:
+            The words on the device, int64, at a multiple of 16 bytes: the first words, then the
+            chunks' addresses, and the places if the host has them; the tensor that has the places;
+            and the index of the first of them in it.
         """
-        cache, chunks = self.pairing.cache, self.chunks
-        num_chunks = len(chunks.addresses)
-        # Both parts begin at a multiple of 16 bytes; Triton compiles again for other alignments.
-        num_words = -(-num_chunks // 2) * 2
-        on_host = None if isinstance(places.values, torch.Tensor) else places.values
-        words = staging(num_words + (0 if on_host is None else len(on_host)), cache.device)
+        cache, chunks, places = self.pairing.cache, self.chunks, self.places.values
+        num_first, num_words = len(first_words), len(first_words) + len(chunks.addresses)
+        on_host = not isinstance(places, torch.Tensor)
+        words = staging(num_words + (len(places) if on_host else 0), cache.device)
         host_words = words.numpy()
+        if num_first:
+            host_words[:num_first] = first_words
         shift = access_bytes.bit_length() - 1
-        host_words[:num_chunks] = (chunks.addresses - chunks.buffer.data_ptr()) >> shift
-        if on_host is not None:
-            host_words[num_words:] = on_host
+        np.right_shift(chunks.addresses, shift, out=host_words[num_first:num_words])
+        if on_host:
+            host_words[num_words:] = places
         uploaded = words.to(cache.device, non_blocking=True)
-        return (
-            _anchor_bytes(cache),
-            bytes_of(chunks.buffer),
-            table,
-            places.values if isinstance(places.values, torch.Tensor) else uploaded[num_words:],
-            uploaded,
-            cache.error_word(),
-        )
-
-
-def _anchor_bytes(cache: PagedKVCache) -> torch.Tensor:
-    """The bytes of the cache's first tensor; offsets in tables count from its address."""
-    found: torch.Tensor | None = cache.kept.get("anchor")
-    if found is None:
-        found = cache.kept["anchor"] = bytes_of(cache.tensors[0])
-    return found
+        if isinstance(places, torch.Tensor):
+            return uploaded, places, 0
+        return uploaded, uploaded, num_words
 
 
 def _exact_layout(cache: PagedKVCache, chunks: Chunks) -> ChunkLayout:
