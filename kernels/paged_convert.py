@@ -41,7 +41,7 @@ import torch
 
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.direct_launch import launch
-from kvheap.kernels.launch import jit, tl, triton
+from kvheap.kernels.launch import jit, number_jit, tl, triton
 from kvheap.kernels.paged_places import locate_tokens, report_bad_places
 from kvheap.kernels.tiles import Divisor, Variant
 from kvheap.kernels.token_copy import Chunks, TokenCopy
@@ -97,27 +97,7 @@ def _with_sign(magnitude, bits):  # type: ignore[no-untyped-def]
     )
 
 
-CONVERT_NUMBERS = [
-    "num_programs",
-    "num_chunks",
-    "chunks_per_layer",
-    "num_tokens",
-    "place_start",
-    "place_bytes",
-    "place_limit",
-    "unit",
-    "unit_magic",
-    "unit_shift",
-    "heads",
-    "block_size",
-    "block_magic",
-    "block_shift",
-    "chunk_tokens",
-]
-"""The kernel's numbers, in their order. Triton would compile again for 1 and multiples of 16."""
-
-
-@jit(do_not_specialize=CONVERT_NUMBERS, do_not_specialize_on_alignment=["place_ptr"])
+@number_jit("place_ptr")
 def _convert_tokens_kernel(  # type: ignore[no-untyped-def]
     words_ptr,
     place_ptr,

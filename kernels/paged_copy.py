@@ -45,7 +45,7 @@ import torch
 
 from kvheap.kernels.arrays import INT32_END, alignment_of
 from kvheap.kernels.direct_launch import launch
-from kvheap.kernels.launch import current, jit, runs_kernels, tl
+from kvheap.kernels.launch import current, number_jit, runs_kernels, tl
 from kvheap.kernels.paged_convert import launch_conversion
 from kvheap.kernels.paged_convert_cpu import convert_on_cpu
 from kvheap.kernels.paged_copy_cpu import copy_on_cpu
@@ -79,42 +79,8 @@ MAX_TILES = 1 << 30
 MAX_ROWS = INT32_END - BUDGET_TILE.vectors
 """A tile may number rows behind the last one."""
 
-COPY_NUMBERS = [
-    "to_heap",
-    "num_all_tiles",
-    "num_groups",
-    "first_chunk",
-    "chunks_per_layer",
-    "num_tokens",
-    "place_start",
-    "place_bytes",
-    "place_limit",
-    "unit",
-    "unit_magic",
-    "unit_shift",
-    "group_tiles",
-    "tiles_magic",
-    "tiles_shift",
-    "run_vectors",
-    "run_magic",
-    "run_shift",
-    "runs",
-    "runs_magic",
-    "runs_shift",
-    "block_size",
-    "block_magic",
-    "block_shift",
-    "chunk_tokens",
-    "chunk_magic",
-    "chunk_shift",
-    "page_tokens",
-    "page_magic",
-    "page_shift",
-]
-"""The kernel's numbers, in their order. Triton would compile again for 1 and multiples of 16."""
 
-
-@jit(do_not_specialize=COPY_NUMBERS, do_not_specialize_on_alignment=["place_ptr"])
+@number_jit("place_ptr")
 def _copy_tokens_kernel(  # type: ignore[no-untyped-def]
     words_ptr,
     place_ptr,
@@ -151,8 +117,8 @@ def _copy_tokens_kernel(  # type: ignore[no-untyped-def]
     page_magic,
     page_shift,
     WORD: tl.constexpr,
-    WORD_BYTES: tl.constexpr,
     VECTOR: tl.constexpr,
+    SHIFT: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
     """Copy every P-th tile; table entries and addresses of chunks count accesses.
@@ -161,7 +127,7 @@ def _copy_tokens_kernel(  # type: ignore[no-untyped-def]
     from ``words_ptr``, which is aligned to 16 bytes.
     """
     anchor = words_ptr.to(tl.pointer_type(WORD))
-    anchor_vector = words_ptr.to(tl.int64) // (WORD_BYTES * VECTOR)
+    anchor_vector = words_ptr.to(tl.int64) >> SHIFT
     for tile_of_all in range(tl.program_id(0), num_all_tiles, tl.num_programs(0)):
         first_entry = tile_of_all * 0
         first_tile = tile_of_all * 0
