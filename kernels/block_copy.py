@@ -18,8 +18,8 @@ each block contiguous, with any stride between blocks; the blocks of ``out`` mus
 Bytes are copied unchanged, so NaN patterns, fp8 and bool survive. Addressing is int64 from the
 first multiplication on.
 
-**On a GPU**, one kernel does all three copies: each side has an address for each block, or a stride.
-The blocks are the rows of a matrix, and their accesses are numbered through
+**On a GPU**, one kernel does all three copies: each side has an address for each block, or a
+stride. The blocks are the rows of a matrix, and their accesses are numbered through
 (:mod:`kvheap.kernels.tiles`), so that small blocks share a program and large ones are split over
 many. The grid has one program for each tile. An access has the largest of 16, 8, 4, 2 and 1 bytes
 that divides both bases, all addresses, the strides and the block size; the kernel is compiled for
@@ -33,6 +33,8 @@ checked. Addresses on the device are trusted, because a check would have to wait
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -50,16 +52,18 @@ from kvheap.kernels.direct_launch import launch
 from kvheap.kernels.few_blocks import copy_few
 from kvheap.kernels.launch import anchor_on, current, jit, number_jit, runs_kernels, tl
 from kvheap.kernels.tiles import (
+    ACCESS_BYTES,
     MAX_ROW_VECTORS,
     Divisor,
     TileShape,
+    Variant,
     locate_vectors,
     num_tiles,
     variant_of,
 )
 from kvheap.kernels.untraced import untraced
 
-__all__ = ["fill_blocks", "gather_blocks", "move_blocks", "scatter_blocks"]
+__all__ = ["block_kernels", "fill_blocks", "gather_blocks", "move_blocks", "scatter_blocks"]
 
 
 TILE = TileShape(1024, 4)
@@ -340,6 +344,13 @@ def _launch_fill(target: Scattered, block_bytes: int, value: int) -> None:
             target.length,
             *Divisor.of(row_vectors),
         )
+
+
+def block_kernels() -> list[tuple[Any, Variant]]:
+    """The kernels of all copies and fills of blocks, and what they are compiled for."""
+    variants = [variant_of(width, TILE) for width in ACCESS_BYTES]
+    kernels = (_copy_blocks_kernel, _fill_blocks_kernel)
+    return [(kernel, variant) for kernel in kernels for variant in variants]
 
 
 def _columns(block_bytes: int, access_bytes: int) -> list[tuple[int, int]]:

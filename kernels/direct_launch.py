@@ -19,7 +19,7 @@ import torch
 from kvheap.kernels.launch import triton
 from kvheap.kernels.tiles import Variant
 
-__all__ = ["compile_ahead", "launch"]
+__all__ = ["compile_ahead", "is_compiled", "launch"]
 
 try:
     from triton import knobs
@@ -77,23 +77,42 @@ def launch(kernel: Any, variant: Variant, num_programs: int, *arguments: Any) ->
     )
 
 
-def compile_ahead(kernel: Any, variant: Variant) -> Any:
+def compile_ahead(kernel: Any, variant: Variant) -> _Compiled:
     """Compile a kernel for the current device, unless it is, and load it there; launch nothing.
 
     Raises:
         RuntimeError: Triton is missing, or the kernel needs more than the device has.
     """
-    numbers = [
-        torch.int64 if name.endswith("_ptr") else 2
-        for name in kernel.arg_names
-        if name not in variant.constants
-    ]
-    compiled = kernel.warmup(*numbers, grid=(1,), **variant.constants, num_warps=variant.num_warps)
+    if triton is None:
+        kernel[(1,)]()  # says that it is missing
+    others = [name for name in kernel.arg_names if name not in variant.constants]
+    compiled = kernel.warmup(
+        *(torch.int64 if name.endswith("_ptr") else 2 for name in others),
+        grid=(1,),
+        **variant.constants,
+        num_warps=variant.num_warps,
+    )
     run = compiled.run  # loads it
-    metadata = compiled.packed_metadata
-    found = _Compiled(run, compiled.function, metadata, tuple(variant.constants.values()))
+    found = _Compiled(
+        run, compiled.function, compiled.packed_metadata, tuple(variant.constants.values())
+    )
     _KEPT[kernel.fn, variant, driver.active.get_current_device()] = found
     return found
+
+
+def is_compiled(kernel: Any, variant: Variant) -> bool:
+    """Whether a kernel is loaded on the current device; true if it is interpreted instead.
+
+    Call this before several threads compile variants of it: Triton makes the kernel's table for a
+    device when it is first asked for, and if two threads ask at once, one of them loses its entry.
+    """
+    if triton is None:
+        return False
+    if JITFunction is not None and not isinstance(kernel, JITFunction):
+        return True
+    device = driver.active.get_current_device()
+    kernel.device_caches[device]
+    return (kernel.fn, variant, device) in _KEPT
 
 
 def _is_known(kernel: Any) -> bool:

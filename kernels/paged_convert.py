@@ -35,6 +35,7 @@ reference.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,11 +43,12 @@ import torch
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.direct_launch import launch
 from kvheap.kernels.launch import jit, number_jit, tl, triton
+from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_places import locate_tokens, report_bad_places
 from kvheap.kernels.tiles import Divisor, Variant
-from kvheap.kernels.token_copy import Chunks, TokenCopy
+from kvheap.kernels.token_copy import Chunks, TokenCopy, require_convertible
 
-__all__ = ["conversion_variant", "launch_conversion"]
+__all__ = ["conversion_kernels", "launch_conversion"]
 
 TILE_ELEMENTS = 4096
 """Elements that a program converts in one step, 8 KiB at 2 bytes each: four 16-byte loads for each
@@ -301,7 +303,7 @@ def launch_conversion(copy: TokenCopy, max_sms: int | None = None) -> None:
     words, place_words, place_start = copy.upload((), access_bytes=1)
     launch(
         _convert_tokens_kernel,
-        conversion_variant(copy),
+        _variant_for(cache, copy.to_heap, _chunk_alignment(chunks, cache.head_dim)),
         num_programs if max_sms is None else min(num_programs, max_sms),
         words,
         place_words,
@@ -320,16 +322,31 @@ def launch_conversion(copy: TokenCopy, max_sms: int | None = None) -> None:
     )
 
 
-def conversion_variant(copy: TokenCopy) -> Variant:
-    """What the kernel is compiled for to do a conversion on the current device."""
-    cache, chunks = copy.pairing.cache, copy.chunks
+def conversion_kernels(cache: PagedKVCache, align_bytes: int) -> list[tuple[Any, Variant]]:
+    """The kernel of conversions of a cache, and what it is compiled for.
+
+    Args:
+        cache: of bfloat16 or float16.
+        align_bytes: what divides the addresses of chunks, a power of two.
+
+    Raises:
+        ValueError: the cache cannot be converted.
+    """
+    require_convertible(cache)
+    alignment = alignment_of(align_bytes, cache.head_dim)
+    variants = [_variant_for(cache, to_heap, alignment) for to_heap in (True, False)]
+    return [(_convert_tokens_kernel, variant) for variant in variants]
+
+
+def _variant_for(cache: PagedKVCache, to_heap: bool, chunk_alignment: int) -> Variant:
+    """What the kernel is compiled for, for the device of a cache."""
     return _variant(
-        copy.to_heap,
+        to_heap,
         _has_instruction(cache.device),
         cache.dtype == torch.bfloat16,
         cache.head_dim,
-        max(1, _cache_alignment(copy) // 2),
-        _chunk_alignment(chunks, cache.head_dim),
+        max(1, cache.alignment // 2),
+        chunk_alignment,
     )
 
 
@@ -360,12 +377,6 @@ def _has_instruction(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     return torch.cuda.get_device_capability(device) >= INSTRUCTION_CAPABILITY
-
-
-def _cache_alignment(copy: TokenCopy) -> int:
-    pairing = copy.pairing
-    heads = (entries[0].head_stride for entries in pairing.entries)
-    return alignment_of(pairing.alignment, *(heads if pairing.num_heads > 1 else ()))
 
 
 def _chunk_alignment(chunks: Chunks, head_dim: int) -> int:

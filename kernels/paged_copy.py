@@ -39,7 +39,9 @@ writes them across the link. Launches are on the current stream and never synchr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,7 +66,7 @@ from kvheap.kernels.tiles import (
 )
 from kvheap.kernels.token_copy import Chunks, TokenCopy
 
-__all__ = ["BlockIds", "Chunks", "load_tokens", "run_copy", "store_tokens"]
+__all__ = ["BlockIds", "Chunks", "load_tokens", "run_copy", "store_tokens", "token_kernels"]
 
 TILE = TileShape(512, 4)
 """Four 16-byte loads for each of 128 threads, 8 KiB. Reasoned, not yet measured on a GPU."""
@@ -306,6 +308,12 @@ def _launch_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
         *groups.first,
         *ready.numbers,
     )
+
+
+def token_kernels(widths: Sequence[int]) -> list[tuple[Any, Variant]]:
+    """The kernels of copies by accesses of these widths, and what they are compiled for."""
+    shapes = (TILE, BUDGET_TILE)
+    return [(_copy_tokens_kernel, variant_of(each, to)) for each in widths for to in shapes]
 
 
 @dataclass(frozen=True, slots=True)

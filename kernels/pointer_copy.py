@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ from kvheap.kernels.direct_launch import launch
 from kvheap.kernels.launch import current, number_jit, staging, tl
 from kvheap.kernels.pieces import Pieces
 from kvheap.kernels.tiles import (
+    ACCESS_BYTES,
     MAX_ROW_VECTORS,
     Divisor,
     TileShape,
@@ -57,7 +59,7 @@ from kvheap.kernels.tiles import (
     variant_of,
 )
 
-__all__ = ["PointerCopy", "copy_pieces"]
+__all__ = ["PointerCopy", "copy_pieces", "piece_kernels"]
 
 PIECE_TILE = TileShape(4096, 16)
 """Eight accesses for each of 512 threads, each with up to 128 registers, which hold the loads: 64
@@ -294,6 +296,12 @@ def piece_variants(access_bytes: int) -> tuple[Variant, ...]:
     """What the kernel may be compiled for, for a width of access; largest tiles first."""
     shapes = (PIECE_TILE, SMALL_PIECE_TILE) if access_bytes == 16 else (PIECE_TILE,)
     return tuple(variant_of(access_bytes, shape) for shape in shapes)
+
+
+def piece_kernels() -> list[tuple[Any, Variant]]:
+    """The kernels of all copies of pieces, and what they are compiled for."""
+    variants = [variant for width in ACCESS_BYTES for variant in piece_variants(width)]
+    return [(_copy_pieces_kernel, variant) for variant in variants]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

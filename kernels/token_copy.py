@@ -16,7 +16,7 @@ from kvheap.kernels.paged_plan import Pairing, pairing_of
 from kvheap.kernels.paged_slots import Places, Slots
 from kvheap.kernels.whole_blocks import blocks_of_cache, ids_of_whole_blocks
 
-__all__ = ["CONVERTIBLE", "Chunks", "TokenCopy"]
+__all__ = ["CONVERTIBLE", "Chunks", "TokenCopy", "require_convertible"]
 
 CONVERTIBLE = (torch.bfloat16, torch.float16)
 """The dtypes of caches whose KV can be converted to fp8."""
@@ -81,7 +81,7 @@ class TokenCopy:
         """Check a copy; arguments and errors are those of ``store_tokens``."""
         if cache.layout.whole_blocks:
             if chunks.scale_offset is not None:
-                raise ValueError(f"{cache.layout.name} holds no rows that could be converted")
+                require_convertible(cache)
             slots = ids_of_whole_blocks(cache, slots)
             chunks = replace(chunks, layout=chunks.layout.of_blocks(cache.block_size))
             cache = blocks_of_cache(cache)
@@ -126,13 +126,24 @@ class TokenCopy:
         return uploaded, uploaded, num_words
 
 
+def require_convertible(cache: PagedKVCache) -> None:
+    """Refuse a cache whose KV cannot be converted.
+
+    Raises:
+        ValueError: says why.
+    """
+    if cache.layout.whole_blocks:
+        raise ValueError(f"{cache.layout.name} holds no rows that could be converted")
+    if cache.dtype not in CONVERTIBLE:
+        raise ValueError(f"only a cache of bfloat16 or float16 can be converted, got {cache.dtype}")
+
+
 def _exact_layout(cache: PagedKVCache, chunks: Chunks) -> ChunkLayout:
     """The layout of chunks of the cache's own dtype, with the tokens in the same order."""
     layout = chunks.layout
     if chunks.scale_offset is None:
         return layout
-    if cache.dtype not in CONVERTIBLE:
-        raise ValueError(f"only a cache of bfloat16 or float16 can be converted, got {cache.dtype}")
+    require_convertible(cache)
     if layout.num_planes != cache.num_planes:
         raise ValueError(
             f"{cache.layout.name} has {cache.num_planes} planes, the chunk {layout.num_planes}"
