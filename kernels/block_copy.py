@@ -62,6 +62,7 @@ from kvheap.kernels.tiles import (
     variant_of,
 )
 from kvheap.kernels.untraced import untraced
+from kvheap.kernels.uploads import Words
 
 __all__ = ["block_kernels", "fill_blocks", "gather_blocks", "move_blocks", "scatter_blocks"]
 
@@ -307,43 +308,69 @@ def _copy(source: Side, target: Side, num_blocks: int, block_bytes: int) -> None
 def _launch_copy(source: Side, target: Side, num_blocks: int, block_bytes: int) -> None:
     access_bytes = alignment_of(source.alignment, target.alignment, block_bytes)
     variant = variant_of(access_bytes, TILE)
-    anchor = anchor_on(target.tensor.device)
-    sources, targets = source.device_addresses(), target.device_addresses()
-    for first_byte, row_vectors in _columns(block_bytes, access_bytes):
-        launch(
-            _copy_blocks_kernel,
-            variant,
-            num_tiles(num_blocks, row_vectors, variant),
-            anchor,
-            anchor if sources is None else sources,
-            anchor if targets is None else targets,
-            source.tensor.data_ptr() + first_byte,
-            target.tensor.data_ptr() + first_byte,
-            source.stride_bytes // access_bytes,
-            target.stride_bytes // access_bytes,
-            int(sources is not None),
-            int(targets is not None),
-            num_blocks,
-            *Divisor.of(row_vectors),
-        )
+    device = target.tensor.device
+    with Words(source.num_words + target.num_words, device) as words:
+        anchor, sources, targets = _sent(words, device, source, target)
+        for first_byte, row_vectors in _columns(block_bytes, access_bytes):
+            launch(
+                _copy_blocks_kernel,
+                variant,
+                num_tiles(num_blocks, row_vectors, variant),
+                anchor,
+                anchor if sources is None else sources,
+                anchor if targets is None else targets,
+                source.tensor.data_ptr() + first_byte,
+                target.tensor.data_ptr() + first_byte,
+                source.stride_bytes // access_bytes,
+                target.stride_bytes // access_bytes,
+                int(sources is not None),
+                int(targets is not None),
+                num_blocks,
+                *Divisor.of(row_vectors),
+            )
 
 
 def _launch_fill(target: Scattered, block_bytes: int, value: int) -> None:
     access_bytes = alignment_of(target.alignment, block_bytes)
     variant = variant_of(access_bytes, TILE)
-    addresses = target.device_addresses()
-    for first_byte, row_vectors in _columns(block_bytes, access_bytes):
-        launch(
-            _fill_blocks_kernel,
-            variant,
-            num_tiles(target.length, row_vectors, variant),
-            anchor_on(target.tensor.device),
-            addresses,
-            target.tensor.data_ptr() + first_byte,
-            repeated_byte(value, min(access_bytes, 8)),
-            target.length,
-            *Divisor.of(row_vectors),
-        )
+    device = target.tensor.device
+    with Words(target.num_words, device) as words:
+        anchor, addresses = _sent(words, device, target)
+        for first_byte, row_vectors in _columns(block_bytes, access_bytes):
+            launch(
+                _fill_blocks_kernel,
+                variant,
+                num_tiles(target.length, row_vectors, variant),
+                anchor,
+                addresses,
+                target.tensor.data_ptr() + first_byte,
+                repeated_byte(value, min(access_bytes, 8)),
+                target.length,
+                *Divisor.of(row_vectors),
+            )
+
+
+def _sent(words: Words, device: torch.device, *sides: Side) -> tuple[torch.Tensor | None, ...]:
+    """An anchor of the kernels, and the addresses of each side on the device, uploaded if need be.
+
+    Args:
+        words: as many as the sides have addresses on the host.
+        device: where the kernels run.
+        sides: all sides of the copy.
+    """
+    at = 0
+    for side in sides:
+        if side.num_words:
+            words.host[at : at + side.num_words] = side.starts()
+            at += side.num_words
+    if not at:
+        return anchor_on(device), *(side.on_device for side in sides)
+    sent, at = words.send(), 0
+    addresses = []
+    for side in sides:
+        addresses.append((sent[at:] if at else sent) if side.num_words else side.on_device)
+        at += side.num_words
+    return sent, *addresses
 
 
 def block_kernels() -> list[tuple[Any, Variant]]:

@@ -24,6 +24,7 @@ __all__ = [
     "current",
     "jit",
     "number_jit",
+    "require_no_capture",
     "runs_kernels",
     "staging",
     "tl",
@@ -107,12 +108,22 @@ def staging(num_words: int, device: torch.device) -> torch.Tensor:
             the words again, from memory that has long been reused.
     """
     pinned = device.type != "cpu"
-    if pinned and torch.cuda.is_current_stream_capturing():
+    if pinned:
+        require_no_capture()
+    return torch.empty(num_words, dtype=torch.int64, device="cpu", pin_memory=pinned)
+
+
+def require_no_capture() -> None:
+    """Refuse words of the host while the current stream is being captured.
+
+    Raises:
+        RuntimeError: as :func:`staging`.
+    """
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "addresses on the host cannot be captured in a CUDA graph: a replay would read them "
             "again; copy before or after the capture"
         )
-    return torch.empty(num_words, dtype=torch.int64, device="cpu", pin_memory=pinned)
 
 
 @lru_cache(maxsize=64)

@@ -300,26 +300,28 @@ def launch_conversion(copy: TokenCopy, max_sms: int | None = None) -> None:
     cache, layout = pairing.cache, chunks.layout
     num_chunks = -(-places.num_tokens // layout.num_tokens)
     num_programs = num_chunks * pairing.num_heads * len(pairing.entries) * pairing.num_layers
-    words, place_words, place_start = copy.upload((), access_bytes=1)
-    launch(
-        _convert_tokens_kernel,
-        _variant_for(cache, copy.to_heap, _chunk_alignment(chunks, cache.head_dim)),
-        num_programs if max_sms is None else min(num_programs, max_sms),
-        words,
-        place_words,
-        _table(copy),
-        cache.error_word(),
-        num_programs,
-        num_chunks,
-        num_chunks if layout.is_per_layer else 0,
-        places.num_tokens,
-        place_start,
-        place_words.element_size(),
-        *places.limit_and_unit(cache),
-        pairing.num_heads,
-        *Divisor.of(cache.block_size),
-        layout.num_tokens,
-    )
+    variant = _variant_for(cache, copy.to_heap, _chunk_alignment(chunks, cache.head_dim))
+    with copy.words(0) as words:
+        sent, place_words, place_start = copy.send(words, (), access_bytes=1)
+        launch(
+            _convert_tokens_kernel,
+            variant,
+            num_programs if max_sms is None else min(num_programs, max_sms),
+            sent,
+            place_words,
+            _table(copy),
+            cache.error_word(),
+            num_programs,
+            num_chunks,
+            num_chunks if layout.is_per_layer else 0,
+            places.num_tokens,
+            place_start,
+            place_words.element_size(),
+            *places.limit_and_unit(cache),
+            pairing.num_heads,
+            *Divisor.of(cache.block_size),
+            layout.num_tokens,
+        )
 
 
 def conversion_kernels(cache: PagedKVCache, align_bytes: int) -> list[tuple[Any, Variant]]:

@@ -287,27 +287,28 @@ def _launch_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
             f"{places.num_tokens} tokens have {num_rows} rows in each layer and plane and need "
             f"{groups.num_tiles} tiles, too many for one launch: split them"
         )
-    words, place_words, place_start = copy.upload(groups.words, access_bytes)
-    launch(
-        _copy_tokens_kernel,
-        variant,
-        groups.num_tiles if max_sms is None else min(groups.num_tiles, max_sms),
-        words,
-        place_words,
-        ready.table,
-        pairing.cache.error_word(),
-        int(copy.to_heap),
-        groups.num_tiles,
-        len(ready.groups),
-        len(groups.words),
-        len(chunks.addresses) // pairing.num_layers if pairing.chunk.is_per_layer else 0,
-        places.num_tokens,
-        place_start,
-        place_words.element_size(),
-        *places.limit_and_unit(pairing.cache),
-        *groups.first,
-        *ready.numbers,
-    )
+    with copy.words(len(groups.words)) as words:
+        sent, place_words, place_start = copy.send(words, groups.words, access_bytes)
+        launch(
+            _copy_tokens_kernel,
+            variant,
+            groups.num_tiles if max_sms is None else min(groups.num_tiles, max_sms),
+            sent,
+            place_words,
+            ready.table,
+            pairing.cache.error_word(),
+            int(copy.to_heap),
+            groups.num_tiles,
+            len(ready.groups),
+            len(groups.words),
+            len(chunks.addresses) // pairing.num_layers if pairing.chunk.is_per_layer else 0,
+            places.num_tokens,
+            place_start,
+            place_words.element_size(),
+            *places.limit_and_unit(pairing.cache),
+            *groups.first,
+            *ready.numbers,
+        )
 
 
 def token_kernels(widths: Sequence[int]) -> list[tuple[Any, Variant]]:

@@ -10,10 +10,10 @@ import torch
 
 from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.chunk_layout import ChunkLayout
-from kvheap.kernels.launch import staging
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import Pairing, pairing_of
 from kvheap.kernels.paged_slots import Places, Slots
+from kvheap.kernels.uploads import Words
 from kvheap.kernels.whole_blocks import blocks_of_cache, ids_of_whole_blocks
 
 __all__ = ["CONVERTIBLE", "Chunks", "TokenCopy", "require_convertible"]
@@ -95,35 +95,46 @@ class TokenCopy:
             _require_reachable(cache, chunks.buffer)
         return cls(pairing, places, chunks, to_heap)
 
-    def upload(
-        self, first_words: Sequence[int], access_bytes: int
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Upload what kernels read of the host, at once.
+    def words(self, num_first: int) -> Words:
+        """What kernels read of the host: words of their own, chunks' addresses, and places.
 
         Args:
-            first_words: what comes first, such as those of groups.
+            num_first: how many words come first.
+        """
+        on_host = 0 if self.are_on_device else len(self.places.values)
+        num_words = num_first + len(self.chunks.addresses) + on_host
+        return Words(num_words, self.pairing.cache.device)
+
+    @property
+    def are_on_device(self) -> bool:
+        """Whether the places are on the cache's device."""
+        return isinstance(self.places.values, torch.Tensor)
+
+    def send(
+        self, words: Words, first_words: Sequence[int], access_bytes: int
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Write the words and send them to the device.
+
+        Args:
+            words: of :meth:`words`.
+            first_words: what comes first.
             access_bytes: what chunks' addresses are counted in, a power of two.
 
         Returns:
-            The words on the device, int64, at a multiple of 16 bytes: the first words, then the
-            chunks' addresses, and the places if the host has them; the tensor that has the places;
-            and the index of the first of them in it.
+            The words on the device; the tensor that has the places; and the index of the first of
+            them in it.
         """
-        cache, chunks, places = self.pairing.cache, self.chunks, self.places.values
-        num_first, num_words = len(first_words), len(first_words) + len(chunks.addresses)
-        on_host = not isinstance(places, torch.Tensor)
-        words = staging(num_words + (len(places) if on_host else 0), cache.device)
-        host_words = words.numpy()
+        host, places = words.host, self.places.values
+        num_first, end = len(first_words), len(first_words) + len(self.chunks.addresses)
         if num_first:
-            host_words[:num_first] = first_words
+            host[:num_first] = first_words
         shift = access_bytes.bit_length() - 1
-        np.right_shift(chunks.addresses, shift, out=host_words[num_first:num_words])
-        if on_host:
-            host_words[num_words:] = places
-        uploaded = words.to(cache.device, non_blocking=True)
+        np.right_shift(self.chunks.addresses, shift, out=host[num_first:end])
         if isinstance(places, torch.Tensor):
-            return uploaded, places, 0
-        return uploaded, uploaded, num_words
+            return words.send(), places, 0
+        host[end:] = places
+        sent = words.send()
+        return sent, sent, end
 
 
 def require_convertible(cache: PagedKVCache) -> None:
