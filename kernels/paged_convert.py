@@ -45,6 +45,7 @@ from kvheap.kernels.direct_launch import launch
 from kvheap.kernels.launch import jit, number_jit, tl, triton
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_places import locate_tokens, report_bad_places
+from kvheap.kernels.paged_tiles import place_numbers
 from kvheap.kernels.tiles import Divisor, Variant
 from kvheap.kernels.token_copy import Chunks, TokenCopy, require_convertible
 
@@ -301,8 +302,10 @@ def launch_conversion(copy: TokenCopy, max_sms: int | None = None) -> None:
     num_chunks = -(-places.num_tokens // layout.num_tokens)
     num_programs = num_chunks * pairing.num_heads * len(pairing.entries) * pairing.num_layers
     variant = _variant_for(cache, copy.to_heap, _chunk_alignment(chunks, cache.head_dim))
+    values = places.values
+    place_bytes = values.element_size() if isinstance(values, torch.Tensor) else 0
     with copy.words(0) as words:
-        sent, place_words, place_start = copy.send(words, (), access_bytes=1)
+        sent, place_words = copy.send(words, (), access_bytes=1)
         launch(
             _convert_tokens_kernel,
             variant,
@@ -315,9 +318,7 @@ def launch_conversion(copy: TokenCopy, max_sms: int | None = None) -> None:
             num_chunks,
             num_chunks if layout.is_per_layer else 0,
             places.num_tokens,
-            place_start,
-            place_words.element_size(),
-            *places.limit_and_unit(cache),
+            *place_numbers(pairing, places.are_blocks, place_bytes, len(chunks.addresses)),
             pairing.num_heads,
             *Divisor.of(cache.block_size),
             layout.num_tokens,

@@ -40,12 +40,9 @@ writes them across the link. Launches are on the current stream and never synchr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from kvheap.kernels.arrays import INT32_END, alignment_of
+from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.direct_launch import launch
 from kvheap.kernels.launch import current, number_jit, runs_kernels, tl
 from kvheap.kernels.paged_convert import launch_conversion
@@ -53,33 +50,12 @@ from kvheap.kernels.paged_convert_cpu import convert_on_cpu
 from kvheap.kernels.paged_copy_cpu import copy_on_cpu
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_places import locate_tokens, report_bad_places
-from kvheap.kernels.paged_plan import Pairing
 from kvheap.kernels.paged_slots import BlockIds, Slots
-from kvheap.kernels.tiles import (
-    Divisor,
-    TileShape,
-    Variant,
-    locate_vectors,
-    num_tiles,
-    quotient,
-    variant_of,
-)
+from kvheap.kernels.paged_tiles import BUDGET_TILE, TILE, TokenLaunches
+from kvheap.kernels.tiles import Variant, locate_vectors, quotient, variant_of
 from kvheap.kernels.token_copy import Chunks, TokenCopy
 
 __all__ = ["BlockIds", "Chunks", "load_tokens", "run_copy", "store_tokens", "token_kernels"]
-
-TILE = TileShape(512, 4)
-"""Four 16-byte loads for each of 128 threads, 8 KiB. Reasoned, not yet measured on a GPU."""
-
-BUDGET_TILE = TileShape(4096, 16)
-"""For copies within an SM budget: 64 KiB in flight for each multiprocessor, so that two fill a link
-of 55 GB/s and 2 microseconds. Reasoned, not yet measured on a GPU."""
-
-MAX_TILES = 1 << 30
-"""Half the range of int32, because a program steps past the last tile by up to the grid's size."""
-
-MAX_ROWS = INT32_END - BUDGET_TILE.vectors
-"""A tile may number rows behind the last one."""
 
 
 @number_jit("place_ptr")
@@ -276,38 +252,22 @@ def run_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
 
 
 def _launch_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
-    pairing, places, chunks = copy.pairing, copy.places, copy.chunks
-    access_bytes = alignment_of(pairing.alignment, chunks.alignment)
-    ready = _ready(pairing, access_bytes)
-    num_rows = places.num_tokens * pairing.runs_per_token
-    variant = variant_of(access_bytes, TILE if max_sms is None else BUDGET_TILE)
-    groups = _Groups.of(ready, num_rows, variant)
-    if groups.num_tiles >= MAX_TILES or num_rows >= MAX_ROWS:
-        raise ValueError(
-            f"{places.num_tokens} tokens have {num_rows} rows in each layer and plane and need "
-            f"{groups.num_tiles} tiles, too many for one launch: split them"
-        )
-    with copy.words(len(groups.words)) as words:
-        sent, place_words, place_start = copy.send(words, groups.words, access_bytes)
+    pairing, places = copy.pairing, copy.places
+    access_bytes = alignment_of(pairing.alignment, copy.chunks.alignment)
+    launches = TokenLaunches.of(pairing, access_bytes)
+    planned = launches.planned(places, is_budgeted=max_sms is not None)
+    with copy.words(len(planned.first_words)) as words:
+        sent, place_words = copy.send(words, planned.first_words, access_bytes)
         launch(
             _copy_tokens_kernel,
-            variant,
-            groups.num_tiles if max_sms is None else min(groups.num_tiles, max_sms),
+            planned.variant,
+            planned.num_tiles if max_sms is None else min(planned.num_tiles, max_sms),
             sent,
             place_words,
-            ready.table,
+            launches.table,
             pairing.cache.error_word(),
             int(copy.to_heap),
-            groups.num_tiles,
-            len(ready.groups),
-            len(groups.words),
-            len(chunks.addresses) // pairing.num_layers if pairing.chunk.is_per_layer else 0,
-            places.num_tokens,
-            place_start,
-            place_words.element_size(),
-            *places.limit_and_unit(pairing.cache),
-            *groups.first,
-            *ready.numbers,
+            *planned.numbers,
         )
 
 
@@ -315,65 +275,3 @@ def token_kernels(widths: Sequence[int]) -> list[tuple[Any, Variant]]:
     """The kernels of copies by accesses of these widths, and what they are compiled for."""
     shapes = (TILE, BUDGET_TILE)
     return [(_copy_tokens_kernel, variant_of(each, to)) for each in widths for to in shapes]
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """What all copies of a pairing have in common, for one width of access.
-
-    Attributes:
-        table: the pairing's table on its device, counted in accesses.
-        groups: for each length of a run, its accesses, and how many entries have it.
-        numbers: the kernel's arguments from ``runs`` on.
-    """
-
-    table: torch.Tensor
-    groups: tuple[tuple[Divisor, int], ...]
-    numbers: tuple[int, ...]
-
-
-def _ready(pairing: Pairing, access_bytes: int) -> _Ready:
-    found: _Ready | None = pairing.kept.get(access_bytes)
-    if found is None:
-        table = pairing.table()
-        table[:, :8] //= access_bytes
-        chunk = pairing.chunk
-        found = _Ready(
-            # The upload has ended when this returns, so any stream may read the table.
-            torch.from_numpy(table.reshape(-1)).to(pairing.cache.device),
-            tuple((Divisor.of(num // access_bytes), count) for num, count in pairing.groups),
-            (
-                *Divisor.of(pairing.runs_per_token),
-                *Divisor.of(pairing.cache.block_size),
-                *Divisor.of(chunk.num_tokens),
-                *Divisor.of(chunk.page_tokens),
-            ),
-        )
-        pairing.kept[access_bytes] = found
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Groups:
-    """The tiles of each group of entries whose runs are equally long.
-
-    Attributes:
-        num_tiles: of all groups.
-        first: of the first group, the tiles of an entry and the accesses of a run, as divisors.
-        words: of each other group, 8 words: its first tile and its first entry, then the same.
-    """
-
-    num_tiles: int
-    first: tuple[int, ...]
-    words: tuple[int, ...]
-
-    @classmethod
-    def of(cls, ready: _Ready, num_rows: int, variant: Variant) -> _Groups:
-        all_tiles = all_entries = 0
-        words: tuple[int, ...] = ()
-        for run, num_entries in ready.groups:
-            tiles = Divisor.of(num_tiles(num_rows, run.value, variant))
-            words += (all_tiles, all_entries, *tiles, *run)
-            all_tiles += tiles.value * num_entries
-            all_entries += num_entries
-        return cls(all_tiles, words[2:8], words[8:])

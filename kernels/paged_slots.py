@@ -13,9 +13,7 @@ import torch
 
 from kvheap.kernels.arguments import as_whole
 from kvheap.kernels.arrays import Int64Array, int64_array
-from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import Pairing
-from kvheap.kernels.tiles import Divisor
 
 __all__ = ["BlockIds", "Places", "Slots", "count_tokens", "first_tokens"]
 
@@ -103,12 +101,6 @@ class Places:
         """The values, which must be on the host."""
         assert not isinstance(self.values, torch.Tensor)
         return self.values
-
-    def limit_and_unit(self, cache: PagedKVCache) -> tuple[int, ...]:
-        """The place after the last one, and the tokens of a place as a divisor, for kernels."""
-        if self.are_blocks:
-            return cache.num_blocks, *Divisor.of(cache.block_size)
-        return cache.num_slots, *Divisor.of(1)
 
     def kept(self, block_size: int) -> npt.NDArray[np.bool_] | None:
         """Which tokens are copied, bool ``[num_tokens]``; None if none is known to be skipped.

@@ -101,18 +101,14 @@ class TokenCopy:
         Args:
             num_first: how many words come first.
         """
-        on_host = 0 if self.are_on_device else len(self.places.values)
-        num_words = num_first + len(self.chunks.addresses) + on_host
+        num_words, places = num_first + len(self.chunks.addresses), self.places.values
+        if not isinstance(places, torch.Tensor):
+            num_words += len(places)
         return Words(num_words, self.pairing.cache.device)
-
-    @property
-    def are_on_device(self) -> bool:
-        """Whether the places are on the cache's device."""
-        return isinstance(self.places.values, torch.Tensor)
 
     def send(
         self, words: Words, first_words: Sequence[int], access_bytes: int
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the words and send them to the device.
 
         Args:
@@ -121,8 +117,7 @@ class TokenCopy:
             access_bytes: what chunks' addresses are counted in, a power of two.
 
         Returns:
-            The words on the device; the tensor that has the places; and the index of the first of
-            them in it.
+            The words on the device; and the tensor that has the places, which may be the same.
         """
         host, places = words.host, self.places.values
         num_first, end = len(first_words), len(first_words) + len(self.chunks.addresses)
@@ -131,10 +126,10 @@ class TokenCopy:
         shift = access_bytes.bit_length() - 1
         np.right_shift(self.chunks.addresses, shift, out=host[num_first:end])
         if isinstance(places, torch.Tensor):
-            return words.send(), places, 0
+            return words.send(), places
         host[end:] = places
         sent = words.send()
-        return sent, sent, end
+        return sent, sent
 
 
 def require_convertible(cache: PagedKVCache) -> None:
