@@ -19,7 +19,7 @@ import torch
 from kvheap.kernels.launch import triton
 from kvheap.kernels.tiles import Variant
 
-__all__ = ["compile_ahead", "is_compiled", "launch"]
+__all__ = ["compile_ahead", "is_compiled", "is_known", "launch"]
 
 try:
     from triton import knobs
@@ -56,7 +56,7 @@ def launch(kernel: Any, variant: Variant, num_programs: int, *arguments: Any) ->
     Raises:
         RuntimeError: Triton is missing, or the driver refuses the launch.
     """
-    if not _is_known(kernel):
+    if not is_known(kernel):
         grid = kernel[(num_programs,)]
         grid(*arguments, **variant.constants, num_warps=variant.num_warps)
         return
@@ -115,7 +115,7 @@ def is_compiled(kernel: Any, variant: Variant) -> bool:
     return (kernel.fn, variant, device) in _KEPT
 
 
-def _is_known(kernel: Any) -> bool:
+def is_known(kernel: Any) -> bool:
     """Whether Triton would do nothing for this launch but look at its arguments."""
     if not _KNOWN_TRITON or type(kernel) is not JITFunction or kernel.pre_run_hooks:
         return False

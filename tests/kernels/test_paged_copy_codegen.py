@@ -17,7 +17,7 @@ pytestmark = needs_compiler
 
 BOTH_WAYS = pytest.mark.parametrize("to_heap", [True, False], ids=["store", "load"])
 TOKENS_OF_A_TILE, DIMS = 32, 128
-MAX_CONVERSION_REGISTERS = 255
+MAX_CONVERSION_REGISTERS = 80
 
 MAX_REGISTERS = {TILE: 80, BUDGET_TILE: 128}
 """Room for at least six programs on a multiprocessor, or for one with 512 threads."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from compile_ahead import compile_all
 from compiled import needs_compiler
 from paged_reference import (
     BYTES_ONLY,
@@ -224,6 +225,17 @@ def test_pieces_and_blocks_of_any_kind() -> None:
         before = compiled_of(gpu)
         copy_any_pieces(seed=2)
         copy_any_blocks(seed=2)
+        assert compiled_of(gpu) == before
+
+
+def test_the_tests_on_a_gpu_need_no_other_variants() -> None:
+    with running_ptx(90, memory=None, is_new=True) as gpu:
+        assert compile_all() == 26
+        before = compiled_of(gpu)
+        for layout, sizes in CASES[::5]:
+            Traffic(layout, sizes, seed=3).copy()
+        copy_any_pieces(seed=3)
+        copy_any_blocks(seed=3)
         assert compiled_of(gpu) == before
 
 
