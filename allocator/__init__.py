@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from kvheap.kernels.paged_layout import LayoutError as LayoutError
     from kvheap.kernels.paged_layout import PagedKVCache as PagedKVCache
     from kvheap.kernels.paged_slots import BlockIds as BlockIds
+    from kvheap.kernels.warm_up import warm_up as warm_up
     from kvheap.memory.growth import GrowthProgress as GrowthProgress
     from kvheap.memory.host_memory import HostBuffer as HostBuffer
     from kvheap.memory.numa import numa_node_of_gpu as numa_node_of_gpu
@@ -125,6 +126,7 @@ _MODULE_OF = {
     "offload": "transfer",
     "restore": "transfer",
     "store": "engine.chunks",
+    "warm_up": "kernels.warm_up",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

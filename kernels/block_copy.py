@@ -18,13 +18,12 @@ each block contiguous, with any stride between blocks; the blocks of ``out`` mus
 Bytes are copied unchanged, so NaN patterns, fp8 and bool survive. Addressing is int64 from the
 first multiplication on.
 
-**On a GPU**, one kernel does all three copies: each side is either indexed (a base, and an address
-for each block) or strided (a base and a stride). The blocks form a matrix of N rows; a program
-moves one tile of it, ``ROWS`` blocks by ``COLS`` words, so that small blocks share a program and
-large ones are split over many. The grid has one program for each tile, and tiles of the same block
-are next to each other. A word has the largest of 8, 4, 2 and 1 bytes that divides both bases, all
-addresses, the strides and the block size. If 16 bytes divide them all, each access moves a pair of
-words, 16 bytes.
+**On a GPU**, one kernel does all three copies: each side has an address for each block, or a
+stride. The blocks are the rows of a matrix, and their accesses are numbered through
+(:mod:`kvheap.kernels.tiles`), so that small blocks share a program and large ones are split over
+many. The grid has one program for each tile. An access has the largest of 16, 8, 4, 2 and 1 bytes
+that divides both bases, all addresses, the strides and the block size; the kernel is compiled for
+that width and for nothing else.
 
 **On a CPU**: :mod:`kvheap.kernels.block_copy_cpu`, which is also the reference; and
 :mod:`kvheap.kernels.few_blocks` for a few.
@@ -34,6 +33,8 @@ checked. Addresses on the device are trusted, because a check would have to wait
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -47,76 +48,108 @@ from kvheap.kernels.block_addresses import (
 )
 from kvheap.kernels.block_copy_cpu import copy_on_cpu, fill_on_cpu, repeated_byte
 from kvheap.kernels.block_sides import Dense, Scattered, Side, require_buffer
+from kvheap.kernels.direct_launch import launch
 from kvheap.kernels.few_blocks import copy_few
-from kvheap.kernels.launch import bytes_of, current, jit, runs_kernels, tl
-from kvheap.kernels.tiles import NUM_WARPS, TilePlan, tile_bounds
+from kvheap.kernels.launch import anchor_on, current, jit, number_jit, runs_kernels, tl
+from kvheap.kernels.tiles import (
+    ACCESS_BYTES,
+    MAX_ROW_VECTORS,
+    Divisor,
+    TileShape,
+    Variant,
+    locate_vectors,
+    num_tiles,
+    variant_of,
+)
 from kvheap.kernels.untraced import untraced
+from kvheap.kernels.uploads import Words
 
-__all__ = ["fill_blocks", "gather_blocks", "move_blocks", "scatter_blocks"]
+__all__ = ["block_kernels", "fill_blocks", "gather_blocks", "move_blocks", "scatter_blocks"]
 
 
-@jit(do_not_specialize=["num_blocks", "vectors", "col_tiles", "src_stride", "dst_stride"])
+TILE = TileShape(1024, 4)
+"""Eight accesses for each of 128 threads: 16 KiB, if they have 16 bytes. Reasoned, not yet measured
+on a GPU."""
+
+
+@number_jit("source_ptr", "target_ptr")
 def _copy_blocks_kernel(  # type: ignore[no-untyped-def]
-    src_ptr,
-    dst_ptr,
-    src_address_ptr,
-    dst_address_ptr,
+    anchor_ptr,
+    source_ptr,
+    target_ptr,
+    source_base: tl.int64,
+    target_base: tl.int64,
+    source_stride: tl.int64,
+    target_stride: tl.int64,
+    has_sources,
+    has_targets,
     num_blocks,
-    vectors,
-    col_tiles,
-    src_stride,
-    dst_stride,
+    row_vectors,
+    row_magic,
+    row_shift,
     WORD: tl.constexpr,
-    WORD_BYTES: tl.constexpr,
     VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):
-    """Copy one tile of ROWS blocks by COLS words; strides and ``vectors`` count VECTOR words."""
-    rows, cols = tile_bounds(tl.program_id(0), col_tiles, ROWS, COLS)
-    is_block = rows < num_blocks
-    src_row = _first_words(src_address_ptr, rows, is_block, src_stride, WORD_BYTES, VECTOR)
-    dst_row = _first_words(dst_address_ptr, rows, is_block, dst_stride, WORD_BYTES, VECTOR)
-    mask = is_block[:, None] & (cols < vectors.to(tl.int64) * VECTOR)[None, :]
-    src = src_ptr.to(tl.pointer_type(WORD)) + src_row[:, None] + cols[None, :]
-    dst = dst_ptr.to(tl.pointer_type(WORD)) + dst_row[:, None] + cols[None, :]
-    tl.store(dst, tl.load(src, mask=mask), mask=mask)
+    """Copy one tile; bases and addresses are in bytes, strides count accesses.
+
+    The compiler knows no alignment of an integer that is cast to a pointer, so words are counted
+    from ``anchor_ptr``, which is aligned to 16 bytes.
+    """
+    tile = tl.program_id(0)
+    row, col = locate_vectors(tile, row_vectors, row_magic, row_shift, VECTORS)
+    is_block = row < num_blocks
+    first = col - (anchor_ptr.to(tl.int64) >> SHIFT)
+    source = first + _first_vectors(
+        source_ptr, source_base, source_stride, has_sources, row, is_block, SHIFT
+    )
+    target = first + _first_vectors(
+        target_ptr, target_base, target_stride, has_targets, row, is_block, SHIFT
+    )
+    words = tl.arange(0, VECTOR)[None, :]
+    mask = is_block[:, None] & (words >= 0)
+    anchor = anchor_ptr.to(tl.pointer_type(WORD))
+    data = tl.load(anchor + (source[:, None] * VECTOR + words), mask=mask)
+    tl.store(anchor + (target[:, None] * VECTOR + words), data, mask=mask)
 
 
-@jit(do_not_specialize=["num_blocks", "vectors", "col_tiles", "value"])
+@number_jit("target_ptr")
 def _fill_blocks_kernel(  # type: ignore[no-untyped-def]
-    dst_ptr,
-    dst_address_ptr,
+    anchor_ptr,
+    target_ptr,
+    target_base: tl.int64,
+    value: tl.int64,
     num_blocks,
-    vectors,
-    col_tiles,
-    value,
+    row_vectors,
+    row_magic,
+    row_shift,
     WORD: tl.constexpr,
-    WORD_BYTES: tl.constexpr,
     VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):
-    """Store ``value`` in one tile of ROWS blocks by COLS words."""
-    rows, cols = tile_bounds(tl.program_id(0), col_tiles, ROWS, COLS)
-    is_block = rows < num_blocks
-    row = _first_words(dst_address_ptr, rows, is_block, 0, WORD_BYTES, VECTOR)
-    mask = is_block[:, None] & (cols < vectors.to(tl.int64) * VECTOR)[None, :]
-    dst = dst_ptr.to(tl.pointer_type(WORD)) + row[:, None] + cols[None, :]
-    tl.store(dst, tl.full([ROWS, COLS], value, WORD), mask=mask)
+    """Store ``value`` in one tile."""
+    tile = tl.program_id(0)
+    row, col = locate_vectors(tile, row_vectors, row_magic, row_shift, VECTORS)
+    is_block = row < num_blocks
+    target = _first_vectors(target_ptr, target_base, 0, 1, row, is_block, SHIFT)
+    target += col - (anchor_ptr.to(tl.int64) >> SHIFT)
+    words = tl.arange(0, VECTOR)[None, :]
+    mask = is_block[:, None] & (words >= 0)
+    anchor = anchor_ptr.to(tl.pointer_type(WORD))
+    data = tl.full([VECTORS, VECTOR], value, WORD)
+    tl.store(anchor + (target[:, None] * VECTOR + words), data, mask=mask)
 
 
 @jit()
-def _first_words(  # type: ignore[no-untyped-def]
-    address_ptr, rows, is_block, stride, WORD_BYTES: tl.constexpr, VECTOR: tl.constexpr
+def _first_vectors(  # type: ignore[no-untyped-def]
+    address_ptr, base, stride, has_addresses, row, is_block, SHIFT: tl.constexpr
 ):
-    """The index of each block's first word, from its address or, without addresses, the stride."""
-    if address_ptr is not None:
-        address = tl.load(address_ptr + rows, mask=is_block, other=0)
-        row = tl.multiple_of(address // WORD_BYTES, VECTOR)
-    else:
-        row = rows * stride * VECTOR
-    return row
+    """The first access of each block, from its address or, without addresses, the stride."""
+    is_indexed = is_block & (has_addresses != 0)
+    address = base + tl.load(address_ptr + row, mask=is_indexed, other=0)
+    return (address >> SHIFT) + row.to(tl.int64) * stride
 
 
 @untraced
@@ -273,34 +306,87 @@ def _copy(source: Side, target: Side, num_blocks: int, block_bytes: int) -> None
 
 
 def _launch_copy(source: Side, target: Side, num_blocks: int, block_bytes: int) -> None:
-    plan = TilePlan.of(num_blocks, block_bytes, alignment_of(source.alignment, target.alignment))
-    _copy_blocks_kernel[(plan.num_tiles,)](
-        bytes_of(source.tensor),
-        bytes_of(target.tensor),
-        source.device_addresses(),
-        target.device_addresses(),
-        plan.num_rows,
-        plan.vectors,
-        plan.col_tiles,
-        source.stride_bytes // plan.access_bytes,
-        target.stride_bytes // plan.access_bytes,
-        **plan.constants(),
-        num_warps=NUM_WARPS,
-    )
+    access_bytes = alignment_of(source.alignment, target.alignment, block_bytes)
+    variant = variant_of(access_bytes, TILE)
+    device = target.tensor.device
+    with Words(source.num_words + target.num_words, device) as words:
+        anchor, sources, targets = _sent(words, device, source, target)
+        for first_byte, row_vectors in _columns(block_bytes, access_bytes):
+            launch(
+                _copy_blocks_kernel,
+                variant,
+                num_tiles(num_blocks, row_vectors, variant),
+                anchor,
+                anchor if sources is None else sources,
+                anchor if targets is None else targets,
+                source.tensor.data_ptr() + first_byte,
+                target.tensor.data_ptr() + first_byte,
+                source.stride_bytes // access_bytes,
+                target.stride_bytes // access_bytes,
+                int(sources is not None),
+                int(targets is not None),
+                num_blocks,
+                *Divisor.of(row_vectors),
+            )
 
 
 def _launch_fill(target: Scattered, block_bytes: int, value: int) -> None:
-    plan = TilePlan.of(target.length, block_bytes, target.alignment)
-    _fill_blocks_kernel[(plan.num_tiles,)](
-        bytes_of(target.tensor),
-        target.device_addresses(),
-        plan.num_rows,
-        plan.vectors,
-        plan.col_tiles,
-        repeated_byte(value, plan.word_bytes),
-        **plan.constants(),
-        num_warps=NUM_WARPS,
-    )
+    access_bytes = alignment_of(target.alignment, block_bytes)
+    variant = variant_of(access_bytes, TILE)
+    device = target.tensor.device
+    with Words(target.num_words, device) as words:
+        anchor, addresses = _sent(words, device, target)
+        for first_byte, row_vectors in _columns(block_bytes, access_bytes):
+            launch(
+                _fill_blocks_kernel,
+                variant,
+                num_tiles(target.length, row_vectors, variant),
+                anchor,
+                addresses,
+                target.tensor.data_ptr() + first_byte,
+                repeated_byte(value, min(access_bytes, 8)),
+                target.length,
+                *Divisor.of(row_vectors),
+            )
+
+
+def _sent(words: Words, device: torch.device, *sides: Side) -> tuple[torch.Tensor | None, ...]:
+    """An anchor of the kernels, and the addresses of each side on the device, uploaded if need be.
+
+    Args:
+        words: as many as the sides have addresses on the host.
+        device: where the kernels run.
+        sides: all sides of the copy.
+    """
+    at = 0
+    for side in sides:
+        if side.num_words:
+            words.host[at : at + side.num_words] = side.starts()
+            at += side.num_words
+    if not at:
+        return anchor_on(device), *(side.on_device for side in sides)
+    sent, at = words.send(), 0
+    addresses = []
+    for side in sides:
+        addresses.append((sent[at:] if at else sent) if side.num_words else side.on_device)
+        at += side.num_words
+    return sent, *addresses
+
+
+def block_kernels() -> list[tuple[Any, Variant]]:
+    """The kernels of all copies and fills of blocks, and what they are compiled for."""
+    variants = [variant_of(width, TILE) for width in ACCESS_BYTES]
+    kernels = (_copy_blocks_kernel, _fill_blocks_kernel)
+    return [(kernel, variant) for kernel in kernels for variant in variants]
+
+
+def _columns(block_bytes: int, access_bytes: int) -> list[tuple[int, int]]:
+    """The parts of a block that one launch copies, as a first byte and a number of accesses."""
+    step = MAX_ROW_VECTORS * access_bytes
+    return [
+        (first, min(step, block_bytes - first) // access_bytes)
+        for first in range(0, block_bytes, step)
+    ]
 
 
 def _byte_count(name: str, value: int) -> int:

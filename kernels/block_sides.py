@@ -15,7 +15,6 @@ import torch
 from kvheap.kernels.arguments import as_whole, require_tensor
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
 from kvheap.kernels.block_addresses import Addresses, host_addresses
-from kvheap.kernels.launch import upload
 from kvheap.kernels.words import view_words
 
 __all__ = ["Dense", "Scattered", "Side", "require_buffer"]
@@ -39,7 +38,13 @@ class Dense:
         stride_bytes = self.stride_bytes if len(self.tensor) > 1 else 0
         return alignment_of(self.tensor.data_ptr(), stride_bytes)
 
-    def device_addresses(self) -> torch.Tensor | None:
+    @property
+    def num_words(self) -> int:
+        """0: kernels need no addresses, and find the blocks by the stride."""
+        return 0
+
+    @property
+    def on_device(self) -> torch.Tensor | None:
         """None: kernels find the blocks by the stride."""
         return None
 
@@ -138,12 +143,10 @@ class Scattered:
         """The largest power of two up to 16 that is known to divide the address of each block."""
         return alignment_of(self.tensor.data_ptr(), self.address_alignment)
 
-    def device_addresses(self) -> torch.Tensor:
-        """The addresses on the buffer's device; uploaded first if only the host has them."""
-        if self.on_device is not None:
-            return self.on_device
-        assert self.on_host is not None
-        return upload(self.on_host, self.tensor.device)
+    @property
+    def num_words(self) -> int:
+        """How many addresses only the host has."""
+        return 0 if self.on_host is None else len(self.on_host)
 
     def starts(self) -> Int64Array:
         """Where each block starts in :meth:`flat`: the host addresses, int64 ``[N]``."""

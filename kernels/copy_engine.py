@@ -257,6 +257,17 @@ class Driver:
                 what = f"{_describe(pieces, index)}, on stream {stream:#x}"
                 raise self._error("cuMemcpyAsync", code, what, index)
 
+    def copy_one(self, source: int, target: int, num_bytes: int, stream: int) -> None:
+        """Enqueue one copy by ``cuMemcpyAsync``; the addresses are as those of pieces.
+
+        Raises:
+            CopyEngineError: the driver refused.
+        """
+        code = self._memcpy_async(target, source, num_bytes, stream)
+        if code:
+            what = f"{num_bytes} bytes from {source:#x} to {target:#x}, on stream {stream:#x}"
+            raise self._error("cuMemcpyAsync", code, what)
+
     def is_capturing(self, stream: int) -> bool:
         """Whether ``stream`` is being captured in a CUDA graph, even if the capture has failed.
 

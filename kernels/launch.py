@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from kvheap.kernels.arrays import Int64Array
-from kvheap.kernels.words import view_words
 
 try:
     import triton
@@ -18,7 +19,18 @@ except ImportError:  # Triton has wheels for Linux only; CPU tensors do not need
     triton = None
     tl = None
 
-__all__ = ["bytes_of", "current", "jit", "runs_kernels", "staging", "tl", "triton", "upload"]
+__all__ = [
+    "anchor_on",
+    "current",
+    "jit",
+    "number_jit",
+    "require_no_capture",
+    "runs_kernels",
+    "staging",
+    "tl",
+    "triton",
+    "upload",
+]
 
 
 class _NoTriton:
@@ -34,6 +46,31 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     if triton is None:
         return _NoTriton
     return triton.jit(**options)  # type: ignore[no-any-return]
+
+
+def number_jit(*unaligned: str) -> Callable[[Callable[..., Any]], Any]:
+    """``triton.jit`` for a kernel that is compiled for its constexpr arguments and nothing else.
+
+    Triton would compile it again for numbers that are 1 or multiples of 16.
+
+    Args:
+        unaligned: its pointers that need not be multiples of 16 bytes. They end in ``_ptr``, as the
+            others do.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        parameters = inspect.signature(function).parameters.values()
+        numbers = [
+            each.name
+            for each in parameters
+            if "constexpr" not in str(each.annotation) and not each.name.endswith("_ptr")
+        ]
+        options: dict[str, Any] = {"do_not_specialize": numbers}
+        if unaligned:
+            options["do_not_specialize_on_alignment"] = list(unaligned)
+        return jit(**options)(function)
+
+    return decorate
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -71,17 +108,31 @@ def staging(num_words: int, device: torch.device) -> torch.Tensor:
             the words again, from memory that has long been reused.
     """
     pinned = device.type != "cpu"
-    if pinned and torch.cuda.is_current_stream_capturing():
+    if pinned:
+        require_no_capture()
+    return torch.empty(num_words, dtype=torch.int64, device="cpu", pin_memory=pinned)
+
+
+def require_no_capture() -> None:
+    """Refuse words of the host while the current stream is being captured.
+
+    Raises:
+        RuntimeError: as :func:`staging`.
+    """
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "addresses on the host cannot be captured in a CUDA graph: a replay would read them "
             "again; copy before or after the capture"
         )
-    return torch.empty(num_words, dtype=torch.int64, device="cpu", pin_memory=pinned)
 
 
-def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A uint8 tensor at the same address: Triton has few dtypes, and compiles once for each."""
-    if tensor.dtype == torch.uint8:
-        return tensor
-    offset_bytes = int(tensor.storage_offset()) * tensor.element_size()
-    return view_words(tensor, torch.uint8, offset_bytes, (1,), (1,))
+@lru_cache(maxsize=64)
+def anchor_on(device: torch.device) -> torch.Tensor:
+    """Two words at a multiple of 16 bytes, int64, from which kernels count; see ``tiles``."""
+    found = torch.zeros(2, dtype=torch.int64, device=device)
+    if found.data_ptr() % 16:
+        raise RuntimeError(
+            f"an allocation of {device} must be at a multiple of 16 bytes, got address "
+            f"{found.data_ptr()}"
+        )
+    return found

@@ -34,20 +34,29 @@ reference.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 import torch
 
-from kvheap.kernels.arrays import Int64Array, alignment_of
-from kvheap.kernels.launch import jit, tl, triton, upload
+from kvheap.kernels.arrays import alignment_of
+from kvheap.kernels.direct_launch import launch
+from kvheap.kernels.launch import jit, number_jit, tl, triton
+from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_places import locate_tokens, report_bad_places
-from kvheap.kernels.tiles import NUM_WARPS
-from kvheap.kernels.token_copy import Chunks, TokenCopy
+from kvheap.kernels.paged_tiles import place_numbers
+from kvheap.kernels.tiles import Divisor, Variant
+from kvheap.kernels.token_copy import Chunks, TokenCopy, require_convertible
 
-__all__ = ["launch_conversion"]
+__all__ = ["conversion_kernels", "launch_conversion"]
 
 TILE_ELEMENTS = 4096
 """Elements that a program converts in one step, 8 KiB at 2 bytes each: four 16-byte loads for each
 of 128 threads. Reasoned, not yet measured on a GPU."""
+
+NUM_WARPS = 4
+"""Warps of one program."""
 
 INSTRUCTION_CAPABILITY = (8, 9)
 """The first compute capability with an instruction for e4m3."""
@@ -91,56 +100,121 @@ def _with_sign(magnitude, bits):  # type: ignore[no-untyped-def]
     )
 
 
-@jit(
-    do_not_specialize=[
-        "num_tokens",
-        "num_blocks",
-        "num_chunks",
-        "chunks_per_layer",
-        "token_stride",
-        "head_stride",
-    ]
-)
+@number_jit("place_ptr")
 def _convert_tokens_kernel(  # type: ignore[no-untyped-def]
-    cache_ptr,
-    heap_ptr,
-    table_ptr,
+    words_ptr,
     place_ptr,
-    chunk_ptr,
+    table_ptr,
     error_ptr,
-    num_tokens,
-    num_blocks,
+    num_programs,
     num_chunks,
     chunks_per_layer,
-    token_stride,
-    head_stride,
+    num_tokens,
+    place_start,
+    place_bytes,
+    place_limit,
+    unit,
+    unit_magic,
+    unit_shift,
+    heads,
+    block_size,
+    block_magic,
+    block_shift,
+    chunk_tokens,
     TO_HEAP: tl.constexpr,
-    ARE_BLOCKS: tl.constexpr,
     INSTRUCTION: tl.constexpr,
     ELEMENT: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    CHUNK_TOKENS: tl.constexpr,
     TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     CACHE_VECTOR: tl.constexpr,
     HEAP_VECTOR: tl.constexpr,
 ):
-    """Convert the tokens of one (chunk, head, plane, layer); table entries count bytes."""
-    program = tl.program_id(0)
+    """Convert the tokens of every P-th (chunk, head, plane, layer); table entries count bytes.
+
+    The compiler knows no alignment of an integer that is cast to a pointer, so elements are counted
+    from ``words_ptr``, which is aligned to 16 bytes.
+    """
+    for program in range(tl.program_id(0), num_programs, tl.num_programs(0)):
+        _convert_part(
+            words_ptr,
+            place_ptr,
+            table_ptr,
+            error_ptr,
+            program,
+            num_chunks,
+            chunks_per_layer,
+            num_tokens,
+            place_start,
+            place_bytes,
+            place_limit,
+            unit,
+            unit_magic,
+            unit_shift,
+            heads,
+            block_size,
+            block_magic,
+            block_shift,
+            chunk_tokens,
+            TO_HEAP,
+            INSTRUCTION,
+            ELEMENT,
+            TOKENS,
+            HEAD_DIM,
+            DIMS,
+            CACHE_VECTOR,
+            HEAP_VECTOR,
+        )
+
+
+@jit()
+def _convert_part(  # type: ignore[no-untyped-def]
+    words_ptr,
+    place_ptr,
+    table_ptr,
+    error_ptr,
+    program,
+    num_chunks,
+    chunks_per_layer,
+    num_tokens,
+    place_start,
+    place_bytes,
+    place_limit,
+    unit,
+    unit_magic,
+    unit_shift,
+    heads,
+    block_size,
+    block_magic,
+    block_shift,
+    chunk_tokens,
+    TO_HEAP: tl.constexpr,
+    INSTRUCTION: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    CACHE_VECTOR: tl.constexpr,
+    HEAP_VECTOR: tl.constexpr,
+):
+    """Convert the tokens of one (chunk, head, plane, layer)."""
+    anchor = words_ptr.to(tl.int64)
+    cache_ptr = words_ptr.to(tl.pointer_type(ELEMENT))
+    heap_ptr = words_ptr.to(tl.pointer_type(tl.uint8))
     chunk_number = program % num_chunks
-    head = (program // num_chunks) % HEADS
-    number = program // num_chunks // HEADS
-    entry = table_ptr + number * 7
-    cache_base = tl.load(entry)
+    head = (program // num_chunks) % heads
+    number = program // num_chunks // heads
+    entry = table_ptr + number * 9
+    cache_base = tl.load(entry) - anchor
     chunk_offset = tl.load(entry + 1)
     block_stride = tl.load(entry + 2)
     slot_stride = tl.load(entry + 3)
     cache_head_stride = tl.load(entry + 4)
     scale_offset = tl.load(entry + 5)
-    layer = tl.load(entry + 6)
-    chunk = tl.load(chunk_ptr + layer * chunks_per_layer + chunk_number)
+    token_stride = tl.load(entry + 6)
+    head_stride = tl.load(entry + 7)
+    layer = tl.load(entry + 8)
+    chunk = tl.load(words_ptr + layer * chunks_per_layer + chunk_number) - anchor
     scale_ptr = (heap_ptr + chunk + scale_offset + head * 4).to(tl.pointer_type(tl.float32))
     elements = tl.arange(0, DIMS)
     is_element = elements < HEAD_DIM
@@ -156,12 +230,23 @@ def _convert_tokens_kernel(  # type: ignore[no-untyped-def]
             scale = tl.maximum(tl.max(largest) / 448.0, 1.1754943508222875e-38)
             most = tl.max(largest) / scale
             tl.store(scale_ptr, scale, mask=tl.max(any_token) > 0)
-        for first in range(0, CHUNK_TOKENS, TOKENS):
+        for first in range(0, chunk_tokens, TOKENS):
             in_chunk = first + tl.arange(0, TOKENS)
-            token = chunk_number * CHUNK_TOKENS + in_chunk
-            is_token = (token < num_tokens) & (in_chunk < CHUNK_TOKENS)
+            token = chunk_number * chunk_tokens + in_chunk
+            is_token = (token < num_tokens) & (in_chunk < chunk_tokens)
             place, block, in_block, is_inside = locate_tokens(
-                place_ptr, token, is_token, num_blocks, ARE_BLOCKS, 1, BLOCK_SIZE
+                place_ptr,
+                place_start,
+                place_bytes,
+                place_limit,
+                token,
+                is_token,
+                unit,
+                unit_magic,
+                unit_shift,
+                block_size,
+                block_magic,
+                block_shift,
             )
             if number + head == 0:
                 report_bad_places(error_ptr, token, is_token, place, is_inside)
@@ -170,9 +255,7 @@ def _convert_tokens_kernel(  # type: ignore[no-untyped-def]
             cache_row = cache_base + block * block_stride + in_block.to(tl.int64) * slot_stride
             cache_row += head.to(tl.int64) * cache_head_stride
             cache_row = tl.multiple_of(cache_row // 2, CACHE_VECTOR)
-            in_cache = (
-                cache_ptr.to(tl.pointer_type(ELEMENT)) + cache_row[:, None] + elements[None, :]
-            )
+            in_cache = cache_ptr + cache_row[:, None] + elements[None, :]
             heap_row = (
                 chunk
                 + chunk_offset
@@ -207,41 +290,90 @@ def _convert_tokens_kernel(  # type: ignore[no-untyped-def]
                 tl.store(in_cache, (x * scale).to(ELEMENT), mask=mask)
 
 
-def launch_conversion(copy: TokenCopy) -> None:
+def launch_conversion(copy: TokenCopy, max_sms: int | None = None) -> None:
     """Convert at least one token on the current device, on its current stream.
 
     Args:
         copy: the copy; its chunks hold fp8.
+        max_sms: how many multiprocessors may be used; None for all.
     """
     pairing, places, chunks = copy.pairing, copy.places, copy.chunks
     cache, layout = pairing.cache, chunks.layout
-    table = upload(_table(copy).reshape(-1), cache.device)
     num_chunks = -(-places.num_tokens // layout.num_tokens)
-    dims: int = triton.next_power_of_2(cache.head_dim)
-    tokens = max(1, min(TILE_ELEMENTS // dims, triton.next_power_of_2(layout.num_tokens)))
     num_programs = num_chunks * pairing.num_heads * len(pairing.entries) * pairing.num_layers
-    _convert_tokens_kernel[(num_programs,)](
-        *copy.kernel_tensors(table, places, access_bytes=1),
-        places.num_tokens,
-        cache.num_blocks,
-        num_chunks,
-        num_chunks if layout.is_per_layer else 0,
-        layout.token_stride,
+    variant = _variant_for(cache, copy.to_heap, _chunk_alignment(chunks, cache.head_dim))
+    values = places.values
+    place_bytes = values.element_size() if isinstance(values, torch.Tensor) else 0
+    with copy.words(0) as words:
+        sent, place_words = copy.send(words, (), access_bytes=1)
+        launch(
+            _convert_tokens_kernel,
+            variant,
+            num_programs if max_sms is None else min(num_programs, max_sms),
+            sent,
+            place_words,
+            _table(copy),
+            cache.error_word(),
+            num_programs,
+            num_chunks,
+            num_chunks if layout.is_per_layer else 0,
+            places.num_tokens,
+            *place_numbers(pairing, places.are_blocks, place_bytes, len(chunks.addresses)),
+            pairing.num_heads,
+            *Divisor.of(cache.block_size),
+            layout.num_tokens,
+        )
+
+
+def conversion_kernels(cache: PagedKVCache, align_bytes: int) -> list[tuple[Any, Variant]]:
+    """The kernel of conversions of a cache, and what it is compiled for.
+
+    Args:
+        cache: of bfloat16 or float16.
+        align_bytes: what divides the addresses of chunks, a power of two.
+
+    Raises:
+        ValueError: the cache cannot be converted.
+    """
+    require_convertible(cache)
+    alignment = alignment_of(align_bytes, cache.head_dim)
+    variants = [_variant_for(cache, to_heap, alignment) for to_heap in (True, False)]
+    return [(_convert_tokens_kernel, variant) for variant in variants]
+
+
+def _variant_for(cache: PagedKVCache, to_heap: bool, chunk_alignment: int) -> Variant:
+    """What the kernel is compiled for, for the device of a cache."""
+    return _variant(
+        to_heap,
+        _has_instruction(cache.device),
+        cache.dtype == torch.bfloat16,
         cache.head_dim,
-        TO_HEAP=copy.to_heap,
-        ARE_BLOCKS=places.are_blocks,
-        INSTRUCTION=_has_instruction(cache.device),
-        ELEMENT=tl.bfloat16 if cache.dtype == torch.bfloat16 else tl.float16,
-        HEADS=pairing.num_heads,
-        HEAD_DIM=cache.head_dim,
-        BLOCK_SIZE=cache.block_size,
-        CHUNK_TOKENS=layout.num_tokens,
-        TOKENS=tokens,
-        DIMS=dims,
-        CACHE_VECTOR=max(1, _cache_alignment(copy) // 2),
-        HEAP_VECTOR=_chunk_alignment(chunks, cache.head_dim),
-        num_warps=NUM_WARPS,
+        max(1, cache.alignment // 2),
+        chunk_alignment,
     )
+
+
+@lru_cache(maxsize=256)
+def _variant(
+    to_heap: bool,
+    has_instruction: bool,
+    is_bfloat16: bool,
+    head_dim: int,
+    cache_vector: int,
+    heap_vector: int,
+) -> Variant:
+    dims: int = triton.next_power_of_2(head_dim)
+    constants = {
+        "TO_HEAP": to_heap,
+        "INSTRUCTION": has_instruction,
+        "ELEMENT": tl.bfloat16 if is_bfloat16 else tl.float16,
+        "TOKENS": max(1, TILE_ELEMENTS // dims),
+        "HEAD_DIM": head_dim,
+        "DIMS": dims,
+        "CACHE_VECTOR": cache_vector,
+        "HEAP_VECTOR": heap_vector,
+    }
+    return Variant(1, TILE_ELEMENTS, NUM_WARPS, constants)
 
 
 def _has_instruction(device: torch.device) -> bool:
@@ -250,31 +382,32 @@ def _has_instruction(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= INSTRUCTION_CAPABILITY
 
 
-def _cache_alignment(copy: TokenCopy) -> int:
-    pairing = copy.pairing
-    heads = (entries[0].head_stride for entries in pairing.entries)
-    anchor = pairing.cache.tensors[0].data_ptr()
-    return alignment_of(pairing.alignment, anchor, *(heads if pairing.num_heads > 1 else ()))
-
-
 def _chunk_alignment(chunks: Chunks, head_dim: int) -> int:
     layout = chunks.layout
     strides = (layout.token_stride, layout.layer_stride, layout.plane_stride)
     return alignment_of(chunks.alignment, head_dim, chunks.data_offset, *strides)
 
 
-def _table(copy: TokenCopy) -> Int64Array:
-    """The pairing's table in bytes, int64 ``[planes * layers, 7]``, with columns 1 and 5 replaced.
+def _table(copy: TokenCopy) -> torch.Tensor:
+    """The pairing's table on its device, in bytes; what is of the chunks is of those of fp8.
 
-    Column 1 is the offset in a chunk of fp8, column 5 the offset of the first head's scale.
+    Column 5 is the offset of the first head's scale. The table is kept with the pairing.
     """
     pairing, chunks = copy.pairing, copy.chunks
-    head_dim, num_layers = pairing.cache.head_dim, chunks.layout.num_layers
-    table = pairing.table()
-    table[:, 1] = table[:, 1] // pairing.cache.dtype.itemsize + chunks.data_offset
-    planes = np.arange(len(pairing.entries))[:, None]
-    chunk_heads = chunks.layout.row_bytes // head_dim
-    scales = (planes * num_layers + np.array(pairing.chunk_layers)) * chunk_heads
-    assert chunks.scale_offset is not None
-    table[:, 5] = chunks.scale_offset + 4 * (scales.reshape(-1) + pairing.chunk_head)
-    return table
+    key = ("fp8", chunks.layout, chunks.data_offset, chunks.scale_offset)
+    found: torch.Tensor | None = pairing.kept.get(key)
+    if found is None:
+        head_dim, num_layers = pairing.cache.head_dim, chunks.layout.num_layers
+        table = pairing.table()
+        table[:, 1] = table[:, 1] // pairing.cache.dtype.itemsize + chunks.data_offset
+        planes = np.arange(len(pairing.entries))[:, None]
+        chunk_heads = chunks.layout.row_bytes // head_dim
+        scales = (planes * num_layers + np.array(pairing.chunk_layers)) * chunk_heads
+        assert chunks.scale_offset is not None
+        table[:, 5] = chunks.scale_offset + 4 * (scales.reshape(-1) + pairing.chunk_head)
+        table[:, 6] = chunks.layout.token_stride
+        table[:, 7] = head_dim
+        # The upload has ended when this returns, so any stream may read the table.
+        found = torch.from_numpy(table.reshape(-1)).to(pairing.cache.device)
+        pairing.kept[key] = found
+    return found

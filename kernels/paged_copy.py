@@ -7,18 +7,22 @@ launcher               reads                         writes
 :func:`load_tokens`    chunks, token after token     the cache, at ``slots``
 =====================  ============================  ============================
 
-Bytes moved: 2 x tokens x ``cache.token_bytes``, plus 8 for each unit (a token or a block) in each
-program that looks it up. The shortest possible time is those bytes divided by the memory bandwidth.
+Bytes moved: 2 x tokens x ``cache.token_bytes``, plus 16 for each access's row, which the device's
+caches serve. The shortest possible time is those bytes divided by the memory bandwidth.
 
-Bytes that are contiguous on both sides are one run: all heads of a token or all tokens of a block,
-as far as the strides allow (:class:`~kvheap.kernels.paged_plan.Pairing`). The runs of one (layer,
-plane) form a matrix with a row for each run of each unit and a column for each word. The grid has
-one program for each tile of each (layer, plane); the tiles of one (layer, plane) are next to each
-other. A program reads its entry of a small table (bases, offset in the chunk, strides, run), the
-slots of its rows and the addresses of their chunks, and moves its tile with accesses of up to 16
-bytes. Adjacent blocks need no merging, since a tile holds as many rows as fit. Slots on the host
-are merged into longer runs if all of them allow it. The code is the same for any number of heads,
-layers, chunks and tokens.
+Bytes that are contiguous on both sides are one run: all heads of a token, or one head, as far as
+the strides allow (:class:`~kvheap.kernels.paged_plan.Pairing`). The runs of one (layer, plane) are
+the rows of a matrix, one for each run of each token, and their accesses of up to 16 bytes are
+numbered through (:mod:`kvheap.kernels.tiles`), so that the tokens of a block follow each other as
+they do in memory. The tiles of one (layer, plane) are next to each other; a plane of short runs has
+few tiles. A program reads the entry of its tile in a small table (addresses, strides, layer), finds
+for each access its token, its slot and its chunk, and moves the tile. Without an SM budget there is
+a program for each tile; with one, a program for each multiprocessor of it, so it never runs on more
+of them: program ``p`` of ``P`` copies tiles ``p``, ``p + P``, and so on.
+
+All that depends on the cache, the chunks or the tokens is a number that the kernel is given, the
+direction included. It is compiled for the width of an access only, once without and once with a
+budget.
 
 A slot of -1 skips its token. If the slots are on the host, a slot out of range is refused before
 anything is written. If they are on a device, its token is skipped and recorded in the error word
@@ -35,117 +39,143 @@ writes them across the link. Launches are on the current stream and never synchr
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-
-from kvheap.kernels.arrays import INT32_END, alignment_of
-from kvheap.kernels.launch import current, jit, runs_kernels, tl
+from kvheap.kernels.arrays import alignment_of
+from kvheap.kernels.direct_launch import launch
+from kvheap.kernels.launch import current, number_jit, runs_kernels, tl
 from kvheap.kernels.paged_convert import launch_conversion
 from kvheap.kernels.paged_convert_cpu import convert_on_cpu
 from kvheap.kernels.paged_copy_cpu import copy_on_cpu
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_places import locate_tokens, report_bad_places
-from kvheap.kernels.paged_plan import Pairing
 from kvheap.kernels.paged_slots import BlockIds, Slots
-from kvheap.kernels.tiles import NUM_WARPS, TILE_WORDS, TilePlan
+from kvheap.kernels.paged_tiles import BUDGET_TILE, TILE, TokenLaunches
+from kvheap.kernels.tiles import Variant, locate_vectors, quotient, variant_of
 from kvheap.kernels.token_copy import Chunks, TokenCopy
 
-__all__ = ["BlockIds", "Chunks", "load_tokens", "run_copy", "store_tokens"]
-
-MANY_TILES = 1024
-"""Copies of fewer programs than this get smaller tiles: about eight programs for each
-multiprocessor of an H100. Reasoned, not yet measured on a GPU."""
-
-SMALL_TOKEN_TILE_WORDS = 512
-"""Words of the smaller tiles."""
+__all__ = ["BlockIds", "Chunks", "load_tokens", "run_copy", "store_tokens", "token_kernels"]
 
 
-@jit(
-    do_not_specialize=[
-        "num_tokens",
-        "num_tiles",
-        "col_tiles",
-        "num_blocks",
-        "chunks_per_layer",
-        "page_stride",
-        "token_stride",
-        "chunk_head_stride",
-    ]
-)
+@number_jit("place_ptr")
 def _copy_tokens_kernel(  # type: ignore[no-untyped-def]
-    cache_ptr,
-    heap_ptr,
-    table_ptr,
+    words_ptr,
     place_ptr,
-    chunk_ptr,
+    table_ptr,
     error_ptr,
-    num_tokens,
-    num_tiles,
-    col_tiles,
-    num_blocks,
+    to_heap,
+    num_all_tiles,
+    num_groups,
+    first_chunk,
     chunks_per_layer,
-    page_stride,
-    token_stride,
-    chunk_head_stride,
-    TO_HEAP: tl.constexpr,
-    ARE_BLOCKS: tl.constexpr,
-    UNIT: tl.constexpr,
-    RUNS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    CHUNK_TOKENS: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
+    num_tokens,
+    place_start,
+    place_bytes,
+    place_limit,
+    unit,
+    unit_magic,
+    unit_shift,
+    group_tiles,
+    tiles_magic,
+    tiles_shift,
+    run_vectors,
+    run_magic,
+    run_shift,
+    runs,
+    runs_magic,
+    runs_shift,
+    block_size,
+    block_magic,
+    block_shift,
+    chunk_tokens,
+    chunk_magic,
+    chunk_shift,
+    page_tokens,
+    page_magic,
+    page_shift,
     WORD: tl.constexpr,
-    WORD_BYTES: tl.constexpr,
     VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):
-    """Copy one tile of one (layer, plane); strides and table entries count VECTOR words."""
-    program = tl.program_id(0)  # divide in 32 bits, which is cheaper; multiply in 64
-    number = program // num_tiles
-    tile = program % num_tiles
-    entry = table_ptr + number * 7
-    cache_base = tl.load(entry) * VECTOR
-    chunk_offset = tl.load(entry + 1) * VECTOR
-    block_stride = tl.load(entry + 2) * VECTOR
-    slot_stride = tl.load(entry + 3) * VECTOR
-    head_stride = tl.load(entry + 4) * VECTOR
-    run_words = tl.load(entry + 5).to(tl.int32) * VECTOR
-    layer = tl.load(entry + 6).to(tl.int32)
+    """Copy every P-th tile; table entries and addresses of chunks count accesses.
 
-    rows = (tile // col_tiles) * ROWS + tl.arange(0, ROWS)
-    cols = (tile % col_tiles) * COLS + tl.arange(0, COLS)
-    token = (rows // RUNS) * UNIT
-    run = (rows % RUNS).to(tl.int64)
-    is_token = token < num_tokens
-    place, block, offset, is_inside = locate_tokens(
-        place_ptr, token, is_token, num_blocks, ARE_BLOCKS, UNIT, BLOCK_SIZE
-    )
-    if number == 0:
-        report_bad_places(error_ptr, token, is_token, place, is_inside)
+    The compiler knows no alignment of an integer that is cast to a pointer, so words are counted
+    from ``words_ptr``, which is aligned to 16 bytes.
+    """
+    anchor = words_ptr.to(tl.pointer_type(WORD))
+    anchor_vector = words_ptr.to(tl.int64) >> SHIFT
+    for tile_of_all in range(tl.program_id(0), num_all_tiles, tl.num_programs(0)):
+        first_entry = tile_of_all * 0
+        first_tile = tile_of_all * 0
+        tiles, t_magic, t_shift = group_tiles, tiles_magic, tiles_shift
+        length, l_magic, l_shift = run_vectors, run_magic, run_shift
+        for other in range(0, num_groups - 1):
+            group_ptr = words_ptr + other * 8
+            is_in = tile_of_all >= tl.load(group_ptr).to(tl.int32)
+            first_tile = tl.where(is_in, tl.load(group_ptr).to(tl.int32), first_tile)
+            first_entry = tl.where(is_in, tl.load(group_ptr + 1).to(tl.int32), first_entry)
+            tiles = tl.where(is_in, tl.load(group_ptr + 2).to(tl.int32), tiles)
+            t_magic = tl.where(is_in, tl.load(group_ptr + 3).to(tl.int32), t_magic)
+            t_shift = tl.where(is_in, tl.load(group_ptr + 4).to(tl.int32), t_shift)
+            length = tl.where(is_in, tl.load(group_ptr + 5).to(tl.int32), length)
+            l_magic = tl.where(is_in, tl.load(group_ptr + 6).to(tl.int32), l_magic)
+            l_shift = tl.where(is_in, tl.load(group_ptr + 7).to(tl.int32), l_shift)
+        tile = tile_of_all - first_tile
+        number = quotient(tile, t_magic, t_shift)
+        tile -= number * tiles
+        entry_ptr = table_ptr + (first_entry + number) * 9
+        cache_base = tl.load(entry_ptr)
+        chunk_offset = tl.load(entry_ptr + 1)
+        block_stride = tl.load(entry_ptr + 2)
+        slot_stride = tl.load(entry_ptr + 3)
+        head_stride = tl.load(entry_ptr + 4)
+        page_stride = tl.load(entry_ptr + 5)
+        token_stride = tl.load(entry_ptr + 6)
+        chunk_head_stride = tl.load(entry_ptr + 7)
+        layer = tl.load(entry_ptr + 8).to(tl.int32)
 
-    cache_row = (
-        cache_base + block * block_stride + offset.to(tl.int64) * slot_stride + run * head_stride
-    )
-    in_chunk = token % CHUNK_TOKENS
-    chunk_number = layer * chunks_per_layer + token // CHUNK_TOKENS
-    chunk = tl.load(chunk_ptr + chunk_number, mask=is_token, other=0) * VECTOR
-    heap_row = (
-        chunk
-        + chunk_offset
-        + (in_chunk // PAGE_TOKENS).to(tl.int64) * (page_stride.to(tl.int64) * VECTOR)
-        + (in_chunk % PAGE_TOKENS).to(tl.int64) * (token_stride.to(tl.int64) * VECTOR)
-        + run * (chunk_head_stride.to(tl.int64) * VECTOR)
-    )
-    length = run_words * tl.minimum(UNIT, num_tokens - token)
-    mask = (is_token & is_inside)[:, None] & (cols[None, :] < length[:, None])
-    in_cache = cache_ptr.to(tl.pointer_type(WORD)) + cache_row[:, None] + cols[None, :]
-    in_heap = heap_ptr.to(tl.pointer_type(WORD)) + heap_row[:, None] + cols[None, :]
-    if TO_HEAP:
-        tl.store(in_heap, tl.load(in_cache, mask=mask), mask=mask)
-    else:
-        tl.store(in_cache, tl.load(in_heap, mask=mask), mask=mask)
+        row, col = locate_vectors(tile, length, l_magic, l_shift, VECTORS)
+        token = quotient(row, runs_magic, runs_shift)
+        run = row - token * runs
+        is_token = token < num_tokens
+        place, block, offset, is_inside = locate_tokens(
+            place_ptr,
+            place_start,
+            place_bytes,
+            place_limit,
+            token,
+            is_token,
+            unit,
+            unit_magic,
+            unit_shift,
+            block_size,
+            block_magic,
+            block_shift,
+        )
+        if first_entry + number == 0:
+            is_first = is_token & (run == 0) & (col == 0)
+            report_bad_places(error_ptr, token, is_first, place, is_inside)
+        chunk = quotient(token, chunk_magic, chunk_shift)
+        in_chunk = token - chunk * chunk_tokens
+        page = quotient(in_chunk, page_magic, page_shift)
+        chunk_ptr = words_ptr + first_chunk + layer * chunks_per_layer
+        in_heap = (
+            tl.load(chunk_ptr + chunk, mask=is_token, other=0)
+            + chunk_offset
+            + page * page_stride
+            + (in_chunk - page * page_tokens) * token_stride
+            + run * chunk_head_stride
+        )
+        in_cache = cache_base + block * block_stride + offset * slot_stride + run * head_stride
+        col_vector = col - anchor_vector
+        source = tl.where(to_heap != 0, in_cache, in_heap) + col_vector
+        target = tl.where(to_heap != 0, in_heap, in_cache) + col_vector
+        words = tl.arange(0, VECTOR)[None, :]
+        mask = is_inside[:, None] & (words >= 0)
+        data = tl.load(anchor + (source[:, None] * VECTOR + words), mask=mask)
+        tl.store(anchor + (target[:, None] * VECTOR + words), data, mask=mask)
 
 
 def store_tokens(
@@ -156,6 +186,7 @@ def store_tokens(
     layers: range | None = None,
     heads: slice | None = None,
     eager: bool = False,
+    max_sms: int | None = None,
 ) -> None:
     """Copy the KV of the tokens at ``slots`` from a cache into chunks, in one launch.
 
@@ -168,13 +199,14 @@ def store_tokens(
         layers: the layers to copy; see :meth:`~kvheap.kernels.paged_plan.Pairing.of`.
         heads: the heads to copy; see there.
         eager: whether to check slots on a device too, which waits for the device.
+        max_sms: how many multiprocessors may be used; None for all. Ignored on a CPU.
 
     Raises:
         ValueError: slots are out of range, or cache and chunks do not fit; nothing is written.
         TypeError: slots are not integers, or ``layers`` or ``heads`` have a wrong type; nothing is
             written.
     """
-    run_copy(TokenCopy.of(cache, slots, chunks, layers, heads, eager, to_heap=True))
+    run_copy(TokenCopy.of(cache, slots, chunks, layers, heads, eager, to_heap=True), max_sms)
 
 
 def load_tokens(
@@ -185,86 +217,61 @@ def load_tokens(
     layers: range | None = None,
     heads: slice | None = None,
     eager: bool = False,
+    max_sms: int | None = None,
 ) -> None:
     """Copy the KV of tokens from chunks to ``slots`` of a cache, in one launch.
 
     Arguments and errors are those of :func:`store_tokens`. Two tokens must not have the same slot:
     on the host that is refused, on a device only in eager mode.
     """
-    run_copy(TokenCopy.of(cache, slots, chunks, layers, heads, eager, to_heap=False))
+    run_copy(TokenCopy.of(cache, slots, chunks, layers, heads, eager, to_heap=False), max_sms)
 
 
-def run_copy(copy: TokenCopy) -> None:
-    """Execute a checked copy in one launch on the current stream."""
+def run_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
+    """Execute a checked copy in one launch on the current stream.
+
+    Args:
+        copy: the copy.
+        max_sms: how many multiprocessors may be used; None for all. Ignored on a CPU.
+
+    Raises:
+        ValueError: ``max_sms`` is less than 1, or the copy is too large for one launch; nothing is
+            written.
+    """
+    if max_sms is not None and max_sms < 1:
+        raise ValueError(f"max_sms must be at least 1, got {max_sms}")
     if not copy.places.num_tokens:
         return
     is_exact = copy.chunks.scale_offset is None
     device = copy.pairing.cache.device
     if runs_kernels(device):
         with current(device):
-            (_launch_copy if is_exact else launch_conversion)(copy)
+            (_launch_copy if is_exact else launch_conversion)(copy, max_sms)
     else:
         (copy_on_cpu if is_exact else convert_on_cpu)(copy)
 
 
-def _launch_copy(copy: TokenCopy) -> None:
-    pairing, places, chunks = copy.pairing, copy.places, copy.chunks
-    cache, layout = pairing.cache, pairing.chunk
-    if not places.are_blocks and not isinstance(places.values, torch.Tensor):
-        places = places.merged(pairing)
-    num_entries = len(pairing.entries) * pairing.num_layers
-    # Offsets in the table count from the first tensor, even if its layer is not copied.
-    alignment = alignment_of(pairing.alignment, chunks.alignment, cache.tensors[0].data_ptr())
-    num_rows = -(-places.num_tokens // places.unit_tokens) * pairing.runs_per_token
-    run_bytes = pairing.max_run_bytes * places.unit_tokens
-    plan, constants = _planned(num_rows, run_bytes, alignment, num_entries)
-    num_programs = plan.num_tiles * num_entries
-    if num_programs >= INT32_END:
-        raise ValueError(
-            f"{places.num_tokens} tokens need {num_programs} programs, too many for one launch: "
-            f"split them"
+def _launch_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
+    pairing, places = copy.pairing, copy.places
+    access_bytes = alignment_of(pairing.alignment, copy.chunks.alignment)
+    launches = TokenLaunches.of(pairing, access_bytes)
+    planned = launches.planned(places, is_budgeted=max_sms is not None)
+    with copy.words(len(planned.first_words)) as words:
+        sent, place_words = copy.send(words, planned.first_words, access_bytes)
+        launch(
+            _copy_tokens_kernel,
+            planned.variant,
+            planned.num_tiles if max_sms is None else min(planned.num_tiles, max_sms),
+            sent,
+            place_words,
+            launches.table,
+            pairing.cache.error_word(),
+            int(copy.to_heap),
+            *planned.numbers,
         )
-    access_bytes = plan.access_bytes
-    _copy_tokens_kernel[(num_programs,)](
-        *copy.kernel_tensors(_table(pairing, access_bytes), places, access_bytes),
-        places.num_tokens,
-        plan.num_tiles,
-        plan.col_tiles,
-        cache.num_blocks,
-        len(chunks.addresses) // pairing.num_layers if layout.is_per_layer else 0,
-        layout.page_stride // access_bytes,
-        layout.token_stride // access_bytes,
-        pairing.chunk_head_stride // access_bytes,
-        TO_HEAP=copy.to_heap,
-        ARE_BLOCKS=places.are_blocks,
-        UNIT=places.unit_tokens,
-        RUNS=pairing.runs_per_token,
-        BLOCK_SIZE=cache.block_size,
-        CHUNK_TOKENS=layout.num_tokens,
-        PAGE_TOKENS=layout.page_tokens,
-        **constants,
-        num_warps=NUM_WARPS,
-    )
 
 
-@lru_cache(maxsize=1024)
-def _planned(
-    num_rows: int, run_bytes: int, alignment: int, num_entries: int
-) -> tuple[TilePlan, dict[str, object]]:
-    """The tiles of every entry, and the kernel's constants for them."""
-    plan = TilePlan.of(num_rows, run_bytes, alignment, TILE_WORDS)
-    if plan.num_tiles * num_entries < MANY_TILES:
-        plan = TilePlan.of(num_rows, run_bytes, alignment, SMALL_TOKEN_TILE_WORDS)
-    return plan, plan.constants()
-
-
-def _table(pairing: Pairing, access_bytes: int) -> torch.Tensor:
-    """The pairing's table on its device, counted in accesses."""
-    found = pairing.tables.get(access_bytes)
-    if found is None:
-        table = pairing.table()
-        table[:, :6] //= access_bytes
-        # The upload has ended when this returns, so any stream may read the table.
-        found = torch.from_numpy(table.reshape(-1)).to(pairing.cache.device)
-        pairing.tables[access_bytes] = found
-    return found
+def token_kernels(widths: Sequence[int]) -> list[tuple[Any, Variant]]:
+    """The kernels of copies by accesses of these widths, and what they are compiled for."""
+    shapes = (TILE, BUDGET_TILE)
+    return [(_copy_tokens_kernel, variant_of(each, to)) for each in widths for to in shapes]

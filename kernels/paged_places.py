@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from kvheap.kernels.arrays import INT32_END, INT64_END
 from kvheap.kernels.launch import jit, tl
+from kvheap.kernels.tiles import quotient
 
 __all__ = ["NO_REPORT", "locate_tokens", "read_report", "report_bad_places"]
 
@@ -20,29 +21,34 @@ NO_REPORT = INT64_END - 1
 @jit()
 def locate_tokens(  # type: ignore[no-untyped-def]
     place_ptr,
+    place_start,
+    place_bytes,
+    place_limit,
     token,
     is_token,
-    num_blocks,
-    ARE_BLOCKS: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    unit,
+    unit_magic,
+    unit_shift,
+    block_size,
+    block_magic,
+    block_shift,
 ):
     """The place, the block and the offset in the block of each token, and whether it is in range.
 
-    ``place_ptr`` has block ids, or the slot of the first token of each UNIT tokens.
+    ``place_ptr`` has slots, if ``unit`` is 1, or block ids, if ``unit`` is ``block_size``; they are
+    int64 from number ``place_start`` on, or int32, as ``place_bytes`` says.
     """
-    if ARE_BLOCKS:
-        place = tl.load(place_ptr + token // BLOCK_SIZE, mask=is_token, other=-1).to(tl.int64)
-        is_inside = (place >= 0) & (place < num_blocks)
-        block = place
-        offset = token % BLOCK_SIZE
-    else:
-        place = tl.load(place_ptr + token // UNIT, mask=is_token, other=-1).to(tl.int64)
-        is_inside = (place >= 0) & (place < num_blocks.to(tl.int64) * BLOCK_SIZE)
-        slot = tl.where(is_inside, place, 0).to(tl.int32)
-        block = (slot // BLOCK_SIZE).to(tl.int64)
-        offset = slot % BLOCK_SIZE
-    return place, block, offset, is_inside
+    at = quotient(token, unit_magic, unit_shift)
+    is_wide = is_token & (place_bytes == 8)
+    is_narrow = is_token & (place_bytes != 8)
+    wide = place_ptr.to(tl.pointer_type(tl.int64)) + place_start + at
+    narrow = place_ptr.to(tl.pointer_type(tl.int32)) + place_start + at
+    place = tl.load(wide, mask=is_wide, other=0)
+    place += tl.load(narrow, mask=is_narrow, other=0).to(tl.int64)
+    is_inside = is_token & (place >= 0) & (place < place_limit)
+    slot = tl.where(is_inside, place, 0).to(tl.int32) * unit + (token - at * unit)
+    block = quotient(slot, block_magic, block_shift)
+    return place, block, slot - block * block_size, is_inside
 
 
 @jit()

@@ -13,8 +13,11 @@ plane of its own.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,8 +80,8 @@ class Pairing:
     tokens_merge: bool
     blocks_merge: bool
     alignment: int
-    tables: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
-    """Tables of the entries on the cache's device, by the size of their unit in bytes."""
+    kept: dict[object, Any] = field(default_factory=dict, repr=False)
+    """Results that copies compute once for this pairing and reuse."""
 
     @classmethod
     def of(
@@ -169,12 +172,22 @@ class Pairing:
         """Bytes of the longest run of one token."""
         return max(entries[0].run_bytes for entries in self.entries)
 
-    def table(self) -> Int64Array:
-        """All entries as the kernels read them, int64 ``[planes * layers, 7]``, plane by plane.
+    @cached_property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """For each length of a run, in the order of :meth:`table`: its bytes, and its entries."""
+        counts = Counter(entries[0].run_bytes for entries in self.entries)
+        return tuple((run_bytes, count * self.num_layers) for run_bytes, count in counts.items())
 
-        The columns are the fields of :class:`Entry`, in bytes; bases are counted from the address
-        of the cache's first tensor.
+    def table(self) -> Int64Array:
+        """All entries as the kernels read them, int64 ``[planes * layers, 9]``.
+
+        Plane by plane; planes whose runs are equally long follow each other. The columns, in bytes:
+        the address of the entry in the cache, its offset in a chunk; the strides of blocks, slots
+        and heads in the cache, and of pages, tokens and heads in a chunk; at last the layer, which
+        is a number.
         """
+        chunk = self.chunk
+        strides = (chunk.page_stride, chunk.token_stride, self.chunk_head_stride)
         rows = [
             (
                 entry.cache_base,
@@ -182,15 +195,15 @@ class Pairing:
                 entry.block_stride,
                 entry.slot_stride,
                 entry.head_stride,
-                entry.run_bytes,
+                *strides,
                 entry.layer,
             )
+            for run_bytes, _ in self.groups
             for plane_entries in self.entries
+            if plane_entries[0].run_bytes == run_bytes
             for entry in plane_entries
         ]
-        table = np.array(rows, np.int64)
-        table[:, 0] -= self.cache.tensors[0].data_ptr()
-        return table
+        return np.array(rows, np.int64)
 
     @property
     def block_unit(self) -> int:

@@ -14,17 +14,18 @@ Addresses are absolute, and int64 until they become pointers. They may point to 
 device can reach: its own, or pinned host memory across the link. Sizes and alignments are
 arbitrary.
 
-**Rows.** A word has the largest of 8, 4, 2 and 1 bytes that divides all addresses and sizes. If 16
-bytes divide them all, each access moves a pair of words, 16 bytes. Pieces of one size are the rows
-of a matrix of N pieces by their words, found by index arithmetic (descriptors ``[2, N]``: sources,
-targets). Other pieces are cut on the host into rows of at most ``COLS`` words (descriptors
-``[3, rows]``: sources, targets, bytes). If words would be narrower than 8 bytes, a piece whose
+**Rows.** An access has the largest of 16, 8, 4, 2 and 1 bytes that divides all addresses and sizes.
+Pieces of one size are the rows of a matrix, found by index arithmetic (descriptors ``[2, N]``:
+sources, targets). Other pieces are cut on the host into rows of at most one length (descriptors
+``[3, rows]``: sources, targets, bytes). If accesses would be narrower than 8 bytes, a piece whose
 source and target are equal modulo a larger power of two is cut into a head and a tail, each shorter
 than one access, and a body between them. One launch for each width of access copies the bodies, and
 one more launch copies everything else: five launches at most.
 
-**Tiles.** A program copies tiles of ``ROWS`` rows by ``COLS`` words: small pieces share a tile,
-large ones are split over many. The grid is persistent. With a budget it has one program for each
+**Tiles.** The accesses of all rows are numbered through, and a program copies tiles of consecutive
+ones (:mod:`kvheap.kernels.tiles`): small pieces share a tile, large ones are split over many. The
+kernel is compiled for a width of access, and for a large and a small tile of 16-byte accesses: six
+times, whatever is copied. The grid is persistent. With a budget it has one program for each
 multiprocessor of the budget, so it never runs on more of them, however programs are placed; without
 a budget it has a few programs for each multiprocessor of the device. Program ``p`` of ``P`` copies
 tiles ``p``, ``p + P``, and so on; all loads of a tile are in flight before its first store. A link
@@ -38,28 +39,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
 from kvheap.kernels.arrays import INT32_END, Int64Array
-from kvheap.kernels.launch import current, jit, staging, tl
+from kvheap.kernels.direct_launch import launch
+from kvheap.kernels.launch import current, number_jit, staging, tl
 from kvheap.kernels.pieces import Pieces
-from kvheap.kernels.tiles import TilePlan, tile_bounds
+from kvheap.kernels.tiles import (
+    ACCESS_BYTES,
+    MAX_ROW_VECTORS,
+    Divisor,
+    TileShape,
+    Variant,
+    locate_vectors,
+    num_tiles,
+    variant_of,
+)
 
-__all__ = ["PointerCopy", "copy_pieces"]
+__all__ = ["PointerCopy", "copy_pieces", "piece_kernels"]
 
-PIECE_WARPS = 16
-"""Warps of one program: 512 threads, each with up to 128 registers, which hold the loads of a large
-tile. Reasoned, not yet measured on a GPU."""
-
-PIECE_TILE_WORDS = 8192
-"""Words of a tile, 64 KiB of 8-byte words: eight 16-byte loads for each of 512 threads, so that two
-programs fill a link of 55 GB/s and 2 microseconds. Reasoned, not yet measured on a GPU."""
-
-SMALL_PIECE_TILE_WORDS = 2048
-"""Words of a tile, 16 KiB, in copies that are too small to give every program large tiles.
+PIECE_TILE = TileShape(4096, 16)
+"""Eight accesses for each of 512 threads, each with up to 128 registers, which hold the loads: 64
+KiB in accesses of 16 bytes, so that two programs fill a link of 55 GB/s and 2 microseconds.
 Reasoned, not yet measured on a GPU."""
+
+SMALL_PIECE_TILE = TileShape(1024, 16)
+"""16 KiB, in copies by accesses of 16 bytes that are too small to give every program large tiles;
+narrower accesses make small tiles anyway. Reasoned, not yet measured on a GPU."""
 
 MIN_TILES_PER_PROGRAM = 2
 """If a program would get fewer large tiles than this, tiles are small. Reasoned, not yet measured
@@ -70,7 +79,7 @@ PROGRAMS_PER_SM = 2
 copies. Reasoned, not yet measured on a GPU; see benchmarks/NOTES.md."""
 
 ROW_WORDS = (4, 16, 64, 256, 2048)
-"""Row lengths that pieces of different sizes may be cut to, in words; the longest is a small tile.
+"""Row lengths that pieces of different sizes may be cut to, in words of up to 8 bytes.
 Reasoned, not yet measured on a GPU; see benchmarks/NOTES.md."""
 
 ROW_COST_BYTES = 512
@@ -84,48 +93,52 @@ sectors. Reasoned, not yet measured on a GPU."""
 MAX_TILES = 1 << 30
 """Half the range of int32, because a program steps past the last tile by up to the grid's size."""
 
+MAX_ROWS = INT32_END - PIECE_TILE.vectors
+"""A tile may number rows behind the last one."""
 
-@jit(do_not_specialize=["num_rows", "num_tiles", "col_tiles", "vectors"])
+
+@number_jit()
 def _copy_pieces_kernel(  # type: ignore[no-untyped-def]
     descriptor_ptr,
     num_rows,
     num_tiles,
-    col_tiles,
-    vectors,
-    UNIFORM: tl.constexpr,
+    row_vectors,
+    row_magic,
+    row_shift,
+    is_ragged,
     WORD: tl.constexpr,
-    WORD_BYTES: tl.constexpr,
     VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):
-    """Copy every P-th tile of ROWS rows by COLS words; a row has ``vectors`` times VECTOR words.
+    """Copy every P-th tile of ``num_tiles``; a row has ``row_vectors`` accesses or fewer.
 
     The compiler knows no alignment of an integer that is cast to a pointer, so words are counted
     from ``descriptor_ptr``, which is aligned to 16 bytes.
     """
     anchor = descriptor_ptr.to(tl.pointer_type(WORD))
-    anchor_address = descriptor_ptr.to(tl.int64)
+    anchor_vector = descriptor_ptr.to(tl.int64) >> SHIFT
     target_ptr = descriptor_ptr + num_rows.to(tl.int64)
     size_ptr = target_ptr + num_rows.to(tl.int64)
+    words = tl.arange(0, VECTOR)[None, :]
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        rows, cols = tile_bounds(tile, col_tiles, ROWS, COLS)
-        is_row = rows < num_rows
-        source = tl.load(descriptor_ptr + rows, mask=is_row, other=0)
-        target = tl.load(target_ptr + rows, mask=is_row, other=0)
-        if UNIFORM:
-            mask = is_row[:, None] & (cols < vectors.to(tl.int64) * VECTOR)[None, :]
-        else:
-            size = tl.load(size_ptr + rows, mask=is_row, other=0)
-            mask = cols[None, :] < tl.multiple_of(size // WORD_BYTES, VECTOR)[:, None]
-        source_word = tl.multiple_of((source - anchor_address) // WORD_BYTES, VECTOR)
-        target_word = tl.multiple_of((target - anchor_address) // WORD_BYTES, VECTOR)
-        words = tl.load(
-            anchor + source_word[:, None] + cols[None, :], mask=mask, eviction_policy="evict_first"
+        row, col = locate_vectors(tile, row_vectors, row_magic, row_shift, VECTORS)
+        is_row = row < num_rows
+        source = tl.load(descriptor_ptr + row, mask=is_row, other=0)
+        target = tl.load(target_ptr + row, mask=is_row, other=0)
+        size = tl.load(size_ptr + row, mask=is_row & (is_ragged != 0), other=0)
+        length = tl.where(is_ragged != 0, (size >> SHIFT).to(tl.int32), row_vectors)
+        mask = (is_row & (col < length))[:, None] & (words >= 0)
+        source_vector = (source >> SHIFT) - anchor_vector + col
+        target_vector = (target >> SHIFT) - anchor_vector + col
+        data = tl.load(
+            anchor + (source_vector[:, None] * VECTOR + words),
+            mask=mask,
+            eviction_policy="evict_first",
         )
         tl.store(
-            anchor + target_word[:, None] + cols[None, :],
-            words,
+            anchor + (target_vector[:, None] * VECTOR + words),
+            data,
             mask=mask,
             eviction_policy="evict_first",
         )
@@ -210,14 +223,14 @@ class PointerCopy:
             return
         programs = PROGRAMS_PER_SM * _num_sms(self.device) if max_sms is None else max_sms
         with current(self.device):
-            for launch in self.launches:
-                launch.run(programs)
+            for each in self.launches:
+                each.run(programs)
 
     def warm_up(self) -> None:
         """Compile and load every kernel that :meth:`run` may launch; copy nothing."""
         with current(self.device):
-            for launch in self.launches:
-                launch.warm_up()
+            for each in self.launches:
+                each.warm_up()
 
 
 def copy_pieces(pieces: Pieces, device: torch.device, max_sms: int | None = None) -> None:
@@ -246,30 +259,49 @@ class Launch:
 
     def run(self, max_programs: int) -> None:
         """Copy the rows with at most ``max_programs`` programs."""
-        plan = self._plan(PIECE_TILE_WORDS)
-        if plan.num_tiles < MIN_TILES_PER_PROGRAM * max_programs:
-            plan = self._plan(SMALL_PIECE_TILE_WORDS)
-        self._launch(plan, min(max_programs, plan.num_tiles), plan.num_tiles)
+        for variant in self.variants():
+            tiles = num_tiles(self.num_rows, self.row_vectors, variant)
+            if tiles >= MIN_TILES_PER_PROGRAM * max_programs:
+                break
+        self._launch(variant, min(max_programs, tiles), tiles)
 
     def warm_up(self) -> None:
         """Launch the kernels of both tile sizes with no tiles."""
-        for tile_words in (PIECE_TILE_WORDS, SMALL_PIECE_TILE_WORDS):
-            self._launch(self._plan(tile_words), num_programs=1, num_tiles=0)
+        for variant in self.variants():
+            self._launch(variant, num_programs=1, tiles=0)
 
-    def _plan(self, tile_words: int) -> TilePlan:
-        return _planned(self.num_rows, self.row_bytes, self.alignment, tile_words)
+    def variants(self) -> tuple[Variant, ...]:
+        """What the kernel may be compiled for, largest tiles first."""
+        return piece_variants(self.alignment)
 
-    def _launch(self, plan: TilePlan, num_programs: int, num_tiles: int) -> None:
-        _copy_pieces_kernel[(num_programs,)](
+    @property
+    def row_vectors(self) -> int:
+        """Accesses of a row, or of the longest."""
+        return self.row_bytes // self.alignment
+
+    def _launch(self, variant: Variant, num_programs: int, tiles: int) -> None:
+        launch(
+            _copy_pieces_kernel,
+            variant,
+            num_programs,
             self.descriptors,
             self.num_rows,
-            num_tiles,
-            plan.col_tiles,
-            plan.vectors,
-            UNIFORM=self.is_uniform,
-            **plan.constants(),
-            num_warps=PIECE_WARPS,
+            tiles,
+            *Divisor.of(self.row_vectors),
+            int(not self.is_uniform),
         )
+
+
+def piece_variants(access_bytes: int) -> tuple[Variant, ...]:
+    """What the kernel may be compiled for, for a width of access; largest tiles first."""
+    shapes = (PIECE_TILE, SMALL_PIECE_TILE) if access_bytes == 16 else (PIECE_TILE,)
+    return tuple(variant_of(access_bytes, shape) for shape in shapes)
+
+
+def piece_kernels() -> list[tuple[Any, Variant]]:
+    """The kernels of all copies of pieces, and what they are compiled for."""
+    variants = [variant for width in ACCESS_BYTES for variant in piece_variants(width)]
+    return [(_copy_pieces_kernel, variant) for variant in variants]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -286,16 +318,17 @@ class _Rows:
     def of(cls, pieces: Pieces) -> _Rows:
         alignment = pieces.alignment
         size = _one_size(pieces)
-        if size is not None and size // alignment < INT32_END:
+        if size is not None and size // alignment <= MAX_ROW_VECTORS:
             rows = cls(pieces, alignment, len(pieces), size, True)
         else:
             num_rows, row_bytes = _ragged_rows(pieces.size_array(), min(alignment, 8))
             rows = cls(pieces, alignment, num_rows, row_bytes, False)
-        plan = _planned(rows.num_rows, rows.row_bytes, alignment, SMALL_PIECE_TILE_WORDS)
-        if rows.num_rows >= INT32_END or plan.num_tiles >= MAX_TILES:
+        smallest = piece_variants(alignment)[-1]
+        tiles = num_tiles(rows.num_rows, rows.row_bytes // alignment, smallest)
+        if rows.num_rows >= MAX_ROWS or tiles >= MAX_TILES:
             raise ValueError(
-                f"{pieces!r} need {rows.num_rows} rows and {plan.num_tiles} tiles, too many for "
-                f"one launch: split them"
+                f"{pieces!r} need {rows.num_rows} rows and {tiles} tiles, too many for one launch: "
+                f"split them"
             )
         return rows
 
@@ -378,11 +411,6 @@ def _row_counts(sizes: Int64Array, row_bytes: int) -> Int64Array:
     """How many rows each piece is cut into; ``row_bytes`` is a power of two."""
     counts: Int64Array = (sizes + (row_bytes - 1)) >> (row_bytes.bit_length() - 1)
     return counts
-
-
-@lru_cache(maxsize=1024)
-def _planned(num_rows: int, row_bytes: int, alignment: int, tile_words: int) -> TilePlan:
-    return TilePlan.of(num_rows, row_bytes, alignment, tile_words)
 
 
 @lru_cache(maxsize=64)

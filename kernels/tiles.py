@@ -1,119 +1,141 @@
-"""How the kernels cut rows of bytes into words and tiles.
+"""How the kernels number the accesses of a copy and cut them into tiles.
 
-A copy is a matrix of rows by words; a row is a block, a run of tokens, or a piece. One program
-moves one tile of it, ``ROWS`` rows by ``COLS`` words.
+A copy is a matrix of equal rows; a row is a run of a token, a block, or a piece. Its accesses, of
+up to 16 bytes each, are numbered row by row, and one tile is ``VECTORS`` consecutive ones, wherever
+rows begin and end. So no lane is idle, whatever the length of a row, and a kernel is compiled for a
+width of access and a size of tile, not for a length: a few variants serve all copies.
+
+Rows are found by division. What a kernel divides by is the same for a whole launch, so the host
+turns each divisor into a multiplication (:class:`Divisor`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
-from kvheap.kernels.arrays import alignment_of
+from kvheap.kernels.arrays import INT32_END
 from kvheap.kernels.launch import jit, tl
 
-__all__ = ["NUM_WARPS", "TILE_WORDS", "TilePlan", "tile_bounds"]
+__all__ = [
+    "ACCESS_BYTES",
+    "MAX_ROW_VECTORS",
+    "Divisor",
+    "TileShape",
+    "Variant",
+    "locate_vectors",
+    "num_tiles",
+    "quotient",
+    "variant_of",
+]
 
-TILE_WORDS = 2048
-"""Words of one program's tile, 16 KiB of 8-byte words: eight 16-byte loads for each of 128
-threads. Reasoned, not yet measured on a GPU."""
+ACCESS_BYTES = (16, 8, 4, 2, 1)
+"""The widths of access that kernels are compiled for."""
 
-NUM_WARPS = 4
-"""Warps of one program, for tiles of ``TILE_WORDS``."""
+MAX_ROW_VECTORS = 1 << 30
+"""Longer rows are not copied: an index in a row plus one tile must stay below 2**31."""
 
-MIN_COLS = 16
-"""Tile rows are not made narrower than this to waste less: 128 bytes of 8-byte words, one line."""
 
-MAX_WASTED_SHARE = 0.125
-"""The share of a tile row that may be masked off before a narrower tile is chosen."""
+class Divisor(NamedTuple):
+    """A divisor as three arguments of a kernel, each of 32 bits, for :func:`quotient`.
+
+    For ``0 <= n < 2**31``, ``n // value`` is ``(2 * n * magic >> 32) >> shift`` (Granlund and
+    Montgomery, "Division by invariant integers using multiplication", PLDI 1994).
+
+    Attributes:
+        value: 1 to 2**31 - 1.
+        magic: ``2**(31 + shift) / value``, rounded up, as a signed number.
+        shift: the binary logarithm of ``value``, rounded up.
+
+    >>> seven = Divisor.of(7)
+    >>> [(2 * n * (seven.magic % 2**32) >> 32) >> seven.shift for n in (0, 6, 7, 2**31 - 1)]
+    [0, 0, 1, 306783378]
+    """
+
+    value: int
+    magic: int
+    shift: int
+
+    @classmethod
+    def of(cls, value: int) -> Divisor:
+        """The arguments for one divisor.
+
+        Raises:
+            ValueError: ``value`` is less than 1, or 2**31 or more.
+        """
+        return _divisor(value)
+
+
+@lru_cache(maxsize=4096)
+def _divisor(value: int) -> Divisor:
+    if not 0 < value < INT32_END:
+        raise ValueError(f"a kernel divides by 1 to 2**31 - 1, got {value}")
+    shift = (value - 1).bit_length()
+    magic = -(-(1 << (31 + shift)) // value)
+    return Divisor(value, magic - (1 << 32), shift)
 
 
 @jit()
-def tile_bounds(  # type: ignore[no-untyped-def]
-    tile, col_tiles, ROWS: tl.constexpr, COLS: tl.constexpr
+def quotient(number, magic, shift):  # type: ignore[no-untyped-def]
+    """``number // divisor`` for int32 numbers of at least 0; see :class:`Divisor`."""
+    doubled = number.to(tl.uint32, bitcast=True) << 1
+    high = tl.umulhi(doubled, magic.to(tl.uint32, bitcast=True))
+    return (high >> shift).to(tl.int32, bitcast=True)
+
+
+@jit()
+def locate_vectors(  # type: ignore[no-untyped-def]
+    tile, row_vectors, row_magic, row_shift, VECTORS: tl.constexpr
 ):
-    """The rows and the columns of a tile, int64; tiles of the same rows follow each other."""
-    # Divide in 32 bits, which is cheaper; multiply in 64.
-    rows = (tile // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = (tile % col_tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
-    return rows, cols
+    """The row of each access of a tile, and its index in the row; both int32."""
+    number = tile  # the interpreter makes a tensor of an int that is assigned
+    first = number.to(tl.int64) * VECTORS
+    row = first // row_vectors
+    at = (first - row * row_vectors).to(tl.int32) + tl.arange(0, VECTORS)
+    more = quotient(at, row_magic, row_shift)
+    return row.to(tl.int32) + more, at - more * row_vectors
 
 
-@dataclass(frozen=True, slots=True)
-class TilePlan:
-    """How a matrix of equal rows is cut into words and tiles.
+class TileShape(NamedTuple):
+    """A tile: so many accesses, of any width, by so many warps of a program."""
+
+    vectors: int
+    warps: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Variant:
+    """What a kernel is compiled for. There is one object for each, so they compare by identity.
 
     Attributes:
-        word_bytes: bytes of a word: 8, 4, 2 or 1.
-        words_per_vector: words of one load or store: 2 if accesses have 16 bytes, else 1.
-        rows, cols: rows and words of a tile, both powers of two.
-        num_rows: rows of the matrix.
-        vectors: loads or stores that one row takes.
-        col_tiles: tiles side by side in one row.
-        num_tiles: all tiles, and so the programs of a launch.
+        access_bytes: bytes of one load or store: 16, 8, 4, 2 or 1.
+        vectors: accesses of a tile.
+        num_warps: warps of a program.
+        constants: the kernel's constexpr arguments, in their order.
     """
 
-    word_bytes: int
-    words_per_vector: int
-    rows: int
-    cols: int
-    num_rows: int
+    access_bytes: int
     vectors: int
-    col_tiles: int
-    num_tiles: int
-
-    @classmethod
-    def of(
-        cls, num_rows: int, row_bytes: int, alignment: int, tile_words: int = TILE_WORDS
-    ) -> TilePlan:
-        """The plan for rows whose bases, addresses and strides are multiples of ``alignment``.
-
-        Args:
-            num_rows: rows of the matrix.
-            row_bytes: bytes of each.
-            alignment: a power of two.
-            tile_words: words of a tile, a power of two.
-        """
-        access_bytes = alignment_of(alignment, row_bytes)
-        word_bytes = min(access_bytes, 8)
-        words = row_bytes // word_bytes
-        cols = _tile_cols(words, tile_words)
-        rows = tile_words // cols
-        col_tiles = -(-words // cols)
-        return cls(
-            word_bytes=word_bytes,
-            words_per_vector=access_bytes // word_bytes,
-            rows=rows,
-            cols=cols,
-            num_rows=num_rows,
-            vectors=row_bytes // access_bytes,
-            col_tiles=col_tiles,
-            num_tiles=-(-num_rows // rows) * col_tiles,
-        )
-
-    def constants(self) -> dict[str, object]:
-        """The kernels' constexpr arguments."""
-        word = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[self.word_bytes]
-        return {
-            "WORD": word,
-            "WORD_BYTES": self.word_bytes,
-            "VECTOR": self.words_per_vector,
-            "ROWS": self.rows,
-            "COLS": self.cols,
-        }
-
-    @property
-    def access_bytes(self) -> int:
-        """Bytes of one load or store: 16, 8, 4, 2 or 1."""
-        return self.word_bytes * self.words_per_vector
+    num_warps: int
+    constants: dict[str, object]
 
 
-def _tile_cols(words: int, tile_words: int) -> int:
-    """The widest power of two that wastes little of a row of ``words``.
+@lru_cache(maxsize=256)
+def variant_of(access_bytes: int, shape: TileShape) -> Variant:
+    """The variant for a width of access and a shape of tile."""
+    word_bytes = min(access_bytes, 8)
+    vector = access_bytes // word_bytes
+    word = getattr(tl, f"int{8 * word_bytes}", None)  # None without Triton: the launch will say so
+    constants = {"WORD": word, "VECTOR": vector, "SHIFT": access_bytes.bit_length() - 1}
+    constants["VECTORS"] = shape.vectors
+    return Variant(access_bytes, shape.vectors, shape.warps, constants)
 
-    >>> [_tile_cols(words, 2048) for words in (1, 72, 512, 5000)]
-    [1, 16, 512, 1024]
+
+def num_tiles(num_rows: int, row_vectors: int, variant: Variant) -> int:
+    """How many tiles the rows fill.
+
+    >>> num_tiles(1000, 36, variant_of(16, TileShape(512, 4)))
+    71
     """
-    cols = min(tile_words, 1 << (words - 1).bit_length())
-    while cols > MIN_COLS and -(-words // cols) * cols > words * (1 + MAX_WASTED_SHARE):
-        cols //= 2
-    return cols
+    return -(-num_rows * row_vectors // variant.vectors)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.chunk_layout import ChunkLayout
-from kvheap.kernels.launch import bytes_of, staging
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import Pairing, pairing_of
 from kvheap.kernels.paged_slots import Places, Slots
+from kvheap.kernels.uploads import Words
 from kvheap.kernels.whole_blocks import blocks_of_cache, ids_of_whole_blocks
 
-__all__ = ["CONVERTIBLE", "Chunks", "TokenCopy"]
+__all__ = ["CONVERTIBLE", "Chunks", "TokenCopy", "require_convertible"]
 
 CONVERTIBLE = (torch.bfloat16, torch.float16)
 """The dtypes of caches whose KV can be converted to fp8."""
@@ -79,7 +81,7 @@ class TokenCopy:
         """Check a copy; arguments and errors are those of ``store_tokens``."""
         if cache.layout.whole_blocks:
             if chunks.scale_offset is not None:
-                raise ValueError(f"{cache.layout.name} holds no rows that could be converted")
+                require_convertible(cache)
             slots = ids_of_whole_blocks(cache, slots)
             chunks = replace(chunks, layout=chunks.layout.of_blocks(cache.block_size))
             cache = blocks_of_cache(cache)
@@ -93,48 +95,53 @@ class TokenCopy:
             _require_reachable(cache, chunks.buffer)
         return cls(pairing, places, chunks, to_heap)
 
-    def kernel_tensors(
-        self, table: torch.Tensor, places: Places, access_bytes: int
-    ) -> tuple[torch.Tensor, ...]:
-        """The first arguments of a kernel, one for each of its pointers.
-
-        The bytes of the cache's first tensor, the bytes of the chunks' buffer, the table, the
-        places, the chunks' offsets in the buffer, and the cache's error word. Everything that is on
-        the host is uploaded at once.
+    def words(self, num_first: int) -> Words:
+        """What kernels read of the host: words of their own, chunks' addresses, and places.
 
         Args:
-            table: the pairing's table, on the device.
-            places: the places of this copy, perhaps in longer units.
-            access_bytes: the unit of the chunks' offsets, a power of two.
+            num_first: how many words come first.
         """
-        cache, chunks = self.pairing.cache, self.chunks
-        num_chunks = len(chunks.addresses)
-        # Both parts begin at a multiple of 16 bytes; Triton compiles again for other alignments.
-        num_words = -(-num_chunks // 2) * 2
-        on_host = None if isinstance(places.values, torch.Tensor) else places.values
-        words = staging(num_words + (0 if on_host is None else len(on_host)), cache.device)
-        host_words = words.numpy()
+        num_words, places = num_first + len(self.chunks.addresses), self.places.values
+        if not isinstance(places, torch.Tensor):
+            num_words += len(places)
+        return Words(num_words, self.pairing.cache.device)
+
+    def send(
+        self, words: Words, first_words: Sequence[int], access_bytes: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the words and send them to the device.
+
+        Args:
+            words: of :meth:`words`.
+            first_words: what comes first.
+            access_bytes: what chunks' addresses are counted in, a power of two.
+
+        Returns:
+            The words on the device; and the tensor that has the places, which may be the same.
+        """
+        host, places = words.host, self.places.values
+        num_first, end = len(first_words), len(first_words) + len(self.chunks.addresses)
+        if num_first:
+            host[:num_first] = first_words
         shift = access_bytes.bit_length() - 1
-        host_words[:num_chunks] = (chunks.addresses - chunks.buffer.data_ptr()) >> shift
-        if on_host is not None:
-            host_words[num_words:] = on_host
-        uploaded = words.to(cache.device, non_blocking=True)
-        return (
-            _anchor_bytes(cache),
-            bytes_of(chunks.buffer),
-            table,
-            places.values if isinstance(places.values, torch.Tensor) else uploaded[num_words:],
-            uploaded,
-            cache.error_word(),
-        )
+        np.right_shift(self.chunks.addresses, shift, out=host[num_first:end])
+        if isinstance(places, torch.Tensor):
+            return words.send(), places
+        host[end:] = places
+        sent = words.send()
+        return sent, sent
 
 
-def _anchor_bytes(cache: PagedKVCache) -> torch.Tensor:
-    """The bytes of the cache's first tensor; offsets in tables count from its address."""
-    found: torch.Tensor | None = cache.kept.get("anchor")
-    if found is None:
-        found = cache.kept["anchor"] = bytes_of(cache.tensors[0])
-    return found
+def require_convertible(cache: PagedKVCache) -> None:
+    """Refuse a cache whose KV cannot be converted.
+
+    Raises:
+        ValueError: says why.
+    """
+    if cache.layout.whole_blocks:
+        raise ValueError(f"{cache.layout.name} holds no rows that could be converted")
+    if cache.dtype not in CONVERTIBLE:
+        raise ValueError(f"only a cache of bfloat16 or float16 can be converted, got {cache.dtype}")
 
 
 def _exact_layout(cache: PagedKVCache, chunks: Chunks) -> ChunkLayout:
@@ -142,8 +149,7 @@ def _exact_layout(cache: PagedKVCache, chunks: Chunks) -> ChunkLayout:
     layout = chunks.layout
     if chunks.scale_offset is None:
         return layout
-    if cache.dtype not in CONVERTIBLE:
-        raise ValueError(f"only a cache of bfloat16 or float16 can be converted, got {cache.dtype}")
+    require_convertible(cache)
     if layout.num_planes != cache.num_planes:
         raise ValueError(
             f"{cache.layout.name} has {cache.num_planes} planes, the chunk {layout.num_planes}"

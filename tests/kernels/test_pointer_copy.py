@@ -23,9 +23,9 @@ from kvheap.kernels import pointer_copy
 from kvheap.kernels.pieces import Pieces
 from kvheap.kernels.pointer_copy import (
     MIN_TILES_PER_PROGRAM,
-    PIECE_TILE_WORDS,
+    PIECE_TILE,
     PROGRAMS_PER_SM,
-    SMALL_PIECE_TILE_WORDS,
+    SMALL_PIECE_TILE,
     PointerCopy,
     copy_pieces,
 )
@@ -340,8 +340,7 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int]) -> Any:
         def launch(descriptors, num_rows, num_tiles, *_, **constants):
-            tile_words = constants["ROWS"] * constants["COLS"]
-            self.launches.append((grid[0], num_tiles, tile_words))
+            self.launches.append((grid[0], num_tiles, constants["VECTORS"]))
 
         return launch
 
@@ -367,10 +366,11 @@ def imagined(sizes: Sequence[int] | np.ndarray | int, count: int = 1, granule: i
 def test_no_launch_has_more_programs_than_the_budget_or_than_tiles(recorder, pieces, max_sms):
     copy_pieces(pieces, CPU, max_sms)
     allowed = max_sms or NUM_SMS * PROGRAMS_PER_SM
-    for grid, num_tiles, tile_words in recorder.launches:
+    is_wide = pieces.alignment == 16
+    for grid, num_tiles, vectors in recorder.launches:
         assert grid == min(allowed, num_tiles)
-        assert tile_words in (SMALL_PIECE_TILE_WORDS, PIECE_TILE_WORDS)
-        if tile_words == PIECE_TILE_WORDS:
+        assert vectors in (SMALL_PIECE_TILE.vectors, PIECE_TILE.vectors)
+        if is_wide and vectors == PIECE_TILE.vectors:
             assert num_tiles >= MIN_TILES_PER_PROGRAM * grid
 
 
@@ -379,7 +379,7 @@ def test_tiles_are_large_where_every_program_gets_some(recorder):
     ready = PointerCopy.prepare(imagined(1 << 20), CPU)
     for max_sms in (8, 9):
         ready.run(max_sms)
-    assert recorder.launches == [(8, 16, PIECE_TILE_WORDS), (9, 64, SMALL_PIECE_TILE_WORDS)]
+    assert recorder.launches == [(8, 16, PIECE_TILE.vectors), (9, 64, SMALL_PIECE_TILE.vectors)]
 
 
 @pytest.mark.parametrize("max_sms", [0, -1])
@@ -481,11 +481,11 @@ def test_pieces_of_one_size_given_as_an_array_are_found_to_be(count):
     assert PointerCopy.prepare(pieces, CPU).descriptor_bytes == 16 * count
 
 
-@pytest.mark.parametrize("size", [(1 << 31) - 1, 1 << 31, (3 << 30) + 1])
-def test_a_piece_of_more_bytes_than_32_bits_count_is_cut_into_rows(size):
+@pytest.mark.parametrize("size", [(1 << 30) - 1, (1 << 30) + 1, (3 << 30) + 1])
+def test_a_piece_of_more_accesses_than_a_row_may_have_is_cut_into_rows(size):
     ready = PointerCopy.prepare(imagined(size, granule=1), CPU)
     (launch,) = ready.launches
-    assert launch.is_uniform == (size < 1 << 31)
+    assert launch.is_uniform == (size < 1 << 30)
     assert repr(rows_of(launch).merged()) == repr(Pieces.of([1], [1], size))
 
 

@@ -27,8 +27,8 @@ from ptx_paged import check_compiled_copy
 
 import kvheap
 from kvheap import BlockIds, MemoryFormat, PagedKVCache, TensorMemoryAllocator
+from kvheap.engine import chunks
 from kvheap.kernels import LAYOUTS
-from kvheap.kernels.paged_copy import MANY_TILES
 
 pytestmark = needs_compiler
 
@@ -142,13 +142,19 @@ class TestPlaces:
         check_compiled_copy(world, slots, is_store, capability, given_as=given)
         check_compiled_copy(world, [-1] * 11, is_store, capability)
 
+    @ON_ALL_CAPABILITIES
     @BOTH_WAYS
-    def test_many_programs(self, is_store: bool) -> None:
-        """Enough of them for tiles of the larger size."""
-        engine = Engine("mla", Sizes(8, 3, 4, 1, 32769, torch.uint8))
-        world = World(engine, F.KV_MLA_FMT, 8, 4)
-        gpu = check_compiled_copy(world, random_slots(engine, 8), is_store, 90)
-        assert gpu.launches[0].num_blocks >= MANY_TILES
+    @pytest.mark.parametrize("layout", [FLASH, "indexer"])
+    def test_within_a_budget(
+        self, layout: str, is_store: bool, capability: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two programs copy all tiles, in rows of one length and of two."""
+        run_copy = chunks.run_copy
+        monkeypatch.setattr(chunks, "run_copy", lambda copy: run_copy(copy, max_sms=2))
+        engine = Engine(layout, Sizes(3, 20, 16, 2, 128))
+        world = World(engine, format_of(layout), 150, chunk_tokens=64)
+        gpu = check_compiled_copy(world, random_slots(engine, 150), is_store, capability)
+        assert [launch.num_blocks for launch in gpu.launches] == [2]
 
 
 @ON_ALL_CAPABILITIES

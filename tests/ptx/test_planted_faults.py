@@ -104,7 +104,7 @@ REGISTER = r"(%rd\d+)"
 FAULTS: dict[str, tuple[Callable[[Rewrite], None], Rewrite, str | None]] = {
     "a mask that is off by one": (
         scatter,
-        replaced(r"setp\.lt\.s64", "setp.le.s64"),
+        replaced(r"setp\.lt\.s32", "setp.le.s32"),
         "may not be",
     ),
     "a store without its mask": (
@@ -132,8 +132,8 @@ FAULTS: dict[str, tuple[Callable[[Rewrite], None], Rewrite, str | None]] = {
     ),
     "an address that wraps at 32 bits": (
         scatter_far,
-        replaced(rf"(shl\.b64 *\t*{REGISTER}, %rd\d+, 3;)", r"\1 and.b64 \2, \2, 4294967295;"),
-        "may not be written",
+        replaced(rf"(shl\.b64 *\t*{REGISTER}, %rd\d+, 4;)", r"\1 and.b64 \2, \2, 4294967295;"),
+        "may not be",
     ),
     "the stride of blocks for that of tokens": (
         store_tokens,

@@ -78,8 +78,13 @@ def require_lean(kernel: Any, max_registers: int) -> None:
     assert (stack_bytes, local_bytes) == (0, 0)
 
 
-def accesses(kernel: Any, kind: str, qualifier: str = "") -> list[int]:
-    """Bytes of each global load ("ld") or store ("st") with such a qualifier, in their order."""
+def accesses(kernel: Any, kind: str, qualifier: str = "", until: str = "$") -> list[int]:
+    """Bytes of each global load ("ld") or store ("st") with such a qualifier, in their order.
+
+    With ``until``, only of those before the first place that fits this pattern.
+    """
     pattern = rf"\b{kind}\.global{re.escape(qualifier)}[.\w:]*?(?:\.v(\d))?\.b(\d+)"
-    found = re.findall(pattern, kernel.asm["ptx"])
+    end = re.search(until, kernel.asm["ptx"])
+    assert end, f"nothing fits {until}"
+    found = re.findall(pattern, kernel.asm["ptx"][: end.start()])
     return [int(count or 1) * int(bits) // 8 for count, bits in found]
