@@ -46,6 +46,7 @@ from kvheap.engine.tokens import record_stored, require_stored
 from kvheap.errors import ForeignObjectError
 from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.block_addresses import require_disjoint
+from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.paged_copy import Chunks, run_copy
 from kvheap.kernels.paged_layout import PagedKVCache
@@ -300,7 +301,8 @@ def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = No
     expected = (len(objs), *shape)
     if out is None:
         pinned = heap.device.type == "cuda"
-        out = torch.empty(expected, dtype=dtype, device="cpu", pin_memory=pinned)
+        with Relaxed():
+            out = torch.empty(expected, dtype=dtype, device="cpu", pin_memory=pinned)
     require_tensor("out", out)
     if out.device == heap.device:
         heap.batched_free(objs, out=out)
@@ -311,11 +313,12 @@ def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = No
         raise ValueError(
             f"out must be {expected} of {dtype}, got {tuple(out.shape)} of {out.dtype}"
         )
-    staging = torch.empty(expected, dtype=dtype, device=heap.device)
-    heap.require_gatherable(heap.rows_by_batch(objs), staging)
-    if len(staging):
-        heap.gather(objs, staging)
-    out.copy_(staging, non_blocking=True)  # before the free, so that a failure loses nothing
+    with Relaxed():
+        staging = torch.empty(expected, dtype=dtype, device=heap.device)
+        heap.require_gatherable(heap.rows_by_batch(objs), staging)
+        if len(staging):
+            heap.gather(objs, staging)
+        out.copy_(staging, non_blocking=True)  # before the free, so that a failure loses nothing
     heap.batched_free(objs)
     return out
 

@@ -19,6 +19,7 @@ from kvheap.addresses.address_batch import AddressBatch
 from kvheap.blocks.release import LastOwner, Release, describe_owner
 from kvheap.errors import WriteAfterFreeError
 from kvheap.heaps.segments import Segments
+from kvheap.kernels.capture_mode import Relaxed
 
 __all__ = ["POISON_BYTE", "Poison", "Scrub", "Wiping"]
 
@@ -87,7 +88,8 @@ class Poison:
         ]
         for begin, end, owner in pieces:
             block = segments.bytes_at(begin, end - begin)
-            changed = torch.nonzero(block != POISON_BYTE)
+            with Relaxed():
+                changed = torch.nonzero(block != POISON_BYTE)
             if len(changed):
                 block.fill_(POISON_BYTE)
                 self._extents.update({start: (stop, held) for start, stop, held in pieces})

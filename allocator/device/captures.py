@@ -1,0 +1,83 @@
+"""Captures of CUDA graphs: which streams are being captured, and events that wait for their end.
+
+An event that is recorded on a stream while it is captured becomes a part of the graph: it cannot be
+queried, ever. So a stream that is being captured is asked for an event later (:class:`LateEvent`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvheap.device.events import Event, Stream
+from kvheap.interrupts import is_interrupt
+from kvheap.kernels.copy_engine import CopyEngineError, driver
+
+__all__ = ["LateEvent", "end_of_work", "is_captured", "is_capturing"]
+
+CAPTURE_IMPLICIT = 906
+"""``CUDA_ERROR_STREAM_CAPTURE_IMPLICIT``: asked of the legacy default stream while a stream that
+waits for it is being captured."""
+
+
+def is_capturing() -> bool:
+    """Whether this thread's current stream is being captured in a CUDA graph."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except Exception as error:  # of the legacy default stream, as for ``CAPTURE_IMPLICIT``
+        if is_interrupt(error):
+            raise
+        return True
+
+
+def is_captured(stream: Stream) -> bool:
+    """Whether a CUDA stream is being captured, or would end a capture if it recorded an event."""
+    handle = getattr(stream, "cuda_stream", None)
+    if handle is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        return driver().is_capturing(handle)
+    except CopyEngineError as error:
+        return error.code == CAPTURE_IMPLICIT
+
+
+def end_of_work(stream: Stream) -> Event:
+    """An event that marks the end of a stream's work so far, or of some more of it.
+
+    Raises:
+        Exception: the stream cannot record an event.
+    """
+    if getattr(stream, "cuda_stream", None) is None:
+        return stream.record_event()
+    if is_captured(stream):
+        return LateEvent(stream)
+    event = stream.record_event()
+    # Another thread may have begun to capture the stream meanwhile.
+    return LateEvent(stream) if is_captured(stream) else event
+
+
+class LateEvent:
+    """An event of a stream that is being captured: recorded when the capture is found to be over.
+
+    Until then it has not come. The graph itself may be replayed at any time later: what it uses
+    must be kept by whoever replays it.
+
+    Args:
+        stream: the stream.
+    """
+
+    __slots__ = ("_event", "_stream")
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._event: Event | None = None
+
+    def query(self) -> bool:
+        """Whether the work of the stream has ended that it had when its capture was over."""
+        if self._event is None:
+            event = end_of_work(self._stream)
+            if isinstance(event, LateEvent):
+                return False
+            self._event = event
+        return self._event.query()
