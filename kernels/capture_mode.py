@@ -20,7 +20,7 @@ import torch
 
 from kvheap.kernels.copy_engine import driver
 
-__all__ = ["RELAXED", "Exchange", "Relaxed", "exchange_of_driver"]
+__all__ = ["RELAXED", "Exchange", "Relaxed", "exchange_of_driver", "uses_cuda"]
 
 RELAXED = 2
 """``CU_STREAM_CAPTURE_MODE_RELAXED``."""
@@ -87,4 +87,9 @@ class Relaxed:
 
 def exchange_of_driver() -> Exchange | None:
     """The driver's function; None while this process does not use CUDA through torch."""
-    return driver().exchange_capture_mode if torch.cuda.is_initialized() else None
+    return driver().exchange_capture_mode if uses_cuda() else None
+
+
+def uses_cuda() -> bool:
+    """Whether this process uses CUDA through torch, so that there can be streams and events."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

@@ -60,7 +60,8 @@ class _Current:
     __slots__ = ("_device", "_relaxed")
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._relaxed = torch.cuda.device(device), Relaxed()
+        self._device: Any = torch.cuda.device(device)  # whose methods are not typed
+        self._relaxed = Relaxed()
 
     def __enter__(self) -> None:
         self._device.__enter__()

@@ -10,6 +10,7 @@ import torch
 
 from kvheap.device.events import Event, Stream
 from kvheap.interrupts import is_interrupt
+from kvheap.kernels.capture_mode import uses_cuda
 from kvheap.kernels.copy_engine import CopyEngineError, driver
 
 __all__ = ["LateEvent", "end_of_work", "is_captured", "is_capturing"]
@@ -21,7 +22,7 @@ waits for it is being captured."""
 
 def is_capturing() -> bool:
     """Whether this thread's current stream is being captured in a CUDA graph."""
-    if not torch.cuda.is_initialized():
+    if not uses_cuda():
         return False
     try:
         return torch.cuda.is_current_stream_capturing()
@@ -34,7 +35,7 @@ def is_capturing() -> bool:
 def is_captured(stream: Stream) -> bool:
     """Whether a CUDA stream is being captured, or would end a capture if it recorded an event."""
     handle = getattr(stream, "cuda_stream", None)
-    if handle is None or not torch.cuda.is_initialized():
+    if handle is None or not uses_cuda():
         return False
     try:
         return driver().is_capturing(handle)
