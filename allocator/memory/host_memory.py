@@ -21,6 +21,7 @@ import torch
 from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.integers import as_integer
+from kvheap.memory.available import available_bytes
 from kvheap.memory.host_mapping import HostMapping, reserve
 from kvheap.memory.host_registration import REGISTRATION_BYTES
 from kvheap.memory.numa import MAX_NUMA_NODES
@@ -297,6 +298,8 @@ class HostBuffer:
                 touch(mapping, start, end, lambda: cancelled.is_set() or self.closed)
 
             registrations = mapping.registrations
+            if end - start > available_bytes():  # the driver says so; the kernel kills a process
+                return registrations.register(pieces, chosen, allow_unpinned, cancelled)
             return registrations.register(pieces, chosen, allow_unpinned, cancelled, commit)
 
         return Worker(task).result()
