@@ -194,8 +194,13 @@ def load_tokens(
     run_copy(TokenCopy.of(cache, slots, chunks, layers, heads, eager, to_heap=False))
 
 
-def run_copy(copy: TokenCopy) -> None:
-    """Execute a checked copy in one launch on the current stream."""
+def run_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
+    """Execute a checked copy in one launch on the current stream.
+
+    Args:
+        copy: the copy.
+        max_sms: how many multiprocessors may be used; None for all. Ignored on a CPU.
+    """
     if not copy.places.num_tokens:
         return
     is_exact = copy.chunks.scale_offset is None

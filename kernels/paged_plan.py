@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -165,6 +166,12 @@ class Pairing:
     def num_layers(self) -> int:
         """Layers that are copied."""
         return len(self.entries[0])
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes of one token that are copied."""
+        of_layer = sum(entries[0].run_bytes for entries in self.entries)
+        return of_layer * self.num_layers * self.runs_per_token
 
     @property
     def max_run_bytes(self) -> int:

@@ -6,14 +6,17 @@ queried, ever. So a stream that is being captured is asked for an event later (:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from kvheap.device.events import Event, Stream
+from kvheap.device.copy_device import CopyDevice
+from kvheap.device.events import DeviceEvent, Event, Stream
 from kvheap.interrupts import is_interrupt
 from kvheap.kernels.capture_mode import uses_cuda
 from kvheap.kernels.copy_engine import CopyEngineError, driver
 
-__all__ = ["LateEvent", "end_of_work", "is_captured", "is_capturing"]
+__all__ = ["DeferredEvent", "LateEvent", "end_of_work", "is_captured", "is_capturing"]
 
 CAPTURE_IMPLICIT = 906
 """``CUDA_ERROR_STREAM_CAPTURE_IMPLICIT``: asked of the legacy default stream while a stream that
@@ -82,3 +85,51 @@ class LateEvent:
                 return False
             self._event = event
         return self._event.query()
+
+
+class DeferredEvent:
+    """The end of a stream's work, recorded when it is first asked for.
+
+    For work whose end few callers ask for: recording an event takes microseconds. Work that is
+    queued before somebody asks counts too.
+
+    Args:
+        device: the device.
+        stream: one of its streams.
+    """
+
+    __slots__ = ("_device", "_event", "_stream")
+
+    def __init__(self, device: CopyDevice, stream: Any) -> None:
+        self._device = device
+        self._stream = stream
+        self._event: DeviceEvent | None = None
+
+    def query(self) -> bool:
+        """Whether the work has ended; False while the stream is being captured."""
+        if self._event is None and self._device.is_capturing(self._stream):
+            return False
+        return self.recorded().query()
+
+    def synchronize(self) -> None:
+        """Wait on the host until the work has ended.
+
+        Raises:
+            RuntimeError: the stream is being captured.
+        """
+        self.recorded().synchronize()
+
+    def recorded(self) -> DeviceEvent:
+        """The event itself.
+
+        Raises:
+            RuntimeError: the stream is being captured.
+        """
+        if self._event is None:
+            if self._device.is_capturing(self._stream):
+                raise RuntimeError(
+                    f"{self._stream} is being captured, and records no event of earlier work: ask "
+                    f"before or after the capture"
+                )
+            self._event = self._device.record_event(self._stream)
+        return self._event

@@ -48,14 +48,21 @@ def pieces_of(copy: TokenCopy, units: Places) -> Pieces:
     num_tokens = np.full(len(starts), units.unit_tokens, np.int64)
     if len(starts):
         num_tokens[-1] = units.num_tokens - first_token[-1]
-    if not units.are_all_real:
-        kept = starts >= 0
+    kept = starts >= 0
+    if not kept.all():
         starts, first_token, num_tokens = starts[kept], first_token[kept], num_tokens[kept]
     # By layer, then by plane.
     entries = [entry for of_layer in zip(*pairing.entries, strict=True) for entry in of_layer]
     table = np.array(
         [
-            (e.cache_base, e.block_stride, e.slot_stride, e.head_stride, e.chunk_offset, e.run_bytes)
+            (
+                e.cache_base,
+                e.block_stride,
+                e.slot_stride,
+                e.head_stride,
+                e.chunk_offset,
+                e.run_bytes,
+            )
             for e in entries
         ],
         np.int64,

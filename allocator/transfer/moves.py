@@ -270,6 +270,8 @@ def _start(
         rows.batch.require_writable()
     before = transfers_filling(plan)
     run = _run_of(plan, stream, path, max_sms, before, is_new=move is not None)
+    for rows in plan.target.blocks:
+        rows.batch.stored_tokens.forget(rows.rows)
     return begin(plan, run, move)
 
 
@@ -298,8 +300,6 @@ def begin(work: Work, run: Run, move: _Move | None = None) -> Transfer:
         is_captured=run.is_captured,
         settle=None if move is None else move.settle,
     )
-    for rows in work.target.blocks:
-        rows.batch.stored_tokens.forget(rows.rows)
     try:
         work.protect(completion)
         if run.is_captured:
