@@ -31,7 +31,7 @@ from kvheap.device.copy_device import CopyDevice
 from kvheap.device.directions import Direction, Path
 from kvheap.device.events import DeviceEvent
 from kvheap.device.host_queue import HostEvent
-from kvheap.device.transfer import Transfer
+from kvheap.device.transfer import Part, Transfer
 from kvheap.engine.paged_runs import count_runs, pieces_of, units_of
 from kvheap.kernels.paged_copy import run_copy
 from kvheap.kernels.paged_layout import PagedKVCache
@@ -50,6 +50,7 @@ _ended = Completion()
 _ended.ended()
 _end = HostEvent()
 _end.end(None)
+_ended_parts = (Part(0, _end, _ended, None),)
 """Of copies that have ended before their transfer is made."""
 
 
@@ -140,7 +141,7 @@ class Route:
         if device is None:
             run_copy(copy)
             transfer = self._made(copy, _ended, "host", "h2h")
-            transfer.begun((_end,))
+            transfer.parts = _ended_parts
         elif self.is_ordered:
             transfer = self._begin(copy, objs, device)
         else:
