@@ -70,17 +70,22 @@ def pieces_of(copy: TokenCopy, units: Places) -> Pieces:
     cache_base, block_stride, slot_stride, head_stride, chunk_offset, run_bytes = (
         table[:, column] for column in range(6)
     )
-    block, slot = np.divmod(starts, block_size)
-    in_cache = cache_base + block * block_stride + slot * slot_stride
-    number, in_chunk = np.divmod(first_token, chunk.num_tokens)
-    page, in_page = np.divmod(in_chunk, chunk.page_tokens)
+    block = starts // block_size
+    slot = starts - block * block_size
+    in_cache: Int64Array = cache_base + block * block_stride + slot * slot_stride
+    number = first_token // chunk.num_tokens
+    in_chunk = first_token - number * chunk.num_tokens
+    page = in_chunk // chunk.page_tokens
+    in_page = in_chunk - page * chunk.page_tokens
     if chunk.is_per_layer:
         per_layer = len(chunks.addresses) // pairing.num_layers
         layers = np.array([entry.layer for entry in entries], np.int64).reshape(-1, 1)
         starts_of_chunks: Int64Array = chunks.addresses[number + layers * per_layer]
     else:
         starts_of_chunks = chunks.addresses[number]
-    in_heap = starts_of_chunks + (page * chunk.page_stride + in_page * chunk.token_stride)
+    in_heap: Int64Array = starts_of_chunks + (
+        page * chunk.page_stride + in_page * chunk.token_stride
+    )
     in_heap = in_heap + chunk_offset
     sizes = run_bytes * num_tokens
     if pairing.runs_per_token > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from kvheap.errors import ClosedError, TransferError
 from kvheap.kernels.token_copy import TokenCopy
 from kvheap.transfer import Transfer
 
-LAYERS, BLOCKS, SLOTS, HEADS, DIM = 3, 32, 16, 2, 16
+LAYERS, BLOCKS, SLOTS, HEADS, DIM = 3, 32, 16, 2, 64
 LAYER_BYTES = 2 * BLOCKS * SLOTS * HEADS * DIM * 2
 CHUNK_BYTES = 2 * LAYERS * SLOTS * HEADS * DIM * 2
 ROOM = 16
@@ -164,7 +165,10 @@ class TestWays:
 
     def test_the_planner_chooses(self, device: FakeDevice) -> None:
         scene, stream = Scene(device), device.stream()
-        assert scene.store(IDS, stream=stream).transfer.path == "kernel"  # type: ignore[union-attr]
+        many = scene.heap.batched_store(scene.cache, range(0, 256, 2), SLOTS, stream=stream)
+        assert many is not None
+        assert many.transfer is not None
+        assert (many.transfer.path, many.transfer.num_runs) == ("kernel", 128 * 2 * LAYERS)
         big = [device.tensor(8 << 20).view(4, 1, 2 << 20) for _ in range(1)]
         cache = PagedKVCache.of("opaque", big)
         heap = heap_on(device, "host", 8 << 20)
@@ -375,11 +379,11 @@ class TestFaults:
         scene, stream = Scene(device), device.stream()
         batch = None if is_new else scene.filled()
         device.fail(call, after=after)
+        to_queue: Callable[[], object] = partial(scene.store, IDS, stream=stream, path=path)
+        if batch is not None:
+            to_queue = partial(store, scene.cache, BlockIds(IDS), batch, stream=stream, path=path)
         with pytest.raises(TransferError, match=r"a transfer d2h of \d+ bytes .* failed: fault"):
-            if batch is None:
-                scene.store(IDS, stream=stream, path=path)
-            else:
-                store(scene.cache, BlockIds(IDS), batch, stream=stream, path=path)
+            to_queue()
         require_sound(device, scene.heap)
         if batch is not None:
             assert batch.num_tokens is None  # nothing is known of them
@@ -466,7 +470,7 @@ class TestErrors:
             ({"path": "host"}, ValueError, "path 'host' cannot be taken: the cache is on Fake GPU"),
             ({"path": "fast"}, ValueError, "path must be one of kernel, .*got 'fast'"),
             ({"path": 3}, ValueError, "path must be one of .*got 3"),
-            ({"max_sms": 0}, ValueError, "max_sms must be at least 1, got 0"),
+            ({"max_sms": 0}, ValueError, "max_sms must be positive, got 0"),
             ({"max_sms": 1.5}, TypeError, "max_sms"),
             ({"stream": "side"}, TypeError, "stream must be a stream, got 'side'"),
             (
@@ -624,7 +628,7 @@ class TestHost:
             ({"path": "copy_engine"}, "within host memory cannot take the path 'copy_engine'"),
             ({"path": "staged"}, "within host memory cannot take the path 'staged'"),
             ({"stream": "side"}, "runs on no stream, got 'side'"),
-            ({"max_sms": -1}, "max_sms must be at least 1, got -1"),
+            ({"max_sms": -1}, "max_sms must be positive, got -1"),
         ],
     )
     def test_what_needs_a_device(self, scene: Scene, options: dict[str, Any], match: str) -> None:

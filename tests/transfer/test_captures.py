@@ -51,6 +51,10 @@ class Scene:
         stored = self.far.batched_store(self.cache, range(32), 16)
         assert stored is not None
         self.stored = stored
+        on_device = [device.tensor(4 * 2 * 8 * 16 * 4).view(torch.float32) for _ in range(2)]
+        self.paged = PagedKVCache.of(
+            "vllm-flashinfer-nhd", [layer.view(4, 2, 8, 2, 8) for layer in on_device]
+        )
         self.kept: list[object] = []
 
     def used_by(self, stream: FakeStream) -> MemoryBatch:
@@ -157,6 +161,16 @@ CALLS: dict[str, Callable[[Scene], object]] = {
     "load": lambda s: load(s.stored, s.cache, range(32)),
     "batched_store": lambda s: s.near.batched_store(s.cache, range(16), 16),
     "batched_load": lambda s: s.far.batched_load(s.stored, s.cache, range(32)),
+    "store over the link": lambda s: store(s.paged, range(32), s.stored),
+    "store by the copy engine": lambda s: store(
+        s.paged, range(32), s.stored, stream=s.side, path="copy_engine"
+    ),
+    "batched_store by staging": lambda s: s.far.batched_store(
+        s.paged, range(32), 16, stream=s.side, path="staged"
+    ),
+    "load over the link": lambda s: load(s.stored, s.paged, range(32), max_sms=2).result(),
+    "load on another stream": lambda s: load(s.stored, s.paged, range(32), stream=s.side).result(),
+    "store within the device": lambda s: s.near.batched_store(s.paged, range(16), 16),
     "close": lambda s: s.near.close(timeout_s=0.01),
     "collect": lambda s: gc.collect(),
 }
