@@ -149,15 +149,13 @@ def _store(
     convert: bool,
 ) -> Transfer:
     heap = heap_of(batch)
-    chunks = _chunks(heap, batch, cache, convert, route.is_ordered)
+    chunks = _chunks(heap, batch, cache, convert, route)
     require_writable(batch)
-    segments = heap.segments  # keeps the buffers alive if another thread closes the heap
     if not isinstance(batch, MemoryBatch):
         require_disjoint("chunks to store to", chunks.addresses, chunks.size_bytes)
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=True)
     transfer = route.execute(copy, batch)
     record_stored(batch, chunks.layout, copy, cache)
-    del segments
     return transfer
 
 
@@ -209,8 +207,7 @@ def load(
     heap = heap_of(batch)
     require_cache(cache)
     route = Route(cache, heap, stream, path, max_sms)
-    chunks = _chunks(heap, batch, cache, convert, route.is_ordered)
-    segments = heap.segments  # as in store
+    chunks = _chunks(heap, batch, cache, convert, route)
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=False)
     require_stored(batch, chunks.layout, copy, cache)
     require_flags(clear_rest=clear_rest)
@@ -218,9 +215,7 @@ def load(
         with route.on_stream():
             # First: its slots may be among those to load.
             clear_slots_behind(copy.pairing, copy.places)
-    transfer = route.execute(copy, batch)
-    del segments
-    return transfer
+    return route.execute(copy, batch)
 
 
 # -- methods of a heap -----------------------------------------------------------------------------
@@ -490,19 +485,19 @@ def _chunk_planes(fmt: MemoryFormat) -> int:
 
 
 def _chunks(
-    heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool, is_ordered: bool
+    heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool, route: Route
 ) -> Chunks:
     """Describe the chunks to the kernels."""
     require_flags(convert=convert)
     layout, addresses = layout_and_addresses(objs)
     if convert:
         _require_convertible(cache, layout.fmt)
-    if not is_ordered:
+    if not route.is_ordered:
         await_filling(objs, heap.device)
     absolute, alignment = heap.absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset, data_offset = parts(layout, cache.dtype, cache.head_dim)
-    buffer, size_bytes = heap.segments[0][1], layout.size_bytes
+    buffer, size_bytes = route.segments[0][1], layout.size_bytes
     is_far = cache.device.type == "cuda" and buffer.device.type == "cpu"
     if is_far:
         buffer = reachable_buffer(heap, cache.device, absolute, size_bytes)

@@ -54,6 +54,11 @@ _ended_parts = (Part(0, _end, _ended, None),)
 """Of copies that have ended before their transfer is made."""
 
 
+MIN_PLANNED_BYTES = 4 << 20
+"""Over the link, fewer bytes go by the kernel: to list their runs takes the host 80 us, in which a
+link of 55 GB/s moves them."""
+
+
 class Route:
     """Where a copy between a cache and chunks goes, and by which means. Checks them.
 
@@ -67,6 +72,8 @@ class Route:
 
     Attributes:
         is_ordered: whether the copy orders itself behind transfers that fill the chunks.
+        segments: the heap's buffers, which live as long as this object if another thread closes the
+            heap.
 
     Raises:
         ValueError, TypeError: the stream, the path or the budget cannot be used.
@@ -83,6 +90,7 @@ class Route:
         "_path",
         "_stream",
         "is_ordered",
+        "segments",
     )
 
     def __init__(
@@ -103,7 +111,8 @@ class Route:
         self._is_new = is_new
         self._stream = stream
         self._cache_device = device = cuda.device_of(cache.tensors[0])
-        self._heap_device = cuda.device_of(heap.segments[0][1])
+        self.segments = heap.segments
+        self._heap_device = cuda.device_of(self.segments[0][1])
         self.is_ordered = False
         if device is None:
             if stream is not None:
@@ -168,23 +177,18 @@ class Route:
 
     def _begin(self, copy: TokenCopy, objs: BlockObjects, device: CopyDevice) -> Transfer:
         """Protect the chunks, and queue the copy."""
-        stream, path, max_sms = self._stream, self._path, self._max_sms
-        if device.is_capturing(stream):
-            raise RuntimeError(
-                "addresses on the host cannot be captured in a CUDA graph: a replay would read "
-                "them again; copy before or after the capture"
-            )
         work = PagedWork(copy, *self._sides(objs))
-        if path is None:
-            path = self._chosen(work, device)
+        path = self._path or self._chosen(work, device)
         before = transfers_filling(work)
-        self._note_stream()
         if path == "kernel":
-            queue = StreamQueue(device, stream, before, (device,) if self._is_new else ())
-            transfer = begin(work, KernelRun(work, queue, max_sms))
+            queue = StreamQueue(device, self._stream, before, (device,) if self._is_new else ())
+            _require_no_capture(queue.is_captured)
+            self._note_stream()
+            transfer = begin(work, KernelRun(work, queue, self._max_sms))
         else:
+            _require_no_capture(device.is_capturing(self._stream))
             plan = work.plan(path)
-            run = DeviceRun(plan, device, stream, path, max_sms, before, self._is_new)
+            run = DeviceRun(plan, device, self._stream, path, self._max_sms, before, self._is_new)
             transfer = begin(plan, run)
         if copy.to_heap:
             if transfer.error is not None:
@@ -201,14 +205,15 @@ class Route:
         Within a device it is the kernel: the copy engines move a twentieth of what the SMs do
         (nccl #2177).
         """
-        if work.direction == "d2d" or work.obstacle is not None or not work.num_runs:
+        is_small = work.num_bytes < MIN_PLANNED_BYTES
+        if is_small or work.direction == "d2d" or work.obstacle is not None:
             return "kernel"
         return PathChoice(work, device, self._stream, is_captured=False).chosen()
 
     def _sides(self, objs: BlockObjects) -> tuple[Side, Side]:
         """The cache and the chunks."""
         heap = self._heap
-        memory = tuple(buffer for _, buffer in heap.segments)
+        memory = tuple(buffer for _, buffer in self.segments)
         rows = tuple(heap.rows_by_batch(objs))
         return (
             Side(self._cache_device, memory=tuple(self._cache.tensors)),
@@ -238,9 +243,9 @@ class PagedWork:
         self.copy = copy
         self.source, self.target = (cache, chunks) if copy.to_heap else (chunks, cache)
         self._device = cache.device
-        self._units = units_of(copy)
         self._plan: CopyPlan | None = None
-        self.num_runs = count_runs(copy, self._units)
+        # Runs of neighbouring slots are only merged for the paths that take them from the host.
+        self.num_runs = count_runs(copy, copy.places)
         self.num_bytes = copy.places.num_tokens * copy.pairing.token_bytes
 
     @property
@@ -270,7 +275,7 @@ class PagedWork:
         """Why only the kernel can make the copy; None if others can."""
         if self.copy.chunks.scale_offset is not None:
             return "only the kernel converts"
-        if not isinstance(self._units.values, np.ndarray):
+        if not isinstance(self.copy.places.values, np.ndarray):
             return (
                 "the slots are on the device, and the host does not know the addresses: pass slots "
                 "or block ids on the host"
@@ -289,7 +294,7 @@ class PagedWork:
         if self._plan is None:
             if self.obstacle is not None:
                 raise ValueError(f"path {path!r} cannot be taken: {self.obstacle}")
-            pieces = pieces_of(self.copy, self._units)
+            pieces = pieces_of(self.copy, units_of(self.copy))
             walls = (
                 walls_of(self.source, self._device, pieces.sources, pieces.sizes),
                 walls_of(self.target, self._device, pieces.targets, pieces.sizes),
@@ -334,3 +339,11 @@ class KernelRun:
         completion.keep(work.copy)  # slots on a device, which the kernel reads
         launch = partial(run_copy, work.copy, self._max_sms)
         return self._queue.start((launch,), completion, partial(failure_of, work, self.path))
+
+
+def _require_no_capture(is_captured: bool) -> None:
+    if is_captured:
+        raise RuntimeError(
+            "addresses on the host cannot be captured in a CUDA graph: a replay would read them "
+            "again; copy before or after the capture"
+        )

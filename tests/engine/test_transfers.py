@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from kvheap import (
 from kvheap.engine import transfers
 from kvheap.engine.paged_runs import pieces_of, units_of
 from kvheap.errors import ClosedError, TransferError
+from kvheap.kernels.paged_slots import Places
 from kvheap.kernels.token_copy import TokenCopy
 from kvheap.transfer import Transfer
 
@@ -163,8 +165,19 @@ class TestWays:
                 before[token // SLOTS, :, :, token % SLOTS] = rows[:, :, slot]
         assert same(after, before)
 
-    def test_the_planner_chooses(self, device: FakeDevice) -> None:
+    def test_the_planner_chooses(self, device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
         scene, stream = Scene(device), device.stream()
+        few = scene.store(IDS, stream=stream)
+        assert few.transfer is not None
+        assert few.transfer.path == "kernel"  # so few bytes need no plan
+        scene.heap.batched_free(few)
+        device.drain()
+        monkeypatch.setattr(transfers, "MIN_PLANNED_BYTES", 0)
+        few = scene.store(IDS, stream=stream)
+        assert few.transfer is not None
+        assert few.transfer.path == "copy_engine"
+        scene.heap.batched_free(few)
+        device.drain()
         many = scene.heap.batched_store(scene.cache, range(0, 256, 2), SLOTS, stream=stream)
         assert many is not None
         assert many.transfer is not None
@@ -533,13 +546,13 @@ class TestErrors:
         scene = Scene(device)
         batch = scene.filled()
 
-        class OnDevice:
-            """Units whose values the host has not."""
+        places_of = Places.of
 
-            values = torch.zeros(4)
-            unit_tokens, num_tokens = 1, 4
+        def on_device(*arguments: Any, **options: Any) -> Places:
+            places = places_of(*arguments, **options)
+            return replace(places, values=torch.from_numpy(places.on_host()))
 
-        monkeypatch.setattr(transfers, "units_of", lambda copy: OnDevice())
+        monkeypatch.setattr(Places, "of", on_device)
         check_refused(
             scene,
             ValueError,
