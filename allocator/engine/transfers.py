@@ -44,7 +44,7 @@ from kvheap.transfer.queueing import StreamQueue, failure_of
 from kvheap.transfer.runs import LINK_SMS, DeviceRun
 from kvheap.transfer.sides import Side, walls_of
 
-__all__ = ["Route"]
+__all__ = ["Route", "ended_transfer"]
 
 _ended = Completion()
 _ended.ended()
@@ -127,6 +127,11 @@ class Route:
         is_simple = self._heap_device is device and path in (None, "kernel")
         self.is_ordered = not (is_simple and self._stream == current)
 
+    @property
+    def is_host(self) -> bool:
+        """Whether the copy is within host memory, where it is made at once."""
+        return self._cache_device is None
+
     def on_stream(self) -> AbstractContextManager[object]:
         """A context in which the copy's stream is current."""
         if self._cache_device is None or not self.is_ordered:
@@ -149,8 +154,8 @@ class Route:
         device = self._cache_device
         if device is None:
             run_copy(copy)
-            transfer = self._made(copy, _ended, "host", "h2h")
-            transfer.parts = _ended_parts
+            num_bytes = copy.places.num_tokens * copy.pairing.token_bytes
+            transfer = ended_transfer(num_bytes, count_runs(copy, copy.places))
         elif self.is_ordered:
             transfer = self._begin(copy, objs, device)
         else:
@@ -158,22 +163,17 @@ class Route:
             event = DeferredEvent(device, self._stream)
             completion = Completion()
             completion.queued(event)
-            transfer = self._made(copy, completion, "kernel", "d2d")
+            transfer = Transfer(
+                completion,
+                path="kernel",
+                direction="d2d",
+                num_bytes=copy.places.num_tokens * copy.pairing.token_bytes,
+                num_runs=count_runs(copy, copy.places),
+                device=device,
+            )
             transfer.begun((event,))
             self._note_stream()
         return transfer
-
-    def _made(
-        self, copy: TokenCopy, completion: Completion, path: Path, direction: Direction
-    ) -> Transfer:
-        return Transfer(
-            completion,
-            path=path,
-            direction=direction,
-            num_bytes=copy.places.num_tokens * copy.pairing.token_bytes,
-            num_runs=count_runs(copy, copy.places),
-            device=self._cache_device,
-        )
 
     def _begin(self, copy: TokenCopy, objs: BlockObjects, device: CopyDevice) -> Transfer:
         """Protect the chunks, and queue the copy."""
@@ -339,6 +339,20 @@ class KernelRun:
         completion.keep(work.copy)  # slots on a device, which the kernel reads
         launch = partial(run_copy, work.copy, self._max_sms)
         return self._queue.start((launch,), completion, partial(failure_of, work, self.path))
+
+
+def ended_transfer(num_bytes: int, num_runs: int) -> Transfer:
+    """The transfer of a copy within host memory that was made at once."""
+    transfer = Transfer(
+        _ended,
+        path="host",
+        direction="h2h",
+        num_bytes=num_bytes,
+        num_runs=num_runs,
+        device=None,
+    )
+    transfer.parts = _ended_parts
+    return transfer
 
 
 def _require_no_capture(is_captured: bool) -> None:
