@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fake_captures import Captures, install, on_thread
 from fake_device import FakeDevice, FakeStream, filled, heap_on
 
 from kvheap import MemoryBatch, PagedKVCache, load, store
+from kvheap.heaps.segments import Segments
 from kvheap.transfer import CopyPlan, Transfer, copy, offload, restore
 
 BLOCK = 4096
@@ -175,6 +177,49 @@ CALLS: dict[str, Callable[[Scene], object]] = {
     "collect": lambda s: gc.collect(),
 }
 """Public calls that allocate, free, copy, wait or close."""
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_wiping_waits_for_the_end_of_a_capture(
+    device: FakeDevice, captures: Captures, monkeypatch: pytest.MonkeyPatch, debug: bool
+) -> None:
+    """Of bytes on a device: a graph would wipe them at each replay, and a check would wait."""
+    options = {"debug": True} if debug else {"scrub": True}
+    heap = heap_on(device, "device", 2 * BLOCK, **options)
+    stream = captures.stream()
+    fills: list[bool] = []
+    fill = Segments.fill
+
+    def watched(segments: Segments, *arguments: Any) -> None:
+        fills.append(device.current.capturing)
+        fill(segments, *arguments)
+
+    monkeypatch.setattr(Segments, "fill", watched)
+    monkeypatch.setattr(Segments, "device", property(lambda segments: torch.device("cuda")))
+    first = heap.allocate([BLOCK], torch.uint8)
+    second = heap.allocate([BLOCK], torch.uint8)
+    assert first is not None
+    assert second is not None
+    heap.free(first)
+    nonzero = torch.nonzero
+    looks: list[bool] = []
+
+    def looked(*arguments: Any) -> torch.Tensor:
+        looks.append(device.current.capturing)
+        return nonzero(*arguments)
+
+    monkeypatch.setattr(torch, "nonzero", looked)
+    with captures.of(stream):
+        heap.free(second)
+        assert heap.stats().pending_bytes == BLOCK
+        assert heap.allocate([BLOCK], torch.uint8) is not None
+        assert heap.allocate([BLOCK], torch.uint8) is None
+    again = heap.allocate([BLOCK], torch.uint8)
+    assert again is not None
+    assert fills == [False] * 3  # of both, and of the one that was dropped in the capture
+    assert True not in looks
+    assert heap.memcheck()
+    captures.require_whole()
 
 
 async def await_for(transfer: Transfer) -> None:
