@@ -19,8 +19,10 @@ from kvheap.device import captures as captures_module
 from kvheap.device import cuda
 from kvheap.device.captures import LateEvent, end_of_work, is_captured, is_capturing
 from kvheap.device.cuda import CudaDevice
-from kvheap.kernels import capture_mode, launch
+from kvheap.kernels import capture_mode, launch, paged_plan
 from kvheap.kernels.capture_mode import Relaxed
+from kvheap.kernels.chunk_layout import ChunkLayout
+from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.memory.registrar import CudaHostRegistrar
 
 
@@ -263,4 +265,35 @@ def test_launches_are_in_the_relaxed_mode(captures: Captures, torch_cuda: Calls)
     captures.require_whole()
     with pytest.raises(KeyError), launch.current(torch.device("cuda", 0)):
         raise KeyError
+    captures.require_whole()
+
+
+def test_old_tables_of_a_cache_wait_for_its_streams(
+    device: FakeDevice, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait for the whole device would end any capture on it."""
+    monkeypatch.setattr(paged_plan, "driver", capture_mode.driver)
+    monkeypatch.setattr(paged_plan, "MAX_PAIRINGS", 4)
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda *arguments: captures.broken.append("synchronize")
+    )
+    cache = PagedKVCache.of("mla", [torch.zeros(8, 4, 2)])
+    stream, other = captures.stream(), captures.stream()
+    paged_plan.Streams.of(cache).note(stream)  # type: ignore[arg-type]
+    ran: list[int] = []
+    stream.queue.append(("work", lambda: ran.append(1)))
+
+    def pairings(first: int, last: int) -> int:
+        for tokens in range(first, last):
+            chunk = ChunkLayout.of("PLTD", (1, 1, tokens, 2), 4)
+            paged_plan.pairing_of(cache, chunk, None, None)
+        return sum(isinstance(each, paged_plan.Pairing) for each in cache.kept.values())
+
+    with captures.of(stream):
+        assert pairings(1, 8) == 7  # none is dropped that the graph's stream may read
+    assert ran == []
+    with captures.of(other):
+        assert on_thread(lambda: pairings(8, 9)) is None
+    assert ran == [1]
+    assert pairings(8, 9) == 6
     captures.require_whole()
