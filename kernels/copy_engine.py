@@ -127,6 +127,7 @@ class Driver:
     Attributes:
         version: the CUDA version that the driver supports, 1000 * major + 10 * minor.
         batch_form: the number of arguments of its batched copy; None if it has no batched copy.
+        exchange_capture_mode: ``cuThreadExchangeStreamCaptureMode``, as it is.
 
     Raises:
         CopyEngineError: the driver refuses to tell its version.
@@ -139,6 +140,7 @@ class Driver:
         self._memcpy_async = bind(library, "cuMemcpyAsync")
         self._pointer_get_attributes = bind(library, "cuPointerGetAttributes")
         self._stream_is_capturing = bind(library, "cuStreamIsCapturing")
+        self.exchange_capture_mode = bind(library, "cuThreadExchangeStreamCaptureMode")
         version = ctypes.c_int(0)
         get_version = bind(library, "cuDriverGetVersion")
         self._require("cuDriverGetVersion", get_version(ctypes.byref(version)))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 __all__ = [
     "FLAG_DEFAULT",
     "FLAG_PREFER_OVERLAP_WITH_COMPUTE",
+    "KEEP_GIL",
     "MEMORY_TYPE_DEVICE",
     "MEMORY_TYPE_HOST",
     "POINTER_ATTRIBUTES",
@@ -95,9 +96,15 @@ PROTOTYPES = {
     "cuMemcpyBatchAsync_v2": (*_BATCH_ARGUMENTS, _POINTER),
     "cuPointerGetAttributes": (ctypes.c_uint, _POINTER, _POINTER, _ADDRESS),
     "cuStreamIsCapturing": (_POINTER, _POINTER),
+    "cuThreadExchangeStreamCaptureMode": (_POINTER,),
 }
 """The arguments of the driver functions used here. All return a status; ctypes releases the GIL for
-all. The variants for the per-thread default stream (``_ptsz``) are never used."""
+all but those of ``KEEP_GIL``. The variants for the per-thread default stream (``_ptsz``) are never
+used."""
+
+KEEP_GIL = frozenset({"cuThreadExchangeStreamCaptureMode"})
+"""Functions that never wait. For each of the others, a thread that is busy in Python may keep the
+GIL for 5 ms."""
 
 
 def bind(library: object, name: str) -> Callable[..., int]:
@@ -108,5 +115,6 @@ def bind(library: object, name: str) -> Callable[..., int]:
     Raises:
         AttributeError: the library has no such function.
     """
-    prototype = ctypes.CFUNCTYPE(_STATUS, *PROTOTYPES[name])
+    make = ctypes.PYFUNCTYPE if name in KEEP_GIL else ctypes.CFUNCTYPE
+    prototype = make(_STATUS, *PROTOTYPES[name])
     return ctypes.cast(getattr(library, name), prototype)

@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from kvheap.kernels.arrays import Int64Array
+from kvheap.kernels.capture_mode import Relaxed
 
 try:
     import triton
@@ -82,8 +84,40 @@ def runs_kernels(device: torch.device) -> bool:
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a CUDA device the current one; does nothing for a CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Makes a CUDA device the current one, in which launches end no capture; nothing for a CPU.
+
+    A launch may allocate, upload, load its kernel, and ask events: see :class:`Relaxed`.
+    """
+    return _Current(device) if device.type == "cuda" else nullcontext()
+
+
+class _Current:
+    """Both contexts, one inside the other."""
+
+    __slots__ = ("_device", "_relaxed")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device: Any = torch.cuda.device(device)  # whose methods are not typed
+        self._relaxed = Relaxed()
+
+    def __enter__(self) -> None:
+        self._device.__enter__()
+        try:
+            self._relaxed.__enter__()
+        except BaseException:
+            self._device.__exit__(None, None, None)
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._relaxed.__exit__(kind, error, trace)
+        finally:
+            self._device.__exit__(kind, error, trace)
 
 
 def upload(array: Int64Array, device: torch.device) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from kvheap.kernels.arguments import as_whole
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
+from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.engine_layouts import (
     INDEXER_BYTES,
     LAYOUTS,
@@ -307,10 +308,11 @@ class PagedKVCache:
             ValueError: a slot or block id was out of range. The message names the first such token
                 of a copy, and its slot or block. It was skipped; the other tokens were copied.
         """
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
         error: torch.Tensor | None = self.kept.get("error")
-        report = NO_REPORT if error is None else int(error.item())
+        with Relaxed():
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+            report = NO_REPORT if error is None else int(error.item())
         if error is None or report == NO_REPORT:
             return
         error.fill_(NO_REPORT)

@@ -24,10 +24,12 @@ import torch
 
 from kvheap.kernels.arguments import as_whole
 from kvheap.kernels.arrays import Int64Array, alignment_of
+from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.chunk_layout import ChunkLayout
+from kvheap.kernels.copy_engine import driver
 from kvheap.kernels.paged_layout import PagedKVCache
 
-__all__ = ["Entry", "Pairing", "pairing_of"]
+__all__ = ["Entry", "Pairing", "Streams", "pairing_of"]
 
 MAX_PAIRINGS = 256
 """Pairings kept with a cache, of about 26 KiB each for 32 layers; half are dropped beyond that."""
@@ -167,6 +169,12 @@ class Pairing:
         """Layers that are copied."""
         return len(self.entries[0])
 
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes of one token that are copied."""
+        of_layer = sum(entries[0].run_bytes for entries in self.entries)
+        return of_layer * self.num_layers * self.runs_per_token
+
     @property
     def max_run_bytes(self) -> int:
         """Bytes of the longest run of one token."""
@@ -274,10 +282,41 @@ def _drop_oldest(cache: PagedKVCache) -> None:
     pairings = [key for key, value in kept.items() if isinstance(value, Pairing)]
     if len(pairings) < MAX_PAIRINGS:
         return
-    if cache.device.type == "cuda":  # work that is queued may still read their tables
-        torch.cuda.synchronize(cache.device)
+    streams: Streams | None = kept.get("streams")
+    if streams is not None and not streams.wait():
+        return
     for key in pairings[: MAX_PAIRINGS // 2]:
         cache.kept.pop(key, None)
+
+
+class Streams:
+    """The streams on which copies of a cache were launched: they may still read its tables."""
+
+    def __init__(self) -> None:
+        self._by_handle: dict[int, torch.cuda.Stream] = {}
+
+    @classmethod
+    def of(cls, cache: PagedKVCache) -> Streams:
+        """Those of a cache, kept with it."""
+        found: Streams = cache.kept.setdefault("streams", cls())
+        return found
+
+    def note(self, stream: torch.cuda.Stream) -> None:
+        """Note a stream on which a copy is launched."""
+        self._by_handle[stream.cuda_stream] = stream
+
+    def wait(self) -> bool:
+        """Wait for all of them; False, without a wait, if one is being captured.
+
+        A wait for the device would end any capture on it, whoever makes it.
+        """
+        streams = self._by_handle.copy()
+        if any(driver().is_capturing(handle) for handle in streams):
+            return False
+        with Relaxed():
+            for stream in streams.values():
+                stream.record_event().synchronize()
+        return True
 
 
 def _heads(cache_heads: int, chunk_heads: int, heads: slice | None) -> tuple[int, int, int]:

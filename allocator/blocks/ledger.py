@@ -30,7 +30,7 @@ from kvheap.addresses.free_list import Receipt
 from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.recorded_streams import Streams
-from kvheap.blocks.release import Release, WipingError
+from kvheap.blocks.release import Release, WipedLaterError, WipingError
 from kvheap.blocks.stream_events import StreamEvents
 from kvheap.device.events import Event
 from kvheap.errors import HeapCorruptionError, InvalidFreeError
@@ -253,6 +253,9 @@ class Ledger:
                     error = release.error = failure
                     if is_quiet:
                         self.failed.append(release)
+                except WipedLaterError:
+                    self._begin_pending(release)
+                    continue
                 except WipingError as failure:
                     error = failure.__cause__
                     if is_quiet and release.error is not None and not release.was_reported:

@@ -17,9 +17,11 @@ from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.recorded_streams import Streams
 from kvheap.blocks.release import Release
 from kvheap.blocks.stream_events import StreamEvents
+from kvheap.device.captures import end_of_work, is_capturing
 from kvheap.device.events import POLL_SECONDS, Event, ReleaseVoidError, Stream, has_let_go
 from kvheap.guards import Deferred, Guard, is_inside_section, section
 from kvheap.interrupts import is_interrupt
+from kvheap.kernels.capture_mode import Relaxed
 
 __all__ = ["Reclaimer"]
 
@@ -78,7 +80,8 @@ class Reclaimer:
     def settle(self, limit: int | None = CHECKED_RELEASES) -> bool:
         """Reclaim dropped blocks, freed blocks that streams no longer use, and expired leases.
 
-        Does nothing inside a section.
+        Does nothing inside a section. While the calling thread captures a CUDA graph, streams and
+        events are asked nothing: what they use is reclaimed after the capture.
 
         Args:
             limit: how many pending releases to check; None: all.
@@ -188,19 +191,20 @@ class Reclaimer:
     def _look_at_pending(self, limit: int | None) -> None:
         """Give back what has ended of the ``limit`` pending releases checked longest ago."""
         ledger = self._ledger
-        releases = ledger.next_pending(limit)
+        releases = () if is_capturing() else ledger.next_pending(limit)
         last = releases if len(releases) < len(ledger.pending) else ()
         ended: list[Release] = []
-        for release in releases:
-            state = self._state_of(release)
-            if state == "pending":
-                continue
-            if state == "failed":
-                release.is_void = True
-            ended.append(release)
-            if len(ended) == RELEASES_PER_SECTION:
-                self._conclude(ended, ())
-                ended = []
+        with Relaxed():
+            for release in releases:
+                state = self._state_of(release)
+                if state == "pending":
+                    continue
+                if state == "failed":
+                    release.is_void = True
+                ended.append(release)
+                if len(ended) == RELEASES_PER_SECTION:
+                    self._conclude(ended, ())
+                    ended = []
         if ended or last or ledger.begun or ledger.allocation.done:
             self._conclude(ended, last)
 
@@ -289,7 +293,7 @@ class Reclaimer:
             self.settle(limit=None)
             if self.num_reclaimed != before:
                 return True
-            if time.monotonic() >= deadline or not self._ledger.pending:
+            if time.monotonic() >= deadline or not self._ledger.pending or is_capturing():
                 return False
             time.sleep(POLL_SECONDS)
 
@@ -297,28 +301,37 @@ class Reclaimer:
         """Wait until no stream uses live or freed blocks, for at most ``seconds``.
 
         Returns:
-            Whether all streams have finished; False without a wait for one that cannot tell.
+            Whether all streams have finished; False without a wait for one that cannot tell, and
+            while the calling thread captures a CUDA graph.
         """
         deadline = time.monotonic() + seconds
         records = self._ledger.live.copy().values()
         streams = [each for record in records for each in record.counts.streams_now(None).values()]
         waits: list[Event] = []
-        can_wait = [self._can_wait_for(stream, waits) for stream in streams]
+        if is_capturing() and (streams or self._ledger.pending):
+            return False
+        with Relaxed():
+            can_wait = [self._can_wait_for(stream, waits) for stream in streams]
         while True:
             self.settle(limit=None)
-            waits = [event for event in waits if not self._has_ended(event)]
-            pending = self._ledger.pending.copy().values()
-            if not waits and all(self._state_of(release) != "pending" for release in pending):
+            if self._are_over(waits):
                 return all(can_wait)
             if time.monotonic() >= deadline:
                 return False
             time.sleep(POLL_SECONDS)
 
+    def _are_over(self, waits: list[Event]) -> bool:
+        """Whether all events are over, and those of pending releases; drops those that are."""
+        with Relaxed():
+            waits[:] = [event for event in waits if not self._has_ended(event)]
+            pending = self._ledger.pending.copy().values()
+            return not waits and all(self._state_of(release) != "pending" for release in pending)
+
     def _can_wait_for(self, stream: Stream, waits: list[Event]) -> bool:
         """Add the event to wait for, if any; False if the stream cannot tell whether it is over."""
         try:
             if not has_let_go(stream):
-                waits.append(stream.record_event())
+                waits.append(end_of_work(stream))
         except Exception as error:
             if is_interrupt(error):
                 raise

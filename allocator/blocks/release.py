@@ -14,7 +14,15 @@ from kvheap.blocks.counts import FREED, RowCounts
 from kvheap.blocks.sites import Site, allocated_at
 from kvheap.device.events import Event
 
-__all__ = ["LastOwner", "Parts", "Release", "WipingError", "describe_owner", "merged"]
+__all__ = [
+    "LastOwner",
+    "Parts",
+    "Release",
+    "WipedLaterError",
+    "WipingError",
+    "describe_owner",
+    "merged",
+]
 
 LastOwner = tuple[BlockLayout, Site]
 """What a block held, and where it was allocated."""
@@ -108,6 +116,10 @@ class Release(Receipt):
 
 class WipingError(Exception):
     """The bytes of a release could not be wiped, for the reason in ``__cause__``."""
+
+
+class WipedLaterError(Exception):
+    """The bytes of a release cannot be wiped now: a later operation does it."""
 
 
 def describe_owner(owner: LastOwner | None) -> str:

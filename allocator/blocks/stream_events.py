@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from kvheap.blocks.recorded_streams import Streams
+from kvheap.device.captures import end_of_work, is_capturing
 from kvheap.device.events import Event, has_let_go
 from kvheap.errors import LifetimeError
 from kvheap.interrupts import is_interrupt
+from kvheap.kernels.capture_mode import Relaxed
 
 __all__ = ["NO_EVENTS", "StreamEvents", "StreamGoneError"]
 
@@ -41,9 +43,12 @@ class StreamEvents(dict[Hashable, "Event | None"]):
         """
         events = StreamEvents() if self is NO_EVENTS else self
         try:
-            for key, stream in streams.items():
-                # No event for a transfer that has ended: it would only have to be checked again.
-                events[key] = None if has_let_go(stream) else stream.record_event()
+            with Relaxed():
+                asks_nothing = is_capturing()
+                for key, stream in streams.items():
+                    # No event for a transfer that has ended: it would only be checked again.
+                    has_ended = not asks_nothing and has_let_go(stream)
+                    events[key] = None if has_ended else end_of_work(stream)
         except Exception as error:
             if is_wrapped and not is_interrupt(error):
                 raise StreamGoneError(str(error)) from error

@@ -26,6 +26,7 @@ from kvheap.device.host_queue import HostEvent, NestedWaitError
 from kvheap.errors import TransferError
 from kvheap.forks import starts_over_after_fork
 from kvheap.interrupts import is_interrupt
+from kvheap.kernels.capture_mode import Relaxed
 
 __all__ = ["Answer", "Completion", "InFlight", "Success", "in_flight"]
 
@@ -145,7 +146,10 @@ class Completion:
             BaseException: what a signal handler raised meanwhile; the copy goes on.
         """
         try:
-            return question()
+            if isinstance(self._event, HostEvent):
+                return question()
+            with Relaxed():
+                return question()
         except NestedWaitError:
             raise
         except Exception as cause:
@@ -271,6 +275,12 @@ class InFlight:
 
     def add(self, completion: Completion) -> None:
         """Keep a copy, and drop those that have ended among ``CHECKED_COPIES`` others."""
+        if self._begun:
+            with Relaxed():
+                self._check_some()
+        self._begun[completion] = None
+
+    def _check_some(self) -> None:
         for _ in range(min(len(self._begun), CHECKED_COPIES)):
             # Everything stays in the dict until it is known to have ended: nothing that happens
             # in between, here or in another thread, can lose a copy in flight.
@@ -283,7 +293,6 @@ class InFlight:
                 if other.is_lost:  # the device may still write
                     self._lost.append(other)
                 self.discard(other)
-        self._begun[completion] = None
 
     def discard(self, completion: Completion) -> None:
         """Forget a copy, if it is kept."""

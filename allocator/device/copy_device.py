@@ -91,7 +91,11 @@ class CopyDevice(Protocol):
         ...
 
     def wait_event(self, stream: Any, event: DeviceEvent) -> None:
-        """Make later work on ``stream`` wait for an event; either may belong to another device."""
+        """Make later work on ``stream`` wait for an event; either may belong to another device.
+
+        Raises:
+            RuntimeError: the stream is being captured.
+        """
         ...
 
     def synchronize(self) -> None:

@@ -18,6 +18,7 @@ import torch
 from kvheap.device.copy_device import CopyDevice, PreparedCopy
 from kvheap.device.events import DeviceEvent
 from kvheap.kernels import launch
+from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.copy_engine import LEGACY_STREAMS, Driver, Location, driver
 from kvheap.kernels.pieces import Pieces
 from kvheap.kernels.pointer_copy import PointerCopy
@@ -71,7 +72,8 @@ class CudaDevice:
             self._driver = driver()
         if not getattr(self._threads, "is_bound", False):
             # The driver's functions need a current context; this torch call creates it.
-            torch.cuda.mem_get_info(self.torch_device)
+            with Relaxed():
+                torch.cuda.mem_get_info(self.torch_device)
             self._threads.is_bound = True
         return self._driver
 
@@ -111,22 +113,30 @@ class CudaDevice:
         if not isinstance(stream, torch.cuda.Stream):
             raise TypeError(f"stream must be a torch.cuda.Stream, got {stream!r}")
         assert isinstance(event, torch.cuda.Event)
+        if self.is_capturing(stream):  # CUDA would refuse, and end the capture
+            raise RuntimeError(
+                f"{stream} is being captured, and cannot wait for work outside of the graph: wait "
+                f"for the transfer before the capture"
+            )
         stream.wait_event(event)
 
     def synchronize(self) -> None:
         """See ``CopyDevice.synchronize``."""
-        torch.cuda.synchronize(self.torch_device)
+        with Relaxed():
+            torch.cuda.synchronize(self.torch_device)
 
     def side_stream(self) -> torch.cuda.Stream:
         """See ``CopyDevice.side_stream``."""
         if self._side is None:
-            self._side = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+            with Relaxed():
+                self._side = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         side: torch.cuda.Stream = self._side
         return side
 
     def empty(self, num_bytes: int) -> torch.Tensor:
         """See ``CopyDevice.empty``."""
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        with Relaxed():
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
     def prepare(self, pieces: Pieces) -> PreparedCopy:
         """See ``CopyDevice.prepare``."""

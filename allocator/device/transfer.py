@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from kvheap.device.captures import DeferredEvent
 from kvheap.device.completion import Answer, Completion
 from kvheap.device.copy_device import CopyDevice
 from kvheap.device.directions import Direction, Path
@@ -72,7 +73,10 @@ class Part:
         if device is None:
             self.wait()
         else:
-            device.wait_event(device.current_stream() if stream is None else stream, self._event)
+            event = self._event
+            if isinstance(event, DeferredEvent):
+                event = event.recorded()
+            device.wait_event(device.current_stream() if stream is None else stream, event)
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         completion = self._completion

@@ -40,14 +40,18 @@ from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.names import as_format
 from kvheap.blocks.rows import listed
+from kvheap.device.directions import Path
+from kvheap.device.transfer import Transfer
 from kvheap.engine.clearing import clear_rest as clear_slots_behind
 from kvheap.engine.reach import reachable_buffer
 from kvheap.engine.tokens import record_stored, require_stored
+from kvheap.engine.transfers import Route
 from kvheap.errors import ForeignObjectError
 from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.block_addresses import require_disjoint
+from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.chunk_layout import ChunkLayout
-from kvheap.kernels.paged_copy import Chunks, run_copy
+from kvheap.kernels.paged_copy import Chunks
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
 from kvheap.kernels.token_copy import CONVERTIBLE, TokenCopy
@@ -74,12 +78,18 @@ def store(
     layers: range | None = None,
     heads: slice | None = None,
     convert: bool = False,
-) -> None:
-    """Copy the KV of tokens from an engine's cache into a batch, bit by bit, in one launch.
+    stream: torch.cuda.Stream | None = None,
+    path: Path | None = None,
+    max_sms: int | None = None,
+) -> Transfer:
+    """Copy the KV of tokens from an engine's cache into a batch, bit by bit.
 
-    Runs on the current stream, without waiting. Bytes of the chunks beyond the tokens keep their
-    contents. If the chunks may be freed before the copy ends, and the next allocation is for
-    another stream, call ``batch.record_stream`` with the copy's stream.
+    Does not wait for a device. Bytes of the chunks beyond the tokens keep their contents. Within a
+    device it is one launch on the current stream, which orders it like any other kernel: if the
+    chunks may be freed before it ends, and the next allocation is for another stream, call
+    ``batch.record_stream`` with the copy's stream. On another stream, by another path, and between
+    a device and pinned host memory, it is a transfer as ``kvheap.transfer.copy`` makes it: the
+    bytes of the chunks are not reused before it has ended, and what reads a batch waits for it.
 
     Args:
         cache: the engine's cache.
@@ -99,28 +109,54 @@ def store(
         convert: convert a cache of bfloat16 or float16 to chunks of two groups: elements of
             float8_e4m3fn, and scales, float32 ``[planes, layers, heads]``.
             ``kernels/paged_convert.py`` states how much precision is lost.
+        stream: a stream of the cache's device; None: the current one. The caller orders it behind
+            the work that produced the KV and slots on a device.
+        path: take this path; None: the kernel within a device, and between a device and the host
+            what the planner chooses. The copy engine and staging need slots on the host, and
+            convert nothing.
+        max_sms: maximum number of SMs for the kernel; None: 4 between a device and the host, no
+            limit within a device.
+
+    Returns:
+        The transfer. Copies within host memory have ended.
 
     Raises:
-        ValueError: a slot is out of range, the cache and the chunks do not match, or no device can
-            reach the memory of both; nothing is written. Slots on a device are checked only in
-            debug mode; otherwise, slots out of range are skipped, and ``cache.synchronize()``
-            names one.
+        ValueError: a slot is out of range, the cache and the chunks do not match, no device can
+            reach the memory of both, or the path cannot be taken; nothing is written. Slots on a
+            device are checked only in debug mode; otherwise, slots out of range are skipped, and
+            ``cache.synchronize()`` names one.
         TypeError: slots are not integers, or the batch does not belong to a heap; nothing is
             written.
         LifetimeError: a chunk is freed; nothing is written.
         ForeignObjectError: the chunks are another process's, and a view for reading here; nothing
             is written.
+        RuntimeError: a CUDA graph is being captured on the stream; nothing is written.
+        TransferError: the copy failed to start; the chunks hold no tokens.
     """
     heap = heap_of(batch)
-    chunks = _chunks(heap, batch, cache, convert)
+    require_cache(cache)
+    route = Route(cache, heap, stream, path, max_sms)
+    return _store(route, cache, slots, batch, layers, heads, convert)
+
+
+def _store(
+    route: Route,
+    cache: PagedKVCache,
+    slots: Slots,
+    batch: BlockObjects,
+    layers: range | None,
+    heads: slice | None,
+    convert: bool,
+) -> Transfer:
+    heap = heap_of(batch)
+    chunks = _chunks(heap, batch, cache, convert, route)
     require_writable(batch)
-    segments = heap.segments  # keeps the buffers alive if another thread closes the heap
     if not isinstance(batch, MemoryBatch):
         require_disjoint("chunks to store to", chunks.addresses, chunks.size_bytes)
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=True)
-    run_copy(copy)
+    transfer = route.execute(copy, batch)
     record_stored(batch, chunks.layout, copy, cache)
-    del segments
+    return transfer
 
 
 @untraced
@@ -133,7 +169,10 @@ def load(
     heads: slice | None = None,
     convert: bool = False,
     clear_rest: bool = False,
-) -> None:
+    stream: torch.cuda.Stream | None = None,
+    path: Path | None = None,
+    max_sms: int | None = None,
+) -> Transfer:
     """Copy the KV of tokens from a batch into an engine's cache; the inverse of :func:`store`.
 
     No two tokens may have the same slot, as no two targets of a transfer may overlap. That is
@@ -150,23 +189,33 @@ def load(
         clear_rest: also zero the slots behind the last token's in its block, in the layers and
             heads that are copied, by a second launch. An engine that masks them would still let a
             former owner's NaN through.
+        stream: see :func:`store`.
+        path: see :func:`store`.
+        max_sms: see :func:`store`.
+
+    Returns:
+        The transfer. Copies within host memory have ended.
 
     Raises:
         ValueError: as for :func:`store`; a slot appears twice; a token was not stored, if the batch
             knows its tokens (``MemoryBatch.num_tokens``); or the chunks are known to be of other
             layers or heads. Nothing is loaded.
-        TypeError, LifetimeError: as for :func:`store`; nothing is loaded.
+        TypeError, LifetimeError, RuntimeError: as for :func:`store`; nothing is loaded.
+        TransferError: the copy failed to start, and the slots' contents are undefined; or the
+            transfer that fills the chunks has failed, and nothing is loaded.
     """
     heap = heap_of(batch)
-    chunks = _chunks(heap, batch, cache, convert)
-    segments = heap.segments  # as in store
+    require_cache(cache)
+    route = Route(cache, heap, stream, path, max_sms)
+    chunks = _chunks(heap, batch, cache, convert, route)
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=False)
     require_stored(batch, chunks.layout, copy, cache)
     require_flags(clear_rest=clear_rest)
     if clear_rest:
-        clear_slots_behind(copy.pairing, copy.places)  # first: its slots may be among those to load
-    run_copy(copy)
-    del segments
+        with route.on_stream():
+            # First: its slots may be among those to load.
+            clear_slots_behind(copy.pairing, copy.places)
+    return route.execute(copy, batch)
 
 
 # -- methods of a heap -----------------------------------------------------------------------------
@@ -183,6 +232,9 @@ def batched_store(
     layers: range | None = None,
     allow_partial: bool = False,
     convert: bool = False,
+    stream: torch.cuda.Stream | None = None,
+    path: Path | None = None,
+    max_sms: int | None = None,
 ) -> MemoryBatch | None:
     """Allocate chunks for the KV of tokens, and fill them from an engine's cache.
 
@@ -201,16 +253,23 @@ def batched_store(
         convert: store a cache of bfloat16 or float16, whose K and V have one size, as
             float8_e4m3fn, with float32 scales in a second group of each chunk (the first, if the
             bytes of the elements are not a multiple of 4); this loses precision.
+        stream: see :func:`kvheap.store`.
+        path: see :func:`kvheap.store`.
+        max_sms: see :func:`kvheap.store`.
 
     Returns:
-        The chunks; None if they do not fit.
+        The chunks; None if they do not fit. Their ``transfer`` tells when the bytes have arrived,
+        unless it was one launch on the current stream or a copy within host memory.
 
     Raises:
-        ValueError, TypeError: as for :func:`kvheap.store`; nothing is allocated.
+        ValueError, TypeError, RuntimeError, TransferError: as for :func:`kvheap.store`; nothing is
+            allocated.
         ClosedError: the allocator is closed.
     """
     require_cache(cache)
     require_flags(allow_partial=allow_partial, convert=convert)
+    heap.require_open()
+    route = Route(cache, heap, stream, path, max_sms, is_new=True)
     if layers is not None and not isinstance(layers, range):
         raise TypeError(f"layers must be a range, got {layers!r}")
     num_layers = cache.num_layers if layers is None else len(layers)
@@ -239,7 +298,7 @@ def batched_store(
         batch.stored_tokens.set_first(0)
         if len(batch) < num_chunks:
             slots = first_tokens(slots, len(batch) * chunk_tokens, cache.block_size)
-        store(cache, slots, batch, layers=layers, convert=convert)
+        _store(route, cache, slots, batch, layers, None, convert)
     except BaseException:
         heap.batched_free(batch)
         raise
@@ -257,7 +316,10 @@ def batched_load(
     heads: slice | None = None,
     convert: bool = False,
     clear_rest: bool = False,
-) -> None:
+    stream: torch.cuda.Stream | None = None,
+    path: Path | None = None,
+    max_sms: int | None = None,
+) -> Transfer:
     """Fill an engine's cache from chunks of this heap; see :func:`kvheap.load`.
 
     A method of ``TensorMemoryAllocator``.
@@ -269,7 +331,18 @@ def batched_load(
     heap.require_open()
     if heap_of(batch) is not heap:
         raise ForeignObjectError("the chunks belong to another allocator")
-    load(batch, cache, slots, layers=layers, heads=heads, convert=convert, clear_rest=clear_rest)
+    return load(
+        batch,
+        cache,
+        slots,
+        layers=layers,
+        heads=heads,
+        convert=convert,
+        clear_rest=clear_rest,
+        stream=stream,
+        path=path,
+        max_sms=max_sms,
+    )
 
 
 @untraced
@@ -300,7 +373,8 @@ def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = No
     expected = (len(objs), *shape)
     if out is None:
         pinned = heap.device.type == "cuda"
-        out = torch.empty(expected, dtype=dtype, device="cpu", pin_memory=pinned)
+        with Relaxed():
+            out = torch.empty(expected, dtype=dtype, device="cpu", pin_memory=pinned)
     require_tensor("out", out)
     if out.device == heap.device:
         heap.batched_free(objs, out=out)
@@ -311,11 +385,12 @@ def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = No
         raise ValueError(
             f"out must be {expected} of {dtype}, got {tuple(out.shape)} of {out.dtype}"
         )
-    staging = torch.empty(expected, dtype=dtype, device=heap.device)
-    heap.require_gatherable(heap.rows_by_batch(objs), staging)
-    if len(staging):
-        heap.gather(objs, staging)
-    out.copy_(staging, non_blocking=True)  # before the free, so that a failure loses nothing
+    with Relaxed():
+        staging = torch.empty(expected, dtype=dtype, device=heap.device)
+        heap.require_gatherable(heap.rows_by_batch(objs), staging)
+        if len(staging):
+            heap.gather(objs, staging)
+        out.copy_(staging, non_blocking=True)  # before the free, so that a failure loses nothing
     heap.batched_free(objs)
     return out
 
@@ -409,18 +484,20 @@ def _chunk_planes(fmt: MemoryFormat) -> int:
     return 2 if "P" in dim_order_of(fmt) and fmt is not MemoryFormat.KV_MLA_FMT else 1
 
 
-def _chunks(heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool) -> Chunks:
+def _chunks(
+    heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool, route: Route
+) -> Chunks:
     """Describe the chunks to the kernels."""
-    require_cache(cache)
     require_flags(convert=convert)
     layout, addresses = layout_and_addresses(objs)
     if convert:
         _require_convertible(cache, layout.fmt)
-    await_filling(objs, heap.device)
+    if not route.is_ordered:
+        await_filling(objs, heap.device)
     absolute, alignment = heap.absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset, data_offset = parts(layout, cache.dtype, cache.head_dim)
-    buffer, size_bytes = heap.segments[0][1], layout.size_bytes
+    buffer, size_bytes = route.segments[0][1], layout.size_bytes
     is_far = cache.device.type == "cuda" and buffer.device.type == "cpu"
     if is_far:
         buffer = reachable_buffer(heap, cache.device, absolute, size_bytes)

@@ -11,6 +11,7 @@ from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.integers import as_integer
 from kvheap.heaps.options import require_size
 from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
+from kvheap.kernels.capture_mode import Relaxed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,6 +76,7 @@ def aligned_tensor(size: int, device: torch.device, align_bytes: int) -> torch.T
         )
     if size + align_bytes >= 1 << 63:
         raise ValueError(f"size and align_bytes are too large: {size} and {align_bytes}")
-    whole = torch.empty(size + align_bytes, dtype=torch.uint8, device=device)
+    with Relaxed():
+        whole = torch.empty(size + align_bytes, dtype=torch.uint8, device=device)
     skipped = -whole.data_ptr() % align_bytes
     return whole[skipped : skipped + size]

@@ -7,7 +7,8 @@ object, and this object knows neither of the two. A dropped heap frees its memor
 from __future__ import annotations
 
 from kvheap.addresses.address_manager import AddressManager
-from kvheap.blocks.release import Release, WipingError
+from kvheap.blocks.release import Release, WipedLaterError, WipingError
+from kvheap.device.captures import is_capturing
 from kvheap.heaps.ownership import Ownership
 from kvheap.heaps.segments import Segments
 from kvheap.heaps.wiping import Wiping
@@ -48,6 +49,7 @@ class FreedBytes:
 
         Raises:
             WipingError: the bytes could not be wiped, and are not free.
+            WipedLaterError: this thread captures a CUDA graph, which must not repeat the wiping.
             InvalidFreeError: somebody else has freed the bytes, by their addresses.
         """
         if self._ownership.is_view_only:
@@ -55,6 +57,8 @@ class FreedBytes:
             return
         segments = self.segments
         if self.wiping is not None and len(segments):  # none once the heap is closed
+            if segments.device.type == "cuda" and is_capturing():
+                raise WipedLaterError
             try:
                 self.wiping.freed(release, segments)
             except Exception as error:

@@ -62,7 +62,8 @@ class HostMemoryAllocator(HostHeap):
         size: bytes of the heap; rounded down to the alignment.
         align_bytes: a power of two; the heap address and the absolute address of every block are
             multiples of it.
-        huge_pages: ``"none"``, ``"transparent"`` or ``"explicit"``; see ``HostBuffer``.
+        huge_pages: ``"none"``, ``"if possible"``, ``"transparent"`` or ``"explicit"``; see
+            ``HostBuffer``.
         numa_node: take memory of this node only.
         populate: commit all memory now, on several threads, instead of page by page at first use.
         shared: use memory that other processes can map: see :meth:`attach`.
@@ -160,7 +161,8 @@ class PinMemoryAllocator(HostHeap):
         size: bytes of the heap; rounded down to the alignment.
         align_bytes: a power of two; the heap address and the absolute address of every block are
             multiples of it.
-        huge_pages: ``"none"``, ``"transparent"`` or ``"explicit"``; see ``HostBuffer``.
+        huge_pages: ``"none"``, ``"if possible"``, ``"transparent"`` or ``"explicit"``; see
+            ``HostBuffer``. They are pinned faster.
         numa_node: take memory of this node only; ``numa_node_of_gpu`` returns the node of a GPU.
         allow_unpinned: accept memory that cannot be pinned; ``stats().pinned_bytes`` tells how much
             is pinned.
@@ -184,7 +186,7 @@ class PinMemoryAllocator(HostHeap):
         size: int,
         align_bytes: int = AddressManager.ALIGN_BYTES,
         *,
-        huge_pages: HugePages = "none",
+        huge_pages: HugePages = "if possible",
         numa_node: int | None = None,
         allow_unpinned: bool = False,
         registrar: HostRegistrar | None = None,

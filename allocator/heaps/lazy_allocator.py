@@ -34,7 +34,7 @@ PINNED_PIECE_BYTES = 1 << 30
 PLAIN_PIECE_BYTES = 256 << 20
 """Bytes committed at a time without pinning. Blocks may straddle such pieces."""
 
-POPULATE_STEP_BYTES = 32 << 20
+POPULATE_STEP_BYTES = 128 << 20
 """Bytes populated between two checks for ``close``; see benchmarks/NOTES.md."""
 
 Pinning = Literal["required", "if possible", "no"]
@@ -50,7 +50,8 @@ class LazyMemoryAllocator(HostHeap):
             base address is also a multiple of the page size.
         pin: ``"required"``: pin all memory for CUDA, or raise; ``"if possible"``: leave memory
             that cannot be pinned unpinned (see ``stats().pinned_bytes``); ``"no"``: do not pin.
-        huge_pages: ``"none"``, ``"transparent"`` or ``"explicit"``; see ``HostBuffer``.
+        huge_pages: ``"none"``, ``"if possible"``, ``"transparent"`` or ``"explicit"``; see
+            ``HostBuffer``. None: ``"if possible"`` if memory is pinned, else ``"none"``.
         numa_node: take memory of this node only.
         piece_bytes: bytes by which the heap grows at a time, rounded down to the same units, at
             least one; None: 1 GiB if memory is pinned, else 256 MiB.
@@ -76,7 +77,7 @@ class LazyMemoryAllocator(HostHeap):
         align_bytes: int = AddressManager.ALIGN_BYTES,
         *,
         pin: Pinning = "required",
-        huge_pages: HugePages = "none",
+        huge_pages: HugePages | None = None,
         numa_node: int | None = None,
         piece_bytes: int | None = None,
         on_progress: Callable[[GrowthProgress], None] | None = None,
@@ -104,6 +105,8 @@ class LazyMemoryAllocator(HostHeap):
             # Created here: it registers for the device that is current on this thread.
             registrar = CudaHostRegistrar()
         self._registrar = registrar
+        if huge_pages is None:
+            huge_pages = "none" if pin == "no" else "if possible"
         self.host_buffer = HostBuffer(
             final_size, align_bytes=align_bytes, huge_pages=huge_pages, numa_node=numa_node
         )

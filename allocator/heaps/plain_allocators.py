@@ -23,6 +23,7 @@ from kvheap.blocks.rows import Rows
 from kvheap.errors import NegativeBatchSizeError
 from kvheap.guards import Guard
 from kvheap.heaps.block_tensors import require_gatherable, require_matching
+from kvheap.kernels.capture_mode import Relaxed
 
 __all__ = ["AdHocMemoryAllocator", "BufferAllocator"]
 
@@ -78,7 +79,8 @@ class AdHocMemoryAllocator(BlockAllocator):
                 f"batch_size is {batch_size}: so many blocks of {block_bytes} bytes do not fit any "
                 f"address space"
             )
-        storage = torch.empty((batch_size, block_bytes), dtype=torch.uint8, device=self.device)
+        with Relaxed():
+            storage = torch.empty((batch_size, block_bytes), dtype=torch.uint8, device=self.device)
         if source is not None:
             content = source.detach().reshape(batch_size, layout.packed_elements)
             storage[:, : layout.size_bytes].copy_(content.view(torch.uint8))

@@ -18,6 +18,7 @@ from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
+from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.few_blocks import copy_run, memory_of
 from kvheap.kernels.pieces import first_outside
 
@@ -155,7 +156,10 @@ class Segments:
         """Copy ``source[i]`` to ``blocks[i]``, by one kernel for each segment."""
         if self._copy_run(source, blocks, to_heap=True):
             return
-        addresses, source = blocks.addresses, source.detach().to(self.device)
+        addresses, source = blocks.addresses, source.detach()
+        if source.device != self.device:
+            with Relaxed():
+                source = source.to(self.device)
         for buffer, local, positions in self._by_segment(addresses):
             scatter_blocks(source[positions], buffer, local)
 
@@ -169,9 +173,11 @@ class Segments:
             if isinstance(positions, slice):
                 gather_blocks(buffer, local, out[positions])
             else:
-                part = torch.empty((len(local), *out.shape[1:]), dtype=out.dtype, device=out.device)
-                gather_blocks(buffer, local, part)
-                out[torch.from_numpy(positions).to(out.device)] = part
+                with Relaxed():
+                    shape = (len(local), *out.shape[1:])
+                    part = torch.empty(shape, dtype=out.dtype, device=out.device)
+                    gather_blocks(buffer, local, part)
+                    out[torch.from_numpy(positions).to(out.device)] = part
 
     def _copy_run(self, tensor: torch.Tensor, blocks: AddressBatch, to_heap: bool) -> bool:
         """Copy blocks of host memory that form one run; False if they do not."""

@@ -12,6 +12,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 
 from kvheap.addresses.integers import round_up
 from kvheap.memory.host_registration import HostRegistrations
@@ -25,6 +26,7 @@ from kvheap.memory.pages import (
     explicit_huge_page_counts,
     madvise,
     require_transparent_huge_pages,
+    why_no_transparent_huge_pages,
 )
 
 __all__ = ["HostMapping", "attached_mappings", "reserve"]
@@ -50,6 +52,7 @@ class HostMapping(mmap.mmap):
         offset: where the range begins in the mapping.
         data_ptr: address of the range's first byte.
         registrations: which parts of the range are pinned.
+        is_bound: whether all its pages come from the node that was asked for.
         creator_pid: the process that created the file that it maps; None: that is not known, or it
             maps no file.
     """
@@ -58,6 +61,7 @@ class HostMapping(mmap.mmap):
     offset: int
     data_ptr: int
     registrations: HostRegistrations
+    is_bound: bool
     creator_pid: int | None
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -89,6 +93,10 @@ def reserve(
     """
     if huge_pages == "transparent":
         require_transparent_huge_pages(shared=fd is not None)
+    is_wish = huge_pages == "if possible"
+    if is_wish:
+        is_allowed = why_no_transparent_huge_pages(shared=fd is not None) is None
+        huge_pages = "transparent" if is_allowed else "none"
     if fd is None:
         if huge_pages == "transparent":
             align_bytes = max(align_bytes, TRANSPARENT_HUGE_PAGE_BYTES)
@@ -103,13 +111,15 @@ def reserve(
             f"{pointer:#x}, and a shared mapping cannot be shifted"
         )
     if huge_pages == "transparent":
-        madvise(pointer, len(mapping), MADV_HUGEPAGE)
+        with suppress(OSError) if is_wish else nullcontext():
+            madvise(pointer, len(mapping), MADV_HUGEPAGE)
     if numa_node is not None:
         bind_to_node(pointer, len(mapping), numa_node)
     mapping.size_bytes = size_bytes
     mapping.offset = offset
     mapping.data_ptr = pointer + offset
     mapping.registrations = HostRegistrations(mapping.data_ptr)
+    mapping.is_bound = numa_node is not None
     mapping.creator_pid = None
     if fd is not None:
         _of_files.add(mapping)

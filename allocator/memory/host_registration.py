@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +93,7 @@ class HostRegistrations:
         registrar: HostRegistrar,
         allow_unpinned: bool,
         cancelled: threading.Event,
+        commit: Callable[[int, int], None] = lambda start, end: None,
     ) -> int:
         """Register all pieces or none; with ``allow_unpinned``, register those that do not fail.
 
@@ -103,6 +104,7 @@ class HostRegistrations:
             allow_unpinned: skip a piece that fails, and continue.
             cancelled: set when nobody waits for the result any more. The call then ends after the
                 piece in progress, and unregisters what it registered.
+            commit: called with each piece before it is registered.
 
         Returns:
             Bytes registered by this call.
@@ -118,7 +120,9 @@ class HostRegistrations:
             self._require_unregistered(pieces)
             done: list[_Piece] = []
             try:
-                failure = self._register_each(pieces, registrar, allow_unpinned, cancelled, done)
+                failure = self._register_each(
+                    pieces, registrar, allow_unpinned, cancelled, commit, done
+                )
             except BaseException:
                 self._unregister(done)
                 raise
@@ -173,10 +177,14 @@ class HostRegistrations:
         registrar: HostRegistrar,
         allow_unpinned: bool,
         cancelled: threading.Event,
+        commit: Callable[[int, int], None],
         done: list[_Piece],
     ) -> tuple[int, RuntimeError] | None:
         for index, (start, end) in enumerate(pieces):
             if cancelled.is_set() or self._closed:
+                break
+            commit(start, end)
+            if cancelled.is_set():
                 break
             try:
                 registrar.register(self._pointer + start, round_up(end - start, PAGE_BYTES))

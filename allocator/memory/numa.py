@@ -1,4 +1,4 @@
-"""NUMA nodes: finding the node nearest to a GPU, and binding memory to a node."""
+"""NUMA nodes: finding the one nearest to a GPU or to a thread, and binding memory to one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["MAX_NUMA_NODES", "bind_to_node", "numa_node_of_gpu"]
+__all__ = ["MAX_NUMA_NODES", "bind_to_node", "cpus_nearby", "numa_node_of_gpu"]
 
 MAX_NUMA_NODES = 1024
 
@@ -56,6 +56,29 @@ def bind_to_node(pointer: int, num_bytes: int, numa_node: int) -> None:
         raise OSError(
             code, f"cannot bind {num_bytes} bytes to NUMA node {numa_node}: {os.strerror(code)}"
         )
+
+
+def cpus_nearby(cpus: set[int], cpu: int | None = None, *, sysfs: Path = Path("/sys")) -> set[int]:
+    """Those of some CPUs that are on the node of one CPU.
+
+    Args:
+        cpus: numbers of CPUs.
+        cpu: the CPU; None: the one on which this thread runs.
+        sysfs: where sysfs is mounted.
+
+    Returns:
+        All of them if none is there, or if that is not known, as on systems without nodes.
+    """
+    if cpu is None:
+        get_cpu = getattr(_libc, "sched_getcpu", None)
+        cpu = -1 if get_cpu is None else get_cpu()
+    for file in sorted((sysfs / f"devices/system/cpu/cpu{cpu}").glob("node*/cpulist")):
+        near: set[int] = set()
+        for part in file.read_text().strip().split(","):
+            first, _, last = part.partition("-")
+            near.update(range(int(first), int(last or first) + 1))
+        return near & cpus or cpus
+    return cpus
 
 
 def numa_node_of_gpu(

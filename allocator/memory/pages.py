@@ -19,9 +19,10 @@ __all__ = [
     "explicit_huge_page_counts",
     "madvise",
     "require_transparent_huge_pages",
+    "why_no_transparent_huge_pages",
 ]
 
-HugePages = Literal["none", "transparent", "explicit"]
+HugePages = Literal["none", "if possible", "transparent", "explicit"]
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -58,17 +59,29 @@ def require_transparent_huge_pages(shared: bool) -> None:
     """Check that the system allows transparent huge pages.
 
     Args:
-        shared: whether to check for a mapping of a file in memory, instead of private memory.
+        shared: for shared memory instead of private memory.
 
     Raises:
         RuntimeError: they are switched off, or the kernel does not support them.
+    """
+    reason = why_no_transparent_huge_pages(shared)
+    if reason is not None:
+        raise RuntimeError(f"transparent huge pages are switched off: {reason}")
+
+
+def why_no_transparent_huge_pages(shared: bool) -> str | None:
+    """The setting that keeps the system from giving transparent huge pages; None if it gives them.
+
+    Args:
+        shared: for shared memory instead of private memory.
     """
     setting = Path("/sys/kernel/mm/transparent_hugepage") / (
         "shmem_enabled" if shared else "enabled"
     )
     text = setting.read_text().strip() if setting.exists() else "absent"
     if text == "absent" or "[never]" in text or "[deny]" in text:
-        raise RuntimeError(f"transparent huge pages are switched off: {setting} says {text!r}")
+        return f"{setting} says {text!r}"
+    return None
 
 
 def explicit_huge_page_bytes() -> int:

@@ -1,19 +1,26 @@
-"""Committing the pages of a mapping ahead of their first use, in parallel."""
+"""Committing the pages of a mapping ahead of their first use, in parallel.
+
+Where the memory of no node was asked for, all threads stay on the node of the calling thread, so
+that the pages come from where they would have come from without them.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
 from kvheap.addresses.arguments import require_count
 from kvheap.addresses.integers import round_up
 from kvheap.memory.host_mapping import HostMapping
+from kvheap.memory.numa import cpus_nearby
 from kvheap.memory.pages import MADV_POPULATE_WRITE, PAGE_BYTES, madvise
 from kvheap.memory.workers import cut, share_out
 
-__all__ = ["populate"]
+__all__ = ["populate", "touch"]
 
 POPULATE_SLICE_BYTES = 16 << 20
 """Bytes that one thread commits in one call: a few milliseconds of work, whole huge pages."""
@@ -40,12 +47,52 @@ def populate(
         MemoryError: the kernel has no memory.
         OSError: another error, such as a full file system or pool; some pages may be committed.
     """
+    threads = None if threads is None else require_count("threads", threads, at_least=1)
+    _share_out(mapping, start, end, lambda piece: _populate_slice(mapping, *piece, fd), threads)
+
+
+def touch(mapping: HostMapping, start: int, end: int, is_over: Callable[[], bool]) -> None:
+    """Commit the pages of bytes ``[start, end)``, as far as the kernel can and will.
+
+    For memory that is about to be registered: the driver commits its pages one after another, on
+    one thread, and tells what is wrong with them. Contents stay, also if others write meanwhile.
+
+    Args:
+        mapping: the memory.
+        start: first byte.
+        end: the byte after the last.
+        is_over: whether nobody needs the pages any more; asked before each slice.
+    """
+
+    def commit(piece: tuple[int, int]) -> None:
+        if not is_over():
+            madvise(mapping.data_ptr + piece[0], piece[1] - piece[0], MADV_POPULATE_WRITE)
+
+    with suppress(OSError):
+        _share_out(mapping, start, end, commit, None)
+
+
+def _share_out(
+    mapping: HostMapping,
+    start: int,
+    end: int,
+    commit: Callable[[tuple[int, int]], None],
+    threads: int | None,
+) -> None:
+    """Share slices of whole pages out to ``threads`` (None: one for each CPU, at most 8)."""
+    cpus = os.sched_getaffinity(0)
+    if not mapping.is_bound:
+        cpus = cpus_nearby(cpus)
     if threads is None:
-        threads = min(len(os.sched_getaffinity(0)), MAX_POPULATE_THREADS)
-    threads = require_count("threads", threads, at_least=1)
+        threads = min(len(cpus), MAX_POPULATE_THREADS)
     first, last = start // PAGE_BYTES * PAGE_BYTES, round_up(end, PAGE_BYTES)
     slices = cut(first, last, POPULATE_SLICE_BYTES) if start < end else []
-    share_out(lambda piece: _populate_slice(mapping, *piece, fd), slices, threads)
+    share_out(commit, slices, threads, lambda: _stay_on(cpus))
+
+
+def _stay_on(cpus: set[int]) -> None:
+    with suppress(OSError):  # some have gone offline
+        os.sched_setaffinity(0, cpus)
 
 
 def _populate_slice(mapping: HostMapping, start: int, end: int, fd: int | None) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from kvheap.kernels.capture_mode import Relaxed
+
 __all__ = ["CudaHostRegistrar", "HostRegistrar", "require_registrar"]
 
 HOST_REGISTER_PORTABLE = 1
@@ -74,13 +76,13 @@ class CudaHostRegistrar:
 
     def register(self, pointer: int, num_bytes: int) -> None:
         """See :meth:`HostRegistrar.register`."""
-        with torch.cuda.device(self.device):
+        with Relaxed(), torch.cuda.device(self.device):
             code = _cudart().cudaHostRegister(pointer, num_bytes, HOST_REGISTER_PORTABLE)
             _require_success("cudaHostRegister", int(code))
 
     def unregister(self, pointer: int) -> None:
         """See :meth:`HostRegistrar.unregister`."""
-        with torch.cuda.device(self.device):
+        with Relaxed(), torch.cuda.device(self.device):
             code = _cudart().cudaHostUnregister(pointer)
             _require_success("cudaHostUnregister", int(code))
 

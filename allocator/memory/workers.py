@@ -77,9 +77,14 @@ def cut(start: int, end: int, piece_bytes: int) -> list[tuple[int, int]]:
 
 
 def share_out(
-    task: Callable[[tuple[int, int]], None], pieces: list[tuple[int, int]], num_threads: int
+    task: Callable[[tuple[int, int]], None],
+    pieces: list[tuple[int, int]],
+    num_threads: int,
+    at_start: Callable[[], None] = lambda: None,
 ) -> None:
     """Run ``task`` on every piece, on this thread and on up to ``num_threads - 1`` others.
+
+    The others call ``at_start`` first.
 
     The first error stops all threads after their piece in progress, and is raised. If the caller is
     interrupted, the threads stop too, and nobody waits for them. A thread pool would not work,
@@ -92,6 +97,15 @@ def share_out(
     remaining = iter(pieces)  # shared by the threads: each piece is taken once
     ended = threading.Event()
     errors: list[BaseException] = []
+
+    def help_out() -> None:
+        try:
+            at_start()
+        except BaseException as error:
+            ended.set()
+            errors.append(error)
+        else:
+            work()
 
     def work() -> None:
         try:
@@ -106,7 +120,7 @@ def share_out(
     helpers: list[threading.Thread] = []
     try:
         for _ in range(min(num_threads, len(pieces)) - 1):
-            helper = threading.Thread(target=work, name="kvheap-populate", daemon=True)
+            helper = threading.Thread(target=help_out, name="kvheap-populate", daemon=True)
             try:
                 helper.start()
             except RuntimeError as error:

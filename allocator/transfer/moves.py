@@ -43,11 +43,12 @@ from kvheap.errors import BlockInUseError, DoubleFreeError
 from kvheap.kernels.untraced import untraced
 from kvheap.transfer.plan import CopyPlan
 from kvheap.transfer.runs import DeviceRun, HostRun
+from kvheap.transfer.work import Run, Work
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["copy", "offload", "restore"]
+__all__ = ["begin", "copy", "offload", "require_options", "restore", "transfers_filling"]
 
 
 @untraced
@@ -66,7 +67,7 @@ def copy(
         stream: a stream of the plan's device; None: the current one. Copies within host memory
             take no stream: they run in call order, in the background.
         path: take this path; None: the planner chooses.
-        max_sms: maximum number of SMs for the kernel; None: 8 between a device and the host, no
+        max_sms: maximum number of SMs for the kernel; None: 4 between a device and the host, no
             limit within a device.
 
     Returns:
@@ -191,14 +192,14 @@ def require_movable(
         ValueError, TypeError, DoubleFreeError, BlockInUseError, LifetimeError, RuntimeError,
             TransferError: as :func:`offload`.
     """
-    _require_options(path, max_sms)
+    require_options(path, max_sms)
     into.require_owner("allocate blocks")
     layout_and_addresses(batch)
     if free:
         for part in heap_of(batch).rows_by_batch(batch):
             _require_freeable(part)
     plan = CopyPlan.to_new_blocks(batch, into)
-    _run_of(plan, stream, path, max_sms, _transfers_filling(plan), is_new=True)
+    _run_of(plan, stream, path, max_sms, transfers_filling(plan), is_new=True)
 
 
 def _require_freeable(blocks: Rows) -> None:
@@ -222,7 +223,12 @@ def _require_freeable(blocks: Rows) -> None:
         )
 
 
-def _require_options(path: Path | None, max_sms: int | None) -> None:
+def require_options(path: Path | None, max_sms: int | None) -> None:
+    """Raise unless these can be the options of a copy.
+
+    Raises:
+        ValueError, TypeError: names the value.
+    """
     if path is not None and (not isinstance(path, str) or path not in PATHS):
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
     if max_sms is not None:
@@ -259,28 +265,44 @@ def _start(
     move: _Move | None = None,
 ) -> Transfer:
     """Protect both sides, claim the blocks that a move frees, and queue the copy."""
-    _require_options(path, max_sms)
+    require_options(path, max_sms)
     for rows in plan.target.blocks:
         rows.batch.require_writable()
-    before = _transfers_filling(plan)
-    device = plan.device
+    before = transfers_filling(plan)
     run = _run_of(plan, stream, path, max_sms, before, is_new=move is not None)
-    completion = Completion(plan.memory)
+    for rows in plan.target.blocks:
+        rows.batch.stored_tokens.forget(rows.rows)
+    return begin(plan, run, move)
+
+
+def begin(work: Work, run: Run, move: _Move | None = None) -> Transfer:
+    """Protect both sides, claim the blocks that a move frees, and queue the copy.
+
+    Args:
+        work: the copy, checked.
+        run: what executes it.
+        move: the source blocks to be freed.
+
+    Returns:
+        The transfer, which may have failed already.
+
+    Raises:
+        LifetimeError, BlockInUseError: as for :func:`copy` and :func:`offload`.
+    """
+    completion = Completion(work.memory)
     transfer = Transfer(
         completion,
         path=run.path,
-        direction=plan.direction,
-        num_bytes=plan.num_bytes,
-        num_runs=plan.num_runs,
-        device=device,
+        direction=work.direction,
+        num_bytes=work.num_bytes,
+        num_runs=work.num_runs,
+        device=work.source.device or work.target.device,
         is_captured=run.is_captured,
         settle=None if move is None else move.settle,
     )
-    for rows in plan.target.blocks:
-        rows.batch.stored_tokens.forget(rows.rows)
     try:
-        plan.protect(completion)
-        if isinstance(run, DeviceRun) and run.is_captured:
+        work.protect(completion)
+        if run.is_captured:
             run.capture()
             completion.nothing_queued()
             return transfer
@@ -349,20 +371,20 @@ def _settle(reference: weakref.ref[Lifetime], has_failed: bool) -> None:
         lifetime.reclaimer.settle()
 
 
-def _transfers_filling(plan: CopyPlan) -> list[Transfer]:
-    """Transfers in flight that write to either side of a plan.
+def transfers_filling(work: Work) -> list[Transfer]:
+    """Transfers in flight that write to either side of a copy.
 
     Raises:
         TransferError: a transfer that was to fill the source has failed.
     """
     found: dict[int, Transfer] = {}
-    for side in (plan.source, plan.target):
+    for side in (work.source, work.target):
         for rows in side.blocks:
             transfer = rows.batch.transfer
             if transfer is None:
                 continue
             ended = transfer.done()
-            if side is plan.source:
+            if side is work.source:
                 transfer.require_success()
             if not ended:
                 found[id(transfer)] = transfer

@@ -14,12 +14,12 @@ path            how                                                          dir
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Sequence, Sized
+from typing import Any, Protocol
 
 from kvheap.device.copy_device import CopyDevice
-from kvheap.device.directions import Path
+from kvheap.device.directions import Direction, Path
 from kvheap.planning import planner
-from kvheap.transfer.plan import CopyPlan
 
 __all__ = ["PathChoice"]
 
@@ -32,6 +32,40 @@ MIN_STAGED_RATIO = 8
 """Minimum runs per host run for staging. Not measured; see benchmarks/NOTES.md."""
 
 
+class Choosable(Protocol):
+    """What the choice of a path depends on, such as a ``CopyPlan``."""
+
+    @property
+    def direction(self) -> Direction:
+        """The direction of the copy."""
+        ...
+
+    @property
+    def parts(self) -> Sequence[Sized]:
+        """The runs of each part."""
+        ...
+
+    @property
+    def num_runs(self) -> int:
+        """Number of runs."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes to copy."""
+        ...
+
+    @property
+    def num_host_runs(self) -> int:
+        """Number of runs on the host side alone."""
+        ...
+
+    @property
+    def prepared(self) -> object | None:
+        """None if the kernel needs an upload."""
+        ...
+
+
 class PathChoice:
     """Which paths a copy on a device's stream can take.
 
@@ -42,7 +76,7 @@ class PathChoice:
         is_captured: whether a CUDA graph is being captured on the stream.
     """
 
-    def __init__(self, plan: CopyPlan, device: CopyDevice, stream: Any, is_captured: bool) -> None:
+    def __init__(self, plan: Choosable, device: CopyDevice, stream: Any, is_captured: bool) -> None:
         self._plan = plan
         self._device = device
         self._stream = stream

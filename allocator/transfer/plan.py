@@ -28,6 +28,7 @@ from kvheap.device.directions import Direction
 from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.arrays import as_array
 from kvheap.kernels.block_addresses import host_addresses
+from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.sides import NOWHERE, Blocks, Side, layer_offsets, paired, walls_of
 
@@ -301,7 +302,7 @@ class CopyPlan:
         stream = device.require_stream(None)
         if device.is_capturing(stream):
             raise RuntimeError("prepare() uploads descriptors: call it before the capture")
-        with device.using(stream):
+        with Relaxed(), device.using(stream):
             prepared = tuple(device.prepare(part) for part in self.parts)
             for part in prepared:
                 part.warm_up()

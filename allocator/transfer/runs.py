@@ -18,18 +18,17 @@ from kvheap.device.directions import Path
 from kvheap.device.events import DeviceEvent
 from kvheap.device.host_queue import HostJob, host_queue
 from kvheap.device.transfer import Transfer
-from kvheap.errors import TransferError
-from kvheap.interrupts import is_interrupt
 from kvheap.kernels.host_copy import copy_on_host
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.paths import PathChoice
 from kvheap.transfer.plan import CopyPlan
-from kvheap.transfer.staging import Staging, end_or_lose
+from kvheap.transfer.queueing import StreamQueue, failure_of
+from kvheap.transfer.staging import Staging
 
 __all__ = ["DeviceRun", "HostRun"]
 
-LINK_SMS = 8
-"""SMs for the kernel over the host link; 4 reach 91 % of a GB300's link (SGLang #40278)."""
+LINK_SMS = 4
+"""SMs for the kernel over the host link: 3 saturate an H200's; see benchmarks/NOTES.md."""
 
 INLINE_COPY_BYTES = 256 << 10
 """Smaller copies within host memory run on the caller's thread; see benchmarks/NOTES.md."""
@@ -50,6 +49,10 @@ class HostRun:
 
     path: Path = "host"
     is_captured = False
+
+    def capture(self) -> None:
+        """Raise: work of the host is in no graph."""
+        raise RuntimeError("a copy within host memory cannot be captured in a CUDA graph")
 
     def __init__(
         self, plan: CopyPlan, stream: Any, path: Path | None, before: Sequence[Transfer]
@@ -96,7 +99,7 @@ class DeviceRun:
         device: the device that executes it.
         stream: a stream of the device; None: the current one.
         path: the path to take; None: the planner chooses.
-        max_sms: maximum SMs for the kernel; None: 8 over the link, no limit within a device.
+        max_sms: maximum SMs for the kernel; None: 4 over the link, no limit within a device.
         before: transfers that fill one of the sides.
         is_new_target: whether the target was just allocated. A heap allocates bytes for work on the
             current stream, and earlier work there may still use them, so the copy waits for it.
@@ -118,37 +121,24 @@ class DeviceRun:
     ) -> None:
         self._plan = plan
         self._device = device
-        self._current = device.current_stream()
-        self._stream = device.require_stream(stream)
-        self._before = before
-        self._staging: Staging | None = None
-        self._fences: list[tuple[CopyDevice, Any]] = []
+        new_on: list[CopyDevice] = []
         if is_new_target:
-            devices = {id(each): each for each in (device, plan.target.device) if each is not None}
-            currents = [(each, each.current_stream()) for each in devices.values()]
-            self._fences = [pair for pair in currents if pair[1] != self._stream]
-        for other, current in self._fences:
-            if other.is_capturing(current):
-                raise RuntimeError(
-                    "the current stream is being captured, and earlier work on it may still use "
-                    "the new blocks: move blocks before the capture"
-                )
-        self.is_captured = device.is_capturing(self._stream)
+            target = plan.target.device
+            new_on = [device] if target is None or target is device else [device, target]
+        self._queue = StreamQueue(device, stream, before, new_on)
+        self._staging: Staging | None = None
+        self.is_captured = self._queue.is_captured
         self._is_over_link = plan.direction in ("h2d", "d2h")
         self._max_sms = LINK_SMS if max_sms is None and self._is_over_link else max_sms
-        if self.is_captured and before:
-            raise RuntimeError(
-                "a transfer that fills one of the sides is in flight: wait for it first"
-            )
-        choice = PathChoice(plan, device, self._stream, self.is_captured)
+        choice = PathChoice(plan, device, self._queue.stream, self.is_captured)
         self._is_single = choice.is_single
         self.path: Path = choice.chosen() if path is None else choice.forced(path)
 
     def capture(self) -> None:
         """Queue the copy into the graph that is being captured."""
-        with self._device.using(self._stream):
+        with self._device.using(self._queue.stream):
             for index, part in enumerate(self._plan.parts):
-                self._queue(index, part, Completion())
+                self._copy(index, part, Completion())
 
     def start(self, completion: Completion) -> Sequence[DeviceEvent]:
         """Queue the parts. A failure is stored in ``completion``, not raised.
@@ -156,28 +146,14 @@ class DeviceRun:
         Returns:
             The event at the end of each part that was queued.
         """
-        device, stream = self._device, self._stream
-        events: list[DeviceEvent] = []
-        try:
-            for other, current in self._fences:
-                device.wait_event(stream, other.record_event(current))
-            for transfer in self._before:
-                transfer.wait_stream(stream)
-            with device.using(stream):
-                for index, part in enumerate(self._plan.parts):
-                    self._queue(index, part, completion)
-                    events.append(device.record_event(stream))
-            if events:
-                completion.queued(events[-1])
-            else:
-                completion.nothing_queued()
-        except BaseException as cause:
-            self._abandon(completion, cause)
-            if is_interrupt(cause):
-                raise
-        return events
+        parts = enumerate(self._plan.parts)
+        return self._queue.start(
+            (partial(self._copy, index, part, completion) for index, part in parts),
+            completion,
+            partial(failure_of, self._plan, self.path),
+        )
 
-    def _queue(self, index: int, part: Pieces, completion: Completion) -> None:
+    def _copy(self, index: int, part: Pieces, completion: Completion) -> None:
         device, plan = self._device, self._plan
         if not len(part):
             return
@@ -188,34 +164,11 @@ class DeviceRun:
             prepared.run(self._max_sms)
         elif self.path == "copy_engine":
             if self._is_single or len(part) == 1:
-                device.copy_each(part, self._stream)
+                device.copy_each(part, self._queue.stream)
             else:
-                device.copy_batch(part, self._stream, over_link=self._is_over_link)
+                device.copy_batch(part, self._queue.stream, over_link=self._is_over_link)
         else:
             if self._staging is None:
-                streams = (self._stream, self._current)
+                streams = (self._queue.stream, self._queue.current)
                 self._staging = Staging(plan, device, *streams, self._max_sms, completion)
             self._staging.copy(part)
-
-    def _abandon(self, completion: Completion, cause: BaseException) -> None:
-        """Give up after a failure; what was already queued may still run."""
-        completion.failed(failure_of(self._plan, self.path, cause))
-        if completion.has_ended:  # staging has already waited for the device, or lost it
-            return
-        try:
-            completion.queued(self._device.record_event(self._stream))
-        except BaseException as error:
-            end_or_lose(self._device, completion)
-            if is_interrupt(error):
-                raise
-
-
-def failure_of(plan: CopyPlan, path: Path, cause: BaseException | None) -> TransferError:
-    """The error of a transfer that failed while it was being queued."""
-    error = TransferError(
-        f"a transfer {plan.direction} of {plan.num_bytes} bytes in {plan.num_runs} runs by "
-        f"{path} failed: {cause}"
-    )
-    if cause is not None and not is_interrupt(cause):  # that one collects frames as it goes on
-        error.__cause__ = cause
-    return error

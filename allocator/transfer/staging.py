@@ -21,11 +21,11 @@ from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice
 from kvheap.device.events import DeviceEvent
-from kvheap.interrupts import is_interrupt
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.plan import CopyPlan
+from kvheap.transfer.queueing import end_or_lose
 
-__all__ = ["Staging", "end_or_lose"]
+__all__ = ["Staging"]
 
 MIN_EXTENT_BYTES, MAX_EXTENT_BYTES = 1 << 20, 8 << 20
 """Bytes of each of the two extents: 20 to 150 us of a 55 GB/s link. Reasoned, not measured."""
@@ -108,22 +108,6 @@ class Staging:
             prepared.run(self._max_sms)
         else:
             self._device.copy_each(pieces.merged().split(*self._plan.walls), stream)
-
-
-def end_or_lose(device: CopyDevice, completion: Completion) -> None:
-    """Wait for the device, after a copy has failed and no event can be recorded.
-
-    A destroyed stream records no events, but its work still ends, after which the bytes can be
-    reused. If waiting for the device fails too, the copy is lost and its bytes are never reused.
-    """
-    try:
-        device.synchronize()
-    except BaseException as lost:
-        completion.lose(lost)
-        if is_interrupt(lost):
-            raise
-    else:
-        completion.ended()
 
 
 def _has_room(heap: Heap, extent_bytes: int) -> bool:

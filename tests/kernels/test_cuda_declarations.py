@@ -11,7 +11,9 @@ from pathlib import Path
 import fake_driver
 import pytest
 
+from kvheap.device.captures import CAPTURE_IMPLICIT
 from kvheap.kernels import cuda_declarations as cuda
+from kvheap.kernels.capture_mode import RELAXED
 from kvheap.kernels.launch import triton
 
 HEADER = Path(triton.__file__).parent / "backends/nvidia/include/cuda.h" if triton else Path()
@@ -44,6 +46,9 @@ FACTS = {
     "CU_POINTER_ATTRIBUTE_RANGE_START_ADDR": cuda.POINTER_ATTRIBUTES["range_start"],
     "CU_POINTER_ATTRIBUTE_RANGE_SIZE": cuda.POINTER_ATTRIBUTES["range_bytes"],
     "CU_STREAM_CAPTURE_STATUS_NONE": 0,
+    "CU_STREAM_CAPTURE_MODE_RELAXED": RELAXED,
+    "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT": CAPTURE_IMPLICIT,
+    "sizeof(CUstreamCaptureMode)": ctypes.sizeof(ctypes.c_int),
     "CUDA_SUCCESS": 0,
     "sizeof(CUresult)": ctypes.sizeof(ctypes.c_int),
     "sizeof(CUstreamCaptureStatus)": ctypes.sizeof(ctypes.c_int),
@@ -54,7 +59,8 @@ FACTS = {
 KNOWN = dict(
     zip(
         FACTS,
-        [8, 0, 4, 24, 0, 4, 12, 20, 1, 0, 1, 0, 1, 2, 2, 8, 9, 3, 11, 12, 0, 0, 4, 4, 4],
+        [8, 0, 4, 24, 0, 4, 12, 20, 1, 0, 1, 0, 1, 2, 2, 8, 9, 3, 11, 12]
+        + [0, 2, 906, 4, 0, 4, 4, 4],
         strict=True,
     )
 )
@@ -75,6 +81,7 @@ C_ARGUMENTS = {
     ),
     "cuPointerGetAttributes": "unsigned int, CUpointer_attribute *, void **, CUdeviceptr",
     "cuStreamIsCapturing": "CUstream, CUstreamCaptureStatus *",
+    "cuThreadExchangeStreamCaptureMode": "CUstreamCaptureMode *",
 }
 
 CTYPES_OF_C = {

@@ -11,7 +11,7 @@ import torch
 from host_memory_probes import HUGE, PAGE, mapping_line
 
 from kvheap.memory.host_memory import HostBuffer
-from kvheap.memory.numa import numa_node_of_gpu
+from kvheap.memory.numa import cpus_nearby, numa_node_of_gpu
 
 
 class TestNuma:
@@ -54,3 +54,14 @@ class TestNuma:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: nothing)
         with pytest.raises(RuntimeError, match="does not report a GPU's PCI address"):
             numa_node_of_gpu(0)
+
+
+def test_the_cpus_of_a_node(tmp_path: Path) -> None:
+    node = tmp_path / "devices/system/cpu/cpu5/node1"
+    assert cpus_nearby({1, 5, 9}, 5, sysfs=tmp_path) == {1, 5, 9}
+    node.mkdir(parents=True)
+    (node / "cpulist").write_text("4-6,12-13,15\n")
+    assert cpus_nearby({1, 5, 9, 12, 14, 15}, 5, sysfs=tmp_path) == {5, 12, 15}
+    assert cpus_nearby({1, 9}, 5, sysfs=tmp_path) == {1, 9}
+    assert cpus_nearby({1, 9}, 6, sysfs=tmp_path) == {1, 9}
+    assert cpus_nearby({0}) == {0}

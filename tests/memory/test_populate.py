@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -137,3 +138,106 @@ class TestPopulateErrors:
         monkeypatch.setattr(pages, "_libc", types.SimpleNamespace(madvise=madvise))
         HostBuffer(PAGE).populate(0, PAGE)
         assert answers == []
+
+
+class LookingRegistrar(FakeRegistrar):
+    """Notes which pages were resident when they were registered."""
+
+    buffer: HostBuffer
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resident: list[bool] = []
+
+    def register(self, pointer: int, num_bytes: int) -> None:
+        if not self.buffer.closed:
+            first = (pointer - self.buffer.data_ptr) // PAGE
+            self.resident += resident_pages(self.buffer)[first : first + num_bytes // PAGE]
+        super().register(pointer, num_bytes)
+
+
+class TestBeforePinning:
+    @pytest.fixture
+    def registrar(self) -> LookingRegistrar:
+        return LookingRegistrar()
+
+    def test_pages_are_there_before_they_are_registered(
+        self, registrar: LookingRegistrar, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(populate, "POPULATE_SLICE_BYTES", 16 * PAGE)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+        monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: None)
+        monkeypatch.setattr(populate, "cpus_nearby", lambda cpus: cpus)
+        threads: set[int] = set()
+        at_once = threading.Barrier(4)
+        madvise = populate.madvise
+
+        def note(pointer: int, num_bytes: int, advice: int) -> None:
+            threads.add(threading.get_ident())
+            with contextlib.suppress(threading.BrokenBarrierError):
+                at_once.wait(10)
+            madvise(pointer, num_bytes, advice)
+
+        monkeypatch.setattr(populate, "madvise", note)
+        registrar.buffer = buffer = HostBuffer(200 * PAGE)
+        assert buffer.pin(4 * PAGE, 196 * PAGE, registrar=registrar) == 192 * PAGE
+        assert registrar.resident == [True] * 192
+        assert len(threads) == 4
+        assert resident_pages(buffer)[:4] == [False] * 4
+        buffer.close()
+
+    @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOMEM, errno.EIO])
+    def test_a_kernel_that_does_not_commit_leaves_it_to_the_driver(
+        self, registrar: LookingRegistrar, code: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(pointer: int, num_bytes: int, advice: int) -> None:
+            raise OSError(code, "refused")
+
+        monkeypatch.setattr(populate, "madvise", refuse)
+        registrar.buffer = buffer = HostBuffer(8 * PAGE)
+        assert buffer.pin(0, 8 * PAGE, registrar=registrar) == 8 * PAGE
+        assert registrar.resident == [False] * 8
+        buffer.close()
+
+    def test_a_closed_buffer_is_committed_no_further(
+        self, registrar: LookingRegistrar, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(populate, "POPULATE_SLICE_BYTES", PAGE)
+        monkeypatch.setattr(populate, "MAX_POPULATE_THREADS", 1)
+        registrar.buffer = buffer = HostBuffer(8 * PAGE)
+        tensor = buffer.tensor
+        commits: list[int] = []
+        closers: list[threading.Thread] = []
+        madvise = populate.madvise
+
+        def note(pointer: int, num_bytes: int, advice: int) -> None:
+            commits.append(pointer)
+            madvise(pointer, num_bytes, advice)
+            if len(commits) == 3:
+                closers.append(threading.Thread(target=buffer.close))
+                closers[0].start()
+                while not buffer.closed:
+                    time.sleep(0.001)
+
+        monkeypatch.setattr(populate, "madvise", note)
+        buffer.pin(0, 8 * PAGE, registrar=registrar)
+        assert len(commits) == 3
+        closers[0].join(20)
+        assert registrar.registered == {}
+        assert len(tensor) == 8 * PAGE
+
+    def test_threads_stay_on_the_callers_node(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        kept: list[tuple[str, set[int]]] = []
+        monkeypatch.setattr(populate, "POPULATE_SLICE_BYTES", PAGE)
+        monkeypatch.setattr(populate, "cpus_nearby", lambda cpus: cpus & {0, 1})
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+        monkeypatch.setattr(
+            os,
+            "sched_setaffinity",
+            lambda pid, cpus: kept.append((threading.current_thread().name, cpus)),
+        )
+        HostBuffer(8 * PAGE).populate(0, 8 * PAGE)
+        assert kept == [("kvheap-populate", {0, 1})]  # two threads, one of them the caller's
+        kept.clear()
+        HostBuffer(8 * PAGE).populate(0, 8 * PAGE, threads=3)
+        assert kept == [("kvheap-populate", {0, 1})] * 2

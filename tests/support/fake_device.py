@@ -38,10 +38,12 @@ class FakeEvent:
         self.passed = False
 
     def query(self) -> bool:
+        self.stream.device.require(not self.captured, "a query of a captured event")
         self.stream.device.call("event.query")
         return self.passed
 
     def synchronize(self) -> None:
+        self.stream.device.require(not self.captured, "a wait for a captured event")
         self.stream.device.call("event.synchronize")
         self.stream.device.run_until(self)
 
@@ -110,6 +112,7 @@ class FakeDevice:
         calls: what was asked of it, in order, with arguments.
         violations: what a real device would have refused, or done wrong without a word.
         peers: devices whose memory it reaches.
+        on_call: told the name of each call.
     """
 
     def __init__(self, name: str = "Fake GPU", *, has_batch: bool = True, index: int = 0) -> None:
@@ -124,6 +127,7 @@ class FakeDevice:
         self.own: list[tuple[int, int]] = []
         self.pinned: list[tuple[int, int]] = []
         self.peers: list[FakeDevice] = []
+        self.on_call: Callable[[str], None] | None = None
         self.calls: list[tuple[object, ...]] = []
         self.violations: list[str] = []
         self.counts: Counter[str] = Counter()
@@ -198,6 +202,8 @@ class FakeDevice:
 
     def call(self, name: str, record: tuple[object, ...] | None = None) -> None:
         """Count a call; raise if it shall fail."""
+        if self.on_call is not None:
+            self.on_call(name)
         with self._lock:
             self.counts[name] += 1
             if sum(self.counts.values()) == self.lost_at:
@@ -281,7 +287,8 @@ class FakeDevice:
         if not isinstance(stream, FakeStream):
             raise TypeError(f"stream must be a stream, got {stream!r}")
         self.require(not event.captured, "the stream would join a capture")
-        self.require(not stream.capturing, "a capture waits for work outside of it")
+        if stream.capturing:
+            raise RuntimeError(f"{stream} is being captured: it cannot wait")
         with self._lock:
             stream.queue.append(("wait", event))
 

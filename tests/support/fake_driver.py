@@ -8,6 +8,7 @@ for: "device" memory is host memory that was declared by :meth:`FakeDriver.regis
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,6 +50,7 @@ PROTOTYPES = {
     "cuMemcpyBatchAsync_v2": (*_BATCH, _pointer),
     "cuPointerGetAttributes": (_uint, _pointer, _pointer, _address),
     "cuStreamIsCapturing": (_pointer, _pointer),
+    "cuThreadExchangeStreamCaptureMode": (_pointer,),
 }
 
 KIND_TYPES = {"pinned": 1, "device": 2, "managed": 2}
@@ -130,6 +132,7 @@ class FakeDriver:
     Attributes:
         calls: all calls but those for version, error names and texts.
         capturing: handles of the streams that count as being captured.
+        modes: the capture mode of each thread that is not in mode global, 0, by its number.
         broken: what went wrong in here; a test should find it empty.
     """
 
@@ -137,6 +140,7 @@ class FakeDriver:
     deferred: bool = False
     calls: list[BatchCall | CopyCall | OtherCall] = field(default_factory=list)
     capturing: dict[int, int] = field(default_factory=dict)
+    modes: dict[int, int] = field(default_factory=dict)
     ranges: list[Range] = field(default_factory=list)
     broken: list[BaseException] = field(default_factory=list)
     _faults: dict[str, list[Fault]] = field(default_factory=dict)
@@ -154,6 +158,7 @@ class FakeDriver:
             "cuMemcpyAsync": self._memcpy,
             "cuPointerGetAttributes": self._pointer_attributes,
             "cuStreamIsCapturing": self._is_capturing,
+            "cuThreadExchangeStreamCaptureMode": self._exchange_mode,
         }
         if self.version >= 12080:
             bodies["cuMemcpyBatchAsync"] = partial(self._batch, "cuMemcpyBatchAsync")
@@ -344,6 +349,11 @@ class FakeDriver:
         fault = self._fault("cuStreamIsCapturing")
         ctypes.c_int.from_address(out).value = self.capturing.get(handle, 0)
         return fault.code if fault else 0
+
+    def _exchange_mode(self, pointer: int) -> int:
+        mode, thread = ctypes.c_int.from_address(pointer), threading.get_ident()
+        mode.value, self.modes[thread] = self.modes.get(thread, 0), mode.value
+        return 0
 
     def _pointer_attributes(self, count: int, attributes: int, out: int, address: int) -> int:
         self.calls.append(OtherCall("cuPointerGetAttributes", (address,)))
