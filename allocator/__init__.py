@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvheap.addresses.address_batch import AddressBatch as AddressBatch
     from kvheap.addresses.address_manager import AddressManager as AddressManager
+    from kvheap.addresses.block_runs import BlockRuns as BlockRuns
+    from kvheap.addresses.block_runs import MemorySegment as MemorySegment
     from kvheap.addresses.heap_stats import HeapStats as HeapStats
     from kvheap.blocks.block_layout import BlockLayout as BlockLayout
     from kvheap.blocks.lease import Lease as Lease
@@ -78,6 +80,7 @@ _MODULE_OF = {
     "AllocatorStats": "heaps.tensor_allocator",
     "BlockIds": "kernels.paged_slots",
     "BlockInUseError": "errors",
+    "BlockRuns": "addresses.block_runs",
     "BlockLayout": "blocks.block_layout",
     "BufferAllocator": "heaps.plain_allocators",
     "BytesBufferMemoryObj": "blocks.memory_batch",
@@ -106,6 +109,7 @@ _MODULE_OF = {
     "MemoryFormat": "blocks.memory_format",
     "MemoryObj": "blocks.memory_batch",
     "MemoryObjMetadata": "blocks.memory_metadata",
+    "MemorySegment": "addresses.block_runs",
     "MixedMemoryAllocator": "heaps.mixed_allocator",
     "NegativeBatchSizeError": "errors",
     "OutOfMemoryError": "errors",

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from kvheap.addresses.block_runs import MemorySegment
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
@@ -20,7 +21,12 @@ from kvheap.blocks.report import LiveBlocks
 from kvheap.blocks.rows import Rows, listed, rows_of
 from kvheap.errors import ForeignObjectError
 
-__all__ = ["BlockAllocator"]
+__all__ = ["BlockAllocator", "segment_of"]
+
+
+def segment_of(start: int, buffer: torch.Tensor) -> MemorySegment:
+    """Where a buffer is in memory, whose first byte has the heap address ``start``."""
+    return MemorySegment(start, buffer.nbytes, buffer.data_ptr())
 
 
 class BlockAllocator(MemoryAllocatorInterface):
@@ -123,6 +129,16 @@ class BlockAllocator(MemoryAllocatorInterface):
     def merged_releases(self, releases: list[Release]) -> list[Release]:
         """Combine releases that can be given back together; by default none can."""
         return releases
+
+    def memory_segments(self, batch: MemoryBatch) -> Sequence[MemorySegment]:
+        """The buffers that the blocks of a batch are in: by default, its own storage.
+
+        Raises:
+            ClosedError: the allocator is closed.
+        """
+        self.require_open()
+        storage = batch.storage
+        return () if storage is None else (segment_of(0, storage),)
 
     @abstractmethod
     def block_bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:

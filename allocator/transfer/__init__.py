@@ -6,6 +6,17 @@ devices, or within host memory. ``offload`` and ``restore`` move blocks to anoth
 
 from kvheap.device.transfer import Part, Transfer
 from kvheap.transfer.moves import copy, offload, restore
+from kvheap.transfer.pairing import block_runs, extents, paired_runs
 from kvheap.transfer.plan import CopyPlan
 
-__all__ = ["CopyPlan", "Part", "Transfer", "copy", "offload", "restore"]
+__all__ = [
+    "CopyPlan",
+    "Part",
+    "Transfer",
+    "block_runs",
+    "copy",
+    "extents",
+    "offload",
+    "paired_runs",
+    "restore",
+]
