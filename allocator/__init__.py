@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from kvheap.prefix.index import PrefixIndex as PrefixIndex
     from kvheap.prefix.store import PrefixStore as PrefixStore
     from kvheap.transfer import Transfer as Transfer
+    from kvheap.transfer import foreign_transfer as foreign_transfer
     from kvheap.transfer import offload as offload
     from kvheap.transfer import restore as restore
     from kvheap.transfer.plan import CopyPlan as CopyPlan
@@ -123,6 +124,7 @@ _MODULE_OF = {
     "Transfer": "transfer",
     "TransferError": "errors",
     "WriteAfterFreeError": "errors",
+    "foreign_transfer": "transfer",
     "load": "engine.chunks",
     "log_full_report": "blocks.report",
     "numa_node_of_gpu": "memory.numa",

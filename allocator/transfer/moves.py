@@ -262,7 +262,7 @@ def _start(
     _require_options(path, max_sms)
     for rows in plan.target.blocks:
         rows.batch.require_writable()
-    before = _transfers_filling(plan)
+    before = [each for each in _transfers_filling(plan) if not _is_awaited_here(each)]
     device = plan.device
     run = _run_of(plan, stream, path, max_sms, before, is_new=move is not None)
     completion = Completion(plan.memory)
@@ -349,11 +349,24 @@ def _settle(reference: weakref.ref[Lifetime], has_failed: bool) -> None:
         lifetime.reclaimer.settle()
 
 
+def _is_awaited_here(transfer: Transfer) -> bool:
+    """Wait for a foreign transfer; False for one of ours.
+
+    No stream can be ordered behind it. The thread that copies within host memory could wait, but if
+    it never ended, neither would any other copy.
+    """
+    if transfer.direction != "foreign":
+        return False
+    transfer.result()
+    return True
+
+
 def _transfers_filling(plan: CopyPlan) -> list[Transfer]:
     """Transfers in flight that write to either side of a plan.
 
     Raises:
-        TransferError: a transfer that was to fill the source has failed.
+        TransferError: a transfer that was to fill the source has failed, or one that was to fill
+            the target is quarantined.
     """
     found: dict[int, Transfer] = {}
     for side in (plan.source, plan.target):
@@ -362,7 +375,7 @@ def _transfers_filling(plan: CopyPlan) -> list[Transfer]:
             if transfer is None:
                 continue
             ended = transfer.done()
-            if side is plan.source:
+            if side is plan.source or transfer.is_quarantined:  # it may still write
                 transfer.require_success()
             if not ended:
                 found[id(transfer)] = transfer
