@@ -127,9 +127,9 @@ def foreign_transfer(
         for rows in written:
             rows.batch.stored_tokens.forget(rows.rows)
         in_flight.add(completion)
+        call = starmap(begin, [()])
         was_called = True
-        # In C: what the function returns is in the list before a signal handler can raise.
-        found.extend(starmap(begin, [()]))
+        found.extend(call)  # in C: the result is in the list before a signal handler can raise
         event = ForeignEvent(found[0], name)
         transfer.begun((event,))
         completion.queued(event)
@@ -150,7 +150,7 @@ def _give_up(
         in_flight.add(completion)
         completion.queued(ForeignEvent(begun[0], name))
     elif was_called and (begun or is_interrupt(error)):
-        completion.lose(error)
+        completion.lose(RuntimeError(f"it was interrupted, or unclear, how it began: {error!r}"))
     else:
         completion.nothing_queued()
 
