@@ -83,7 +83,8 @@ class MemoryBatch(Sequence["MemoryObj"]):
     - which tokens they hold: ``num_tokens``, ``set_num_tokens``, ``forget_origin``;
     - counts and streams: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
     - for allocators and transfers: ``counts``, ``is_owner``, ``is_writable``,
-      ``await_filling``, ``claimable``, ``require_owner``, ``require_writable``, ``describe``.
+      ``await_filling``, ``checked_rows``, ``claimable``, ``require_owner``, ``require_writable``,
+      ``describe``.
 
     Attributes:
         allocator: the allocator that made it.
@@ -227,7 +228,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
             LifetimeError, TypeError, ValueError, ClosedError: as for :meth:`extents`.
         """
         blocks, size = self._address_batch, self._address_batch.block_bytes
-        chosen = None if rows is None else self._checked_rows(rows)
+        chosen = None if rows is None else self.checked_rows(rows)
         self.counts.require_live(chosen, self)
         starts, counts = blocks.run_starts, blocks.run_counts
         if chosen is not None:
@@ -312,7 +313,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         if not callable(getattr(stream, "record_event", None)):
             raise TypeError(f"a stream must have record_event(), got {stream!r}")
         if rows is not None:
-            rows = self._checked_rows(rows)
+            rows = self.checked_rows(rows)
         self.allocator.lifetime.record_stream(self, stream, rows)
 
     def detach(self) -> AddressBatch:
@@ -374,6 +375,18 @@ class MemoryBatch(Sequence["MemoryObj"]):
         )
 
     # -- for allocators and transfers ----------------------------------------------------------
+
+    def checked_rows(self, rows: npt.ArrayLike) -> Int64Array:
+        """A caller's row numbers, int64 ``[R]``.
+
+        Raises:
+            TypeError: they are not integers.
+            ValueError: the batch has no such row; the message names it.
+        """
+        rows = int64_array("rows", rows)
+        is_row = (rows >= 0) & (rows < self._length)
+        require_all("rows", rows, is_row, f"must be from 0 to {self._length - 1}")
+        return rows
 
     def await_filling(self, on_host: bool = True) -> None:
         """Order the caller behind the transfer that fills the blocks, if there is one.
@@ -454,12 +467,6 @@ class MemoryBatch(Sequence["MemoryObj"]):
         return f"block {row} of {self._length} at address {address} ({self.layout}{site})"
 
     # -- for handles ---------------------------------------------------------------------------
-
-    def _checked_rows(self, rows: npt.ArrayLike) -> Int64Array:
-        rows = int64_array("rows", rows)
-        is_row = (rows >= 0) & (rows < self._length)
-        require_all("rows", rows, is_row, f"must be from 0 to {self._length - 1}")
-        return rows
 
     def _expire_leases(self) -> None:
         if self.counts.has_leases:
