@@ -259,8 +259,6 @@ class RowCounts:
         leases = self._leases
         if leases is not None:
             leases.remove(row, lease)
-            if leases.is_empty:
-                self._leases = None
 
     def leases_of(self, row: int, but: HeldLease | None = None) -> int:
         """How many leases hold a row, other than ``but``."""

@@ -54,7 +54,7 @@ class RowLeases:
         if leases is not None:
             leases.pop(id(lease), None)
             if not leases:
-                self._of_row.pop(row, None)
+                del self._of_row[row]
 
     def remove_many(self, lease: HeldLease) -> None:
         """Forget a lease on many rows that has ended."""

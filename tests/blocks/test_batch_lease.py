@@ -196,7 +196,6 @@ class TestBatchLease:
         heap = heap_of(8)
         batch = take(heap, 4)
         heap.lease(batch, 5).release()
-        batch[2].pin(ttl=5).release()
         assert batch.counts.is_untouched()
 
     def test_wrong_arguments_pin_nothing(self) -> None:
