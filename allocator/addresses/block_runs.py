@@ -21,6 +21,9 @@ from kvheap.addresses.integers import as_integer
 
 __all__ = ["BlockRuns", "MemorySegment", "runs_of"]
 
+COLUMNS = ("start", "num_bytes", "base")
+"""The fields of a :class:`MemorySegment`."""
+
 ADDRESS_END = 1 << 63
 """Addresses are int64."""
 
@@ -79,9 +82,11 @@ class BlockRuns:
         Raises:
             ValueError: a block leaves the buffers or straddles two, is smaller than its contents,
                 or the numbers are not those of blocks or buffers; the message names them.
-            TypeError: a number is not an integer.
+            TypeError: a number is not an integer, or an argument of another kind.
         """
         size_bytes = positive("size_bytes", size_bytes)
+        if not isinstance(blocks, AddressBatch):
+            raise TypeError(f"blocks must be an AddressBatch, got {blocks!r}")
         blocks = blocks.checked()
         return cls.of_addresses(
             blocks.run_starts, blocks.run_counts, size_bytes, blocks.block_bytes, segments
@@ -177,10 +182,14 @@ def _columns(
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
     """Heap address of the first byte and after the last, and absolute address, of each buffer."""
     rows: list[tuple[int, int, int]] = []
+    if not isinstance(segments, Sequence) or isinstance(segments, (str, bytes)):
+        raise TypeError(f"segments must be a list of MemorySegment, got {segments!r}")
     for at, segment in enumerate(segments):
+        if not isinstance(segment, Sequence) or len(segment) != len(COLUMNS):
+            raise TypeError(f"segments[{at}] must be a MemorySegment, got {segment!r}")
         start, num_bytes, base = (
             as_integer(f"segments[{at}].{name}", value)
-            for name, value in zip(("start", "num_bytes", "base"), segment, strict=True)
+            for name, value in zip(COLUMNS, segment, strict=True)
         )
         end = rows[-1][1] if rows else 0
         if start < end or num_bytes < 0 or start + num_bytes >= ADDRESS_END:
