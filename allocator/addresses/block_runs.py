@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvheap.addresses.address_batch import AddressBatch
-from kvheap.addresses.batch_checks import positive
+from kvheap.addresses.batch_checks import integers, positive
 from kvheap.addresses.extents import Extents, Int64Array
 from kvheap.addresses.integers import as_integer
 
@@ -45,6 +45,8 @@ class BlockRuns:
 
     No run crosses the end of a buffer, even if the next buffer happens to follow it in memory: they
     may be registered apart.
+
+    The constructor trusts its arguments; :meth:`placed` and :meth:`checked` do not.
 
     Attributes:
         starts: absolute address of each run's first block, int64 ``[R]``.
@@ -113,10 +115,7 @@ class BlockRuns:
         Raises:
             ValueError, TypeError: as :meth:`placed`.
         """
-        if block_bytes < size_bytes:
-            raise ValueError(
-                f"blocks of {block_bytes} bytes are too small for contents of {size_bytes} bytes"
-            )
+        _require_room(block_bytes, size_bytes)
         if not len(starts):
             return cls(starts, counts, size_bytes, block_bytes)
         firsts, ends, bases = _columns(segments)
@@ -125,6 +124,34 @@ class BlockRuns:
             # A run may go on in the next buffer, if no block straddles both.
             starts, counts, number = _cut_at_buffers(starts, counts, block_bytes, firsts, ends)
         return cls(starts - firsts[number] + bases[number], counts, size_bytes, block_bytes)
+
+    def checked(self) -> BlockRuns:
+        """The same runs, if they can be: for what another process or machine has sent. O(runs).
+
+        Two runs may overlap, as rows may be named twice.
+
+        Raises:
+            ValueError: the arrays are not integers of one length, an address or a count is not
+                positive, a run ends at 2**63 or beyond, or a block is smaller than its contents;
+                the message names the value.
+            TypeError: a size is not an integer.
+        """
+        size_bytes = positive("size_bytes", self.size_bytes)
+        block_bytes = positive("block_bytes", self.block_bytes)
+        _require_room(block_bytes, size_bytes)
+        starts, counts = integers("starts", self.starts), integers("counts", self.counts)
+        if len(starts) != len(counts):
+            raise ValueError(f"got {len(starts)} starts but {len(counts)} counts")
+        for name, values in (("starts", starts), ("counts", counts)):
+            if len(values) and values.min() <= 0:
+                raise ValueError(f"{name} must be positive, got {values.min()}")
+        too_far = counts > (ADDRESS_END - 1 - starts) // block_bytes
+        if too_far.any():
+            at = int(np.argmax(too_far))
+            raise ValueError(
+                f"{counts[at]} blocks of {block_bytes} bytes at {starts[at]} end at 2**63 or beyond"
+            )
+        return BlockRuns(starts, counts, size_bytes, block_bytes)
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -175,6 +202,13 @@ def runs_of(addresses: Int64Array, block_bytes: int) -> tuple[Int64Array, Int64A
     np.not_equal(np.diff(addresses), block_bytes, out=is_first[1:])
     heads = np.flatnonzero(is_first)
     return addresses[heads], np.diff(np.append(heads, len(addresses)))
+
+
+def _require_room(block_bytes: int, size_bytes: int) -> None:
+    if block_bytes < size_bytes:
+        raise ValueError(
+            f"blocks of {block_bytes} bytes are too small for contents of {size_bytes} bytes"
+        )
 
 
 def _columns(

@@ -2,8 +2,8 @@
 
 A scheduler allocates, and each worker has a buffer of its own. To tell a worker where blocks are
 and what they hold, send ``to_bytes()``, pickle these objects, or send ``to_dict()`` through msgpack
-or JSON. The worker passes the result to ``heap.view``. For 16,384 blocks that are all runs of their
-own, ``to_bytes()`` are 17 to 33 KB, and ``to_dict()`` as JSON 216 KB.
+or JSON. The worker passes the result to ``heap.view``. For 16,384 blocks that are runs of their
+own, ``to_bytes()`` are 17 to 66 KB, and ``to_dict()`` as JSON 216 to 252 KB.
 
 ``MemoryObjMetadata`` has the fields of LMCache 0.5.6's class of the same name, and its dicts have
 the same keys; ``stored``, ``form`` and ``origin`` are added where they are known.
@@ -267,8 +267,9 @@ class MemoryBatchMetadata:
     def to_bytes(self) -> bytes:
         """Convert to bytes, which tell whether they were damaged; see ``metadata_bytes.py``.
 
-        In address order, each run takes 1 or 2 bytes, 4 in any other order, and 1 or 2 more if runs
-        are of several lengths. O(R) for R runs; blocks that were stored by themselves add O(N).
+        In address order, each run mostly takes 1 or 2 bytes, 2 to 4 in any other order, and 1 or 2
+        more if runs differ in length. O(R) for R runs; blocks that were stored by themselves add
+        O(N).
 
         Raises:
             TypeError, ValueError: as :meth:`require_whole`.

@@ -46,7 +46,9 @@ class FutureLike(Protocol):
 
 
 def is_event(work: object) -> bool:
-    """Whether an object is an event or a future."""
+    """Whether an object is an event or a future; a class of them is neither."""
+    if isinstance(work, type):
+        return False
     return _has(work, "query") or _has(work, "done", "cancelled", "exception")
 
 

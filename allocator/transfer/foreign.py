@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from itertools import starmap
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from kvheap.blocks.heap import BlockObjects, heap_of
@@ -52,9 +53,9 @@ def foreign_transfer(
 
     Blocks of either side may be freed, dropped, and their heap closed, at any time: their bytes are
     not allocated again before the work has ended. Whatever reads the blocks of a target that is a
-    whole batch waits for the work, as it becomes ``target.transfer``; of other targets, wait for
-    the returned transfer yourself. A local copy of blocks that it still fills waits on its caller's
-    thread. What stores have recorded of the target's tokens is forgotten.
+    whole batch waits for the work, as it becomes ``target.transfer``; of a target that is a part of
+    a batch, wait for the returned transfer yourself. A local copy of blocks that it still fills
+    waits on its caller's thread. What stores have recorded of the target's tokens is forgotten.
 
     How the work ends is told by its event or future, which is asked from any thread, and must
     answer at once:
@@ -174,7 +175,12 @@ def _require_idle(used: Sequence[Rows]) -> None:
 
 
 def _rows_of(blocks: BlockObjects | Rows) -> list[Rows]:
-    return [blocks] if isinstance(blocks, Rows) else heap_of(blocks).rows_by_batch(blocks)
+    parts = [blocks] if isinstance(blocks, Rows) else heap_of(blocks).rows_by_batch(blocks)
+    return [Rows(each.batch, None) if _has_all(each) else each for each in parts]
+
+
+def _has_all(part: Rows) -> bool:
+    return part.rows is None or len(np.unique(part.rows)) == len(part.batch)
 
 
 def _memory_of(blocks: BlockObjects | Rows) -> list[torch.Tensor]:

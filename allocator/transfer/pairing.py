@@ -62,13 +62,13 @@ def block_runs(blocks: PlacedBlocks) -> BlockRuns:
 
     Raises:
         LifetimeError: a block is freed.
-        ValueError: objects have several layouts, or the list is empty.
+        ValueError: objects have several layouts, the list is empty, or the runs cannot be.
         ForeignObjectError: objects belong to several heaps.
         TypeError: ``blocks`` is none of these.
         ClosedError: the heap is closed.
     """
     if isinstance(blocks, BlockRuns):
-        return blocks
+        return blocks.checked()
     if isinstance(blocks, MemoryBatch):
         return blocks.block_runs()
     if isinstance(blocks, Rows):

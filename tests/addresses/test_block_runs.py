@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -96,6 +99,31 @@ def test_what_is_no_place_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         BlockRuns.placed(AddressBatch(64, *blocks), size, segments)
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        (([64], [1, 1], 64, 64), "got 1 starts but 2 counts"),
+        (([0], [1], 64, 64), "starts must be positive, got 0"),
+        (([-64], [1], 64, 64), "starts must be positive, got -64"),
+        (([64], [0], 64, 64), "counts must be positive, got 0"),
+        (([64], [1 << 62], 64, 64), "at 64 end at 2\\*\\*63 or beyond"),
+        (([64], [1], 65, 64), "too small for contents of 65 bytes"),
+        (([64], [1], 0, 64), "size_bytes must be positive"),
+        (([0.5], [1], 64, 64), "starts must be integers"),
+        (("ab", [1], 64, 64), "starts must be a sequence"),
+    ],
+)
+def test_runs_from_elsewhere_are_checked(runs: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BlockRuns(*runs).checked()
+
+
+def test_runs_survive_a_pickle() -> None:
+    runs = BlockRuns(np.array([64, 64]), np.array([2, 1]), 60, 64)
+    found = pickle.loads(pickle.dumps(runs)).checked()
+    assert found.extents(padding=False).starts.tolist() == [64, 128, 64]
 
 
 def test_an_empty_batch_has_no_extents() -> None:

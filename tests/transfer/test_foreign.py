@@ -250,6 +250,14 @@ class TestOrder:
         writer.join()
         assert out.eq(9).all()
 
+    def test_objects_that_are_a_whole_batch_are_one(self) -> None:
+        batch = take(small_heap(), 3)
+        transfer = foreign_transfer(Work(), target=[batch[2], batch[0], batch[1]])
+        assert batch.transfer is transfer
+        other = take(small_heap(), 3)
+        foreign_transfer(Work(), target=other[:2])
+        assert other.transfer is None
+
     def test_a_copy_into_what_is_being_filled_waits(self) -> None:
         heap = small_heap()
         batch, work = take(heap, 2), Work()
@@ -486,6 +494,14 @@ class TestBeginning:
         assert heap.stats().pending_bytes == 3 * PAGE
         end(work)
         assert heap.stats().pending_bytes == 0
+
+    def test_a_class_begins_work(self) -> None:
+        heap = small_heap()
+        transfer = foreign_transfer(Work, target=take(heap, 1))
+        assert not transfer.is_quarantined
+        assert not transfer.done()
+        end(Work.begun[-1])
+        transfer.result()
 
     def test_what_could_not_begin_protects_nothing(self) -> None:
         heap = small_heap()
