@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvheap.addresses.address_batch import AddressBatch as AddressBatch
     from kvheap.addresses.address_manager import AddressManager as AddressManager
+    from kvheap.addresses.block_runs import BlockRuns as BlockRuns
+    from kvheap.addresses.block_runs import MemorySegment as MemorySegment
     from kvheap.addresses.heap_stats import HeapStats as HeapStats
+    from kvheap.blocks.batch_lease import BatchLease as BatchLease
     from kvheap.blocks.block_layout import BlockLayout as BlockLayout
     from kvheap.blocks.lease import Lease as Lease
     from kvheap.blocks.memory_allocator import HeapOptions as HeapOptions
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
     from kvheap.prefix.index import PrefixIndex as PrefixIndex
     from kvheap.prefix.store import PrefixStore as PrefixStore
     from kvheap.transfer import Transfer as Transfer
+    from kvheap.transfer import foreign_transfer as foreign_transfer
     from kvheap.transfer import offload as offload
     from kvheap.transfer import restore as restore
     from kvheap.transfer.plan import CopyPlan as CopyPlan
@@ -77,8 +81,10 @@ _MODULE_OF = {
     "AddressBatch": "addresses.address_batch",
     "AddressManager": "addresses.address_manager",
     "AllocatorStats": "heaps.tensor_allocator",
+    "BatchLease": "blocks.batch_lease",
     "BlockIds": "kernels.paged_slots",
     "BlockInUseError": "errors",
+    "BlockRuns": "addresses.block_runs",
     "BlockLayout": "blocks.block_layout",
     "BufferAllocator": "heaps.plain_allocators",
     "BytesBufferMemoryObj": "blocks.memory_batch",
@@ -107,6 +113,7 @@ _MODULE_OF = {
     "MemoryFormat": "blocks.memory_format",
     "MemoryObj": "blocks.memory_batch",
     "MemoryObjMetadata": "blocks.memory_metadata",
+    "MemorySegment": "addresses.block_runs",
     "MixedMemoryAllocator": "heaps.mixed_allocator",
     "NegativeBatchSizeError": "errors",
     "OutOfMemoryError": "errors",
@@ -120,6 +127,7 @@ _MODULE_OF = {
     "Transfer": "transfer",
     "TransferError": "errors",
     "WriteAfterFreeError": "errors",
+    "foreign_transfer": "transfer",
     "load": "engine.chunks",
     "log_full_report": "blocks.report",
     "numa_node_of_gpu": "memory.numa",

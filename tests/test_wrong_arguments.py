@@ -23,6 +23,7 @@ from kvheap import (
     AddressManager,
     BlockIds,
     BlockLayout,
+    BlockRuns,
     CopyPlan,
     HostBuffer,
     MemoryBatchMetadata,
@@ -35,7 +36,7 @@ from kvheap import (
 )
 from kvheap.kernels import fill_blocks, gather_blocks, move_blocks, scatter_blocks
 from kvheap.replay.trace import infer_chunk_tokens, read_trace, synthetic_trace
-from kvheap.transfer import copy
+from kvheap.transfer import copy, extents, paired_runs
 
 HALF = torch.float16
 OBJECT = object()
@@ -77,6 +78,9 @@ class Scene:
         self.batch, self.layout = batch, batch.layout
         self.rows = torch.zeros(2, *self.layout.shapes[0]).half()
         self.index: PrefixStore[str] = PrefixStore(self.far, self.layout)
+        beside = self.far.batched_allocate(self.layout.shapes[0], HALF, 2)
+        assert beside is not None
+        self.beside = beside
         self.manager = AddressManager(1 << 16)
         self.buffer = HostBuffer(1 << 16)
         self.before = self.state()
@@ -477,6 +481,44 @@ CALLS: dict[str, Call] = {
         lambda s: {"values": s.batch[0].metadata.to_dict()},
         ("values", "dict"),
     ),
+    "MemoryObjMetadata.from_bytes": call(
+        lambda s: MemoryObjMetadata.from_bytes,
+        lambda s: {"data": s.batch[0].metadata.to_bytes()},
+    ),
+    "MemoryBatchMetadata.from_bytes": call(
+        lambda s: MemoryBatchMetadata.from_bytes, lambda s: {"data": s.batch.metadata.to_bytes()}
+    ),
+    "MemoryBatch.extents": call(
+        lambda s: s.batch.extents, lambda s: {"rows": [1, 0], "padding": False}
+    ),
+    "MemoryBatch.block_runs": call(lambda s: s.batch.block_runs, lambda s: {"rows": [1, 0]}),
+    "extents": call(lambda s: extents, lambda s: {"blocks": s.batch[:], "padding": True}),
+    "paired_runs": call(
+        lambda s: paired_runs,
+        lambda s: {"source": s.batch, "target": s.beside},
+    ),
+    "BlockRuns.placed": call(
+        lambda s: BlockRuns.placed,
+        lambda s: {
+            "blocks": s.batch.runs,
+            "size_bytes": s.layout.size_bytes,
+            "segments": s.heap.memory_segments(),
+        },
+    ),
+    "foreign_transfer": call(
+        lambda s: kvheap.foreign_transfer,
+        lambda s: {"work": Done, "source": s.batch, "target": None, "name": "others"},
+        ("name", "text"),
+        ("work", "class"),  # begins nothing that could be tracked
+    ),
+    "lease": call(
+        lambda s: s.heap.lease,
+        lambda s: {"objs": s.batch, "ttl": 5.0, "rows": [0, 1]},
+        ("ttl", "float"),
+    ),
+    "BatchLease.extend": call(
+        lambda s: s.heap.lease(s.batch, 5).extend, lambda s: {"ttl": 5.0}, ("ttl", "float")
+    ),
     "MemoryBatch[]": call(lambda s: lambda index: s.batch[index], lambda s: {"index": 0}),
     "MemoryBatch.set_num_tokens": call(
         lambda s: s.batch.set_num_tokens, lambda s: {"num_tokens": 64}
@@ -527,6 +569,11 @@ CALLS: dict[str, Call] = {
         lambda s: {"buffer": torch.zeros(100), "addresses": [0], "block_bytes": 16, "value": 0},
     ),
 }
+
+
+class Done:
+    def query(self) -> bool:
+        return True
 
 
 class Stream:

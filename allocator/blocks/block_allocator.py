@@ -10,8 +10,11 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from kvheap.addresses.block_runs import MemorySegment
+from kvheap.blocks.batch_lease import BatchLease
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
@@ -20,7 +23,12 @@ from kvheap.blocks.report import LiveBlocks
 from kvheap.blocks.rows import Rows, listed, rows_of
 from kvheap.errors import ForeignObjectError
 
-__all__ = ["BlockAllocator"]
+__all__ = ["BlockAllocator", "segment_of"]
+
+
+def segment_of(start: int, buffer: torch.Tensor) -> MemorySegment:
+    """Where a buffer is in memory, whose first byte has the heap address ``start``."""
+    return MemorySegment(start, buffer.nbytes, buffer.data_ptr())
 
 
 class BlockAllocator(MemoryAllocatorInterface):
@@ -104,6 +112,49 @@ class BlockAllocator(MemoryAllocatorInterface):
                 raise ForeignObjectError(f"{part.batch!r} belongs to another allocator")
         return parts
 
+    def lease(
+        self,
+        objs: MemoryBatch | Iterable[MemoryObj],
+        ttl: float,
+        rows: npt.ArrayLike | None = None,
+    ) -> BatchLease:
+        """Pin many blocks, all or none, until the lease is released or ``ttl`` seconds have passed.
+
+        As long as it is held, the blocks cannot be freed; blocks whose last reference is dropped
+        meanwhile are freed when it ends. For a reader elsewhere that may vanish, such as another
+        machine: it has the blocks for so long, and asks for more time with ``extend``. O(1) for a
+        batch, no Python work per row for ``rows``, else O(blocks).
+
+        Args:
+            objs: a batch, or objects of any batches of this allocator.
+            ttl: seconds, more than 0.
+            rows: which blocks of a batch, integers ``[R]``; None: all. A block that is named twice
+                is pinned once.
+
+        Returns:
+            The lease: ``release()``, ``extend(ttl)``, ``deadline``, ``state``; a context manager.
+            Each block's pin count includes it. ``stats().expired_leases`` counts it once if it
+            expires.
+
+        Raises:
+            LifetimeError: a block is freed; nothing is pinned.
+            ForeignObjectError: a block belongs to another allocator; nothing is pinned.
+            ValueError: ``ttl`` is not positive, or the batch has no such row.
+            TypeError: an element is not a MemoryObj, ``ttl`` is not a number, ``rows`` are not
+                integers, or rows of no batch.
+            ReentrantCallError: the calling thread is inside an operation; nothing is pinned.
+            ClosedError: the allocator is closed.
+        """
+        self.require_open()
+        if isinstance(objs, MemoryBatch):
+            chosen = None if rows is None else objs.checked_rows(rows)
+            parts = [Rows(part.batch, chosen) for part in self.rows_by_batch(objs)]
+        elif rows is not None:
+            raise TypeError(f"rows are those of a batch, got {objs!r}: pass the batch")
+        else:
+            parts = self.rows_by_batch(listed(objs))
+        return self.lifetime.leases.grant_many(parts, ttl)
+
     def leaks(self) -> tuple[LiveBlocks, ...]:
         """All live blocks; see ``MemoryAllocatorInterface.leaks``."""
         if self.lifetime.reclaimer.has_work and not self.is_view_only:
@@ -123,6 +174,16 @@ class BlockAllocator(MemoryAllocatorInterface):
     def merged_releases(self, releases: list[Release]) -> list[Release]:
         """Combine releases that can be given back together; by default none can."""
         return releases
+
+    def memory_segments(self, batch: MemoryBatch) -> Sequence[MemorySegment]:
+        """The buffers that the blocks of a batch are in: by default, its own storage.
+
+        Raises:
+            ClosedError: the allocator is closed.
+        """
+        self.require_open()
+        storage = batch.storage
+        return () if storage is None else (segment_of(0, storage),)
 
     @abstractmethod
     def block_bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:

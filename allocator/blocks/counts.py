@@ -13,7 +13,7 @@ are live, they are kept by themselves: one block that outlives a large batch cos
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.recorded_streams import RecordedStreams, Streams
+from kvheap.blocks.row_leases import HeldLease, RowLeases
 from kvheap.device.events import Stream
 from kvheap.errors import BlockInUseError, DoubleFreeError, LifetimeError
 from kvheap.guards import read_meanwhile
@@ -37,6 +38,8 @@ DROPPED = -2
 Only a finalizer can still have a handle on it, one that ran after the collector had given up the
 batch in the same cycle. If it frees the block, that is in order.
 """
+
+NO_ROWS: Int64Array = np.empty(0, np.int64)
 
 FEW_ROWS = 4
 """Up to this many rows are looked at one by one."""
@@ -54,15 +57,6 @@ class NamesRows(Protocol):
 
     def describe(self, row: int) -> str:
         """Describe a row."""
-        ...
-
-
-class HeldLease(Protocol):
-    """The part of a lease that its block's counts use."""
-
-    @property
-    def state(self) -> str:
-        """``held`` as long as it pins its block."""
         ...
 
 
@@ -94,6 +88,8 @@ class RowCounts:
       ``is_untouched``, ``leased_rows``, ``rows_to_drop``;
     - change one row: ``changed``, ``references_to_change``, ``pins_to_change``, ``add_lease``,
       ``remove_lease``, ``leases_of``, ``is_held``;
+    - change many rows: ``require_pinnable``, ``add_leases``, ``remove_leases``, ``held_only_by``,
+      ``give_up``;
     - free: ``claimable``, ``set_freed``, ``set_live``, ``forgive``, ``was_dropped``;
     - streams: ``record_stream``, ``streams_of``, ``streams_now``, ``forget_streams``,
       ``require_live``.
@@ -124,7 +120,7 @@ class RowCounts:
         self._uniform_references = 1
         self._references: array[int] | FewCounts | None = None
         self._pins: array[int] | FewCounts | None = None
-        self._leases: dict[int, dict[int, HeldLease]] | None = None
+        self._leases: RowLeases | None = None
         self.streams: RecordedStreams | None = None
 
     # -- read one row --------------------------------------------------------------------------
@@ -144,7 +140,8 @@ class RowCounts:
         if not self.is_live(row):
             return 0
         pins = 0 if self._pins is None else self._pins[row]
-        return pins if self._leases is None else pins + self.leases_of(row)
+        leases = self._leases  # once: readers take no lock
+        return pins if leases is None else pins + leases.on(row)
 
     # -- read all rows -------------------------------------------------------------------------
 
@@ -168,7 +165,7 @@ class RowCounts:
 
     @property
     def has_leases(self) -> bool:
-        """Whether a row ever had a lease."""
+        """Whether a row has a lease, which may have expired."""
         return self._leases is not None
 
     def count_live(self) -> tuple[int, int]:
@@ -179,24 +176,25 @@ class RowCounts:
         return int(live.sum()), int((live & (self._pin_array() > 0)).sum())
 
     def is_untouched(self) -> bool:
-        """Whether every row has one reference, no pin, and never had a lease."""
+        """Whether every row has one reference, no pin and no lease."""
         is_uniform = self._references is None and self._pins is None and self._leases is None
         return is_uniform and self._uniform_references == 1
 
-    def leased_rows(self) -> Collection[int]:
-        """The live rows that a lease holds."""
-        if self._leases is None:
-            return ()
-        leased = list(self._leases.copy())
-        return [row for row in leased if self.is_live(row) and self.leases_of(row)]
+    def leased_rows(self) -> Int64Array:
+        """The live rows that a lease holds, int64 ``[R]``."""
+        leases = self._leases
+        if leases is None:
+            return NO_ROWS
+        held = np.zeros(self._num_rows, np.int32)
+        leases.add_to(held)
+        return np.flatnonzero((held > 0) & (self._reference_array() >= 0))
 
-    def rows_to_drop(self, but: Collection[int] = ()) -> Int64Array | None:
+    def rows_to_drop(self, but: Int64Array = NO_ROWS) -> Int64Array | None:
         """The live rows other than ``but``, int64 ``[R]``; None if all are."""
-        if self._references is None and not but:
-            return None if self._uniform_references >= 0 else np.empty(0, np.int64)
+        if self._references is None and not len(but):
+            return None if self._uniform_references >= 0 else NO_ROWS
         live = self._reference_array() >= 0
-        if but:
-            live[list(but)] = False
+        live[but] = False
         rows = np.flatnonzero(live)
         return None if len(rows) == self._num_rows else rows
 
@@ -253,28 +251,75 @@ class RowCounts:
     def add_lease(self, row: int, lease: HeldLease) -> None:
         """Pin a row by a lease, for as long as the lease is held."""
         if self._leases is None:
-            self._leases = {}
-        self._leases.setdefault(row, {})[id(lease)] = lease
+            self._leases = RowLeases()
+        self._leases.add(row, lease)
 
     def remove_lease(self, row: int, lease: HeldLease) -> None:
         """Forget a lease that has ended."""
-        leases = None if self._leases is None else self._leases.get(row)
+        leases = self._leases
         if leases is not None:
-            leases.pop(id(lease), None)
+            leases.remove(row, lease)
 
     def leases_of(self, row: int, but: HeldLease | None = None) -> int:
         """How many leases hold a row, other than ``but``."""
-        leases = None if self._leases is None else self._leases.get(row)
-        if not leases:
-            return 0
-        return sum(each.state == "held" and each is not but for each in leases.copy().values())
+        leases = self._leases  # once: readers take no lock
+        return 0 if leases is None else leases.on(row, but)
 
-    def is_held(self, row: int, but: HeldLease | None = None, but_leases: bool = False) -> bool:
-        """Whether a row has a reference or a pin, other than the lease ``but``, or any lease."""
+    def is_held(self, row: int, but: HeldLease | None = None) -> bool:
+        """Whether a row has a reference or a pin, other than the lease ``but``."""
         has_pins = self._pins is not None and bool(self._pins[row])
         if has_pins or self.references_of(row):
             return True
-        return not but_leases and bool(self.leases_of(row, but))
+        return bool(self.leases_of(row, but))
+
+    # -- change many rows ----------------------------------------------------------------------
+
+    def require_pinnable(self, rows: Int64Array | None, batch: NamesRows) -> None:
+        """Raise if any of ``rows`` (None: all) cannot be pinned.
+
+        Raises:
+            LifetimeError: names the first freed row.
+        """
+        freed = self._first_freed(rows)
+        if freed is not None:
+            raise LifetimeError(f"{batch.describe(freed)} is freed: its pin count cannot change")
+
+    def add_leases(self, rows: Int64Array | None, lease: HeldLease) -> None:
+        """Pin ``rows``, ascending and distinct (None: all), by one lease while it is held."""
+        if self._leases is None:
+            self._leases = RowLeases()
+        self._leases.add_many(rows, lease)
+
+    def remove_leases(self, lease: HeldLease) -> None:
+        """Forget a lease on many rows that has ended."""
+        leases = self._leases
+        if leases is not None:
+            leases.remove_many(lease)
+            if leases.is_empty:
+                self._leases = None
+
+    def held_only_by(self, lease: HeldLease, rows: Int64Array | None) -> Int64Array | None:
+        """Those of ``rows`` (None: all) that only ``lease`` keeps from being freed; None: all."""
+        if self._references is None and self._uniform_references:
+            return NO_ROWS  # all have a reference, or are freed
+        is_free = (self._reference_array() == 0) & (self._pin_array(lease) == 0)
+        if rows is None:
+            return None if is_free.all() else np.flatnonzero(is_free)
+        found: Int64Array = rows[is_free[rows]]
+        return found
+
+    def give_up(self, rows: Int64Array) -> int:
+        """Take all references and pins but leases from live rows; return how many had any."""
+        if not len(rows):
+            return 0
+        references, pins = self.references_to_change(), self.pins_to_change()
+        had = sum(bool(references[row] or pins[row]) for row in rows.tolist())
+        for counts in (references, pins):
+            if isinstance(counts, FewCounts):
+                counts.update(dict.fromkeys(rows.tolist(), 0))
+            else:
+                np.frombuffer(counts, np.int32)[rows] = 0
+        return had
 
     # -- free ----------------------------------------------------------------------------------
 
@@ -373,16 +418,22 @@ class RowCounts:
         Raises:
             LifetimeError: names the first freed row.
         """
-        if self._references is None and self._uniform_references >= 0:
-            return
-        freed = self._reference_array() < 0
-        freed = freed if rows is None else freed[rows]
-        if freed.any():
-            at = int(np.argmax(freed))
-            name = batch.describe(at if rows is None else int(rows[at]))
-            raise LifetimeError(f"{name} is freed: it cannot be copied")
+        freed = self._first_freed(rows)
+        if freed is not None:
+            raise LifetimeError(f"{batch.describe(freed)} is freed: it cannot be copied")
 
     # -- helpers -------------------------------------------------------------------------------
+
+    def _first_freed(self, rows: Int64Array | None) -> int | None:
+        """The first freed one of ``rows`` (None: all); None if all are live."""
+        if self._references is None and self._uniform_references >= 0:
+            return None
+        freed = self._reference_array() < 0
+        freed = freed if rows is None else freed[rows]
+        if not freed.any():
+            return None
+        at = int(np.argmax(freed))
+        return at if rows is None else int(rows[at])
 
     def _give_up_arrays(self) -> None:
         """Keep the counts of live rows by themselves, if there are only a few."""
@@ -425,7 +476,7 @@ class RowCounts:
             return counts.as_array(self._num_rows)
         return np.frombuffer(counts, np.int32)
 
-    def _pin_array(self) -> npt.NDArray[np.int32]:
+    def _pin_array(self, but: HeldLease | None = None) -> npt.NDArray[np.int32]:
         counts = self._pins  # once: readers take no lock
         if counts is None:
             pins = np.zeros(self._num_rows, np.int32)
@@ -433,9 +484,9 @@ class RowCounts:
             pins = counts.as_array(self._num_rows)
         else:
             pins = np.frombuffer(counts, np.int32).copy()
-        if self._leases is not None:
-            for row in self._leases.copy():
-                pins[row] += self.leases_of(row)
+        leases = self._leases
+        if leases is not None:
+            leases.add_to(pins, but)
         pins[self._reference_array() < 0] = 0
         return pins
 

@@ -9,8 +9,9 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from kvheap.addresses.block_runs import MemorySegment
 from kvheap.addresses.extents import Int64Array
-from kvheap.blocks.block_allocator import BlockAllocator
+from kvheap.blocks.block_allocator import BlockAllocator, segment_of
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.device.copy_device import CopyDevice
@@ -49,6 +50,17 @@ class Heap(BlockAllocator):
     @abstractmethod
     def segments(self) -> list[tuple[int, torch.Tensor]]:
         """The buffers, uint8, each with the address of its first byte."""
+
+    def memory_segments(self, batch: MemoryBatch | None = None) -> Sequence[MemorySegment]:
+        """Where the buffers are in this process's memory, for a registration or another machine.
+
+        Args:
+            batch: has no influence: the blocks of any batch may be in any buffer.
+
+        Raises:
+            ClosedError: the heap is closed.
+        """
+        return [segment_of(start, buffer) for start, buffer in self.segments]
 
     @abstractmethod
     def absolute(self, addresses: Int64Array) -> tuple[Int64Array, int]:

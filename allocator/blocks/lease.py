@@ -6,7 +6,7 @@ import heapq
 import itertools
 import time
 import weakref
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.owned_blocks import OwnedBlocks
@@ -24,6 +24,10 @@ class LeaseEnder(Protocol):
 
     def end(self, lease: Lease, state: LeaseState) -> bool:
         """End a lease; False if it had already ended."""
+        ...
+
+    def extend(self, lease: Lease, ttl: float) -> bool:
+        """Let a lease expire later; False if it has ended."""
         ...
 
 
@@ -66,6 +70,25 @@ class Lease:
         was_held, self.state = self.state == "held", "released"
         return was_held
 
+    def extend(self, ttl: float) -> bool:
+        """Let it expire ``ttl`` seconds from now, unless it expires later anyway.
+
+        Returns:
+            Whether it is still held; False if it was released or its deadline has passed: the block
+            may have been freed.
+
+        Raises:
+            ValueError: ``ttl`` is not positive.
+            ReentrantCallError: the calling thread is inside an operation; nothing is changed.
+        """
+        leases = self._leases()
+        return leases is not None and leases.extend(self, ttl)
+
+    def let_go(self) -> None:
+        """Forget the block, once the lease has ended."""
+        self.counts.remove_lease(self.row, self)
+        self.record = None
+
     def __enter__(self) -> Lease:
         return self
 
@@ -73,15 +96,25 @@ class Lease:
         self.release()
 
 
-class LeaseQueue:
+class QueuedLease(Protocol):
+    """The part of a lease that the queue uses."""
+
+    deadline: float
+    state: LeaseState
+
+
+AnyLease = TypeVar("AnyLease", bound=QueuedLease)
+
+
+class LeaseQueue(Generic[AnyLease]):
     """Leases in the order of their deadlines. Not thread-safe.
 
     Released leases stay in the queue until their deadline, or until they outnumber the leases that
-    are still held.
+    are still held. One that was extended stays where it was; at its old deadline it is queued anew.
     """
 
     def __init__(self) -> None:
-        self.entries: list[tuple[float, int, Lease]] = []
+        self.entries: list[tuple[float, int, AnyLease]] = []
         """A ``heapq`` of (deadline, number, lease)."""
         self._prune_at = MIN_PRUNED
         self._number = itertools.count()
@@ -90,7 +123,7 @@ class LeaseQueue:
         """Number of queued leases."""
         return len(self.entries)
 
-    def push(self, lease: Lease) -> None:
+    def push(self, lease: AnyLease) -> None:
         """Queue a lease. Amortized O(log leases)."""
         if len(self.entries) >= self._prune_at:
             held = [entry for entry in self.entries if entry[2].state == "held"]
@@ -99,14 +132,14 @@ class LeaseQueue:
             self._prune_at = 2 * len(held) + MIN_PRUNED
         heapq.heappush(self.entries, (lease.deadline, next(self._number), lease))
 
-    def first_due(self) -> Lease | None:
+    def first_due(self) -> AnyLease | None:
         """The first lease if its deadline has passed. It stays queued."""
         entries = self.entries
         if not entries or entries[0][0] > time.monotonic():
             return None
         return entries[0][2]
 
-    def pop(self, lease: Lease) -> None:
+    def pop(self, lease: AnyLease) -> None:
         """Take a lease that has ended off the queue, if it is the first."""
         if self.entries and self.entries[0][2] is lease:
             heapq.heappop(self.entries)

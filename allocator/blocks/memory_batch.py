@@ -19,7 +19,9 @@ import numpy.typing as npt
 import torch
 
 from kvheap.addresses.address_batch import AddressBatch
-from kvheap.addresses.extents import Int64Array
+from kvheap.addresses.arguments import require_flags
+from kvheap.addresses.block_runs import BlockRuns, MemorySegment, runs_of
+from kvheap.addresses.extents import Extents, Int64Array
 from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.counts import RowCounts
@@ -63,6 +65,10 @@ class BlockOwner(Protocol):
         """The first bytes of a block, uint8 ``[size_bytes]``, without a copy."""
         ...
 
+    def memory_segments(self, batch: MemoryBatch) -> Sequence[MemorySegment]:
+        """The buffers that the blocks of a batch are in."""
+        ...
+
 
 @untraced_class
 class MemoryBatch(Sequence["MemoryObj"]):
@@ -73,10 +79,12 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     - what the blocks are: ``layout``, ``shape``, ``dtype``, ``fmt``, ``size_bytes``;
     - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
+      in memory: ``extents``, ``block_runs``;
     - which tokens they hold: ``num_tokens``, ``set_num_tokens``, ``forget_origin``;
     - counts and streams: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
     - for allocators and transfers: ``counts``, ``is_owner``, ``is_writable``,
-      ``await_filling``, ``claimable``, ``require_owner``, ``require_writable``, ``describe``.
+      ``await_filling``, ``checked_rows``, ``claimable``, ``require_owner``, ``require_writable``,
+      ``describe``.
 
     Attributes:
         allocator: the allocator that made it.
@@ -186,6 +194,48 @@ class MemoryBatch(Sequence["MemoryObj"]):
         """Allocated bytes of each block: ``size_bytes`` rounded up to the alignment."""
         return self._address_batch.block_bytes
 
+    def extents(self, rows: npt.ArrayLike | None = None, *, padding: bool = True) -> Extents:
+        """The bytes of the blocks as absolute extents, for a transfer library or a system call.
+
+        They are those of this process, in the order of the blocks; adjacent blocks are one extent,
+        except across the end of a buffer. Nothing is waited for or protected: use them behind
+        :attr:`transfer`, and as part of a ``foreign_transfer``. O(runs); O(blocks) with ``rows`` or
+        without padding that there is.
+
+        Args:
+            rows: which blocks, integers ``[R]``, in any order; None: all.
+            padding: include what the alignment adds to each block; see ``BlockRuns.extents``.
+
+        Returns:
+            Absolute addresses and bytes, int64 ``[E]`` each.
+
+        Raises:
+            LifetimeError: a block is freed.
+            TypeError, ValueError: ``rows`` are not rows of the batch.
+            ClosedError: the allocator is closed.
+        """
+        if padding is not True:
+            require_flags(padding=padding)
+        return self.block_runs(rows).extents(padding=padding)
+
+    def block_runs(self, rows: npt.ArrayLike | None = None) -> BlockRuns:
+        """Where the blocks are in memory, as runs of adjacent blocks; see ``BlockRuns``.
+
+        Args:
+            rows: as for :meth:`extents`.
+
+        Raises:
+            LifetimeError, TypeError, ValueError, ClosedError: as for :meth:`extents`.
+        """
+        blocks, size = self._address_batch, self._address_batch.block_bytes
+        chosen = None if rows is None else self.checked_rows(rows)
+        self.counts.require_live(chosen, self)
+        starts, counts = blocks.run_starts, blocks.run_counts
+        if chosen is not None:
+            starts, counts = runs_of(blocks.addresses_of(chosen), size)
+        segments = self.allocator.memory_segments(self)
+        return BlockRuns.of_addresses(starts, counts, self.layout.size_bytes, size, segments)
+
     @property
     def metadata(self) -> MemoryBatchMetadata:
         """What another process passes to ``heap.view`` to wrap the blocks."""
@@ -263,9 +313,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         if not callable(getattr(stream, "record_event", None)):
             raise TypeError(f"a stream must have record_event(), got {stream!r}")
         if rows is not None:
-            rows = int64_array("rows", rows)
-            is_row = (rows >= 0) & (rows < self._length)
-            require_all("rows", rows, is_row, f"must be from 0 to {self._length - 1}")
+            rows = self.checked_rows(rows)
         self.allocator.lifetime.record_stream(self, stream, rows)
 
     def detach(self) -> AddressBatch:
@@ -327,6 +375,18 @@ class MemoryBatch(Sequence["MemoryObj"]):
         )
 
     # -- for allocators and transfers ----------------------------------------------------------
+
+    def checked_rows(self, rows: npt.ArrayLike) -> Int64Array:
+        """A caller's row numbers, int64 ``[R]``.
+
+        Raises:
+            TypeError: they are not integers.
+            ValueError: the batch has no such row; the message names it.
+        """
+        rows = int64_array("rows", rows)
+        is_row = (rows >= 0) & (rows < self._length)
+        require_all("rows", rows, is_row, f"must be from 0 to {self._length - 1}")
+        return rows
 
     def await_filling(self, on_host: bool = True) -> None:
         """Order the caller behind the transfer that fills the blocks, if there is one.

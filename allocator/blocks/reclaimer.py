@@ -154,10 +154,7 @@ class Reclaimer:
                 ledger.finish()
             if ledger.dropped and ledger.dropped[0] is record:
                 leased = counts.leased_rows()
-                num_held = sum(counts.is_held(row, but_leases=True) for row in leased)
-                for row in leased:  # their leases free them
-                    counts.references_to_change()[row] = 0
-                    counts.pins_to_change()[row] = 0
+                num_held = counts.give_up(leased)  # their leases free them
                 rows = counts.rows_to_drop(leased)
                 num_blocks = len(record.addresses if rows is None else rows)
                 release = None
@@ -165,8 +162,8 @@ class Reclaimer:
                     release = record.release_of(rows, events.of(counts.streams_of(rows), {}))
                     release.count = DROPPED
                 if id(record) not in ledger.live:
-                    num_blocks, num_held, leased = 0, 0, ()
-                ledger.reclaim(record, release, num_blocks + num_held, bool(leased))
+                    num_blocks, num_held, leased = 0, 0, leased[:0]
+                ledger.reclaim(record, release, num_blocks + num_held, bool(len(leased)))
             guard.busy = False
         return True
 

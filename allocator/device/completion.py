@@ -12,6 +12,9 @@ States; the last two are final:
 - *ended*: everything queued has ended; if there is an error, the copy is incomplete;
 - *lost*: the event cannot be queried (the device is gone). The bytes of such a copy are never
   reused.
+
+A copy that others make can also fail without an end (``is_stuck``): it is over for whoever waits,
+and its bytes are reused once its event says that it has ended after all.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from kvheap.device.events import POLL_SECONDS, DeviceEvent, ReleaseVoidError
+from kvheap.device.events import POLL_SECONDS, DeviceEvent, ReleaseVoidError, ReportingEvent
 from kvheap.device.host_queue import HostEvent, NestedWaitError
 from kvheap.errors import TransferError
 from kvheap.forks import starts_over_after_fork
@@ -84,7 +87,7 @@ class Completion:
     @property
     def has_let_go(self) -> bool:
         """Whether the copy is known to have stopped reading and writing."""
-        return self.has_ended and not self.is_lost
+        return self.has_ended and not self.is_lost and not self.is_stuck
 
     # -- for the code that queues the copy -----------------------------------------------------
 
@@ -153,7 +156,7 @@ class Completion:
         except NestedWaitError:
             raise
         except Exception as cause:
-            if isinstance(self._event, HostEvent) or is_interrupt(cause):
+            if isinstance(self._event, ReportingEvent) or is_interrupt(cause):
                 raise
             self.lose(cause)
             lost = TransferError(f"the device cannot be queried: {cause}")
@@ -170,10 +173,16 @@ class Completion:
         return self._state == "ended" and self._error is None
 
     @property
+    def is_stuck(self) -> bool:
+        """Whether the copy has failed without being known to have ended; it is asked again."""
+        event = self._event
+        return isinstance(event, ReportingEvent) and event.is_stuck
+
+    @property
     def has_ended(self) -> bool:
-        """Whether the state is final: the copy ended or was lost."""
+        """Whether nobody need wait any longer: the copy ended, was lost, or is stuck."""
         try:
-            return self.query()
+            return self.query() or self.is_stuck
         except TransferError:
             return True
 
@@ -185,7 +194,7 @@ class Completion:
         would keep them for as long as the completion lives.
         """
         event = self._event
-        if self._error is None and isinstance(event, HostEvent):
+        if self._error is None and isinstance(event, ReportingEvent):
             self._error = event.error()
         return None if self._error is None else self._failure()
 
@@ -206,7 +215,7 @@ class Completion:
         return error
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the copy has ended or is lost, for at most ``timeout_s`` seconds.
+        """Wait until the copy has ended, is lost or is stuck, for at most ``timeout_s`` seconds.
 
         Returns:
             Whether it has.
@@ -289,7 +298,7 @@ class InFlight:
             except IndexError:
                 self._to_check = [*reversed(self._begun.copy())]
                 continue
-            if other.has_ended:
+            if other.has_ended and not other.is_stuck:
                 if other.is_lost:  # the device may still write
                     self._lost.append(other)
                 self.discard(other)

@@ -22,7 +22,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from kvheap.claims import Claim
-from kvheap.device.events import POLL_SECONDS
+from kvheap.device.events import POLL_SECONDS, ReportingEvent
 from kvheap.errors import TransferError
 from kvheap.forks import starts_over_after_fork
 from kvheap.interrupts import is_interrupt
@@ -46,7 +46,7 @@ class NestedWaitError(RuntimeError):
     """The thread that makes a copy was told to wait for it, or for one that comes after it."""
 
 
-class HostEvent:
+class HostEvent(ReportingEvent):
     """The end of a task of a job."""
 
     __slots__ = ("_cause", "_ended")

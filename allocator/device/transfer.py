@@ -1,6 +1,6 @@
 """``Transfer``: the handle on a copy in progress; ``Part``: the handle on one part of it.
 
-Created by ``kvheap.transfer.copy``, ``offload`` and ``restore``.
+Created by ``kvheap.transfer.copy``, ``offload``, ``restore`` and ``foreign_transfer``.
 """
 
 from __future__ import annotations
@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvheap.device.captures import DeferredEvent
 from kvheap.device.completion import Answer, Completion
 from kvheap.device.copy_device import CopyDevice
-from kvheap.device.directions import Direction, Path
-from kvheap.device.events import DeviceEvent
-from kvheap.device.host_queue import HostEvent
+from kvheap.device.directions import Direction
+from kvheap.device.events import DeviceEvent, ReportingEvent
 from kvheap.errors import TransferError
 from kvheap.kernels.untraced import untraced_class
 
@@ -83,7 +82,7 @@ class Part:
         if completion.is_lost:  # its event may never come to pass
             completion.require_success()
         answer = completion.ask(question)
-        if isinstance(self._event, HostEvent):
+        if isinstance(self._event, ReportingEvent):
             self._event.require_success()
         return answer
 
@@ -94,14 +93,15 @@ class Part:
 
 @untraced_class
 class Transfer:
-    """A copy in progress. Created by ``copy``, ``offload`` and ``restore``.
+    """A copy in progress. Created by ``copy``, ``offload``, ``restore`` and ``foreign_transfer``.
 
     Use it as a context manager, or await it: both wait for the copy and raise its error. Dropping
     it changes nothing: the copy continues, and its bytes stay protected.
 
     Attributes:
-        path: the path that was taken: ``kernel``, ``copy_engine``, ``staged`` or ``host``.
-        direction: ``h2d``, ``d2h``, ``d2d``, ``p2p`` or ``h2h``.
+        path: the path that was taken: ``kernel``, ``copy_engine``, ``staged`` or ``host``; of a
+            foreign transfer, its name.
+        direction: ``h2d``, ``d2h``, ``d2d``, ``p2p`` or ``h2h``; or ``foreign``.
         num_bytes: bytes to copy.
         num_runs: number of runs to copy, after merging neighbouring pieces.
         parts: the parts, which end in order, each with ``done``, ``wait`` and ``wait_stream``;
@@ -125,8 +125,8 @@ class Transfer:
         self,
         completion: Completion,
         *,
-        path: Path,
-        direction: Direction,
+        path: str,
+        direction: Direction | Literal["foreign"],
         num_bytes: int,
         num_runs: int,
         device: CopyDevice | None,
@@ -162,8 +162,17 @@ class Transfer:
         """
         self._completion.require_success()
 
+    @property
+    def is_quarantined(self) -> bool:
+        """Whether the transfer has failed without being known to have ended.
+
+        Something may still read and write its blocks: freed ones stay allocated, as pending bytes,
+        until a foreign transfer is known to have ended after all, and for ever if a device is gone.
+        """
+        return self._completion.is_lost or self._completion.is_stuck
+
     def done(self) -> bool:
-        """Whether the copy has ended, successfully or not. Does not wait.
+        """Whether the copy has ended, successfully or not, or is quarantined. Does not wait.
 
         Raises:
             RuntimeError: the copy was captured in a CUDA graph, and runs at each replay.
@@ -172,13 +181,13 @@ class Transfer:
         return self._completion.has_ended
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait on the host until the copy has ended, successfully or not.
+        """Wait on the host until :meth:`done`.
 
         Args:
             timeout_s: maximum seconds to wait; None: no limit.
 
         Returns:
-            Whether it has ended.
+            Whether it is.
 
         Raises:
             ValueError: ``timeout_s`` is not a number.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy.typing as npt
 import torch
 
+from kvheap.blocks.batch_lease import BatchLease
+from kvheap.blocks.block_allocator import BlockAllocator
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
 from kvheap.blocks.memory_batch import BytesBufferMemoryObj, MemoryBatch, MemoryObj
@@ -85,15 +88,37 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
             ForeignObjectError: the blocks belong to both, or to neither; nothing is freed.
         """
         self.require_open()
+        objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
+        self._owner_of(objs, "freed").batched_free(objs, out)
+
+    def lease(
+        self,
+        objs: MemoryBatch | Iterable[MemoryObj],
+        ttl: float,
+        rows: npt.ArrayLike | None = None,
+    ) -> BatchLease:
+        """Pin blocks, which must all belong to the same one of the two allocators, for a time.
+
+        See ``BlockAllocator.lease``.
+
+        Raises:
+            ForeignObjectError: the blocks belong to both, or to neither; nothing is pinned.
+        """
+        self.require_open()
+        objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
+        return self._owner_of(objs, "leased").lease(objs, ttl, rows)
+
+    def _owner_of(self, objs: MemoryBatch | list[MemoryObj], done: str) -> BlockAllocator:
         if isinstance(objs, MemoryBatch):
             is_buffer = isinstance(objs.allocator, BufferAllocator)
         else:
-            objs = listed(objs)
             kinds = {isinstance(obj, BytesBufferMemoryObj) for obj in objs}
             if len(kinds) > 1:
-                raise ForeignObjectError("tensors and plain bytes cannot be freed in the same call")
+                raise ForeignObjectError(
+                    f"tensors and plain bytes cannot be {done} in the same call"
+                )
             is_buffer = True in kinds
-        (self.buffer_allocator if is_buffer else self.pin_allocator).batched_free(objs, out)
+        return self.buffer_allocator if is_buffer else self.pin_allocator
 
     def stats(self) -> AllocatorStats:
         """The statistics of the heap."""

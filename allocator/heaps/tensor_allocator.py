@@ -66,7 +66,7 @@ class AllocatorStats(HeapStats):
     dropped_blocks: int
     """Blocks that were dropped without being freed and then reclaimed, so far."""
     expired_leases: int
-    """Pins with a time to live that have expired, so far."""
+    """Leases, of one block or of many, that have expired so far."""
     failed_allocations: int
     """Allocations for which the heap had no room, so far."""
     view_only: bool

@@ -371,11 +371,24 @@ def _settle(reference: weakref.ref[Lifetime], has_failed: bool) -> None:
         lifetime.reclaimer.settle()
 
 
+def _is_awaited_here(transfer: Transfer) -> bool:
+    """Wait for a foreign transfer; False for one of ours.
+
+    No stream can be ordered behind it. The thread that copies within host memory could wait, but if
+    it never ended, neither would any other copy.
+    """
+    if transfer.direction != "foreign":
+        return False
+    transfer.result()
+    return True
+
+
 def transfers_filling(work: Work) -> list[Transfer]:
-    """Transfers in flight that write to either side of a copy.
+    """Transfers in flight that write to either side of a copy; foreign ones are waited for here.
 
     Raises:
-        TransferError: a transfer that was to fill the source has failed.
+        TransferError: a transfer that was to fill the source has failed, or one that was to fill
+            the target is quarantined.
     """
     found: dict[int, Transfer] = {}
     for side in (work.source, work.target):
@@ -384,8 +397,8 @@ def transfers_filling(work: Work) -> list[Transfer]:
             if transfer is None:
                 continue
             ended = transfer.done()
-            if side is work.source:
+            if side is work.source or transfer.is_quarantined:  # it may still write
                 transfer.require_success()
             if not ended:
                 found[id(transfer)] = transfer
-    return list(found.values())
+    return [each for each in found.values() if not _is_awaited_here(each)]

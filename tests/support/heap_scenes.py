@@ -32,6 +32,10 @@ class Scene:
         self.leased = self.take(2)
         self.lease: Lease = self.leased[0].pin(ttl=3600)
         self.leased[0].ref_count_down()
+        self.held = self.take(3)
+        self.batch_lease = self.heap.lease(self.held, 3600)
+        for row in (0, 2):
+            self.held[row].ref_count_down()
         self.pinned = self.take(1)
         self.pinned[0].pin()
         self.pinned[0].ref_count_down()
@@ -53,7 +57,7 @@ class Scene:
     @property
     def batches(self) -> list[MemoryBatch]:
         held = [self.whole, self.batch, self.other, self.single, self.streamed, self.leased]
-        held += [self.pinned, self.pending]
+        held += [self.held, self.pinned, self.pending]
         return held + [each for each in self.kept if isinstance(each, MemoryBatch)]
 
     def live_pages(self) -> list[int]:
@@ -142,6 +146,20 @@ def expire(scene: Scene) -> None:
     scene.heap.stats()
 
 
+def lease_batch(scene: Scene) -> None:
+    scene.kept.append(scene.heap.lease(scene.batch, 3600))
+
+
+def expire_batch(scene: Scene) -> None:
+    scene.batch_lease.deadline = 0.0
+    queue = scene.heap.lifetime.leases.queue
+    queue.entries[:] = sorted(
+        (0.0 if lease is scene.batch_lease else deadline, number, lease)
+        for deadline, number, lease in queue.entries
+    )
+    scene.heap.stats()
+
+
 def grant(scene: Scene) -> None:
     scene.kept.append(scene.batch[1].pin(ttl=3600))
 
@@ -161,6 +179,11 @@ OPERATIONS: dict[str, Callable[[Scene], object]] = {
     "unpin the last": lambda scene: scene.pinned[0].unpin(),
     "pin": lambda scene: scene.batch[0].pin(),
     "grant a lease": grant,
+    "lease a batch": lease_batch,
+    "lease rows": lambda scene: scene.kept.append(scene.heap.lease(scene.batch[1:3], 3600)),
+    "extend a lease": lambda scene: scene.batch_lease.extend(7200),
+    "release a lease of a batch": lambda scene: scene.batch_lease.release(),
+    "expire a lease of a batch": expire_batch,
     "release a lease": lambda scene: scene.lease.release(),
     "expire a lease": expire,
     "record a stream": lambda scene: scene.batch.record_stream(FakeStream(), np.array([1, 2])),
