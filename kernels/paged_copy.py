@@ -260,11 +260,11 @@ def _planned(
 
 def _table(pairing: Pairing, access_bytes: int) -> torch.Tensor:
     """The pairing's table on its device, counted in accesses."""
-    found = pairing.tables.get(access_bytes)
+    found: torch.Tensor | None = pairing.kept.get(access_bytes)
     if found is None:
         table = pairing.table()
         table[:, :6] //= access_bytes
         # The upload has ended when this returns, so any stream may read the table.
         found = torch.from_numpy(table.reshape(-1)).to(pairing.cache.device)
-        pairing.tables[access_bytes] = found
+        pairing.kept[access_bytes] = found
     return found

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,8 +78,8 @@ class Pairing:
     tokens_merge: bool
     blocks_merge: bool
     alignment: int
-    tables: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
-    """Tables of the entries on the cache's device, by the size of their unit in bytes."""
+    kept: dict[object, Any] = field(default_factory=dict, repr=False)
+    """Results that copies compute once for this pairing and reuse."""
 
     @classmethod
     def of(
