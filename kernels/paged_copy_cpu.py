@@ -45,22 +45,30 @@ copied through a temporary; see benchmarks/NOTES.md."""
 
 def copy_on_cpu(copy: TokenCopy) -> None:
     """Copy at least one token between a cache and chunks of its own dtype, all on a CPU."""
-    pairing, places, chunks = copy.pairing, copy.places, copy.chunks
+    pairing, places, addresses = copy.pairing, copy.places, copy.chunks.addresses
     rows = RowCopy.of(pairing, places.unit_tokens)
+    if rows.copy_grid(addresses, places, copy.to_heap):
+        return
+    if not rows.is_right_for(places.num_tokens):
+        done = rows.copy_dense(addresses, copy.chunks.alignment, places, copy.to_heap)
+        if done:
+            addresses, places = addresses[done:], places.after(done * pairing.chunk.num_tokens)
+            if not len(addresses):
+                return
     if rows.is_right_for(places.num_tokens):
         if places.num_tokens % places.unit_tokens == 0:
-            rows.run(chunks.addresses, places, 0, copy.to_heap)
+            rows.run(addresses, places, 0, copy.to_heap)
             return
         for part, first_token in _parts(places.as_slots(pairing.cache.block_size)):
             rows = RowCopy.of(pairing, part.unit_tokens)
-            rows.run(chunks.addresses, part, first_token, copy.to_heap)
+            rows.run(addresses, part, first_token, copy.to_heap)
         return
-    memory = _Memory.over(pairing, chunks.addresses, chunks.size_bytes)
+    memory = _Memory.over(pairing, addresses, copy.chunks.size_bytes)
     slots = places.as_slots(pairing.cache.block_size).merged(pairing)
     for part, first_token in _parts(slots):
         unit_tokens = part.unit_tokens
         step = _Step(pairing, memory, part.on_host(), first_token, unit_tokens, copy.to_heap)
-        step.run(chunks.addresses)
+        step.run(addresses)
 
 
 def _parts(slots: Places) -> Iterator[tuple[Places, int]]:

@@ -16,24 +16,37 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from kvheap.kernels.arrays import Int64Array
+from kvheap.kernels.arrays import Int64Array, alignment_of
+from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.paged_plan import Entry, Pairing
 from kvheap.kernels.paged_slots import Places
-from kvheap.kernels.words import memory_at
+from kvheap.kernels.words import CPU_WORDS, memory_at, overlapping_rows
 
 __all__ = ["RowCopy", "span_of"]
 
 MAX_BYTES = 256 << 10
 """The most bytes that are copied so; see benchmarks/NOTES.md."""
 
-MAX_SMALL_ROW_BYTES = 16 << 10
-"""Copies of several times as many bytes are, too, if their rows have fewer than this."""
+MAX_DENSE_BYTES = 1 << 20
+"""The most bytes of whole chunks that are copied without other threads."""
 
-MAX_BYTES_OF_SMALL_ROWS = 2 << 20
+MIN_ROW_BYTES = 4 << 10
+"""Shorter rows are worth a look at whether they can be merged, if there are more bytes."""
+
+MIN_CHUNK_BYTES = 32 << 10
+"""Smaller chunks that lie apart are not worth a call each."""
+
+SELECT_WORDS = 32 << 10
+"""From so many words on, ``index_select`` takes other threads (ATen's ``GRAIN_SIZE``)."""
 
 STEP_BYTES = 128 << 10
 """Bytes of one temporary, or a row if that is more."""
+
+FEW_UNITS = 8
+SMALL_UNIT = 16 << 10
+"""More than a few units of fewer bytes than this are not worth an assignment each."""
 
 MAX_LISTED = 64
 """Up to this many numbers are compared one by one."""
@@ -90,6 +103,77 @@ class _Rows:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Grid:
+    """The rows of a unit as a grid ``[planes, layers, heads]`` on both sides.
+
+    Attributes:
+        cache_rows: the rows of each block, or of each slot, ``[places, planes, layers, heads]``.
+        are_blocks: whether the places are blocks.
+        chunk_offset: bytes to the first row in a chunk.
+        chunk_strides: bytes between rows in a chunk.
+        span: bytes from the first row in a chunk to the end of the last one.
+    """
+
+    cache_rows: npt.NDArray[np.void]
+    are_blocks: bool
+    chunk_offset: int
+    chunk_strides: tuple[int, ...]
+    span: int
+
+    @classmethod
+    def of(cls, pairing: Pairing, unit_tokens: int) -> _Grid | None:
+        """The grid; None if entries or places are not at equal distances."""
+        cache, entries, heads = pairing.cache, pairing.entries, pairing.runs_per_token
+        first, block_size = entries[0][0], pairing.cache.block_size
+        are_blocks = unit_tokens == block_size
+        is_flat = first.block_stride == first.slot_stride * block_size
+        if pairing.chunk.is_per_layer or not (are_blocks or (is_flat and unit_tokens == 1)):
+            return None
+        bases = np.array([[each.cache_base for each in plane] for plane in entries], np.int64)
+        offsets = np.array([[each.chunk_offset for each in plane] for plane in entries], np.int64)
+        steps = [_steps(bases), _steps(offsets)]
+        if steps[0] is None or steps[1] is None or min(*steps[0], *steps[1]) < 0:
+            return None
+        shape = (*bases.shape, heads)
+        row_bytes = first.run_bytes * unit_tokens
+        strides = (*steps[0], first.head_stride)
+        place_stride = first.block_stride if are_blocks else first.slot_stride
+        places = cache.num_blocks if are_blocks else cache.num_slots
+        start, end = span_of(pairing)
+        rows: npt.NDArray[np.void] = np.ndarray(
+            (places, *shape),
+            f"V{row_bytes}",
+            memory_at(start, end - start, "u1", 1),
+            int(bases[0, 0]) - start,
+            (place_stride, *strides),
+        )
+        chunk_strides = (*steps[1], pairing.chunk_head_stride)
+        span = sum((n - 1) * step for n, step in zip(shape, chunk_strides, strict=True))
+        return cls(rows, are_blocks, int(offsets[0, 0]), chunk_strides, span + row_bytes)
+
+    def copy(self, addresses: list[int], places: list[int], to_heap: bool) -> None:
+        """Copy unit after unit, each by one assignment.
+
+        Args:
+            addresses: absolute address of each unit's first row in a chunk.
+            places: the block or slot of each.
+            to_heap: whether the chunks are written.
+        """
+        rows, strides, span = self.cache_rows, self.chunk_strides, self.span
+        shape, dtype = rows.shape[1:], rows.dtype
+        lowest = min(addresses)
+        memory = memory_at(lowest, max(addresses) - lowest + span, "u1", 1)
+        for address, place in zip(addresses, places, strict=True):
+            in_chunk: npt.NDArray[np.void] = np.ndarray(
+                shape, dtype, memory, address - lowest, strides
+            )
+            if to_heap:
+                in_chunk[...] = rows[place]
+            else:
+                rows[place] = in_chunk
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RowCopy:
     """Copies of one pairing in units of one length.
 
@@ -100,6 +184,9 @@ class RowCopy:
         kinds: the rows, a kind for each length and stride.
         unit_offsets: the first byte of each unit in an entry of a chunk, int64 ``[units]``.
         block_units: the first slot of each unit of a block, int64 ``[units of a block]``.
+        is_dense: whether the rows of a chunk, entry after entry, follow each other.
+        grid: the rows by place, if those of all entries are at equal distances, as where all layers
+            share one storage.
     """
 
     pairing: Pairing
@@ -108,6 +195,8 @@ class RowCopy:
     kinds: tuple[_Rows, ...]
     unit_offsets: Int64Array
     block_units: Int64Array
+    is_dense: bool
+    grid: _Grid | None
 
     @classmethod
     def of(cls, pairing: Pairing, unit_tokens: int) -> RowCopy:
@@ -124,24 +213,124 @@ class RowCopy:
         firsts = np.arange(0, chunk.num_tokens, unit_tokens, dtype=np.int64)
         pages, in_page = np.divmod(firsts, chunk.page_tokens)
         runs = pairing.runs_per_token
+        kinds = tuple(_Rows.of(pairing, tuple(each), unit_tokens) for each in alike.values())
+        unit_offsets = pages * chunk.page_stride + in_page * chunk.token_stride
         found = cls(
             pairing,
             unit_tokens,
             sum(len(entries) * runs * key[0] for key, entries in alike.items()),
-            tuple(_Rows.of(pairing, tuple(each), unit_tokens) for each in alike.values()),
-            pages * chunk.page_stride + in_page * chunk.token_stride,
+            kinds,
+            unit_offsets,
             np.arange(0, pairing.cache.block_size, unit_tokens, dtype=np.int64),
+            _are_dense(chunk, kinds, unit_offsets),
+            _Grid.of(pairing, unit_tokens) if len(kinds) == 1 else None,
         )
         pairing.kept["rows", unit_tokens] = found
         return found
 
     def is_right_for(self, num_tokens: int) -> bool:
-        """Whether copies of so many tokens are best made so."""
-        num_bytes = num_tokens * self.token_bytes
-        if num_bytes <= MAX_BYTES:
-            return True
-        has_small_rows = self.kinds[0].row_bytes < MAX_SMALL_ROW_BYTES
-        return has_small_rows and num_bytes <= MAX_BYTES_OF_SMALL_ROWS
+        """Whether :meth:`run` is to copy so many tokens."""
+        return num_tokens * self.token_bytes <= MAX_BYTES
+
+    def copy_grid(self, chunk_addresses: Int64Array, places: Places, to_heap: bool) -> bool:
+        """Copy a few units without a temporary, if their rows are at equal distances.
+
+        Arguments are those of :meth:`copy_dense`. Returns whether they were copied.
+        """
+        grid, values = self.grid, places.on_host()
+        count = len(values)
+        if (
+            grid is None
+            or places.are_blocks != grid.are_blocks
+            or count > MAX_LISTED
+            or places.num_tokens != count * self.unit_tokens
+            or not places.are_all_real
+        ):
+            return False
+        unit_bytes = self.token_bytes * self.unit_tokens
+        if count * unit_bytes > MAX_DENSE_BYTES or (count > FEW_UNITS and unit_bytes < SMALL_UNIT):
+            return False
+        first, per_chunk = grid.chunk_offset, len(self.unit_offsets)
+        addresses = [address + first for address in chunk_addresses.tolist()]
+        if per_chunk > 1:
+            offsets = self.unit_offsets.tolist()
+            addresses = [address + offset for address in addresses for offset in offsets][:count]
+        grid.copy(addresses, values.tolist(), to_heap)
+        return True
+
+    def copy_dense(
+        self, chunk_addresses: Int64Array, alignment: int, places: Places, to_heap: bool
+    ) -> int:
+        """Copy whole chunks without a temporary, if the rows of a chunk follow each other.
+
+        Args:
+            chunk_addresses: absolute address of each chunk, int64 ``[N]``.
+            alignment: a power of two that divides them.
+            places: where the tokens are in the cache, on the host.
+            to_heap: whether the chunks are written.
+
+        Returns:
+            How many chunks were copied, from the first one on: all that are full, or none.
+        """
+        per_chunk, values = len(self.unit_offsets), places.on_host()
+        num_chunks = places.num_tokens // (per_chunk * self.unit_tokens)
+        is_plain = places.are_all_real and not (places.are_blocks and len(self.block_units) > 1)
+        if not (self.is_dense and is_plain and num_chunks):
+            return 0
+        rows, chunk_bytes = self.kinds[0], self.pairing.chunk.size_bytes
+        num_bytes = num_chunks * chunk_bytes
+        takes_threads = num_bytes > MAX_DENSE_BYTES
+        if takes_threads and (not to_heap or rows.row_bytes < MIN_ROW_BYTES):
+            return 0
+        addresses = chunk_addresses[:num_chunks]
+        is_run = int(addresses[-1] - addresses[0]) == (num_chunks - 1) * chunk_bytes and (
+            num_chunks < 3 or bool((np.diff(addresses) == chunk_bytes).all())
+        )
+        if not is_run and chunk_bytes < MIN_CHUNK_BYTES:
+            return 0
+        starts = self._starts(values[: num_chunks * per_chunk], places.are_blocks, rows)
+        heads = (1,) * (rows.cache_offsets.ndim - 2)
+        numbers = rows.cache_offsets + starts.reshape(num_chunks, 1, per_chunk, *heads)
+        if is_run:
+            parts = [(int(addresses[0]), numbers.reshape(-1))]
+        else:
+            parts = list(zip(addresses.tolist(), numbers.reshape(num_chunks, -1), strict=True))
+        for address, of_part in parts:
+            if to_heap:
+                self._gather(address, of_part, alignment, takes_threads)
+            else:
+                row_bytes = rows.row_bytes
+                source = memory_at(address, len(of_part), f"V{row_bytes}", row_bytes)
+                rows.cache_rows[of_part] = source
+        return num_chunks
+
+    def _gather(
+        self, address: int, numbers: Int64Array, alignment: int, takes_threads: bool
+    ) -> None:
+        """Copy rows of the cache to a run of memory."""
+        row_bytes = self.kinds[0].row_bytes
+        word = CPU_WORDS[alignment_of(self.pairing.alignment, alignment)]
+        row_words, shift = row_bytes // word.itemsize, word.itemsize.bit_length() - 1
+        source = self._words(word)
+        out = torch.from_numpy(memory_at(address, len(numbers) * row_bytes, "u1", 1)).view(word)
+        out = out.view(-1, row_words)
+        index = torch.from_numpy(numbers >> shift)
+        step = len(numbers) if takes_threads else max(1, (SELECT_WORDS - 1) // row_words)
+        for begin in range(0, len(numbers), step):
+            part = slice(begin, begin + step)
+            torch.index_select(source, 0, index[part], out=out[part])
+
+    def _words(self, word: torch.dtype) -> torch.Tensor:
+        """All rows of the cache's memory as words, one starting at each word."""
+        key = ("words", self.unit_tokens, word)
+        found: torch.Tensor | None = self.pairing.kept.get(key)
+        if found is None:
+            start, end = span_of(self.pairing)
+            num_bytes = (end - start) // word.itemsize * word.itemsize
+            words = torch.from_numpy(memory_at(start, num_bytes, "u1", 1)).view(word)
+            found = overlapping_rows(words, self.kinds[0].row_bytes // word.itemsize)
+            self.pairing.kept[key] = found
+        return found
 
     def run(
         self, chunk_addresses: Int64Array, places: Places, first_token: int, to_heap: bool
@@ -206,6 +395,28 @@ class RowCopy:
             return values * rows.slot_stride
         blocks, in_block = np.divmod(values, block_size)
         return blocks * rows.block_stride + in_block * rows.slot_stride
+
+
+def _steps(places: Int64Array) -> tuple[int, int] | None:
+    """The distances between planes and layers of ``[planes, layers]``; None if they differ."""
+    steps = [0, 0]
+    for axis in (0, 1):
+        gaps = np.diff(places, axis=axis)
+        if gaps.size:
+            steps[axis] = int(gaps.flat[0])
+            if (gaps != steps[axis]).any():
+                return None
+    return steps[0], steps[1]
+
+
+def _are_dense(chunk: ChunkLayout, kinds: tuple[_Rows, ...], unit_offsets: Int64Array) -> bool:
+    if len(kinds) > 1 or chunk.is_per_layer:
+        return False
+    rows = kinds[0]
+    heads = (1,) * (rows.chunk_offsets.ndim - 2)
+    starts = (rows.chunk_offsets + unit_offsets.reshape(-1, *heads)).reshape(-1)
+    is_whole = len(starts) * rows.row_bytes == chunk.size_bytes
+    return is_whole and bool((np.diff(starts, prepend=-rows.row_bytes) == rows.row_bytes).all())
 
 
 def _bounds(units: Int64Array) -> tuple[int, int]:

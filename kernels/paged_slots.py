@@ -150,6 +150,11 @@ class Places:
         num_units = -(-self.num_tokens // self.unit_tokens)
         return Places(starts.reshape(-1)[:num_units], False, self.unit_tokens, self.num_tokens)
 
+    def after(self, num_tokens: int) -> Places:
+        """The places behind the first ``num_tokens``, which are whole units of one value each."""
+        values = self.values[num_tokens // self.unit_tokens :]
+        return replace(self, values=values, num_tokens=self.num_tokens - num_tokens)
+
     def as_mapping(self) -> Int64Array:
         """The slot of each token, int64 ``[num_tokens]``; the places must be slots on the host."""
         starts = self.on_host()
