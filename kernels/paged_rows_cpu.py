@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvheap.kernels.arrays import Int64Array, alignment_of
+from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
 from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.paged_plan import Entry, Pairing
 from kvheap.kernels.paged_slots import Places
@@ -26,20 +26,18 @@ from kvheap.kernels.words import CPU_WORDS, memory_at, overlapping_rows
 
 __all__ = ["RowCopy", "span_of"]
 
-MAX_BYTES = 256 << 10
+MAX_BYTES = 512 << 10
 """The most bytes that are copied so; see benchmarks/NOTES.md."""
 
-MAX_DENSE_BYTES = 1 << 20
-"""The most bytes of whole chunks that are copied without other threads."""
+MAX_DIRECT_BYTES = 1 << 20
+"""The most bytes if they need no temporary; torch copies more with all its threads."""
 
 MIN_ROW_BYTES = 4 << 10
-"""Shorter rows are worth a look at whether they can be merged, if there are more bytes."""
+"""Shorter rows of tokens are worth a look at whether they can be merged, if there are more bytes;
+blocks, which seldom can, from a quarter of it."""
 
 MIN_CHUNK_BYTES = 32 << 10
 """Smaller chunks that lie apart are not worth a call each."""
-
-SELECT_WORDS = 32 << 10
-"""From so many words on, ``index_select`` takes other threads (ATen's ``GRAIN_SIZE``)."""
 
 STEP_BYTES = 128 << 10
 """Bytes of one temporary, or a row if that is more."""
@@ -237,26 +235,62 @@ class RowCopy:
 
         Arguments are those of :meth:`copy_dense`. Returns whether they were copied.
         """
-        grid, values = self.grid, places.on_host()
-        count = len(values)
+        grid, count = self.grid, len(places.values)
         if (
             grid is None
             or places.are_blocks != grid.are_blocks
-            or count > MAX_LISTED
             or places.num_tokens != count * self.unit_tokens
             or not places.are_all_real
+            or not self._is_few(count)
         ):
             return False
-        unit_bytes = self.token_bytes * self.unit_tokens
-        if count * unit_bytes > MAX_DENSE_BYTES or (count > FEW_UNITS and unit_bytes < SMALL_UNIT):
-            return False
-        first, per_chunk = grid.chunk_offset, len(self.unit_offsets)
-        addresses = [address + first for address in chunk_addresses.tolist()]
-        if per_chunk > 1:
-            offsets = self.unit_offsets.tolist()
-            addresses = [address + offset for address in addresses for offset in offsets][:count]
-        grid.copy(addresses, values.tolist(), to_heap)
+        addresses = self._addresses_of(chunk_addresses.tolist(), count, grid.chunk_offset)
+        grid.copy(addresses, places.on_host().tolist(), to_heap)
         return True
+
+    def copy_blocks(self, chunk_addresses: list[int], ids: list[int], to_heap: bool) -> bool:
+        """Copy a few whole blocks between a cache and chunks, all on a CPU.
+
+        Args:
+            chunk_addresses: absolute address of each chunk.
+            ids: the blocks, all of them real ones of the cache; as many as the chunks have room
+                for, but for the last chunk.
+            to_heap: whether the chunks are written.
+
+        Returns:
+            Whether they were copied. If not, they are too many, or not contiguous in the chunks.
+        """
+        grid, count = self.grid, len(ids)
+        if len(self.block_units) > 1:
+            return False
+        if grid is not None and grid.are_blocks and self._is_few(count):
+            grid.copy(
+                self._addresses_of(chunk_addresses, count, grid.chunk_offset), ids, to_heap
+            )
+            return True
+        num_tokens = count * self.unit_tokens
+        places = Places(np.array(ids, np.int64), True, self.unit_tokens, num_tokens, True)
+        addresses = np.array(chunk_addresses, np.int64)
+        if self.is_right_for(num_tokens):
+            self.run(addresses, places, 0, to_heap)
+            return True
+        if count % len(self.unit_offsets):
+            return False
+        alignment = alignment_of(combined_bits(addresses))
+        return self.copy_dense(addresses, alignment, places, to_heap) > 0
+
+    def _is_few(self, count: int) -> bool:
+        """Whether so many units are worth an assignment each."""
+        unit_bytes = self.token_bytes * self.unit_tokens
+        most = MAX_LISTED if unit_bytes >= SMALL_UNIT else FEW_UNITS
+        return count <= most and count * unit_bytes <= MAX_DIRECT_BYTES
+
+    def _addresses_of(self, chunk_addresses: list[int], count: int, first: int) -> list[int]:
+        """The address of the first row of each of so many units, in an entry at byte ``first``."""
+        if len(self.unit_offsets) == 1:
+            return [address + first for address in chunk_addresses]
+        offsets = [offset + first for offset in self.unit_offsets.tolist()]
+        return [address + offset for address in chunk_addresses for offset in offsets][:count]
 
     def copy_dense(
         self, chunk_addresses: Int64Array, alignment: int, places: Places, to_heap: bool
@@ -278,9 +312,9 @@ class RowCopy:
         if not (self.is_dense and is_plain and num_chunks):
             return 0
         rows, chunk_bytes = self.kinds[0], self.pairing.chunk.size_bytes
-        num_bytes = num_chunks * chunk_bytes
-        takes_threads = num_bytes > MAX_DENSE_BYTES
-        if takes_threads and (not to_heap or rows.row_bytes < MIN_ROW_BYTES):
+        min_row_bytes = MIN_ROW_BYTES // 4 if places.are_blocks else MIN_ROW_BYTES
+        is_large = num_chunks * chunk_bytes > MAX_DIRECT_BYTES
+        if is_large and (not to_heap or rows.row_bytes < min_row_bytes):
             return 0
         addresses = chunk_addresses[:num_chunks]
         is_run = int(addresses[-1] - addresses[0]) == (num_chunks - 1) * chunk_bytes and (
@@ -297,16 +331,14 @@ class RowCopy:
             parts = list(zip(addresses.tolist(), numbers.reshape(num_chunks, -1), strict=True))
         for address, of_part in parts:
             if to_heap:
-                self._gather(address, of_part, alignment, takes_threads)
+                self._gather(address, of_part, alignment)
             else:
                 row_bytes = rows.row_bytes
                 source = memory_at(address, len(of_part), f"V{row_bytes}", row_bytes)
                 rows.cache_rows[of_part] = source
         return num_chunks
 
-    def _gather(
-        self, address: int, numbers: Int64Array, alignment: int, takes_threads: bool
-    ) -> None:
+    def _gather(self, address: int, numbers: Int64Array, alignment: int) -> None:
         """Copy rows of the cache to a run of memory."""
         row_bytes = self.kinds[0].row_bytes
         word = CPU_WORDS[alignment_of(self.pairing.alignment, alignment)]
@@ -315,10 +347,7 @@ class RowCopy:
         out = torch.from_numpy(memory_at(address, len(numbers) * row_bytes, "u1", 1)).view(word)
         out = out.view(-1, row_words)
         index = torch.from_numpy(numbers >> shift)
-        step = len(numbers) if takes_threads else max(1, (SELECT_WORDS - 1) // row_words)
-        for begin in range(0, len(numbers), step):
-            part = slice(begin, begin + step)
-            torch.index_select(source, 0, index[part], out=out[part])
+        torch.index_select(source, 0, index, out=out)
 
     def _words(self, word: torch.dtype) -> torch.Tensor:
         """All rows of the cache's memory as words, one starting at each word."""

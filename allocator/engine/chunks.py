@@ -41,6 +41,7 @@ from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.names import as_format
 from kvheap.blocks.rows import listed
 from kvheap.engine.clearing import clear_rest as clear_slots_behind
+from kvheap.engine.few_blocks import keep_for_few, load_few, store_few
 from kvheap.engine.reach import reachable_buffer
 from kvheap.engine.tokens import record_stored, require_stored
 from kvheap.errors import ForeignObjectError
@@ -111,6 +112,9 @@ def store(
         ForeignObjectError: the chunks are another process's, and a view for reading here; nothing
             is written.
     """
+    is_plain = layers is None and heads is None and convert is False
+    if is_plain and store_few(cache, slots, batch):
+        return
     heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert)
     require_writable(batch)
@@ -120,6 +124,8 @@ def store(
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=True)
     run_copy(copy)
     record_stored(batch, chunks.layout, copy, cache)
+    if is_plain:
+        keep_for_few(cache, batch, copy)
     del segments
 
 
@@ -157,6 +163,9 @@ def load(
             layers or heads. Nothing is loaded.
         TypeError, LifetimeError: as for :func:`store`; nothing is loaded.
     """
+    is_plain = layers is None and heads is None and convert is False and clear_rest is False
+    if is_plain and load_few(batch, cache, slots):
+        return
     heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert)
     segments = heap.segments  # as in store
@@ -166,6 +175,8 @@ def load(
     if clear_rest:
         clear_slots_behind(copy.pairing, copy.places)  # first: its slots may be among those to load
     run_copy(copy)
+    if is_plain:
+        keep_for_few(cache, batch, copy)
     del segments
 
 
