@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
+from kvheap.kernels.paged_grid_cpu import span_of
 from kvheap.kernels.paged_plan import Entry, Pairing
-from kvheap.kernels.paged_rows_cpu import RowCopy, span_of
+from kvheap.kernels.paged_rows_cpu import RowCopy
 from kvheap.kernels.paged_slots import Places
 from kvheap.kernels.token_copy import TokenCopy
 from kvheap.kernels.words import CPU_WORDS, memory_at, overlapping_rows

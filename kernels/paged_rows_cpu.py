@@ -12,7 +12,6 @@ Each byte of the tokens is read and written twice, plus 16 bytes for the index o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +19,12 @@ import torch
 
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
 from kvheap.kernels.chunk_layout import ChunkLayout
+from kvheap.kernels.paged_grid_cpu import Grid, span_of
 from kvheap.kernels.paged_plan import Entry, Pairing
 from kvheap.kernels.paged_slots import Places
 from kvheap.kernels.words import CPU_WORDS, memory_at, overlapping_rows
 
-__all__ = ["RowCopy", "span_of"]
+__all__ = ["RowCopy"]
 
 MAX_BYTES = 512 << 10
 """The most bytes that are copied so; see benchmarks/NOTES.md."""
@@ -101,77 +101,6 @@ class _Rows:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Grid:
-    """The rows of a unit as a grid ``[planes, layers, heads]`` on both sides.
-
-    Attributes:
-        cache_rows: the rows of each block, or of each slot, ``[places, planes, layers, heads]``.
-        are_blocks: whether the places are blocks.
-        chunk_offset: bytes to the first row in a chunk.
-        chunk_strides: bytes between rows in a chunk.
-        span: bytes from the first row in a chunk to the end of the last one.
-    """
-
-    cache_rows: npt.NDArray[np.void]
-    are_blocks: bool
-    chunk_offset: int
-    chunk_strides: tuple[int, ...]
-    span: int
-
-    @classmethod
-    def of(cls, pairing: Pairing, unit_tokens: int) -> _Grid | None:
-        """The grid; None if entries or places are not at equal distances."""
-        cache, entries, heads = pairing.cache, pairing.entries, pairing.runs_per_token
-        first, block_size = entries[0][0], pairing.cache.block_size
-        are_blocks = unit_tokens == block_size
-        is_flat = first.block_stride == first.slot_stride * block_size
-        if pairing.chunk.is_per_layer or not (are_blocks or (is_flat and unit_tokens == 1)):
-            return None
-        bases = np.array([[each.cache_base for each in plane] for plane in entries], np.int64)
-        offsets = np.array([[each.chunk_offset for each in plane] for plane in entries], np.int64)
-        steps = [_steps(bases), _steps(offsets)]
-        if steps[0] is None or steps[1] is None or min(*steps[0], *steps[1]) < 0:
-            return None
-        shape = (*bases.shape, heads)
-        row_bytes = first.run_bytes * unit_tokens
-        strides = (*steps[0], first.head_stride)
-        place_stride = first.block_stride if are_blocks else first.slot_stride
-        places = cache.num_blocks if are_blocks else cache.num_slots
-        start, end = span_of(pairing)
-        rows: npt.NDArray[np.void] = np.ndarray(
-            (places, *shape),
-            f"V{row_bytes}",
-            memory_at(start, end - start, "u1", 1),
-            int(bases[0, 0]) - start,
-            (place_stride, *strides),
-        )
-        chunk_strides = (*steps[1], pairing.chunk_head_stride)
-        span = sum((n - 1) * step for n, step in zip(shape, chunk_strides, strict=True))
-        return cls(rows, are_blocks, int(offsets[0, 0]), chunk_strides, span + row_bytes)
-
-    def copy(self, addresses: list[int], places: list[int], to_heap: bool) -> None:
-        """Copy unit after unit, each by one assignment.
-
-        Args:
-            addresses: absolute address of each unit's first row in a chunk.
-            places: the block or slot of each.
-            to_heap: whether the chunks are written.
-        """
-        rows, strides, span = self.cache_rows, self.chunk_strides, self.span
-        shape, dtype = rows.shape[1:], rows.dtype
-        lowest = min(addresses)
-        memory = memory_at(lowest, max(addresses) - lowest + span, "u1", 1)
-        for address, place in zip(addresses, places, strict=True):
-            in_chunk: npt.NDArray[np.void] = np.ndarray(
-                shape, dtype, memory, address - lowest, strides
-            )
-            if to_heap:
-                in_chunk[...] = rows[place]
-            else:
-                rows[place] = in_chunk
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class RowCopy:
     """Copies of one pairing in units of one length.
 
@@ -194,7 +123,7 @@ class RowCopy:
     unit_offsets: Int64Array
     block_units: Int64Array
     is_dense: bool
-    grid: _Grid | None
+    grid: Grid | None
 
     @classmethod
     def of(cls, pairing: Pairing, unit_tokens: int) -> RowCopy:
@@ -221,7 +150,7 @@ class RowCopy:
             unit_offsets,
             np.arange(0, pairing.cache.block_size, unit_tokens, dtype=np.int64),
             _are_dense(chunk, kinds, unit_offsets),
-            _Grid.of(pairing, unit_tokens) if len(kinds) == 1 else None,
+            Grid.of(pairing, unit_tokens) if len(kinds) == 1 else None,
         )
         pairing.kept["rows", unit_tokens] = found
         return found
@@ -264,9 +193,7 @@ class RowCopy:
         if len(self.block_units) > 1:
             return False
         if grid is not None and grid.are_blocks and self._is_few(count):
-            grid.copy(
-                self._addresses_of(chunk_addresses, count, grid.chunk_offset), ids, to_heap
-            )
+            grid.copy(self._addresses_of(chunk_addresses, count, grid.chunk_offset), ids, to_heap)
             return True
         num_tokens = count * self.unit_tokens
         places = Places(np.array(ids, np.int64), True, self.unit_tokens, num_tokens, True)
@@ -414,6 +341,7 @@ class RowCopy:
 
     def _starts(self, values: Int64Array, are_blocks: bool, rows: _Rows) -> Int64Array:
         """Bytes from an entry's base to each unit in the cache, int64 ``[units]``."""
+        starts: Int64Array
         if are_blocks:
             starts = values * rows.block_stride
             if len(self.block_units) > 1:
@@ -421,21 +349,11 @@ class RowCopy:
             return starts
         block_size = self.pairing.cache.block_size
         if rows.block_stride == rows.slot_stride * block_size:
-            return values * rows.slot_stride
-        blocks, in_block = np.divmod(values, block_size)
-        return blocks * rows.block_stride + in_block * rows.slot_stride
-
-
-def _steps(places: Int64Array) -> tuple[int, int] | None:
-    """The distances between planes and layers of ``[planes, layers]``; None if they differ."""
-    steps = [0, 0]
-    for axis in (0, 1):
-        gaps = np.diff(places, axis=axis)
-        if gaps.size:
-            steps[axis] = int(gaps.flat[0])
-            if (gaps != steps[axis]).any():
-                return None
-    return steps[0], steps[1]
+            starts = values * rows.slot_stride
+        else:
+            blocks, in_block = np.divmod(values, block_size)
+            starts = blocks * rows.block_stride + in_block * rows.slot_stride
+        return starts
 
 
 def _are_dense(chunk: ChunkLayout, kinds: tuple[_Rows, ...], unit_offsets: Int64Array) -> bool:
@@ -470,18 +388,3 @@ def _assign(
     from_rows, to_rows = from_rows.reshape(-1), to_rows.reshape(-1)
     for begin in range(0, len(from_rows), step):
         target[to_rows[begin : begin + step]] = source[from_rows[begin : begin + step]]
-
-
-def span_of(pairing: Pairing) -> tuple[int, int]:
-    """The addresses of the cache's first byte and behind its last one, over all its tensors."""
-    kept: dict[object, Any] = pairing.cache.kept
-    found: tuple[int, int] | None = kept.get("span")
-    if found is None:
-        ends = []
-        for tensor in pairing.cache.tensors:
-            steps = zip(tensor.shape, tensor.stride(), strict=True)
-            last = sum((size - 1) * stride for size, stride in steps)
-            ends.append(tensor.data_ptr() + (last + 1) * tensor.element_size())
-        found = min(tensor.data_ptr() for tensor in pairing.cache.tensors), max(ends)
-        kept["span"] = found
-    return found

@@ -244,7 +244,7 @@ def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> bo
             f"{name}[{at}] is {int(values[at])}: the cache has {limit} {name}, 0 to {limit - 1}, "
             f"and -1 skips one"
         )
-    return lowest >= 0
+    return bool(lowest >= 0)
 
 
 def _require_distinct(

@@ -28,6 +28,8 @@ __all__ = ["keep_for_few", "load_few", "store_few"]
 MAX_BLOCKS = 64
 """The most blocks that are copied here."""
 
+INTEGERS = (torch.int64, torch.int32, np.dtype(np.int64), np.dtype(np.int32))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Known:
@@ -128,19 +130,17 @@ def _known(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> _Known | N
 def _ids_of(blocks: BlockIds, cache: PagedKVCache) -> list[int]:
     """The ids of a few full blocks of a cache; none if they are not that."""
     given = blocks.ids
-    if type(given) is torch.Tensor:
-        if not given.is_cpu or given.dtype not in (torch.int64, torch.int32) or given.dim() != 1:
-            return []
-    elif type(given) is np.ndarray:
-        if given.dtype not in (np.int64, np.int32) or given.ndim != 1:
+    if isinstance(given, torch.Tensor | np.ndarray):
+        is_host = isinstance(given, np.ndarray) or given.is_cpu
+        if not is_host or given.dtype not in INTEGERS or given.ndim != 1:
             return []
     elif type(given) is not list or set(map(type, given)) != {int}:
         return []
     count = len(given)
     if not 0 < count <= MAX_BLOCKS or blocks.num_tokens not in (None, count * cache.block_size):
         return []
-    ids: list[int] = given if type(given) is list else given.tolist()
-    return ids if 0 <= min(ids) and max(ids) < cache.num_blocks else []
+    ids: list[int] = given if isinstance(given, list) else given.tolist()
+    return ids if min(ids) >= 0 and max(ids) < cache.num_blocks else []
 
 
 def _addresses_of(
@@ -156,6 +156,7 @@ def _addresses_of(
         return []
     run = batch.runs.only_run() if len(segments) == 1 else None
     if run is None:
-        return heap.absolute(batch.addresses)[0].tolist()
+        addresses: list[int] = heap.absolute(batch.addresses)[0].tolist()
+        return addresses
     start, num_bytes = run[0] + segments[0][1].data_ptr(), run[1]
     return list(range(start, start + num_bytes, num_bytes // num_chunks))
