@@ -363,8 +363,10 @@ def _are_disjoint(starts: Int64Array, size_bytes: int) -> bool:
         return bool((np.diff(np.sort(starts)) >= size_bytes).all())
     shift = size_bytes.bit_length() - 1
     cells = starts - low
+    offsets = None
     if size_bytes == 1 << shift:
-        offsets = cells & (size_bytes - 1)
+        if combined_bits(cells) & (size_bytes - 1):
+            offsets = cells & (size_bytes - 1)
         cells >>= shift
     else:
         cells, offsets = np.divmod(cells, size_bytes)
@@ -372,7 +374,7 @@ def _are_disjoint(starts: Int64Array, size_bytes: int) -> bool:
     is_taken[cells] = True
     if np.count_nonzero(is_taken) < len(starts):
         return False
-    if not offsets.any():
+    if offsets is None or not offsets.any():
         return True
     # Each range reaches as far into the next cell as it starts into its own.
     offset_in = np.zeros(num_cells, np.int64)
