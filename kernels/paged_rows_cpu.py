@@ -19,6 +19,7 @@ import torch
 
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
 from kvheap.kernels.chunk_layout import ChunkLayout
+from kvheap.kernels.launch import runs_kernels
 from kvheap.kernels.paged_grid_cpu import Grid, span_of
 from kvheap.kernels.paged_plan import Entry, Pairing
 from kvheap.kernels.paged_slots import Places
@@ -190,7 +191,7 @@ class RowCopy:
             Whether they were copied. If not, they are too many, or not contiguous in the chunks.
         """
         grid, count = self.grid, len(ids)
-        if len(self.block_units) > 1:
+        if len(self.block_units) > 1 or runs_kernels(self.pairing.cache.device):
             return False
         if grid is not None and grid.are_blocks and self._is_few(count):
             grid.copy(self._addresses_of(chunk_addresses, count, grid.chunk_offset), ids, to_heap)

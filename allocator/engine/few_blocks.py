@@ -17,7 +17,6 @@ from kvheap.blocks.heap import BlockObjects, Heap
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.engine.origins import origin_of
 from kvheap.engine.tokens import form_of
-from kvheap.kernels.launch import runs_kernels
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_rows_cpu import RowCopy
 from kvheap.kernels.paged_slots import BlockIds, Slots
@@ -120,7 +119,6 @@ def _known(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> _Known | N
         or type(batch) is not MemoryBatch
         or batch.transfer is not None
         or not batch.counts.all_live()
-        or runs_kernels(cache.device)
     ):
         return None
     found: _Known | None = cache.kept.get(batch.layout)
