@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects, Heap
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.engine.origins import origin_of
@@ -26,6 +27,9 @@ __all__ = ["keep_for_few", "load_few", "store_few"]
 
 MAX_BLOCKS = 64
 """The most blocks that are copied here."""
+
+MAX_LAYOUTS = 64
+"""Block layouts of which something is kept with a cache; half are dropped beyond that."""
 
 INTEGERS = (torch.int64, torch.int32, np.dtype(np.int64), np.dtype(np.int32))
 
@@ -57,6 +61,10 @@ def keep_for_few(cache: PagedKVCache, batch: BlockObjects, copy: TokenCopy) -> N
         return
     block_size = pairing.cache.block_size
     if pairing.block_unit == block_size:
+        layouts = [key for key in cache.kept.copy() if isinstance(key, BlockLayout)]
+        if len(layouts) >= MAX_LAYOUTS:  # chunks of ever new lengths must not fill the memory
+            for layout in layouts[: MAX_LAYOUTS // 2]:
+                cache.kept.pop(layout, None)
         rows = RowCopy.of(pairing, block_size)
         form, per_chunk = form_of(cache, pairing), len(rows.unit_offsets)
         cache.kept[batch.layout] = _Known(rows, form, per_chunk)

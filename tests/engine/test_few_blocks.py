@@ -10,7 +10,14 @@ import pytest
 import torch
 
 import kvheap
-from kvheap import BlockIds, MemoryBatch, MemoryFormat, PagedKVCache, TensorMemoryAllocator
+from kvheap import (
+    BlockIds,
+    BlockLayout,
+    MemoryBatch,
+    MemoryFormat,
+    PagedKVCache,
+    TensorMemoryAllocator,
+)
 from kvheap.engine import few_blocks
 
 BLOCKS, SLOTS, HEADS, DIM, LAYERS = 24, 4, 2, 8, 3
@@ -193,6 +200,18 @@ def test_skipped_blocks_are_left_as_they_are() -> None:
     before[1][:, 7] = cache.tensors[1][:, 7]
     before[2][:, 7] = cache.tensors[2][:, 7]
     assert _equal(_tensors(cache), before)
+
+
+def test_chunks_of_ever_new_lengths_do_not_fill_the_memory(monkeypatch: Any) -> None:
+    monkeypatch.setattr(few_blocks, "MAX_LAYOUTS", 4)
+    cache = CACHES["flash, shared"]()
+    for per_chunk in range(1, 12):
+        batch = _allocated(cache, 1, per_chunk)
+        kvheap.store(cache, BlockIds([per_chunk]), batch)
+        assert torch.equal(
+            batch[0].tensor[0, 1, :SLOTS].view(-1), cache.tensors[1][0, per_chunk].view(-1)
+        )
+    assert sum(isinstance(key, BlockLayout) for key in cache.kept) <= 4
 
 
 class TestLifetimes:
