@@ -22,7 +22,6 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +30,7 @@ import torch
 from kvheap.kernels.arrays import Int64Array, alignment_of
 from kvheap.kernels.pieces import Pieces
 from kvheap.kernels.shared_work import do_all
-from kvheap.kernels.words import CPU_WORDS, overlapping_rows
+from kvheap.kernels.words import CPU_WORDS, memory_at, overlapping_rows
 
 __all__ = ["copy_on_host"]
 
@@ -222,19 +221,19 @@ def _move(sources: Int64Array, targets: Int64Array, row_bytes: int) -> None:
 def _scatter(source: int, targets: Int64Array, row_bytes: int) -> None:
     """Copy a run of rows that begins at ``source`` to scattered targets."""
     target_rows, numbers = _all_rows(targets, row_bytes)
-    target_rows[numbers] = _array(source, len(targets), f"V{row_bytes}", row_bytes)
+    target_rows[numbers] = memory_at(source, len(targets), f"V{row_bytes}", row_bytes)
 
 
 def _gather(sources: Int64Array, target: int, row_bytes: int, word: torch.dtype) -> None:
     """Copy scattered rows of whole words to a run of rows that begins at ``target``."""
     low = int(sources.min())
     span_bytes = int(sources.max()) + row_bytes - low
-    words = torch.from_numpy(_array(low, span_bytes, "u1", 1)).view(word)
+    words = torch.from_numpy(memory_at(low, span_bytes, "u1", 1)).view(word)
     row_words = row_bytes // word.itemsize
     rows = overlapping_rows(words, row_words)
     numbers = torch.from_numpy((sources - low) // word.itemsize)
     num_bytes = len(sources) * row_bytes
-    out = torch.from_numpy(_array(target, num_bytes, "u1", 1)).view(word).view(-1, row_words)
+    out = torch.from_numpy(memory_at(target, num_bytes, "u1", 1)).view(word).view(-1, row_words)
     step = SELECT_WORDS // row_words
     for begin in range(0, len(sources), step):
         part = slice(begin, begin + step)
@@ -244,23 +243,5 @@ def _gather(sources: Int64Array, target: int, row_bytes: int, word: torch.dtype)
 def _all_rows(starts: Int64Array, row_bytes: int) -> tuple[npt.NDArray[np.void], Int64Array]:
     """All overlapping rows from the lowest to the highest start, and the numbers of those given."""
     low = starts.min()
-    rows = _array(int(low), int(starts.max() - low) + 1, f"V{row_bytes}", 1)
+    rows = memory_at(int(low), int(starts.max() - low) + 1, f"V{row_bytes}", 1)
     return rows, starts - low
-
-
-def _array(address: int, length: int, dtype: str, stride: int) -> npt.NDArray[Any]:
-    """A view of memory as an array, which does not keep the memory alive."""
-    return np.asarray(_ArrayInterface(address, length, dtype, stride))
-
-
-class _ArrayInterface:
-    """Memory for ``np.asarray``; cheaper than a ctypes array, which needs a type per length."""
-
-    def __init__(self, address: int, length: int, dtype: str, stride: int) -> None:
-        self.__array_interface__ = {
-            "data": (address, False),
-            "shape": (length,),
-            "strides": (stride,),
-            "typestr": f"|{dtype}",
-            "version": 3,
-        }

@@ -13,7 +13,6 @@ benchmarks/NOTES.md compares the speed with that of other methods.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,9 +20,12 @@ import numpy as np
 import torch
 
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
+from kvheap.kernels.paged_grid_cpu import span_of
 from kvheap.kernels.paged_plan import Entry, Pairing
+from kvheap.kernels.paged_rows_cpu import RowCopy
+from kvheap.kernels.paged_slots import Places
 from kvheap.kernels.token_copy import TokenCopy
-from kvheap.kernels.words import CPU_WORDS, overlapping_rows
+from kvheap.kernels.words import CPU_WORDS, memory_at, overlapping_rows
 
 __all__ = ["copy_on_cpu"]
 
@@ -44,20 +46,41 @@ copied through a temporary; see benchmarks/NOTES.md."""
 
 def copy_on_cpu(copy: TokenCopy) -> None:
     """Copy at least one token between a cache and chunks of its own dtype, all on a CPU."""
-    pairing, chunks = copy.pairing, copy.chunks
-    places = copy.places.as_slots(pairing.cache.block_size).merged(pairing)
-    starts, unit = places.on_host(), places.unit_tokens
-    num_full = places.num_tokens // unit
-    memory = _Memory.over(pairing, chunks.addresses, chunks.size_bytes)
-    parts = [(starts[:num_full], 0, unit)]
-    rest = places.num_tokens - num_full * unit
+    pairing, places, addresses = copy.pairing, copy.places, copy.chunks.addresses
+    rows = RowCopy.of(pairing, places.unit_tokens)
+    if rows.copy_grid(addresses, places, copy.to_heap):
+        return
+    if not rows.is_right_for(places.num_tokens):
+        done = rows.copy_dense(addresses, copy.chunks.alignment, places, copy.to_heap)
+        if done:
+            addresses, places = addresses[done:], places.after(done * pairing.chunk.num_tokens)
+            if not len(addresses):
+                return
+    if rows.is_right_for(places.num_tokens):
+        if places.num_tokens % places.unit_tokens == 0:
+            rows.run(addresses, places, 0, copy.to_heap)
+            return
+        for part, first_token in _parts(places.as_slots(pairing.cache.block_size)):
+            rows = RowCopy.of(pairing, part.unit_tokens)
+            rows.run(addresses, part, first_token, copy.to_heap)
+        return
+    memory = _Memory.over(pairing, addresses, copy.chunks.size_bytes)
+    slots = places.as_slots(pairing.cache.block_size).merged(pairing)
+    for part, first_token in _parts(slots):
+        unit_tokens = part.unit_tokens
+        step = _Step(pairing, memory, part.on_host(), first_token, unit_tokens, copy.to_heap)
+        step.run(addresses)
+
+
+def _parts(slots: Places) -> Iterator[tuple[Places, int]]:
+    """Places as slots in units that are all full, and the first token of each part."""
+    starts, unit, num_tokens = slots.on_host(), slots.unit_tokens, slots.num_tokens
+    num_full, rest = divmod(num_tokens, unit)
+    if num_full:
+        yield Places(starts[:num_full], False, unit, num_full * unit), 0
     if rest:  # the last unit is only partly filled: copy it token by token
         tail = np.full(rest, starts[-1]) if starts[-1] < 0 else starts[-1] + np.arange(rest)
-        parts.append((tail, num_full * unit, 1))
-    for slots, first_token, unit_tokens in parts:
-        if len(slots):
-            step = _Step(pairing, memory, slots, first_token, unit_tokens, copy.to_heap)
-            step.run(chunks.addresses)
+        yield Places(tail, False, 1, rest), num_full * unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +99,12 @@ class _Memory:
     @classmethod
     def over(cls, pairing: Pairing, chunk_addresses: Int64Array, chunk_bytes: int) -> _Memory:
         word = CPU_WORDS[alignment_of(pairing.alignment, combined_bits(chunk_addresses))]
-        bases = (entry.cache_base for entries in pairing.entries for entry in entries)
-        start = min(int(chunk_addresses.min()), *bases)
-        end = max(int(chunk_addresses.max()) + chunk_bytes, *map(_end_of, pairing.cache.tensors))
+        cache_start, cache_end = span_of(pairing)
+        start = min(int(chunk_addresses.min()), cache_start)
+        end = max(int(chunk_addresses.max()) + chunk_bytes, cache_end)
         size_bytes = (end - start) // word.itemsize * word.itemsize
-        raw = (ctypes.c_char * size_bytes).from_address(start)
-        first, second = (torch.frombuffer(raw, dtype=word) for _ in range(2))
+        raw = memory_at(start, size_bytes, "u1", 1)
+        first, second = (torch.from_numpy(raw).view(word) for _ in range(2))
         return cls(first, second, start, word.itemsize)
 
     @property
@@ -97,12 +120,6 @@ class _Memory:
         """A strided view; ``strides`` are in bytes and omit the last dimension, which is a word."""
         in_words = (*(stride // self.word_bytes for stride in strides), 1)
         return self.for_views.as_strided(sizes, in_words, (address - self.start) // self.word_bytes)
-
-
-def _end_of(tensor: torch.Tensor) -> int:
-    """The address after the last byte of a tensor with positive strides."""
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.data_ptr()) + (last + 1) * tensor.element_size()
 
 
 @dataclass(frozen=True, slots=True)

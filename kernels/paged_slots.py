@@ -23,6 +23,9 @@ SKIPPED = -1
 MAX_TABLE_PLACES = 256
 """Up to this many slots of a cache for each one given, a table of all finds repetitions."""
 
+MAX_LISTED = 64
+"""Up to this many places are compared one by one."""
+
 SlotMapping: TypeAlias = "npt.NDArray[np.integer] | torch.Tensor | Sequence[int]"
 
 
@@ -147,6 +150,11 @@ class Places:
         num_units = -(-self.num_tokens // self.unit_tokens)
         return Places(starts.reshape(-1)[:num_units], False, self.unit_tokens, self.num_tokens)
 
+    def after(self, num_tokens: int) -> Places:
+        """The places behind the first ``num_tokens``, which are whole units of one value each."""
+        values = self.values[num_tokens // self.unit_tokens :]
+        return replace(self, values=values, num_tokens=self.num_tokens - num_tokens)
+
     def as_mapping(self) -> Int64Array:
         """The slot of each token, int64 ``[num_tokens]``; the places must be slots on the host."""
         starts = self.on_host()
@@ -225,21 +233,27 @@ def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> bo
     """Refuse places out of range, and return whether all are real places, not -1."""
     if not len(values):
         return True
-    lowest, highest = int(values.min()), int(values.max())
+    if len(values) <= MAX_LISTED:
+        listed = values.tolist()
+        lowest, highest = min(listed), max(listed)
+    else:
+        lowest, highest = int(values.min()), int(values.max())
     if lowest < SKIPPED or highest >= limit:
         at = int(values.argmin() if lowest < SKIPPED else values.argmax())
         raise ValueError(
             f"{name}[{at}] is {int(values[at])}: the cache has {limit} {name}, 0 to {limit - 1}, "
             f"and -1 skips one"
         )
-    return lowest >= 0
+    return bool(lowest >= 0)
 
 
 def _require_distinct(
     name: str, places: npt.NDArray[np.integer], limit: int, are_all_real: bool
 ) -> None:
     """Refuse a place that appears twice, by a table of all places or, for few of many, a sort."""
-    if len(places) < 2:
+    if len(places) < 2 or (
+        are_all_real and len(places) <= MAX_LISTED and len(set(places.tolist())) == len(places)
+    ):
         return
     real = places if are_all_real else places[places >= 0]
     if limit <= MAX_TABLE_PLACES * len(real):

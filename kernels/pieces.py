@@ -27,6 +27,9 @@ MAX_CELLS_PER_PIECE = 64
 """Targets of one size are checked for overlaps in a table with at most this many one-byte cells for
 each piece, or by a sort if the table would be larger."""
 
+FIRST_LOOK = 64
+"""How many of the targets tell whether they may ascend."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pieces:
@@ -167,8 +170,11 @@ class Pieces:
             return self
         sizes = self.sizes
         steps = sizes if isinstance(sizes, int) else sizes[:-1]
-        follows = np.diff(self.sources) == steps
-        follows &= np.diff(self.targets) == steps
+        sources, targets = self.sources, self.targets
+        follows = sources[1:] - sources[:-1] == steps
+        if not follows.any():
+            return self
+        follows &= targets[1:] - targets[:-1] == steps
         if not follows.any():
             return self
         firsts = np.flatnonzero(~follows) + 1
@@ -264,7 +270,9 @@ class Pieces:
             return
         starts, sizes = self.targets, self.sizes
         steps = sizes if isinstance(sizes, int) else sizes[:-1]
-        if (np.diff(starts) >= steps).all():
+        # Those that ascend mostly do so from the first one on; the others need no look at all.
+        begins = starts[:FIRST_LOOK].tolist()
+        if begins == sorted(begins) and (starts[1:] - starts[:-1] >= steps).all():
             return
         if isinstance(sizes, int) and _are_disjoint(starts, sizes):
             return
@@ -291,6 +299,11 @@ class Pieces:
         if not len(self):
             return
         sizes = self.sizes
+        if isinstance(sizes, int) and (
+            int(self.sources.min()) >= int(self.targets.max()) + sizes
+            or int(self.targets.min()) >= int(self.sources.max()) + sizes
+        ):
+            return
         source_ends, target_ends = self.sources + sizes, self.targets + sizes
         if self.sources.min() >= target_ends.max() or self.targets.min() >= source_ends.max():
             return
@@ -350,8 +363,10 @@ def _are_disjoint(starts: Int64Array, size_bytes: int) -> bool:
         return bool((np.diff(np.sort(starts)) >= size_bytes).all())
     shift = size_bytes.bit_length() - 1
     cells = starts - low
+    offsets = None
     if size_bytes == 1 << shift:
-        offsets = cells & (size_bytes - 1)
+        if combined_bits(cells) & (size_bytes - 1):
+            offsets = cells & (size_bytes - 1)
         cells >>= shift
     else:
         cells, offsets = np.divmod(cells, size_bytes)
@@ -359,7 +374,7 @@ def _are_disjoint(starts: Int64Array, size_bytes: int) -> bool:
     is_taken[cells] = True
     if np.count_nonzero(is_taken) < len(starts):
         return False
-    if not offsets.any():
+    if offsets is None or not offsets.any():
         return True
     # Each range reaches as far into the next cell as it starts into its own.
     offset_in = np.zeros(num_cells, np.int64)

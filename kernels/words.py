@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
-__all__ = ["CPU_WORDS", "overlapping_rows", "view_words"]
+__all__ = ["CPU_WORDS", "memory_at", "overlapping_rows", "view_words"]
 
 CPU_WORDS = {
     16: torch.complex128,
@@ -35,3 +39,28 @@ def overlapping_rows(words: torch.Tensor, row_words: int) -> torch.Tensor:
     [[0, 1, 2], [1, 2, 3]]
     """
     return words.as_strided((len(words) - row_words + 1, row_words), (1, 1))
+
+
+def memory_at(address: int, length: int, dtype: str, stride: int) -> npt.NDArray[Any]:
+    """A view of memory as an array, which does not keep the memory alive.
+
+    Args:
+        address: absolute address of the first byte.
+        length: number of elements.
+        dtype: of an element, such as ``"u1"``, or ``"V576"`` for a row of 576 bytes.
+        stride: bytes from one element to the next.
+    """
+    return np.asarray(_ArrayInterface(address, length, dtype, stride))
+
+
+class _ArrayInterface:
+    """Memory for ``np.asarray``; cheaper than a ctypes array, which needs a type per length."""
+
+    def __init__(self, address: int, length: int, dtype: str, stride: int) -> None:
+        self.__array_interface__ = {
+            "data": (address, False),
+            "shape": (length,),
+            "strides": (stride,),
+            "typestr": f"|{dtype}",
+            "version": 3,
+        }

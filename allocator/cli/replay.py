@@ -65,7 +65,10 @@ _COPIES = {
     "load": "loaded into the engine",
     "store": "stored from the engine",
 }
-"""The label of each copy's speed in the printed table."""
+"""The label of each copy in the printed table."""
+
+SPEED_FROM_BYTES = 4 << 20
+"""Calls of fewer bytes on average take the time of a call, not that of bytes: no GB/s is shown."""
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4} | {
     f"{prefix}i": 1024 ** (power + 1) for power, prefix in enumerate("kmgt")
@@ -282,6 +285,10 @@ def _figures(
         "batched_allocate_us": _percentiles(replay.heap.allocations),
         "batched_free_us": _percentiles(replay.heap.frees),
         **{f"{name}_gbps": speed for name, speed in replay.speeds_gbps().items()},
+        **{
+            f"{name}_call": None if call is None else {"us": call[0], "bytes": call[1]}
+            for name, call in replay.copy_calls().items()
+        },
         "seconds": seconds,
         "device": torch.cuda.get_device_name(device) if is_cuda else f"cpu ({platform.machine()})",
         "geometry": replay.geometry.name,
@@ -347,8 +354,11 @@ def _table(figures: dict[str, Any]) -> Table:
         table.add_row(f"{name} p50 / p99 a block", shares)
     for name, words in _COPIES.items():
         if f"{name}_gbps" in figures:
-            speed = figures[f"{name}_gbps"]
-            table.add_row(words, "-" if speed is None else f"{speed:.2f} GB/s")
+            speed, call = figures[f"{name}_gbps"], figures[f"{name}_call"]
+            cost = f"{call['us']:,.1f} us for {_bytes(call['bytes'])}" if call else "-"
+            table.add_row(f"{words}, a call", cost)
+            if speed is not None and call["bytes"] >= SPEED_FROM_BYTES:
+                table.add_row(words, f"{speed:.2f} GB/s")
     peak, final = figures["utilization_peak"], figures["utilization_final"]
     table.add_row("utilisation peak / final", f"{peak:.2%} / {final:.2%}")
     table.add_row("free extents", f"{figures['free_extents']:,}")

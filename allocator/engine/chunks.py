@@ -43,6 +43,7 @@ from kvheap.blocks.rows import listed
 from kvheap.device.directions import Path
 from kvheap.device.transfer import Transfer
 from kvheap.engine.clearing import clear_rest as clear_slots_behind
+from kvheap.engine.few_blocks import keep_for_few, load_few, store_few
 from kvheap.engine.reach import reachable_buffer
 from kvheap.engine.tokens import record_stored, require_stored
 from kvheap.engine.transfers import Route
@@ -133,6 +134,11 @@ def store(
         RuntimeError: a CUDA graph is being captured on the stream; nothing is written.
         TransferError: the copy failed to start; the chunks hold no tokens.
     """
+    is_plain = layers is None and heads is None and convert is False
+    if is_plain and stream is None and path is None and max_sms is None:
+        few = store_few(cache, slots, batch)
+        if few is not None:
+            return few
     heap = heap_of(batch)
     require_cache(cache)
     route = Route(cache, heap, stream, path, max_sms)
@@ -148,6 +154,7 @@ def _store(
     heads: slice | None,
     convert: bool,
 ) -> Transfer:
+    is_plain = layers is None and heads is None and convert is False
     heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert, route)
     require_writable(batch)
@@ -156,6 +163,8 @@ def _store(
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=True)
     transfer = route.execute(copy, batch)
     record_stored(batch, chunks.layout, copy, cache)
+    if is_plain:
+        keep_for_few(cache, batch, copy)
     return transfer
 
 
@@ -204,6 +213,11 @@ def load(
         TransferError: the copy failed to start, and the slots' contents are undefined; or the
             transfer that fills the chunks has failed, and nothing is loaded.
     """
+    is_plain = layers is None and heads is None and convert is False and clear_rest is False
+    if is_plain and stream is None and path is None and max_sms is None:
+        few = load_few(batch, cache, slots)
+        if few is not None:
+            return few
     heap = heap_of(batch)
     require_cache(cache)
     route = Route(cache, heap, stream, path, max_sms)
@@ -215,7 +229,10 @@ def load(
         with route.on_stream():
             # First: its slots may be among those to load.
             clear_slots_behind(copy.pairing, copy.places)
-    return route.execute(copy, batch)
+    transfer = route.execute(copy, batch)
+    if is_plain:
+        keep_for_few(cache, batch, copy)
+    return transfer
 
 
 # -- methods of a heap -----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from kvheap.kernels.paged_plan import Pairing
 from kvheap.kernels.paged_slots import Places
 from kvheap.kernels.token_copy import TokenCopy
 
-__all__ = ["record_stored", "require_stored"]
+__all__ = ["form_of", "record_stored", "require_stored"]
 
 
 def _tokens_of(places: Places, cache: PagedKVCache) -> Places:
@@ -34,7 +34,7 @@ def _tokens_of(places: Places, cache: PagedKVCache) -> Places:
     return replace(places, num_tokens=places.num_tokens * cache.block_size)
 
 
-def _form_of(cache: PagedKVCache, pairing: Pairing) -> str:
+def form_of(cache: PagedKVCache, pairing: Pairing) -> str:
     """In what units a chunk keeps the KV of a cache: only the same units can be loaded."""
     if not cache.layout.whole_blocks:
         return "rows of tokens"
@@ -71,7 +71,7 @@ def require_stored(
         ValueError: names the first such token; or the chunks hold other units than the cache's, or
             other layers or heads than the load names.
     """
-    form = _form_of(cache, copy.pairing)
+    form = form_of(cache, copy.pairing)
     for stored in _records_of(objs):
         if stored.form not in (None, form):
             raise ValueError(f"the chunks hold {stored.form}, the cache takes {form}")
@@ -123,7 +123,7 @@ def record_stored(
     those of the tokens that were there), or they were of other layers or heads. Arguments are those
     of :func:`require_stored`.
     """
-    form = _form_of(cache, copy.pairing)
+    form = form_of(cache, copy.pairing)
     were = [(stored, stored.form) for stored in _records_of(objs)]
     _record(objs, chunk, copy, cache)
     for stored, before in were:

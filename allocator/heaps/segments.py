@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from functools import reduce
+from operator import or_
 
 import numpy as np
 import torch
@@ -39,11 +41,15 @@ class Segments:
         starts: heap address of the first byte of each, ascending; the first is 0.
     """
 
-    __slots__ = ("_memory", "_reached", "buffers", "starts")
+    __slots__ = ("_bases", "_bits", "_memory", "_reached", "buffers", "pairs", "starts")
 
     def __init__(self, buffers: tuple[torch.Tensor, ...], starts: tuple[int, ...]) -> None:
         self.buffers = buffers
         self.starts = starts
+        self.pairs = list(zip(starts, buffers, strict=True))
+        """The buffers, each after the heap address of its first byte."""
+        self._bases = [buffer.data_ptr() for buffer in buffers]
+        self._bits = reduce(or_, (*self._bases, *starts), 0)
         self._reached: dict[CopyDevice, Int64Array] = {}
         is_on_host = len(buffers) == 1 and buffers[0].is_cpu
         self._memory = memory_of(buffers[0]) if is_on_host else None
@@ -56,11 +62,6 @@ class Segments:
     def device(self) -> torch.device:
         """The device that the buffers are on."""
         return self.buffers[0].device
-
-    @property
-    def pairs(self) -> list[tuple[int, torch.Tensor]]:
-        """The buffers, each after the heap address of its first byte."""
-        return list(zip(self.starts, self.buffers, strict=True))
 
     def end(self, align_bytes: int) -> int:
         """The address after the last usable byte; only whole units of ``align_bytes`` are."""
@@ -107,8 +108,7 @@ class Segments:
             The absolute addresses, int64 ``[N]``, and a power of two up to 16 that divides the
             absolute address of every block of the heap.
         """
-        bases = [buffer.data_ptr() for buffer in self.buffers]
-        alignment = alignment_of(align_bytes, *bases, *self.starts)
+        bases, alignment = self._bases, alignment_of(align_bytes, self._bits)
         if len(bases) == 1:
             return addresses + bases[0], alignment
         shifts = np.array(bases, np.int64) - np.array(self.starts, np.int64)

@@ -128,6 +128,23 @@ class Replay:
             copies.write_name: self._gbps(self.stored, copies.write_time),
         }
 
+    def copy_calls(self) -> dict[str, tuple[float, float] | None]:
+        """Mean microseconds and bytes of KV of one call by the name of the copy; None without any.
+
+        Names and times are those of :meth:`speeds_gbps`.
+        """
+        copies = self._copies
+        return {
+            copies.read_name: self._call(self.hits, copies.read_time),
+            copies.write_name: self._call(self.stored, copies.write_time),
+        }
+
+    def _call(self, num_chunks: int, time: Stopwatch) -> tuple[float, float] | None:
+        if not time.calls:
+            return None
+        num_bytes = num_chunks * self.geometry.chunk_bytes
+        return time.total_seconds() * 1e6 / time.calls, num_bytes / time.calls
+
     def _gbps(self, num_chunks: int, time: Stopwatch) -> float | None:
         seconds = time.total_seconds()
         return num_chunks * self.geometry.chunk_bytes / seconds / 1e9 if seconds else None

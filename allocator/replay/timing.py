@@ -102,15 +102,18 @@ class Stopwatch:
 
     Attributes:
         device: where the copies run.
+        calls: how many calls were timed.
     """
 
     device: torch.device
+    calls: int = 0
     _seconds: float = 0.0
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        """Add the time of the ``with`` block."""
+        """Add the time of the ``with`` block, which is one call."""
+        self.calls += 1
         if self.device.type == "cuda":
             begin, end = _timing_event(), _timing_event()
             begin.record()

@@ -30,7 +30,7 @@ from kvheap.kernels.arrays import as_array
 from kvheap.kernels.block_addresses import host_addresses
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.pieces import Pieces
-from kvheap.transfer.sides import NOWHERE, Blocks, Side, layer_offsets, paired, walls_of
+from kvheap.transfer.sides import NOWHERE, Blocks, Side, are_apart, layer_offsets, paired, walls_of
 
 __all__ = ["CopyPlan", "Side"]
 
@@ -168,6 +168,11 @@ class CopyPlan:
             )
         ]
         from_side, to_side = Side.of_tensor(source), Side.of_tensor(target)
+        is_one_size = parts is None and size_array.ndim == 0 and size_array.dtype.kind in "iu"
+        if is_one_size and int(size_array) > 0 and len(places[0]) == len(places[1]):
+            # They are within tensors, so each is a valid address.
+            pieces = Pieces(places[0], places[1], int(size_array))
+            return cls._checked(from_side, to_side, [pieces])
         return cls._of_arrays(from_side, to_side, places[0], places[1], size_array, parts)
 
     @classmethod
@@ -235,7 +240,7 @@ class CopyPlan:
         whole = Pieces.joined(parts)
         if not target.is_one_batch:
             whole.require_distinct_targets()
-        if (source.device is None) == (target.device is None):
+        if (source.device is None) == (target.device is None) and not are_apart(source, target):
             whole.require_apart()
         device = source.device or target.device
         walls = (

@@ -24,7 +24,7 @@ from kvheap.device import cuda
 from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.kernels.pieces import Pieces, first_outside
 
-__all__ = ["NOWHERE", "Blocks", "Side", "layer_offsets", "paired", "walls_of"]
+__all__ = ["NOWHERE", "Blocks", "Side", "are_apart", "layer_offsets", "paired", "walls_of"]
 
 MAX_PADDING = 1 / 8
 """Padding up to this share of a block is copied too, so that neighbouring blocks form runs."""
@@ -200,10 +200,27 @@ def paired(source: Blocks, target: Blocks) -> Pieces:
     return Pieces(source.starts, target.starts, size_bytes)
 
 
+def are_apart(source: Side, target: Side) -> bool:
+    """Whether no byte of one side can be one of the other, since they are in other storages. O(1).
+
+    False for memory that is given by pointers, and for heaps of many buffers.
+    """
+    if source.is_unknown or target.is_unknown or len(source.memory) != 1 or len(target.memory) != 1:
+        return False
+    one, other = source.memory[0].untyped_storage(), target.memory[0].untyped_storage()
+    first, second = one.data_ptr(), other.data_ptr()
+    return first + one.nbytes() <= second or second + other.nbytes() <= first
+
+
 def _paired_runs(source: Blocks, target: Blocks, size_bytes: int) -> Pieces:
     """The pieces that are contiguous on both sides, for batches with equal block spacing."""
     assert source.runs is not None
     assert target.runs is not None
+    one, other = source.runs.only_run(), target.runs.only_run()
+    if one is not None and other is not None:
+        here = np.array([source.base + one[0]], np.int64)
+        there = np.array([target.base + other[0]], np.int64)
+        return Pieces(here, there, len(source) * size_bytes)
     ends = [np.cumsum(blocks.runs.run_counts) for blocks in (source, target) if blocks.runs]
     all_ends = np.union1d(*ends)
     firsts = np.concatenate((np.zeros(1, np.int64), all_ends[:-1]))

@@ -14,6 +14,7 @@ import torch
 from optional import need_matplotlib
 
 from kvheap.cli import REPLAY_NOTES, CommandError, main
+from kvheap.cli import replay as replay_command
 from kvheap.cli.replay import parse_bytes
 from kvheap.prefix import POLICIES, PrefixStore
 from kvheap.replay import copies
@@ -61,6 +62,20 @@ class TestMadeUpTraffic:
             assert figures[name] > 0
         for name in ("free_extents", "largest_free_bytes", "device", "versions"):
             assert name in figures
+
+    def test_speeds_are_shown_if_calls_move_many_bytes(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        arguments = ("--requests", "100", "--heap", "1MiB")
+        figures = figures_of(tmp_path, *arguments)
+        table = capsys.readouterr().out
+        for name, words in (("gather", "gathered"), ("scatter", "scattered")):
+            assert 0 < figures[f"{name}_call"]["bytes"] < 1 << 20
+            assert f"{words}, a call" in table
+        assert "GB/s" not in table
+        monkeypatch.setattr(replay_command, "SPEED_FROM_BYTES", 1)
+        figures_of(tmp_path, *arguments)
+        assert capsys.readouterr().out.count("GB/s") == 2
 
     @pytest.mark.parametrize("policy", POLICIES)
     def test_the_policy_is_shown_and_changes_the_hits_only(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_paths import ON_ALL_PATHS, WITHOUT_A_GPU, needs_triton, running, sample
+from kernel_paths import BULK_PATHS, WITHOUT_A_GPU, needs_triton, running, sample
 from paged_reference import (
     DENSE_BLOCKS,
     ONE_PLANE_FORMATS,
@@ -40,6 +40,8 @@ from kvheap import MemoryFormat, TensorMemoryAllocator
 from kvheap.kernels import paged_copy
 from kvheap.kernels.paged_copy import BlockIds
 from kvheap.kernels.paged_layout import PagedKVCache
+
+ON_ALL_PATHS = pytest.mark.parametrize("path", BULK_PATHS)
 
 F = MemoryFormat
 

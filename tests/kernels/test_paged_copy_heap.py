@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from kernel_paths import ON_ALL_PATHS, running
+from kernel_paths import BULK_PATHS, running
 from paged_reference import SPECS, Engine, Sizes, pairs
 from paged_worlds import (
     BOTH_WAYS,
@@ -26,6 +26,8 @@ from paged_worlds import (
 
 import kvheap
 from kvheap import LifetimeError, MemoryFormat, TensorMemoryAllocator
+
+ON_ALL_PATHS = pytest.mark.parametrize("path", BULK_PATHS)
 
 F = MemoryFormat
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_paths import ON_ALL_PATHS, running, sample
+from kernel_paths import BULK_PATHS, running, sample
 from paged_reference import Engine, Sizes
 from paged_worlds import (
     BOTH_WAYS,
@@ -26,6 +26,8 @@ import kvheap
 from kvheap import MemoryFormat
 from kvheap.kernels.paged_copy import BlockIds
 from kvheap.kernels.paged_layout import PagedKVCache
+
+ON_ALL_PATHS = pytest.mark.parametrize("path", BULK_PATHS)
 
 F = MemoryFormat
 HEAD_LAYOUTS = (FLASH, "vllm-flash-hnd", FUSED)

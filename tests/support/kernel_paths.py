@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from kvheap.kernels import few_blocks
+from kvheap.engine import few_blocks as few_paged_blocks
+from kvheap.kernels import few_blocks, paged_rows_cpu
 from kvheap.kernels.launch import triton
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ def on_a_gpu(test: Callable[..., Any]) -> Any:
 
 INTERPRETER = pytest.param("interpreter", marks=needs_triton)
 PATHS = ["cpu", INTERPRETER, pytest.param("cuda", marks=needs_gpu)]
+BULK_PATHS = ["cpu-bulk", "cpu-direct", *PATHS]
+"""The same, and what a CPU does with copies of many bytes."""
 ON_ALL_PATHS = pytest.mark.parametrize("path", PATHS)
 WITHOUT_A_GPU = pytest.mark.parametrize("path", PATHS[:2])
 
@@ -40,8 +43,14 @@ def running(path: str) -> Iterator[torch.device]:
     """The device on which launchers take this path; "interpreter" runs kernels on CPU tensors."""
     kernels = interpreted() if path == "interpreter" else nullcontext()
     with kernels, pytest.MonkeyPatch.context() as patch:
-        if path == "cpu-bulk":  # as if the blocks were many
+        if path in ("cpu-bulk", "cpu-direct"):  # as if the blocks were many
             patch.setattr(few_blocks, "MAX_BLOCKS", 0)
+            patch.setattr(few_paged_blocks, "MAX_BLOCKS", 0)
+            patch.setattr(paged_rows_cpu, "MAX_BYTES", -1)
+        if path == "cpu-bulk":
+            patch.setattr(paged_rows_cpu, "MAX_DIRECT_BYTES", -1)
+        elif path == "cpu-direct":  # all that needs no temporary
+            patch.setattr(paged_rows_cpu, "MIN_CHUNK_BYTES", 0)
         yield torch.device("cuda" if path == "cuda" else "cpu")
 
 

@@ -1,0 +1,180 @@
+"""Store and load of a few whole blocks on a CPU, where what the call itself costs decides.
+
+Only ordinary calls are made here: all layers and heads of a cache, a whole batch, block ids on the
+host. What they need to know of a cache and a block layout is computed once and kept with the cache;
+what may change from call to call is checked here. Everything else, and everything wrong, is left to
+:mod:`kvheap.engine.chunks`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.heap import BlockObjects, Heap
+from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.device.transfer import Transfer
+from kvheap.engine.origins import origin_of
+from kvheap.engine.tokens import form_of
+from kvheap.engine.transfers import ended_transfer
+from kvheap.kernels.paged_layout import PagedKVCache
+from kvheap.kernels.paged_rows_cpu import RowCopy
+from kvheap.kernels.paged_slots import BlockIds, Slots
+from kvheap.kernels.token_copy import TokenCopy
+
+__all__ = ["keep_for_few", "load_few", "store_few"]
+
+MAX_BLOCKS = 64
+"""The most blocks that are copied here."""
+
+MAX_LAYOUTS = 64
+"""Block layouts of which something is kept with a cache; half are dropped beyond that."""
+
+INTEGERS = (torch.int64, torch.int32, np.dtype(np.int64), np.dtype(np.int32))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Known:
+    """What copies between a cache and batches of one block layout have in common."""
+
+    rows: RowCopy
+    form: str
+    """See ``StoredTokens.form``."""
+    blocks_per_chunk: int
+    runs_per_block: int
+
+    def transfer(self, num_blocks: int, num_tokens: int) -> Transfer:
+        """The transfer of a copy that was made."""
+        num_bytes = num_tokens * self.rows.token_bytes
+        return ended_transfer(num_bytes, num_blocks * self.runs_per_block)
+
+
+def keep_for_few(cache: PagedKVCache, batch: BlockObjects, copy: TokenCopy) -> None:
+    """Keep what later copies of a few blocks need to know, after an ordinary copy was made."""
+    pairing = copy.pairing
+    if (
+        type(batch) is not MemoryBatch
+        or batch.layout in cache.kept
+        or cache.device.type != "cpu"
+        or cache.filled_tokens is not None
+        or copy.chunks.scale_offset is not None
+        or pairing.heads is not None
+        or pairing.chunk.is_per_layer
+        or pairing.num_layers != cache.num_layers
+        or origin_of(pairing, 1) is not None
+    ):
+        return
+    block_size = pairing.cache.block_size
+    if pairing.block_unit == block_size:
+        layouts = [key for key in cache.kept.copy() if isinstance(key, BlockLayout)]
+        if len(layouts) >= MAX_LAYOUTS:  # chunks of ever new lengths must not fill the memory
+            for layout in layouts[: MAX_LAYOUTS // 2]:
+                cache.kept.pop(layout, None)
+        rows = RowCopy.of(pairing, block_size)
+        form, per_chunk = form_of(cache, pairing), len(rows.unit_offsets)
+        per_block = pairing.runs_per_token * len(pairing.entries) * pairing.num_layers
+        cache.kept[batch.layout] = _Known(rows, form, per_chunk, per_block)
+
+
+def store_few(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> Transfer | None:
+    """Store whole blocks into a batch; see :func:`kvheap.store`.
+
+    Returns:
+        The transfer, which has ended; None if nothing was done: the call is not of this kind, or is
+        wrong.
+    """
+    known = _known(cache, slots, batch)
+    if known is None:
+        return None
+    assert isinstance(batch, MemoryBatch)  # mypy
+    assert isinstance(slots, BlockIds)
+    ids = _ids_of(slots, cache)
+    if not ids or not batch.is_writable:
+        return None
+    heap, num_tokens = batch.allocator, len(ids) * cache.block_size
+    assert isinstance(heap, Heap)
+    segments = heap.segments  # keeps the buffers alive if another thread closes the heap
+    addresses = _addresses_of(heap, segments, batch, len(ids), known)
+    if not addresses or not known.rows.copy_blocks(addresses, ids, to_heap=True):
+        return None
+    stored = batch.stored_tokens
+    stored.set_first(num_tokens)
+    stored.form = known.form
+    return known.transfer(len(ids), num_tokens)
+
+
+def load_few(batch: BlockObjects, cache: PagedKVCache, slots: Slots) -> Transfer | None:
+    """Load whole blocks from a batch; see :func:`kvheap.load`. Returns as :func:`store_few`."""
+    known = _known(cache, slots, batch)
+    if known is None:
+        return None
+    assert isinstance(batch, MemoryBatch)  # mypy
+    assert isinstance(slots, BlockIds)
+    ids = _ids_of(slots, cache)
+    if not ids or len(set(ids)) < len(ids):
+        return None
+    stored, num_tokens = batch.stored_tokens, len(ids) * cache.block_size
+    first = stored.first
+    if stored.form not in (None, known.form) or not (
+        stored.is_unknown or (first is not None and num_tokens <= first)
+    ):
+        return None
+    heap = batch.allocator
+    assert isinstance(heap, Heap)
+    segments = heap.segments  # as in store_few
+    addresses = _addresses_of(heap, segments, batch, len(ids), known)
+    if not addresses or not known.rows.copy_blocks(addresses, ids, to_heap=False):
+        return None
+    return known.transfer(len(ids), num_tokens)
+
+
+def _known(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> _Known | None:
+    """What is known of such a copy; None if it is not an ordinary one."""
+    if (
+        type(cache) is not PagedKVCache
+        or type(slots) is not BlockIds
+        or type(batch) is not MemoryBatch
+        or batch.transfer is not None
+        or not batch.counts.all_live()
+    ):
+        return None
+    found: _Known | None = cache.kept.get(batch.layout)
+    return found
+
+
+def _ids_of(blocks: BlockIds, cache: PagedKVCache) -> list[int]:
+    """The ids of a few full blocks of a cache; none if they are not that."""
+    given = blocks.ids
+    if isinstance(given, torch.Tensor | np.ndarray):
+        is_host = isinstance(given, np.ndarray) or given.is_cpu
+        if not is_host or given.dtype not in INTEGERS or given.ndim != 1:
+            return []
+    elif type(given) is not list or set(map(type, given)) != {int}:
+        return []
+    count = len(given)
+    if not 0 < count <= MAX_BLOCKS or blocks.num_tokens not in (None, count * cache.block_size):
+        return []
+    ids: list[int] = given if isinstance(given, list) else given.tolist()
+    return ids if min(ids) >= 0 and max(ids) < cache.num_blocks else []
+
+
+def _addresses_of(
+    heap: Heap,
+    segments: list[tuple[int, torch.Tensor]],
+    batch: MemoryBatch,
+    num_blocks: int,
+    known: _Known,
+) -> list[int]:
+    """The absolute address of each chunk; none if they are not as many as the blocks need."""
+    num_chunks = len(batch)
+    if num_chunks != -(-num_blocks // known.blocks_per_chunk) or not segments[0][1].is_cpu:
+        return []
+    run = batch.runs.only_run() if len(segments) == 1 else None
+    if run is None:
+        addresses: list[int] = heap.absolute(batch.addresses)[0].tolist()
+        return addresses
+    start, num_bytes = run[0] + segments[0][1].data_ptr(), run[1]
+    return list(range(start, start + num_bytes, num_bytes // num_chunks))
