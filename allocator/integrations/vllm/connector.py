@@ -24,7 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from kvheap.integrations.vllm.failures import JobKeys, TolerantWorker, WorkerReport
-from kvheap.integrations.vllm.geometry import groups_of
+from kvheap.integrations.vllm.geometry import groups_of, require_places
 from kvheap.integrations.vllm.spec import GROUPS_KEY, KVHeapOffloadingSpec, KVHeapTieringSpec
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
         if require_spec(vllm_config).needs_groups:
             vllm_config = with_groups(vllm_config, kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
+        self._engine_caches = kv_cache_config
         self._request_of_load: dict[int, str] = {}
         self._worker: TolerantWorker | None = None
         self._failed_jobs: set[int] = set()
@@ -68,7 +69,12 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
     # -- worker's side ---------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Make the worker over the engine's tensors."""
+        """Make the worker over the engine's tensors.
+
+        Raises:
+            ValueError: the tensors are not as the configuration says.
+        """
+        require_places(self._engine_caches, kv_caches)
         super().register_kv_caches(kv_caches)
         half = self.connector_worker
         assert half is not None

@@ -121,7 +121,7 @@ class KVHeapOffloadingSpec(OffloadingSpec):  # type: ignore[misc,unused-ignore]
             OSError: the system does not provide the memory.
         """
         if self._worker is None:
-            pages = group_pages(kv_caches, self.blocks_per_chunk)
+            pages = group_pages(kv_caches, self.blocks_per_chunk, self.groups)
             require_same_bytes(pages, self.groups)
             memory = self._memory(is_pinned=device_of(kv_caches).type == "cuda")
             self._worker = KVHeapWorker(kv_caches, memory, self.blocks_per_chunk, pages)

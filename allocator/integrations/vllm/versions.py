@@ -71,6 +71,7 @@ NEEDED = {
         "AttentionSpec",
         "MambaSpec",
         "get_kv_cache_spec_kind",
+        "group_kernel_blocks",
         "iter_layer_specs",
     ),
     f"{CONNECTORS}.base": (
