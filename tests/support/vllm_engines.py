@@ -311,6 +311,10 @@ class Engine:
         self.llm.llm_engine.abort_request([name])
         self._names.remove(name)
 
+    def unfinished(self) -> list[str]:
+        """The requests of :meth:`add` that go on."""
+        return [name for name in self._names if name not in self._answers]
+
     def finish(self) -> list[Answer]:
         """Run until all requests have ended; their answers, in the order of :meth:`add`."""
         while self.llm.llm_engine.has_unfinished_requests():

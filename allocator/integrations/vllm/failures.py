@@ -68,13 +68,17 @@ class WorkerReport(OffloadingWorkerMetadata):  # type: ignore[misc,unused-ignore
 class TolerantWorker(OffloadingWorker):  # type: ignore[misc,unused-ignore]
     """A worker whose failed jobs end like any other, and are named apart.
 
+    What the worker raises stays here. A job that it refuses, by ``False`` or an exception, has
+    failed; so have the jobs that it cannot wait for or report.
+
     Args:
-        worker: does the work. A job that it refuses, by ``False`` or an exception, has failed.
+        worker: does the work.
     """
 
     def __init__(self, worker: OffloadingWorker) -> None:
         self._worker = worker
-        self._refused: list[int] = []
+        self._under_way: set[int] = set()
+        self._lost: set[int] = set()
         self._failed: set[int] = set()
 
     @property
@@ -95,15 +99,28 @@ class TolerantWorker(OffloadingWorker):  # type: ignore[misc,unused-ignore]
         return self._submit(job_id, self._worker.submit_load, src_spec, dst_spec, **options)
 
     def get_finished(self) -> list[TransferResult]:
-        """The jobs that have ended, each as a success. A failed one has no size and time."""
-        results = [TransferResult(job_id, True) for job_id in self._refused]
-        self._failed.update(self._refused)
-        self._refused.clear()
-        for result in self._worker.get_finished():
-            if not result.success:
-                self._failed.add(result.job_id)
-                result = TransferResult(result.job_id, True)
+        """The jobs that have ended, each once and as a success. A failed one has no size and time.
+
+        Where the worker raises, all jobs under way have failed, once they could be waited for.
+        """
+        try:
+            found = self._worker.get_finished()
+        except Exception:
+            logger.exception("jobs %s have failed: no worker reports them", self._under_way)
+            self.wait(set(self._under_way))
+            self._lost |= self._under_way
+            found = []
+        results = []
+        for result in [*(TransferResult(job_id, False) for job_id in self._lost), *found]:
+            job_id = result.job_id
+            if job_id not in self._under_way:
+                continue  # was reported as failed before
+            self._under_way.remove(job_id)
+            if job_id in self._lost or not result.success:
+                self._failed.add(job_id)
+                result = TransferResult(job_id, True)
             results.append(result)
+        self._lost.clear()
         return results
 
     def take_failed(self) -> set[int]:
@@ -112,21 +129,26 @@ class TolerantWorker(OffloadingWorker):  # type: ignore[misc,unused-ignore]
         return failed
 
     def wait(self, job_ids: set[int]) -> None:
-        """As the worker."""
-        self._worker.wait(job_ids)
+        """As the worker. Where it raises, the jobs have failed."""
+        try:
+            self._worker.wait(job_ids)
+        except Exception:
+            logger.exception("jobs %s have failed: they could not be waited for", job_ids)
+            self._lost |= job_ids & self._under_way
 
     def shutdown(self) -> None:
         """As the worker."""
         self._worker.shutdown()
 
     def _submit(self, job_id: int, submit: Any, *specs: Any, **options: Any) -> bool:
+        self._under_way.add(job_id)
         try:
             is_accepted = submit(job_id, *specs, **options)
         except Exception:
             logger.exception("job %d could not be started; its chunks are not used", job_id)
             is_accepted = False
         if not is_accepted:
-            self._refused.append(job_id)
+            self._lost.add(job_id)
         return True
 
 

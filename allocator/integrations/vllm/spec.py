@@ -7,6 +7,7 @@ Named by ``spec_name`` and ``spec_module_path`` in ``kv_connector_extra_config``
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from vllm.distributed.parallel_state import get_tp_group
@@ -105,7 +106,10 @@ class KVHeapOffloadingSpec(OffloadingSpec):  # type: ignore[misc,unused-ignore]
             )
         self.replicated_layout = shares_heap(config)
         num_heaps = 1 if self.replicated_layout else config.parallel.world_size
-        self.settings = self.require_settings(given, num_heaps)
+        self.settings = replace(
+            self.require_settings(given, num_heaps),
+            blocks_per_chunk=self.blocks_per_chunk,  # 'block_size' may have said it in tokens
+        )
         self.groups: tuple[ChunkGroup, ...] = tuple(groups)
         self._manager: KVHeapManager | None = None
         self._worker: KVHeapWorker | None = None

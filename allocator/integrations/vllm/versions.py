@@ -80,6 +80,7 @@ NEEDED = {
         "KVConnectorBase_V1.get_transfer_results",
         "KVConnectorTransferResults",
     ),
+    f"{CONNECTORS}.metrics": ("KVConnectorPromMetrics",),
     f"{CONNECTORS}.offloading.common": (
         "OffloadingConnectorMetadata",
         "OffloadingWorkerMetadata.aggregate",
@@ -92,6 +93,7 @@ NEEDED = {
     f"{CONNECTORS}.offloading_connector": (
         "OffloadingConnector.build_connector_meta",
         "OffloadingConnector.build_connector_worker_meta",
+        "OffloadingConnector.build_prom_metrics",
         "OffloadingConnector.register_kv_caches",
         "OffloadingConnector.reset_cache",
         "OffloadingConnector.update_connector_output",
