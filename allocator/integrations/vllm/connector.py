@@ -25,7 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from kvheap.integrations.vllm.failures import JobKeys, TolerantWorker, WorkerReport
-from kvheap.integrations.vllm.geometry import groups_of, require_places
+from kvheap.integrations.vllm.geometry import groups_of, needs_whole_chunks, require_places
 from kvheap.integrations.vllm.spec import GROUPS_KEY, KVHeapOffloadingSpec, KVHeapTieringSpec
 
 if TYPE_CHECKING:
@@ -75,7 +75,12 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
         self._jobs: JobKeys | None = None
         if self.connector_scheduler is not None:
             manager = self.connector_scheduler.manager
-            self._jobs = JobKeys(manager, vllm_config.parallel_config.world_size)
+            self._jobs = JobKeys(
+                manager,
+                vllm_config.parallel_config.world_size,
+                build_offloading_config(vllm_config, kv_cache_config).cache.blocks_per_chunk,
+                needs_whole_chunks(kv_cache_config),
+            )
             self.connector_scheduler.manager = self._jobs
 
     # -- worker's side ---------------------------------------------------------------------------
@@ -142,6 +147,8 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
                     jobs.forget(jobs.of_job(job_id))
                 if metadata.pinned_share is not None:
                     jobs.note_pinned_share(metadata.pinned_share)
+            for job_id in metadata.completed_jobs:
+                jobs.forget(jobs.incomplete(job_id))
             jobs.ended(metadata.completed_jobs)
         super().update_connector_output(connector_output)
 

@@ -7,7 +7,7 @@ manager. Between them travel the numbers of the jobs that failed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,11 +160,22 @@ class JobKeys:
     Args:
         manager: makes the descriptions of where chunks are, from which jobs are made.
         num_workers: how many workers report the end of a job.
+        blocks_per_chunk: blocks of a chunk.
+        needs_whole: by group, whether a load may need any block of a chunk, and not the last only.
     """
 
-    def __init__(self, manager: OffloadingManager, num_workers: int) -> None:
+    def __init__(
+        self,
+        manager: OffloadingManager,
+        num_workers: int,
+        blocks_per_chunk: int = 1,
+        needs_whole: Sequence[bool] = (),
+    ) -> None:
         self._manager = manager
         self._num_workers = num_workers
+        self._blocks_per_chunk = blocks_per_chunk
+        self._needs_whole = tuple(needs_whole)
+        self._incomplete: dict[int, list[OffloadKey]] = {}
         self._by_spec: dict[int, tuple[LoadStoreSpec, tuple[OffloadKey, ...]]] = {}
         self._by_job: dict[int, tuple[OffloadKey, ...]] = {}
         self._reports: dict[int, int] = {}
@@ -202,6 +213,32 @@ class JobKeys:
                 if found is not None:
                     self._by_job[job_id] = found[1]
         self._by_spec.clear()
+        if self._blocks_per_chunk > 1:
+            for job_id, job in metadata.store_jobs.items():
+                if keys := self._without_first_blocks(self.of_job(job_id), job.src_spec):
+                    self._incomplete[job_id] = keys
+
+    def _without_first_blocks(
+        self, keys: Sequence[OffloadKey], blocks: GPULoadStoreSpec
+    ) -> list[OffloadKey]:
+        """The chunks of a store whose first blocks the engine has let go of.
+
+        A window has moved on, or its blocks were never in the engine. Another request may need
+        them, and vLLM would load what happens to be in their place.
+        """
+        found, at, n = [], 0, self._blocks_per_chunk
+        for needs_whole, size, first in zip(
+            self._needs_whole, blocks.group_sizes, blocks.block_indices, strict=False
+        ):
+            if size:
+                if needs_whole and first % n and at < len(keys):
+                    found.append(keys[at])
+                at += -(-(first % n + size) // n)
+        return found
+
+    def incomplete(self, job_id: int) -> list[OffloadKey]:
+        """The chunks of a job that lack blocks, and must not be found."""
+        return self._incomplete.get(job_id, [])
 
     def of_job(self, job_id: int) -> tuple[OffloadKey, ...]:
         """The keys of a job that is under way; none if it is unknown."""
@@ -215,11 +252,13 @@ class JobKeys:
                 self._reports[job_id] = reports
             else:
                 self._by_job.pop(job_id, None)
+                self._incomplete.pop(job_id, None)
 
     def clear(self) -> None:
         """Forget all jobs: what they report from now on is stale."""
         self._by_spec.clear()
         self._by_job.clear()
+        self._incomplete.clear()
         self._reports.clear()
 
 

@@ -33,7 +33,15 @@ from kvheap.integrations.vllm.groups import ChunkGroup
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["groups_of", "is_packed", "joined", "layer_pages", "require_places", "unpadded_page"]
+__all__ = [
+    "groups_of",
+    "is_packed",
+    "joined",
+    "layer_pages",
+    "needs_whole_chunks",
+    "require_places",
+    "unpadded_page",
+]
 
 GAP_SHARE = 64
 """Padding of up to this share of a piece is kept with it: at most 1.6 % of a chunk."""
@@ -173,6 +181,21 @@ def is_packed(kv_cache_config: KVCacheConfig) -> bool:
         for layer in group.layer_names
         if layer in strides
     )
+
+
+def needs_whole_chunks(kv_cache_config: KVCacheConfig) -> list[bool]:
+    """By group that is offloaded, whether a load may need any block of a chunk.
+
+    Of the states of a Mamba layer, it needs the last one.
+    """
+    groups = [
+        kv_cache_config.kv_cache_groups[group_id]
+        for group_id in get_offloading_group_ids(kv_cache_config)
+    ]
+    return [
+        not isinstance(next(iter(iter_layer_specs(group.kv_cache_spec))), MambaSpec)
+        for group in groups
+    ]
 
 
 def unpadded_page(spec: KVCacheSpec) -> int:

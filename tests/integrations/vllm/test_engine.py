@@ -301,6 +301,25 @@ class TestHybridInChunksOfTwo(HybridCases):
     EXTRA: ClassVar[dict[str, Any]] = {"blocks_per_chunk": 2}
 
 
+    @pytest.mark.parametrize("num_tokens", [97, 104])
+    def test_chunks_without_their_first_blocks_are_not_found(
+        self, engine: Engine, num_tokens: int
+    ) -> None:
+        """A window has moved on: the engine has the second block of a chunk, and not the first."""
+        prompts = [prompt(30, num_tokens)]
+        engine.forget_all()
+        expected = engine.generate(prompts, 60)
+        engine.connector.reset_cache()  # the engine's own cache stays
+        FAULTS.heap().fill_(0x41)
+        assert engine.generate(prompts, 60) == expected
+        assert engine.cached == [96]
+        for _ in range(3):
+            engine.forget_device()
+            assert engine.generate(prompts, 60) == expected
+        assert engine.cached[0] >= 64
+        engine.manager.store.check()
+
+
 class TestHybridInASmallHeap(HybridCases):
     """Chunks of all groups leave, and requests are preempted."""
 
