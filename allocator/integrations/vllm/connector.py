@@ -159,7 +159,6 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
             self._jobs.clear()
         return done
 
-
     # -- metrics ---------------------------------------------------------------------------------
 
     @classmethod

@@ -116,9 +116,7 @@ def joined(pages: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(pieces)
 
 
-def require_places(
-    kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor]
-) -> None:
+def require_places(kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor]) -> None:
     """Raise unless the pages of packed blocks are where the configuration says.
 
     Args:

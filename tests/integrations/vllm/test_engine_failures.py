@@ -119,6 +119,11 @@ class Soup:
         self.engine.manager.store.check()
 
 
+def test_a_heap_for_no_chunk_is_refused_at_start(models: Any) -> None:
+    with pytest.raises(ValueError, match=r"cpu_bytes_to_use|heap"):
+        Engine(models["plain"][0], {"cpu_bytes_to_use": 32768 - 256})
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "all fail": {"fail_share": 1.0},
     "all are refused": {"fail_share": 1.0, "by": "refused"},
@@ -202,8 +207,3 @@ def test_loads_were_tried(soup: Soup, request: pytest.FixtureRequest) -> None:
     if soup.engine.manager.store.stats().heap_bytes > 32768:
         assert FAULTS.loads > 0
         assert FAULTS.loaded_bytes > 0
-
-
-def test_a_heap_for_no_chunk_is_refused_at_start(models: Any) -> None:
-    with pytest.raises(ValueError, match=r"cpu_bytes_to_use|heap"):
-        Engine(models["plain"][0], {"cpu_bytes_to_use": 32768 - 256})

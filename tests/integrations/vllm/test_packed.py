@@ -142,7 +142,9 @@ class Packed:
         return result
 
 
-@pytest.fixture(params=[(name, n) for name in MODELS for n in (1, 2)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    params=[(name, n) for name in MODELS for n in (1, 2)], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Packed]:
     made = Packed(*request.param, monkeypatch)
     yield made
@@ -155,9 +157,9 @@ def test_vllm_hands_out_whole_blocks(packed: Packed) -> None:
     assert is_packed(scheduler_config(packed.config))
     assert len(packed.caches.tensors) == 1
     whole = packed.config.kv_cache_tensors[0].block_stride
-    assert [
-        [ref.page_size_bytes for ref in refs] for refs in packed.caches.group_data_refs
-    ] == [[whole]] * len(packed.groups)
+    assert [[ref.page_size_bytes for ref in refs] for refs in packed.caches.group_data_refs] == [
+        [whole]
+    ] * len(packed.groups)
 
 
 def test_both_sides_allocate_the_same(packed: Packed) -> None:
@@ -167,7 +169,7 @@ def test_both_sides_allocate_the_same(packed: Packed) -> None:
 
 
 def test_a_group_takes_its_own_pages(packed: Packed) -> None:
-    """At least what its layers fill, at most their padded pages; some of the groups less than all."""
+    """At least what its layers fill, at most their padded pages; a group less than a block."""
     whole = packed.config.kv_cache_tensors[0].block_stride * packed.blocks_per_chunk
     for at, group in enumerate(packed.groups):
         spec = packed.config.kv_cache_groups[at].kv_cache_spec
