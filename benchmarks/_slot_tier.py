@@ -1,7 +1,7 @@
 """vLLM's own CPU tier, as far as it runs without a GPU: its spec and manager, plain copies.
 
-``CPUOffloadingWorker`` copies with CUDA or XPU only. This one copies the same pages between the same
-slots with ``torch.index_select`` and ``index_copy_``, at once. Selected by ``"spec_name":
+``CPUOffloadingWorker`` copies with CUDA or XPU only. This one copies the same pages between the
+same slots with ``torch.index_select`` and ``index_copy_``, at once. Selected by ``"spec_name":
 "SlotSpec", "spec_module_path": "_slot_tier"`` under vLLM's ``OffloadingConnector``.
 """
 

@@ -207,12 +207,14 @@ class Server:
         self._answer()
 
     def round(self, seed: int, prefix_tokens: int) -> Row:
+        """See ``Engine.round``."""
         assert self._process.stdin is not None
         print(json.dumps([seed, prefix_tokens]), file=self._process.stdin, flush=True)
         found: Row = self._answer()
         return found
 
     def close(self) -> None:
+        """End the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)

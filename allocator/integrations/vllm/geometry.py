@@ -160,8 +160,8 @@ def is_packed(kv_cache_config: KVCacheConfig) -> bool:
     """Whether the pages of a block lie side by side, so that vLLM hands out whole blocks.
 
     DeepSeek-V4's do. The block of a group has the pages of its own layers only, from its start, and
-    is as long as that of the largest group. vLLM's connector asks whether the distance of two blocks of some attention
-    layer is another than its page.
+    is as long as that of the largest group. vLLM's connector asks whether the distance of two
+    blocks of some attention layer is another than its page.
     """
     if kv_cache_config.hisparse_host_num_blocks is not None:
         return False
