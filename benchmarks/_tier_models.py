@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.kv_offload import config as offload
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
-from kvheap.integrations.vllm.geometry import groups_of, is_packed, packed_pages
+from kvheap.integrations.vllm.geometry import groups_of, is_packed
 from kvheap.integrations.vllm.groups import ChunkGroup
 
 try:
@@ -188,8 +188,8 @@ class Tier:
         slot_bytes: of a chunk of any group in vLLM's tier.
         tokens_per_chunk: by group.
         window_chunks: by group, how many chunks of it a request needs; None: all.
-        is_packed: vLLM hands out whole packed blocks, so the heap has the bytes of ``groups`` only
-            if pages are copied one by one.
+        is_packed: the pages of all layers are side by side in a block, which vLLM's tier keeps
+            whole.
     """
 
     groups: list[ChunkGroup]
@@ -231,17 +231,7 @@ def tier_of(model: Model) -> Tier:
     grouped = planning.get_kv_cache_groups(engine, dict(model.specs))
     of_worker = planning.get_kv_cache_config_from_groups(engine, grouped, 64 << 30)
     cache = kv_cache_utils.generate_scheduler_kv_cache_config([of_worker])
-    packed = is_packed(cache)
     groups = groups_of(cache, 1)
-    if packed:
-        groups = [
-            ChunkGroup(
-                group.name,
-                sum(size for _, size in packed_pages(cache, group.group_id or 0).values()),
-                group.group_id,
-            )
-            for group in groups
-        ]
     specs = [cache.kv_cache_groups[group.group_id or 0].kv_cache_spec for group in groups]
     config = offload.OffloadingConfig(
         groups=(),
@@ -258,5 +248,5 @@ def tier_of(model: Model) -> Tier:
         CPUOffloadingSpec(config).kv_bytes_per_chunk,
         [spec.block_size for spec in specs],
         [window_in_chunks(spec, spec.block_size) for spec in specs],
-        packed,
+        is_packed(cache),
     )

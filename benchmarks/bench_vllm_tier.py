@@ -63,7 +63,9 @@ def print_capacity(console: Console, rows: list[Row]) -> None:
             *(f"{row[name]:.1%}" for name in ("useful_mean", "useful_least", "useful_vllm")),
         )
     console.print(table)
-    console.print("* vLLM hands out whole packed blocks; the heap's figures are of single pages")
+    console.print(
+        "* the pages of all layers are packed in one block, which vLLM's tier keeps whole"
+    )
 
 
 def print_cost(console: Console, rows: list[Row]) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,122 @@ def make_hybrid(folder: Path) -> str:
         tie_word_embeddings=False,
     )
     return saved(LlamaForCausalLM, config, folder)
+
+
+def make_uneven(folder: Path) -> str:
+    """Five layers, of which three see a window: a group of one layer beside groups of two."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **COMMON,
+        intermediate_size=128,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+        tie_word_embeddings=False,
+    )
+    return saved(LlamaForCausalLM, config, folder)
+
+
+def make_gemma3(folder: Path) -> str:
+    """Seven layers, of which six see a window, as in Gemma 3: a group for each of them."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        **COMMON,
+        intermediate_size=128,
+        num_hidden_layers=7,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=64,
+        layer_types=["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+        tie_word_embeddings=False,
+    )
+    return saved(Gemma3ForCausalLM, config, folder)
+
+
+def make_gpt_oss(folder: Path) -> str:
+    """Four layers with sinks and experts, every other with a window, as in gpt-oss."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        **COMMON,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=64,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    return saved(GptOssForCausalLM, config, folder)
+
+
+def make_mla(folder: Path) -> str:
+    """Two layers that keep latents of 576 elements, as in DeepSeek-V2. In bfloat16 only."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    config = DeepseekV2Config(
+        **COMMON,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+        n_routed_experts=2,
+        first_k_dense_replace=10,
+    )
+    return saved(DeepseekV2ForCausalLM, config, folder)
+
+
+def make_states(folder: Path) -> str:
+    """Three layers of gated delta nets and one of attention, as in Qwen3-Next. In bfloat16 only."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        **COMMON | {"head_dim": 256},
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+    )
+    return saved(Qwen3NextForCausalLM, config, folder)
+
+
+@contextmanager
+def packed_blocks() -> Iterator[None]:
+    """Engines that are made meanwhile pack the pages of all layers into one block.
+
+    vLLM does so for the layouts whose outermost dimension is the block. Its attention on CPUs
+    declares another one only, but reads these as well.
+    """
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    declared = CPUAttentionBackend.supported_kv_cache_layouts
+    CPUAttentionBackend.supported_kv_cache_layouts = classmethod(  # type: ignore[method-assign]
+        lambda _: (KVCacheLayout.BLHNC,)
+    )
+    try:
+        yield
+    finally:
+        CPUAttentionBackend.supported_kv_cache_layouts = declared  # type: ignore[method-assign]
 
 
 COMMON: dict[str, Any] = {
@@ -193,6 +310,10 @@ class Engine:
         """Give up a request."""
         self.llm.llm_engine.abort_request([name])
         self._names.remove(name)
+
+    def unfinished(self) -> list[str]:
+        """The requests of :meth:`add` that go on."""
+        return [name for name in self._names if name not in self._answers]
 
     def finish(self) -> list[Answer]:
         """Run until all requests have ended; their answers, in the order of :meth:`add`."""

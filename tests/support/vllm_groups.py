@@ -50,21 +50,30 @@ def scheduler_config(of_worker: Any) -> Any:
     return utils.generate_scheduler_kv_cache_config([of_worker])
 
 
-def registered(of_worker: Any, layout: str, patch: Any) -> Any:
+def views(of_worker: Any, layout: str) -> dict[str, torch.Tensor]:
+    """By layer, the cache that vLLM's worker makes."""
+    utils = part_of_vllm("vllm.v1.worker.utils")
+    member = engine_config(layout).cache_config.get_resolved_kv_cache_layout()
+    made: dict[str, torch.Tensor] = utils.allocate_kv_cache(of_worker, torch.device("cpu"), member)
+    return made
+
+
+def registered(
+    of_worker: Any, layout: str, patch: Any, caches: dict[str, torch.Tensor] | None = None
+) -> Any:
     """The ``CanonicalKVCaches`` that vLLM's own connector hands to a worker.
 
     Args:
         of_worker: the ``KVCacheConfig``.
         layout: of the caches.
         patch: undoes the changes to vLLM's modules.
+        caches: by layer; None: new ones.
     """
     half = part_of_vllm("vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker")
-    utils = part_of_vllm("vllm.v1.worker.utils")
-    member = engine_config(layout).cache_config.get_resolved_kv_cache_layout()
-    views = utils.allocate_kv_cache(of_worker, torch.device("cpu"), member)
     # How pages of several workers make one: not asked for here.
     patch.setattr(half, "derive_canonical_mappings", lambda *_: {})
     seen: list[Any] = []
     spec = SimpleNamespace(replicated_layout=False, get_worker=seen.append)
-    half.OffloadingConnectorWorker(spec, None, of_worker).register_kv_caches(views)
+    worker = half.OffloadingConnectorWorker(spec, None, of_worker)
+    worker.register_kv_caches(views(of_worker, layout) if caches is None else caches)
     return seen[0]

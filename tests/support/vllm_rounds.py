@@ -3,7 +3,7 @@
     python vllm_rounds.py MODEL OPTIONS OUT
 
 OPTIONS are keyword arguments of ``vllm.LLM`` as JSON. The file OUT gets JSON: answers and cached
-tokens of both rounds, and vLLM's counters.
+tokens of both rounds, answers from the engine's own cache, and vLLM's counters.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def main() -> None:
     for _ in range(2):
         answers.append(engine.generate(prompts))
         cached.append(engine.cached)
+        own = engine.generate(prompts)
         engine.forget_device()
-    found = {"answers": answers, "cached": cached, "counters": engine.counters()}
+    found = {"answers": answers, "own": own, "cached": cached, "counters": engine.counters()}
     Path(sys.argv[3]).write_text(json.dumps(found))
     engine.llm.llm_engine.engine_core.shutdown()
 

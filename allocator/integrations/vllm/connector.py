@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorTransferResults,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingConnectorMetadata,
     OffloadingWorkerMetadata,
@@ -24,7 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from kvheap.integrations.vllm.failures import JobKeys, TolerantWorker, WorkerReport
-from kvheap.integrations.vllm.geometry import groups_of
+from kvheap.integrations.vllm.geometry import groups_of, needs_whole_chunks, require_places
 from kvheap.integrations.vllm.spec import GROUPS_KEY, KVHeapOffloadingSpec, KVHeapTieringSpec
 
 if TYPE_CHECKING:
@@ -35,6 +36,16 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
 
 __all__ = ["KVHeapConnector"]
+
+PACKAGE = "kvheap.integrations.vllm"
+
+INSTEAD: dict[str, type] = {
+    "CPUOffloadingSpec": KVHeapOffloadingSpec,
+    "TieringOffloadingSpec": KVHeapTieringSpec,
+    "KVHeapOffloadingSpec": KVHeapOffloadingSpec,
+    "KVHeapTieringSpec": KVHeapTieringSpec,
+}
+"""By the name of a spec, kvheap's of the kind; the first is vLLM's default."""
 
 
 class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
@@ -53,22 +64,34 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         require_recompute(vllm_config)
+        vllm_config = with_spec(vllm_config)
         if require_spec(vllm_config).needs_groups:
             vllm_config = with_groups(vllm_config, kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
+        self._engine_caches = kv_cache_config
         self._request_of_load: dict[int, str] = {}
         self._worker: TolerantWorker | None = None
         self._failed_jobs: set[int] = set()
         self._jobs: JobKeys | None = None
         if self.connector_scheduler is not None:
             manager = self.connector_scheduler.manager
-            self._jobs = JobKeys(manager, vllm_config.parallel_config.world_size)
+            self._jobs = JobKeys(
+                manager,
+                vllm_config.parallel_config.world_size,
+                build_offloading_config(vllm_config, kv_cache_config).cache.blocks_per_chunk,
+                needs_whole_chunks(kv_cache_config),
+            )
             self.connector_scheduler.manager = self._jobs
 
     # -- worker's side ---------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Make the worker over the engine's tensors."""
+        """Make the worker over the engine's tensors.
+
+        Raises:
+            ValueError: the tensors are not as the configuration says.
+        """
+        require_places(self._engine_caches, kv_caches)
         super().register_kv_caches(kv_caches)
         half = self.connector_worker
         assert half is not None
@@ -124,6 +147,8 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
                     jobs.forget(jobs.of_job(job_id))
                 if metadata.pinned_share is not None:
                     jobs.note_pinned_share(metadata.pinned_share)
+            for job_id in metadata.completed_jobs:
+                jobs.forget(jobs.incomplete(job_id))
             jobs.ended(metadata.completed_jobs)
         super().update_connector_output(connector_output)
 
@@ -133,6 +158,35 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
         if self._jobs is not None:
             self._jobs.clear()
         return done
+
+    # -- metrics ---------------------------------------------------------------------------------
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        """The metrics that the tier defines, for Prometheus."""
+        return super().build_prom_metrics(
+            with_spec(vllm_config), metric_types, labelnames, per_engine_labelvalues
+        )
+
+
+def with_spec(vllm_config: VllmConfig) -> VllmConfig:
+    """The configuration with kvheap's tier in the place of vLLM's of the same kind.
+
+    So that what was written for vLLM's ``OffloadingConnector`` needs another connector only.
+    """
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
+    name = transfer.kv_connector_extra_config.get("spec_name", "CPUOffloadingSpec")
+    if name not in INSTEAD:
+        return vllm_config
+    named = {"spec_name": INSTEAD[name].__name__, "spec_module_path": PACKAGE}
+    return _with_extra(vllm_config, {**transfer.kv_connector_extra_config, **named})
 
 
 def require_recompute(vllm_config: VllmConfig) -> None:
@@ -164,8 +218,8 @@ def require_spec(vllm_config: VllmConfig) -> type[KVHeapOffloadingSpec | KVHeapT
     if not issubclass(spec, KVHeapOffloadingSpec | KVHeapTieringSpec):
         raise ValueError(
             f"spec_name is {extra.get('spec_name')!r}: KVHeapConnector needs "
-            f"'KVHeapOffloadingSpec' or 'KVHeapTieringSpec', and "
-            f'"spec_module_path": "kvheap.integrations.vllm"'
+            f"'KVHeapOffloadingSpec' (its default) or 'KVHeapTieringSpec', and "
+            f'"spec_module_path": "{PACKAGE}"'
         )
     found: type[KVHeapOffloadingSpec | KVHeapTieringSpec] = spec
     found.require_settings(extra, vllm_config.parallel_config.world_size)
@@ -178,12 +232,17 @@ def with_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Vllm
     The spec sees vLLM's ``OffloadingConfig``, which has no page sizes.
     """
     blocks_per_chunk = build_offloading_config(vllm_config, kv_cache_config).cache.blocks_per_chunk
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
+    groups = groups_of(kv_cache_config, blocks_per_chunk)
+    return _with_extra(vllm_config, {**transfer.kv_connector_extra_config, GROUPS_KEY: groups})
+
+
+def _with_extra(vllm_config: VllmConfig, extra: dict[str, Any]) -> VllmConfig:
+    """A copy of the configuration with this ``kv_connector_extra_config``."""
     config = copy.copy(vllm_config)
     transfer = copy.copy(config.kv_transfer_config)
     assert transfer is not None
-    transfer.kv_connector_extra_config = {
-        **transfer.kv_connector_extra_config,
-        GROUPS_KEY: groups_of(kv_cache_config, blocks_per_chunk),
-    }
+    transfer.kv_connector_extra_config = extra
     config.kv_transfer_config = transfer
     return config

@@ -7,7 +7,7 @@ manager. Between them travel the numbers of the jobs that failed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,13 +68,17 @@ class WorkerReport(OffloadingWorkerMetadata):  # type: ignore[misc,unused-ignore
 class TolerantWorker(OffloadingWorker):  # type: ignore[misc,unused-ignore]
     """A worker whose failed jobs end like any other, and are named apart.
 
+    What the worker raises stays here. A job that it refuses, by ``False`` or an exception, has
+    failed; so have the jobs that it cannot wait for or report.
+
     Args:
-        worker: does the work. A job that it refuses, by ``False`` or an exception, has failed.
+        worker: does the work.
     """
 
     def __init__(self, worker: OffloadingWorker) -> None:
         self._worker = worker
-        self._refused: list[int] = []
+        self._under_way: set[int] = set()
+        self._lost: set[int] = set()
         self._failed: set[int] = set()
 
     @property
@@ -95,15 +99,28 @@ class TolerantWorker(OffloadingWorker):  # type: ignore[misc,unused-ignore]
         return self._submit(job_id, self._worker.submit_load, src_spec, dst_spec, **options)
 
     def get_finished(self) -> list[TransferResult]:
-        """The jobs that have ended, each as a success. A failed one has no size and time."""
-        results = [TransferResult(job_id, True) for job_id in self._refused]
-        self._failed.update(self._refused)
-        self._refused.clear()
-        for result in self._worker.get_finished():
-            if not result.success:
-                self._failed.add(result.job_id)
-                result = TransferResult(result.job_id, True)
+        """The jobs that have ended, each once and as a success. A failed one has no size and time.
+
+        Where the worker raises, all jobs under way have failed, once they could be waited for.
+        """
+        try:
+            found = self._worker.get_finished()
+        except Exception:
+            logger.exception("jobs %s have failed: no worker reports them", self._under_way)
+            self.wait(set(self._under_way))
+            self._lost |= self._under_way
+            found = []
+        results = []
+        for result in [*(TransferResult(job_id, False) for job_id in self._lost), *found]:
+            job_id = result.job_id
+            if job_id not in self._under_way:
+                continue  # was reported as failed before
+            self._under_way.remove(job_id)
+            if job_id in self._lost or not result.success:
+                self._failed.add(job_id)
+                result = TransferResult(job_id, True)
             results.append(result)
+        self._lost.clear()
         return results
 
     def take_failed(self) -> set[int]:
@@ -112,21 +129,26 @@ class TolerantWorker(OffloadingWorker):  # type: ignore[misc,unused-ignore]
         return failed
 
     def wait(self, job_ids: set[int]) -> None:
-        """As the worker."""
-        self._worker.wait(job_ids)
+        """As the worker. Where it raises, the jobs have failed."""
+        try:
+            self._worker.wait(job_ids)
+        except Exception:
+            logger.exception("jobs %s have failed: they could not be waited for", job_ids)
+            self._lost |= job_ids & self._under_way
 
     def shutdown(self) -> None:
         """As the worker."""
         self._worker.shutdown()
 
     def _submit(self, job_id: int, submit: Any, *specs: Any, **options: Any) -> bool:
+        self._under_way.add(job_id)
         try:
             is_accepted = submit(job_id, *specs, **options)
         except Exception:
             logger.exception("job %d could not be started; its chunks are not used", job_id)
             is_accepted = False
         if not is_accepted:
-            self._refused.append(job_id)
+            self._lost.add(job_id)
         return True
 
 
@@ -138,11 +160,22 @@ class JobKeys:
     Args:
         manager: makes the descriptions of where chunks are, from which jobs are made.
         num_workers: how many workers report the end of a job.
+        blocks_per_chunk: blocks of a chunk.
+        needs_whole: by group, whether a load may need any block of a chunk, and not the last only.
     """
 
-    def __init__(self, manager: OffloadingManager, num_workers: int) -> None:
+    def __init__(
+        self,
+        manager: OffloadingManager,
+        num_workers: int,
+        blocks_per_chunk: int = 1,
+        needs_whole: Sequence[bool] = (),
+    ) -> None:
         self._manager = manager
         self._num_workers = num_workers
+        self._blocks_per_chunk = blocks_per_chunk
+        self._needs_whole = tuple(needs_whole)
+        self._incomplete: dict[int, list[OffloadKey]] = {}
         self._by_spec: dict[int, tuple[LoadStoreSpec, tuple[OffloadKey, ...]]] = {}
         self._by_job: dict[int, tuple[OffloadKey, ...]] = {}
         self._reports: dict[int, int] = {}
@@ -180,6 +213,32 @@ class JobKeys:
                 if found is not None:
                     self._by_job[job_id] = found[1]
         self._by_spec.clear()
+        if self._blocks_per_chunk > 1:
+            for job_id, job in metadata.store_jobs.items():
+                if keys := self._without_first_blocks(self.of_job(job_id), job.src_spec):
+                    self._incomplete[job_id] = keys
+
+    def _without_first_blocks(
+        self, keys: Sequence[OffloadKey], blocks: GPULoadStoreSpec
+    ) -> list[OffloadKey]:
+        """The chunks of a store whose first blocks the engine has let go of.
+
+        A window has moved on, or its blocks were never in the engine. Another request may need
+        them, and vLLM would load what happens to be in their place.
+        """
+        found, at, n = [], 0, self._blocks_per_chunk
+        for needs_whole, size, first in zip(
+            self._needs_whole, blocks.group_sizes, blocks.block_indices, strict=False
+        ):
+            if size:
+                if needs_whole and first % n and at < len(keys):
+                    found.append(keys[at])
+                at += -(-(first % n + size) // n)
+        return found
+
+    def incomplete(self, job_id: int) -> list[OffloadKey]:
+        """The chunks of a job that lack blocks, and must not be found."""
+        return self._incomplete.get(job_id, [])
 
     def of_job(self, job_id: int) -> tuple[OffloadKey, ...]:
         """The keys of a job that is under way; none if it is unknown."""
@@ -193,11 +252,13 @@ class JobKeys:
                 self._reports[job_id] = reports
             else:
                 self._by_job.pop(job_id, None)
+                self._incomplete.pop(job_id, None)
 
     def clear(self) -> None:
         """Forget all jobs: what they report from now on is stale."""
         self._by_spec.clear()
         self._by_job.clear()
+        self._incomplete.clear()
         self._reports.clear()
 
 

@@ -12,7 +12,9 @@ since both see a group as the scheduler does. Written against vLLM 0.32 and 0.33
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import get_offloading_group_ids
 from vllm.v1.kv_cache_interface import (
@@ -21,13 +23,28 @@ from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     MambaSpec,
     get_kv_cache_spec_kind,
+    group_kernel_blocks,
     iter_layer_specs,
 )
 
 from kvheap.addresses.arguments import require_count
 from kvheap.integrations.vllm.groups import ChunkGroup
 
-__all__ = ["groups_of", "is_packed", "layer_pages", "packed_pages", "unpadded_page"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "groups_of",
+    "is_packed",
+    "joined",
+    "layer_pages",
+    "needs_whole_chunks",
+    "require_places",
+    "unpadded_page",
+]
+
+GAP_SHARE = 64
+"""Padding of up to this share of a piece is kept with it: at most 1.6 % of a chunk."""
 
 
 def groups_of(kv_cache_config: KVCacheConfig, blocks_per_chunk: int) -> list[ChunkGroup]:
@@ -38,45 +55,33 @@ def groups_of(kv_cache_config: KVCacheConfig, blocks_per_chunk: int) -> list[Chu
         blocks_per_chunk: the engine's blocks in a chunk.
 
     Returns:
-        For each group its name (its kind, and its number), its bytes and its number.
+        For each group its name (its kind, and its number), its bytes and its number; of packed
+        blocks also where its bytes are in a block.
 
     Raises:
         ValueError: no group is offloaded, or ``blocks_per_chunk`` is not positive.
         NotImplementedError: a layer's cache is neither attention nor Mamba; it is named.
     """
     blocks_per_chunk = require_count("blocks_per_chunk", blocks_per_chunk, at_least=1)
+    has_packed_blocks = is_packed(kv_cache_config)
     groups = []
     for group_id in get_offloading_group_ids(kv_cache_config):
         group = kv_cache_config.kv_cache_groups[group_id]
         spec = next(iter(iter_layer_specs(group.kv_cache_spec)))
-        page_bytes = sum(layer_pages(kv_cache_config, group_id).values())
+        pages = list(layer_pages(kv_cache_config, group_id).values())
+        pieces = joined(pages) if has_packed_blocks else ()
+        page_bytes = sum(size for _, size in pieces or pages)
         name = f"{get_kv_cache_spec_kind(spec).value}_{group_id}"
-        groups.append(ChunkGroup(name, page_bytes * blocks_per_chunk, group_id))
+        groups.append(ChunkGroup(name, page_bytes * blocks_per_chunk, group_id, pieces))
     if not groups:
         raise ValueError("no KV cache group of this model is offloaded: it has nothing to keep")
     return groups
 
 
-def layer_pages(kv_cache_config: KVCacheConfig, group_id: int) -> dict[str, int]:
-    """By layer of a group, the bytes of its page that are kept, in the order of the layers.
+def layer_pages(kv_cache_config: KVCacheConfig, group_id: int) -> dict[str, tuple[int, int]]:
+    """By layer of a group, where its page begins in a packed block, and the bytes that are kept.
 
-    Where vLLM packs the pages of all layers into one block (:func:`is_packed`), its connector hands
-    out whole blocks: the group's first layer then stands for all, with a whole block.
-
-    Raises:
-        NotImplementedError: a layer's cache is neither attention nor Mamba; it is named.
-    """
-    group = kv_cache_config.kv_cache_groups[group_id]
-    if is_packed(kv_cache_config):
-        return {group.layer_names[0]: kv_cache_config.kv_cache_tensors[0].block_stride}
-    return {name: page for name, (_, page) in packed_pages(kv_cache_config, group_id).items()}
-
-
-def packed_pages(kv_cache_config: KVCacheConfig, group_id: int) -> dict[str, tuple[int, int]]:
-    """By layer of a group, where its page begins in a packed block, and its bytes.
-
-    What a group would take of packed blocks if its pages were copied one by one. Where nothing is
-    packed, a page begins at 0 of its own tensor.
+    Where nothing is packed, a page begins at 0 of its own tensor.
 
     Raises:
         NotImplementedError: a layer's cache is neither attention nor Mamba; it is named.
@@ -93,11 +98,70 @@ def packed_pages(kv_cache_config: KVCacheConfig, group_id: int) -> dict[str, tup
     return pages
 
 
+def joined(pages: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The offsets and bytes of pages, with neighbours as one piece.
+
+    Padding between two pages is taken along if it is at most a ``1 / GAP_SHARE`` of the piece so
+    far: one long copy is cheaper than many.
+    """
+    pieces: list[tuple[int, int]] = []
+    for offset, size in sorted(pages):
+        if pieces:
+            start, length = pieces[-1]
+            gap = offset - (start + length)
+            if gap * GAP_SHARE <= min(length, size):
+                pieces[-1] = (start, offset + size - start)
+                continue
+        pieces.append((offset, size))
+    return tuple(pieces)
+
+
+def require_places(kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless the pages of packed blocks are where the configuration says.
+
+    Args:
+        kv_cache_config: vLLM's, of this worker.
+        kv_caches: by layer, the cache that vLLM's worker has made.
+
+    Raises:
+        ValueError: a layer's page is elsewhere, or has bytes that would not be kept; it is named.
+    """
+    if not is_packed(kv_cache_config):
+        return
+    strides = {
+        layer: tensor.block_stride
+        for tensor in kv_cache_config.kv_cache_tensors
+        for layer in tensor.layers
+    }
+    for group_id in get_offloading_group_ids(kv_cache_config):
+        group = kv_cache_config.kv_cache_groups[group_id]
+        spec = group.kv_cache_spec
+        for name, (offset, size) in layer_pages(kv_cache_config, group_id).items():
+            cache = group_kernel_blocks(kv_caches[name], kv_cache_config.num_blocks)
+            found = (
+                cache.storage_offset() * cache.element_size(),
+                cache.stride(0) * cache.element_size(),
+            )
+            if found != (offset, strides.get(name)):
+                raise ValueError(
+                    f"the page of layer {name} begins at byte {found[0]} of blocks of {found[1]} "
+                    f"bytes, and not at {offset} of {strides.get(name)} as vLLM's configuration "
+                    f"says: this model's cache is not supported"
+                )
+            of_layer = getattr(spec, "kv_cache_specs", {}).get(name, spec)
+            if unpadded_page(of_layer) > size:
+                raise ValueError(
+                    f"the page of layer {name} has {unpadded_page(of_layer)} bytes, of which "
+                    f"{size} would be kept: this model's cache is not supported"
+                )
+
+
 def is_packed(kv_cache_config: KVCacheConfig) -> bool:
     """Whether the pages of a block lie side by side, so that vLLM hands out whole blocks.
 
-    DeepSeek-V4's do. vLLM's connector asks whether the distance of two blocks of some attention
-    layer is another than its page.
+    DeepSeek-V4's do. The block of a group has the pages of its own layers only, from its start, and
+    is as long as that of the largest group. vLLM's connector asks whether the distance of two
+    blocks of some attention layer is another than its page.
     """
     if kv_cache_config.hisparse_host_num_blocks is not None:
         return False
@@ -115,6 +179,21 @@ def is_packed(kv_cache_config: KVCacheConfig) -> bool:
         for layer in group.layer_names
         if layer in strides
     )
+
+
+def needs_whole_chunks(kv_cache_config: KVCacheConfig) -> list[bool]:
+    """By group that is offloaded, whether a load may need any block of a chunk.
+
+    Of the states of a Mamba layer, it needs the last one.
+    """
+    groups = [
+        kv_cache_config.kv_cache_groups[group_id]
+        for group_id in get_offloading_group_ids(kv_cache_config)
+    ]
+    return [
+        not isinstance(next(iter(iter_layer_specs(group.kv_cache_spec))), MambaSpec)
+        for group in groups
+    ]
 
 
 def unpadded_page(spec: KVCacheSpec) -> int:

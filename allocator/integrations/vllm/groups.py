@@ -35,6 +35,9 @@ class ChunkGroup:
             pages, without their padding, of the group's layers.
         group_id: the engine's number of the group, which its keys carry; None: the position in the
             list that the group is given in.
+        pieces: where the group's bytes are if the engine packs the pages of all groups into one
+            block: the offset in a block and the bytes of each piece, in the order in which a chunk
+            holds them. Empty: the engine hands out tensors in which the group has whole pages.
 
     Raises:
         TypeError: ``chunk_bytes`` or ``group_id`` is not an integer.
@@ -47,6 +50,7 @@ class ChunkGroup:
     name: str
     chunk_bytes: int
     group_id: int | None = None
+    pieces: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name:

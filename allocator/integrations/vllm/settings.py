@@ -43,6 +43,17 @@ REFUSED = {
     "canonical_layout": "kvheap keeps pages as the workers have them",
     "secondary_tiers": "use KVHeapTieringSpec as 'spec_name'",
     "sync_load_budget_bytes": "kvheap's loads are asynchronous",
+    "backpressure": "use KVHeapTieringSpec as 'spec_name'",
+    "tier_poll_interval_s": "use KVHeapTieringSpec as 'spec_name'",
+    "num_cpu_blocks": "vLLM's former name: give the bytes as 'cpu_bytes_to_use'",
+    "kv_bytes_per_rank": "vLLM's former name: give the bytes of all workers as 'cpu_bytes_to_use'",
+    "cpu_bytes_to_use_per_rank": "give the bytes of all workers as 'cpu_bytes_to_use'",
+    "lazy_offload": "kvheap stores chunks as soon as they are computed; remove it",
+    "kv_offload_backend": "for a disk behind host memory use KVHeapTieringSpec as 'spec_name'",
+    **dict.fromkeys(
+        ("disk_path", "disk_capacity_bytes", "disk_buffer_slots", "use_page_cache"),
+        "for a disk use KVHeapTieringSpec as 'spec_name', with 'secondary_tiers'",
+    ),
 }
 """Keys that mean something to vLLM's own tiers only, and what to do about them."""
 

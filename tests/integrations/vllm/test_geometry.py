@@ -13,7 +13,6 @@ interface = part_of_vllm("vllm.v1.kv_cache_interface")
 from kvheap.integrations.vllm.geometry import (  # noqa: E402
     groups_of,
     is_packed,
-    packed_pages,
     unpadded_page,
 )
 
@@ -91,29 +90,6 @@ def test_groups_have_their_numbers_and_kinds() -> None:
         "sliding_window",
         "sliding_window",
     ]
-
-
-def test_packed_blocks_are_taken_whole_as_vllm_hands_them_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Pages of unlike sizes side by side in one block, as DeepSeek-V4 has them."""
-    specs = layers(*[full(2), full(4), window(2), window(4)] * 2)
-    of_worker = worker_config(specs, "BLHNC")
-    caches = registered(of_worker, "BLHNC", monkeypatch)
-    assert is_packed(of_worker)
-    assert is_packed(scheduler_config(of_worker))
-    groups = groups_of(scheduler_config(of_worker), 2)
-    assert [group.chunk_bytes for group in groups] == [
-        2 * sum(ref.page_size_bytes for ref in refs) for refs in caches.group_data_refs
-    ]
-    for group in groups:
-        assert group.group_id is not None
-        pages = packed_pages(scheduler_config(of_worker), group.group_id)
-        assert sum(size for _, size in pages.values()) <= group.chunk_bytes // 2
-        end = 0
-        for offset, size in sorted(pages.values()):
-            assert offset >= end
-            end = offset + size
 
 
 def test_blocks_per_chunk_must_be_positive() -> None:

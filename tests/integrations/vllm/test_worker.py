@@ -376,43 +376,89 @@ class TestMisuse:
         memory.close()
 
 
-class Refusing:
-    """A worker that refuses jobs in one way or another."""
+class Troubled:
+    """A worker that refuses job 1 by an exception and job 2 by False, and fails job 7."""
 
     def __init__(self) -> None:
-        self.shutdowns = 0
+        self.ended: list[TransferResult] = []
+        self.waited: list[set[int]] = []
+        self.is_mute = self.is_lost = False
 
     def submit_store(self, job_id: int, *_: object) -> bool:
-        if job_id % 2:
-            raise RuntimeError("made up")
-        return False
+        if job_id == 1:
+            raise RuntimeError("made up: no start")
+        if job_id != 2:
+            self.ended.append(TransferResult(job_id, job_id != 7, 5, 0.5))
+        return job_id != 2
 
     submit_load = submit_store
 
     def get_finished(self) -> list[TransferResult]:
-        return [TransferResult(7, False), TransferResult(8, True, 5, 0.5)]
+        if self.is_mute:
+            raise RuntimeError("made up: no answer")
+        ended, self.ended = self.ended, []
+        return ended
 
-    def wait(self, job_ids: set[int]) -> None: ...
+    def wait(self, job_ids: set[int]) -> None:
+        self.waited.append(set(job_ids))
+        if self.is_lost:
+            raise RuntimeError("made up: no end")
 
-    def shutdown(self) -> None:
-        self.shutdowns += 1
+    def shutdown(self) -> None: ...
 
 
 class TestTolerantWorker:
-    def test_every_job_succeeds_and_the_failed_are_named(self) -> None:
-        worker: Any = TolerantWorker(Refusing())  # type: ignore[arg-type]
+    @pytest.fixture
+    def troubled(self) -> Troubled:
+        return Troubled()
+
+    @pytest.fixture
+    def worker(self, troubled: Troubled) -> Any:
+        made: Any = TolerantWorker(troubled)  # type: ignore[arg-type]
+        return made
+
+    def test_every_job_succeeds_and_the_failed_are_named(self, worker: Any) -> None:
         assert worker.submit_store(1, None, None)
         assert worker.submit_load(2, None, None)
+        assert worker.submit_load(7, None, None)
+        assert worker.submit_store(8, None, None)
         results = worker.get_finished()
-        assert [(r.job_id, r.success) for r in results] == [
-            (1, True),
-            (2, True),
-            (7, True),
-            (8, True),
-        ]
-        assert [r.transfer_size for r in results] == [None, None, None, 5]
+        assert sorted((r.job_id, r.success) for r in results) == [(n, True) for n in (1, 2, 7, 8)]
+        assert {r.job_id: r.transfer_size for r in results} == {1: None, 2: None, 7: None, 8: 5}
         assert worker.take_failed() == {1, 2, 7}
         assert worker.take_failed() == set()
+        assert worker.get_finished() == []
+
+    def test_jobs_that_nobody_reports_have_failed(self, worker: Any, troubled: Troubled) -> None:
+        """Once: when the worker answers again, it names them again."""
+        worker.submit_store(3, None, None)
+        worker.submit_load(4, None, None)
+        troubled.is_mute = True
+        assert sorted(r.job_id for r in worker.get_finished()) == [3, 4]
+        assert troubled.waited == [{3, 4}], "their blocks may still be written"
+        assert worker.take_failed() == {3, 4}
+        assert worker.get_finished() == []
+        troubled.is_mute = False
+        worker.submit_load(5, None, None)
+        assert [(r.job_id, r.success) for r in worker.get_finished()] == [(5, True)]
+        assert worker.take_failed() == set()
+
+    def test_jobs_that_cannot_be_waited_for_have_failed(
+        self, worker: Any, troubled: Troubled
+    ) -> None:
+        worker.submit_store(3, None, None)
+        worker.submit_store(4, None, None)
+        troubled.is_lost = True
+        worker.wait({4, 99})
+        assert sorted(r.job_id for r in worker.get_finished()) == [3, 4]
+        assert worker.take_failed() == {4}
+        assert worker.get_finished() == []
+
+    def test_neither_can_be_done(self, worker: Any, troubled: Troubled) -> None:
+        worker.submit_load(3, None, None)
+        troubled.is_lost = troubled.is_mute = True
+        assert [r.job_id for r in worker.get_finished()] == [3]
+        assert worker.take_failed() == {3}
 
 
 class TestFileMemory:
