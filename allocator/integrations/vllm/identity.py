@@ -59,6 +59,7 @@ def identity_of(
         "model's files": model_files(model.model, model.revision),
         "model's configuration": _digest([_json_of(model.hf_config)]),
         "quantization": str(model.quantization),
+        "draft model": str(getattr(vllm_config.speculative_config, "model", None)),
         "dtype": f"{model.dtype}, {offloading.model.dtype} in the cache",
         "block hashes": algorithm,
         "block hashes' seed": _digest([hash_seed(algorithm)]),

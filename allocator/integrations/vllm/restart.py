@@ -1,9 +1,9 @@
 """``RestartIndex``: lets the next process find the chunks that this one leaves in its heaps.
 
-When the engine ends, the scheduler writes what is in the heaps to an index. When it starts, it
-reads the index, removes it, and finds the chunks again, if the index belongs to this model, to this
-layout, and to the very bytes that the workers have found in their heaps. Otherwise it says what
-differs, and begins with an empty tier.
+When the workers have ended, the scheduler writes what is in their heaps to an index. When it
+starts, it reads the index, removes it, and finds the chunks again, if the index belongs to this
+model, to this layout, and to the very bytes that the workers have found in their heaps. Otherwise
+it says what differs, and begins with an empty tier.
 
 An index serves once. It is removed before the engine stores anything; and even if it came back, the
 ids in it would no longer be those of the heaps (see ``heap_label``).
@@ -14,11 +14,14 @@ Needs no vLLM.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kvheap.guards import read_meanwhile
 from kvheap.integrations.vllm.chunk_store import ChunkStore
 from kvheap.integrations.vllm.heap_label import HeapReport
+from kvheap.integrations.vllm.heap_watch import watch_heaps
 from kvheap.integrations.vllm.index_file import IndexFile
 from kvheap.integrations.vllm.index_format import IndexRefusedError, SavedIndex, decode, encode
 
@@ -47,6 +50,8 @@ class RestartIndex:
         self._identity = dict(identity)
         self._num_workers = num_workers
         self._heaps: dict[int, str] | None = None
+        self._mutex = threading.Lock()
+        self._is_saved = False
 
     def restore(self, store: ChunkStore[Any], reports: Iterable[HeapReport]) -> list[Any]:
         """Find the chunks of the process before. Whatever is wrong, it costs the chunks only.
@@ -73,34 +78,52 @@ class RestartIndex:
         for rank, report in sorted(found.items()):
             self._identity[f"KV cache of worker {rank}"] = report.layout
         try:
-            index = self._take()
-            if index is None:
-                logger.info("no index at %s: the tier begins empty", self._file.path)
-                return []
-            require_same(self._identity, index.identity)
-            require_heaps(index.heaps, found)
-            store.restore(index.records)
+            return self._restored(store, found)
         except Exception as error:  # the engine begins without these chunks
             store.reset()
             logger.warning(
                 "the index %s is not used, and the tier begins empty: %s", self._file.path, error
             )
             return []
+        finally:
+            self._watch(store, found.values())
+
+    def _restored(self, store: ChunkStore[Any], found: Mapping[int, HeapReport]) -> list[Any]:
+        index = self._take()
+        if index is None:
+            logger.info("there is no index %s: the tier begins empty", self._file.path)
+            return []
+        require_same(self._identity, index.identity)
+        require_heaps(index.heaps, found)
+        store.restore(index.records)
         keys = index.records.keys
         logger.info("found %d chunks of an earlier process by %s", len(keys), self._file.path)
-        return keys
+        return list(keys)
+
+    def _watch(self, store: ChunkStore[Any], reports: Iterable[HeapReport]) -> None:
+        """Save as soon as the workers have ended, since nothing changes the bytes then."""
+        try:
+            watch_heaps([report.path for report in reports], lambda: self.save(store))
+        except OSError as error:  # of a worker on another machine
+            logger.warning("the index is written when the scheduler is shut down: %s", error)
 
     def save(self, store: ChunkStore[Any]) -> None:
-        """Write what is in the store, and let go of the file. Errors are logged."""
-        try:
-            if self._heaps and len(store):
-                index = SavedIndex(self._identity, self._heaps, store.records())
-                self._file.write(encode(index))
-        except Exception as error:  # the engine ends all the same
-            logger.warning("the index %s could not be written: %s", self._file.path, error)
-        finally:
-            self._heaps = {}
-            self._file.close()
+        """Write what is in the store, once, and let go of the file. Errors are logged.
+
+        The workers must have ended. From any thread: the store may change meanwhile.
+        """
+        with self._mutex:
+            if self._is_saved:
+                return
+            self._is_saved = True
+            try:
+                if self._heaps and len(store):
+                    index = SavedIndex(self._identity, self._heaps, read_meanwhile(store.records))
+                    self._file.write(encode(index))
+            except Exception as error:  # the engine ends all the same
+                logger.warning("the index %s could not be written: %s", self._file.path, error)
+            finally:
+                self._file.close()
 
     def _take(self) -> SavedIndex | None:
         """The contents of the file, which is gone then."""
