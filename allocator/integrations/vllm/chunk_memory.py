@@ -17,7 +17,7 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 
 from kvheap import HostMemoryAllocator, LazyMemoryAllocator
 from kvheap.addresses.extents import Int64Array
-from kvheap.integrations.vllm.file_locks import lock_file
+from kvheap.integrations.vllm.file_locks import LockedFile
 from kvheap.integrations.vllm.groups import CHUNK_ALIGN_BYTES
 from kvheap.integrations.vllm.heap_label import LABEL_BYTES, HeapLabel
 from kvheap.integrations.vllm.locations import ChunkLocations
@@ -197,23 +197,22 @@ class FileMemory:
         self._size_bytes = size_bytes
         self._is_indexed = is_indexed
         file_bytes = LABEL_BYTES + size_bytes
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            lock_file(fd, f"heap_path is used by another process: give each engine its own: {path}")
-            # Now, since a write to a hole of a full file system kills the process.
-            os.posix_fallocate(fd, 0, file_bytes)
-            buffer = HostBuffer(file_bytes, huge_pages=huge_pages, numa_node=numa_node, fd=fd)
-        finally:
-            os.close(fd)
-        if pin:
-            try:
-                buffer.pin(0, file_bytes)
-            except BaseException:
-                buffer.close()
-                raise
-        self.label = HeapLabel(
-            buffer.tensor[:LABEL_BYTES].numpy(), size_bytes, partial(_sync, buffer)
+        self._file = LockedFile(
+            path, f"heap_path is used by another process: give each engine its own: {path}"
         )
+        try:
+            # Now, since a write to a hole of a full file system kills the process.
+            os.posix_fallocate(self._file.fd, 0, file_bytes)
+            buffer = HostBuffer(
+                file_bytes, huge_pages=huge_pages, numa_node=numa_node, fd=self._file.fd
+            )
+            if pin:
+                buffer.pin(0, file_bytes)
+        except BaseException:
+            self._file.release()
+            raise
+        page = buffer.tensor[:LABEL_BYTES].numpy()
+        self.label = HeapLabel(page, size_bytes, partial(os.fsync, self._file.fd))
         self._heap = HostMemoryAllocator(
             file_bytes, CHUNK_ALIGN_BYTES, host_buffer=buffer, view_only=False, on_full=None
         )
@@ -250,6 +249,7 @@ class FileMemory:
             self.label.seal()
         self.label.close()
         self._heap.close()
+        self._file.release()
 
 
 class RegionMemory:
@@ -314,9 +314,3 @@ def require_locations(chunks: LoadStoreSpec) -> ChunkLocations:
     if not isinstance(chunks, ChunkLocations):
         raise TypeError(f"a job of a kvheap tier has ChunkLocations, got {chunks!r}")
     return chunks
-
-
-def _sync(buffer: HostBuffer) -> None:
-    """Write a file's bytes to its medium, those that were written by its mapping too."""
-    assert buffer.fd is not None
-    os.fsync(buffer.fd)

@@ -127,7 +127,7 @@ class HeapLabel:
             self.why = "its label is damaged"
         elif heap_bytes != self._heap_bytes:
             self.why = f"it had {heap_bytes} bytes, and has {self._heap_bytes} now"
-        elif not is_sealed and (not self._boot or boot.decode("latin-1") != self._boot):
+        elif not is_sealed and (not self._boot or boot.rstrip(b"\0") != self._boot.encode()):
             self.why = "the machine has restarted before it was flushed"
         else:
             return str(label_id.decode("latin-1"))

@@ -1,8 +1,9 @@
 """``watch_heaps``: learn at once that the workers have let go of their heaps.
 
-vLLM ends the workers before it shuts the scheduler down, and waits for their processes. Meanwhile it
-may kill the scheduler's: five seconds after it asked for the end, unless ``--shutdown-timeout`` says
-otherwise. But a worker that has closed its heap, or died, has lost its lock on the file.
+vLLM ends the workers before it shuts the scheduler down, and waits for their processes. It may kill
+the scheduler's process meanwhile: five seconds after it asked for the end, or what
+``--shutdown-timeout`` says. But a worker that has closed its heap, or died, has lost its lock on
+the file.
 
 Needs no vLLM.
 """
@@ -18,9 +19,7 @@ __all__ = ["watch_heaps"]
 
 
 def watch_heaps(paths: Iterable[str], on_released: Callable[[], None]) -> None:
-    """Call back once, from a thread, when nobody has a lock on any of the files any more.
-
-    While the callback runs, nobody can lock the files.
+    """Call back once, from a thread, when the owners of the files have let go of their locks.
 
     Args:
         paths: files that their owners have locked by ``flock``, on this machine.
@@ -38,12 +37,10 @@ def watch_heaps(paths: Iterable[str], on_released: Callable[[], None]) -> None:
         raise
 
     def wait() -> None:
-        try:
-            for fd in fds:
-                fcntl.flock(fd, fcntl.LOCK_SH)
-            on_released()
-        finally:
-            _close(fds)
+        for fd in fds:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            os.close(fd)  # at once: the next process may want it
+        on_released()
 
     threading.Thread(target=wait, name="kvheap-heap-watch", daemon=True).start()
 

@@ -9,7 +9,7 @@ import os
 import weakref
 from contextlib import suppress
 
-from kvheap.integrations.vllm.file_locks import lock_file
+from kvheap.integrations.vllm.file_locks import LockedFile
 from kvheap.integrations.vllm.index_format import HEADER_BYTES, IndexRefusedError, total_bytes
 
 __all__ = ["IndexFile"]
@@ -35,14 +35,14 @@ class IndexFile:
         if os.path.isdir(path):
             raise IsADirectoryError(f"{KEY} must be the path of a file, {path} is a folder")
         try:
-            fd = _locked(f"{path}.lock", f"{KEY} is used by another engine: {path}")
+            lock = _locked(f"{path}.lock", f"{KEY} is used by another engine: {path}")
         except BlockingIOError:
             raise
         except OSError as error:
             raise OSError(
                 error.errno, f"{KEY}: cannot write to {self._folder}: {error.strerror}"
             ) from None
-        self._release = weakref.finalize(self, _unlock, fd, f"{path}.lock", os.getpid())
+        self._release = weakref.finalize(self, _unlock, lock, f"{path}.lock", os.getpid())
         with suppress(OSError):
             os.unlink(self._new_path)  # of a process that was killed while it wrote
 
@@ -116,23 +116,18 @@ class IndexFile:
             os.close(fd)
 
 
-def _locked(path: str, message: str) -> int:
-    """A descriptor of the locked file; whoever had it before has removed it while it was locked."""
+def _locked(path: str, message: str) -> LockedFile:
+    """The locked file; whoever had it before has removed it while it was locked."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            lock_file(fd, message)
-            with suppress(FileNotFoundError):
-                if os.stat(path).st_ino == os.fstat(fd).st_ino:
-                    return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
+        lock = LockedFile(path, message)
+        with suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(lock.fd).st_ino:
+                return lock
+        lock.release()
 
 
-def _unlock(fd: int, path: str, pid: int) -> None:
+def _unlock(lock: LockedFile, path: str, pid: int) -> None:
     if os.getpid() == pid:  # in a forked child, the file is still the parent's
         with suppress(OSError):
             os.unlink(path)
-    os.close(fd)
+    lock.release()

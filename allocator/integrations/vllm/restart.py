@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kvheap.forks import starts_over_after_fork
 from kvheap.guards import read_meanwhile
 from kvheap.integrations.vllm.chunk_store import ChunkStore
 from kvheap.integrations.vllm.heap_label import HeapReport
@@ -52,6 +53,12 @@ class RestartIndex:
         self._heaps: dict[int, str] | None = None
         self._mutex = threading.Lock()
         self._is_saved = False
+        starts_over_after_fork(self)
+
+    def start_over_after_fork(self) -> None:
+        """Leave the index to the parent: the heaps are the parent's workers'."""
+        self._mutex = threading.Lock()
+        self._is_saved = True
 
     def restore(self, store: ChunkStore[Any], reports: Iterable[HeapReport]) -> list[Any]:
         """Find the chunks of the process before. Whatever is wrong, it costs the chunks only.
