@@ -197,12 +197,8 @@ class FileMemory:
         self._size_bytes = size_bytes
         self._is_indexed = is_indexed
         file_bytes = LABEL_BYTES + size_bytes
-        self._file = LockedFile(
-            path, f"heap_path is used by another process: give each engine its own: {path}"
-        )
+        self._file = _locked_file(path, file_bytes)
         try:
-            # Now, since a write to a hole of a full file system kills the process.
-            os.posix_fallocate(self._file.fd, 0, file_bytes)
             buffer = HostBuffer(
                 file_bytes, huge_pages=huge_pages, numa_node=numa_node, fd=self._file.fd
             )
@@ -314,3 +310,31 @@ def require_locations(chunks: LoadStoreSpec) -> ChunkLocations:
     if not isinstance(chunks, ChunkLocations):
         raise TypeError(f"a job of a kvheap tier has ChunkLocations, got {chunks!r}")
     return chunks
+
+
+def _locked_file(path: str, num_bytes: int) -> LockedFile:
+    """The file of a heap, with at least so many bytes.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be made, or the file system has not enough space.
+    """
+    try:
+        file = LockedFile(
+            path, f"heap_path is used by another process: give each engine its own: {path}"
+        )
+        try:
+            # Now, since a write to a hole of a full file system kills the process.
+            os.posix_fallocate(file.fd, 0, num_bytes)
+        except BaseException:
+            file.release()
+            raise
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"kv_connector_extra_config['heap_path']: no file of {num_bytes} bytes at {path}: "
+            f"{error.strerror}",
+        ) from None
+    return file
