@@ -19,6 +19,7 @@ import torch
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import resolve_none_hash_seed
 
+from kvheap import __version__
 from kvheap.integrations.vllm.versions import installed_version
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from kvheap.integrations.vllm.groups import ChunkGroup
 
 __all__ = ["hash_seed", "identity_of", "layout_of", "model_files"]
+
+CHUNK_LAYOUT = 1
+"""To be raised whenever the bytes of a chunk come into another order."""
 
 MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
 """Files of a model's folder that KV depends on, and some more."""
@@ -53,6 +57,7 @@ def identity_of(
     algorithm = vllm_config.cache_config.prefix_caching_hash_algo
     sizes = ("world_size", "tp_size", "pp_size", "pcp_size", "dcp_size", "data_parallel_index")
     return {
+        "kvheap": f"{__version__}, layout {CHUNK_LAYOUT} of chunks",
         "vLLM": str(installed_version()),
         "model": str(model.model),
         "revision": str(model.revision),

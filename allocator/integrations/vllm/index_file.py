@@ -10,7 +10,12 @@ import weakref
 from contextlib import suppress
 
 from kvheap.integrations.vllm.file_locks import LockedFile
-from kvheap.integrations.vllm.index_format import HEADER_BYTES, IndexRefusedError, total_bytes
+from kvheap.integrations.vllm.index_format import (
+    HEADER_BYTES,
+    MAGIC,
+    IndexRefusedError,
+    total_bytes,
+)
 
 __all__ = ["IndexFile"]
 
@@ -76,11 +81,18 @@ class IndexFile:
     def remove(self) -> None:
         """Remove the file, if it is there, so that it stays removed if the power fails.
 
+        A file that does not begin as an index may be anything: it stays as ``PATH.refused``.
+
         Raises:
             OSError: it cannot be removed.
         """
         with suppress(FileNotFoundError):
-            os.unlink(self._path)
+            with open(self._path, "rb") as file:
+                is_index = MAGIC.startswith(file.read(len(MAGIC)))
+            if is_index:
+                os.unlink(self._path)
+            else:
+                os.replace(self._path, f"{self._path}.refused")
         self._sync_folder()
 
     def write(self, data: bytes) -> None:

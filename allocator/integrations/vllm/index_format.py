@@ -19,9 +19,19 @@ import numpy as np
 
 from kvheap.integrations.vllm.store_values import ChunkRecords
 
-__all__ = ["HEADER_BYTES", "IndexRefusedError", "SavedIndex", "decode", "encode", "total_bytes"]
+__all__ = [
+    "HEADER_BYTES",
+    "MAGIC",
+    "IndexRefusedError",
+    "SavedIndex",
+    "decode",
+    "encode",
+    "total_bytes",
+]
 
 MAGIC = b"kvheapix"
+"""What every index begins with."""
+
 FORMAT = 1
 """What this version writes, and the only one that it reads."""
 

@@ -132,6 +132,23 @@ class TestFile:
         with pytest.raises(IndexRefusedError, match="1099511627776 bytes instead of"):
             file.read()
 
+    @pytest.mark.parametrize("size", [0, 5, 8, 100])
+    def test_what_is_left_of_an_index_is_removed(self, tmp_path: Path, size: int) -> None:
+        (tmp_path / "index").write_bytes(encode(SOME)[:size])
+        file = IndexFile(str(tmp_path / "index"))
+        file.remove()
+        file.close()
+        assert os.listdir(tmp_path) == []
+
+    def test_what_may_be_somebodys_work_is_kept(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_bytes(b"kvheap is a heap")
+        file = IndexFile(str(tmp_path / "notes.txt"))
+        file.remove()
+        file.write(encode(SOME))
+        file.close()
+        assert (tmp_path / "notes.txt.refused").read_bytes() == b"kvheap is a heap"
+        assert sorted(os.listdir(tmp_path)) == ["notes.txt", "notes.txt.refused"]
+
     @pytest.mark.parametrize("step", ["open", "fsync", "replace"])
     def test_a_write_that_fails_leaves_what_was_there(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
