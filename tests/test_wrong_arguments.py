@@ -446,6 +446,12 @@ CALLS: dict[str, Call] = {
     "AddressManager.batched_free of pairs": call(
         lambda s: s.taken().batched_free, lambda s: {"blocks": [(0, 4096)]}
     ),
+    "AddressManager.reserve": call(
+        lambda s: AddressManager(1 << 16).reserve, lambda s: {"blocks": [0], "sizes": 4096}
+    ),
+    "AddressManager.reserve of pairs": call(
+        lambda s: AddressManager(1 << 16).reserve, lambda s: {"blocks": [(0, 4096)]}
+    ),
     "AddressManager.sbrk": call(
         lambda s: s.manager.sbrk, lambda s: {"size": 4096, "new_segment": False}
     ),

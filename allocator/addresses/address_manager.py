@@ -51,6 +51,7 @@ from kvheap.addresses.free_requests import (
 )
 from kvheap.addresses.heap_stats import HeapStats
 from kvheap.addresses.integers import as_integer, round_up
+from kvheap.addresses.reservations import as_reservation, without
 from kvheap.errors import (
     HeapCorruptionError,
     NegativeBatchSizeError,
@@ -72,7 +73,7 @@ class AddressManager:
 
     Methods by purpose:
 
-    - allocate: :meth:`allocate`, :meth:`batched_allocate`, :meth:`max_batch`;
+    - allocate: :meth:`allocate`, :meth:`batched_allocate`, :meth:`max_batch`, :meth:`reserve`;
     - free: :meth:`free`, :meth:`batched_free`;
     - grow and shrink: :meth:`sbrk`, :meth:`trim`;
     - sizes: :meth:`get_heap_size`, :meth:`get_free_size`, :attr:`total_allocated_size`,
@@ -349,6 +350,53 @@ class AddressManager:
             free_list.rollback()
             raise
         return batch
+
+    @section
+    def reserve(
+        self,
+        blocks: AddressBatch | Iterable[tuple[int, int]] | npt.ArrayLike,
+        sizes: npt.ArrayLike | None = None,
+    ) -> None:
+        """Allocate given extents, in any order; either all of them or none.
+
+        For whoever knows from an earlier process which bytes are in use. O(F + N log(F + N)) in
+        array operations, for the N extents and the F free ones.
+
+        Args:
+            blocks: an :class:`AddressBatch`; or ``(address, size)`` pairs, which may be an integer
+                ``[N, 2]`` array; or, with ``sizes``, an integer array of addresses ``[N]``.
+            sizes: bytes of each extent, ``[N]``, or one number for all: multiples of the alignment.
+
+        Raises:
+            ValueError: an extent is negative, empty, misaligned, outside the heap, not free, spans
+                two segments or overlaps another one; the message names the first such one. Or the
+                shapes do not fit each other. Nothing changes.
+            TypeError: the addresses or sizes are not integers.
+            ReentrantCallError: the calling thread is inside an operation; nothing changes.
+
+        >>> heap = AddressManager(5 * 4096)
+        >>> heap.reserve([8192, 0], 4096)
+        >>> heap.allocate(8192), heap.allocate(4096)
+        ((12288, 8192), (4096, 4096))
+        """
+        if self._deferred:
+            self._deferred.run()
+        unit, guard = self._unit, self.guard
+        if isinstance(blocks, AddressBatch) and sizes is None:
+            # Whole blocks: a run may be longer than a segment.
+            taken = as_reservation(blocks.addresses, blocks.block_bytes, unit)
+        else:
+            taken = as_reservation(blocks, sizes, unit)
+        if guard.busy and is_inside_section():
+            raise self._reentered("reserve", int(taken.sizes.sum()) // unit)
+        with guard.lock:
+            guard.busy = True
+            free_list = self._settled_free_list()
+            free, end = free_list.extents(), free_list.end
+            in_bytes = Extents(free.starts * unit, free.sizes * unit)
+            left = without(in_bytes, taken, end * unit)
+            self._free_list = free_list.rebuilt(Extents(left.starts // unit, left.sizes // unit))
+            guard.busy = False
 
     @section
     def free(self, address: int, size: int) -> None:

@@ -255,6 +255,89 @@ def wrong_frees() -> list[tuple[int, int, type[Exception], str]]:
     ]
 
 
+class TestReserve:
+    """Given extents leave the free list; all or none."""
+
+    def test_they_are_not_handed_out_and_can_be_freed(self) -> None:
+        heap = AddressManager(6 * PAGE)
+        heap.reserve([(4 * PAGE, PAGE), (PAGE, 2 * PAGE)])
+        assert heap.snapshot().tolist() == [[0, PAGE], [3 * PAGE, PAGE], [5 * PAGE, PAGE]]
+        heap.check()
+        heap.batched_free([(4 * PAGE, PAGE), (PAGE, 2 * PAGE)])
+        assert heap.snapshot().tolist() == [[0, 6 * PAGE]]
+
+    @pytest.mark.parametrize("by_rebuilding", [True, False])
+    def test_a_heap_is_as_it_was_when_its_batches_are_reserved_again(
+        self, by_rebuilding: bool
+    ) -> None:
+        old, heap = heap_with_holes([3, 50, 200, 1]), AddressManager(258 * PAGE)
+        batch = old.batched_allocate(2 * PAGE, 100 if by_rebuilding else 3)
+        heap.reserve(np.array([(3, 1), (54, 1), (255, 1), (257, 1)]) * PAGE)
+        heap.reserve(batch)
+        assert heap.snapshot().tolist() == old.snapshot().tolist()
+        heap.check()
+
+    def test_nothing_is_nothing(self) -> None:
+        heap = AddressManager(6 * PAGE)
+        heap.reserve([])
+        heap.reserve(np.empty(0, np.int64), PAGE)
+        assert heap.get_free_size() == 6 * PAGE
+        AddressManager(0).reserve([])
+
+    @pytest.mark.parametrize(
+        ("extents", "message"),
+        [
+            ([(0, PAGE), (PAGE + 8, PAGE)], r"\[4104, 8200\): the address is not aligned to 4096"),
+            ([(0, PAGE), (PAGE, 100)], r"\[4096, 4196\): the size is not a multiple of 4096"),
+            ([(0, PAGE), (PAGE, 0)], r"\[4096, 4096\): a size must be positive"),
+            ([(0, PAGE), (-PAGE, PAGE)], r"\[-4096, 0\): an address must not be negative"),
+            ([(0, PAGE), (7 * PAGE, 2 * PAGE)], r"\[28672, 36864\): outside the heap \[0, 32768\)"),
+            ([(0, PAGE), (1 << 62, 1 << 62)], r"2\*\*63"),
+            ([(0, PAGE), (1 << 63, PAGE)], r"2\*\*63"),
+            (
+                [(0, 2 * PAGE), (6 * PAGE, PAGE), (PAGE, PAGE)],
+                r"\[4096, 8192\): it overlaps \[0, 8192\) of the same call",
+            ),
+            (
+                [(PAGE, PAGE), (6 * PAGE, PAGE), (PAGE, PAGE)],
+                r"\[4096, 8192\): it overlaps \[4096, 8192\) of the same call",
+            ),
+            ([(0, PAGE), (4 * PAGE, PAGE), (5 * PAGE, PAGE)], r"\[16384, 20480\): it is not free"),
+            ([(0, PAGE), (3 * PAGE, 2 * PAGE)], r"\[12288, 20480\): 16384 is not free"),
+            ([(0, PAGE), (5 * PAGE, 2 * PAGE)], r"\[20480, 28672\): it is not free"),
+        ],
+    )
+    def test_the_first_wrong_extent_is_named_and_nothing_is_taken(
+        self, extents: list[tuple[int, int]], message: str
+    ) -> None:
+        heap = AddressManager(8 * PAGE)
+        heap.reserve([(4 * PAGE, 2 * PAGE)])
+        before = state(heap)
+        with pytest.raises(ValueError, match=message):
+            heap.reserve(extents)
+        assert state(heap) == before
+
+    def test_no_extent_spans_two_segments(self) -> None:
+        heap = AddressManager(2 * PAGE)
+        heap.sbrk(2 * PAGE, new_segment=True)
+        with pytest.raises(ValueError, match=r"\[4096, 12288\): it spans two segments"):
+            heap.reserve([(PAGE, 2 * PAGE)])
+        heap.reserve(AddressBatch(PAGE, [PAGE], [2]))
+        assert heap.snapshot().tolist() == [[0, PAGE], [3 * PAGE, PAGE]]
+
+    @given(st.integers(0, 2**20))
+    @settings(max_examples=50)
+    def test_what_one_heap_has_allocated_another_can_reserve(self, seed: int) -> None:
+        source = np.random.default_rng(seed)
+        old, heap = (AddressManager.of_pages(3000, 576) for _ in range(2))
+        live = [old.allocate(int(size)) for size in source.integers(1, 3000, 400)]
+        source.shuffle(live)
+        old.batched_free(live[:200])
+        heap.reserve(live[200:])
+        assert state(heap) == state(old)
+        heap.check()
+
+
 class TestFree:
     @pytest.fixture
     def heap(self) -> AddressManager:

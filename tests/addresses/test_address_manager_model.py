@@ -101,6 +101,50 @@ class HeapMachine(RuleBasedStateMachine):
         for page in chosen:
             self.mark(page, 1, False)
 
+    def free_runs(self, source: random.Random) -> list[tuple[int, int]]:
+        """(first page, pages) of disjoint free runs, none across a wall, in any order."""
+        runs = []
+        for pages, first in self.holes():
+            end = first + pages
+            while first < end and source.random() < 0.8:
+                first += source.randint(0, end - first - 1)
+                length = source.randint(1, min(3, end - first))
+                runs.append((first, length))
+                first += length
+        return source.sample(runs, source.randint(0, len(runs)))
+
+    @rule(source=sources)
+    def reserve(self, source: random.Random) -> None:
+        runs = self.free_runs(source)
+        self.heap.reserve(np.array(runs, np.int64).reshape(-1, 2) * PAGE)
+        for first, pages in runs:
+            self.mark(first, pages, True)
+
+    @rule(
+        first=st.integers(-2, 42),
+        pages=st.integers(-1, 4),
+        skew=st.sampled_from([0, 0, 0, 8]),
+        source=sources,
+    )
+    def wrong_reserve(self, first: int, pages: int, skew: int, source: random.Random) -> None:
+        others = self.free_runs(source)
+        asked = [page for at, length in others for page in range(at, at + length)]
+        inside = first >= 0 and first + pages <= len(self.used)
+        wanted = range(first, first + pages)
+        crosses = any(wall in self.walls for wall in wanted[1:])
+        is_free = inside and not any(self.used[page] or page in asked for page in wanted)
+        if pages > 0 and is_free and not crosses and not skew:
+            return
+        extents = [(at * PAGE, length * PAGE) for at, length in others]
+        wrong = (first * PAGE + skew, pages * PAGE)
+        extents.insert(source.randint(0, len(extents)), wrong)
+        with pytest.raises(ValueError, match="cannot reserve") as error:
+            self.heap.reserve(extents)
+        named = [f"[{start}, {start + size})" for start, size in extents]
+        if not any(page in asked for page in wanted):
+            assert f"[{wrong[0]}, {sum(wrong)})" in str(error.value)
+        assert any(name in str(error.value) for name in named)
+
     @rule(
         first=st.integers(-2, 42),
         pages=st.integers(-1, 4),

@@ -45,6 +45,7 @@ OPERATIONS: dict[str, Operation] = {
     "a batch in one run": lambda heap: heap.batched_allocate(PAGE, 4),
     "a batch in three": lambda heap: heap.batched_allocate(PAGE, 7),
     "a partial batch": lambda heap: heap.batched_allocate(2 * PAGE, 9, allow_partial=True),
+    "reserve": lambda heap: heap.reserve([8 * PAGE, 3 * PAGE, 15 * PAGE], PAGE),
     "free joins both neighbours": lambda heap: heap.free(2 * PAGE, PAGE),
     "free joins the next": lambda heap: heap.free(0, PAGE),
     "free joins the last": lambda heap: heap.free(5 * PAGE, PAGE),
@@ -190,7 +191,9 @@ def test_an_exception_before_any_statement_undoes_the_operation(
 
 
 @pytest.mark.usefixtures("_ticking", "_way")
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    "name", sorted(OPERATIONS.keys() - {"reserve"})
+)  # which rolls nothing back
 def test_an_exception_in_the_rollback_is_made_good_by_the_next_operation(name: str) -> None:
     done = fragmented_heap()
     OPERATIONS[name](done)

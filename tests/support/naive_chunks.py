@@ -35,6 +35,14 @@ class NaiveChunks:
         self.leaving: dict[str, NaiveChunk] = {}
         self.owners: dict[int, str] = {}
 
+    def restart(self) -> None:
+        """Only chunks that are ready are left, and nobody loads them."""
+        for chunks in (self.chunks, self.leaving):
+            for key, chunk in list(chunks.items()):
+                if chunk.is_pending or chunks is self.leaving:
+                    self.remove(key, chunks.pop(key))
+                chunk.loads = 0
+
     def units(self, key: str, address: int) -> range:
         assert address % UNIT == 0
         return range(address // UNIT, address // UNIT - (-self.chunk_bytes[key[0]] // UNIT))

@@ -11,6 +11,7 @@ NEED_VLLM = {
         "connector",
         "failures",
         "geometry",
+        "identity",
         "locations",
         "manager",
         "metrics",

@@ -6,8 +6,8 @@ chunks does a job name, where are they in memory, and may they be used yet.
 
 from __future__ import annotations
 
-import fcntl
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -17,7 +17,9 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 
 from kvheap import HostMemoryAllocator, LazyMemoryAllocator
 from kvheap.addresses.extents import Int64Array
+from kvheap.integrations.vllm.file_locks import LockedFile
 from kvheap.integrations.vllm.groups import CHUNK_ALIGN_BYTES
+from kvheap.integrations.vllm.heap_label import LABEL_BYTES, HeapLabel
 from kvheap.integrations.vllm.locations import ChunkLocations
 from kvheap.memory.host_memory import HostBuffer
 from kvheap.memory.pages import HugePages
@@ -161,17 +163,24 @@ class HeapMemory:
 class FileMemory:
     """A heap in a file, whose bytes outlive the process. One process at a time may have it.
 
+    The file begins with a page that says whose the bytes are; see :class:`HeapLabel`.
+
     Args:
         path: the file; made if it does not exist, and given its size.
         size_bytes: bytes of the heap.
         pin: page-lock it for CUDA.
         huge_pages: see ``HostBuffer``.
         numa_node: take memory of this node only.
+        is_indexed: whether a later process is to find the bytes: they are flushed at the end.
 
     Raises:
         BlockingIOError: another process has the file.
         OSError: the file cannot be made, or the file system has not enough space.
         RuntimeError: the memory cannot be pinned.
+
+    Attributes:
+        path: the file.
+        label: its label.
     """
 
     def __init__(
@@ -182,30 +191,32 @@ class FileMemory:
         pin: bool,
         huge_pages: HugePages = "none",
         numa_node: int | None = None,
+        is_indexed: bool = False,
     ) -> None:
+        self.path = path
         self._size_bytes = size_bytes
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._is_indexed = is_indexed
+        file_bytes = LABEL_BYTES + size_bytes
+        self._file = _locked_file(path, file_bytes)
         try:
-            lock_file(fd, path)
-            # Now, since a write to a hole of a full file system kills the process.
-            os.posix_fallocate(fd, 0, size_bytes)
-            buffer = HostBuffer(size_bytes, huge_pages=huge_pages, numa_node=numa_node, fd=fd)
-        finally:
-            os.close(fd)
-        if pin:
-            try:
-                buffer.pin(0, size_bytes)
-            except BaseException:
-                buffer.close()
-                raise
+            buffer = HostBuffer(
+                file_bytes, huge_pages=huge_pages, numa_node=numa_node, fd=self._file.fd
+            )
+            if pin:
+                buffer.pin(0, file_bytes)
+        except BaseException:
+            self._file.release()
+            raise
+        page = buffer.tensor[:LABEL_BYTES].numpy()
+        self.label = HeapLabel(page, size_bytes, partial(os.fsync, self._file.fd))
         self._heap = HostMemoryAllocator(
-            size_bytes, CHUNK_ALIGN_BYTES, host_buffer=buffer, view_only=False, on_full=None
+            file_bytes, CHUNK_ALIGN_BYTES, host_buffer=buffer, view_only=False, on_full=None
         )
 
     @property
     def tensor(self) -> torch.Tensor:
         """All bytes, uint8."""
-        return self._heap.host_buffer.tensor
+        return self._heap.host_buffer.tensor[LABEL_BYTES:]
 
     @property
     def ready_bytes(self) -> int:
@@ -215,20 +226,26 @@ class FileMemory:
     @property
     def pinned_share(self) -> float:
         """See :class:`ChunkMemory`."""
-        return self._heap.pinned_bytes / self._size_bytes
+        return self._heap.pinned_bytes / (LABEL_BYTES + self._size_bytes)
 
     def locations(self, chunks: LoadStoreSpec) -> ChunkLocations:
         """The job's own: the scheduler names addresses."""
         return require_locations(chunks)
 
     def absolute(self, addresses: Int64Array, sizes: Int64Array) -> Int64Array:
-        """See :class:`ChunkMemory`."""
+        """See :class:`ChunkMemory`. From the first call on, no earlier index is valid."""
         require_ready(addresses, sizes, self._size_bytes, self._size_bytes)
-        return addresses + self._heap.host_buffer.data_ptr
+        first = self._heap.host_buffer.data_ptr + LABEL_BYTES
+        self.label.renew()
+        return addresses + first
 
     def close(self) -> None:
-        """Unpin and unmap; the file stays."""
+        """Flush the bytes if they have an index, unpin and unmap; the file stays."""
+        if self._is_indexed:
+            self.label.seal()
+        self.label.close()
         self._heap.close()
+        self._file.release()
 
 
 class RegionMemory:
@@ -295,15 +312,29 @@ def require_locations(chunks: LoadStoreSpec) -> ChunkLocations:
     return chunks
 
 
-def lock_file(fd: int, path: str) -> None:
-    """Lock a file until its last descriptor is closed.
+def _locked_file(path: str, num_bytes: int) -> LockedFile:
+    """The file of a heap, with at least so many bytes.
 
     Raises:
         BlockingIOError: another process has it.
+        OSError: it cannot be made, or the file system has not enough space.
     """
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(
-            error.errno, f"heap_path is used by another process: give each engine its own: {path}"
+        file = LockedFile(
+            path, f"heap_path is used by another process: give each engine its own: {path}"
+        )
+        try:
+            # Now, since a write to a hole of a full file system kills the process.
+            os.posix_fallocate(file.fd, 0, num_bytes)
+        except BaseException:
+            file.release()
+            raise
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"kv_connector_extra_config['heap_path']: no file of {num_bytes} bytes at {path}: "
+            f"{error.strerror}",
         ) from None
+    return file

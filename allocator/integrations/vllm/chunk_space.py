@@ -16,7 +16,10 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
+import numpy as np
+
 from kvheap.addresses.address_manager import AddressManager
+from kvheap.addresses.extents import Int64Array
 from kvheap.errors import HeapCorruptionError
 from kvheap.integrations.vllm.groups import CHUNK_ALIGN_BYTES
 
@@ -251,6 +254,71 @@ class ChunkSpace(Generic[K]):
             if cost < best and all(map(may_go, chunks)):
                 found, best = span, cost
         return found
+
+    # -- another process -----------------------------------------------------------------------
+
+    def spans_of(self, chunks: Iterable[Chunk[K]]) -> Int64Array:
+        """The spans that chunks lie in, as :meth:`restore` takes them: int64 ``[S, 3]``."""
+        used = {chunk.span.start for chunk in chunks}
+        rows = [(s.start, s.length, s.size) for s in self._spans.values() if s.start in used]
+        return np.array(rows, np.int64).reshape(-1, 3)
+
+    def restore(self, spans: Int64Array, addresses: Int64Array, sizes: Int64Array) -> list[Span[K]]:
+        """Make spans again as an earlier process had them. O(N log N) for N places.
+
+        The chunks are then entered into the spans, and :meth:`fill` is called.
+
+        Args:
+            spans: start, length and size of each, int64 ``[S, 3]``.
+            addresses: the places that have chunks, int64 ``[N]``.
+            sizes: bytes of each place, int64 ``[N]``.
+
+        Returns:
+            The span of each place.
+
+        Raises:
+            ValueError: a span is none of this heap, or a place none of a span; it is named.
+                Nothing changes.
+        """
+        starts, lengths, of_places = spans.T
+        is_wrong = ~np.isin(of_places, self._sizes) | (lengths < of_places)
+        is_wrong |= lengths > self.span_bytes
+        if is_wrong.any():
+            at = int(np.argmax(is_wrong))
+            raise ValueError(
+                f"a span of {lengths[at]} bytes for places of {of_places[at]} is none of this "
+                f"heap, whose spans have {self.span_bytes} bytes and whose sizes are {self._sizes}"
+            )
+        by_start = np.argsort(starts, kind="stable")
+        ordered = starts[by_start]
+        holder = np.searchsorted(ordered, addresses, side="right") - 1
+        if len(addresses) and (not len(starts) or holder.min() < 0):
+            raise ValueError(f"the place at {addresses.min()} lies in no span")
+        row = by_start[holder]
+        offsets = addresses - starts[row]
+        is_wrong = (of_places[row] != sizes) | (offsets % sizes != 0)
+        is_wrong |= offsets + sizes > lengths[row]
+        if is_wrong.any():
+            at = int(np.argmax(is_wrong))
+            raise ValueError(f"{addresses[at]} is no place of {sizes[at]} bytes of a span")
+        places, counts = np.unique(addresses, return_counts=True)
+        if len(places) < len(addresses):
+            raise ValueError(f"the place at {places[counts.argmax()]} has two chunks")
+        if len(np.unique(row)) < len(starts):
+            raise ValueError("a span without a chunk is recorded")
+        self._addresses.reserve(starts, lengths)
+        made: list[Span[K]] = [Span(*numbers) for numbers in spans.tolist()]
+        self._spans = {span.start: span for span in made}
+        self.used_bytes = int(sizes.sum())
+        return [made[at] for at in row.tolist()]
+
+    def fill(self) -> None:
+        """Take the places of the chunks that have been entered into restored spans. O(places)."""
+        for span in self._spans.values():
+            span.free = [address for address in span.free if address not in span.chunks]
+            self.idle_bytes += span.size * len(span.free)
+            if span.free:
+                self._open[span.size][span.start] = span
 
     # -- watch ---------------------------------------------------------------------------------
 

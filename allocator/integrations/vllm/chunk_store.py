@@ -25,9 +25,7 @@ Needs no vLLM.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from itertools import islice
 from typing import Generic, TypeVar
 
 from numpy import array as as_array
@@ -36,46 +34,18 @@ from numpy import empty, int64
 from kvheap.addresses.arguments import require_count
 from kvheap.addresses.extents import Int64Array
 from kvheap.errors import HeapCorruptionError, LifetimeError
-from kvheap.integrations.vllm.chunk_space import (
-    PENDING,
-    Chunk,
-    ChunkSpace,
-    Place,
-    place_bytes_of,
-)
+from kvheap.integrations.vllm.chunk_space import PENDING, Chunk, ChunkSpace, place_bytes_of
 from kvheap.integrations.vllm.eviction import EvictionOrder
 from kvheap.integrations.vllm.groups import ChunkGroup
-from kvheap.integrations.vllm.store_values import GroupStats, StorePlan, StoreStats
+from kvheap.integrations.vllm.residents import GroupBooks, Residents
+from kvheap.integrations.vllm.store_values import ChunkRecords, GroupStats, StorePlan, StoreStats
 
 __all__ = ["ChunkStore"]
 
 K = TypeVar("K", bound=Hashable)
 
-
-MOST_IDLE = 1 / 192
-"""Share of the heap that free places of the wrong sizes may have before spans are emptied.
-
-With 1/128, 1 % of a heap of 4,000 chunks of four sizes is idle; with 1/192, 0.6 %.
-"""
-
-CHEAP = 1 / 4
-"""Share of a span that chunks may have for it to be emptied in place of older chunks."""
-
 NOTHING: Int64Array = empty(0, int64)
 NOTHING.setflags(write=False)
-
-
-class _Group:
-    """A group's sizes and counters."""
-
-    __slots__ = ("chunk_bytes", "chunks", "evicted", "hits", "index", "name", "place_bytes")
-
-    def __init__(self, index: int, group: ChunkGroup, place_bytes: int) -> None:
-        self.index = index
-        self.name = group.name
-        self.chunk_bytes = group.chunk_bytes
-        self.place_bytes = place_bytes
-        self.chunks = self.evicted = self.hits = 0
 
 
 class ChunkStore(Generic[K]):
@@ -91,6 +61,7 @@ class ChunkStore(Generic[K]):
     load           ``begin_load``, ``end_load``, ``touch``, ``settle``
     store          ``begin_store``, ``end_store``
     drop           ``forget``, ``reset``
+    restart        ``records``, ``restore``
     watch          ``stats``, ``check``
     =============  ==================================================================
 
@@ -129,25 +100,19 @@ class ChunkStore(Generic[K]):
                 )
         place_bytes = place_bytes_of({group.allocated_bytes for group in groups.values()})
         self._groups = [
-            _Group(index, group, place_bytes[group.allocated_bytes])
+            GroupBooks(index, group.name, group.chunk_bytes, place_bytes[group.allocated_bytes])
             for index, group in enumerate(groups.values())
         ]
         self._by_tag = dict(zip(groups, self._groups, strict=True))
         self._tag_of = tag_of
-        self._order = order
-        self._chunks: dict[K, Chunk[K]] = {}
-        self._leaving: dict[K, Chunk[K]] = {}
         sizes = {group.place_bytes for group in self._groups}
         self._space: ChunkSpace[K] = ChunkSpace(heap_bytes, sizes, segment_bytes)
-        self._most_idle_bytes = self._space.heap_bytes * MOST_IDLE
-        # The keys by size, the one that was used longest ago first. Equal sizes need none.
-        self._ages: dict[int, OrderedDict[K, None]] = {}
-        if len(sizes) > 1:
-            self._ages = {size: OrderedDict() for size in sizes}
-        self._evictable_bytes = 0
+        self._residents: Residents[K] = Residents(self._space, order, self._groups)
+        self._chunks = self._residents.chunks
+        self._leaving: dict[K, Chunk[K]] = {}
         self._pending_bytes = 0
         self._clock = 0
-        self._evicted_bytes = self._span_evictions = self._refused = self._failed = 0
+        self._refused = self._failed = 0
         self.find: Callable[[K], Chunk[K] | None] = self._chunks.get
         """The chunk of a key, pending or ready; None: it is not there. O(1)."""
 
@@ -187,10 +152,10 @@ class ChunkStore(Generic[K]):
                 raise KeyError(f"{key!r} is {'absent' if chunk is None else 'pending'}")
             chunks.append(chunk)
         clock = self._clock = self._clock + 1
-        groups = self._groups
+        groups, residents = self._groups, self._residents
         for chunk in dict.fromkeys(chunks) if len(chunks) > 1 else chunks:
             if not chunk.loads:
-                self._evictable_bytes -= chunk.span.size
+                residents.evictable_bytes -= chunk.span.size
             chunk.loads += 1
             chunk.used = clock
             groups[chunk.group].hits += chunk.chunk_bytes
@@ -220,7 +185,7 @@ class ChunkStore(Generic[K]):
                 if chunk.key in self._leaving:
                     self._leave(chunk)
                 else:
-                    self._evictable_bytes += chunk.span.size
+                    self._residents.evictable_bytes += chunk.span.size
 
     def touch(self, keys: Iterable[K]) -> None:
         """Tell the order that one request used chunks, the head of its prefix first. O(N * P).
@@ -236,10 +201,7 @@ class ChunkStore(Generic[K]):
                 chunk.used = clock
                 found.append(chunk)
         if found:
-            self._order.touch([chunk.key for chunk in found])
-            if self._ages:
-                for chunk in reversed(found):
-                    self._ages[chunk.span.size].move_to_end(chunk.key)
+            self._residents.touch(found)
 
     def settle(self, keys: Iterable[K]) -> None:
         """Tell the order which chunks belong to one request, the head of its prefix first.
@@ -249,7 +211,7 @@ class ChunkStore(Generic[K]):
         """
         found = [key for key in keys if key in self._chunks]
         if found:
-            self._order.settle(found)
+            self._residents.settle(found)
 
     # -- store ---------------------------------------------------------------------------------
 
@@ -286,7 +248,7 @@ class ChunkStore(Generic[K]):
             counts[group.place_bytes] = counts.get(group.place_bytes, 0) + 1
         kept = [key for key in keys if key in chunks] if len(new) < len(keys) else []
         evicted: list[K] = []
-        places = self._find_room(counts, frozenset(kept), evicted)
+        places = self._residents.find_room(counts, frozenset(kept), evicted)
         if places is None:
             self._refused += 1
             return StorePlan([], NOTHING, NOTHING, evicted, is_refused=True)
@@ -294,15 +256,9 @@ class ChunkStore(Generic[K]):
         stored: list[Chunk[K]] = []
         for key, group in zip(new, groups, strict=True):
             span, address = places[group.place_bytes].pop()
-            chunk = Chunk(key, span, address, group.index, group.chunk_bytes, clock)
-            chunks[key] = chunk
-            group.chunks += 1
+            stored.append(Chunk(key, span, address, group.index, group.chunk_bytes, clock))
             self._pending_bytes += group.place_bytes
-            stored.append(chunk)
-        for chunk in reversed(stored):  # so that a prefix loses its tail first
-            self._order.insert(chunk.key, chunk.span.size, chunk.group)
-            if self._ages:
-                self._ages[chunk.span.size][chunk.key] = None
+        self._residents.enter(reversed(stored))  # so that a prefix loses its tail first
         return StorePlan(
             new,
             as_array([chunk.address for chunk in stored], int64),
@@ -336,13 +292,11 @@ class ChunkStore(Generic[K]):
         ended_bytes = sum([chunk.span.size for chunk in done])
         self._pending_bytes -= ended_bytes
         if success:
-            self._evictable_bytes += ended_bytes
+            self._residents.evictable_bytes += ended_bytes
         else:
             self._failed += len(done)
-            for chunk in done:
-                self._order.remove(chunk.key)
-            self._drop(done)
-            self._free(done)
+            self._residents.drop(done)
+            self._residents.free(done)
         return [chunk.key for chunk in done]
 
     # -- drop ----------------------------------------------------------------------------------
@@ -362,14 +316,11 @@ class ChunkStore(Generic[K]):
         find = self._chunks.get
         found = [chunk for key in dict.fromkeys(keys) if (chunk := find(key)) is not None]
         idle = [chunk for chunk in found if not chunk.loads]
-        for chunk in found:
-            self._order.remove(chunk.key)
-            if chunk.loads:
-                self._leaving[chunk.key] = chunk
+        self._leaving.update([(chunk.key, chunk) for chunk in found if chunk.loads])
         self._failed += len(found)
-        self._evictable_bytes -= sum([chunk.span.size for chunk in idle])
-        self._drop(found)
-        self._free(idle)
+        self._residents.evictable_bytes -= sum([chunk.span.size for chunk in idle])
+        self._residents.drop(found)
+        self._residents.free(idle)
         return [chunk.key for chunk in found if chunk.loads != PENDING]
 
     def reset(self) -> list[K]:
@@ -379,46 +330,80 @@ class ChunkStore(Generic[K]):
             The keys that were ready.
         """
         ready = [key for key, chunk in self._chunks.items() if chunk.loads != PENDING]
-        self._chunks.clear()
         self._leaving.clear()
-        for ages in self._ages.values():
-            ages.clear()
-        self._order.reset()
-        self._space.clear()
-        self._evictable_bytes = self._pending_bytes = 0
-        for group in self._groups:
-            group.chunks = 0
+        self._residents.clear()
+        self._pending_bytes = 0
         return ready
 
     def _leave(self, chunk: Chunk[K]) -> None:
         """Free a forgotten chunk whose last copy has ended."""
         del self._leaving[chunk.key]
-        self._free([chunk])
+        self._residents.free([chunk])
 
-    def _drop(self, chunks: list[Chunk[K]]) -> None:
-        """No longer find chunks, which the order has forgotten."""
-        for chunk in chunks:
-            del self._chunks[chunk.key]
-            if self._ages:
-                del self._ages[chunk.span.size][chunk.key]
+    # -- another process -----------------------------------------------------------------------
 
-    def _free(self, chunks: list[Chunk[K]]) -> None:
-        """Free the bytes of chunks that are no longer found."""
-        for chunk in chunks:
-            self._groups[chunk.group].chunks -= 1
-            del chunk.span.chunks[chunk.address]
-        self._space.give_back([(chunk.span, chunk.address) for chunk in chunks])
+    def records(self) -> ChunkRecords[K]:
+        """What a later process needs to find the chunks that are ready. O(n log n)."""
+        ready = [chunk for chunk in self._residents.in_order() if chunk.loads != PENDING]
+        return ChunkRecords(
+            [chunk.key for chunk in ready],
+            as_array([chunk.address for chunk in ready], int64),
+            as_array([chunk.group for chunk in ready], int64),
+            self._space.spans_of(ready),
+        )
+
+    def restore(self, records: ChunkRecords[K]) -> None:
+        """Find the chunks of an earlier process, whose bytes are where they were. O(n log n).
+
+        Args:
+            records: of a store of as many bytes, with the same groups in the same order.
+
+        Raises:
+            ValueError: the store is not empty, or the records are not those of such a store; the
+                message names what does not fit. Nothing changes.
+        """
+        if self._chunks or self._leaving:
+            raise ValueError(
+                f"only an empty store can be restored, this one has {len(self)} chunks"
+            )
+        keys, groups = records.keys, self._groups
+        numbers = records.groups.tolist()
+        if not len(keys) == len(records.addresses) == len(numbers):
+            raise ValueError(
+                f"{len(keys)} keys have {len(records.addresses)} addresses and {len(numbers)} "
+                f"groups"
+            )
+        by_tag, tag_of = self._by_tag, self._tag_of
+        for key, number in zip(keys, numbers, strict=True):
+            group = by_tag.get(tag_of(key))
+            if group is None:
+                raise self._of_no_group([key])
+            if group.index != number:
+                raise ValueError(f"{key!r} is of group {group.index}, recorded is {number}")
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"a key is recorded twice among {len(keys)}")
+        sizes = as_array([groups[number].place_bytes for number in numbers], int64)
+        spans = self._space.restore(records.spans, records.addresses, sizes)
+        chunks = []
+        for at, address in enumerate(records.addresses.tolist()):
+            group = groups[numbers[at]]
+            chunks.append(Chunk(keys[at], spans[at], address, group.index, group.chunk_bytes, at))
+            chunks[-1].loads = 0
+        self._space.fill()
+        self._residents.enter(chunks)
+        self._residents.evictable_bytes = self._space.used_bytes
+        self._clock = len(chunks)
 
     # -- watch ---------------------------------------------------------------------------------
 
     @property
     def evictable_bytes(self) -> int:
         """Allocated bytes of the chunks that may be evicted. O(1)."""
-        return self._evictable_bytes
+        return self._residents.evictable_bytes
 
     def stats(self) -> StoreStats:
         """Bytes and counts. O(groups)."""
-        space, groups = self._space, self._groups
+        space, groups, residents = self._space, self._groups, self._residents
         return StoreStats(
             heap_bytes=space.heap_bytes,
             free_bytes=space.free_bytes,
@@ -426,10 +411,10 @@ class ChunkStore(Generic[K]):
             largest_free_extent=space.largest_free(),
             useful_bytes=sum([group.chunks * group.chunk_bytes for group in groups]),
             pending_bytes=self._pending_bytes,
-            loading_bytes=space.used_bytes - self._pending_bytes - self._evictable_bytes,
+            loading_bytes=space.used_bytes - self._pending_bytes - residents.evictable_bytes,
             evicted_chunks=sum([group.evicted for group in groups]),
-            evicted_bytes=self._evicted_bytes,
-            span_evictions=self._span_evictions,
+            evicted_bytes=residents.evicted_bytes,
+            span_evictions=residents.span_evictions,
             refused_stores=self._refused,
             failed_chunks=self._failed,
             groups=tuple(
@@ -452,34 +437,23 @@ class ChunkStore(Generic[K]):
         """
         chunks, leaving = list(self._chunks.values()), list(self._leaving.values())
         self._space.check(chunks + leaving)
+        self._residents.check()
         idle = sum(chunk.span.size for chunk in chunks if not chunk.loads)
         pending = sum(c.span.size for c in chunks + leaving if c.loads == PENDING)
         by_group = [0] * len(self._groups)
         for chunk in chunks + leaving:
             by_group[chunk.group] += 1
         for what, is_right in (
-            ("keys", all(key == chunk.key for key, chunk in self._chunks.items())),
             ("forgotten keys", all(key == chunk.key for key, chunk in self._leaving.items())),
             ("a key is twice there", not self._chunks.keys() & self._leaving.keys()),
             ("loads", all(chunk.loads >= PENDING for chunk in chunks)),
             ("forgotten chunks without a copy", all(chunk.loads for chunk in leaving)),
-            ("evictable bytes", idle == self._evictable_bytes),
+            ("evictable bytes", idle == self.evictable_bytes),
             ("pending bytes", pending == self._pending_bytes),
-            ("the order's chunks", len(self._order) == len(chunks)),
-            ("keys by size", not self._ages or self._keys_by_size() == self._ages_as_sets()),
             ("chunks by group", by_group == [group.chunks for group in self._groups]),
         ):
             if not is_right:
                 raise HeapCorruptionError(f"{what}: wrong in {self!r}")
-
-    def _keys_by_size(self) -> dict[int, set[K]]:
-        keys: dict[int, set[K]] = {size: set() for size in self._ages}
-        for chunk in self._chunks.values():
-            keys[chunk.span.size].add(chunk.key)
-        return keys
-
-    def _ages_as_sets(self) -> dict[int, set[K]]:
-        return {size: set(keys) for size, keys in self._ages.items()}
 
     def __repr__(self) -> str:
         """The counters."""
@@ -491,143 +465,3 @@ class ChunkStore(Generic[K]):
             f"key {key!r} is of group {self._tag_of(key)!r}; this store has "
             f"{', '.join(map(repr, self._by_tag))}"
         )
-
-    # -- make room -----------------------------------------------------------------------------
-
-    def _find_room(
-        self, missing: dict[int, int], kept: frozenset[K], evicted: list[K]
-    ) -> dict[int, list[Place[K]]] | None:
-        """Places for chunks that are to be stored.
-
-        The order decides who leaves. Most often the victims have the sizes of the chunks to come,
-        which take their places. If not, more leave, until the places of wrong sizes are many
-        enough to empty a span of them.
-
-        Args:
-            missing: how many chunks of each allocated size need a place; used up.
-            kept: keys that must not leave.
-            evicted: gets the keys that leave.
-
-        Returns:
-            By size, the places, the highest address first; None: there is no room, and no place
-            is taken.
-        """
-        space, chunks = self._space, self._chunks
-        wanted = _bytes_of(missing)
-        if wanted > space.free_bytes and not self._could_free(wanted - space.free_bytes, kept):
-            return None
-        places = {}
-        for size in sorted(missing, reverse=True):
-            places[size] = space.take(size, missing[size])
-            missing[size] -= len(places[size])
-        wanted = _bytes_of(missing)
-        if wanted:
-
-            def is_pinned(key: K) -> bool:
-                return chunks[key].loads != 0 or key in kept
-
-            victims = self._next_in_order(wanted, is_pinned)
-            victims = victims or self._in_emptiest_span(missing, kept)
-            while victims:
-                evicted += victims
-                self._take_places(victims, missing, places)
-                wanted = _bytes_of(missing)
-                if not wanted:
-                    break
-                victims = []
-                if space.idle_bytes < self._most_idle_bytes:
-                    victims = self._next_in_order(wanted, is_pinned)
-                else:
-                    victims = self._in_emptiest_span(missing, kept, CHEAP)
-                    victims = victims or self._oldest_of_size(missing, is_pinned)
-                victims = victims or self._in_emptiest_span(missing, kept)
-                victims = victims or self._next_in_order(wanted, is_pinned)
-        if wanted:
-            for taken in places.values():
-                space.give_back(taken)
-            return None
-        for taken in places.values():
-            taken.sort(key=_address_of, reverse=True)
-        return places
-
-    def _could_free(self, num_bytes: int, kept: frozenset[K]) -> bool:
-        """Whether chunks that may leave have so many bytes together."""
-        idle = [chunk for chunk in map(self._chunks.__getitem__, kept) if not chunk.loads]
-        kept_bytes = sum([chunk.span.size for chunk in idle])
-        return num_bytes <= self._evictable_bytes - kept_bytes
-
-    def _next_in_order(self, wanted: int, is_pinned: Callable[[K], bool]) -> list[K]:
-        """Chunks with the bytes that are wanted, or all that may leave; they left the order."""
-        victims = self._order.evict_until(wanted, is_pinned)
-        if not victims and 0 < self._evictable_bytes < wanted:
-            free_bytes = self._space.free_bytes
-            victims = self._order.evict_until(max(wanted - free_bytes, 1), is_pinned)
-        return victims
-
-    def _oldest_of_size(self, missing: dict[int, int], is_pinned: Callable[[K], bool]) -> list[K]:
-        """Chunks of the largest missing size that were not used for longest; they left the order.
-
-        Each makes one place, whatever the order thinks of chunks of that size.
-        """
-        size = max(size for size, count in missing.items() if count)
-        may_go = (key for key in self._ages[size] if not is_pinned(key))
-        keys = list(islice(may_go, missing[size]))
-        self._order.evict(keys)
-        return keys
-
-    def _in_emptiest_span(
-        self, missing: dict[int, int], kept: frozenset[K], share: float = 1.0
-    ) -> list[K]:
-        """The chunks of a span to empty for the largest missing size; they left the order.
-
-        Args:
-            missing: how many chunks of each size need a place.
-            kept: keys that must not leave.
-            share: of the span, that its chunks may have at most.
-        """
-        size = max(size for size, count in missing.items() if count)
-        span = self._space.emptiest(size, lambda chunk: not chunk.loads and chunk.key not in kept)
-        if span is None or len(span.chunks) * span.size > share * span.length:
-            return []
-        keys = [chunk.key for chunk in span.chunks.values()]
-        self._order.evict(keys)
-        self._span_evictions += len(keys)
-        return keys
-
-    def _take_places(
-        self, victims: list[K], missing: dict[int, int], places: dict[int, list[Place[K]]]
-    ) -> None:
-        """Give the places of evicted chunks to chunks of their size, and free the others."""
-        others = []
-        for key in victims:
-            chunk = self._chunks.pop(key)
-            span, group = chunk.span, self._groups[chunk.group]
-            size = span.size
-            group.chunks -= 1
-            group.evicted += 1
-            self._evicted_bytes += size
-            self._evictable_bytes -= size
-            del span.chunks[chunk.address]
-            if self._ages:
-                del self._ages[size][key]
-            if missing.get(size):
-                missing[size] -= 1
-                places[size].append((span, chunk.address))
-            else:
-                others.append((span, chunk.address))
-        if others:
-            self._space.give_back(others)
-            for size in sorted(missing, reverse=True):
-                if missing[size]:
-                    found = self._space.take(size, missing[size])
-                    missing[size] -= len(found)
-                    places[size] += found
-
-
-def _address_of(place: Place[K]) -> int:
-    return place[1]
-
-
-def _bytes_of(counts: dict[int, int]) -> int:
-    """The bytes of so many chunks of each size."""
-    return sum([size * count for size, count in counts.items()])

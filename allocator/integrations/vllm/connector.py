@@ -8,10 +8,12 @@ for them compute their tokens.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorTransferResults,
 )
@@ -26,7 +28,14 @@ from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
 from kvheap.integrations.vllm.failures import JobKeys, TolerantWorker, WorkerReport
 from kvheap.integrations.vllm.geometry import groups_of, needs_whole_chunks, require_places
-from kvheap.integrations.vllm.spec import GROUPS_KEY, KVHeapOffloadingSpec, KVHeapTieringSpec
+from kvheap.integrations.vllm.heap_label import HeapReport
+from kvheap.integrations.vllm.identity import identity_of, layout_of
+from kvheap.integrations.vllm.spec import (
+    GROUPS_KEY,
+    IDENTITY_KEY,
+    KVHeapOffloadingSpec,
+    KVHeapTieringSpec,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +55,17 @@ INSTEAD: dict[str, type] = {
     "KVHeapTieringSpec": KVHeapTieringSpec,
 }
 """By the name of a spec, kvheap's of the kind; the first is vLLM's default."""
+
+
+@dataclass
+class WorkerHeap(KVConnectorHandshakeMetadata):  # type: ignore[misc,unused-ignore]
+    """What a worker tells the scheduler at start.
+
+    Attributes:
+        report: about its heap.
+    """
+
+    report: HeapReport
 
 
 class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
@@ -71,6 +91,7 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
         self._engine_caches = kv_cache_config
         self._request_of_load: dict[int, str] = {}
         self._worker: TolerantWorker | None = None
+        self._layout = ""
         self._failed_jobs: set[int] = set()
         self._jobs: JobKeys | None = None
         if self.connector_scheduler is not None:
@@ -97,6 +118,16 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
         assert half is not None
         assert half.worker is not None
         self._worker = half.worker = TolerantWorker(half.worker)
+        self._layout = layout_of(kv_caches, half.kv_cache_config.num_blocks)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """What the scheduler learns at start, if there is an index: which bytes are in the heap."""
+        spec = None if self.connector_worker is None else self.connector_worker.spec
+        if isinstance(spec, KVHeapOffloadingSpec):
+            report = spec.report_heap(self._layout)
+            if report is not None:
+                return WorkerHeap(report)
+        return super().get_handshake_metadata()
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Take the jobs of a step from the scheduler."""
@@ -130,6 +161,16 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
         return WorkerReport.of(metadata, failed, getattr(memory, "pinned_share", None))
 
     # -- scheduler's side ------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """Find the chunks of an earlier process, by what the workers say of their heaps."""
+        reports = [each.report for each in metadata.values() if isinstance(each, WorkerHeap)]
+        if reports and self._jobs is not None:
+            self._jobs.restore_index(reports)
+        else:
+            super().set_xfer_handshake_metadata_pp_aware(metadata)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The jobs that the workers begin in this step."""
@@ -227,15 +268,21 @@ def require_spec(vllm_config: VllmConfig) -> type[KVHeapOffloadingSpec | KVHeapT
 
 
 def with_groups(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> VllmConfig:
-    """A copy of the configuration whose extra config tells the spec the bytes of each group.
+    """A copy of the configuration whose extra config tells the spec what it does not see.
 
-    The spec sees vLLM's ``OffloadingConfig``, which has no page sizes.
+    The spec sees vLLM's ``OffloadingConfig``, which has no page sizes, and little of the model.
+
+    Raises:
+        ValueError: there is an ``index_path``, but block hashes are of no use to another process.
     """
-    blocks_per_chunk = build_offloading_config(vllm_config, kv_cache_config).cache.blocks_per_chunk
+    offloading = build_offloading_config(vllm_config, kv_cache_config)
+    groups = groups_of(kv_cache_config, offloading.cache.blocks_per_chunk)
     transfer = vllm_config.kv_transfer_config
     assert transfer is not None
-    groups = groups_of(kv_cache_config, blocks_per_chunk)
-    return _with_extra(vllm_config, {**transfer.kv_connector_extra_config, GROUPS_KEY: groups})
+    extra = {**transfer.kv_connector_extra_config, GROUPS_KEY: groups}
+    if extra.get("index_path") is not None:
+        extra[IDENTITY_KEY] = identity_of(vllm_config, offloading, groups)
+    return _with_extra(vllm_config, extra)
 
 
 def _with_extra(vllm_config: VllmConfig, extra: dict[str, Any]) -> VllmConfig:

@@ -29,9 +29,11 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from kvheap.integrations.vllm.chunk_store import ChunkStore
 from kvheap.integrations.vllm.eviction import POLICIES
 from kvheap.integrations.vllm.groups import ChunkGroup
+from kvheap.integrations.vllm.heap_label import HeapReport
 from kvheap.integrations.vllm.locations import ChunkLocations
 from kvheap.integrations.vllm.metrics import MetricsFeed
 from kvheap.integrations.vllm.offers import OfferCounts
+from kvheap.integrations.vllm.restart import RestartIndex
 from kvheap.integrations.vllm.settings import TierSettings
 
 __all__ = ["CONFIG_INFO_KEYS", "KVHeapManager"]
@@ -69,6 +71,7 @@ class KVHeapManager(OffloadingManager):  # type: ignore[misc,unused-ignore]
             here if it has none.
         settings: of the tier.
         kv_events_config: whether vLLM publishes events; None: it does not.
+        index: keeps the books for the next process; None: it begins with an empty tier.
 
     Raises:
         ValueError: a chunk is larger than the heap, or two groups have one number.
@@ -79,6 +82,7 @@ class KVHeapManager(OffloadingManager):  # type: ignore[misc,unused-ignore]
         groups: Sequence[ChunkGroup],
         settings: TierSettings,
         kv_events_config: OffloadingKVEventsConfig | None = None,
+        index: RestartIndex | None = None,
     ) -> None:
         tagged: dict[Hashable, ChunkGroup] = {}
         for position, group in enumerate(groups):
@@ -98,6 +102,7 @@ class KVHeapManager(OffloadingManager):  # type: ignore[misc,unused-ignore]
             tag_of=itemgetter(slice(-TAG_BYTES, None)),
         )
         self._find = self._store.find
+        self._index = index
         self._reset_count = 0
         self._events: list[OffloadingEvent] | None = None
         if kv_events_config is not None and kv_events_config.enable_kv_cache_events:
@@ -273,8 +278,22 @@ class KVHeapManager(OffloadingManager):  # type: ignore[misc,unused-ignore]
         )
         return [dict(zip(CONFIG_INFO_KEYS, values, strict=True))]
 
+    def restore_index(self, reports: Iterable[HeapReport]) -> None:
+        """Find the chunks that an earlier process left in the heaps.
+
+        Args:
+            reports: of all workers, about their heaps.
+        """
+        if self._index is None:
+            return
+        found = self._index.restore(self._store, reports)
+        if found and self._events is not None:
+            self._events.append(OffloadingEvent(found, Medium.CPU, removed=False))
+
     def shutdown(self) -> None:
-        """Drop every chunk, without events."""
+        """Write the index, if there is to be one; drop every chunk, without events."""
+        if self._index is not None:
+            self._index.save(self._store)
         self._store.reset()
         self._reset_count += 1
 

@@ -14,6 +14,8 @@ ValueError: kv_connector_extra_config['huge_pages'] must be one of 'none', 'tran
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -73,8 +75,8 @@ class TierSettings:
         heap_path: the file of the heap, which survives the process; None: anonymous memory.
         huge_pages: one of ``HUGE_PAGES``.
         numa_node: take memory of this node only; None: of any.
-        index_path: the file of the books, which lets a later process find the chunks in
-            ``heap_path``; None: a later process begins with an empty tier.
+        index_path: the file that the books are written to at the end, so that the next process
+            finds the chunks in ``heap_path``; None: it begins with an empty tier.
     """
 
     heap_bytes: int
@@ -124,7 +126,20 @@ class TierSettings:
                 f"{PLACE}['index_path'] is {values['index_path']!r}, but there is no 'heap_path': "
                 f"an index is of use only beside a heap that survives the process"
             )
+        _require_apart(values.get("heap_path"), values.get("index_path"))
         return cls(heap_bytes, **values)
+
+
+def _require_apart(heap_path: str | None, index_path: str | None) -> None:
+    """Raise if the index would be one of the heaps' files, which are ``PATH[.dpN].RANK``."""
+    if heap_path is None or index_path is None:
+        return
+    heap, index = os.path.abspath(heap_path), os.path.abspath(index_path)
+    if index == heap or re.fullmatch(rf"{re.escape(heap)}(\.dp\d+)?\.\d+", index):
+        raise ValueError(
+            f"{PLACE}['index_path'] is {index_path!r}, which is a file of 'heap_path' "
+            f"({heap_path!r}): give the index a name of its own"
+        )
 
 
 def _require_known(key: str) -> None:

@@ -6,6 +6,7 @@ Named by ``spec_name`` and ``spec_module_path`` in ``kv_connector_extra_config``
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -31,17 +32,22 @@ from kvheap.integrations.vllm.chunk_memory import (
 )
 from kvheap.integrations.vllm.failures import ForgetfulManager
 from kvheap.integrations.vllm.groups import ChunkGroup
+from kvheap.integrations.vllm.heap_label import HeapReport
 from kvheap.integrations.vllm.manager import CONFIG_INFO_KEYS, KVHeapManager
 from kvheap.integrations.vllm.metrics import build_metric_definitions
 from kvheap.integrations.vllm.pages import GroupPages
+from kvheap.integrations.vllm.restart import RestartIndex
 from kvheap.integrations.vllm.settings import TierSettings
 from kvheap.integrations.vllm.shared_memory import SharedMemory
 from kvheap.integrations.vllm.worker import KVHeapWorker, device_of, group_pages
 
-__all__ = ["GROUPS_KEY", "KVHeapOffloadingSpec", "KVHeapTieringSpec"]
+__all__ = ["GROUPS_KEY", "IDENTITY_KEY", "KVHeapOffloadingSpec", "KVHeapTieringSpec"]
 
 GROUPS_KEY = "kvheap.groups"
 """Where ``KVHeapConnector`` puts the groups, in the spec's ``extra_config``."""
+
+IDENTITY_KEY = "kvheap.identity"
+"""Where it puts what an index and an engine must have in common."""
 
 OWN_MEMORY = "vLLM's tiers share memory of their own; use KVHeapOffloadingSpec"
 
@@ -86,18 +92,13 @@ class KVHeapOffloadingSpec(OffloadingSpec):  # type: ignore[misc,unused-ignore]
         Raises:
             ValueError: a key or value is wrong; the message names the key.
         """
-        settings = TierSettings.of(extra_config, world_size)
-        if settings.index_path is not None:
-            raise ValueError(
-                "kv_connector_extra_config has the key 'index_path': a tier does not find the "
-                "chunks of an earlier process yet; remove it"
-            )
-        return settings
+        return TierSettings.of(extra_config, world_size)
 
     def __init__(self, config: OffloadingConfig) -> None:
         super().__init__(config)
         given = dict(self.extra_config)
         groups = given.pop(GROUPS_KEY, None)
+        self._identity: dict[str, str] = given.pop(IDENTITY_KEY, {})
         if groups is None:
             raise ValueError(
                 'kv_connector must be "KVHeapConnector" (with "kv_connector_module_path": '
@@ -115,10 +116,36 @@ class KVHeapOffloadingSpec(OffloadingSpec):  # type: ignore[misc,unused-ignore]
         self._worker: KVHeapWorker | None = None
 
     def get_manager(self) -> OffloadingManager:
-        """The scheduler's half of the tier; the same one at each call."""
+        """The scheduler's half of the tier; the same one at each call.
+
+        Raises:
+            BlockingIOError: another engine has the index.
+            OSError: the index cannot be written where it is to be.
+        """
         if self._manager is None:
-            self._manager = KVHeapManager(self.groups, self.settings, self.kv_events_config)
+            self._manager = KVHeapManager(
+                self.groups, self.settings, self.kv_events_config, self._index()
+            )
         return self._manager
+
+    def _index(self) -> RestartIndex | None:
+        settings = self.settings
+        if settings.index_path is None or settings.heap_path is None:
+            return None
+        identity = self._identity | {
+            "heap_path": f"{os.path.abspath(settings.heap_path)}{self._replica}",
+            "bytes of a heap": str(settings.heap_bytes),
+        }
+        path = f"{settings.index_path}{self._replica}"
+        return RestartIndex(path, identity, self.config.parallel.world_size)
+
+    @property
+    def _replica(self) -> str:
+        """What the names of a data-parallel replica's files end in. The first may be the only."""
+        parallel = self.config.parallel
+        # vLLM makes the replicas of a dense model engines of their own, of which each is one of 1.
+        is_one_of_many = parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0
+        return f".dp{parallel.data_parallel_index}" if is_one_of_many else ""
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         """The worker's half of the tier; the same one at each call.
@@ -134,6 +161,28 @@ class KVHeapOffloadingSpec(OffloadingSpec):  # type: ignore[misc,unused-ignore]
             memory = self._memory(is_pinned=device_of(kv_caches).type == "cuda")
             self._worker = KVHeapWorker(kv_caches, memory, self.blocks_per_chunk, pages)
         return self._worker
+
+    def report_heap(self, layout: str) -> HeapReport | None:
+        """What the scheduler must know of the worker's heap; None if there is no index.
+
+        From the first call on, the bytes that were in the heap belong to no other index.
+
+        Args:
+            layout: how the pages of the worker's KV cache are laid out.
+        """
+        memory = None if self._worker is None else self._worker.memory
+        if self.settings.index_path is None or not isinstance(memory, FileMemory):
+            return None
+        label = memory.label
+        label.renew()
+        return HeapReport(
+            self.config.parallel.rank,
+            memory.path,
+            label.previous,
+            label.why,
+            label.current,
+            layout,
+        )
 
     def _memory(self, is_pinned: bool) -> ChunkMemory:
         settings, parallel = self.settings, self.config.parallel
@@ -153,13 +202,13 @@ class KVHeapOffloadingSpec(OffloadingSpec):  # type: ignore[misc,unused-ignore]
                 huge_pages=settings.huge_pages,
                 numa_node=settings.numa_node,
             )
-        replica = f".dp{parallel.data_parallel_index}" if parallel.data_parallel_size > 1 else ""
         return FileMemory(
-            f"{settings.heap_path}{replica}.{parallel.rank}",
+            f"{settings.heap_path}{self._replica}.{self.config.parallel.rank}",
             settings.heap_bytes,
             pin=is_pinned,
             huge_pages=settings.huge_pages,
             numa_node=settings.numa_node,
+            is_indexed=settings.index_path is not None,
         )
 
 

@@ -1,4 +1,4 @@
-"""What a ``ChunkStore`` answers: plans and statistics.
+"""What a ``ChunkStore`` answers: plans, statistics, and records for a later process.
 
 Needs no vLLM.
 """
@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from kvheap.addresses.extents import Int64Array
 
-__all__ = ["GroupStats", "StorePlan", "StoreStats"]
+__all__ = ["ChunkRecords", "GroupStats", "StorePlan", "StoreStats"]
 
 K = TypeVar("K", bound=Hashable)
 
@@ -33,6 +33,24 @@ class StorePlan(Generic[K]):
     sizes: Int64Array
     evicted: list[K]
     is_refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRecords(Generic[K]):
+    """The chunks that :meth:`ChunkStore.restore` finds again, those that leave first before others.
+
+    Attributes:
+        keys: N different ones.
+        addresses: where each chunk begins, int64 ``[N]``.
+        groups: the number of its group in the store's list, int64 ``[N]``.
+        spans: start, length and bytes of a place, of the spans that have such chunks, int64
+            ``[S, 3]``; those that lose free places first come first.
+    """
+
+    keys: list[K]
+    addresses: Int64Array
+    groups: Int64Array
+    spans: Int64Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,8 @@ NEEDED = {
         "TieringOffloadingSpec.get_manager",
         "TieringOffloadingSpec.get_worker",
     ),
+    "vllm.utils.hashing": ("get_hash_fn_by_name",),
+    "vllm.v1.core.kv_cache_utils": ("resolve_none_hash_seed",),
     "vllm.v1.kv_cache_interface": (
         "AttentionSpec",
         "MambaSpec",
@@ -77,7 +79,10 @@ NEEDED = {
     ),
     f"{CONNECTORS}.base": (
         "KVConnectorBase_V1.bind_connector_metadata",
+        "KVConnectorBase_V1.get_handshake_metadata",
         "KVConnectorBase_V1.get_transfer_results",
+        "KVConnectorBase_V1.set_xfer_handshake_metadata_pp_aware",
+        "KVConnectorHandshakeMetadata",
         "KVConnectorTransferResults",
     ),
     f"{CONNECTORS}.metrics": ("KVConnectorPromMetrics",),

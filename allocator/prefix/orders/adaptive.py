@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Generic, TypeVar
 
@@ -250,6 +251,11 @@ class AdaptiveOrder(Generic[K]):
     def __len__(self) -> int:
         """How many chunks are in the order."""
         return len(self._chunks)
+
+    def __iter__(self) -> Iterator[K]:
+        """The chunks in the order of their last use, at equal ones the less used first."""
+        chunks = chain.from_iterable(of_class.values() for of_class in self._classes.lists)
+        return (chunk.key for chunk in sorted(chunks, key=attrgetter("used_at")))
 
     def __contains__(self, key: object) -> bool:
         """Whether a chunk is in the order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Generic, TypeVar
 
 from kvheap.prefix.orders.base import require_heap_bytes, require_new, require_num_bytes
@@ -143,6 +144,10 @@ class ARCOrder(Generic[K]):
     def __len__(self) -> int:
         """How many chunks are in the order."""
         return len(self._once.sizes) + len(self._again.sizes)
+
+    def __iter__(self) -> Iterator[K]:
+        """The chunks used once, then those used again, each in the order of use."""
+        return chain(self._once.sizes, self._again.sizes)
 
     def __contains__(self, key: object) -> bool:
         """Whether a chunk is in the order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from kvheap.addresses.arguments import require_count
@@ -76,6 +76,13 @@ class EvictionOrder(Protocol[K]):
 
     def __len__(self) -> int:
         """How many chunks are in the order."""
+
+    def __iter__(self) -> Iterator[K]:
+        """The chunks, those that would leave first before those that would leave last.
+
+        Exactly so for LRU. Where what leaves next depends on more than the order of use, it is the
+        order in which they are to be inserted again into a new order.
+        """
 
     def __contains__(self, key: object) -> bool:
         """Whether a chunk is in the order."""

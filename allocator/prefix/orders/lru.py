@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from kvheap.prefix.orders.base import require_new, require_num_bytes
@@ -71,6 +71,10 @@ class LRUOrder(Generic[K]):
     def __len__(self) -> int:
         """How many chunks are in the order."""
         return len(self._sizes)
+
+    def __iter__(self) -> Iterator[K]:
+        """The chunks in the order of their leaving."""
+        return iter(self._sizes)
 
     def __contains__(self, key: object) -> bool:
         """Whether a chunk is in the order."""

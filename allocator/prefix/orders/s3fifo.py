@@ -155,6 +155,10 @@ class S3FIFOOrder(Generic[K]):
         """How many chunks are in the order."""
         return len(self._small) + len(self._main)
 
+    def __iter__(self) -> Iterator[K]:
+        """The chunks of the small queue, then those of the main one."""
+        return chain(self._small, self._main)
+
     def __contains__(self, key: object) -> bool:
         """Whether a chunk is in the order."""
         return key in self._small or key in self._main

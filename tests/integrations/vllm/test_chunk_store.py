@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from kvheap.integrations.vllm.chunk_space import Chunk, ChunkSpace, span_bytes_o
 from kvheap.integrations.vllm.chunk_store import ChunkStore
 from kvheap.integrations.vllm.eviction import POLICIES
 from kvheap.integrations.vllm.groups import CHUNK_ALIGN_BYTES, ChunkGroup
+from kvheap.integrations.vllm.store_values import ChunkRecords
 
 FULL, WINDOW, STATE = 2560, 1024, 600
 
@@ -264,6 +267,132 @@ class TestEviction:
         )
 
 
+SAVED = {"f": FULL, "w": WINDOW, "s": STATE}
+SAVED_BYTES = 1 << 16
+
+
+def saved() -> ChunkRecords[str]:
+    store = store_of(SAVED_BYTES, **SAVED)
+    filled(store, "f0", "w0", "f1", "s0", "s1")
+    store.begin_store(["f2"])
+    store.touch(["w0"])
+    return store.records()
+
+
+def changed(name: str, at: int, value: int) -> Callable[[ChunkRecords[str]], ChunkRecords[str]]:
+    """Another number in one of the arrays."""
+
+    def change(records: ChunkRecords[str]) -> ChunkRecords[str]:
+        array = getattr(records, name).copy()
+        array.flat[at] = value
+        return replace(records, **{name: array})
+
+    return change
+
+
+class TestRestart:
+    """A store finds the chunks of another one, or none of them."""
+
+    def test_what_was_ready_is_found_and_leaves_in_the_order_of_use(self) -> None:
+        records = saved()
+        assert records.keys == ["f0", "f1", "s0", "s1", "w0"]
+        store = store_of(SAVED_BYTES, **SAVED)
+        store.restore(records)
+        store.check()
+        assert store.stats().useful_bytes == 2 * FULL + WINDOW + 2 * STATE
+        addresses, sizes = store.begin_load(["s1", "f1"])
+        assert addresses.tolist() == [records.addresses[3], records.addresses[1]]
+        assert sizes.tolist() == [STATE, FULL]
+        evicted = [key for i in range(100) for key in store.begin_store([f"s{i + 9}"]).evicted]
+        assert evicted[:3] == ["f0", "s0", "w0"]
+        store.check()
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_every_order_goes_on(self, policy: str) -> None:
+        groups = {"f": ChunkGroup("f", 1024)}
+        store, again = (
+            ChunkStore(65536, groups, POLICIES[policy](65536), lambda key: key[0]) for _ in range(2)
+        )
+        filled(store, *[f"f{i}" for i in range(100)])
+        store.touch(["f90", "f99"])
+        again.restore(store.records())
+        assert again.records().keys == store.records().keys
+        filled(again, *[f"f{i}" for i in range(200, 260)])
+        assert len(again) == 64
+
+    def test_nothing_is_restored_as_nothing(self) -> None:
+        store = store_of(SAVED_BYTES, **SAVED)
+        store.restore(store_of(SAVED_BYTES, **SAVED).records())
+        assert len(store) == 0
+        assert store.stats().free_bytes == SAVED_BYTES
+        store.check()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda r: replace(r, keys=[*r.keys[:-1], r.keys[0]]), "group 0, recorded is 1"),
+            (lambda r: replace(r, keys=["f0", "f0", *r.keys[2:]]), "a key is recorded twice"),
+            (lambda r: replace(r, keys=["x0", *r.keys[1:]]), "'x0' is of group 'x'"),
+            (lambda r: replace(r, keys=r.keys[1:]), "4 keys have 5 addresses"),
+            (lambda r: replace(r, spans=r.spans[:2]), "no place|no span"),
+            (lambda r: replace(r, spans=r.spans[:0]), "lies in no span"),
+            (lambda r: replace(r, spans=np.concatenate([r.spans, r.spans[:1]])), "span"),
+            (
+                lambda r: replace(r, spans=np.concatenate([r.spans, [[61440, 2560, 2560]]])),
+                "a span without a chunk",
+            ),
+            (changed("groups", 0, 1), "'f0' is of group 0, recorded is 1"),
+            (changed("groups", 0, 77), "'f0' is of group 0, recorded is 77"),
+            (changed("addresses", 0, -2560), "lies in no span|no place"),
+            (changed("addresses", 0, 100), "100 is no place"),
+            (changed("addresses", 0, 1 << 62), "no place"),
+            (changed("addresses", 0, 5120), "the place at 5120 has two chunks"),
+            (changed("addresses", 0, 2560), "2560 is no place"),
+            (changed("spans", 1, 1 << 40), "a span of"),
+            (changed("spans", 1, 2561), "a span of 2561 bytes"),
+            (changed("spans", 2, 2304), "a span of"),
+            (changed("spans", 3, 0), "span|place|overlaps"),
+            (changed("spans", 6, 1 << 40), "lies in no span|no place|outside the heap"),
+        ],
+    )
+    def test_wrong_records_change_nothing(self, change: Any, message: str) -> None:
+        store = store_of(SAVED_BYTES, **SAVED)
+        with pytest.raises(ValueError, match=message):
+            store.restore(change(saved()))
+        store.check()
+        assert store.stats().free_bytes == SAVED_BYTES
+        store.restore(saved())
+        store.check()
+
+    @pytest.mark.parametrize("damage", range(60))
+    def test_any_number_may_be_wrong(self, damage: int) -> None:
+        source, records = random.Random(damage), saved()
+        name = source.choice(["addresses", "groups", "spans"])
+        at = source.randrange(getattr(records, name).size)
+        value = source.choice([-1, 0, 1, 256, 2560, 5120, 1 << 40, (1 << 63) - 256, -(1 << 63)])
+        store = store_of(SAVED_BYTES, **SAVED)
+        try:
+            store.restore(changed(name, at, value)(records))
+        except ValueError:
+            assert len(store) == 0
+        store.check()
+
+    def test_a_store_of_other_bytes_or_that_has_chunks_refuses(self) -> None:
+        with pytest.raises(ValueError, match=r"a span of|cannot reserve"):
+            store_of(4096, **SAVED).restore(saved())
+        store = store_of(SAVED_BYTES, **SAVED)
+        filled(store, "f7")
+        with pytest.raises(ValueError, match="only an empty store"):
+            store.restore(saved())
+        assert "f7" in store
+        store.check()
+
+    def test_no_chunk_crosses_a_border(self) -> None:
+        records = saved()
+        with pytest.raises(ValueError, match=r"a span of|segments"):
+            store_of(SAVED_BYTES, 4096, **SAVED).restore(records)
+
+
 SHAPES = {
     "gemma": (655360, 589824, 524288),
     "four": (7 << 16, 5 << 16, 3 << 16, 2 << 16),
@@ -396,7 +525,8 @@ class StoreMachine(RuleBasedStateMachine):
     )
     def begin(self, tags: str, units: int, segment: int | None) -> None:
         self.sizes = {tag: GROUPS[tag] for tag in tags}
-        self.store = store_of(units * CHUNK_ALIGN_BYTES, segment, **self.sizes)
+        self.make = partial(store_of, units * CHUNK_ALIGN_BYTES, segment, **self.sizes)
+        self.store = self.make()
         self.naive = NaiveChunks(units * CHUNK_ALIGN_BYTES, self.sizes)
         self.has_borders = segment is not None
         self.loads: list[list[str]] = []
@@ -504,6 +634,25 @@ class StoreMachine(RuleBasedStateMachine):
         self.naive.reset()
         self.loads.clear()
         self.order.clear()
+
+    @rule()
+    def restart(self) -> None:
+        """Another store finds what is ready, and goes on with the order of use."""
+        records, naive = self.store.records(), self.naive
+        ready = [key for key, chunk in naive.chunks.items() if not chunk.is_pending]
+        assert sorted(records.keys) == sorted(ready)
+        found = {key: self.store.find(key).address for key in ready}  # type: ignore[union-attr]
+        assert dict(zip(records.keys, records.addresses.tolist(), strict=True)) == found
+        self.store = self.make()
+        self.store.restore(records)
+        again = self.store.records()
+        assert again.keys == records.keys
+        assert again.spans.tolist() == records.spans.tolist()
+        if len(self.sizes) == 1:
+            assert records.keys == [key for key in self.order if key in ready]
+        naive.restart()
+        self.loads.clear()
+        self.order = [key for key in self.order if key in naive.chunks]
 
     @invariant()
     def nothing_is_lost(self) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +37,8 @@ GROWING = [prompt(30 + number, 90) for number in range(4)]
 """Four prompts whose answers take more blocks than they do."""
 
 SCRIPT = Path(vllm_engines.__file__).with_name("vllm_rounds.py")
+
+LIVES = SCRIPT.with_name("vllm_lives.py")
 
 
 @pytest.fixture(scope="module")
@@ -384,6 +387,7 @@ class TestMistakes:
             ({"numa_node": -1}, "numa_node"),
             ({"secondary_tiers": []}, "secondary_tiers"),
             ({"blocks_per_chunk": "two"}, "blocks_per_chunk"),
+            ({"index_path": "/tmp/index"}, "index_path.*heap_path"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
@@ -489,21 +493,81 @@ class TestScriptsForVLLM:
 
 def in_processes(model: str, out: Path, timeout_s: int, **options: Any) -> dict[str, Any]:
     """Two rounds in a process of their own, whose engine has processes of its own."""
+    found, _ = run(SCRIPT, model, options, out, "1", timeout_s)
+    return found
+
+
+def run(
+    script: Path, model: str, options: Any, out: Path, has_processes: str, timeout_s: int
+) -> tuple[dict[str, Any], str]:
+    """What a script of an engine wrote, and what it said. It may have been killed."""
     environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": has_processes,
+        "PYTHONPATH": os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), model, json.dumps(options), str(out)],
+        [sys.executable, str(script), model, json.dumps(options), str(out)],
         env=environment,
         capture_output=True,
         text=True,
         timeout=timeout_s,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-4000:]
     found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    return found, done.stderr
+
+
+class TestRestart:
+    """An engine after another, each in a process of its own, on the same heap."""
+
+    COLD: ClassVar[list[int]] = [0, 160, 160]  # each prompt finds the shared head of the first
+    WARM: ClassVar[list[int]] = [192, 192, 192]
+
+    @pytest.fixture
+    def live(
+        self, models: dict[str, str], answers: Any, tmp_path: Path
+    ) -> Callable[..., tuple[list[int], str]]:
+        """One life of an engine: the cached tokens of HEADS, and what the engine said."""
+
+        def live(
+            model: str = "plain", has_processes: str = "0", is_right: bool = True, **life: Any
+        ) -> tuple[list[int], str]:
+            paths = {"heap_path": str(tmp_path / "heap"), "index_path": str(tmp_path / "index")}
+            life["extra"] = paths | life.get("extra", {})
+            found, said = run(LIVES, models[model], life, tmp_path / "found", has_processes, 300)
+            (right,) = found["answers"]
+            assert (right == answers[model]["heads"]) is is_right
+            (cached,) = found["cached"]
+            return cached, said
+
+        return live
+
+    def test_the_next_process_finds_the_chunks(self, live: Any, tmp_path: Path) -> None:
+        assert live()[0] == self.COLD
+        kept = {name: (tmp_path / name).read_bytes() for name in ("heap.0", "index")}
+        assert live(end="kill")[0] == self.WARM
+        assert not (tmp_path / "index").exists()
+        assert live()[0] == self.COLD, "a killed engine leaves no chunks to find"
+        (tmp_path / "index").write_bytes(kept["index"])
+        cached, said = live()
+        assert cached == self.COLD
+        assert "its bytes were changed after the index was written" in said
+        # The control: the tokens come from the file's bytes, behind the page of its label.
+        (tmp_path / "index").write_bytes(kept["index"])
+        label, heap = kept["heap.0"][:4096], kept["heap.0"][4096:]
+        (tmp_path / "heap.0").write_bytes(label + bytes(len(heap)))
+        assert live(is_right=False)[0] == self.WARM
+
+    def test_hybrid_models_in_other_processes(self, live: Any, tmp_path: Path) -> None:
+        """vLLM may kill the scheduler's process before it shuts it down; the index is there."""
+        options = {"model": "hybrid", "has_processes": "1"}
+        assert live(**options)[0][0] == 0  # the others come when they come
+        assert (tmp_path / "index").exists()
+        assert live(**options)[0] == self.WARM
+        cached, said = live(**options, extra={"cpu_bytes_to_use": 32 << 20})
+        assert cached[0] == 0
+        assert "bytes of a heap is 33554432, was 67108864" in said
 
 
 def require_rounds(found: dict[str, Any], expected: list[Answer]) -> None:

@@ -126,11 +126,25 @@ def test_an_index_needs_a_heap_that_stays() -> None:
     assert of(index_path="/i", heap_path="/h").index_path == "/i"
 
 
+@pytest.mark.parametrize("index_path", ["/d/h", "/d/h.0", "/d/h.12", "/d/h.dp3.0", "/d/x/../h.1"])
+def test_an_index_is_no_heap(index_path: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"\['index_path'\] is .* a file of 'heap_path' \('/d/h'\)"
+    ):
+        of(index_path=index_path, heap_path="/d/h")
+
+
+def test_an_index_may_lie_beside_the_heap() -> None:
+    for index_path in ("/d/h.index", "/d/h0", "/h.0", "/d/hx0"):
+        assert of(index_path=index_path, heap_path="/d/h").index_path == index_path
+
+
 def test_the_scheduler_side_imports_without_vllm_and_torch() -> None:
     program = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(('vllm', 'torch', 'triton')))\n"
         "from kvheap.integrations.vllm import chunk_store, eviction, groups, offers, settings\n"
+        "from kvheap.integrations.vllm import restart\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
