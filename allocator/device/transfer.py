@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvheap.device.completion import Answer, Completion
 from kvheap.device.copy_device import CopyDevice
-from kvheap.device.directions import Direction, FileDirection, FilePath, Path
+from kvheap.device.directions import Direction, Path
 from kvheap.device.events import DeviceEvent
 from kvheap.device.host_queue import HostEvent
 from kvheap.errors import TransferError
@@ -90,14 +90,14 @@ class Part:
 
 @untraced_class
 class Transfer:
-    """A copy in progress. Created by ``copy``, ``offload`` and ``restore``, and by a ``FileTier``.
+    """A copy in progress. Created by ``copy``, ``offload`` and ``restore``.
 
     Use it as a context manager, or await it: both wait for the copy and raise its error. Dropping
     it changes nothing: the copy continues, and its bytes stay protected.
 
     Attributes:
-        path: the path taken: ``kernel``, ``copy_engine``, ``staged``, ``host``; ``file`` for files.
-        direction: ``h2d``, ``d2h``, ``d2d``, ``p2p`` or ``h2h``; ``h2f`` and ``f2h`` for files.
+        path: the path that was taken: ``kernel``, ``copy_engine``, ``staged`` or ``host``.
+        direction: ``h2d``, ``d2h``, ``d2d``, ``p2p`` or ``h2h``.
         num_bytes: bytes to copy.
         num_runs: number of runs to copy, after merging neighbouring pieces.
         parts: the parts, which end in order, each with ``done``, ``wait`` and ``wait_stream``;
@@ -121,8 +121,8 @@ class Transfer:
         self,
         completion: Completion,
         *,
-        path: Path | FilePath,
-        direction: Direction | FileDirection,
+        path: Path,
+        direction: Direction,
         num_bytes: int,
         num_runs: int,
         device: CopyDevice | None,

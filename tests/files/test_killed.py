@@ -1,4 +1,4 @@
-"""A process that is killed at any moment: nothing torn is served, nothing that has ended is lost."""
+"""A process that is killed at any moment: nothing torn is served, no ended store is lost."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class TestIdentity:
         with open_tier(folder) as tier:
             stored(tier, heap, [1])
         monkeypatch.setattr(folder_module, "FORMAT_VERSION", 2)
-        with pytest.raises(TierMismatchError, match="format_version is 1, .* opened with 2"):
+        with pytest.raises(TierMismatchError, match=r"format_version is 1, .* opened with 2"):
             open_tier(folder)
 
     @pytest.mark.parametrize(

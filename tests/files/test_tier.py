@@ -209,7 +209,7 @@ class TestMisses:
         keys = [NAMES[1], NAMES[9], NAMES[3]]
         loading = tier.load(keys, heap)
         assert loading is not None
-        with pytest.raises(MissingChunksError, match="not in the tier: b'.*t'") as caught:
+        with pytest.raises(MissingChunksError, match=r"not in the tier: b'.*t'") as caught:
             loading.result(60)
         assert caught.value.missing == (NAMES[9],)
         assert caught.value.damaged == caught.value.failed == ()

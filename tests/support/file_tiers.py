@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from kvheap import BlockLayout, HostMemoryAllocator, MemoryBatch, MemoryFormat
