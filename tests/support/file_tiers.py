@@ -34,7 +34,7 @@ def expected(key: bytes) -> torch.Tensor:
 
 
 def make_heap(num_chunks: int = 64) -> HostMemoryAllocator:
-    return HostMemoryAllocator(num_chunks * PLACE)
+    return HostMemoryAllocator(num_chunks * PLACE, stream_wait_s=0.0)
 
 
 def fill(heap: Any, keys: Sequence[bytes]) -> MemoryBatch:
