@@ -221,5 +221,5 @@ def test_random_calls_against_a_naive_model(order: str) -> None:
         books.check()
         assert {chunk.key: chunk.address for chunk in books._chunks.values()} == at
         assert all((c.loads == PENDING) == (not books.is_ready(c.key)) for c in books.ready())
-    assert num_evicted > 100
+    assert num_evicted > 40
     assert num_refused > 100

@@ -1,4 +1,4 @@
-"""Blocks and chunks while bytes move: frees, drops, evictions, exceptions, closes, threads, forks."""
+"""Blocks and chunks while bytes move: frees, evictions, exceptions, closes, threads, forks."""
 
 from __future__ import annotations
 
@@ -338,7 +338,16 @@ class TestChunks:
             each.result(60)
 
 
-class Raised(Exception):
+def error_of(call: Callable[[], Any], kind: type[Exception]) -> Exception | None:
+    """The error of that kind that a call raises."""
+    try:
+        call()
+    except kind as error:
+        return error
+    return None
+
+
+class StruckError(Exception):
     """What the handler of a signal raises."""
 
 
@@ -349,7 +358,7 @@ class TestExceptions:
         """After each, the call was made or not; nothing leaks, and the tier goes on."""
 
         def strike(number: int, frame: Any) -> None:
-            raise Raised
+            raise StruckError
 
         rng = random.Random(1)
         tier = open_tier(tmp_path / "tier", 12)
@@ -372,7 +381,7 @@ class TestExceptions:
                     signal.setitimer(signal.ITIMER_REAL, rng.uniform(2e-5, 1.5e-3))
                     call()
                     signal.setitimer(signal.ITIMER_REAL, 0)
-                except Raised:
+                except StruckError:
                     num_struck += 1
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -410,16 +419,16 @@ class TestExceptions:
         ]
 
         def fail(*_: Any) -> None:
-            raise Raised
+            raise StruckError
 
         batch = fill(heap, NAMES[10:12])
         with monkeypatch.context() as patch:
             patch.setattr(owner, where, fail)
-            with pytest.raises(Raised):
+            with pytest.raises(StruckError):
                 tier.store(NAMES[10:12], batch)
-            with pytest.raises(Raised):
+            with pytest.raises(StruckError):
                 tier.load(keys, heap)
-            with pytest.raises(Raised):
+            with pytest.raises(StruckError):
                 tier.load(keys, batch)
         assert batch.transfer is None
         assert not wrong_rows(NAMES[10:12], batch)
@@ -438,11 +447,11 @@ class TestExceptions:
         def submit_and_fail(*arguments: Any) -> None:
             submit(*arguments)
             time.sleep(0.1)
-            raise Raised
+            raise StruckError
 
         with monkeypatch.context() as patch:
             patch.setattr(IOThreads, "submit", submit_and_fail)
-            with pytest.raises(Raised):
+            with pytest.raises(StruckError):
                 tier.store(NAMES[:2], batch)
         assert tier.lookup(NAMES[:2]).all()
         heap.batched_free(batch)
@@ -466,18 +475,15 @@ class TestFinalizers:
     ) -> None:
         """Most run on threads of the tier, where waiting for it raises."""
         batch, real = fill(heap, NAMES[:4]), ChunkIndex.write
-        raised: list[BaseException] = []
+        raised: list[BaseException | None] = []
         seen: list[Any] = []
 
         def call_back(self: ChunkIndex, *arguments: Any) -> None:
             seen.extend((tier.stats(), tier.keys(), tier.lookup(NAMES)))
             tier.touch(NAMES)
             again.append(tier.store(NAMES[8:9], other))
-            for wait in (again[0].wait, lambda: tier.remove(NAMES), tier.check, storing_waits):
-                try:
-                    wait()
-                except NestedWaitError as error:
-                    raised.append(error)
+            waits = (again[0].wait, lambda: tier.remove(NAMES), tier.check, storing_waits)
+            raised.extend(error_of(wait, NestedWaitError) for wait in waits)
             monkeypatch.setattr(ChunkIndex, "write", real)
             real(self, *arguments)
 
@@ -496,6 +502,7 @@ class TestFinalizers:
         storing[0].result(60)
         again[0].result(60)
         assert len(raised) == 4
+        assert all(raised)
         assert len(seen) == 3
 
 
@@ -545,9 +552,11 @@ class TestClose:
                 finally:
                     heap.batched_free(batch)
 
-            def close(_: int, tier: FileTier = tier, begin: Any = begin) -> None:
+            def close(
+                _: int, tier: FileTier = tier, begin: Any = begin, n: int = round_number
+            ) -> None:
                 begin.wait()
-                time.sleep(0.0005 * (round_number % 4))
+                time.sleep(0.0005 * (n % 4))
                 tier.close(60)
 
             def guarded(call: Any, at: int, errors: Any = errors) -> None:
@@ -654,24 +663,17 @@ class TestFork:
         storing, batch = begun(tier, heap, gate, "store")
 
         def use_it() -> list[str]:
-            found = []
-            for call in (
+            calls: list[Callable[[], Any]] = [
                 lambda: tier.lookup(NAMES),
                 lambda: tier.store(NAMES[8:9], batch[:1]),
                 lambda: tier.load(NAMES[8:9], heap),
                 lambda: tier.remove(NAMES),
                 tier.check,
-            ):
-                try:
-                    call()
-                except ClosedError as error:
-                    found.append(str(error))
-            try:
-                storing.result(10)
-            except TransferError as error:
-                found.append(str(error))
+            ]
+            found = [error_of(call, ClosedError) for call in calls]
+            found.append(error_of(lambda: storing.result(10), TransferError))
             tier.close()
-            return found
+            return [str(error) for error in found]
 
         found = in_a_child(use_it)
         assert len(found) == 6
