@@ -120,7 +120,7 @@ class FileTier:
         *,
         namespace: str,
         order: str = "lru",
-        threads: int = 2,
+        threads: int = 4,
         direct: bool = True,
         durable: bool = False,
     ) -> None:
