@@ -113,10 +113,9 @@ class ChunkFile:
         self._books = Books(num_places, place_bytes, order)
         self.is_ready = self._books.is_ready
         """Whether a key's chunk can be loaded. O(1); may be called on any thread."""
-        self._lock = threading.Lock()  # for the books, the counts and the next two
+        self.start_over_after_fork()
         self._counts = _Counts()
         self._stale: dict[bytes, None] = {}  # keys that the index has or may have, wrongly
-        self._index_lock = threading.Lock()  # for the index; taken first
         self._stages: list[Callable[[], object]] = []  # of closing, the last one first
         try:
             self._file = DataFile(folder.data_path, num_places * place_bytes, direct)
@@ -134,6 +133,11 @@ class ChunkFile:
             raise
         self.stats = self._stats()
         """The latest snapshot."""
+
+    def start_over_after_fork(self) -> None:
+        """Replace the locks in a forked child, which only looks at the last snapshot."""
+        self._index_lock = threading.Lock()  # for the index; taken first
+        self._lock = threading.Lock()  # for the books, the counts and what is stale
 
     def _restore(self) -> None:
         """Take over what an earlier owner has left in the index."""

@@ -8,6 +8,7 @@ the others do; idle threads of the same queue help with its pieces.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,6 +18,8 @@ from typing import Generic, Literal, TypeVar
 from kvheap.kernels.latch import Latch
 
 __all__ = ["IOThreads", "Kind"]
+
+LOGGER = logging.getLogger("kvheap")
 
 Answer = TypeVar("Answer")
 Piece = TypeVar("Piece")
@@ -70,7 +73,7 @@ class IOThreads:
         here.queue = queue
         while (job := queue.get()) is not None:
             here.is_busy = True
-            job()
+            _make(job)
             here.is_busy = False
             del job  # it may keep memory alive
         queue.put(None)  # for the next thread of this queue
@@ -141,7 +144,7 @@ class IOThreads:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
-        last()
+        _make(last)
         self.have_ended.open()
 
 
@@ -151,11 +154,9 @@ class _SharedWork(Generic[Piece]):
     def __init__(self, task: Callable[[Piece], object], pieces: Sequence[Piece]) -> None:
         self._task: Callable[[Piece], object] | None = task
         self._left: Iterator[Piece] = iter(pieces)
-        self._num_left = len(pieces)
-        self._lock = threading.Lock()
-        self._is_done = threading.Event()
-        if not pieces:
-            self._is_done.set()
+        self._num_pieces = len(pieces)
+        self._done: list[int] = []  # by each thread that took some
+        self._is_done = Latch()
 
     def help(self) -> None:
         """Take pieces until none is left."""
@@ -166,16 +167,23 @@ class _SharedWork(Generic[Piece]):
         for piece in self._left:
             task(piece)
             done += 1
-        with self._lock:
-            self._num_left -= done
-            if not self._num_left:
-                self._is_done.set()
+        self._done.append(done)
+        if sum(self._done) == self._num_pieces:  # the last one to append sees all
+            self._is_done.open()
 
     def finish(self) -> None:
         """Take pieces until none is left, and wait for those that others have taken."""
         self.help()
         self._is_done.wait()
         self._task = None
+
+
+def _make(job: Job) -> None:
+    """Make a job; one that nobody waits for leaves its error to the log."""
+    try:
+        job()
+    except BaseException:
+        LOGGER.exception("a job of a FileTier has failed")
 
 
 def _nothing() -> None:

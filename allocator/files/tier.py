@@ -474,6 +474,7 @@ class FileTier:
     def start_over_after_fork(self) -> None:
         """Give the tier up in a forked child: its threads and its index are the parent's."""
         self._is_foreign = True
+        self._file.start_over_after_fork()
         self._folder.unlock()
 
     def __enter__(self) -> FileTier:

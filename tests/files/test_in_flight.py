@@ -457,6 +457,21 @@ class TestExceptions:
         heap.batched_free(batch)
         assert heap.stats().allocated_bytes == 0
 
+    def test_an_error_in_a_call_that_nobody_waits_for(
+        self,
+        tier: FileTier,
+        heap: HostMemoryAllocator,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        from kvheap.files.books import Books
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Books, "touch", lambda *_: 1 / 0)
+            tier.touch(NAMES)
+            tier.check()  # behind it, on the same thread
+        assert "a job of a FileTier has failed" in caplog.text
+
     def test_an_error_of_our_own_in_a_job_ends_it(
         self, tier: FileTier, heap: HostMemoryAllocator, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -526,6 +541,20 @@ class TestClose:
         later.result()
         with open_tier(tmp_path / "tier") as tier:
             assert tier.lookup(NAMES[:6]).all()
+
+    def test_files_that_cannot_be_closed(
+        self, tmp_path: Path, heap: HostMemoryAllocator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The folder is free all the same, and what was stored is there."""
+        tier = open_tier(tmp_path / "tier")
+        stored(tier, heap, [1])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", lambda fd: 1 / 0)
+            patch.setattr(ChunkIndex, "close", lambda self: 1 / 0)
+            tier.close(60)
+        tier._file._index._env.close()
+        with open_tier(tmp_path / "tier") as tier:
+            assert tier.keys() == [NAMES[1]]
 
     def test_several_threads_close_and_move(
         self, tmp_path: Path, heap: HostMemoryAllocator
