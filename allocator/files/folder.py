@@ -54,7 +54,7 @@ class TierFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, object]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the working directory may change
         self._identity = {"format_version": FORMAT_VERSION, **identity}
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_fd = self._locked()

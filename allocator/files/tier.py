@@ -60,6 +60,8 @@ __all__ = ["FileTier"]
 
 LOGGER = logging.getLogger("kvheap")
 
+ADDRESS_BITS = 63
+
 EXIT_S = 60.0
 """Seconds that the end of a program waits for the jobs of a tier that was not closed."""
 
@@ -132,6 +134,8 @@ class FileTier:
                 f"BlockLayout.of(shapes, dtypes, fmt)"
             )
         size = require_count("size", size)
+        if size >= 1 << ADDRESS_BITS:
+            raise ValueError(f"size must be less than 2**{ADDRESS_BITS}, got {size}")
         threads = require_count("threads", threads, at_least=1)
         require_flags(direct=direct, durable=durable)
         if not isinstance(namespace, str):

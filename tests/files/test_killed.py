@@ -32,8 +32,11 @@ class Victim:
         command = [sys.executable, file_tiers.__file__, str(folder), kind]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def killed_after(self, seed: int, seconds: float) -> tuple[list[bytes], set[bytes]]:
-        """Kill a new worker; returns the keys whose store had ended, and those removed."""
+    def killed_after(self, seed: int, seconds: float) -> dict[str, list[bytes]]:
+        """Kill a new worker; returns the keys of what it has reported.
+
+        ``+``: the store had ended; ``?``: it was about to be removed; ``-``: it was removed.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(b"%d\n" % seed)
@@ -46,9 +49,10 @@ class Victim:
         os.kill(pid, signal.SIGKILL)
         while records[-1][:1] != b".":
             records.append(self.process.stdout.read(RECORD))
-        stored = [record[1:] for record in records if record[:1] == b"+"]
-        removed = {record[1:] for record in records if record[:1] == b"-"}
-        return stored, removed
+        return {
+            kind: [record[1:] for record in records if record[:1] == kind.encode()]
+            for kind in "+?-"
+        }
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -75,7 +79,7 @@ def test_nothing_torn_is_found_and_nothing_that_ended_is_lost(
     heap = make_heap(NUM_CHUNKS)
     num_stored = num_found = 0
     for seed in range(1, KILLS + 1):
-        ended, removed = victim.killed_after(seed, rng.uniform(0.02, 0.3))
+        reports = victim.killed_after(seed, rng.uniform(0.02, 0.3))
         with open_tier(tmp_path / "tier", NUM_CHUNKS) as tier:
             tier.check()
             keys = tier.keys()
@@ -85,11 +89,11 @@ def test_nothing_torn_is_found_and_nothing_that_ended_is_lost(
             assert not wrong_rows(keys, loading.batch)
             heap.batched_free(loading.batch)
             # A full tier evicts the oldest, and what was under way is one batch.
-            latest = [key for key in ended[-2 * BATCH :] if key not in removed]
+            latest = [key for key in reports["+"][-2 * BATCH :] if key not in reports["?"]]
             assert tier.lookup(latest).all()
-            assert not tier.lookup(list(removed)).any()
+            assert not tier.lookup(reports["-"]).any()
             assert tier.stats().dropped_chunks == 0
-        num_stored += len(ended)
+        num_stored += len(reports["+"])
         num_found += len(keys)
     assert num_stored > KILLS * BATCH  # it did work
     assert num_found > KILLS * BATCH

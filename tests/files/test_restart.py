@@ -58,6 +58,17 @@ class TestRestart:
                 assert tier.stats().restored_chunks == first
                 stored(tier, heap, range(first, first + 4))
 
+    def test_a_relative_path_and_another_working_directory(
+        self, tmp_path: Path, heap: HostMemoryAllocator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        tier = open_tier("tier")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        stored(tier, heap, [1])
+        tier.close()
+        assert json.loads((tmp_path / "tier" / "tier.json").read_text())["is_closed"]
+
     def test_the_order_of_use_comes_back(self, folder: Path, heap: HostMemoryAllocator) -> None:
         with open_tier(folder, 4) as tier:
             for number in range(1, 5):

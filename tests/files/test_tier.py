@@ -571,6 +571,7 @@ class TestArguments:
             ({"size": -1}, "size must be non-negative"),
             ({"size": 4096.0}, "size must be an integer"),
             ({"size": PLACE - 1}, "size must be at least 16384"),
+            ({"size": 1 << 63}, r"size must be less than 2\*\*63"),
             ({"layout": [2048]}, "layout must be a BlockLayout"),
             ({"namespace": ""}, "namespace must name"),
             ({"namespace": None}, "namespace must be a text"),

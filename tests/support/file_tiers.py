@@ -110,11 +110,16 @@ def work(folder: str, seed: int, report: int) -> None:
             loading.succeeded(60)
             heap.batched_free(loading.batch)
         if known and rng.random() < 0.2:
-            gone = tier.remove([rng.choice(known)])
-            os.write(report, b"".join(b"-" + key for key in gone))
+            key = rng.choice(known)
+            os.write(report, b"?" + key)
+            tier.remove([key])
+            os.write(report, b"-" + key)
         transfer.result(60)
         os.write(report, b"".join(b"+" + key for key in keys))
         known = (known + keys)[-3 * BATCH :]
+        if rng.random() < 0.1:
+            tier.close()
+            tier = open_tier(folder, NUM_CHUNKS, threads=2)
 
 
 def main(folder: str, kind: str) -> None:
