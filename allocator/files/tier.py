@@ -51,7 +51,7 @@ from kvheap.files.host_blocks import HostBlocks
 from kvheap.files.io_threads import IOThreads, Kind
 from kvheap.files.packages import need_lmdb, need_xxhash
 from kvheap.files.tier_stats import FileTierStats
-from kvheap.files.transfers import FileJob, FileTransfer
+from kvheap.files.transfers import FileJob, FileTransfer, Filling
 from kvheap.forks import starts_over_after_fork
 from kvheap.prefix.keys import require_key_list, require_keys
 from kvheap.prefix.orders import ORDERS
@@ -234,7 +234,8 @@ class FileTier:
         Args:
             keys: bytes, 1 to 511 each, no two equal, the head of the prefix first.
             batch: a batch, or objects of one heap, of the tier's layout; as many as there are keys.
-                A block that a transfer still fills is written once that has ended.
+                Blocks that a transfer still fills are written once that has ended. Do not change
+                blocks until their store has ended.
 
         Returns:
             The transfer. Its end means that the chunks can be loaded.
@@ -252,10 +253,10 @@ class FileTier:
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"keys must not name a chunk twice, got {twice!r} twice")
         rows = self._rows_of("batch", batch, len(names))
-        before = [transfer for transfer in _filling(rows) if transfer is not None]
-        for transfer in before:
+        filling = _filling(rows)
+        for transfer in filling:
             transfer.require_success()
-        waits = [transfer.result for transfer in before if not transfer.done()]
+        waits = [transfer.result for transfer in filling if not transfer.done()]
         return self._begin("store", names, batch, rows, waits)
 
     def load(self, keys: Sequence[bytes], into: Heap | BlockObjects) -> FileTransfer | None:
@@ -264,8 +265,10 @@ class FileTier:
         Args:
             keys: bytes, the head of the prefix first. A key may be named twice.
             into: a heap in host memory, which allocates a batch for all keys; or blocks of the
-                tier's layout, as many as there are keys. The result's ``batch`` is that batch, and
-                its ``transfer`` is set, so that copies and handles wait for the bytes.
+                tier's layout, as many as there are keys, which are filled once the transfers that
+                use them have ended. The result's ``batch`` is that batch, and its ``transfer`` is
+                set, so that copies and handles wait for the bytes. Wait for it yourself before you
+                read or copy blocks that were given as single objects.
 
         Returns:
             The transfer; None if ``into`` is a heap without room. Chunks that are missing or
@@ -301,11 +304,9 @@ class FileTier:
             part.batch.require_writable()
             if part.rows is not None and len(np.unique(part.rows)) < len(part.rows):
                 raise ValueError("into must not name a block twice")
-        before = [transfer for transfer in _filling(rows) if transfer is not None]
-        waits = [transfer.wait for transfer in before if not transfer.done()]
         for part in rows:
             part.batch.stored_tokens.forget(part.rows)
-        return self._begin("load", names, into, rows, waits)
+        return self._begin("load", names, into, rows, [])
 
     def _rows_of(self, name: str, blocks: BlockObjects, num_keys: int) -> list[Rows]:
         """The blocks of a call by batch; raises if they are not what the tier moves."""
@@ -333,9 +334,14 @@ class FileTier:
         rows: list[Rows],
         before: Sequence[Any],
     ) -> FileTransfer:
-        """Protect blocks, and let a thread move them."""
+        """Protect blocks, and let a thread move them once other transfers have done with them."""
+        users = _users_of(rows)
+        if kind == "load":
+            before = [*before, *[user.wait for user in users]]
+        else:  # others may read them at the same time
+            before = [*before, *[user.arrive for user in users if isinstance(user, Filling)]]
         memory, host_blocks = self._host_blocks(blocks, rows)
-        completion = Completion(memory)
+        completion = Filling(memory) if kind == "load" else Completion(memory)
         work = self._file.store if kind == "store" else self._file.load
         task: partial[Moved] = partial(work, names, host_blocks, self._threads.share)
         job = FileJob(before, task, completion, self._threads)
@@ -522,9 +528,22 @@ def _as_keys(keys: Any, is_list: bool = False) -> list[bytes]:
     return found
 
 
-def _filling(rows: list[Rows]) -> list[Transfer | None]:
-    """The transfers that fill blocks."""
-    return [part.batch.transfer for part in rows]
+def _filling(rows: list[Rows]) -> list[Transfer]:
+    """The transfers that fill batches as a whole."""
+    transfers = [part.batch.transfer for part in rows]
+    return [transfer for transfer in transfers if transfer is not None]
+
+
+def _users_of(rows: list[Rows]) -> list[Completion]:
+    """The transfers that read or fill any of these blocks now."""
+    users: dict[int, Completion] = {}
+    for part in rows:
+        counts = part.batch.counts
+        if counts.streams is not None:
+            for stream in counts.streams_now(part.rows).values():
+                if isinstance(stream, Completion) and not stream.has_ended:
+                    users[id(stream)] = stream
+    return list(users.values())
 
 
 def _require_host(heap: Heap, name: str) -> None:

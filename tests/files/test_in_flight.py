@@ -186,6 +186,47 @@ class TestBlocks:
         loading.result(60)
         assert not wrong_rows(NAMES[:4], far)
 
+    def test_a_load_into_what_is_being_stored_waits_for_it(
+        self, tier: FileTier, heap: HostMemoryAllocator, gate: Gate
+    ) -> None:
+        stored(tier, heap, range(10, 14))
+        storing, batch = begun(tier, heap, gate, "store")
+        loading = tier.load(NAMES[10:14], batch)
+        assert loading is not None
+        assert not loading.wait(0.05)
+        gate.open()
+        storing.result(60)
+        loading.result(60)
+        assert not wrong_rows(NAMES[10:14], batch)
+        again = tier.load(NAMES[:4], heap)
+        assert again is not None
+        again.result(60)  # what was stored are the bytes of before
+        assert not wrong_rows(NAMES[:4], again.batch)
+
+    def test_single_objects_that_are_loaded_are_stored_and_loaded_anew_afterwards(
+        self, tier: FileTier, heap: HostMemoryAllocator, gate: Gate
+    ) -> None:
+        stored(tier, heap, range(4))
+        stored(tier, heap, range(4, 8))
+        batch = fill(heap, NAMES[20:24])
+        blocks = [batch[0], batch[2]]
+        gate.close()
+        loading = tier.load(NAMES[1:3], blocks)
+        gate.wait_until_reached()
+        storing = tier.store(NAMES[30:32], blocks)
+        anew = tier.load(NAMES[4:6], blocks)
+        other = tier.store(NAMES[32:33], [batch[1]])  # a block that nobody fills
+        gate.open()
+        for each in (loading, storing, anew, other):
+            assert each is not None
+            each.result(60)
+        assert not wrong_rows(NAMES[4:6], blocks)
+        assert not wrong_rows([NAMES[21]], [batch[1]])
+        back = tier.load(NAMES[30:32], heap)
+        assert back is not None
+        back.result(60)
+        assert not wrong_rows(NAMES[1:3], back.batch)
+
     def test_what_could_not_be_filled_is_not_stored(
         self, tier: FileTier, heap: HostMemoryAllocator
     ) -> None:
