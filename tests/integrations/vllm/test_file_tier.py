@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vllm_cpu_scenes import need_engine
+from vllm_cpu_scenes import need_engine, need_vllm
 
-need_engine()
+need_vllm()
 pytest.importorskip("lmdb")
 pytest.importorskip("xxhash")
 
@@ -199,6 +199,7 @@ class TestAsVllmCallsIt:
 
 
 def test_an_engine_finds_what_an_earlier_one_has_computed(tmp_path: Path) -> None:
+    need_engine()
     model = vllm_engines.make_plain(tmp_path / "model")
     plain = Engine(model, enable_prefix_caching=False, max_num_seqs=1)
     answers = plain.generate(HEADS)
