@@ -10,6 +10,7 @@ NEED_VLLM = {
         "chunk_memory",
         "connector",
         "failures",
+        "file_tier",
         "geometry",
         "identity",
         "locations",

@@ -64,6 +64,18 @@ NEEDED = {
         "SharedOffloadRegion.cleanup",
     ),
     "vllm.v1.kv_offload.factory": ("OffloadingSpecFactory.get_spec_cls",),
+    "vllm.v1.kv_offload.tiering.base": (
+        "JobResult",
+        "SecondaryTierManager.block_size_bytes",
+        "SecondaryTierManager.drain_jobs",
+        "SecondaryTierManager.get_finished_jobs",
+        "SecondaryTierManager.lookup",
+        "SecondaryTierManager.shutdown",
+        "SecondaryTierManager.submit_load",
+        "SecondaryTierManager.submit_store",
+        "SecondaryTierManager.touch",
+        "TransferJob",
+    ),
     "vllm.v1.kv_offload.tiering.spec": (
         "TieringOffloadingSpec.get_manager",
         "TieringOffloadingSpec.get_worker",

@@ -1,0 +1,149 @@
+"""``TierFolder``: who has a tier's folder, whose chunks are in it, and whether they can be trusted.
+
+::
+
+    lock       held by flock while a FileTier has the folder; the process is written into it
+    tier.json  identity and state: whether the tier was closed, and since which boot it is open
+    chunks     the bytes: places of one size
+    index      LMDB: which key is at which place, with its checksum
+
+After ``kill -9`` the kernel still has what the process wrote, and writes it in its own time. After
+a loss of power, only what was synchronized is there. LMDB is not synchronized at each commit unless
+the tier is durable, and may then be torn. So ``tier.json`` names the boot: if the machine has been
+started anew since a tier was opened, which was neither closed nor durable, its index is dropped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from kvheap.files.errors import TierInUseError, TierMismatchError
+
+__all__ = ["FORMAT_VERSION", "TierFolder", "boot_id"]
+
+FORMAT_VERSION = 1
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot_id() -> str:
+    """What the kernel calls this boot of the machine; empty if it does not say."""
+    try:
+        return BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+class TierFolder:
+    """The folder of one tier, locked for this object.
+
+    Args:
+        path: the folder; made if it is missing, for this user only.
+        identity: what must be equal for the chunks to be of use, by name.
+
+    Raises:
+        TierInUseError: another object, here or in another process, has the folder.
+        TierMismatchError: the folder holds chunks of another identity.
+        OSError: the folder cannot be made, read or written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, object]) -> None:
+        self.path = Path(path).absolute()  # the working directory may change
+        self._identity = {"format_version": FORMAT_VERSION, **identity}
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock_fd = self._locked()
+        try:
+            state = self._read()
+            self.is_trusted = state is not None and (
+                state["is_closed"] or state["is_durable"] or (state["boot_id"] == boot_id() != "")
+            )
+            """Whether the index is as its last owner left it; false too if there is none."""
+            if not self.is_trusted:
+                for name in ("index", "index-lock"):
+                    with suppress(FileNotFoundError):
+                        os.unlink(self.path / name)
+        except BaseException:
+            self.unlock()
+            raise
+
+    @property
+    def data_path(self) -> Path:
+        """The file of the chunks' bytes."""
+        return self.path / "chunks"
+
+    @property
+    def index_path(self) -> Path:
+        """The file of the index."""
+        return self.path / "index"
+
+    def write_state(self, *, is_closed: bool, is_durable: bool) -> None:
+        """Note whether the tier is open, in one step that also outlives a loss of power."""
+        state = {
+            "identity": self._identity,
+            "is_closed": is_closed,
+            "is_durable": is_durable,
+            "boot_id": boot_id(),
+        }
+        new = self.path / "tier.json.new"
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(state, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.path / "tier.json")
+        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def unlock(self) -> None:
+        """Let others have the folder. In a forked child, the parent keeps it."""
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _locked(self) -> int:
+        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                # Of the open file, not of the process: a second open here does not get it either,
+                # and the kernel gives it up when the process dies.
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+                owner = int(pid) if pid.isdigit() else None
+                raise TierInUseError(str(self.path), owner) from None
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _read(self) -> dict[str, Any] | None:
+        """The state that the last owner has left; None if there was none."""
+        file = self.path / "tier.json"
+        try:
+            text = file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        try:
+            state = json.loads(text)
+            found = dict(state["identity"])
+            flags = [state["is_closed"], state["is_durable"]]
+            is_read = all(isinstance(flag, bool) for flag in flags)
+            is_read &= isinstance(state["boot_id"], str)
+        except (ValueError, KeyError, TypeError):
+            is_read = False
+        if not is_read:
+            raise TierMismatchError(str(file), "the content", text[:60], "a FileTier's tier.json")
+        for name, wanted in self._identity.items():
+            if found.get(name) != wanted:
+                raise TierMismatchError(str(file), name, found.get(name), wanted)
+        return dict(state)

@@ -1,0 +1,568 @@
+"""``FileTier``: chunks of a host heap in a file, which outlive the process.
+
+>>> import tempfile, torch
+>>> from kvheap import BlockLayout, HostMemoryAllocator, MemoryFormat
+>>> from kvheap.files import FileTier
+>>> heap = HostMemoryAllocator(1 << 20)
+>>> layout = BlockLayout.of([2, 4, 16, 8], torch.float16, MemoryFormat.KV_2LTD)
+>>> kv = torch.randn(3, 2, 4, 16, 8).half()
+>>> batch = heap.batched_allocate(layout.shapes[0], torch.float16, 3, layout.fmt, source=kv)
+>>> folder = tempfile.TemporaryDirectory()
+>>> with FileTier(folder.name, 1 << 20, layout, namespace="a model") as tier:
+...     tier.store([b"a", b"b", b"c"], batch).result()
+>>> tier = FileTier(folder.name, 1 << 20, layout, namespace="a model")  # in a later process
+>>> tier.lookup([b"c", b"x"]).tolist()
+[True, False]
+>>> loading = tier.load([b"c"], into=heap)
+>>> loading.result(), torch.equal(loading.batch[0].tensor, kv[2])
+(None, True)
+>>> tier.close()
+>>> folder.cleanup()
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvheap.addresses.arguments import as_seconds, require_count, require_flags
+from kvheap.addresses.integers import round_up
+from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
+from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.blocks.rows import Rows
+from kvheap.device.completion import Completion, in_flight
+from kvheap.device.host_queue import NestedWaitError
+from kvheap.device.transfer import Transfer
+from kvheap.errors import ClosedError
+from kvheap.files.chunk_file import ChunkFile, Moved
+from kvheap.files.chunk_index import MAX_KEY_BYTES
+from kvheap.files.data_file import PLACE_ALIGN_BYTES
+from kvheap.files.folder import TierFolder
+from kvheap.files.host_blocks import HostBlocks
+from kvheap.files.io_threads import IOThreads, Kind
+from kvheap.files.packages import need_lmdb, need_xxhash
+from kvheap.files.tier_stats import FileTierStats
+from kvheap.files.transfers import FileJob, FileTransfer, Filling
+from kvheap.forks import starts_over_after_fork
+from kvheap.prefix.keys import require_key_list, require_keys
+from kvheap.prefix.orders import ORDERS
+
+__all__ = ["FileTier"]
+
+LOGGER = logging.getLogger("kvheap")
+
+ADDRESS_BITS = 63
+
+EXIT_S = 60.0
+"""Seconds that the end of a program waits for the jobs of a tier that was not closed."""
+
+_open_tiers: dict[int, FileTier] = {}
+
+
+class FileTier:
+    """Chunks of one layout in one folder, by their keys.
+
+    Stores and loads are asynchronous: they return at once, and their blocks are protected until the
+    bytes are moved. Blocks must be in host memory, in any heap but ``AdHocMemoryAllocator``. Those
+    of a ``HostMemoryAllocator`` or ``PinMemoryAllocator`` are aligned, and are moved past the page
+    cache.
+
+    =============  ==================================================================
+    purpose        methods
+    =============  ==================================================================
+    look           ``lookup``, ``keys``, ``stats``, ``check``
+    move           ``store``, ``load``, ``touch``
+    drop           ``remove``, ``close``
+    =============  ==================================================================
+
+    All methods may be called by any thread. Finalizers and signal handlers may call them too;
+    ``remove``, ``check`` and ``close`` raise ``NestedWaitError`` in a finalizer that happens to run
+    on a thread of the tier. A forked child cannot use the tier.
+
+    What survives: after ``close``, everything; after ``kill -9``, every chunk whose store had
+    ended; after a loss of power or a crash of the system, with ``durable=True`` the same, else
+    nothing. A chunk whose bytes were damaged since is found by its checksum when it is loaded.
+
+    Args:
+        path: a folder of the tier's own on a local file system; made if it is missing.
+        size: bytes for chunks, rounded down to whole places: chunks rounded up to 4096 bytes. The
+            file is sparse until it is filled. May differ from that of an earlier process: chunks
+            beyond the end of a smaller file are dropped.
+        layout: what a chunk holds.
+        namespace: whose KV it is: name the model, its weights, and the rank in a group of workers.
+            A folder with chunks of another namespace or layout is refused.
+        order: which chunks leave a full tier first: ``lru``, ``arc``, ``s3fifo`` or ``adaptive``.
+        threads: threads for loads, and as many for stores.
+        direct: move aligned blocks past the page cache (``O_DIRECT``) if the file system can do
+            that; ``stats().is_direct`` tells.
+        durable: synchronize bytes and index before a store ends, which takes milliseconds.
+
+    Raises:
+        ImportError: lmdb or xxhash is not installed.
+        TierInUseError: another tier, here or in another process, has the folder.
+        TierMismatchError: the folder has chunks of another namespace or layout. A ``ValueError``.
+        ValueError, TypeError: an argument is wrong; the message names it.
+        OSError: the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        size: int,
+        layout: BlockLayout,
+        *,
+        namespace: str,
+        order: str = "lru",
+        threads: int = 4,
+        direct: bool = True,
+        durable: bool = False,
+    ) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path must be the path of a folder, got {path!r}")
+        if not isinstance(layout, BlockLayout):
+            raise TypeError(
+                f"layout must be a BlockLayout, got {layout!r}: make one with "
+                f"BlockLayout.of(shapes, dtypes, fmt)"
+            )
+        size = require_count("size", size)
+        if size >= 1 << ADDRESS_BITS:
+            raise ValueError(f"size must be less than 2**{ADDRESS_BITS}, got {size}")
+        threads = require_count("threads", threads, at_least=1)
+        require_flags(direct=direct, durable=durable)
+        if not isinstance(namespace, str):
+            raise TypeError(f"namespace must be a text, got {namespace!r}")
+        if not namespace:
+            raise ValueError("namespace must name the model, its weights and the rank, got ''")
+        if not isinstance(order, str) or order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+        place_bytes = round_up(layout.size_bytes, PLACE_ALIGN_BYTES)
+        num_places = size // place_bytes
+        if not num_places:
+            raise ValueError(
+                f"size must be at least {place_bytes}, the bytes of one chunk's place, got {size}"
+            )
+        need_lmdb()
+        need_xxhash()
+        self.layout = layout
+        """What a chunk holds."""
+        self._place_bytes = place_bytes
+        self._is_closing = self._is_foreign = False
+        self._pid = os.getpid()
+        identity = {
+            "namespace": namespace,
+            "layout": str(layout),
+            "chunk_bytes": layout.size_bytes,
+            "place_bytes": place_bytes,
+        }
+        self._folder = TierFolder(path, identity)
+        try:
+            self._file = ChunkFile(
+                self._folder,
+                num_places,
+                layout.size_bytes,
+                place_bytes,
+                ORDERS[order](num_places * place_bytes),
+                direct=direct,
+                is_durable=durable,
+            )
+            try:
+                self._threads = IOThreads(threads)
+            except BaseException:
+                self._file.close()
+                raise
+        except BaseException:
+            self._folder.unlock()
+            raise
+        starts_over_after_fork(self)
+        _open_tiers[id(self)] = self
+
+    # -- look ----------------------------------------------------------------------------------
+
+    def lookup(self, keys: Iterable[bytes]) -> npt.NDArray[np.bool_]:
+        """Which chunks can be loaded now; this is not a use of them. O(N).
+
+        Returns:
+            bool ``[N]``.
+
+        Raises:
+            TypeError, ValueError: a key is wrong; the message names it.
+            ClosedError: the tier is closed, or another process's.
+        """
+        self._require_open()
+        found = _as_keys(keys)
+        return np.fromiter(map(self._file.is_ready, found), np.bool_, len(found))
+
+    def keys(self) -> list[bytes]:
+        """The keys of all chunks that can be loaded. O(n).
+
+        Raises:
+            ClosedError: the tier is closed, or another process's.
+        """
+        self._require_open()
+        return self._file.ready_keys()
+
+    def stats(self) -> FileTierStats:
+        """Bytes and counts. O(1); also of a tier that is closed."""
+        return self._file.stats
+
+    def check(self) -> None:
+        """Check the books against the free list and the index. O(n log n); reads no chunk.
+
+        Raises:
+            HeapCorruptionError: something does not hold; the message names it.
+            ClosedError: the tier is closed, or another process's.
+        """
+        self._ask(self._file.check)
+
+    # -- move ----------------------------------------------------------------------------------
+
+    def store(self, keys: Sequence[bytes], batch: BlockObjects) -> FileTransfer:
+        """Write blocks under keys; returns at once.
+
+        Chunks that are in the tier already are not written again. A full tier evicts chunks that
+        nobody moves; if that does not suffice, the first keys are stored.
+
+        Args:
+            keys: bytes, 1 to 511 each, no two equal, the head of the prefix first.
+            batch: a batch, or objects of one heap, of the tier's layout; as many as there are keys.
+                Blocks that a transfer still fills are written once that has ended. Do not change
+                blocks until their store has ended.
+
+        Returns:
+            The transfer. Its end means that the chunks can be loaded.
+
+        Raises:
+            TypeError, ValueError: a key is wrong or named twice, or the blocks have another layout
+                or number, or are not in host memory; nothing is stored.
+            LifetimeError: a block is freed; nothing is stored.
+            TransferError: the transfer that was to fill a block has failed; nothing is stored.
+            ClosedError: the tier or the heap is closed, or the tier is another process's.
+        """
+        self._require_open()
+        names = _as_keys(keys, is_list=True)
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"keys must not name a chunk twice, got {twice!r} twice")
+        rows = self._rows_of("batch", batch, len(names))
+        filling = _filling(rows)
+        for transfer in filling:
+            transfer.require_success()
+        waits = [transfer.result for transfer in filling if not transfer.done()]
+        return self._begin("store", names, batch, rows, waits)
+
+    def load(self, keys: Sequence[bytes], into: Heap | BlockObjects) -> FileTransfer | None:
+        """Read chunks into blocks; returns at once. This is a use of them by one request.
+
+        Args:
+            keys: bytes, the head of the prefix first. A key may be named twice.
+            into: a heap in host memory, which allocates a batch for all keys; or blocks of the
+                tier's layout, as many as there are keys, which are filled once the transfers that
+                use them have ended. The result's ``batch`` is that batch, and its ``transfer`` is
+                set, so that copies and handles wait for the bytes. Wait for it yourself before you
+                read or copy blocks that were given as single objects.
+
+        Returns:
+            The transfer; None if ``into`` is a heap without room. Chunks that are missing or
+            damaged are found by its ``result()`` or ``succeeded()``.
+
+        Raises:
+            TypeError, ValueError, LifetimeError, ClosedError: as :meth:`store`, or a block is named
+                twice; nothing is loaded.
+            ForeignObjectError: the blocks are another process's, and a view for reading here.
+        """
+        self._require_open()
+        names = _as_keys(keys, is_list=True)
+        if not isinstance(into, Heap) and callable(getattr(into, "batched_allocate", None)):
+            raise TypeError(f"into must be a heap in host memory or its blocks, got {into!r}")
+        if not isinstance(into, Heap):
+            return self._load(names, into)
+        _require_host(into, "into")
+        layout = self.layout
+        batch = into.batched_allocate(
+            list(layout.shapes), list(layout.dtypes), len(names), layout.fmt
+        )
+        if batch is None:
+            return None
+        try:
+            return self._load(names, batch)
+        except BaseException:
+            into.batched_free(batch)
+            raise
+
+    def _load(self, names: list[bytes], into: BlockObjects) -> FileTransfer:
+        rows = self._rows_of("into", into, len(names))
+        for part in rows:
+            part.batch.require_writable()
+            if part.rows is not None and len(np.unique(part.rows)) < len(part.rows):
+                raise ValueError("into must not name a block twice")
+        for part in rows:
+            part.batch.stored_tokens.forget(part.rows)
+        return self._begin("load", names, into, rows, [])
+
+    def _rows_of(self, name: str, blocks: BlockObjects, num_keys: int) -> list[Rows]:
+        """The blocks of a call by batch; raises if they are not what the tier moves."""
+        if not isinstance(blocks, Sequence):
+            raise TypeError(
+                f"{name} must be a MemoryBatch or a list of its objects, got {blocks!r}"
+            )
+        if len(blocks) != num_keys:
+            raise ValueError(f"{num_keys} keys need as many blocks, got {len(blocks)} in {name}")
+        if not num_keys:
+            return []
+        heap = heap_of(blocks)
+        _require_host(heap, name)
+        layout, _ = layout_and_addresses(blocks)
+        if layout != self.layout:
+            raise ValueError(f"the blocks of {name} must be {self.layout}, got {layout}")
+        heap.require_open()
+        return heap.rows_by_batch(blocks)
+
+    def _begin(
+        self,
+        kind: Kind,
+        names: list[bytes],
+        blocks: BlockObjects,
+        rows: list[Rows],
+        before: Sequence[Any],
+    ) -> FileTransfer:
+        """Protect blocks, and let a thread move them once other transfers have done with them."""
+        users = _users_of(rows)
+        if kind == "load":
+            before = [*before, *[user.wait for user in users]]
+        else:  # others may read them at the same time
+            before = [*before, *[user.arrive for user in users if isinstance(user, Filling)]]
+        memory, host_blocks = self._host_blocks(blocks, rows)
+        completion = Filling(memory) if kind == "load" else Completion(memory)
+        work = self._file.store if kind == "store" else self._file.load
+        task: partial[Moved] = partial(work, names, host_blocks, self._threads.share)
+        job = FileJob(before, task, completion, self._threads)
+        transfer = Transfer(
+            completion,
+            path="file",
+            direction="h2f" if kind == "store" else "f2h",
+            num_bytes=len(names) * self.layout.size_bytes,
+            num_runs=len(names),
+            device=None,
+        )
+        transfer.begun((job.event,))
+        batch = blocks if isinstance(blocks, MemoryBatch) else None
+        filled = batch if kind == "load" else None
+        earlier = None if filled is None else filled.transfer
+        try:
+            for part in rows:
+                part.batch.record_stream(completion, part.rows)
+            in_flight.add(completion)
+            completion.queued(job.event)
+            if filled is not None:
+                filled.transfer = transfer
+            self._threads.submit(kind, job.run)
+            if self._is_closing and job.withdraw():
+                raise self._closed()
+        except BaseException:
+            if job.withdraw() and filled is not None:
+                filled.transfer = earlier
+            completion.nothing_queued()
+            raise
+        return FileTransfer(names, transfer, job, batch)
+
+    def _host_blocks(
+        self, blocks: BlockObjects, rows: list[Rows]
+    ) -> tuple[tuple[Any, ...], HostBlocks]:
+        """The buffers of blocks, and the blocks as buffers for calls."""
+        size_bytes, place_bytes = self.layout.size_bytes, self._place_bytes
+        if not rows:
+            return (), HostBlocks((), np.empty(0, np.int64), size_bytes, size_bytes, place_bytes)
+        segments = heap_of(blocks).segments
+        _, addresses = layout_and_addresses(blocks)
+        allocated = min(part.batch.allocated_bytes for part in rows)
+        memory = tuple(buffer for _, buffer in segments)
+        return memory, HostBlocks(segments, addresses, size_bytes, allocated, place_bytes)
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """Note that one request used chunks, the head of its prefix first; returns at once.
+
+        Keys that are not there are skipped. A load is such a use too.
+
+        Raises:
+            TypeError, ValueError: a key is wrong; the message names it.
+            ClosedError: the tier is closed, or another process's.
+        """
+        self._require_open()
+        self._threads.submit("short", partial(self._file.touch, _as_keys(keys)))
+
+    # -- drop ----------------------------------------------------------------------------------
+
+    def remove(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Remove chunks; when this returns, they are not found any more, here or after a restart.
+
+        The place of one that is being stored or loaded becomes free when that has ended.
+
+        Args:
+            keys: those that are not there are skipped.
+
+        Returns:
+            The keys that were there.
+
+        Raises:
+            TypeError, ValueError: a key is wrong; the message names it.
+            ClosedError: the tier is closed, or another process's.
+            lmdb.Error: the index cannot be written; an earlier state may come back after a restart.
+        """
+        removed: list[bytes] = self._ask(partial(self._file.remove, _as_keys(keys)))
+        return removed
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """End all stores and loads, synchronize the files, and let others open them.
+
+        May be repeated. In a forked child nothing happens.
+
+        Args:
+            timeout_s: the most seconds to wait; None: no limit.
+
+        Raises:
+            TimeoutError: not all has ended in time; it goes on, and a later call can wait for it.
+            NestedWaitError: in a finalizer on a thread of the tier. A ``RuntimeError``.
+        """
+        if timeout_s is not None:
+            timeout_s = as_seconds("timeout_s", timeout_s)
+        if self._is_foreign:
+            return
+        threads = self._threads
+        self._is_closing = True
+        if not threads.have_ended.is_open:
+            threads.stop(self._end)
+            if threads.is_here():
+                raise NestedWaitError(
+                    "a thread of a FileTier cannot wait for its end: the tier closes without this "
+                    "finalizer"
+                )
+            if not threads.have_ended.wait(timeout_s):
+                stats = self._file.stats
+                raise TimeoutError(
+                    f"{self!r} has not ended in {timeout_s:g} s ({stats.pending_chunks} chunks are "
+                    f"being stored, {stats.loading_chunks} loaded): close it again later"
+                )
+        _open_tiers.pop(id(self), None)
+
+    def _end(self) -> None:
+        """Close the files; on the last of the threads."""
+        try:
+            self._file.close()
+        finally:
+            self._folder.unlock()
+
+    # -- the rest ------------------------------------------------------------------------------
+
+    def _ask(self, question: Any) -> Any:
+        """What a short call on a thread of the tier returns or raises."""
+        self._require_open()
+        if self._threads.is_here():
+            raise NestedWaitError("a finalizer on a thread of a FileTier cannot wait for that tier")
+        return self._threads.ask(question, self._closed)
+
+    def _require_open(self) -> None:
+        if self._is_closing or self._is_foreign:
+            raise self._closed()
+
+    def _closed(self) -> ClosedError:
+        if self._is_foreign:
+            return ClosedError(
+                f"{self!r} belongs to process {self._pid}: a forked child cannot use it, and may "
+                f"open the folder once that process has closed it"
+            )
+        return ClosedError(f"{self!r} is closed")
+
+    def start_over_after_fork(self) -> None:
+        """Give the tier up in a forked child: its threads and its index are the parent's."""
+        self._is_foreign = True
+        self._file.start_over_after_fork()
+        self._folder.unlock()
+
+    def __enter__(self) -> FileTier:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        """The folder."""
+        return f"FileTier({str(self._folder.path)!r}, {self.layout})"
+
+
+def _as_keys(keys: Any, is_list: bool = False) -> list[bytes]:
+    """Keys as a list.
+
+    Raises:
+        TypeError: they are no keys; the message names the first that is none.
+        ValueError: a key is empty, or longer than the index takes.
+    """
+    if is_list:
+        require_key_list(keys)
+    else:
+        require_keys(keys)
+    found = list(keys)
+    if {*map(type, found)} - {bytes}:
+        wrong = next(key for key in found if type(key) is not bytes)
+        raise TypeError(f"a key of a FileTier must be bytes, got {wrong!r}")
+    lengths = [*map(len, found)]
+    if found and (min(lengths) < 1 or max(lengths) > MAX_KEY_BYTES):
+        wrong = next(key for key in found if not 1 <= len(key) <= MAX_KEY_BYTES)
+        raise ValueError(
+            f"a key must have 1 to {MAX_KEY_BYTES} bytes, got {len(wrong)} in {wrong[:40]!r}: hash "
+            f"longer ones"
+        )
+    return found
+
+
+def _filling(rows: list[Rows]) -> list[Transfer]:
+    """The transfers that fill batches as a whole."""
+    transfers = [part.batch.transfer for part in rows]
+    return [transfer for transfer in transfers if transfer is not None]
+
+
+def _users_of(rows: list[Rows]) -> list[Completion]:
+    """The transfers that read or fill any of these blocks now."""
+    users: dict[int, Completion] = {}
+    for part in rows:
+        counts = part.batch.counts
+        if counts.streams is not None:
+            for stream in counts.streams_now(part.rows).values():
+                if isinstance(stream, Completion) and not stream.has_ended:
+                    users[id(stream)] = stream
+    return list(users.values())
+
+
+def _require_host(heap: Heap, name: str) -> None:
+    if heap.device.type != "cpu":
+        raise ValueError(
+            f"{name} must be in host memory, got a heap on {heap.device}: move its blocks by "
+            f"kvheap.offload to a pinned host heap, and back by kvheap.restore"
+        )
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what is still open at the end of the program, so that nothing stored is lost."""
+    for tier in list(_open_tiers.values()):
+        _close_at_exit(tier)
+
+
+def _close_at_exit(tier: FileTier) -> None:
+    try:
+        tier.close(EXIT_S)
+    except Exception as error:
+        LOGGER.warning("at the end of the program: %s", error)
