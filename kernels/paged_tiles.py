@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvheap.kernels.arrays import INT32_END
+from kvheap.kernels.launch import resident
 from kvheap.kernels.paged_plan import Pairing
 from kvheap.kernels.paged_slots import Places
 from kvheap.kernels.tiles import (
@@ -101,8 +102,7 @@ class TokenLaunches:
         found = cls(
             pairing,
             access_bytes,
-            # The upload has ended when this returns, so any stream may read the table.
-            torch.from_numpy(table.reshape(-1)).to(pairing.cache.device),
+            resident(table.reshape(-1), pairing.cache.device),
             tuple((Divisor.of(size // access_bytes), count) for size, count in pairing.groups),
             (
                 *Divisor.of(pairing.runs_per_token),
