@@ -19,7 +19,7 @@ import torch
 from kvheap.kernels.launch import triton
 from kvheap.kernels.tiles import Variant
 
-__all__ = ["compile_ahead", "is_compiled", "is_known", "launch"]
+__all__ = ["compile_ahead", "current_stream", "is_compiled", "is_known", "launch"]
 
 try:
     from triton import knobs
@@ -60,13 +60,13 @@ def launch(kernel: Any, variant: Variant, num_programs: int, *arguments: Any) ->
         grid = kernel[(num_programs,)]
         grid(*arguments, **variant.constants, num_warps=variant.num_warps)
         return
-    device = driver.active.get_current_device()
+    device, stream = current_stream()
     found = _KEPT.get((kernel.fn, variant, device)) or compile_ahead(kernel, variant)
     found.run(
         num_programs,
         1,
         1,
-        driver.active.get_current_stream(device),
+        stream,
         found.function,
         found.metadata,
         None,
@@ -75,6 +75,18 @@ def launch(kernel: Any, variant: Variant, num_programs: int, *arguments: Any) ->
         *arguments,
         *found.constants,
     )
+
+
+def current_stream() -> tuple[int, int]:
+    """The number of the current CUDA device, and the handle of its current stream.
+
+    Triton asks torch in one call of C each; torch's own way makes objects.
+    """
+    if driver is None:
+        stream = torch.cuda.current_stream()
+        return stream.device_index, stream.cuda_stream
+    device = driver.active.get_current_device()
+    return device, driver.active.get_current_stream(device)
 
 
 def compile_ahead(kernel: Any, variant: Variant) -> _Compiled:

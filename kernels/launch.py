@@ -21,12 +21,16 @@ except ImportError:  # Triton has wheels for Linux only; CPU tensors do not need
     triton = None
     tl = None
 
+_JIT_OPTIONS = () if triton is None else inspect.signature(triton.jit).parameters
+"""What ``triton.jit`` takes, in other versions perhaps less."""
+
 __all__ = [
     "anchor_on",
     "current",
     "jit",
     "number_jit",
     "require_no_capture",
+    "resident",
     "runs_kernels",
     "staging",
     "tl",
@@ -68,7 +72,7 @@ def number_jit(*unaligned: str) -> Callable[[Callable[..., Any]], Any]:
             if "constexpr" not in str(each.annotation) and not each.name.endswith("_ptr")
         ]
         options: dict[str, Any] = {"do_not_specialize": numbers}
-        if unaligned:
+        if unaligned and "do_not_specialize_on_alignment" in _JIT_OPTIONS:
             options["do_not_specialize_on_alignment"] = list(unaligned)
         return jit(**options)(function)
 
@@ -129,6 +133,28 @@ def upload(array: Int64Array, device: torch.device) -> torch.Tensor:
     words = staging(len(array), device)
     words.numpy()[:] = array  # a copy: the caller may change its array before the device reads
     return words.to(device, non_blocking=True)
+
+
+def resident(array: Int64Array, device: torch.device) -> torch.Tensor:
+    """A copy of a host array on ``device`` that any stream may read once this returns.
+
+    Uploaded on a stream of its own: this waits for the upload, and not for what the current stream
+    has yet to do. On a CPU, it may share the array's memory.
+    """
+    host = torch.from_numpy(array)
+    if device.type != "cuda":
+        return host.to(device)
+    using = torch.cuda.current_stream(device)
+    with torch.cuda.stream(_upload_stream(device)):
+        found = host.to(device)
+    found.record_stream(using)  # which may still read it when it is dropped
+    return found
+
+
+@lru_cache(maxsize=64)
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    found: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return found
 
 
 def staging(num_words: int, device: torch.device) -> torch.Tensor:

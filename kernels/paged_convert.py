@@ -42,7 +42,7 @@ import torch
 
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.direct_launch import launch
-from kvheap.kernels.launch import jit, number_jit, tl, triton
+from kvheap.kernels.launch import jit, number_jit, resident, tl, triton
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_places import locate_tokens, report_bad_places
 from kvheap.kernels.paged_tiles import place_numbers
@@ -407,7 +407,6 @@ def _table(copy: TokenCopy) -> torch.Tensor:
         table[:, 5] = chunks.scale_offset + 4 * (scales.reshape(-1) + pairing.chunk_head)
         table[:, 6] = chunks.layout.token_stride
         table[:, 7] = head_dim
-        # The upload has ended when this returns, so any stream may read the table.
-        found = torch.from_numpy(table.reshape(-1)).to(pairing.cache.device)
+        found = resident(table.reshape(-1), pairing.cache.device)
         pairing.kept[key] = found
     return found

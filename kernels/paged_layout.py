@@ -26,6 +26,7 @@ from kvheap.kernels.engine_layouts import (
 )
 from kvheap.kernels.engine_planes import Plane
 from kvheap.kernels.engine_tensors import EngineTensors, read_tensors
+from kvheap.kernels.launch import resident
 from kvheap.kernels.layout_choice import EngineFacts, Readings
 from kvheap.kernels.paged_places import NO_REPORT, read_report
 from kvheap.kernels.tensor_views import TensorFacts
@@ -293,8 +294,7 @@ class PagedKVCache:
         """
         found: torch.Tensor | None = self.kept.get("error")
         if found is None:
-            # The write has ended when this returns, so any stream may use the word.
-            found = torch.tensor([NO_REPORT], dtype=torch.int64, device="cpu").to(self.device)
+            found = resident(np.array([NO_REPORT], np.int64), self.device)
             self.kept["error"] = found
         return found
 

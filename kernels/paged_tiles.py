@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvheap.kernels.arrays import INT32_END
+from kvheap.kernels.launch import resident
 from kvheap.kernels.paged_plan import Pairing
 from kvheap.kernels.paged_slots import Places
 from kvheap.kernels.tiles import (
@@ -25,12 +26,12 @@ from kvheap.kernels.tiles import (
 __all__ = ["BUDGET_TILE", "TILE", "PlannedLaunch", "TokenLaunches", "place_numbers"]
 
 TILE = TileShape(512, 4)
-"""Four accesses for each of 128 threads: 8 KiB, if they have 16 bytes. Reasoned, not yet measured
-on a GPU."""
+"""Four accesses for each of 128 threads: 8 KiB, if they have 16 bytes. On an H200, 3,710 GB/s; two
+and eight accesses have 3,660 and 3,370; see benchmarks/NOTES.md."""
 
 BUDGET_TILE = TileShape(4096, 16)
 """For copies within an SM budget: 64 KiB in flight for each multiprocessor, so that two fill a link
-of 55 GB/s and 2 microseconds. Reasoned, not yet measured on a GPU."""
+of 55 GB/s and 2 microseconds. On an H200, three to four programs have 48 GB/s."""
 
 MAX_TILES = 1 << 30
 """Half the range of int32, because a program steps past the last tile by up to the grid's size."""
@@ -101,8 +102,7 @@ class TokenLaunches:
         found = cls(
             pairing,
             access_bytes,
-            # The upload has ended when this returns, so any stream may read the table.
-            torch.from_numpy(table.reshape(-1)).to(pairing.cache.device),
+            resident(table.reshape(-1), pairing.cache.device),
             tuple((Divisor.of(size // access_bytes), count) for size, count in pairing.groups),
             (
                 *Divisor.of(pairing.runs_per_token),

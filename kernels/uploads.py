@@ -18,6 +18,7 @@ import torch
 
 from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.copy_engine import driver
+from kvheap.kernels.direct_launch import current_stream
 from kvheap.kernels.launch import require_no_capture, staging
 
 __all__ = ["WordRing", "Words"]
@@ -129,12 +130,11 @@ class Words:
             return self
         if self._device.type == "cuda" and self._num_words <= SEGMENT_WORDS:
             require_no_capture()
-            stream = torch.cuda.current_stream()
-            self._free = _FREE.setdefault((stream.device_index, stream.cuda_stream), [])
+            self._free = _FREE.setdefault(current_stream(), [])
             try:
                 ring: WordRing | None = self._free.pop()
             except IndexError:
-                ring = _new_ring(stream)
+                ring = _new_ring()
             if ring is not None:
                 start = ring.take(self._num_words)
                 if start is not None:
@@ -164,10 +164,11 @@ class Words:
             self._ring = None
 
 
-def _new_ring(stream: torch.cuda.Stream) -> WordRing | None:
-    """A ring for a stream of the current device; None if there are many."""
+def _new_ring() -> WordRing | None:
+    """A ring for the current stream; None if there are many."""
     if len(_ALL) >= MAX_RINGS:
         return None
+    stream = torch.cuda.current_stream()
     pinned = staging(NUM_SEGMENTS * SEGMENT_WORDS, stream.device)
     target = torch.empty(SEGMENT_WORDS, dtype=torch.int64, device=stream.device)
     handle, copy_one = stream.cuda_stream, driver().copy_one

@@ -25,9 +25,6 @@ class Stream:
     targets: list[torch.Tensor] = field(default_factory=list)
     queue: list[tuple[int, int, int]] = field(default_factory=list)
     done: int = 0
-    device_index: int = 0
-    cuda_stream: int = 7
-    device: torch.device = CUDA
     received: list[list[int]] = field(default_factory=list)
 
     def copy(self, source: int, target: int, num_bytes: int) -> None:
@@ -83,8 +80,8 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
     """The current stream of a device that is not there."""
     found = Stream()
     monkeypatch.setattr(uploads, "_FREE", {})
-    monkeypatch.setattr(uploads, "_new_ring", ring_of)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: found)
+    monkeypatch.setattr(uploads, "_new_ring", lambda: ring_of(found))
+    monkeypatch.setattr(uploads, "current_stream", lambda: (0, 7))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def staged(num_words: int, device: torch.device) -> Any:
