@@ -13,7 +13,7 @@ does the copy.
 MemoryBatch(3 x (2, 3, 256, 16) torch.float16 KV_2LTD, 1 runs of 49152-byte blocks)
 >>> layers[1].zero_()[0, 0, 0, 0, 0]
 tensor(0., dtype=torch.float16)
->>> heap.batched_load(batch, cache, slots)
+>>> heap.batched_load(batch, cache, slots).result()
 >>> block, offset = divmod(int(slots[300]), 16)
 >>> torch.equal(batch[1].tensor[1, 1, 300 - 256], layers[1][1, block, offset].reshape(-1))
 True
