@@ -218,9 +218,9 @@ def _paired_runs(source: Blocks, target: Blocks, size_bytes: int) -> Pieces:
     assert target.runs is not None
     one, other = source.runs.only_run(), target.runs.only_run()
     if one is not None and other is not None:
-        starts = source.base + one[0], target.base + other[0]
+        first, second = source.base + one[0], target.base + other[0]
         num_bytes = len(source) * size_bytes
-        return Pieces(*(np.array([start], np.int64) for start in starts), num_bytes)
+        return Pieces(np.array([first], np.int64), np.array([second], np.int64), num_bytes)
     ends = [np.cumsum(blocks.runs.run_counts) for blocks in (source, target) if blocks.runs]
     all_ends = np.union1d(*ends)
     firsts = np.concatenate((np.zeros(1, np.int64), all_ends[:-1]))
