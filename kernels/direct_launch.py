@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.launch import triton
 from kvheap.kernels.tiles import Variant
 
@@ -58,7 +59,8 @@ def launch(kernel: Any, variant: Variant, num_programs: int, *arguments: Any) ->
     """
     if not is_known(kernel):
         grid = kernel[(num_programs,)]
-        grid(*arguments, **variant.constants, num_warps=variant.num_warps)
+        with Relaxed():  # it may have to load the kernel
+            grid(*arguments, **variant.constants, num_warps=variant.num_warps)
         return
     device, stream = current_stream()
     found = _KEPT.get((kernel.fn, variant, device)) or compile_ahead(kernel, variant)
@@ -98,13 +100,14 @@ def compile_ahead(kernel: Any, variant: Variant) -> _Compiled:
     if triton is None:
         kernel[(1,)]()  # says that it is missing
     others = [name for name in kernel.arg_names if name not in variant.constants]
-    compiled = kernel.warmup(
-        *(torch.int64 if name.endswith("_ptr") else 2 for name in others),
-        grid=(1,),
-        **variant.constants,
-        num_warps=variant.num_warps,
-    )
-    run = compiled.run  # loads it
+    with Relaxed():
+        compiled = kernel.warmup(
+            *(torch.int64 if name.endswith("_ptr") else 2 for name in others),
+            grid=(1,),
+            **variant.constants,
+            num_warps=variant.num_warps,
+        )
+        run = compiled.run  # loads it
     found = _Compiled(
         run, compiled.function, compiled.packed_metadata, tuple(variant.constants.values())
     )

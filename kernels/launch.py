@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ __all__ = [
     "require_no_capture",
     "resident",
     "runs_kernels",
+    "send",
     "staging",
     "tl",
     "triton",
@@ -88,40 +88,23 @@ def runs_kernels(device: torch.device) -> bool:
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a CUDA device the current one, in which launches end no capture; nothing for a CPU.
+    """Makes a CUDA device the current one; does nothing if it is, or for a CPU.
 
-    A launch may allocate, upload, load its kernel, and ask events: see :class:`Relaxed`.
+    A launch ends no capture of a graph. What it may need around it (memory, uploads, a kernel that
+    has to be loaded, events) is asked for in :class:`Relaxed`, each where it is.
     """
-    return _Current(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
-class _Current:
-    """Both contexts, one inside the other."""
+_NOTHING = nullcontext()
 
-    __slots__ = ("_device", "_relaxed")
 
-    def __init__(self, device: torch.device) -> None:
-        self._device: Any = torch.cuda.device(device)  # whose methods are not typed
-        self._relaxed = Relaxed()
-
-    def __enter__(self) -> None:
-        self._device.__enter__()
-        try:
-            self._relaxed.__enter__()
-        except BaseException:
-            self._device.__exit__(None, None, None)
-            raise
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self._relaxed.__exit__(kind, error, trace)
-        finally:
-            self._device.__exit__(kind, error, trace)
+def send(words: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of words of :func:`staging` on ``device``, made in stream order without waiting."""
+    with Relaxed():
+        return words.to(device, non_blocking=True)
 
 
 def upload(array: Int64Array, device: torch.device) -> torch.Tensor:
@@ -130,9 +113,10 @@ def upload(array: Int64Array, device: torch.device) -> torch.Tensor:
     Raises:
         RuntimeError: as :func:`staging`.
     """
-    words = staging(len(array), device)
-    words.numpy()[:] = array  # a copy: the caller may change its array before the device reads
-    return words.to(device, non_blocking=True)
+    with Relaxed():
+        words = staging(len(array), device)
+        words.numpy()[:] = array  # a copy: the caller may change its array before it is read
+        return words.to(device, non_blocking=True)
 
 
 def resident(array: Int64Array, device: torch.device) -> torch.Tensor:
@@ -145,7 +129,7 @@ def resident(array: Int64Array, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return host.to(device)
     using = torch.cuda.current_stream(device)
-    with torch.cuda.stream(_upload_stream(device)):
+    with Relaxed(), torch.cuda.stream(_upload_stream(device)):
         found = host.to(device)
     found.record_stream(using)  # which may still read it when it is dropped
     return found
@@ -160,8 +144,8 @@ def _upload_stream(device: torch.device) -> torch.cuda.Stream:
 def staging(num_words: int, device: torch.device) -> torch.Tensor:
     """Host memory for words that will be uploaded to ``device``, int64 ``[num_words]``.
 
-    The caller writes the words and uploads them by ``to(device, non_blocking=True)``, which is
-    ordered by the current stream.
+    The caller writes the words and uploads them by :func:`send`, which is ordered by the current
+    stream.
 
     Raises:
         RuntimeError: the current stream is being captured. Each replay of the graph would copy
@@ -170,7 +154,8 @@ def staging(num_words: int, device: torch.device) -> torch.Tensor:
     pinned = device.type != "cpu"
     if pinned:
         require_no_capture()
-    return torch.empty(num_words, dtype=torch.int64, device="cpu", pin_memory=pinned)
+    with Relaxed():
+        return torch.empty(num_words, dtype=torch.int64, device="cpu", pin_memory=pinned)
 
 
 def require_no_capture() -> None:
@@ -189,7 +174,8 @@ def require_no_capture() -> None:
 @lru_cache(maxsize=64)
 def anchor_on(device: torch.device) -> torch.Tensor:
     """Two words at a multiple of 16 bytes, int64, from which kernels count; see ``tiles``."""
-    found = torch.zeros(2, dtype=torch.int64, device=device)
+    with Relaxed():
+        found = torch.zeros(2, dtype=torch.int64, device=device)
     if found.data_ptr() % 16:
         raise RuntimeError(
             f"an allocation of {device} must be at a multiple of 16 bytes, got address "

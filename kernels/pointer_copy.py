@@ -46,7 +46,7 @@ import torch
 
 from kvheap.kernels.arrays import INT32_END, Int64Array
 from kvheap.kernels.direct_launch import launch
-from kvheap.kernels.launch import current, number_jit, staging, tl
+from kvheap.kernels.launch import current, number_jit, send, staging, tl
 from kvheap.kernels.pieces import Pieces
 from kvheap.kernels.tiles import (
     ACCESS_BYTES,
@@ -187,7 +187,7 @@ class PointerCopy:
             descriptors = staging(ends[-1], device)
             for rows, part in zip(plans, parts, strict=True):
                 rows.write(descriptors.numpy()[part])
-            uploaded = descriptors.to(device, non_blocking=True)
+            uploaded = send(descriptors, device)
         if uploaded.data_ptr() % 16:
             raise RuntimeError(
                 f"descriptors must be at a multiple of 16 bytes, got address {uploaded.data_ptr()}"

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from kvheap.kernels.arrays import Int64Array
+from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.copy_engine import driver
 from kvheap.kernels.direct_launch import current_stream
-from kvheap.kernels.launch import require_no_capture, staging
+from kvheap.kernels.launch import require_no_capture, send, staging
 
 __all__ = ["WordRing", "Words"]
 
@@ -72,7 +73,7 @@ class WordRing:
         if self._at + num_words > self._segment_words:
             following = (self._segment + 1) % len(self._reads)
             read = self._reads[following]
-            if read is not None and not read.query():
+            if read is not None and not _has_read(read):
                 return None
             self._reads[self._segment] = self._record()
             self._segment, self._at = following, 0
@@ -149,7 +150,7 @@ class Words:
     def send(self) -> torch.Tensor:
         """The words on the device, at a multiple of 16 bytes, until the context ends."""
         if self._ring is None:
-            return self._staged.to(self._device, non_blocking=True)
+            return send(self._staged, self._device)
         self._ring.send(self._start, self._num_words)
         return self._ring.target
 
@@ -164,13 +165,19 @@ class Words:
             self._ring = None
 
 
+def _has_read(event: Event) -> bool:
+    with Relaxed():
+        return event.query()
+
+
 def _new_ring() -> WordRing | None:
     """A ring for the current stream; None if there are many."""
     if len(_ALL) >= MAX_RINGS:
         return None
     stream = torch.cuda.current_stream()
-    pinned = staging(NUM_SEGMENTS * SEGMENT_WORDS, stream.device)
-    target = torch.empty(SEGMENT_WORDS, dtype=torch.int64, device=stream.device)
+    with Relaxed():
+        pinned = staging(NUM_SEGMENTS * SEGMENT_WORDS, stream.device)
+        target = torch.empty(SEGMENT_WORDS, dtype=torch.int64, device=stream.device)
     handle, copy_one = stream.cuda_stream, driver().copy_one
 
     def copy(source: int, target: int, num_bytes: int) -> None:

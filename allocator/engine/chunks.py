@@ -115,7 +115,7 @@ def store(
         path: take this path; None: the kernel within a device, and between a device and the host
             what the planner chooses. The copy engine and staging need slots on the host, and
             convert nothing.
-        max_sms: maximum number of SMs for the kernel; None: 4 between a device and the host, no
+        max_sms: maximum number of SMs for the kernel; None: 2 to the host, 3 to a device, no
             limit within a device.
 
     Returns:

@@ -327,7 +327,7 @@ class KernelRun:
     def __init__(self, work: PagedWork, queue: StreamQueue, max_sms: int | None) -> None:
         self._work = work
         self._queue = queue
-        self._max_sms = LINK_SMS if max_sms is None and work.direction != "d2d" else max_sms
+        self._max_sms = LINK_SMS.get(work.direction) if max_sms is None else max_sms
 
     def capture(self) -> None:
         """Raise: the addresses of chunks are on the host."""

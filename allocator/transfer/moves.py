@@ -67,7 +67,7 @@ def copy(
         stream: a stream of the plan's device; None: the current one. Copies within host memory
             take no stream: they run in call order, in the background.
         path: take this path; None: the planner chooses.
-        max_sms: maximum number of SMs for the kernel; None: 4 between a device and the host, no
+        max_sms: maximum number of SMs for the kernel; None: 2 to the host, 3 to a device, no
             limit within a device.
 
     Returns:

@@ -6,7 +6,8 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from kvheap.device import captures as captures_module
 from kvheap.device import cuda
 from kvheap.device.captures import LateEvent, end_of_work, is_captured, is_capturing
 from kvheap.device.cuda import CudaDevice
-from kvheap.kernels import capture_mode, launch, paged_plan
+from kvheap.kernels import capture_mode, direct_launch, launch, paged_plan, uploads
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.paged_layout import PagedKVCache
@@ -258,14 +259,66 @@ def test_what_a_device_is_asked_is_asked_in_the_relaxed_mode(
     captures.require_whole()
 
 
-def test_launches_are_in_the_relaxed_mode(captures: Captures, torch_cuda: Calls) -> None:
-    modes = captures.driver.modes
-    with launch.current(torch.device("cuda", 0)):
-        assert set(modes.values()) == {RELAXED}
+def ring_that_goes_round(event: Any) -> None:
+    """Take words of a ring of two segments until a segment that was read must be written again."""
+    words = torch.zeros(8, dtype=torch.int64)
+    ring = uploads.WordRing(words, words[:4], lambda *copy: None, lambda: event)
+    for _ in range(3):
+        ring.take(4)
+
+
+def compiled(watched: Callable[..., Any]) -> None:
+    kernel = SimpleNamespace(arg_names=[], warmup=watched, fn=None)
+    variant = SimpleNamespace(constants={}, num_warps=4)
+    with suppress(AttributeError):  # nothing was compiled
+        direct_launch.compile_ahead(kernel, variant)  # type: ignore[arg-type]
+
+
+DEVICE = torch.device("cuda", 0)
+
+LAUNCH_CALLS: dict[str, Callable[[Callable[..., Any]], object]] = {
+    "staging": lambda watched: launch.staging(4, DEVICE),
+    "send": lambda watched: launch.send(SimpleNamespace(to=watched), DEVICE),  # type: ignore[arg-type]
+    "reading": lambda watched: ring_that_goes_round(SimpleNamespace(query=watched)),
+    "compiling": compiled,
+}
+
+
+@pytest.mark.parametrize("name", LAUNCH_CALLS)
+def test_what_a_launch_needs_is_asked_in_the_relaxed_mode(
+    captures: Captures, torch_cuda: Calls, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    seen: list[str] = []
+    watch = torch_cuda.watched(name)
+
+    def watched(*arguments: object, **options: object) -> object:
+        seen.append(name)
+        return watch(*arguments, **options)
+
+    monkeypatch.setattr(torch, "empty", watched)
+    stream = captures.stream()
+    with captures.of(stream):
+        assert on_thread(lambda: LAUNCH_CALLS[name](watched)) is None
+    assert seen
     captures.require_whole()
-    with pytest.raises(KeyError), launch.current(torch.device("cuda", 0)):
-        raise KeyError
-    captures.require_whole()
+
+
+def test_the_current_device_is_not_made_current_again(
+    torch_cuda: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+
+    def make(device: object) -> nullcontext[None]:
+        made.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", make)
+    for device in (torch.device("cpu"), torch.device("cuda"), DEVICE):
+        with launch.current(device):
+            assert made == []
+    with launch.current(torch.device("cuda", 1)):
+        assert made == [torch.device("cuda", 1)]
 
 
 def test_old_tables_of_a_cache_wait_for_its_streams(
