@@ -418,6 +418,8 @@ class RowCounts:
         Raises:
             LifetimeError: names the first freed row.
         """
+        if self._references is None and self._uniform_references >= 0:
+            return
         freed = self._first_freed(rows)
         if freed is not None:
             raise LifetimeError(f"{batch.describe(freed)} is freed: it cannot be copied")

@@ -87,7 +87,10 @@ class Completion:
     @property
     def has_let_go(self) -> bool:
         """Whether the copy is known to have stopped reading and writing."""
-        return self.has_ended and not self.is_lost and not self.is_stuck
+        try:
+            return self.query()
+        except TransferError:
+            return False
 
     # -- for the code that queues the copy -----------------------------------------------------
 

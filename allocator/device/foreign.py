@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeAlias
 from kvheap.device.events import POLL_SECONDS, Event, ReportingEvent
 from kvheap.errors import TransferError
 from kvheap.interrupts import is_interrupt
+from kvheap.kernels.latch import Latch
 
 __all__ = ["ForeignEvent", "FutureLike", "is_event"]
 
@@ -80,8 +81,7 @@ class ForeignEvent(ReportingEvent):
                 f"an event must have query(), and a future done(), cancelled() and exception(), "
                 f"got {work!r}"
             )
-        is_future = not _has(work, "query")
-        self._work: _Work | None = (_FutureWork if is_future else _EventWork)(work)
+        self._work: _Work | None = _work_of(work)
         self._name = name
         self._cause: BaseException | None = None
 
@@ -186,7 +186,7 @@ class _EventWork:
 
 
 class _FutureWork:
-    """Asks a future."""
+    """Asks a future of ``asyncio``, or another that takes no lock."""
 
     __slots__ = ("_future",)
 
@@ -195,22 +195,12 @@ class _FutureWork:
 
     def state(self) -> tuple[bool, BaseException | None]:
         """Whether the work has ended, and why it failed."""
-        future = self._future
-        if not future.done():
-            return False, None
-        if future.cancelled():
-            # What an asyncio future stands for may go on when it is cancelled.
-            never_ran = isinstance(future, concurrent.futures.Future)
-            return never_ran, concurrent.futures.CancelledError("it was cancelled")
-        cause: BaseException | None = future.exception()
-        return cause is None or isinstance(cause, TransferError), cause
+        return _outcome(self._future) if self._future.done() else (False, None)
 
     def wait(self) -> tuple[bool, BaseException | None]:
-        """Wait, if the future can be waited for; what is known then of the work."""
+        """What is known of the work; ``ForeignEvent`` asks again until it has ended."""
         future = self._future
-        if isinstance(future, concurrent.futures.Future):
-            concurrent.futures.wait([future])
-        elif asyncio.isfuture(future) and not future.done():
+        if asyncio.isfuture(future) and not future.done():
             try:
                 loop = asyncio.get_running_loop()
             except RuntimeError:  # none runs on this thread
@@ -226,4 +216,53 @@ class _FutureWork:
         """Nothing: the error is the future's, which shows it to others."""
 
 
-_Work: TypeAlias = _EventWork | _FutureWork
+class _CalledBack:
+    """Is told the outcome of a ``concurrent.futures.Future``.
+
+    Such a future takes a lock to say whether it is done. A signal handler that raises there, on the
+    main thread, would leave it locked, and block whichever thread asks next.
+    """
+
+    __slots__ = ("_ended", "_outcome")
+
+    def __init__(self, future: concurrent.futures.Future[Any]) -> None:
+        self._ended = Latch()
+        self._outcome: tuple[bool, BaseException | None] = (False, None)
+        future.add_done_callback(self._note)
+
+    def _note(self, future: concurrent.futures.Future[Any]) -> None:
+        self._outcome = _outcome(future)
+        self._ended.open()
+
+    def state(self) -> tuple[bool, BaseException | None]:
+        """Whether the work has ended, and why it failed."""
+        return self._outcome
+
+    def wait(self) -> tuple[bool, BaseException | None]:
+        """Wait until the future is done."""
+        self._ended.wait()
+        return self._outcome
+
+    def forget_frames(self, cause: BaseException) -> None:
+        """Nothing: the error is the future's, which shows it to others."""
+
+
+def _outcome(future: Any) -> tuple[bool, BaseException | None]:
+    """Whether the work of a future that is done has ended, and why it failed."""
+    if future.cancelled():
+        # What an asyncio future stands for may go on when it is cancelled.
+        never_ran = isinstance(future, concurrent.futures.Future)
+        return never_ran, concurrent.futures.CancelledError("it was cancelled")
+    cause: BaseException | None = future.exception()
+    return cause is None or isinstance(cause, TransferError), cause
+
+
+def _work_of(work: Any) -> _Work:
+    if _has(work, "query"):
+        return _EventWork(work)
+    if isinstance(work, concurrent.futures.Future):
+        return _CalledBack(work)
+    return _FutureWork(work)
+
+
+_Work: TypeAlias = _EventWork | _FutureWork | _CalledBack

@@ -10,7 +10,7 @@ from soak_faults import Blocks, FakeStream
 from soak_worker import Worker
 from soak_world import Holding
 
-from kvheap import BlockInUseError, Lease, LifetimeError, MemoryObj
+from kvheap import BatchLease, BlockInUseError, Lease, LifetimeError, MemoryObj
 
 LONGEST_LEASE_S = 0.01
 
@@ -73,14 +73,16 @@ def lease(worker: Worker) -> None:
         worker.counts["blocks freed"] += len(holding.live)
 
 
-def grant(worker: Worker, obj: MemoryObj) -> Lease:
-    """Pin a block for a short random time."""
-    granted = obj.pin(ttl=worker.random.uniform(1e-5, LONGEST_LEASE_S))
+def grant(worker: Worker, obj: MemoryObj) -> Lease | BatchLease:
+    """Pin a block for a short random time, by itself or as one of a list."""
+    ttl = worker.random.uniform(1e-5, LONGEST_LEASE_S)
+    by_itself = worker.random.random() < 0.5
+    granted = obj.pin(ttl=ttl) if by_itself else worker.heap.lease([obj], ttl)
     worker.counts["leases granted"] += 1
     return granted
 
 
-def end(worker: Worker, granted: Lease) -> bool:
+def end(worker: Worker, granted: Lease | BatchLease) -> bool:
     """Release a lease; returns whether it had not expired yet."""
     ended = granted.release()
     worker.counts["leases released"] += ended

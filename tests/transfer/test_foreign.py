@@ -35,7 +35,7 @@ from kvheap import (
 )
 from kvheap.blocks.rows import Rows
 from kvheap.device import completion
-from kvheap.transfer import copy
+from kvheap.transfer import copy, runs
 
 __all__ = ["device"]
 
@@ -88,8 +88,10 @@ def fail(work: Any, failure: BaseException) -> None:
 
 
 @pytest.fixture(autouse=True)
-def leave_nothing_in_flight() -> Iterator[None]:
+def leave_nothing_in_flight(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Other tests count what is in flight."""
+    # A log record that is kept keeps a traceback, whose frames keep batches.
+    monkeypatch.setattr(logging.getLogger("kvheap"), "propagate", False)
     yield
     batch = take(heap_of(1), 1)
     for work in Work.begun:
@@ -268,13 +270,27 @@ class TestOrder:
         assert work.has_ended
         assert batch[1].tensor.eq(5).all()  # type: ignore[union-attr]
 
-    def test_one_that_never_ends_holds_up_no_other_copy(self) -> None:
-        heap, other = small_heap(), small_heap()
-        foreign_transfer(Work(), target=take(heap, 2))
-        batch = filled(other, 2)
-        out = torch.zeros(2, PAGE, dtype=torch.uint8)
+    @pytest.mark.parametrize("side", [0, 1])
+    def test_one_that_never_ends_holds_up_no_other_copy(
+        self, monkeypatch: pytest.MonkeyPatch, side: int
+    ) -> None:
+        """A copy of its blocks waits on its caller's thread, not on the one that copies."""
+        monkeypatch.setattr(runs, "INLINE_COPY_BYTES", 0)
+        heap, other, work = small_heap(), small_heap(), Work()
+        batch = take(heap, 2)
+        foreign_transfer(work, target=batch)
+        tensors = [torch.zeros(2, PAGE, dtype=torch.uint8) for _ in range(2)]
+        pair = (batch, tensors[0]) if side == 0 else (tensors[0], batch)
+        waiting = threading.Thread(target=lambda: copy(pair).result())
+        waiting.start()
+        more = filled(other, 2)
         for _ in range(3):
-            copy((batch, out)).result(timeout_s=20)
+            time.sleep(0.01)
+            copy((more, tensors[1])).result(timeout_s=20)
+        assert waiting.is_alive()
+        end(work)
+        waiting.join(20)
+        assert not waiting.is_alive()
 
     def test_waits_with_and_without_a_limit(self, work: Any) -> None:
         transfer = foreign_transfer(work, target=take(small_heap(), 1))
@@ -380,6 +396,22 @@ class TestFailure:
         with pytest.raises(TransferError, match="does not answer"):
             transfer.result()
 
+    def test_memory_is_given_back_though_nobody_asks_any_more(self) -> None:
+        memory = np.zeros(8 * PAGE, np.uint8)
+        view = memory[:]
+        alive, work = weakref.ref(view), Work()
+        heap = TensorMemoryAllocator(torch.from_numpy(view))
+        work.failure = RuntimeError("the peer does not answer")
+        foreign_transfer(work, target=take(heap, 2))
+        del view, heap
+        for has_ended in (False, True):
+            for _ in range(40):  # looks at copies in flight
+                end(begun := Work())
+                foreign_transfer(begun, source=take(small_heap(), 1))
+            gc.collect()
+            assert (alive() is None) == has_ended
+            work.failure, work.has_ended = None, True
+
     def test_a_failure_that_says_so_has_ended(self, work: Any) -> None:
         heap = small_heap()
         batch = take(heap, 3)
@@ -395,6 +427,19 @@ class TestFailure:
         heap.batched_free(batch)
         assert heap.stats().pending_bytes == 0
         heap.close(timeout_s=0.0)
+
+    def test_a_future_that_is_locked_for_ever_blocks_nobody(self) -> None:
+        """As a signal handler leaves it that raises while the main thread asks it."""
+        future: Future[None] = Future()
+        transfer = foreign_transfer(future, target=take(small_heap(), 1))
+        asked: list[bool] = []
+        with future._condition:
+            asking = threading.Thread(target=lambda: asked.append(transfer.done()))
+            asking.start()
+            asking.join(20)
+        assert asked == [False]
+        future.set_result(None)
+        transfer.result()
 
     def test_a_cancelled_future_has_ended_if_it_never_ran(self) -> None:
         heap = small_heap()
