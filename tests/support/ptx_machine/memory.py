@@ -10,18 +10,20 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ptx_machine.errors import KernelError
+from ptx_machine.errors import KernelError, UnknownInstructionError
 
 __all__ = ["Bits", "GlobalMemory", "SharedMemory"]
 
 Bits = npt.NDArray[np.uint64]
 """One value for each thread, as raw bits."""
+
+Numbers: TypeAlias = "npt.NDArray[np.int64]"
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """The type of an element of so many bytes."""
@@ -96,6 +98,30 @@ class GlobalMemory:
             if (words[first + at] != word).any():
                 raise KernelError(f"threads store different values to one address: {what}")
 
+    def read_bytes(self, address: int, size: int) -> npt.NDArray[np.uint8]:
+        """Bytes that :meth:`require_readable` accepted."""
+        first = address - FIRST_ADDRESS
+        found: npt.NDArray[np.uint8] = _address_space()[1][first : first + size].copy()
+        return found
+
+    def write_bytes(self, address: int, data: npt.NDArray[np.uint8]) -> None:
+        """Write bytes where :meth:`require_writable` accepted them."""
+        first = address - FIRST_ADDRESS
+        _address_space()[1][first : first + len(data)] = data
+
+    def require_readable(self, address: int, size: int, what: object) -> None:
+        """Refuse bytes that may not be read."""
+        self._require_bytes(self._readable, "read", address, size, what)
+
+    def require_writable(self, address: int, size: int, what: object) -> None:
+        """Refuse bytes that may not be written."""
+        self._require_bytes(self._writable, "written", address, size, what)
+
+    @staticmethod
+    def _require_bytes(ranges: Ranges, verb: str, address: int, size: int, what: object) -> None:
+        if not ranges.contain(np.array([address], np.int64), size).all():
+            raise KernelError(f"{size} bytes at {address:#x} may not be {verb}: {what}")
+
     @staticmethod
     def _require(ranges: Ranges, verb: str, addresses: Bits, num_bytes: int, what: object) -> None:
         require_aligned(addresses, num_bytes, what)
@@ -134,6 +160,7 @@ class SharedMemory:
         self._writer = _Accesses(num_blocks * num_bytes)
         self._readers = _Accesses(num_blocks * num_bytes)
         self._warp_barriers = np.zeros((num_blocks, -(-num_threads // WARP)), np.int64)
+        self._async = _AsyncCells(num_blocks * num_bytes)
 
     def load(
         self,
@@ -148,6 +175,7 @@ class SharedMemory:
         cells = self._cells(block, addresses, size * count, what)
         if not self._is_written[cells].all():
             raise KernelError(f"shared memory is read before it is written: {what}")
+        self._async.require_no_copy(cells, what, is_write=False)
         barriers = self._warp_barriers[block, thread // WARP]
         self._writer.require_ordered(cells, thread, barriers, what)
         self._readers.note(cells, thread, barriers)
@@ -165,9 +193,11 @@ class SharedMemory:
     ) -> None:
         """Store elements of ``size`` bytes, one of each of ``values``, at each address."""
         cells = self._cells(block, addresses, size * len(values), what)
+        self._async.require_no_copy(cells, what, is_write=True)
         barriers = self._warp_barriers[block, thread // WARP]
         for earlier in (self._writer, self._readers):
             earlier.require_ordered(cells, thread, barriers, what)
+        self._async.note_store(cells, thread)
         data = np.concatenate([_split(value, size) for value in values], axis=1)
         self._bytes[cells] = data
         if (self._bytes[cells] != data).any():
@@ -186,15 +216,116 @@ class SharedMemory:
         """All threads of these warps have met."""
         self._warp_barriers[block, warp] += 1
 
+    # -- what bulk copies and mbarriers do; see ``bulk.py`` ----------------------------------------
+
+    def place_barrier(self, block: int, thread: int, address: int, what: object) -> None:
+        """A thread makes 8 bytes an mbarrier, which ordinary accesses may not touch then."""
+        cells = self._access(block, thread, address, 8, what, alignment=8, is_write=True)
+        self._async.is_barrier[cells] = True
+        self._note(self._writer, block, thread, cells)
+        self._async.note_store(cells[None], np.array([thread]))
+
+    def require_barrier_known(self, block: int, thread: int, address: int, what: object) -> None:
+        """Refuse a thread that uses an mbarrier without having met the one that made it."""
+        cells = block * self._num_bytes + address + np.arange(8)
+        self._require_ordered((self._writer,), block, thread, cells, what)
+
+    def require_fenced_barrier(self, block: int, address: int, what: object) -> None:
+        """Refuse a bulk copy that counts on an mbarrier whose making no fence has ordered."""
+        cells = block * self._num_bytes + address + np.arange(8)
+        self._async.require_fenced(cells, what)
+
+    def start_landing(
+        self, block: int, thread: int, address: int, size: int, what: object
+    ) -> Numbers:
+        """A bulk copy will write bytes; returns where they are."""
+        cells = self._access(block, thread, address, size, what, alignment=16, is_write=True)
+        self._async.require_fenced(cells, what)
+        self._async.is_landing[cells] = True
+        self._async.origin[cells] = -1
+        return cells
+
+    def land(self, cells: Numbers, data: npt.NDArray[np.uint8], origin: tuple[int, int]) -> None:
+        """The bytes have arrived, as counted by a phase of an mbarrier: its address and number."""
+        self._bytes[cells] = data
+        self._is_written[cells] = True
+        self._async.is_landing[cells] = False
+        self._async.origin[cells] = origin
+        for earlier in (self._writer, self._readers):  # who waits for the mbarrier comes after it
+            earlier.forget(slice(int(cells[0]), int(cells[-1]) + 1))
+
+    def start_reading(
+        self, block: int, thread: int, address: int, size: int, what: object
+    ) -> tuple[Numbers, set[tuple[int, int]]]:
+        """A bulk copy will read bytes; returns where they are, and the phases that brought them."""
+        cells = self._access(block, thread, address, size, what, alignment=16, is_write=False)
+        if not self._is_written[cells].all():
+            raise KernelError(f"shared memory is read before it is written: {what}")
+        self._async.require_fenced(cells, what)
+        self._async.num_reading[cells] += 1
+        origins = np.unique(self._async.origin[cells], axis=0).tolist()
+        return cells, {(address, phase) for address, phase in origins if address >= 0}
+
+    def end_reading(self, block: int, thread: int, cells: Numbers) -> npt.NDArray[np.uint8]:
+        """The bytes have been read, and the thread that started this has waited for it."""
+        self._async.num_reading[cells] -= 1
+        self._note(self._readers, block, thread, cells)
+        return self._bytes[cells].copy()
+
+    def fence(self, block: int, thread: int) -> None:
+        """A thread orders its ordinary stores before bulk copies."""
+        cells = slice(block * self._num_bytes, (block + 1) * self._num_bytes)
+        self._async.fence(cells, thread)
+
+    def _access(
+        self,
+        block: int,
+        thread: int,
+        address: int,
+        size: int,
+        what: object,
+        *,
+        alignment: int,
+        is_write: bool,
+    ) -> Numbers:
+        """The index of each of some bytes that one thread accesses, if it may."""
+        if address % alignment:
+            raise KernelError(f"{size} bytes at {address:#x} are misaligned: {what}")
+        self._require_inside(np.array([address]), size, what)
+        cells: Numbers = block * self._num_bytes + address + np.arange(size)
+        self._async.require_no_copy(cells, what, is_write=is_write, by_copy=True)
+        earlier = (self._writer, self._readers) if is_write else (self._writer,)
+        self._require_ordered(earlier, block, thread, cells, what)
+        return cells
+
+    def _require_ordered(
+        self,
+        earlier: Iterable[_Accesses],
+        block: int,
+        thread: int,
+        cells: Numbers,
+        what: object,
+    ) -> None:
+        barriers = self._warp_barriers[block, thread // WARP]
+        for accesses in earlier:
+            accesses.require_ordered(cells[None], np.array([thread]), np.array([barriers]), what)
+
+    def _note(self, accesses: _Accesses, block: int, thread: int, cells: Numbers) -> None:
+        barriers = self._warp_barriers[block, thread // WARP]
+        accesses.note(cells[None], np.array([thread]), np.array([barriers]))
+
+    def _require_inside(self, addresses: npt.NDArray[Any], num_bytes: int, what: object) -> None:
+        if (addresses + num_bytes > self._num_bytes).any():
+            raise KernelError(
+                f"an access leaves the {self._num_bytes} bytes of shared memory: {what}"
+            )
+
     def _cells(
         self, block: npt.NDArray[np.int64], addresses: Bits, num_bytes: int, what: object
     ) -> npt.NDArray[np.int64]:
         """The index of each byte that is accessed, ``[threads, num_bytes]``."""
         require_aligned(addresses, num_bytes, what)
-        if (addresses + num_bytes > self._num_bytes).any():
-            raise KernelError(
-                f"an access leaves the {self._num_bytes} bytes of shared memory: {what}"
-            )
+        self._require_inside(addresses, num_bytes, what)
         first = block * self._num_bytes + addresses.view(np.int64)
         cells: npt.NDArray[np.int64] = first[:, None] + np.arange(num_bytes)
         return cells
@@ -245,6 +376,58 @@ class _Accesses:
             raise KernelError(
                 f"threads {other} and {this} access a byte of shared memory without a barrier "
                 f"between them: {what}"
+            )
+
+
+NO_THREAD = -1
+
+
+class _AsyncCells:
+    """For each byte, what bulk copies do with it, and which stores no fence has ordered for them.
+
+    Attributes:
+        is_barrier: whether it is part of an mbarrier.
+        is_landing: whether a bulk copy is going to write it.
+        num_reading: bulk copies that are going to read it.
+        origin: the address of the mbarrier, and the number of its phase, that counted the bulk copy
+            which wrote it; -1 for none.
+    """
+
+    def __init__(self, num_cells: int) -> None:
+        self.is_barrier = np.zeros(num_cells, np.bool_)
+        self.is_landing = np.zeros(num_cells, np.bool_)
+        self.num_reading = np.zeros(num_cells, np.int8)
+        self.origin = np.full((num_cells, 2), -1, np.int32)
+        self._unfenced = np.full(num_cells, NO_THREAD, np.int32)
+
+    def note_store(self, cells: Numbers, thread: Numbers) -> None:
+        """Threads store to bytes, ``[threads, bytes]``."""
+        self._unfenced[cells] = thread[:, None]
+        self.origin[cells] = -1
+
+    def fence(self, cells: slice, thread: int) -> None:
+        """The stores of a thread are ordered before bulk copies."""
+        part = self._unfenced[cells]
+        part[part == thread] = NO_THREAD
+
+    def require_fenced(self, cells: Numbers, what: object) -> None:
+        """Refuse a bulk copy that an ordinary store is not ordered before."""
+        if (self._unfenced[cells] != NO_THREAD).any():
+            raise KernelError(f"no fence orders an ordinary store before a bulk copy: {what}")
+
+    def require_no_copy(
+        self, cells: Numbers, what: object, *, is_write: bool, by_copy: bool = False
+    ) -> None:
+        """Refuse an access of bytes that a bulk copy uses, or that are an mbarrier."""
+        if self.is_landing[cells].any():
+            raise KernelError(f"bytes are used while a bulk copy to them is in flight: {what}")
+        if is_write and self.num_reading[cells].any():
+            raise KernelError(f"bytes are overwritten while a bulk copy reads them: {what}")
+        if self.is_barrier[cells].any():
+            raise KernelError(f"an mbarrier is accessed as ordinary bytes: {what}")
+        if not is_write and not by_copy and (self.origin[cells] >= 0).any():
+            raise UnknownInstructionError(
+                f"the machine does not know ordinary loads of what a bulk copy brought: {what}"
             )
 
 

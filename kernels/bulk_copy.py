@@ -1,0 +1,325 @@
+"""Bulk copy: N pieces of bytes between arbitrary addresses, by the bulk copies of sm_90.
+
+============================  ==============  ===============  ==========================
+launcher                      reads           writes           bytes moved
+============================  ==============  ===============  ==========================
+:meth:`BulkCopy.run`          ``sources[i]``  ``targets[i]``   2 x ``num_bytes``
+============================  ==============  ===============  ==========================
+
+plus 16 bytes for each piece if all have one size, else 24 for each item. It copies what
+:mod:`kvheap.kernels.pointer_copy` copies, if a GPU has ``cp.async.bulk`` (compute capability 9.0
+and later) and 16 divides all addresses and sizes. Bytes pass through shared memory and not through
+registers, so a program is one warp with few registers and 25 KiB of shared memory, which finds a
+place beside the programs of a matrix multiplication.
+
+**Items.** Pieces are cut into items of at most ``ITEM_BYTES``. Pieces of one size are cut into
+items of nearly one size, found by index arithmetic (descriptors ``[2, N]``: sources, targets).
+Other pieces are cut on the host (descriptors ``[3, items]``: sources, targets, bytes).
+
+**Programs.** A batch has up to 32 items, one for each lane of a warp. The grid is persistent:
+program ``p`` of ``P`` copies batches ``p``, ``p + P``, and so on. Small items share a stage, of
+which as many as shared memory can hold are in flight; :mod:`kvheap.kernels.bulk_loop` says how.
+
+Planning takes array operations on the host and one upload. Launches are on the current stream and
+never synchronize.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from kvheap.kernels.arrays import Int64Array
+from kvheap.kernels.bulk_loop import MAX_STAGES, SLOT_HEAD_BYTES, bulk_loop
+from kvheap.kernels.launch import current, jit, staging, tl
+from kvheap.kernels.pieces import Pieces
+
+__all__ = ["BulkCopy", "has_bulk_copies"]
+
+SHARED_BYTES = 24 << 10
+"""Shared memory of one program: what a matrix multiplication of 200 KiB leaves free. Reasoned, not
+yet measured on a GPU."""
+
+ITEM_BYTES = 2048
+"""Bytes of the largest item. Smaller ones waste less of the stages that wait for their turn, larger
+ones cost fewer instructions. Reasoned, not yet measured on a GPU."""
+
+STAGE_BYTES = ITEM_BYTES + SLOT_HEAD_BYTES
+"""Bytes of a stage: one large item, or several small ones."""
+
+DRAINING = 2
+"""Stages whose bytes may still be on their way to the targets when an earlier one is filled again.
+Reasoned, not yet measured on a GPU."""
+
+PROGRAMS_PER_SM = 4
+"""Programs for each multiprocessor without a budget. Reasoned, not yet measured on a GPU."""
+
+MIXED_ITEM_BYTES = (64, 256, 1024, ITEM_BYTES)
+"""Item sizes that pieces of different sizes may be cut to."""
+
+ITEM_COST_BYTES = 256
+"""What an item costs beside its bytes, as bytes. Reasoned, not yet measured on a GPU."""
+
+WARP = 32
+
+MAX_ITEMS = 1 << 30
+"""Half the range of int32, because a program steps past the last item by up to a grid of them."""
+
+if tl is not None:
+    LOOP = tl.constexpr(bulk_loop(SHARED_BYTES, DRAINING))
+
+
+@jit(
+    do_not_specialize=[
+        "num_pieces",
+        "num_items",
+        "cols",
+        "item_bytes",
+        "last_bytes",
+        "rows",
+        "batch_items",
+        "stages",
+        "ahead",
+    ]
+)
+def _copy_bulk_kernel(  # type: ignore[no-untyped-def]
+    descriptor_ptr,
+    num_pieces,
+    num_items,
+    cols,
+    item_bytes,
+    last_bytes,
+    rows,
+    batch_items,
+    stages,
+    ahead,
+):
+    """Copy every P-th batch of items; a piece has ``cols``, the last of ``last_bytes``."""
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    num_batches = tl.cdiv(tl.cdiv(num_items, batch_items) - program, num_programs)
+    tl.inline_asm_elementwise(
+        LOOP,
+        "=r,l,r,r,r,r,r,r,r,r,r,r,r,r",
+        [
+            descriptor_ptr.to(tl.int64),
+            num_pieces,
+            num_items,
+            cols,
+            item_bytes,
+            last_bytes,
+            rows,
+            batch_items,
+            stages,
+            program * batch_items,
+            num_programs * batch_items,
+            num_batches * (batch_items // rows),
+            ahead,
+        ],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@lru_cache(maxsize=64)
+def has_bulk_copies(device: torch.device) -> bool:
+    """Whether a CUDA device has the instructions."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BulkCopy:
+    """Pieces ready to be copied by bulk copies: descriptors uploaded, items planned.
+
+    Attributes:
+        device: the device that copies.
+        num_bytes: bytes of all pieces.
+        descriptors: on the device, int64 ``[2 or 3, N]``: sources, targets and, if pieces were cut
+            on the host, bytes.
+        items: how pieces are cut.
+    """
+
+    device: torch.device
+    num_bytes: int
+    descriptors: torch.Tensor
+    items: Items
+
+    @staticmethod
+    def suits(pieces: Pieces, device: torch.device) -> bool:
+        """Whether the device can copy these pieces so."""
+        return pieces.alignment == 16 and has_bulk_copies(device)
+
+    @classmethod
+    def prepare(cls, pieces: Pieces, device: torch.device) -> BulkCopy:
+        """Plan the copy and upload its descriptors, in stream order and without waiting.
+
+        O(N) array operations on the host, and one item for every 2 KiB of pieces that differ in
+        size.
+
+        Args:
+            pieces: any number, whose targets overlap neither each other nor a source. This is not
+                checked. The device must be able to reach all addresses.
+            device: a CUDA device of compute capability 9.0 or later.
+
+        Raises:
+            ValueError: an address or a size is not a multiple of 16, the device has no bulk copies,
+                or there are too many items for one launch; nothing is uploaded.
+            RuntimeError: the current stream is being captured in a CUDA graph.
+        """
+        if len(pieces) and pieces.alignment != 16:
+            raise ValueError(
+                f"bulk copies take addresses and sizes that are multiples of 16, but the largest "
+                f"power of two that divides those of {pieces!r} is {pieces.alignment}: use "
+                f"PointerCopy"
+            )
+        if not has_bulk_copies(device):
+            raise ValueError(f"{device} has no bulk copies, which need compute capability 9.0")
+        items, cut = Items.of(pieces)
+        if items.num_items >= MAX_ITEMS:
+            raise ValueError(
+                f"{pieces!r} need {items.num_items} items, too many for one launch: split them"
+            )
+        num_arrays = 2 if items.last_bytes else 3
+        with current(device):
+            words = staging(num_arrays * len(cut), device)
+            arrays = words.numpy().reshape(num_arrays, len(cut))
+            arrays[0], arrays[1] = cut.sources, cut.targets
+            if num_arrays == 3:
+                arrays[2] = cut.sizes
+            uploaded = words.to(device, non_blocking=True)
+        return cls(uploaded.device, pieces.num_bytes, uploaded, items)
+
+    @property
+    def descriptor_bytes(self) -> int:
+        """Bytes that :meth:`prepare` uploaded."""
+        return self.descriptors.nbytes
+
+    @property
+    def num_launches(self) -> int:
+        """Launches of one :meth:`run`: one, or none for no pieces."""
+        return int(self.items.num_items > 0)
+
+    def run(self, max_sms: int | None = None) -> None:
+        """Copy all pieces, on the current stream of the device.
+
+        Nothing is allocated or uploaded, so a run can be captured in a CUDA graph, once
+        :meth:`warm_up` or a similar run has loaded the kernel. A run on another stream than that of
+        :meth:`prepare` must wait for that stream. Keep this object until the device has finished,
+        and for a graph, as long as the graph is replayed.
+
+        Args:
+            max_sms: how many multiprocessors may be used; None for all.
+
+        Raises:
+            ValueError: ``max_sms`` is less than 1.
+        """
+        if max_sms is not None and max_sms < 1:
+            raise ValueError(f"max_sms must be at least 1, got {max_sms}")
+        if not self.items.num_items:
+            return
+        programs = PROGRAMS_PER_SM * _num_sms(self.device) if max_sms is None else max_sms
+        batch_items = self.items.batch_items(programs)
+        num_batches = -(-self.items.num_items // batch_items)
+        self._launch(min(programs, num_batches), batch_items, self.items.num_items)
+
+    def warm_up(self) -> None:
+        """Compile and load the kernel; copy nothing."""
+        if self.items.num_items:
+            self._launch(num_programs=1, batch_items=self.items.rows, num_items=0)
+
+    def _launch(self, num_programs: int, batch_items: int, num_items: int) -> None:
+        items = self.items
+        with current(self.device):
+            _copy_bulk_kernel[(num_programs,)](
+                self.descriptors,
+                items.num_pieces,
+                num_items,
+                items.cols,
+                items.item_bytes,
+                items.last_bytes,
+                items.rows,
+                batch_items,
+                items.stages,
+                items.stages - DRAINING,
+                num_warps=1,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """How pieces are cut into items, and items into stages.
+
+    Attributes:
+        num_pieces: how many pieces there are.
+        cols: items of each piece.
+        item_bytes: bytes of each item, or of the largest.
+        last_bytes: bytes of each piece's last item; 0 if every item has its own number of bytes.
+        rows: items that share a stage.
+        stages: how many stages there are.
+
+    >>> Items.of_one_size(1000, 5008)
+    Items(num_pieces=1000, cols=3, item_bytes=1680, last_bytes=1648, rows=1, stages=14)
+    """
+
+    num_pieces: int
+    cols: int
+    item_bytes: int
+    last_bytes: int
+    rows: int
+    stages: int
+
+    @classmethod
+    def of(cls, pieces: Pieces) -> tuple[Items, Pieces]:
+        """The items of pieces, and the pieces that descriptors are made of."""
+        if not len(pieces):
+            return cls(0, 1, 16, 16, 1, MAX_STAGES), pieces
+        sizes = pieces.sizes
+        size = sizes if isinstance(sizes, int) else int(sizes[0])
+        if isinstance(sizes, int) or (sizes == size).all():
+            return cls.of_one_size(len(pieces), size), pieces
+        item_bytes = _mixed_item_bytes(pieces.size_array())
+        cut = pieces.cut(item_bytes)
+        return cls(len(cut), 1, item_bytes, 0, *_stages(item_bytes)), cut
+
+    @classmethod
+    def of_one_size(cls, num_pieces: int, size_bytes: int) -> Items:
+        """The items of pieces that all have ``size_bytes``: nearly equal parts of them."""
+        granules = size_bytes // 16
+        item_bytes = 16 * -(-granules // -(-size_bytes // ITEM_BYTES))
+        cols = -(-size_bytes // item_bytes)
+        last_bytes = size_bytes - (cols - 1) * item_bytes
+        return cls(num_pieces, cols, item_bytes, last_bytes, *_stages(item_bytes))
+
+    @property
+    def num_items(self) -> int:
+        """Items of all pieces."""
+        return self.num_pieces * self.cols
+
+    def batch_items(self, num_programs: int) -> int:
+        """Items of a batch: as many as fit a warp, or fewer, so that every program has some."""
+        stages = -(-self.num_items // self.rows)
+        return self.rows * max(1, min(WARP // self.rows, -(-stages // num_programs)))
+
+
+def _stages(item_bytes: int) -> tuple[int, int]:
+    """How many items share a stage, and how many stages there are."""
+    slot_bytes = item_bytes + SLOT_HEAD_BYTES
+    rows = min(WARP, STAGE_BYTES // slot_bytes)
+    return rows, min(MAX_STAGES, (SHARED_BYTES - 8 * MAX_STAGES) // (rows * slot_bytes))
+
+
+def _mixed_item_bytes(sizes: Int64Array) -> int:
+    """The size of items that costs the least, slots that are not filled included."""
+    costs = [
+        (int((-(-sizes // size)).sum()) * (size + ITEM_COST_BYTES), size)
+        for size in MIXED_ITEM_BYTES
+    ]
+    return min(costs)[1]
+
+
+@lru_cache(maxsize=64)
+def _num_sms(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
