@@ -147,11 +147,6 @@ class BulkCopy:
     descriptors: torch.Tensor
     items: Items
 
-    @staticmethod
-    def suits(pieces: Pieces, device: torch.device) -> bool:
-        """Whether the device can copy these pieces so."""
-        return pieces.alignment == 16 and has_bulk_copies(device)
-
     @classmethod
     def prepare(cls, pieces: Pieces, device: torch.device) -> BulkCopy:
         """Plan the copy and upload its descriptors, in stream order and without waiting.
@@ -169,14 +164,23 @@ class BulkCopy:
                 or there are too many items for one launch; nothing is uploaded.
             RuntimeError: the current stream is being captured in a CUDA graph.
         """
-        if len(pieces) and pieces.alignment != 16:
+        found = cls.prepare_if_suited(pieces, device)
+        if found is None and not has_bulk_copies(device):
             raise ValueError(
-                f"bulk copies take addresses and sizes that are multiples of 16, but the largest "
-                f"power of two that divides those of {pieces!r} is {pieces.alignment}: use "
-                f"PointerCopy"
+                f"{device} has no bulk copies, which need compute capability 9.0: use PointerCopy"
             )
-        if not has_bulk_copies(device):
-            raise ValueError(f"{device} has no bulk copies, which need compute capability 9.0")
+        if found is None:
+            raise ValueError(
+                f"bulk copies need addresses and sizes that are multiples of 16, but those of "
+                f"{pieces!r} are multiples of {pieces.alignment}: use PointerCopy"
+            )
+        return found
+
+    @classmethod
+    def prepare_if_suited(cls, pieces: Pieces, device: torch.device) -> BulkCopy | None:
+        """Like :meth:`prepare`; None if the device or an alignment rules out bulk copies."""
+        if not has_bulk_copies(device) or (len(pieces) and pieces.alignment < 16):
+            return None
         items, cut = Items.of(pieces)
         if items.num_items >= MAX_ITEMS:
             raise ValueError(

@@ -308,7 +308,7 @@ class FakeDevice:
 
     # -- copies --------------------------------------------------------------------------------
 
-    def prepare(self, pieces: Pieces) -> FakePrepared:
+    def prepare(self, pieces: Pieces, *, over_link: bool) -> FakePrepared:
         self.call("prepare")
         self.require(not self.current.capturing, "an upload in a capture")
         return FakePrepared(self, pieces)

@@ -8,7 +8,8 @@ earlier, or leaves no thread to wait, is refused:
   arrived, nor written until it has been read;
 * bytes that have arrived, read by a thread that has not waited for them, and has not met one that
   has;
-* a phase of an mbarrier that ends although copies that it counts are in flight;
+* a phase of an mbarrier that ends although copies that it counts are in flight, or that cannot end
+  because they bring more bytes than were announced;
 * ordinary stores that no fence orders before a bulk copy which reads the bytes, or before the first
   one that arrives at an mbarrier;
 * a thread that returns before its copies have arrived, or been written.
@@ -23,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ptx_machine.errors import KernelError
-from ptx_machine.memory import WARP, GlobalMemory, SharedMemory
+from ptx_machine.memory import WARP, GlobalMemory
+from ptx_machine.shared_memory import Numbers, SharedMemory
 
 __all__ = ["BulkCopies"]
 
@@ -32,8 +34,6 @@ GRANULE = 16
 
 MAX_COUNT = (1 << 20) - 1
 """The most arrivals, and the most bytes, that an mbarrier counts."""
-
-Numbers: TypeAlias = "npt.NDArray[np.int64]"
 
 Place: TypeAlias = "tuple[int, int]"
 """A block's position in the batch, and a thread of it or an address of its shared memory."""
@@ -135,6 +135,8 @@ class BulkCopies:
             data = self._memory.read_bytes(each.source, len(each.cells))
             self.shared.land(each.cells, data, (address, barrier.phase))
             barrier.tx -= len(data)
+        if barrier.tx < 0:
+            raise KernelError(f"{-barrier.tx} bytes arrive that were not announced: {what}")
         self._end_phase(block, barrier, what)
 
     def _end_phase(self, block: int, barrier: Barrier, what: object) -> None:

@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from ptx_machine.bulk import BulkCopies
 from ptx_machine.errors import KernelError
-from ptx_machine.memory import Bits, GlobalMemory, SharedMemory
+from ptx_machine.memory import Bits, GlobalMemory
 from ptx_machine.program import Address, Immediate, Operand, Program, Register, Symbol
+from ptx_machine.shared_memory import SharedMemory
 
 __all__ = ["Lanes", "Threads"]
 
