@@ -31,6 +31,8 @@ def bulk_step_of(instruction: Instruction) -> Callable[[Threads, Lanes], None]:
     fits = len(kinds) == len(operands)
     if not fits or not all(map(isinstance, operands, (KINDS[kind] for kind in kinds))):
         raise instruction.unknown()
+    if kinds[:1] == "_" and operands[0] != Register("_", 64):
+        raise instruction.unknown()
     target = operands[0] if kinds[:1] == "p" else None
     sources = operands[kinds[:1] in ("p", "_") :]
 
