@@ -6,15 +6,16 @@ launcher                      reads           writes           bytes moved
 :meth:`BulkCopy.run`          ``sources[i]``  ``targets[i]``   2 x ``num_bytes``
 ============================  ==============  ===============  ==========================
 
-plus 16 bytes for each piece if all have one size, else 24 for each item. It copies what
+plus 16 bytes for each piece if all have one size, else 24 for each row. It copies what
 :mod:`kvheap.kernels.pointer_copy` copies, if a GPU has ``cp.async.bulk`` (compute capability 9.0
 and later) and 16 divides all addresses and sizes. Bytes pass through shared memory and not through
 registers, so a program is one warp with few registers and 25 KiB of shared memory, which finds a
 place beside the programs of a matrix multiplication.
 
-**Items.** Pieces are cut into items of at most ``ITEM_BYTES``. Pieces of one size are cut into
-items of nearly one size, found by index arithmetic (descriptors ``[2, N]``: sources, targets).
-Other pieces are cut on the host (descriptors ``[3, items]``: sources, targets, bytes).
+**Rows.** Pieces of one size are the rows of a matrix, and rows are cut into items of nearly one
+size, ``ITEM_BYTES`` at most, found by index arithmetic (descriptors ``[2, N]``: sources, targets).
+Other pieces are cut on the host into rows of at most ``cols`` items (descriptors ``[3, rows]``:
+sources, targets, bytes); items behind the end of a row are empty.
 
 **Programs.** A batch has up to 32 items, one for each lane of a warp. The grid is persistent:
 program ``p`` of ``P`` copies batches ``p``, ``p + P``, and so on. Small items share a stage, of
@@ -56,11 +57,12 @@ Reasoned, not yet measured on a GPU."""
 PROGRAMS_PER_SM = 4
 """Programs for each multiprocessor without a budget. Reasoned, not yet measured on a GPU."""
 
-MIXED_ITEM_BYTES = (64, 256, 1024, ITEM_BYTES)
-"""Item sizes that pieces of different sizes may be cut to."""
+ROW_ITEMS = ((1, 64), (1, 256), (1, 1024), (1, ITEM_BYTES), (8, ITEM_BYTES), (32, ITEM_BYTES))
+"""Items of a row, and bytes of each, that pieces of different sizes may be cut to."""
 
-ITEM_COST_BYTES = 256
-"""What an item costs beside its bytes, as bytes. Reasoned, not yet measured on a GPU."""
+ROW_COST_BYTES = 512
+"""The overhead of a row (planning, uploading and reading 24 bytes), as bytes of empty items.
+Reasoned, not yet measured on a GPU."""
 
 WARP = 32
 
@@ -73,12 +75,12 @@ if tl is not None:
 
 @jit(
     do_not_specialize=[
-        "num_pieces",
+        "num_rows",
         "num_items",
         "cols",
         "item_bytes",
         "last_bytes",
-        "rows",
+        "stage_items",
         "batch_items",
         "stages",
         "ahead",
@@ -86,17 +88,20 @@ if tl is not None:
 )
 def _copy_bulk_kernel(  # type: ignore[no-untyped-def]
     descriptor_ptr,
-    num_pieces,
+    num_rows,
     num_items,
     cols,
     item_bytes,
     last_bytes,
-    rows,
+    stage_items,
     batch_items,
     stages,
     ahead,
 ):
-    """Copy every P-th batch of items; a piece has ``cols``, the last of ``last_bytes``."""
+    """Copy every P-th batch of items.
+
+    A row has ``cols`` items, the last of ``last_bytes``; 0: every row has its own number of bytes.
+    """
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     num_batches = tl.cdiv(tl.cdiv(num_items, batch_items) - program, num_programs)
@@ -105,17 +110,17 @@ def _copy_bulk_kernel(  # type: ignore[no-untyped-def]
         "=r,l,r,r,r,r,r,r,r,r,r,r,r,r",
         [
             descriptor_ptr.to(tl.int64),
-            num_pieces,
+            num_rows,
             num_items,
             cols,
             item_bytes,
             last_bytes,
-            rows,
+            stage_items,
             batch_items,
             stages,
             program * batch_items,
             num_programs * batch_items,
-            num_batches * (batch_items // rows),
+            num_batches * (batch_items // stage_items),
             ahead,
         ],
         dtype=tl.int32,
@@ -137,8 +142,8 @@ class BulkCopy:
     Attributes:
         device: the device that copies.
         num_bytes: bytes of all pieces.
-        descriptors: on the device, int64 ``[2 or 3, N]``: sources, targets and, if pieces were cut
-            on the host, bytes.
+        descriptors: on the device, int64 ``[2 or 3, rows]``: sources, targets and, if rows differ,
+            bytes.
         items: how pieces are cut.
     """
 
@@ -151,7 +156,7 @@ class BulkCopy:
     def prepare(cls, pieces: Pieces, device: torch.device) -> BulkCopy:
         """Plan the copy and upload its descriptors, in stream order and without waiting.
 
-        O(N) array operations on the host, and one item for every 2 KiB of pieces that differ in
+        O(N) array operations on the host, and one row for every 64 KiB of pieces that differ in
         size.
 
         Args:
@@ -181,18 +186,18 @@ class BulkCopy:
         """Like :meth:`prepare`; None if the device or an alignment rules out bulk copies."""
         if not has_bulk_copies(device) or (len(pieces) and pieces.alignment < 16):
             return None
-        items, cut = Items.of(pieces)
+        items, rows = Items.of(pieces)
         if items.num_items >= MAX_ITEMS:
             raise ValueError(
                 f"{pieces!r} need {items.num_items} items, too many for one launch: split them"
             )
         num_arrays = 2 if items.last_bytes else 3
         with current(device):
-            words = staging(num_arrays * len(cut), device)
-            arrays = words.numpy().reshape(num_arrays, len(cut))
-            arrays[0], arrays[1] = cut.sources, cut.targets
+            words = staging(num_arrays * len(rows), device)
+            arrays = words.numpy().reshape(num_arrays, len(rows))
+            arrays[0], arrays[1] = rows.sources, rows.targets
             if num_arrays == 3:
-                arrays[2] = cut.sizes
+                arrays[2] = rows.sizes
             uploaded = words.to(device, non_blocking=True)
         return cls(uploaded.device, pieces.num_bytes, uploaded, items)
 
@@ -232,19 +237,19 @@ class BulkCopy:
     def warm_up(self) -> None:
         """Compile and load the kernel; copy nothing."""
         if self.items.num_items:
-            self._launch(num_programs=1, batch_items=self.items.rows, num_items=0)
+            self._launch(num_programs=1, batch_items=self.items.stage_items, num_items=0)
 
     def _launch(self, num_programs: int, batch_items: int, num_items: int) -> None:
         items = self.items
         with current(self.device):
             _copy_bulk_kernel[(num_programs,)](
                 self.descriptors,
-                items.num_pieces,
+                items.num_rows,
                 num_items,
                 items.cols,
                 items.item_bytes,
                 items.last_bytes,
-                items.rows,
+                items.stage_items,
                 batch_items,
                 items.stages,
                 items.stages - DRAINING,
@@ -254,74 +259,78 @@ class BulkCopy:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """How pieces are cut into items, and items into stages.
+    """How pieces are cut into rows, rows into items, and how items share stages.
 
     Attributes:
-        num_pieces: how many pieces there are.
-        cols: items of each piece.
+        num_rows: how many rows there are.
+        cols: items of each row.
         item_bytes: bytes of each item, or of the largest.
-        last_bytes: bytes of each piece's last item; 0 if every item has its own number of bytes.
-        rows: items that share a stage.
+        last_bytes: bytes of each row's last item; 0 if every row has its own number of bytes.
+        stage_items: items that share a stage.
         stages: how many stages there are.
 
     >>> Items.of_one_size(1000, 5008)
-    Items(num_pieces=1000, cols=3, item_bytes=1680, last_bytes=1648, rows=1, stages=14)
+    Items(num_rows=1000, cols=3, item_bytes=1680, last_bytes=1648, stage_items=1, stages=14)
     """
 
-    num_pieces: int
+    num_rows: int
     cols: int
     item_bytes: int
     last_bytes: int
-    rows: int
+    stage_items: int
     stages: int
 
     @classmethod
     def of(cls, pieces: Pieces) -> tuple[Items, Pieces]:
-        """The items of pieces, and the pieces that descriptors are made of."""
+        """The items of pieces, and the rows as pieces."""
         if not len(pieces):
             return cls(0, 1, 16, 16, 1, MAX_STAGES), pieces
         sizes = pieces.sizes
         size = sizes if isinstance(sizes, int) else int(sizes[0])
         if isinstance(sizes, int) or (sizes == size).all():
             return cls.of_one_size(len(pieces), size), pieces
-        item_bytes = _mixed_item_bytes(pieces.size_array())
-        cut = pieces.cut(item_bytes)
-        return cls(len(cut), 1, item_bytes, 0, *_stages(item_bytes)), cut
+        cols, item_bytes = _mixed_rows(sizes)
+        rows = pieces.cut(cols * item_bytes)
+        return cls(len(rows), cols, item_bytes, 0, *_stages(item_bytes)), rows
 
     @classmethod
-    def of_one_size(cls, num_pieces: int, size_bytes: int) -> Items:
-        """The items of pieces that all have ``size_bytes``: nearly equal parts of them."""
+    def of_one_size(cls, num_rows: int, size_bytes: int) -> Items:
+        """The items of rows that all have ``size_bytes``: nearly equal parts of them."""
         granules = size_bytes // 16
         item_bytes = 16 * -(-granules // -(-size_bytes // ITEM_BYTES))
         cols = -(-size_bytes // item_bytes)
         last_bytes = size_bytes - (cols - 1) * item_bytes
-        return cls(num_pieces, cols, item_bytes, last_bytes, *_stages(item_bytes))
+        return cls(num_rows, cols, item_bytes, last_bytes, *_stages(item_bytes))
 
     @property
     def num_items(self) -> int:
-        """Items of all pieces."""
-        return self.num_pieces * self.cols
+        """Items of all rows."""
+        return self.num_rows * self.cols
 
     def batch_items(self, num_programs: int) -> int:
         """Items of a batch: as many as fit a warp, or fewer, so that every program has some."""
-        stages = -(-self.num_items // self.rows)
-        return self.rows * max(1, min(WARP // self.rows, -(-stages // num_programs)))
+        stages = -(-self.num_items // self.stage_items)
+        most = WARP // self.stage_items
+        return self.stage_items * max(1, min(most, -(-stages // num_programs)))
 
 
 def _stages(item_bytes: int) -> tuple[int, int]:
     """How many items share a stage, and how many stages there are."""
     slot_bytes = item_bytes + SLOT_HEAD_BYTES
-    rows = min(WARP, STAGE_BYTES // slot_bytes)
-    return rows, min(MAX_STAGES, (SHARED_BYTES - 8 * MAX_STAGES) // (rows * slot_bytes))
+    stage_items = min(WARP, STAGE_BYTES // slot_bytes)
+    room_bytes = SHARED_BYTES - 8 * MAX_STAGES
+    return stage_items, min(MAX_STAGES, room_bytes // (stage_items * slot_bytes))
 
 
-def _mixed_item_bytes(sizes: Int64Array) -> int:
-    """The size of items that costs the least, slots that are not filled included."""
-    costs = [
-        (int((-(-sizes // size)).sum()) * (size + ITEM_COST_BYTES), size)
-        for size in MIXED_ITEM_BYTES
-    ]
-    return min(costs)[1]
+def _mixed_rows(sizes: Int64Array) -> tuple[int, int]:
+    """Items of a row and bytes of each that cost the least, empty items included."""
+    costs = []
+    for cols, item_bytes in ROW_ITEMS:
+        row_bytes = cols * item_bytes
+        num_rows = int((-(-sizes // row_bytes)).sum())
+        costs.append((num_rows * (row_bytes + ROW_COST_BYTES), cols, item_bytes))
+    _, cols, item_bytes = min(costs)
+    return cols, item_bytes
 
 
 @lru_cache(maxsize=64)

@@ -4,20 +4,21 @@ Triton has no operation for bulk copies between pointers, so the whole loop is o
 inline PTX, which declares the shared memory that it uses. One warp executes it.
 
 **Memory.** Shared memory starts with one mbarrier for each stage, followed by the stages. A stage
-holds ``rows`` slots. A slot is 16 bytes for the target and the size of an item, followed by the
-item's bytes.
+holds ``stage_items`` slots. A slot is 16 bytes for the target and the size of an item, followed by
+the item's bytes.
 
-**Items.** An item is a piece, or a part of one that fits a slot. Lane ``i`` of the warp holds item
+**Items.** An item is a row, or a part of one that fits a slot. Lane ``i`` of the warp holds item
 ``i`` of a batch: where it is read, where it is written, and its bytes. The descriptors of the next
-batch are on their way meanwhile. ``rows`` consecutive lanes fill a stage, each with its own item.
+batch are on their way meanwhile. ``stage_items`` consecutive lanes fill a stage, each with its own
+item.
 
 **Order.** Item bytes arrive in a slot by a bulk copy that counts them on the stage's mbarrier, to
-which each of the ``rows`` lanes also arrives. All lanes wait for the phase of the mbarrier, then
-the same ``rows`` lanes start the bulk copies to the targets. A stage is filled again once the
-copies from it have been read, which each lane waits for itself, followed by a barrier of the warp:
-the next item of a slot may be another lane's. ``draining`` stages may still be read while the next
-ones are being filled. All other stages are in flight from their sources. Before a lane ends, the
-bytes that it copied have been written, not only read.
+which each of the ``stage_items`` lanes also arrives. All lanes wait for the phase of the mbarrier,
+then the same lanes start the bulk copies to the targets. A stage is filled again once the copies
+from it have been read, which each lane waits for itself, followed by a barrier of the warp: the
+next item of a slot may be another lane's. ``draining`` stages may still be read while the next ones
+are being filled. All other stages are in flight from their sources. Before a lane ends, the bytes
+that it copied have been written, not only read.
 
 Bulk copies belong to the async proxy. A fence orders the initialisation of the mbarriers before
 them. The items themselves are only accessed by bulk copies, so they need no other fence, nor do
@@ -35,20 +36,21 @@ MAX_STAGES = 32
 SLOT_HEAD_BYTES = 16
 """Bytes of a slot before those of its item."""
 
-# What a lane does to find the item ``item`` of all: the addresses of its piece, which are not
-# waited for, the offset of the item in it, and its bytes, which are 0 if there is no such item.
+# What a lane does to find the item ``item`` of all: the addresses of its row, which are not waited
+# for, the offset of the item in it, and its bytes. If rows differ, these are the bytes of the row.
+# If there is no such item, they are 0.
 _FETCH = """
     setp.lt.u32     has_item, item, {num_items};
     and.pred        has_item, has_item, in_batch;
-    div.u32         piece, item, {cols};
-    mul.lo.u32      col, piece, {cols};
+    div.u32         row, item, {cols};
+    mul.lo.u32      col, row, {cols};
     sub.u32         col, item, col;
     mul.wide.u32    next_offset, col, {item_bytes};
     add.u32         col, col, 1;
     setp.eq.u32     is_last, col, {cols};
     selp.b32        next_bytes, {last_bytes}, {item_bytes}, is_last;
     selp.b32        next_bytes, next_bytes, 0, has_item;
-    mul.wide.u32    place, piece, 8;
+    mul.wide.u32    place, row, 8;
     add.u64         place, place, {descriptors};
     mov.u64         next_source, 0;
     mov.u64         next_target, 0;
@@ -60,8 +62,13 @@ _FETCH = """
     @has_size ld.global.b32 next_bytes, [place];
 """
 
-# Makes the next batch the current one.
+# Makes the next batch the current one. If rows differ, an item has what is left of its row.
 _PROMOTE = """
+    cvt.u32.u64     col, next_offset;
+    selp.b32        col, col, 0, is_ragged;
+    sub.s32         next_bytes, next_bytes, col;
+    max.s32         next_bytes, next_bytes, 0;
+    min.s32         next_bytes, next_bytes, {item_bytes};
     add.u64         source, next_source, next_offset;
     add.u64         target, next_target, next_offset;
     cvt.u64.u32     bytes, next_bytes;
@@ -73,7 +80,7 @@ _LOOP = """{{
     .reg .pred      done, wraps, in_batch, has_item, is_last, is_ragged, has_size, owns, copies;
     .reg .b32       lane, bars, data, fill, fill_bar, drain, drain_bar, end_bar, parity;
     .reg .b32       pending, left, first_fill, first_drain, slot, slot_bytes, stage_bytes;
-    .reg .b32       item, piece, col, next_bytes, size;
+    .reg .b32       item, row, col, next_bytes, size;
     .reg .b64       source, target, bytes, next_source, next_target, next_offset;
     .reg .b64       place, length, array_bytes;
 
@@ -83,14 +90,14 @@ _LOOP = """{{
     shl.b32         end_bar, {stages}, 3;
     add.u32         end_bar, end_bar, bars;
     add.u32         slot_bytes, {item_bytes}, {head_bytes};
-    mul.lo.u32      stage_bytes, slot_bytes, {rows};
-    mul.wide.u32    array_bytes, {num_pieces}, 8;
+    mul.lo.u32      stage_bytes, slot_bytes, {stage_items};
+    mul.wide.u32    array_bytes, {num_rows}, 8;
     setp.eq.u32     is_ragged, {last_bytes}, 0;
     setp.lt.u32     in_batch, lane, {batch_items};
 
     mad.lo.u32      fill_bar, lane, 8, bars;
     setp.lt.u32     owns, lane, {stages};
-    @owns mbarrier.init.shared::cta.b64 [fill_bar], {rows};
+    @owns mbarrier.init.shared::cta.b64 [fill_bar], {stage_items};
     fence.proxy.async.shared::cta;
     bar.warp.sync   0xffffffff;
 
@@ -112,7 +119,7 @@ bulk_fill:
     setp.eq.u32     done, left, 0;
     @done bra       bulk_drain;
     sub.u32         slot, lane, first_fill;
-    setp.lt.u32     owns, slot, {rows};
+    setp.lt.u32     owns, slot, {stage_items};
     setp.ne.u64     copies, bytes, 0;
     and.pred        copies, copies, owns;
     mad.lo.u32      slot, slot, slot_bytes, fill;
@@ -129,7 +136,7 @@ bulk_fill:
     @wraps mov.u32  fill_bar, bars;
     sub.u32         left, left, 1;
     add.u32         pending, pending, 1;
-    add.u32         first_fill, first_fill, {rows};
+    add.u32         first_fill, first_fill, {stage_items};
     setp.lt.u32     done, first_fill, {batch_items};
     @done bra       bulk_same_batch;
     mov.u32         first_fill, 0;
@@ -146,7 +153,7 @@ bulk_wait:
     mbarrier.try_wait.parity.shared::cta.b64 done, [drain_bar], parity;
     @!done bra      bulk_wait;
     sub.u32         slot, lane, first_drain;
-    setp.lt.u32     owns, slot, {rows};
+    setp.lt.u32     owns, slot, {stage_items};
     mad.lo.u32      slot, slot, slot_bytes, drain;
     mov.u64         place, 0;
     mov.u64         length, 0;
@@ -163,7 +170,7 @@ bulk_wait:
     @wraps mov.u32  drain_bar, bars;
     @wraps xor.b32  parity, parity, 1;
     sub.u32         pending, pending, 1;
-    add.u32         first_drain, first_drain, {rows};
+    add.u32         first_drain, first_drain, {stage_items};
     setp.eq.u32     wraps, first_drain, {batch_items};
     @wraps mov.u32  first_drain, 0;
     cp.async.bulk.wait_group.read {draining};
@@ -178,12 +185,12 @@ bulk_end:
 
 _OPERANDS = (
     "descriptors",
-    "num_pieces",
+    "num_rows",
     "num_items",
     "cols",
     "item_bytes",
     "last_bytes",
-    "rows",
+    "stage_items",
     "batch_items",
     "stages",
     "first_item",

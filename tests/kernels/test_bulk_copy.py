@@ -86,9 +86,10 @@ class TestItems:
         pieces = imagined(sizes)
         items, cut = Items.of(pieces)
         assert items.last_bytes == 0
-        assert (items.num_pieces, items.cols) == (len(cut), 1)
+        assert items.num_rows == len(cut)
         assert cut.num_bytes == sum(sizes)
-        assert cut.size_array().max() <= items.item_bytes <= ITEM_BYTES
+        assert items.item_bytes <= ITEM_BYTES
+        assert cut.size_array().max() <= items.cols * items.item_bytes
         assert cut.alignment == 16
         assert np.array_equal(granules_of(cut), granules_of(pieces))
         assert np.array_equal(cut.targets - cut.sources, np.full(len(cut), 1 << 60))
@@ -96,8 +97,8 @@ class TestItems:
     @given(size=sizes_16)
     def test_stages_fit_shared_memory(self, size: int) -> None:
         items = Items.of_one_size(1, size)
-        stage = items.rows * (items.item_bytes + SLOT_HEAD_BYTES)
-        assert 1 <= items.rows <= 32
+        stage = items.stage_items * (items.item_bytes + SLOT_HEAD_BYTES)
+        assert 1 <= items.stage_items <= 32
         assert DRAINING < items.stages <= MAX_STAGES
         assert 8 * MAX_STAGES + items.stages * stage <= SHARED_BYTES
 
@@ -107,11 +108,11 @@ class TestItems:
     ) -> None:
         items = Items.of_one_size(num_pieces, size)
         batch = items.batch_items(programs)
-        assert batch % items.rows == 0
-        assert items.rows <= batch <= 32
+        assert batch % items.stage_items == 0
+        assert items.stage_items <= batch <= 32
         # With batches of one stage less, there would be enough for all programs.
-        if batch > items.rows:
-            assert -(-items.num_items // (batch - items.rows)) > programs
+        if batch > items.stage_items:
+            assert -(-items.num_items // (batch - items.stage_items)) > programs
 
 
 class TestRun:
@@ -132,8 +133,8 @@ class TestRun:
 
     def test_a_warm_up_copies_nothing(self, launches: Launches) -> None:
         BulkCopy.prepare(imagined(4096, 5), CPU).warm_up()
-        ((_, num_pieces, num_items, *_),) = launches.arguments
-        assert (launches.grids, num_pieces, num_items) == ([1], 5, 0)
+        ((_, num_rows, num_items, *_),) = launches.arguments
+        assert (launches.grids, num_rows, num_items) == ([1], 5, 0)
 
     @pytest.mark.parametrize("budget", [0, -3])
     def test_budgets_below_one_are_refused(self, budget: int, launches: Launches) -> None:
@@ -161,9 +162,14 @@ class TestPrepare:
     def test_equal_sizes_in_an_array_count_as_one_size(self, launches: Launches) -> None:
         assert BulkCopy.prepare(imagined([4096] * 6), CPU).descriptor_bytes == 16 * 6
 
-    def test_other_pieces_have_three_words_for_each_item(self, launches: Launches) -> None:
-        ready = BulkCopy.prepare(imagined([16_384, 8192]), CPU)
-        assert ready.descriptors.view(3, -1)[2].tolist() == [ITEM_BYTES] * 12
+    def test_other_pieces_have_three_words_for_each_row(self, launches: Launches) -> None:
+        ready = BulkCopy.prepare(imagined([65_536, 131_072, 65_520]), CPU)
+        assert ready.descriptors.view(3, -1)[2].tolist() == [65_536] * 3 + [65_520]
+
+    def test_small_pieces_of_many_sizes_are_rows_of_one_item(self, launches: Launches) -> None:
+        ready = BulkCopy.prepare(imagined([48, 64, 16]), CPU)
+        assert ready.descriptors.view(3, -1)[2].tolist() == [48, 64, 16]
+        assert (ready.items.cols, ready.items.item_bytes) == (1, 64)
 
     @pytest.mark.parametrize(("size", "granule"), [(4088, 16), (4096, 8)])
     def test_other_alignments_are_refused(
