@@ -57,8 +57,8 @@ Reasoned, not yet measured on a GPU."""
 PROGRAMS_PER_SM = 4
 """Programs for each multiprocessor without a budget. Reasoned, not yet measured on a GPU."""
 
-ROW_ITEMS = ((1, 64), (1, 256), (1, 1024), (1, ITEM_BYTES), (8, ITEM_BYTES), (32, ITEM_BYTES))
-"""Items of a row, and bytes of each, that pieces of different sizes may be cut to."""
+ROW_BYTES = (64, 128, 256, 512, 1024, ITEM_BYTES, 8 * ITEM_BYTES, 32 * ITEM_BYTES)
+"""Row lengths that pieces of different sizes may be cut to, in bytes: powers of two."""
 
 ROW_COST_BYTES = 512
 """The overhead of a row (planning, uploading and reading 24 bytes), as bytes of empty items.
@@ -289,9 +289,10 @@ class Items:
         size = sizes if isinstance(sizes, int) else int(sizes[0])
         if isinstance(sizes, int) or (sizes == size).all():
             return cls.of_one_size(len(pieces), size), pieces
-        cols, item_bytes = _mixed_rows(sizes)
-        rows = pieces.cut(cols * item_bytes)
-        return cls(len(rows), cols, item_bytes, 0, *_stages(item_bytes)), rows
+        row_bytes = _ragged_row_bytes(sizes)
+        item_bytes = min(row_bytes, ITEM_BYTES)
+        rows = pieces.cut(row_bytes)
+        return cls(len(rows), row_bytes // item_bytes, item_bytes, 0, *_stages(item_bytes)), rows
 
     @classmethod
     def of_one_size(cls, num_rows: int, size_bytes: int) -> Items:
@@ -322,15 +323,13 @@ def _stages(item_bytes: int) -> tuple[int, int]:
     return stage_items, min(MAX_STAGES, room_bytes // (stage_items * slot_bytes))
 
 
-def _mixed_rows(sizes: Int64Array) -> tuple[int, int]:
-    """Items of a row and bytes of each that cost the least, empty items included."""
+def _ragged_row_bytes(sizes: Int64Array) -> int:
+    """The length of rows that costs the least, empty items included."""
     costs = []
-    for cols, item_bytes in ROW_ITEMS:
-        row_bytes = cols * item_bytes
-        num_rows = int((-(-sizes // row_bytes)).sum())
-        costs.append((num_rows * (row_bytes + ROW_COST_BYTES), cols, item_bytes))
-    _, cols, item_bytes = min(costs)
-    return cols, item_bytes
+    for row_bytes in ROW_BYTES:
+        num_rows = int(((sizes + (row_bytes - 1)) >> (row_bytes.bit_length() - 1)).sum())
+        costs.append((num_rows * (row_bytes + ROW_COST_BYTES), row_bytes))
+    return min(costs)[1]
 
 
 @lru_cache(maxsize=64)
