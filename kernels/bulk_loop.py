@@ -3,9 +3,9 @@
 Triton has no operation for bulk copies between pointers, so the whole loop is one statement of
 inline PTX, which declares the shared memory that it uses. One warp executes it.
 
-**Memory.** Shared memory starts with one mbarrier for each stage, followed by the stages. A stage
-holds ``stage_items`` slots. A slot is 16 bytes for the target and the size of an item, followed by
-the item's bytes.
+**Memory.** Shared memory starts with one mbarrier for each stage, followed by 16 bytes for each
+slot, the target and the size of its item. The slots follow, ``stage_items`` for each stage, so that
+an item that is aligned to 128 bytes at its source is so here.
 
 **Items.** An item is a row, or a part of one that fits a slot. Lane ``i`` of the warp holds item
 ``i`` of a batch: where it is read, where it is written, and its bytes. The descriptors of the next
@@ -34,7 +34,7 @@ MAX_STAGES = 32
 """Most stages: as many mbarriers, each initialised by a lane."""
 
 SLOT_HEAD_BYTES = 16
-"""Bytes of a slot before those of its item."""
+"""Bytes of the target and the size of a slot's item."""
 
 # What a lane does to find the item ``item`` of all: the addresses of its row, which are not waited
 # for, the offset of the item in it, and its bytes. If rows differ, these are the bytes of the row.
@@ -79,18 +79,20 @@ _LOOP = """{{
     .shared .align 128 .b8 bulk_memory[{shared_bytes}];
     .reg .pred      done, wraps, in_batch, has_item, is_last, is_ragged, has_size, owns, copies;
     .reg .b32       lane, bars, data, fill, fill_bar, drain, drain_bar, end_bar, parity;
-    .reg .b32       pending, left, first_fill, first_drain, slot, slot_bytes, stage_bytes;
+    .reg .b32       pending, left, first_fill, first_drain, slot, head, stage_bytes;
+    .reg .b32       heads, fill_heads, drain_heads, stage_heads;
     .reg .b32       item, row, col, next_bytes, size;
     .reg .b64       source, target, bytes, next_source, next_target, next_offset;
     .reg .b64       place, length, array_bytes;
 
     mov.u32         lane, %tid.x;
     mov.u32         bars, bulk_memory;
-    add.u32         data, bars, {bar_bytes};
+    add.u32         heads, bars, {bar_bytes};
+    add.u32         data, bars, {first_slot};
     shl.b32         end_bar, {stages}, 3;
     add.u32         end_bar, end_bar, bars;
-    add.u32         slot_bytes, {item_bytes}, {head_bytes};
-    mul.lo.u32      stage_bytes, slot_bytes, {stage_items};
+    mul.lo.u32      stage_bytes, {slot_bytes}, {stage_items};
+    mul.lo.u32      stage_heads, {stage_items}, {head_bytes};
     mul.wide.u32    array_bytes, {num_rows}, 8;
     setp.eq.u32     is_ragged, {last_bytes}, 0;
     setp.lt.u32     in_batch, lane, {batch_items};
@@ -102,9 +104,11 @@ _LOOP = """{{
     bar.warp.sync   0xffffffff;
 
     mov.u32         fill, data;
+    mov.u32         fill_heads, heads;
     mov.u32         fill_bar, bars;
     mov.u32         first_fill, 0;
     mov.u32         drain, data;
+    mov.u32         drain_heads, heads;
     mov.u32         drain_bar, bars;
     mov.u32         first_drain, 0;
     mov.u32         parity, 0;
@@ -122,17 +126,19 @@ bulk_fill:
     setp.lt.u32     owns, slot, {stage_items};
     setp.ne.u64     copies, bytes, 0;
     and.pred        copies, copies, owns;
-    mad.lo.u32      slot, slot, slot_bytes, fill;
+    mad.lo.u32      head, slot, {head_bytes}, fill_heads;
+    mad.lo.u32      slot, slot, {slot_bytes}, fill;
     cvt.u32.u64     size, bytes;
-    @owns st.shared.v2.b64 [slot], {{target, bytes}};
+    @owns st.shared.v2.b64 [head], {{target, bytes}};
     @owns mbarrier.arrive.expect_tx.shared::cta.b64 _, [fill_bar], size;
-    add.u32         slot, slot, {head_bytes};
     @copies cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes
                     [slot], [source], size, [fill_bar];
     add.u32         fill, fill, stage_bytes;
+    add.u32         fill_heads, fill_heads, stage_heads;
     add.u32         fill_bar, fill_bar, 8;
     setp.eq.u32     wraps, fill_bar, end_bar;
     @wraps mov.u32  fill, data;
+    @wraps mov.u32  fill_heads, heads;
     @wraps mov.u32  fill_bar, bars;
     sub.u32         left, left, 1;
     add.u32         pending, pending, 1;
@@ -154,19 +160,21 @@ bulk_wait:
     @!done bra      bulk_wait;
     sub.u32         slot, lane, first_drain;
     setp.lt.u32     owns, slot, {stage_items};
-    mad.lo.u32      slot, slot, slot_bytes, drain;
+    mad.lo.u32      head, slot, {head_bytes}, drain_heads;
+    mad.lo.u32      slot, slot, {slot_bytes}, drain;
     mov.u64         place, 0;
     mov.u64         length, 0;
-    @owns ld.shared.v2.b64 {{place, length}}, [slot];
+    @owns ld.shared.v2.b64 {{place, length}}, [head];
     setp.ne.u64     copies, length, 0;
     cvt.u32.u64     size, length;
-    add.u32         slot, slot, {head_bytes};
     @copies cp.async.bulk.global.shared::cta.bulk_group [place], [slot], size;
     cp.async.bulk.commit_group;
     add.u32         drain, drain, stage_bytes;
+    add.u32         drain_heads, drain_heads, stage_heads;
     add.u32         drain_bar, drain_bar, 8;
     setp.eq.u32     wraps, drain_bar, end_bar;
     @wraps mov.u32  drain, data;
+    @wraps mov.u32  drain_heads, heads;
     @wraps mov.u32  drain_bar, bars;
     @wraps xor.b32  parity, parity, 1;
     sub.u32         pending, pending, 1;
@@ -193,6 +201,8 @@ _OPERANDS = (
     "stage_items",
     "batch_items",
     "stages",
+    "slot_bytes",
+    "first_slot",
     "first_item",
     "item_step",
     "num_tiles",

@@ -97,10 +97,20 @@ class TestItems:
     @given(size=sizes_16)
     def test_stages_fit_shared_memory(self, size: int) -> None:
         items = Items.of_one_size(1, size)
-        stage = items.stage_items * (items.item_bytes + SLOT_HEAD_BYTES)
+        num_slots = items.stage_items * items.stages
         assert 1 <= items.stage_items <= 32
         assert DRAINING < items.stages <= MAX_STAGES
-        assert 8 * MAX_STAGES + items.stages * stage <= SHARED_BYTES
+        assert 8 * MAX_STAGES + num_slots * SLOT_HEAD_BYTES <= items.first_slot
+        assert items.first_slot + num_slots * items.slot_bytes <= SHARED_BYTES
+        assert items.item_bytes <= items.slot_bytes
+
+    @given(size=sizes_16)
+    def test_an_item_crosses_no_more_lines_than_it_must(self, size: int) -> None:
+        items = Items.of_one_size(1, size)
+        starts = items.first_slot + items.slot_bytes * np.arange(items.stage_items)
+        ends = starts + items.item_bytes
+        lines = -(-ends // 128) - starts // 128
+        assert (lines == -(-items.item_bytes // 128)).all()
 
     @given(num_pieces=st.integers(1, 10_000), size=sizes_16, programs=st.integers(1, 600))
     def test_batches_keep_every_program_busy(

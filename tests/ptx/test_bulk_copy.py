@@ -204,8 +204,8 @@ FAULTS: dict[str, tuple[Callable[[str], str], str]] = {
         "a phase of 1 arrivals gets another",
     ),
     "an address in shared memory that is no multiple of 16": (
-        replaced(r"add\.u32\s+slot, slot, 16;", "add.u32 slot, slot, 8;"),
-        "need positive multiples of 16, got addresses 0x108",
+        replaced(r"(mad\.lo\.u32\s+slot, [^;]*;)", r"\1 add.u32 slot, slot, 8;"),
+        "need positive multiples of 16, got addresses 0x.*8 and",
     ),
     "a size that is no multiple of 16": (
         replaced(r"\[place\], \[slot\], size;", "[place], [slot], 8;"),
@@ -216,8 +216,12 @@ FAULTS: dict[str, tuple[Callable[[str], str], str]] = {
         "there is no mbarrier|leaves the 24576 bytes of shared memory",
     ),
     "slots that overlap": (
-        replaced(r"add\.u32\s+slot_bytes, (%r\d+), 16;", r"add.u32 slot_bytes, \1, 0;"),
-        "in flight|without a barrier between them",
+        replaced(r"mul\.lo\.u32\s+stage_bytes,[^;]*;", "mov.u32 stage_bytes, 16;"),
+        "used while a bulk copy to them is in flight",
+    ),
+    "targets that the next stage overwrites": (
+        replaced(r"mul\.lo\.u32\s+stage_heads,[^;]*;", "mov.u32 stage_heads, 0;"),
+        "without a barrier between them",
     ),
     "an item too many": (
         replaced(r"setp\.lt\.u32(\s+has_item), item,", r"setp.le.u32\1, item,"),
