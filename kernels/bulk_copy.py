@@ -285,7 +285,7 @@ class Items:
         stages: how many stages there are.
 
     >>> Items.of_one_size(1000, 5008)
-    Items(num_rows=1000, cols=3, item_bytes=1680, last_bytes=1648, stage_items=1, stages=14)
+    Items(num_rows=1000, cols=3, item_bytes=1680, last_bytes=1648, stage_items=1, stages=13)
     """
 
     num_rows: int

@@ -252,7 +252,7 @@ class TestGpu:
             pytest.skip("this GPU has no bulk copies")
 
     @pytest.mark.parametrize("direction", ["h2d", "d2h", "d2d"])
-    @pytest.mark.parametrize("top", [64, 4096, 1 << 18])
+    @pytest.mark.parametrize("top", [64, 4096, 1 << 15])
     @pytest.mark.parametrize("max_sms", [1, 4, None])
     def test_pieces_are_copied(self, direction: str, top: int, max_sms: int | None) -> None:
         random = np.random.default_rng(top)
