@@ -120,7 +120,7 @@ class HostOnlyDevice:
         """Host memory."""
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    def prepare(self, pieces: Pieces) -> _Unlaunched:
+    def prepare(self, pieces: Pieces, *, over_link: bool) -> _Unlaunched:
         """Plan and write the descriptors."""
         return _Unlaunched(PointerCopy.prepare(pieces, torch.device("cpu")))
 

@@ -33,6 +33,7 @@ from _transfer_peers import (
 )
 
 from kvheap.device.directions import Direction
+from kvheap.kernels.bulk_copy import BulkCopy
 from kvheap.kernels.copy_engine import driver
 from kvheap.kernels.pointer_copy import PointerCopy
 from kvheap.planning.copy_table import CopyTable
@@ -49,6 +50,7 @@ def link_calls(
 ) -> dict[str, Call | None]:
     """The call of each method that moves the pieces once; None if it cannot run here."""
     plan, prepared = case.plan(), case.plan().prepare()
+    bulk = BulkCopy.prepare_if_suited(case.pieces, gpu.device)
     handle = gpu.stream.cuda_stream
     calls: dict[str, Call | None] = {
         "copy_": contiguous(case, seed),
@@ -65,6 +67,7 @@ def link_calls(
     if pattern == "scattered":
         for budget in SM_BUDGETS:
             calls[f"{budget} SM"] = partial(copy, prepared, path="kernel", max_sms=budget)
+            calls[f"{budget} SM, bulk"] = partial(bulk.run, budget) if bulk else None
     return calls
 
 

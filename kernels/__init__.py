@@ -1,11 +1,12 @@
 """kvheap's kernels and copies. They work on tensors and addresses and do not know the allocator.
 
 ``block_copy`` copies blocks of a buffer, and ``paged_copy`` copies to and from an engine's paged
-cache. Pieces anywhere in memory are copied by a GPU's multiprocessors (``pointer_copy``), by its
-copy engines (``copy_engine``) or by the host (``host_copy``).
+cache. Pieces anywhere in memory are copied by a GPU's multiprocessors (``pointer_copy``,
+``bulk_copy``), by its copy engines (``copy_engine``) or by the host (``host_copy``).
 """
 
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, move_blocks, scatter_blocks
+from kvheap.kernels.bulk_copy import BulkCopy
 from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.host_copy import copy_on_host
 from kvheap.kernels.paged_copy import Chunks, load_tokens, store_tokens
@@ -17,6 +18,7 @@ from kvheap.kernels.pointer_copy import PointerCopy, copy_pieces
 __all__ = [
     "LAYOUTS",
     "BlockIds",
+    "BulkCopy",
     "ChunkLayout",
     "Chunks",
     "LayoutError",

@@ -219,10 +219,19 @@ class Pieces:
         sizes = self.sizes
         if not len(self) or (sizes if isinstance(sizes, int) else int(sizes.max())) <= max_bytes:
             return self
-        counts = -(-self.size_array() // max_bytes) - 1
-        extra = np.repeat(np.arange(len(self)), counts)
-        within = np.arange(len(extra)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self._cut_at(extra, (within + 1) * max_bytes)
+        whole = self.size_array()
+        counts = -(-whole // max_bytes)
+        ends = np.cumsum(counts)
+        # Parts are numbered through all pieces: shift each piece's start back by those before it.
+        before = (ends - counts) * max_bytes
+        offsets = np.arange(int(ends[-1])) * max_bytes
+        parts = np.full(len(offsets), max_bytes)
+        parts[ends - 1] = whole - (counts - 1) * max_bytes
+        return Pieces(
+            np.repeat(self.sources - before, counts) + offsets,
+            np.repeat(self.targets - before, counts) + offsets,
+            _one_if_equal(parts),
+        )
 
     def _cut_at(self, rows: Int64Array, cuts: Int64Array) -> Pieces:
         """Cut piece ``rows[i]`` at byte ``cuts[i]``; both ascending, cuts inside their pieces."""

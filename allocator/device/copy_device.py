@@ -110,8 +110,13 @@ class CopyDevice(Protocol):
         """Uninitialised bytes on the device, uint8 ``[num_bytes]``."""
         ...
 
-    def prepare(self, pieces: Pieces) -> PreparedCopy:
-        """Upload the SM kernel's descriptors, on the current stream."""
+    def prepare(self, pieces: Pieces, *, over_link: bool) -> PreparedCopy:
+        """Upload the descriptors of the SM kernel that suits the pieces, on the current stream.
+
+        Args:
+            pieces: what to copy.
+            over_link: whether one side is host memory.
+        """
         ...
 
     def copy_batch(self, pieces: Pieces, stream: Any, *, over_link: bool) -> None:

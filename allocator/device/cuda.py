@@ -1,7 +1,7 @@
 """``CudaDevice``: ``CopyDevice`` for CUDA; ``device_of`` finds the device of a tensor.
 
-Streams and events are torch's. The SM kernel is in ``kernels/pointer_copy.py``, the copy engine in
-``kernels/copy_engine.py``.
+Streams and events are torch's. The SM kernel is chosen by ``kernels/piece_copy.py``, and the copy
+engine is in ``kernels/copy_engine.py``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from kvheap.device.events import DeviceEvent
 from kvheap.kernels import launch
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.copy_engine import LEGACY_STREAMS, Driver, Location, driver
+from kvheap.kernels.piece_copy import prepare_pieces
 from kvheap.kernels.pieces import Pieces
-from kvheap.kernels.pointer_copy import PointerCopy
 
 __all__ = ["CudaDevice", "device_of", "find_device", "module_version"]
 
@@ -138,9 +138,9 @@ class CudaDevice:
         with Relaxed():
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
-    def prepare(self, pieces: Pieces) -> PreparedCopy:
+    def prepare(self, pieces: Pieces, *, over_link: bool) -> PreparedCopy:
         """See ``CopyDevice.prepare``."""
-        return PointerCopy.prepare(pieces, self.torch_device)
+        return prepare_pieces(pieces, self.torch_device, over_link=over_link)
 
     def copy_batch(self, pieces: Pieces, stream: torch.cuda.Stream, *, over_link: bool) -> None:
         """See ``CopyDevice.copy_batch``."""

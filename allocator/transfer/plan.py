@@ -307,8 +307,9 @@ class CopyPlan:
         stream = device.require_stream(None)
         if device.is_capturing(stream):
             raise RuntimeError("prepare() uploads descriptors: call it before the capture")
+        over_link = self.direction in ("h2d", "d2h")
         with Relaxed(), device.using(stream):
-            prepared = tuple(device.prepare(part) for part in self.parts)
+            prepared = tuple(device.prepare(part, over_link=over_link) for part in self.parts)
             for part in prepared:
                 part.warm_up()
             device.record_event(stream).synchronize()

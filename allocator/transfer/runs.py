@@ -162,7 +162,11 @@ class DeviceRun:
             return
         completion.keep(part)  # it is not documented when the driver has read the arrays
         if self.path == "kernel":
-            prepared = plan.prepared[index] if plan.prepared else device.prepare(part)
+            prepared = (
+                plan.prepared[index]
+                if plan.prepared
+                else device.prepare(part, over_link=self._is_over_link)
+            )
             completion.keep(prepared)
             prepared.run(self._max_sms)
         elif self.path == "copy_engine":

@@ -103,7 +103,7 @@ class Staging:
     def _copy(self, pieces: Pieces, stream: Any, by_kernel: bool) -> None:
         """Queue one of the two steps on ``stream``, which must be current."""
         if by_kernel:
-            prepared = self._device.prepare(pieces)
+            prepared = self._device.prepare(pieces, over_link=False)
             self._completion.keep(prepared)
             prepared.run(self._max_sms)
         else:

@@ -12,6 +12,7 @@ from sparse import sparse_memory
 
 from kvheap import BlockIds, PagedKVCache, TensorMemoryAllocator
 from kvheap.kernels import fill_blocks, scatter_blocks
+from kvheap.kernels.bulk_copy import BulkCopy
 from kvheap.kernels.paged_slots import Slots
 from kvheap.kernels.pieces import Pieces
 from kvheap.kernels.pointer_copy import copy_pieces
@@ -27,7 +28,9 @@ def test_no_kernel_is_left_out() -> None:
     with running_ptx(90, memory=None) as gpu:
         scatter_blocks(torch.zeros(2, 64, dtype=torch.uint8), buffer, [0, 4096])
         fill_blocks(buffer, [0, 4096], 64, 0xDE)
-        copy_pieces(Pieces.of([buffer.data_ptr()], [buffer.data_ptr() + 4096], 64), CPU)
+        pieces = Pieces.of([buffer.data_ptr()], [buffer.data_ptr() + 4096], 64)
+        copy_pieces(pieces, CPU)
+        BulkCopy.prepare(pieces, CPU).run()
         for layout in SPECS:
             engine = Engine(layout, SMALL)
             world = World(engine, format_of(layout), 5, chunk_tokens=4)

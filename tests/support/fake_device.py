@@ -315,9 +315,12 @@ class FakeDevice:
 
     # -- copies --------------------------------------------------------------------------------
 
-    def prepare(self, pieces: Pieces) -> FakePrepared:
+    def prepare(self, pieces: Pieces, *, over_link: bool) -> FakePrepared:
         self.call("prepare")
         self.require(not self.current.capturing, "an upload in a capture")
+        ends = [*pieces.sources[:1].tolist(), *pieces.targets[:1].tolist()]
+        is_near = all(any(a <= end < b for a, b in self.own) for end in ends)
+        self.require(over_link != is_near, f"over_link is {over_link}: {pieces}")
         return FakePrepared(self, pieces)
 
     def copy_batch(self, pieces: Pieces, stream: FakeStream, *, over_link: bool) -> None:

@@ -190,6 +190,7 @@ def running_ptx(
     replaced = {
         "runs_kernels": lambda device: True,
         "_has_instruction": lambda device: capability >= 89,
+        "has_bulk_copies": lambda device: capability >= 90,
         "_num_sms": lambda device: NUM_SMS,
     }
     with pytest.MonkeyPatch.context() as patch:

@@ -122,6 +122,7 @@ class _Run:
         others = lanes[:0] if chosen is lanes else lanes[~is_chosen]
         if instruction.opcode == "bra":
             return [(self._target(instruction), chosen), (at + 1, others)]
+        threads.bulk.require_ended(threads.block[chosen], threads.thread[chosen], instruction)
         threads.is_running[chosen] = False
         return [(at + 1, others)]
 

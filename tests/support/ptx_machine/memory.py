@@ -1,4 +1,4 @@
-"""The memory that kernels access: the process's own for global memory, and a block's shared memory.
+"""The global memory that kernels access: the process's own.
 
 Addresses of global memory are real ones. A test says which bytes may be read and which may be
 written; every access is checked for alignment and against those ranges before it is done, so the
@@ -18,7 +18,7 @@ import torch
 
 from ptx_machine.errors import KernelError
 
-__all__ = ["Bits", "GlobalMemory", "SharedMemory"]
+__all__ = ["WARP", "Bits", "GlobalMemory", "require_aligned"]
 
 Bits = npt.NDArray[np.uint64]
 """One value for each thread, as raw bits."""
@@ -96,6 +96,30 @@ class GlobalMemory:
             if (words[first + at] != word).any():
                 raise KernelError(f"threads store different values to one address: {what}")
 
+    def read_bytes(self, address: int, size: int) -> npt.NDArray[np.uint8]:
+        """Bytes that :meth:`require_readable` accepted."""
+        first = address - FIRST_ADDRESS
+        found: npt.NDArray[np.uint8] = _address_space()[1][first : first + size].copy()
+        return found
+
+    def write_bytes(self, address: int, data: npt.NDArray[np.uint8]) -> None:
+        """Write bytes where :meth:`require_writable` accepted them."""
+        first = address - FIRST_ADDRESS
+        _address_space()[1][first : first + len(data)] = data
+
+    def require_readable(self, address: int, size: int, what: object) -> None:
+        """Refuse bytes that may not be read."""
+        self._require_bytes(self._readable, "read", address, size, what)
+
+    def require_writable(self, address: int, size: int, what: object) -> None:
+        """Refuse bytes that may not be written."""
+        self._require_bytes(self._writable, "written", address, size, what)
+
+    @staticmethod
+    def _require_bytes(ranges: Ranges, verb: str, address: int, size: int, what: object) -> None:
+        if not ranges.contain(np.array([address], np.int64), size).all():
+            raise KernelError(f"{size} bytes at {address:#x} may not be {verb}: {what}")
+
     @staticmethod
     def _require(ranges: Ranges, verb: str, addresses: Bits, num_bytes: int, what: object) -> None:
         require_aligned(addresses, num_bytes, what)
@@ -116,145 +140,3 @@ def require_aligned(addresses: Bits, num_bytes: int, what: object) -> None:
     if misaligned.any():
         address = int(addresses[misaligned][0])
         raise KernelError(f"{num_bytes} bytes at {address:#x} are misaligned: {what}")
-
-
-class SharedMemory:
-    """The shared memory of many blocks, which also sees races.
-
-    Two threads that access the same byte, one of them to write it, need a barrier between the two
-    accesses: that of the block, or within a warp, that of the warp.
-    """
-
-    def __init__(self, num_blocks: int, num_bytes: int, num_threads: int) -> None:
-        self._num_bytes = num_bytes
-        self._bytes = np.zeros(num_blocks * num_bytes, np.uint8)
-        self._is_written = np.zeros(num_blocks * num_bytes, np.bool_)
-        # The threads that accessed each byte since the last barrier of its block, as the lowest and
-        # the highest, and after which barrier of their warp they did.
-        self._writer = _Accesses(num_blocks * num_bytes)
-        self._readers = _Accesses(num_blocks * num_bytes)
-        self._warp_barriers = np.zeros((num_blocks, -(-num_threads // WARP)), np.int64)
-
-    def load(
-        self,
-        block: npt.NDArray[np.int64],
-        thread: npt.NDArray[np.int64],
-        addresses: Bits,
-        size: int,
-        count: int,
-        what: object,
-    ) -> list[Bits]:
-        """``count`` elements of ``size`` bytes for each address, for threads of blocks."""
-        cells = self._cells(block, addresses, size * count, what)
-        if not self._is_written[cells].all():
-            raise KernelError(f"shared memory is read before it is written: {what}")
-        barriers = self._warp_barriers[block, thread // WARP]
-        self._writer.require_ordered(cells, thread, barriers, what)
-        self._readers.note(cells, thread, barriers)
-        elements = self._bytes[cells].reshape(len(addresses), count, size)
-        return [_joined(elements[:, at]) for at in range(count)]
-
-    def store(
-        self,
-        block: npt.NDArray[np.int64],
-        thread: npt.NDArray[np.int64],
-        addresses: Bits,
-        size: int,
-        values: list[Bits],
-        what: object,
-    ) -> None:
-        """Store elements of ``size`` bytes, one of each of ``values``, at each address."""
-        cells = self._cells(block, addresses, size * len(values), what)
-        barriers = self._warp_barriers[block, thread // WARP]
-        for earlier in (self._writer, self._readers):
-            earlier.require_ordered(cells, thread, barriers, what)
-        data = np.concatenate([_split(value, size) for value in values], axis=1)
-        self._bytes[cells] = data
-        if (self._bytes[cells] != data).any():
-            raise KernelError(f"threads store different values to one shared address: {what}")
-        self._is_written[cells] = True
-        self._writer.note(cells, thread, barriers)
-
-    def block_barrier(self, blocks: npt.NDArray[np.int64]) -> None:
-        """All threads of these blocks have met."""
-        for block in blocks.tolist():
-            cells = slice(block * self._num_bytes, (block + 1) * self._num_bytes)
-            self._writer.forget(cells)
-            self._readers.forget(cells)
-
-    def warp_barrier(self, block: npt.NDArray[np.int64], warp: npt.NDArray[np.int64]) -> None:
-        """All threads of these warps have met."""
-        self._warp_barriers[block, warp] += 1
-
-    def _cells(
-        self, block: npt.NDArray[np.int64], addresses: Bits, num_bytes: int, what: object
-    ) -> npt.NDArray[np.int64]:
-        """The index of each byte that is accessed, ``[threads, num_bytes]``."""
-        require_aligned(addresses, num_bytes, what)
-        if (addresses + num_bytes > self._num_bytes).any():
-            raise KernelError(
-                f"an access leaves the {self._num_bytes} bytes of shared memory: {what}"
-            )
-        first = block * self._num_bytes + addresses.view(np.int64)
-        cells: npt.NDArray[np.int64] = first[:, None] + np.arange(num_bytes)
-        return cells
-
-
-NOBODY = 1 << 30
-
-
-class _Accesses:
-    """For each byte, the lowest and the highest thread of a block that accessed it."""
-
-    def __init__(self, num_cells: int) -> None:
-        self._lowest = np.full(num_cells, NOBODY, np.int64)
-        self._highest = np.full(num_cells, -1, np.int64)
-        self._barriers = np.zeros(num_cells, np.int64)
-
-    def note(
-        self,
-        cells: npt.NDArray[np.int64],
-        thread: npt.NDArray[np.int64],
-        barriers: npt.NDArray[np.int64],
-    ) -> None:
-        threads = np.broadcast_to(thread[:, None], cells.shape)
-        np.minimum.at(self._lowest, cells, threads)
-        np.maximum.at(self._highest, cells, threads)
-        np.maximum.at(self._barriers, cells, np.broadcast_to(barriers[:, None], cells.shape))
-
-    def forget(self, cells: slice) -> None:
-        self._lowest[cells], self._highest[cells], self._barriers[cells] = NOBODY, -1, 0
-
-    def require_ordered(
-        self,
-        cells: npt.NDArray[np.int64],
-        thread: npt.NDArray[np.int64],
-        barriers: npt.NDArray[np.int64],
-        what: object,
-    ) -> None:
-        """Refuse an access of threads if another thread may be doing these at the same time."""
-        thread, barriers = thread[:, None], barriers[:, None]
-        lowest, highest = self._lowest[cells], self._highest[cells]
-        by_itself = (lowest == thread) & (highest == thread)
-        in_warp = (lowest // WARP == thread // WARP) & (highest // WARP == thread // WARP)
-        ordered = (highest < 0) | by_itself | (in_warp & (self._barriers[cells] < barriers))
-        if not ordered.all():
-            row, column = np.argwhere(~ordered)[0]
-            this, others = thread[row, 0], (lowest[row, column], highest[row, column])
-            other = others[1] if others[0] == this else others[0]
-            raise KernelError(
-                f"threads {other} and {this} access a byte of shared memory without a barrier "
-                f"between them: {what}"
-            )
-
-
-def _joined(parts: npt.NDArray[np.uint8]) -> Bits:
-    """Numbers from their bytes, ``[threads, size]``."""
-    whole = np.zeros((len(parts), 8), np.uint8)
-    whole[:, : parts.shape[1]] = parts
-    return whole.view(np.uint64)[:, 0]
-
-
-def _split(value: Bits, size: int) -> npt.NDArray[np.uint8]:
-    """The bytes of numbers, ``[threads, size]``."""
-    return np.ascontiguousarray(value).view(np.uint8).reshape(-1, 8)[:, :size]

@@ -220,7 +220,7 @@ class _BodyReader:
         text = self._without_labels(text)
         if text.startswith(".reg"):
             self._declare(text)
-        elif text and not text.startswith(".pragma"):
+        elif text and not text.startswith((".pragma", ".shared")):
             self.instructions.append(self._instruction(" ".join(text.split())))
 
     def _without_labels(self, text: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptx_machine import floats
+from ptx_machine.bulk_steps import bulk_step_of
 from ptx_machine.errors import KernelError
 from ptx_machine.memory import WARP, Bits
 from ptx_machine.operations import operation_of, signed
@@ -237,7 +238,9 @@ def _barrier(instruction: Instruction) -> Step:
         def warps_meet(threads: Threads, lanes: Lanes) -> None:
             _require_warps(threads, lanes, instruction)
             first = lanes[::WARP]
-            threads.shared.warp_barrier(threads.block[first], threads.thread[first] // WARP)
+            block, thread = threads.block[first], threads.thread[first]
+            threads.shared.warp_barrier(block, thread // WARP)
+            threads.bulk.warps_meet(block, thread)
 
         return warps_meet
     if instruction.modifiers != ("sync",) or len(instruction.operands) != 1:
@@ -252,7 +255,9 @@ def _barrier(instruction: Instruction) -> Step:
             raise KernelError(
                 f"only {here[at]} of {running[at]} threads reach a barrier: {instruction}"
             )
-        threads.shared.block_barrier(np.flatnonzero(here))
+        blocks = np.flatnonzero(here)
+        threads.shared.block_barrier(blocks)
+        threads.bulk.blocks_meet(blocks)
 
     return blocks_meet
 
@@ -325,5 +330,6 @@ STEPS: dict[str, Callable[[Instruction], Step]] = {
     "bar": _barrier,
     "shfl": _shuffle,
     "redux": _reduction,
+    **dict.fromkeys(("mbarrier", "cp", "fence"), bulk_step_of),
 }
 """How to execute instructions that do more than compute a register from others."""

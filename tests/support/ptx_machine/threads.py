@@ -8,9 +8,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ptx_machine.bulk import BulkCopies
 from ptx_machine.errors import KernelError
-from ptx_machine.memory import Bits, GlobalMemory, SharedMemory
+from ptx_machine.memory import Bits, GlobalMemory
 from ptx_machine.program import Address, Immediate, Operand, Program, Register, Symbol
+from ptx_machine.shared_memory import SharedMemory
 
 __all__ = ["Lanes", "Threads"]
 
@@ -25,6 +27,7 @@ class Threads:
         size: how many there are.
         block, thread: of each thread, its block's position in the batch, and its number there.
         memory, shared: what they access.
+        bulk: their bulk copies between the two.
         is_running: which of them have not returned.
     """
 
@@ -43,6 +46,7 @@ class Threads:
         self.thread = np.tile(np.arange(num_threads), len(blocks))
         self.memory = memory
         self.shared = SharedMemory(len(blocks), shared_bytes, num_threads)
+        self.bulk = BulkCopies(self.shared, memory, num_threads)
         self.is_running = np.ones(self.size, np.bool_)
         self._arguments = arguments
         self._shared_offsets = program.shared
