@@ -22,7 +22,7 @@ from kvheap.integrations.vllm.groups import CHUNK_ALIGN_BYTES
 from kvheap.integrations.vllm.heap_label import LABEL_BYTES, HeapLabel
 from kvheap.integrations.vllm.locations import ChunkLocations
 from kvheap.memory.host_memory import HostBuffer
-from kvheap.memory.pages import HugePages
+from kvheap.memory.pages import PAGE_BYTES, HugePages
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
@@ -121,7 +121,7 @@ class HeapMemory:
     ) -> None:
         self._size_bytes = size_bytes
         self._heap = LazyMemoryAllocator(
-            min(FIRST_BYTES, size_bytes // CHUNK_ALIGN_BYTES * CHUNK_ALIGN_BYTES),
+            min(FIRST_BYTES, size_bytes // PAGE_BYTES * PAGE_BYTES),  # in whole pages
             size_bytes,
             CHUNK_ALIGN_BYTES,
             pin="required" if pin else "no",

@@ -112,6 +112,7 @@ class KVHeapOffloadingSpec(OffloadingSpec):  # type: ignore[misc,unused-ignore]
             blocks_per_chunk=self.blocks_per_chunk,  # 'block_size' may have said it in tokens
         )
         self.groups: tuple[ChunkGroup, ...] = tuple(groups)
+        require_room(self.groups, self.settings, num_heaps)
         self._manager: KVHeapManager | None = None
         self._worker: KVHeapWorker | None = None
 
@@ -308,6 +309,22 @@ def slot_pages(kv_caches: CanonicalKVCaches, blocks_per_chunk: int) -> list[Grou
         )
         for refs in kv_caches.group_data_refs
     ]
+
+
+def require_room(groups: tuple[ChunkGroup, ...], settings: TierSettings, num_heaps: int) -> None:
+    """Raise unless each heap has room for a chunk of any group.
+
+    Raises:
+        ValueError: names the key.
+    """
+    largest = max(groups, key=lambda group: group.allocated_bytes)
+    if largest.allocated_bytes > settings.heap_bytes:
+        raise ValueError(
+            f"kv_connector_extra_config['cpu_bytes_to_use'] gives each of {num_heaps} heaps "
+            f"{settings.heap_bytes} bytes, a chunk of {largest.name} takes "
+            f"{largest.allocated_bytes}: give at least {num_heaps * largest.allocated_bytes} "
+            f"bytes, or fewer 'blocks_per_chunk'"
+        )
 
 
 def require_same_bytes(pages: list[GroupPages], groups: tuple[ChunkGroup, ...]) -> None:

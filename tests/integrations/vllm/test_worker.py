@@ -461,6 +461,18 @@ class TestTolerantWorker:
         assert worker.take_failed() == {3}
 
 
+@pytest.mark.parametrize("size", [256, 4096 - 256, 4096 + 256, 7 * 4096 + 512])
+def test_heaps_of_any_size_grow_to_it(size: int) -> None:
+    """Memory is committed in whole pages, a heap need not have whole ones."""
+    memory = HeapMemory(size, pin=False)
+    for _ in range(1000):
+        if memory.ready_bytes == size:
+            break
+        threading.Event().wait(0.01)
+    assert memory.ready_bytes == size
+    memory.close()
+
+
 class TestFileMemory:
     def test_bytes_outlive_the_worker(self, tmp_path: Any) -> None:
         caches = MadeUpCaches(*UNLIKE)
