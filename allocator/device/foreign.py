@@ -136,7 +136,8 @@ class ForeignEvent(ReportingEvent):
                 "" if has_ended else ": its blocks stay allocated until it is known to have ended",
                 exc_info=cause,
             )
-            work.forget_frames(cause)
+        if cause is not None:
+            work.forget_frames(cause)  # each time: an event may raise one error again and again
         if has_ended:
             self._work = None  # it may keep memory alive
 
@@ -173,8 +174,8 @@ class _EventWork:
         return isinstance(cause, TransferError), cause
 
     def forget_frames(self, cause: BaseException) -> None:
-        """The frames of an error that was raised to us keep memory alive."""
-        cause.__traceback__ = None
+        """The frames of an error that was raised to us, and of what we handled, keep memory."""
+        cause.__traceback__ = cause.__context__ = None
 
     def _answer(self, question: Callable[[], bool]) -> tuple[bool, BaseException | None]:
         try:
