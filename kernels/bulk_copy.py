@@ -34,7 +34,8 @@ import torch
 
 from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.bulk_loop import MAX_STAGES, SLOT_HEAD_BYTES, bulk_loop
-from kvheap.kernels.launch import current, jit, staging, tl
+from kvheap.kernels.capture_mode import Relaxed
+from kvheap.kernels.launch import current, jit, send, staging, tl
 from kvheap.kernels.pieces import Pieces
 
 __all__ = ["BulkCopy", "has_bulk_copies"]
@@ -211,7 +212,7 @@ class BulkCopy:
             arrays[0], arrays[1] = rows.sources, rows.targets
             if num_arrays == 3:
                 arrays[2] = rows.sizes
-            uploaded = words.to(device, non_blocking=True)
+            uploaded = send(words, device)
         return cls(uploaded.device, pieces.num_bytes, uploaded, items)
 
     @property
@@ -254,7 +255,7 @@ class BulkCopy:
 
     def _launch(self, num_programs: int, batch_items: int, num_items: int) -> None:
         items = self.items
-        with current(self.device):
+        with current(self.device), Relaxed():  # a first launch loads the kernel
             _copy_bulk_kernel[(num_programs,)](
                 self.descriptors,
                 items.num_rows,
