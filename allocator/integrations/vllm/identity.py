@@ -72,7 +72,7 @@ def identity_of(
         "blocks_per_chunk": str(cache.blocks_per_chunk),
         "groups": "; ".join(
             f"{group.name}: {group.chunk_bytes} bytes, {described.tokens_per_block} tokens a block"
-            f"{'' if group.pieces is None else f', pieces {_digest(map(str, group.pieces))}'}"
+            f"{'' if not group.pieces else f', pieces {_digest(map(str, group.pieces))}'}"
             for group, described in zip(groups, offloading.groups, strict=True)
         ),
         "layers": _digest(name for group in offloading.groups for name in group.layer_names),
