@@ -172,10 +172,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """HEAD, marked if tracked files have changed; without a git repository, KVHEAP_COMMIT."""
+    """KVHEAP_COMMIT; without it HEAD, marked if tracked files have changed."""
+    told = os.environ.get("KVHEAP_COMMIT")
+    if told:
+        return told
     head = _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"])
     if head is None:
-        return os.environ.get("KVHEAP_COMMIT")
+        return None
     changed = _output(["git", "-C", str(REPOSITORY), "status", "--porcelain", "-uno"])
     return f"{head}+changes" if changed else head
 

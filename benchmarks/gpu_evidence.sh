@@ -12,7 +12,7 @@
 # benchmarks/results/<device>/. Exits 1 if a step failed. Without a GPU it is a dry run: what
 # needs one is skipped, and said so.
 #
-# PYTHON names another interpreter; KVHEAP_COMMIT the commit, where there is no git repository.
+# PYTHON names another interpreter; KVHEAP_COMMIT the commit, where git does not know it.
 set -u
 
 # A benchmark with GPU support is a line here: its file, and its time limit in seconds.

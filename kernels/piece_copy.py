@@ -16,13 +16,12 @@ from kvheap.kernels.pointer_copy import PointerCopy
 __all__ = ["prepare_pieces"]
 
 BULK_OVER_LINK = False
-"""Whether bulk copies are preferred between a device and the host. On an H200 (PCIe 5, 2026-11-26)
-they reached 25 GB/s to the device and 34 from it, the pointer kernel 50 and 52. They have been
-aligned to 128 bytes in shared memory since, which has not been measured yet."""
+"""Whether bulk copies are preferred between a device and the host. On an H200 (PCIe 5) they saturate
+the link too, but with 6 to 8 programs instead of 2 or 3, and lose where pieces are small or few. See
+benchmarks/NOTES.md."""
 
 BULK_WITHIN_DEVICE = False
-"""Whether they are within a device. In the same run, 4 KiB to 1 MiB pieces moved at 2,830 to 2,860
-GB/s (read and written), and by the pointer kernel at 3,030 to 3,200."""
+"""Whether they are within a device: level with the pointer kernel from 1 KiB, slower below."""
 
 
 def prepare_pieces(

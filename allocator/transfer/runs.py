@@ -29,8 +29,8 @@ from kvheap.transfer.staging import Staging
 __all__ = ["DeviceRun", "HostRun"]
 
 LINK_SMS: Mapping[Direction, int] = MappingProxyType({"h2d": 3, "d2h": 2})
-"""SMs for the kernel over the host link. They saturate an H200's, and a third one to the host slows
-a matrix product beside it by 36 %; see benchmarks/NOTES.md."""
+"""SMs for the kernel over the host link. They saturate an H200's; a third one to the host slows a
+matrix product beside it by half. See benchmarks/NOTES.md."""
 
 INLINE_COPY_BYTES = 256 << 10
 """Smaller copies within host memory run on the caller's thread; see benchmarks/NOTES.md."""
