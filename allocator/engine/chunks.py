@@ -163,7 +163,7 @@ def _store(
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=True)
     transfer = route.execute(copy, batch)
     record_stored(batch, chunks.layout, copy, cache)
-    if is_plain:
+    if is_plain and route.is_host:
         keep_for_few(cache, batch, copy)
     return transfer
 
@@ -230,7 +230,7 @@ def load(
             # First: its slots may be among those to load.
             clear_slots_behind(copy.pairing, copy.places)
     transfer = route.execute(copy, batch)
-    if is_plain:
+    if is_plain and route.is_host:
         keep_for_few(cache, batch, copy)
     return transfer
 

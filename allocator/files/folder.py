@@ -57,6 +57,7 @@ class TierFolder:
         self.path = Path(path).absolute()  # the working directory may change
         self._identity = {"format_version": FORMAT_VERSION, **identity}
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._owner = os.getpid()
         self._lock_fd = self._locked()
         try:
             state = self._read()
@@ -105,7 +106,13 @@ class TierFolder:
     def unlock(self) -> None:
         """Let others have the folder. In a forked child, the parent keeps it."""
         fd, self._lock_fd = self._lock_fd, -1
-        if fd >= 0:
+        if fd < 0:
+            return
+        try:
+            if os.getpid() == self._owner:
+                # At once, also for a forked child that has not yet closed what it inherited.
+                fcntl.flock(fd, fcntl.LOCK_UN)
+        finally:
             os.close(fd)
 
     def _locked(self) -> int:

@@ -34,6 +34,7 @@ from kvheap.errors import ClosedError, TransferError
 from kvheap.kernels.paged_slots import Places
 from kvheap.kernels.token_copy import TokenCopy
 from kvheap.transfer import Transfer
+from kvheap.transfer.runs import LINK_SMS
 
 LAYERS, BLOCKS, SLOTS, HEADS, DIM = 3, 32, 16, 2, 64
 LAYER_BYTES = 2 * BLOCKS * SLOTS * HEADS * DIM * 2
@@ -141,8 +142,8 @@ class TestWays:
         assert there.num_bytes == back.num_bytes == len(IDS) * CHUNK_BYTES
         assert path in (None, there.path)
         asked = [call for call in device.calls if call[0] in ("launch", "run")]
-        default = 4 if over_link else None
-        assert {call[3] for call in asked} <= {max_sms or default}
+        defaults = set(LINK_SMS.values()) if over_link else {None}
+        assert {call[3] for call in asked} <= ({max_sms} if max_sms else defaults)
         assert bool(asked) == (there.path != "copy_engine")
         assert {call[2] for call in device.calls if call[0] == "copy_batch"} <= {stream}
 

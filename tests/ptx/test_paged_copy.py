@@ -27,7 +27,7 @@ from ptx_paged import check_compiled_copy
 
 import kvheap
 from kvheap import BlockIds, MemoryFormat, PagedKVCache, TensorMemoryAllocator
-from kvheap.engine import chunks
+from kvheap.engine import transfers
 from kvheap.kernels import LAYOUTS
 
 pytestmark = needs_compiler
@@ -149,8 +149,8 @@ class TestPlaces:
         self, layout: str, is_store: bool, capability: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Two programs copy all tiles, in rows of one length and of two."""
-        run_copy = chunks.run_copy
-        monkeypatch.setattr(chunks, "run_copy", lambda copy: run_copy(copy, max_sms=2))
+        run_copy = transfers.run_copy
+        monkeypatch.setattr(transfers, "run_copy", lambda copy: run_copy(copy, max_sms=2))
         engine = Engine(layout, Sizes(3, 20, 16, 2, 128))
         world = World(engine, format_of(layout), 150, chunk_tokens=64)
         gpu = check_compiled_copy(world, random_slots(engine, 150), is_store, capability)
