@@ -16,9 +16,9 @@ from kvheap.kernels.pointer_copy import PointerCopy
 __all__ = ["prepare_pieces"]
 
 BULK_OVER_LINK = False
-"""Whether bulk copies are preferred between a device and the host. On an H200 (PCIe 5) they saturate
-the link too, but with 6 to 8 programs instead of 2 or 3, and lose where pieces are small or few. See
-benchmarks/NOTES.md."""
+"""Whether bulk copies are preferred between a device and the host. On an H200 (PCIe 5) they
+saturate the link too, but with 6 to 8 programs instead of 2 or 3, and lose where pieces are small
+or few. See benchmarks/NOTES.md."""
 
 BULK_WITHIN_DEVICE = False
 """Whether they are within a device: level with the pointer kernel from 1 KiB, slower below."""
