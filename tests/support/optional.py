@@ -16,6 +16,7 @@ NEED_VLLM = {
         "locations",
         "manager",
         "metrics",
+        "shared_memory",
         "spec",
         "worker",
     )

@@ -179,7 +179,7 @@ def test_the_paths_take_what_they_are_told(device: FakeDevice, direction: str) -
                     "host": set(),
                 }[path]
             )
-            default = None if direction == "d2d" else 4
+            default = {"h2d": 3, "d2h": 2}.get(direction)
             asked = {call[3] for call in device.calls if call[0] == "run"}
             assert asked <= {max_sms or default}
             assert {call[3] for call in device.calls if call[0] == "copy_batch"} <= {
