@@ -93,6 +93,7 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
         self._worker: TolerantWorker | None = None
         self._layout = ""
         self._failed_jobs: set[int] = set()
+        self._running: set[str] = set()
         self._jobs: JobKeys | None = None
         if self.connector_scheduler is not None:
             manager = self.connector_scheduler.manager
@@ -177,6 +178,9 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
         metadata = super().build_connector_meta(scheduler_output)
         if self._jobs is not None and isinstance(metadata, OffloadingConnectorMetadata):
             self._jobs.begun(metadata)
+            self._jobs.finished(scheduler_output.finished_req_ids)
+        self._running.update(request.req_id for request in scheduler_output.scheduled_new_reqs)
+        self._running.difference_update(scheduler_output.finished_req_ids)
         return metadata
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -198,6 +202,7 @@ class KVHeapConnector(OffloadingConnector):  # type: ignore[misc,unused-ignore]
         done: bool | None = super().reset_cache()
         if self._jobs is not None:
             self._jobs.clear()
+            self._jobs.ran_at_reset(self._running)
         return done
 
     # -- metrics ---------------------------------------------------------------------------------

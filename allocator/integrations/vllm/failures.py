@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
@@ -26,6 +27,7 @@ from vllm.v1.kv_offload.base import (
     PrepareStoreOutput,
     ReqContext,
     TransferResult,
+    get_offload_group_idx,
 )
 
 __all__ = ["ForgetfulManager", "JobKeys", "TolerantWorker", "WorkerReport"]
@@ -176,6 +178,7 @@ class JobKeys:
         self._blocks_per_chunk = blocks_per_chunk
         self._needs_whole = tuple(needs_whole)
         self._incomplete: dict[int, list[OffloadKey]] = {}
+        self._stale_requests: set[str] = set()
         self._by_spec: dict[int, tuple[LoadStoreSpec, tuple[OffloadKey, ...]]] = {}
         self._by_job: dict[int, tuple[OffloadKey, ...]] = {}
         self._reports: dict[int, int] = {}
@@ -213,27 +216,56 @@ class JobKeys:
                 if found is not None:
                     self._by_job[job_id] = found[1]
         self._by_spec.clear()
-        if self._blocks_per_chunk > 1:
-            for job_id, job in metadata.store_jobs.items():
-                if keys := self._without_first_blocks(self.of_job(job_id), job.src_spec):
-                    self._incomplete[job_id] = keys
+        for job_id, job in metadata.store_jobs.items():
+            keys = list(self.of_job(job_id))
+            if job.req_id not in self._stale_requests:
+                keys = self._without_some_blocks(keys, job.src_spec)
+            if keys:
+                self._incomplete[job_id] = keys
 
-    def _without_first_blocks(
+    def ran_at_reset(self, requests: Iterable[str]) -> None:
+        """Note requests that have blocks of the engine while the tier is reset.
+
+        vLLM then stores all their chunks anew, by block numbers that it has noted before. Blocks
+        that a window has left behind may have been given to other requests meanwhile, so what these
+        requests store must not be found.
+        """
+        self._stale_requests.update(requests)
+
+    def finished(self, requests: Collection[str]) -> None:
+        """Note requests that have stored all they ever will."""
+        self._stale_requests.difference_update(requests)
+
+    def _without_some_blocks(
         self, keys: Sequence[OffloadKey], blocks: GPULoadStoreSpec
     ) -> list[OffloadKey]:
-        """The chunks of a store whose first blocks the engine has let go of.
+        """The chunks of a store some of whose blocks the engine has let go of.
 
-        A window has moved on, or its blocks were never in the engine. Another request may need
-        them, and vLLM would load what happens to be in their place.
+        A window has moved on, or its blocks were never in the engine, or have been given to another
+        request. Another request may need them, and vLLM would load what happens to be in their
+        place. Where not the first blocks of a group's first chunk are missing, the job does not say
+        which are, and the blocks behind them have been stored in wrong places: then no chunk of the
+        group is complete.
         """
-        found, at, n = [], 0, self._blocks_per_chunk
-        for needs_whole, size, first in zip(
-            self._needs_whole, blocks.group_sizes, blocks.block_indices, strict=False
-        ):
-            if size:
-                if needs_whole and first % n and at < len(keys):
-                    found.append(keys[at])
-                at += -(-(first % n + size) // n)
+        found: list[OffloadKey] = []
+        n = self._blocks_per_chunk
+        if n == 1:
+            return found
+        by_group = [list(of_group) for _, of_group in groupby(keys, get_offload_group_idx)]
+        sizes = [
+            (needs_whole, size, first % n)
+            for needs_whole, size, first in zip(
+                self._needs_whole, blocks.group_sizes, blocks.block_indices, strict=False
+            )
+            if size
+        ]
+        if len(by_group) != len(sizes):
+            return list(keys)
+        for of_group, (needs_whole, size, num_missing) in zip(by_group, sizes, strict=True):
+            if size != n * len(of_group) - num_missing:
+                found += of_group
+            elif needs_whole and num_missing:
+                found.append(of_group[0])
         return found
 
     def incomplete(self, job_id: int) -> list[OffloadKey]:
