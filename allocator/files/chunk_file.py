@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from errno import EBADMSG, EILSEQ, EIO, ENODATA, EUCLEAN
@@ -137,6 +138,7 @@ class ChunkFile:
     def start_over_after_fork(self) -> None:
         """Replace the locks in a forked child, which only looks at the last snapshot."""
         self._index_lock = threading.Lock()  # for the index; taken first
+        self._used: deque[Sequence[bytes]] = deque()  # not counted yet
         self._lock = threading.Lock()  # for the books, the counts and what is stale
 
     def _restore(self) -> None:
@@ -164,6 +166,7 @@ class ChunkFile:
             share: does the work.
         """
         with self._lock:
+            self._count_uses()  # what was used before is not evicted for these
             plan = self._books.begin_store(keys)
             self._stale.update(dict.fromkeys(plan.evicted))
             self._counts.evicted_chunks += len(plan.evicted)
@@ -243,6 +246,7 @@ class ChunkFile:
             share: does the work.
         """
         with self._lock:
+            self._count_uses()
             found = self._books.begin_load(keys)
             self._publish()
         rows = np.array([row for row, chunk in enumerate(found) if chunk is not None], np.int64)
@@ -348,10 +352,21 @@ class ChunkFile:
 
     # -- the rest ------------------------------------------------------------------------------
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Note that one request used chunks, the head of its prefix first."""
+    def note_use(self, keys: Sequence[bytes]) -> None:
+        """Note that one request used chunks, the head of its prefix first. Takes no lock.
+
+        It counts from the next store, load or :meth:`count_uses` on.
+        """
+        self._used.append(keys)
+
+    def count_uses(self) -> None:
+        """Count the uses that were noted."""
         with self._lock:
-            self._books.touch([*dict.fromkeys(keys)])
+            self._count_uses()
+
+    def _count_uses(self) -> None:
+        while self._used:
+            self._books.touch([*dict.fromkeys(self._used.popleft())])
 
     def remove(self, keys: Sequence[bytes]) -> list[bytes]:
         """Remove chunks, also those that are being stored or loaded.

@@ -397,7 +397,8 @@ class FileTier:
             ClosedError: the tier is closed, or another process's.
         """
         self._require_open()
-        self._threads.submit("short", partial(self._file.touch, _as_keys(keys)))
+        self._file.note_use(_as_keys(keys))
+        self._threads.submit("short", self._file.count_uses)
 
     # -- drop ----------------------------------------------------------------------------------
 
