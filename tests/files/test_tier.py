@@ -42,6 +42,7 @@ from kvheap import (
 )
 from kvheap.errors import HeapCorruptionError
 from kvheap.files import FileTier, MissingChunksError
+from kvheap.files.chunk_file import ChunkFile
 from kvheap.files.chunk_index import ChunkIndex
 from kvheap.prefix.orders import ORDERS
 
@@ -261,6 +262,22 @@ class TestEviction:
             tier.check()  # behind the touch
             stored(tier, heap, [5, 6])
             assert tier.lookup(NAMES[1:7]).tolist() == [True, True, False, False, True, True]
+
+    def test_uses_count_before_a_store_evicts_however_late_their_thread_is(
+        self, tmp_path: Path, heap: HostMemoryAllocator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ChunkFile, "count_uses", lambda file: None)  # it never comes
+        with open_tier(tmp_path / "tier", 3) as tier:
+            stored(tier, heap, [1])
+            stored(tier, heap, [2])
+            stored(tier, heap, [3])
+            tier.touch([NAMES[1]])
+            stored(tier, heap, [4])
+            assert tier.lookup(NAMES[1:5]).tolist() == [True, False, True, True]
+            tier.touch([NAMES[3]])
+            tier.load([NAMES[1]], heap).result(60)  # type: ignore[union-attr]
+            stored(tier, heap, [5, 6])
+            assert tier.lookup(NAMES[1:7]).tolist() == [True, False, False, False, True, True]
 
     def test_more_than_the_tier_holds(self, tmp_path: Path, heap: HostMemoryAllocator) -> None:
         with open_tier(tmp_path / "tier", 4) as tier:
