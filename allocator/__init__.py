@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from kvheap.transfer import restore as restore
     from kvheap.transfer.plan import CopyPlan as CopyPlan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULE_OF = {
     "AdHocMemoryAllocator": "heaps.plain_allocators",

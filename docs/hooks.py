@@ -31,6 +31,11 @@ LOADED = re.compile(
     r"""|<link\b(?![^>]*rel=["']?(?:canonical|next|prev))[^>]*\bhref\s*=\s*["']?(https?:)?//""",
     re.IGNORECASE,
 )
+RAW = re.compile(
+    r":(?:meth|class|func|mod|data|attr|exc):(?:<code>|`)|<p>=====|<blockquote>\s*<blockquote>"
+)
+"""What a docstring looks like that was not turned into Markdown; ``>>>`` are nested quotations."""
+
 LOADED_BY_CSS = re.compile(r"""(?:@import\s+|url\()\s*["']?(?:https?:)?//""", re.IGNORECASE)
 
 
@@ -77,12 +82,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_post_build(config: Any, **_: Any) -> None:
-    """Warn, which fails a strict build, if a page would load something from a network."""
+    """Warn, which fails a strict build, of pages that need a network or show raw docstrings."""
     site = Path(config.site_dir)
     for path in sorted(site.rglob("*.html")):
-        found = LOADED.search(path.read_text(encoding="utf-8"))
-        if found:
-            LOG.warning("%s loads from a network: %s", path.relative_to(site), found[0])
+        text = path.read_text(encoding="utf-8")
+        for wrong, pattern in (("loads from a network", LOADED), ("shows raw text", RAW)):
+            found = pattern.search(text)
+            if found:
+                LOG.warning("%s %s: %s", path.relative_to(site), wrong, found[0])
     for path in sorted(site.rglob("*.css")):
         found = LOADED_BY_CSS.search(path.read_text(encoding="utf-8"))
         if found:

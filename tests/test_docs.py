@@ -114,12 +114,14 @@ def test_a_block_of_shell_can_be_parsed(block: DocBlock) -> None:
 
 
 def kvheap_commands() -> list[tuple[str, list[str]]]:
-    """Every call of ``kvheap`` in a block of shell or between backticks, without what follows."""
+    """Every call of ``kvheap`` in a block of shell or between backticks, up to what follows."""
     found = []
     for page in PAGES:
-        text = re.sub(r"\\\n", " ", page.read_text(encoding="utf-8"))
-        calls = re.findall(r"(?:^|/|`|&& )kvheap ([a-z]\w*[^`|&\n]*)", text, re.MULTILINE)
-        found += [(name_of(page), shlex.split(call, comments=True)) for call in calls]
+        blocks = [block.code for block in blocks_of(page) if block.language in SHELLS]
+        inline = re.findall(r"`(kvheap [^`\n]+)`", page.read_text(encoding="utf-8"))
+        for text in (*blocks, *inline):
+            calls = re.findall(r"(?:^|/|&& )kvheap ([a-z]\w*[^|&\n]*)", text, re.MULTILINE)
+            found += [(name_of(page), shlex.split(call, comments=True)) for call in calls]
     return found
 
 
