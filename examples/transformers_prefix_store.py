@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,9 @@ CONFIG = LlamaConfig(
     num_attention_heads=8,
     num_key_value_heads=4,
 )
+CACHE = "cache"
+if CACHE not in inspect.signature(LlamaForCausalLM.forward).parameters:
+    CACHE = "past_key_values"  # its name in older versions of transformers
 HEAD_DIM = CONFIG.hidden_size // CONFIG.num_attention_heads
 
 
@@ -72,9 +76,9 @@ class Model:
         past = self._loaded(keys[:known])
         rest = torch.tensor([tokens[known * CHUNK_TOKENS :]])
         self.computed_tokens += rest.numel()
-        output = self.model(rest, past_key_values=past, use_cache=True)
-        self._keep(keys, output.past_key_values)
-        return output.logits[0, -1]
+        logits = self.model(rest, **{CACHE: past}).logits  # the model extends the cache
+        self._keep(keys, past)
+        return logits[0, -1]
 
     def _loaded(self, keys: list[bytes]) -> DynamicCache:
         """A cache with the KV of stored chunks."""

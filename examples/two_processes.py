@@ -30,6 +30,11 @@ SHAPE = (2, 2, 16, 64)
 """K and V, layers, tokens, 4 heads of 16 elements."""
 
 
+def tensors_of(batch: MemoryBatch) -> list[torch.Tensor]:
+    """The tensors of all blocks, which must be live."""
+    return [block.tensor for block in batch if block.tensor is not None]
+
+
 def work(path: str, size: int) -> None:
     """The worker: answers jobs until its input ends."""
     layers = [torch.zeros(2, 32, 16, 4, 16) for _ in range(2)]
@@ -45,7 +50,8 @@ def work(path: str, size: int) -> None:
                 store(cache, torch.arange(len(blocks) * SHAPE[2]), blocks)
                 answer: Any = "filled"
             elif job["do"] == "sum":
-                answer = sum(float(block.tensor.sum()) for block in heap.view(metadata))
+                blocks = heap.view(metadata)
+                answer = sum(float(tensor.sum()) for tensor in tensors_of(blocks))
             else:
                 try:
                     heap.batched_allocate(SHAPE, torch.float32, 1)
@@ -92,7 +98,7 @@ def schedule(size: int, num_blocks: int) -> None:
             batch = heap.batched_allocate(SHAPE, torch.float32, num_blocks)
             assert batch is not None, "full: evict something and try again"
             print("the worker says:", worker.ask("fill", batch, value=2.0))
-            assert all(bool((block.tensor == 2).all()) for block in batch)
+            assert all(bool(tensor.eq(2).all()) for tensor in tensors_of(batch))
 
             heap.buffer.zero_()  # the same bytes in both processes
             source = torch.ones(num_blocks, *SHAPE)
