@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,18 @@ def test_every_error_has_a_section() -> None:
     own = {name for name in sections if name not in {"ValueError", "TypeError", "None"}}
     assert own == error_classes() - LEFT_OUT.keys()
     assert LEFT_OUT.keys() <= error_classes()
+
+
+def test_the_sections_say_where_errors_are_imported_from() -> None:
+    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    for name, section in re.findall(
+        r"^### `(\w+)`\n(.*?)(?=^##|\Z)", text, re.DOTALL | re.MULTILINE
+    ):
+        named = re.search(r"^In `(kvheap[\w.]+)`", section, re.MULTILINE)
+        error = getattr(import_module(named[1] if named else "kvheap"), name)
+        for base in re.findall(r"(?:An?|, an?) `(\w+Error)`[.:,]", section.replace("\n", " ")):
+            bases = {kind.__name__ for kind in error.__mro__}
+            assert base in bases, f"{name} is no {base}"
 
 
 def test_every_public_name_is_in_the_reference() -> None:
