@@ -8,6 +8,7 @@ import doctest
 import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import warnings
@@ -269,6 +270,11 @@ def test_every_method_is_in_the_reference(name: str) -> None:
     missing = there - listed - INSIDE[name]
     assert not missing, "they belong under docs/api/, by purpose; or, if not for users, in INSIDE"
     assert there >= INSIDE[name]
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    draw = runpy.run_path(str(ROOT / "docs" / "overview.py"))["draw"]
+    assert (ROOT / "docs" / "overview.svg").read_text(encoding="utf-8") == draw()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
