@@ -140,7 +140,7 @@ def draw() -> str:
         "</marker></defs>",
         box(1, 1, WIDTH - 2, HEIGHT - 2, "page", 10),
         '<text x="24" y="40" class="text"><tspan class="title">kvheap</tspan>'
-        "<tspan>: where KV goes that should outlive its request</tspan></text>",
+        "<tspan>: a home for KV that should outlive its request</tspan></text>",
         *engine(),
         *heap(),
         *tiers(),
