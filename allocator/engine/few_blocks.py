@@ -8,7 +8,9 @@ what may change from call to call is checked here. Everything else, and everythi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +100,7 @@ def store_few(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> Transfe
     assert isinstance(heap, Heap)
     segments = heap.segments  # keeps the buffers alive if another thread closes the heap
     addresses = _addresses_of(heap, segments, batch, len(ids), known)
-    if not addresses or not known.rows.copy_blocks(addresses, ids, to_heap=True):
+    if not addresses or not known.rows.copy_blocks(addresses, ids, _tensor(slots), to_heap=True):
         return None
     stored = batch.stored_tokens
     stored.set_first(num_tokens)
@@ -126,7 +128,7 @@ def load_few(batch: BlockObjects, cache: PagedKVCache, slots: Slots) -> Transfer
     assert isinstance(heap, Heap)
     segments = heap.segments  # as in store_few
     addresses = _addresses_of(heap, segments, batch, len(ids), known)
-    if not addresses or not known.rows.copy_blocks(addresses, ids, to_heap=False):
+    if not addresses or not known.rows.copy_blocks(addresses, ids, _tensor(slots), to_heap=False):
         return None
     return known.transfer(len(ids), num_tokens)
 
@@ -147,18 +149,25 @@ def _known(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> _Known | N
 
 def _ids_of(blocks: BlockIds, cache: PagedKVCache) -> list[int]:
     """The ids of a few full blocks of a cache; none if they are not that."""
-    given = blocks.ids
-    if isinstance(given, torch.Tensor | np.ndarray):
-        is_host = isinstance(given, np.ndarray) or given.is_cpu
+    given: Any = blocks.ids
+    kind = type(given)
+    if kind is torch.Tensor or kind is np.ndarray:
+        is_host = kind is np.ndarray or given.is_cpu
         if not is_host or given.dtype not in INTEGERS or given.ndim != 1:
             return []
-    elif type(given) is not list or set(map(type, given)) != {int}:
+    elif kind is not list or set(map(type, given)) != {int}:
         return []
     count = len(given)
     if not 0 < count <= MAX_BLOCKS or blocks.num_tokens not in (None, count * cache.block_size):
         return []
-    ids: list[int] = given if isinstance(given, list) else given.tolist()
+    ids: list[int] = given if kind is list else given.tolist()
     return ids if min(ids) >= 0 and max(ids) < cache.num_blocks else []
+
+
+def _tensor(blocks: BlockIds) -> torch.Tensor | None:
+    """The ids, if they are a tensor of int64."""
+    ids = blocks.ids
+    return ids if isinstance(ids, torch.Tensor) and ids.dtype == torch.int64 else None
 
 
 def _addresses_of(
@@ -167,8 +176,11 @@ def _addresses_of(
     batch: MemoryBatch,
     num_blocks: int,
     known: _Known,
-) -> list[int]:
-    """The absolute address of each chunk; none if they are not as many as the blocks need."""
+) -> Sequence[int]:
+    """The absolute address of each chunk; none if they are not as many as the blocks need.
+
+    A range, if they are at equal distances.
+    """
     num_chunks = len(batch)
     if num_chunks != -(-num_blocks // known.blocks_per_chunk) or not segments[0][1].is_cpu:
         return []
@@ -177,4 +189,4 @@ def _addresses_of(
         addresses: list[int] = heap.absolute(batch.addresses)[0].tolist()
         return addresses
     start, num_bytes = run[0] + segments[0][1].data_ptr(), run[1]
-    return list(range(start, start + num_bytes, num_bytes // num_chunks))
+    return range(start, start + num_bytes, num_bytes // num_chunks)
