@@ -40,21 +40,30 @@ class DenseRows:
     _words: dict[int, _Words] = field(default_factory=dict, init=False)
 
     def copy_places(
-        self, address: int, places: torch.Tensor, per_chunk: int, to_heap: bool
-    ) -> None:
-        """Copy whole units between places of the cache and a run of whole chunks.
+        self, chunks: range, places: torch.Tensor, per_chunk: int, to_heap: bool
+    ) -> bool:
+        """Copy whole units between places of the cache and whole chunks at equal distances.
 
         Args:
-            address: absolute address of the first chunk.
+            chunks: absolute address of each chunk.
             places: the place of each unit, counted in ``place_bytes``; integers ``[units]`` on the
                 host, as many as the chunks have.
             per_chunk: units of a chunk.
             to_heap: whether the chunks are written.
+
+        Returns:
+            Whether they were copied. If not, their rows are not at equal distances.
         """
-        words = self._words_of(self.alignment | address)
+        num_rows, step = self.row_offsets.size * per_chunk, self.row_bytes
+        if len(chunks) > 1 and chunks.step != num_rows * step:
+            if num_rows > 1:
+                return False
+            step = chunks.step
+        words = self._words_of(self.alignment | chunks.start | step)
         places = places.view(-1, 1, per_chunk, *words.heads)
         rows = torch.add(words.row_numbers, places, alpha=words.place_words).view(-1)
-        self._copy(words, address, rows, to_heap)
+        self._copy(words, chunks.start, rows, step, to_heap)
+        return True
 
     def copy_rows(self, address: int, offsets: Int64Array, alignment: int, to_heap: bool) -> None:
         """Copy rows between the cache and a run of memory.
@@ -67,10 +76,12 @@ class DenseRows:
         """
         words = self._words_of(self.alignment | alignment)
         rows = torch.from_numpy(offsets >> (words.word.itemsize.bit_length() - 1))
-        self._copy(words, address, rows, to_heap)
+        self._copy(words, address, rows, self.row_bytes, to_heap)
 
-    def _copy(self, words: _Words, address: int, rows: torch.Tensor, to_heap: bool) -> None:
-        run = words_at(address, len(rows), self.row_bytes, words.word)
+    def _copy(
+        self, words: _Words, address: int, rows: torch.Tensor, step: int, to_heap: bool
+    ) -> None:
+        run = words_at(address, rows.numel(), self.row_bytes, step, words.word)
         if to_heap:
             torch.index_select(words.rows, 0, rows, out=run)
         else:

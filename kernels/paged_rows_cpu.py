@@ -35,8 +35,9 @@ MAX_DIRECT_BYTES = 1 << 20
 """The most bytes if they need no temporary; torch copies more with all its threads."""
 
 MIN_DENSE_BYTES = 128 << 10
-"""From so many bytes on, blocks that are one run in the heap are copied by torch; below, its
-tensors cost more than they save. See benchmarks/NOTES.md."""
+MIN_DENSE_UNITS = 24
+"""From so many bytes or units on, blocks whose chunks are at equal distances in the heap are copied
+by torch; below, its tensors cost more than they save. See benchmarks/NOTES.md."""
 
 MIN_ROW_BYTES = 4 << 10
 """Shorter rows of tokens are worth a look at whether they can be merged, if there are more bytes;
@@ -207,11 +208,15 @@ class RowCopy:
         if len(self.block_units) > 1 or runs_kernels(self.pairing.cache.device):
             return False
         num_tokens = count * self.unit_tokens
-        dense = self._dense_of(chunk_addresses, count)
-        if dense is not None:
-            given = torch.from_numpy(np.array(ids, np.int64)) if tensor is None else tensor
-            dense.copy_places(chunk_addresses[0], given, len(self.unit_offsets), to_heap)
-            return True
+        num_bytes = num_tokens * self.token_bytes
+        has_grid = grid is not None and grid.are_blocks
+        if count >= MIN_DENSE_UNITS or num_bytes >= (
+            MAX_DIRECT_BYTES if has_grid else MIN_DENSE_BYTES
+        ):
+            if tensor is None:
+                tensor = torch.from_numpy(np.array(ids, np.int64))
+            if self.copy_run(chunk_addresses, tensor, to_heap):
+                return True
         if grid is not None and grid.are_blocks and self._is_few(count):
             grid.copy(self._addresses_of(chunk_addresses, count, grid.chunk_offset), ids, to_heap)
             return True
@@ -225,17 +230,27 @@ class RowCopy:
         alignment = alignment_of(combined_bits(addresses))
         return self.copy_dense(addresses, alignment, places, to_heap) > 0
 
-    def _dense_of(self, chunk_addresses: Sequence[int], count: int) -> DenseRows | None:
-        """The rows, if so many units are many bytes, and fill chunks whose rows are one run."""
+    def copy_run(self, chunk_addresses: Sequence[int], blocks: torch.Tensor, to_heap: bool) -> bool:
+        """Copy whole blocks by one call, if they fill chunks whose rows are at equal distances.
+
+        Args:
+            chunk_addresses: as for :meth:`copy_blocks`.
+            blocks: the blocks, int64 ``[N]``, all of them real ones of the cache.
+            to_heap: whether the chunks are written.
+
+        Returns:
+            Whether they were copied.
+        """
+        dense, per_chunk = self.dense, len(self.unit_offsets)
         if (
-            self.dense is None
+            dense is None
             or type(chunk_addresses) is not range
-            or count * self.unit_tokens * self.token_bytes < MIN_DENSE_BYTES
-            or count % len(self.unit_offsets)
+            or len(self.block_units) > 1
+            or len(chunk_addresses) * per_chunk != blocks.numel()
+            or runs_kernels(self.pairing.cache.device)
         ):
-            return None
-        is_run = chunk_addresses.step == self.pairing.chunk.size_bytes or len(chunk_addresses) == 1
-        return self.dense if is_run else None
+            return False
+        return dense.copy_places(chunk_addresses, blocks, per_chunk, to_heap)
 
     def _is_few(self, count: int) -> bool:
         """Whether so many units are worth an assignment each."""

@@ -60,27 +60,30 @@ def memory_at(address: int, length: int, dtype: str, stride: int) -> npt.NDArray
     return np.asarray(_ArrayInterface(address, (length,), f"|{dtype}", (stride,)))
 
 
-def words_at(address: int, num_rows: int, row_bytes: int, word: torch.dtype) -> torch.Tensor:
-    """Rows of memory that follow each other, as words; it does not keep the memory alive.
+def words_at(
+    address: int, num_rows: int, row_bytes: int, step: int, word: torch.dtype
+) -> torch.Tensor:
+    """Rows of memory at equal distances, as words; it does not keep the memory alive.
 
     Args:
         address: absolute address of the first byte, a multiple of the word.
         num_rows: number of rows.
         row_bytes: bytes of each, a multiple of the word.
+        step: bytes from one row to the next, a multiple of the word.
         word: the dtype of a word, one of :data:`CPU_WORDS`.
 
     Returns:
         ``[num_rows, words of a row]``.
     """
-    shape = num_rows, row_bytes // word.itemsize
-    return torch.from_numpy(np.asarray(_ArrayInterface(address, shape, WORD_TYPES[word], None)))
+    shape, strides = (num_rows, row_bytes // word.itemsize), (step, word.itemsize)
+    return torch.from_numpy(np.asarray(_ArrayInterface(address, shape, WORD_TYPES[word], strides)))
 
 
 class _ArrayInterface:
     """Memory for ``np.asarray``; cheaper than a ctypes array, which needs a type per length."""
 
     def __init__(
-        self, address: int, shape: tuple[int, ...], typestr: str, strides: tuple[int, ...] | None
+        self, address: int, shape: tuple[int, ...], typestr: str, strides: tuple[int, ...]
     ) -> None:
         self.__array_interface__ = {
             "data": (address, False),

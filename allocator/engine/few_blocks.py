@@ -22,6 +22,7 @@ from kvheap.device.transfer import Transfer
 from kvheap.engine.origins import origin_of
 from kvheap.engine.tokens import form_of
 from kvheap.engine.transfers import ended_transfer
+from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_rows_cpu import RowCopy
 from kvheap.kernels.paged_slots import BlockIds, Slots
@@ -30,7 +31,10 @@ from kvheap.kernels.token_copy import TokenCopy
 __all__ = ["keep_for_few", "load_few", "store_few"]
 
 MAX_BLOCKS = 64
-"""The most blocks that are copied here."""
+"""The most blocks that are looked at one by one."""
+
+MAX_ARRAY_BLOCKS = 4096
+"""The most blocks that are copied here: ids in an int64 tensor, chunks that are one run."""
 
 MAX_LAYOUTS = 64
 """Block layouts of which something is kept with a cache; half are dropped beyond that."""
@@ -94,13 +98,13 @@ def store_few(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> Transfe
     assert isinstance(batch, MemoryBatch)  # mypy
     assert isinstance(slots, BlockIds)
     ids = _ids_of(slots, cache)
-    if not ids or not batch.is_writable:
+    if ids is None or not batch.is_writable:
         return None
     heap, num_tokens = batch.allocator, len(ids) * cache.block_size
     assert isinstance(heap, Heap)
     segments = heap.segments  # keeps the buffers alive if another thread closes the heap
     addresses = _addresses_of(heap, segments, batch, len(ids), known)
-    if not addresses or not known.rows.copy_blocks(addresses, ids, _tensor(slots), to_heap=True):
+    if not addresses or not _copied(known.rows, addresses, ids, slots, to_heap=True):
         return None
     stored = batch.stored_tokens
     stored.set_first(num_tokens)
@@ -116,7 +120,7 @@ def load_few(batch: BlockObjects, cache: PagedKVCache, slots: Slots) -> Transfer
     assert isinstance(batch, MemoryBatch)  # mypy
     assert isinstance(slots, BlockIds)
     ids = _ids_of(slots, cache)
-    if not ids or len(set(ids)) < len(ids):
+    if ids is None or not _are_distinct(ids, cache):
         return None
     stored, num_tokens = batch.stored_tokens, len(ids) * cache.block_size
     first = stored.first
@@ -128,7 +132,7 @@ def load_few(batch: BlockObjects, cache: PagedKVCache, slots: Slots) -> Transfer
     assert isinstance(heap, Heap)
     segments = heap.segments  # as in store_few
     addresses = _addresses_of(heap, segments, batch, len(ids), known)
-    if not addresses or not known.rows.copy_blocks(addresses, ids, _tensor(slots), to_heap=False):
+    if not addresses or not _copied(known.rows, addresses, ids, slots, to_heap=False):
         return None
     return known.transfer(len(ids), num_tokens)
 
@@ -147,27 +151,61 @@ def _known(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> _Known | N
     return found
 
 
-def _ids_of(blocks: BlockIds, cache: PagedKVCache) -> list[int]:
-    """The ids of a few full blocks of a cache; none if they are not that."""
+Ids = list[int] | Int64Array
+"""Block ids that were checked: a list of a few, or an array of more."""
+
+
+def _ids_of(blocks: BlockIds, cache: PagedKVCache) -> Ids | None:
+    """The ids of full blocks of a cache; None if they are not that, or too many."""
     given: Any = blocks.ids
     kind = type(given)
-    if kind is torch.Tensor or kind is np.ndarray:
-        is_host = kind is np.ndarray or given.is_cpu
-        if not is_host or given.dtype not in INTEGERS or given.ndim != 1:
-            return []
-    elif kind is not list or set(map(type, given)) != {int}:
-        return []
-    count = len(given)
+    if kind is torch.Tensor:
+        if not given.is_cpu or given.dtype not in INTEGERS or given.ndim != 1:
+            return None
+        count = given.numel()
+        if MAX_BLOCKS < count <= MAX_ARRAY_BLOCKS and given.dtype == torch.int64:
+            return _array_of(blocks, given, cache)
+    elif kind is np.ndarray:
+        if given.dtype not in INTEGERS or given.ndim != 1:
+            return None
+        count = len(given)
+    elif kind is list and set(map(type, given)) == {int}:
+        count = len(given)
+    else:
+        return None
     if not 0 < count <= MAX_BLOCKS or blocks.num_tokens not in (None, count * cache.block_size):
-        return []
+        return None
     ids: list[int] = given if kind is list else given.tolist()
-    return ids if min(ids) >= 0 and max(ids) < cache.num_blocks else []
+    return ids if min(ids) >= 0 and max(ids) < cache.num_blocks else None
 
 
-def _tensor(blocks: BlockIds) -> torch.Tensor | None:
-    """The ids, if they are a tensor of int64."""
-    ids = blocks.ids
-    return ids if isinstance(ids, torch.Tensor) and ids.dtype == torch.int64 else None
+def _array_of(blocks: BlockIds, ids: torch.Tensor, cache: PagedKVCache) -> Int64Array | None:
+    """The ids of many full blocks of a cache; None if they are not that."""
+    array: Int64Array = ids.numpy()
+    if blocks.num_tokens not in (None, len(array) * cache.block_size):
+        return None
+    is_inside = int(array.min()) >= 0 and int(array.max()) < cache.num_blocks
+    return array if is_inside else None
+
+
+def _are_distinct(ids: Ids, cache: PagedKVCache) -> bool:
+    """Whether no block is named twice."""
+    if isinstance(ids, list):
+        return len(set(ids)) == len(ids)
+    is_named = np.zeros(cache.num_blocks, np.bool_)
+    is_named[ids] = True
+    return int(np.count_nonzero(is_named)) == len(ids)
+
+
+def _copied(
+    rows: RowCopy, addresses: Sequence[int], ids: Ids, blocks: BlockIds, to_heap: bool
+) -> bool:
+    """Copy the blocks; False if nothing was copied."""
+    given = blocks.ids
+    tensor = given if type(given) is torch.Tensor and given.dtype == torch.int64 else None
+    if isinstance(ids, list):
+        return rows.copy_blocks(addresses, ids, tensor, to_heap)
+    return tensor is not None and rows.copy_run(addresses, tensor, to_heap)
 
 
 def _addresses_of(

@@ -20,13 +20,15 @@ LAYERS, TOKENS, BLOCKS = 3, 4, 40
 @pytest.fixture(autouse=True)
 def all_bytes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let every run be copied so, and note which way each copy goes."""
-    monkeypatch.setattr(paged_rows_cpu, "MIN_DENSE_BYTES", 0)
+    monkeypatch.setattr(paged_rows_cpu, "MIN_DENSE_UNITS", 0)
     ways: list[str] = []
     copy_places = DenseRows.copy_places
 
-    def noted(self: DenseRows, *arguments: Any) -> None:
+    def noted(self: DenseRows, *arguments: Any) -> bool:
+        if not copy_places(self, *arguments):
+            return False
         ways.append("store" if arguments[-1] else "load")
-        copy_places(self, *arguments)
+        return True
 
     monkeypatch.setattr(DenseRows, "copy_places", noted)
     return ways
@@ -151,3 +153,69 @@ def test_chunks_that_are_not_one_run_go_another_way(all_bytes: list[str]) -> Non
         kvheap.store(scene.cache, BlockIds(ids), scene.batch)
         assert torch.equal(scene.stored(), scene.blocks(ids))
     assert all_bytes == []
+
+
+class TestManyBlocks:
+    """More blocks than are looked at one by one, of one layer, in chunks with padding or without."""
+
+    COUNT, PAGES = 100, 260
+
+    def scene(self, align_bytes: int) -> tuple[PagedKVCache, torch.Tensor, Any]:
+        layer = torch.randn(self.PAGES, TOKENS, 20).bfloat16()
+        chunk_bytes = -(-TOKENS * 20 * 2 // align_bytes) * align_bytes
+        buffer = torch.full(((self.COUNT + 1) * chunk_bytes,), 7, dtype=torch.uint8)
+        heap = TensorMemoryAllocator(buffer, align_bytes=align_bytes)
+        shape = (1, 1, TOKENS, 20)
+        batch = heap.batched_allocate(shape, torch.bfloat16, self.COUNT, MemoryFormat.KV_MLA_FMT)
+        return PagedKVCache.of("mla", [layer]), layer, batch
+
+    @pytest.mark.parametrize("align_bytes", [16, 256, 4096])
+    def test_there_and_back(self, align_bytes: int, all_bytes: list[str]) -> None:
+        cache, layer, batch = self.scene(align_bytes)
+        order = torch.randperm(self.PAGES)
+        ids, others = order[: self.COUNT], order[self.COUNT : 2 * self.COUNT]
+        kvheap.store(cache, BlockIds(ids), batch)  # the ordinary way
+        batch.allocator.buffer.fill_(7)
+        kvheap.store(cache, BlockIds(ids), batch)
+        memory = batch.allocator.buffer[: self.COUNT * batch.allocated_bytes].view(self.COUNT, -1)
+        wanted = layer[ids].reshape(self.COUNT, -1).view(torch.uint8)
+        assert torch.equal(memory[:, : wanted.shape[1]], wanted)
+        assert (memory[:, wanted.shape[1] :] == 7).all()
+        rest = order[2 * self.COUNT :]
+        kept = layer[rest].clone()
+        transfer = kvheap.load(batch, cache, BlockIds(others))
+        assert transfer.num_bytes == self.COUNT * TOKENS * 20 * 2
+        assert torch.equal(layer[others], layer[ids])
+        assert torch.equal(layer[rest], kept)
+        assert all_bytes == ["store", "load"]
+
+    @pytest.mark.parametrize("last", [PAGES, -2, 4], ids=["too high", "negative", "twice"])
+    def test_wrong_ids_are_refused(self, last: int, all_bytes: list[str]) -> None:
+        cache, layer, batch = self.scene(16)
+        kvheap.store(cache, BlockIds(torch.arange(self.COUNT)), batch)
+        before = layer.clone()
+        wrong = torch.arange(self.COUNT)
+        wrong[-1] = last
+        with pytest.raises(ValueError, match=str(last)):
+            kvheap.load(batch, cache, BlockIds(wrong))
+        assert torch.equal(layer, before)
+        if last == 4:  # a store may read a block twice
+            kvheap.store(cache, BlockIds(wrong), batch)
+            assert torch.equal(batch[-1].tensor[0, 0], layer[4])
+            assert all_bytes == ["store"]
+        else:
+            with pytest.raises(ValueError, match=str(last)):
+                kvheap.store(cache, BlockIds(wrong), batch)
+            assert all_bytes == []
+
+    def test_blocks_that_lack_tokens_go_the_ordinary_way(self, all_bytes: list[str]) -> None:
+        cache, layer, batch = self.scene(16)
+        ids = torch.arange(self.COUNT)
+        kvheap.store(cache, BlockIds(ids), batch)
+        partly = BlockIds(ids, num_tokens=self.COUNT * TOKENS - 1)
+        kvheap.store(cache, partly, batch)
+        assert all_bytes == []
+        with pytest.raises(ValueError, match="stored"):
+            kvheap.load(batch, cache, BlockIds(ids + self.COUNT))
+        kvheap.load(batch, cache, BlockIds(ids + self.COUNT, num_tokens=self.COUNT * TOKENS - 1))
+        assert torch.equal(layer[self.COUNT : 2 * self.COUNT - 1], layer[: self.COUNT - 1])
