@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -95,13 +95,11 @@ def store_few(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> Transfe
     known = _known(cache, slots, batch)
     if known is None:
         return None
-    assert isinstance(batch, MemoryBatch)  # mypy
-    assert isinstance(slots, BlockIds)
+    batch, slots = cast("MemoryBatch", batch), cast("BlockIds", slots)  # as _known has found
     ids = _ids_of(slots, cache)
     if ids is None or not batch.is_writable:
         return None
-    heap, num_tokens = batch.allocator, len(ids) * cache.block_size
-    assert isinstance(heap, Heap)
+    heap, num_tokens = cast("Heap", batch.allocator), len(ids) * cache.block_size
     segments = heap.segments  # keeps the buffers alive if another thread closes the heap
     addresses = _addresses_of(heap, segments, batch, len(ids), known)
     if not addresses or not _copied(known.rows, addresses, ids, slots, to_heap=True):
@@ -117,8 +115,7 @@ def load_few(batch: BlockObjects, cache: PagedKVCache, slots: Slots) -> Transfer
     known = _known(cache, slots, batch)
     if known is None:
         return None
-    assert isinstance(batch, MemoryBatch)  # mypy
-    assert isinstance(slots, BlockIds)
+    batch, slots = cast("MemoryBatch", batch), cast("BlockIds", slots)  # as _known has found
     ids = _ids_of(slots, cache)
     if ids is None or not _are_distinct(ids, cache):
         return None
@@ -128,8 +125,7 @@ def load_few(batch: BlockObjects, cache: PagedKVCache, slots: Slots) -> Transfer
         stored.is_unknown or (first is not None and num_tokens <= first)
     ):
         return None
-    heap = batch.allocator
-    assert isinstance(heap, Heap)
+    heap = cast("Heap", batch.allocator)
     segments = heap.segments  # as in store_few
     addresses = _addresses_of(heap, segments, batch, len(ids), known)
     if not addresses or not _copied(known.rows, addresses, ids, slots, to_heap=False):

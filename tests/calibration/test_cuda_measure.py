@@ -224,6 +224,14 @@ class TestOnAGpu:
                     assert seconds is not None
                     assert all(1e-6 < each < 1 for each in seconds)
 
+    @pytest.mark.parametrize("direction", ["h2d", "d2h"])
+    def test_the_link_is_measured(self, direction: Direction) -> None:
+        measure = CudaMeasure("cuda", max_bytes=64 << 20)
+        for num_sms in (1, 4):
+            seconds = measure.link(direction, num_sms)
+            assert seconds is not None
+            assert all(1e-6 < each < 1 for each in seconds)
+
     def test_a_short_calibration(self) -> None:
         measure = CudaMeasure("cuda", max_bytes=64 << 20)
         table = calibrate(measure, "gpu", "1.0", budget_s=10, max_bytes=measure.max_bytes)

@@ -156,7 +156,7 @@ def test_chunks_that_are_not_one_run_go_another_way(all_bytes: list[str]) -> Non
 
 
 class TestManyBlocks:
-    """More blocks than are looked at one by one, of one layer, in chunks with padding or without."""
+    """More blocks than are looked at one by one, of one layer, with and without padding."""
 
     COUNT, PAGES = 100, 260
 
