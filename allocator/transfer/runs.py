@@ -127,10 +127,12 @@ class DeviceRun:
         self._staging: Staging | None = None
         self.is_captured = self._queue.is_captured
         self._is_over_link = plan.direction in ("h2d", "d2h")
-        self._max_sms = default_sms(device, plan.direction) if max_sms is None else max_sms
         choice = PathChoice(plan, device, self._queue.stream, self.is_captured)
         self.path: Path = choice.chosen() if path is None else choice.forced(path)
         self._is_single = self.path == "copy_engine" and choice.is_single
+        if max_sms is None and self.path != "copy_engine":
+            max_sms = default_sms(device, plan.direction)
+        self._max_sms = max_sms
 
     def capture(self) -> None:
         """Queue the copy into the graph that is being captured."""
