@@ -36,6 +36,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.cuda_declarations import (
     FLAG_DEFAULT,
     FLAG_PREFER_OVERLAP_WITH_COMPUTE,
@@ -65,6 +66,9 @@ stream, 2, is a stream like any other."""
 
 NO_INDEX = ctypes.c_size_t(-1).value
 """``SIZE_MAX``: the index if the driver does not name the piece that failed."""
+
+MAX_KEPT_SIZES = 32_768
+"""Arrays of equal sizes are kept for the next call up to this length, 16 of them: 4 MiB."""
 
 
 class CopyEngineError(RuntimeError):
@@ -215,11 +219,12 @@ class Driver:
         # These must live until the call has returned; most are the pieces' own arrays.
         targets = np.ascontiguousarray(pieces.targets, np.int64)
         sources = np.ascontiguousarray(pieces.sources, np.int64)
-        sizes = np.ascontiguousarray(pieces.size_array(), np.int64)
-        flags = FLAG_PREFER_OVERLAP_WITH_COMPUTE if over_link else FLAG_DEFAULT
-        attributes = MemcpyAttributes(src_access_order=SRC_ACCESS_ORDER_STREAM, flags=flags)
+        if isinstance(pieces.sizes, int):
+            sizes = _equal_sizes(pieces.sizes, len(pieces))
+        else:
+            sizes = np.ascontiguousarray(pieces.sizes, np.int64)
         # One set of attributes, with the index of the first piece that it applies to.
-        first_piece = ctypes.c_size_t(0)
+        attributes = _OVER_LINK if over_link else _WITHIN_DEVICE
         failed_piece = ctypes.c_size_t(NO_INDEX)
         code = self._batch(
             targets.ctypes.data,
@@ -227,7 +232,7 @@ class Driver:
             sizes.ctypes.data,
             len(pieces),
             ctypes.byref(attributes),
-            ctypes.byref(first_piece),
+            ctypes.byref(_FIRST_PIECE),
             1,
             *((ctypes.byref(failed_piece),) if self.batch_form == 9 else ()),
             stream,
@@ -346,6 +351,26 @@ def _text(get_text: Callable[..., int], code: int) -> str:
     text = ctypes.c_char_p()
     get_text(code, ctypes.byref(text))
     return (text.value or b"").decode(errors="replace")
+
+
+_OVER_LINK, _WITHIN_DEVICE = (
+    MemcpyAttributes(src_access_order=SRC_ACCESS_ORDER_STREAM, flags=flags)
+    for flags in (FLAG_PREFER_OVERLAP_WITH_COMPUTE, FLAG_DEFAULT)
+)
+_FIRST_PIECE = ctypes.c_size_t(0)
+"""What a batch call only reads: how its pieces are copied, and from which piece on."""
+
+
+def _equal_sizes(size_bytes: int, count: int) -> Int64Array:
+    """At least ``count`` equal sizes, int64, to be read only."""
+    if count > MAX_KEPT_SIZES:
+        return np.full(count, size_bytes, np.int64)
+    return _kept_sizes(size_bytes, 1 << (count - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_sizes(size_bytes: int, count: int) -> Int64Array:
+    return np.full(count, size_bytes, np.int64)
 
 
 def _require_same_lengths(pieces: Pieces) -> None:

@@ -27,8 +27,8 @@ MAX_BLOCKS = 64
 MAX_BYTES = 4 << 20
 """The most bytes that are copied so if the blocks form no run; see benchmarks/NOTES.md."""
 
-MAX_RUN_BYTES = 128 << 10
-"""A longer run is copied by torch, with all its threads."""
+MAX_RUN_BYTES = 1 << 20
+"""A longer run is copied by torch, with all its threads; see benchmarks/NOTES.md."""
 
 
 def copy_few(blocks: Any, buffer: Any, addresses: Any, to_buffer: bool) -> bool:
@@ -127,7 +127,9 @@ def _is_ordinary(tensor: Any) -> bool:
 
 def memory_of(tensor: torch.Tensor) -> Memory:
     """The bytes of a contiguous tensor in host memory, of at least one dimension."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.dtype != torch.uint8:
-        tensor = tensor.detach().view(torch.uint8)
-    found: Memory = tensor.detach().numpy().reshape(-1)
+        tensor = tensor.view(torch.uint8)
+    found: Memory = tensor.numpy().reshape(-1)
     return found

@@ -11,6 +11,7 @@ Each byte of the tokens is read and written twice, plus 16 bytes for the index o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +19,12 @@ import numpy.typing as npt
 import torch
 
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
-from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.launch import runs_kernels
+from kvheap.kernels.paged_dense_cpu import DenseRows
 from kvheap.kernels.paged_grid_cpu import Grid, span_of
 from kvheap.kernels.paged_plan import Entry, Pairing
 from kvheap.kernels.paged_slots import Places
-from kvheap.kernels.words import CPU_WORDS, memory_at, overlapping_rows
+from kvheap.kernels.words import memory_at
 
 __all__ = ["RowCopy"]
 
@@ -32,6 +33,11 @@ MAX_BYTES = 512 << 10
 
 MAX_DIRECT_BYTES = 1 << 20
 """The most bytes if they need no temporary; torch copies more with all its threads."""
+
+MIN_DENSE_BYTES = 128 << 10
+MIN_DENSE_UNITS = 24
+"""From so many bytes or units on, blocks whose chunks are at equal distances in the heap are copied
+by torch; below, its tensors cost more than they save. See benchmarks/NOTES.md."""
 
 MIN_ROW_BYTES = 4 << 10
 """Shorter rows of tokens are worth a look at whether they can be merged, if there are more bytes;
@@ -112,7 +118,7 @@ class RowCopy:
         kinds: the rows, a kind for each length and stride.
         unit_offsets: the first byte of each unit in an entry of a chunk, int64 ``[units]``.
         block_units: the first slot of each unit of a block, int64 ``[units of a block]``.
-        is_dense: whether the rows of a chunk, entry after entry, follow each other.
+        dense: the rows, if those of a chunk, entry after entry, follow each other.
         grid: the rows by place, if those of all entries are at equal distances, as where all layers
             share one storage.
     """
@@ -123,7 +129,7 @@ class RowCopy:
     kinds: tuple[_Rows, ...]
     unit_offsets: Int64Array
     block_units: Int64Array
-    is_dense: bool
+    dense: DenseRows | None
     grid: Grid | None
 
     @classmethod
@@ -150,7 +156,7 @@ class RowCopy:
             kinds,
             unit_offsets,
             np.arange(0, pairing.cache.block_size, unit_tokens, dtype=np.int64),
-            _are_dense(chunk, kinds, unit_offsets),
+            _dense_rows(pairing, kinds, unit_offsets),
             Grid.of(pairing, unit_tokens) if len(kinds) == 1 else None,
         )
         pairing.kept["rows", unit_tokens] = found
@@ -178,13 +184,21 @@ class RowCopy:
         grid.copy(addresses, places.on_host().tolist(), to_heap)
         return True
 
-    def copy_blocks(self, chunk_addresses: list[int], ids: list[int], to_heap: bool) -> bool:
+    def copy_blocks(
+        self,
+        chunk_addresses: Sequence[int],
+        ids: list[int],
+        tensor: torch.Tensor | None,
+        to_heap: bool,
+    ) -> bool:
         """Copy a few whole blocks between a cache and chunks, all on a CPU.
 
         Args:
-            chunk_addresses: absolute address of each chunk.
+            chunk_addresses: absolute address of each chunk; a range, if they are at equal
+                distances.
             ids: the blocks, all of them real ones of the cache; as many as the chunks have room
                 for, but for the last chunk.
+            tensor: the same as a tensor, int64 ``[N]``, if there is one.
             to_heap: whether the chunks are written.
 
         Returns:
@@ -193,10 +207,19 @@ class RowCopy:
         grid, count = self.grid, len(ids)
         if len(self.block_units) > 1 or runs_kernels(self.pairing.cache.device):
             return False
+        num_tokens = count * self.unit_tokens
+        num_bytes = num_tokens * self.token_bytes
+        has_grid = grid is not None and grid.are_blocks
+        if count >= MIN_DENSE_UNITS or num_bytes >= (
+            MAX_DIRECT_BYTES if has_grid else MIN_DENSE_BYTES
+        ):
+            if tensor is None:
+                tensor = torch.from_numpy(np.array(ids, np.int64))
+            if self.copy_run(chunk_addresses, tensor, to_heap):
+                return True
         if grid is not None and grid.are_blocks and self._is_few(count):
             grid.copy(self._addresses_of(chunk_addresses, count, grid.chunk_offset), ids, to_heap)
             return True
-        num_tokens = count * self.unit_tokens
         places = Places(np.array(ids, np.int64), True, self.unit_tokens, num_tokens, True)
         addresses = np.array(chunk_addresses, np.int64)
         if self.is_right_for(num_tokens):
@@ -207,13 +230,35 @@ class RowCopy:
         alignment = alignment_of(combined_bits(addresses))
         return self.copy_dense(addresses, alignment, places, to_heap) > 0
 
+    def copy_run(self, chunk_addresses: Sequence[int], blocks: torch.Tensor, to_heap: bool) -> bool:
+        """Copy whole blocks by one call, if they fill chunks whose rows are at equal distances.
+
+        Args:
+            chunk_addresses: as for :meth:`copy_blocks`.
+            blocks: the blocks, int64 ``[N]``, all of them real ones of the cache.
+            to_heap: whether the chunks are written.
+
+        Returns:
+            Whether they were copied.
+        """
+        dense, per_chunk = self.dense, len(self.unit_offsets)
+        if (
+            dense is None
+            or type(chunk_addresses) is not range
+            or len(self.block_units) > 1
+            or len(chunk_addresses) * per_chunk != blocks.numel()
+            or runs_kernels(self.pairing.cache.device)
+        ):
+            return False
+        return dense.copy_places(chunk_addresses, blocks, per_chunk, to_heap)
+
     def _is_few(self, count: int) -> bool:
         """Whether so many units are worth an assignment each."""
         unit_bytes = self.token_bytes * self.unit_tokens
         most = MAX_LISTED if unit_bytes >= SMALL_UNIT else FEW_UNITS
         return count <= most and count * unit_bytes <= MAX_DIRECT_BYTES
 
-    def _addresses_of(self, chunk_addresses: list[int], count: int, first: int) -> list[int]:
+    def _addresses_of(self, chunk_addresses: Sequence[int], count: int, first: int) -> list[int]:
         """The address of the first row of each of so many units, in an entry at byte ``first``."""
         if len(self.unit_offsets) == 1:
             return [address + first for address in chunk_addresses]
@@ -237,12 +282,13 @@ class RowCopy:
         per_chunk, values = len(self.unit_offsets), places.on_host()
         num_chunks = places.num_tokens // (per_chunk * self.unit_tokens)
         is_plain = places.are_all_real and not (places.are_blocks and len(self.block_units) > 1)
-        if not (self.is_dense and is_plain and num_chunks):
+        dense = self.dense
+        if not (dense is not None and is_plain and num_chunks):
             return 0
         rows, chunk_bytes = self.kinds[0], self.pairing.chunk.size_bytes
         min_row_bytes = MIN_ROW_BYTES // 4 if places.are_blocks else MIN_ROW_BYTES
         is_large = num_chunks * chunk_bytes > MAX_DIRECT_BYTES
-        if is_large and (not to_heap or rows.row_bytes < min_row_bytes):
+        if is_large and rows.row_bytes < min_row_bytes:
             return 0
         addresses = chunk_addresses[:num_chunks]
         is_run = int(addresses[-1] - addresses[0]) == (num_chunks - 1) * chunk_bytes and (
@@ -258,36 +304,8 @@ class RowCopy:
         else:
             parts = list(zip(addresses.tolist(), numbers.reshape(num_chunks, -1), strict=True))
         for address, of_part in parts:
-            if to_heap:
-                self._gather(address, of_part, alignment)
-            else:
-                row_bytes = rows.row_bytes
-                source = memory_at(address, len(of_part), f"V{row_bytes}", row_bytes)
-                rows.cache_rows[of_part] = source
+            dense.copy_rows(address, of_part, alignment, to_heap)
         return num_chunks
-
-    def _gather(self, address: int, numbers: Int64Array, alignment: int) -> None:
-        """Copy rows of the cache to a run of memory."""
-        row_bytes = self.kinds[0].row_bytes
-        word = CPU_WORDS[alignment_of(self.pairing.alignment, alignment)]
-        row_words, shift = row_bytes // word.itemsize, word.itemsize.bit_length() - 1
-        source = self._words(word)
-        out = torch.from_numpy(memory_at(address, len(numbers) * row_bytes, "u1", 1)).view(word)
-        out = out.view(-1, row_words)
-        index = torch.from_numpy(numbers >> shift)
-        torch.index_select(source, 0, index, out=out)
-
-    def _words(self, word: torch.dtype) -> torch.Tensor:
-        """All rows of the cache's memory as words, one starting at each word."""
-        key = ("words", self.unit_tokens, word)
-        found: torch.Tensor | None = self.pairing.kept.get(key)
-        if found is None:
-            start, end = span_of(self.pairing)
-            num_bytes = (end - start) // word.itemsize * word.itemsize
-            words = torch.from_numpy(memory_at(start, num_bytes, "u1", 1)).view(word)
-            found = overlapping_rows(words, self.kinds[0].row_bytes // word.itemsize)
-            self.pairing.kept[key] = found
-        return found
 
     def run(
         self, chunk_addresses: Int64Array, places: Places, first_token: int, to_heap: bool
@@ -357,14 +375,22 @@ class RowCopy:
         return starts
 
 
-def _are_dense(chunk: ChunkLayout, kinds: tuple[_Rows, ...], unit_offsets: Int64Array) -> bool:
-    if len(kinds) > 1 or chunk.is_per_layer:
-        return False
+def _dense_rows(
+    pairing: Pairing, kinds: tuple[_Rows, ...], unit_offsets: Int64Array
+) -> DenseRows | None:
+    """The rows of a chunk, if they follow each other."""
+    if len(kinds) > 1 or pairing.chunk.is_per_layer:
+        return None
     rows = kinds[0]
     heads = (1,) * (rows.chunk_offsets.ndim - 2)
     starts = (rows.chunk_offsets + unit_offsets.reshape(-1, *heads)).reshape(-1)
-    is_whole = len(starts) * rows.row_bytes == chunk.size_bytes
-    return is_whole and bool((np.diff(starts, prepend=-rows.row_bytes) == rows.row_bytes).all())
+    if len(starts) * rows.row_bytes != pairing.chunk.size_bytes:
+        return None
+    if (np.diff(starts, prepend=-rows.row_bytes) != rows.row_bytes).any():
+        return None
+    return DenseRows(
+        span_of(pairing), rows.row_bytes, rows.cache_offsets, rows.block_stride, pairing.alignment
+    )
 
 
 def _bounds(units: Int64Array) -> tuple[int, int]:

@@ -27,7 +27,7 @@ MAX_CELLS_PER_PIECE = 64
 """Targets of one size are checked for overlaps in a table with at most this many one-byte cells for
 each piece, or by a sort if the table would be larger."""
 
-FIRST_LOOK = 64
+FIRST_LOOK = 16
 """How many of the targets tell whether they may ascend."""
 
 
@@ -267,10 +267,13 @@ class Pieces:
             yield whole[begin:end]
             begin = end
 
-    def require_distinct_targets(self) -> None:
+    def require_distinct_targets(self, within: tuple[int, int] | None = None) -> None:
         """Refuse targets that overlap each other.
 
         O(N) if targets ascend, or have one size and are not too far apart; else a sort.
+
+        Args:
+            within: two addresses between which all targets are known to be.
 
         Raises:
             ValueError: two targets overlap; the message names their pieces.
@@ -283,7 +286,7 @@ class Pieces:
         begins = starts[:FIRST_LOOK].tolist()
         if begins == sorted(begins) and (starts[1:] - starts[:-1] >= steps).all():
             return
-        if isinstance(sizes, int) and _are_disjoint(starts, sizes):
+        if isinstance(sizes, int) and _are_disjoint(starts, sizes, within):
             return
         order = np.argsort(starts, kind="stable")
         ordered = starts[order]
@@ -360,21 +363,23 @@ def first_outside(starts: Int64Array, ends: Int64Array, ranges: Int64Array) -> i
     return int(np.argmax(outside)) if outside.any() else None
 
 
-def _are_disjoint(starts: Int64Array, size_bytes: int) -> bool:
+def _are_disjoint(starts: Int64Array, size_bytes: int, within: tuple[int, int] | None) -> bool:
     """Whether ranges of one size are disjoint. O(N), or a sort if they are far apart.
 
     Memory is divided into cells of that size. Ranges are disjoint if no two start in the same cell
     and none reaches into the next cell beyond the start of the range there.
     """
-    low = int(starts.min())
-    num_cells = (int(starts.max()) - low) // size_bytes + 1
+    if within is None or within[1] - within[0] > MAX_CELLS_PER_PIECE * len(starts) * size_bytes:
+        within = int(starts.min()), int(starts.max())
+    low, high = within
+    num_cells = (high - low) // size_bytes + 1
     if num_cells > MAX_CELLS_PER_PIECE * len(starts):
         return bool((np.diff(np.sort(starts)) >= size_bytes).all())
     shift = size_bytes.bit_length() - 1
     cells = starts - low
     offsets = None
     if size_bytes == 1 << shift:
-        if combined_bits(cells) & (size_bytes - 1):
+        if int(np.bitwise_or.reduce(cells)) & (size_bytes - 1):
             offsets = cells & (size_bytes - 1)
         cells >>= shift
     else:

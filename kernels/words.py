@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["CPU_WORDS", "memory_at", "overlapping_rows", "view_words"]
+__all__ = ["CPU_WORDS", "memory_at", "overlapping_rows", "view_words", "words_at"]
 
 CPU_WORDS = {
     16: torch.complex128,
@@ -18,6 +18,13 @@ CPU_WORDS = {
     1: torch.uint8,
 }
 """For each word size in bytes, the dtype that torch moves fastest; see benchmarks/NOTES.md."""
+
+
+WORD_TYPES = {
+    word: np.dtype(f"{'c' if size == 16 else 'u' if size == 1 else 'i'}{size}").str
+    for size, word in CPU_WORDS.items()
+}
+"""NumPy's name of each."""
 
 
 def view_words(
@@ -50,17 +57,38 @@ def memory_at(address: int, length: int, dtype: str, stride: int) -> npt.NDArray
         dtype: of an element, such as ``"u1"``, or ``"V576"`` for a row of 576 bytes.
         stride: bytes from one element to the next.
     """
-    return np.asarray(_ArrayInterface(address, length, dtype, stride))
+    return np.asarray(_ArrayInterface(address, (length,), f"|{dtype}", (stride,)))
+
+
+def words_at(
+    address: int, num_rows: int, row_bytes: int, step: int, word: torch.dtype
+) -> torch.Tensor:
+    """Rows of memory at equal distances, as words; it does not keep the memory alive.
+
+    Args:
+        address: absolute address of the first byte, a multiple of the word.
+        num_rows: number of rows.
+        row_bytes: bytes of each, a multiple of the word.
+        step: bytes from one row to the next, a multiple of the word.
+        word: the dtype of a word, one of :data:`CPU_WORDS`.
+
+    Returns:
+        ``[num_rows, words of a row]``.
+    """
+    shape, strides = (num_rows, row_bytes // word.itemsize), (step, word.itemsize)
+    return torch.from_numpy(np.asarray(_ArrayInterface(address, shape, WORD_TYPES[word], strides)))
 
 
 class _ArrayInterface:
     """Memory for ``np.asarray``; cheaper than a ctypes array, which needs a type per length."""
 
-    def __init__(self, address: int, length: int, dtype: str, stride: int) -> None:
+    def __init__(
+        self, address: int, shape: tuple[int, ...], typestr: str, strides: tuple[int, ...]
+    ) -> None:
         self.__array_interface__ = {
             "data": (address, False),
-            "shape": (length,),
-            "strides": (stride,),
-            "typestr": f"|{dtype}",
+            "shape": shape,
+            "strides": strides,
+            "typestr": typestr,
             "version": 3,
         }

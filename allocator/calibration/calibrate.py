@@ -6,12 +6,14 @@
 
 The time budget is spent on, in this order:
 
-1. A survey of a grid of counts and sizes: each cell once, small copies first. If time runs out, the
+1. The SM budget of the host link, if it is to be measured: the fewest SMs that saturate it. What
+   follows is measured with that budget.
+2. A survey of a grid of counts and sizes: each cell once, small copies first. If time runs out, the
    largest cells are missing, and those are the ones that ``MeasuredCost`` extrapolates best.
-2. Cliffs: if time jumps between two neighbouring sizes, sizes between them are measured until
+3. Cliffs: if time jumps between two neighbouring sizes, sizes between them are measured until
    neighbours are within an eighth of each other. (On an H100, the copy engine takes twice as long
    for 24 KiB as for 28 KiB.)
-3. Noisy cells: they are measured again until they are no longer noisy, unless their path is clearly
+4. Noisy cells: they are measured again until they are no longer noisy, unless their path is clearly
    not the fastest.
 
 This module imports no torch.
@@ -28,9 +30,11 @@ from time import perf_counter
 import numpy as np
 
 from kvheap import __version__
-from kvheap.calibration.measure import MAX_COPY_BYTES, CalibrationError, Measure
+from kvheap.calibration.link_budget import ROUNDS, TRIED_SMS, find_link_sms
+from kvheap.calibration.measure import MAX_COPY_BYTES, CalibrationError, LinkMeasure, Measure
 from kvheap.device.directions import Direction, Path
 from kvheap.planning.copy_table import CopyTable
+from kvheap.planning.link_sms import LINK_DIRECTIONS
 from kvheap.planning.path_costs import MEASURED_DIRECTIONS, MEASURED_PATHS, Cell, MeasuredCost
 
 __all__ = ["GRID_COUNTS", "GRID_SIZES", "MAX_CALLS", "Progress", "calibrate"]
@@ -43,6 +47,9 @@ GRID_SIZES = tuple(kib << 10 for kib in (1, 4, 8, 16, 32, 64, 128, 256, 1024, 40
 
 GRID_COUNTS = tuple(4**step for step in range(9))
 """Numbers of pieces. They start at 1, since merging neighbours often leaves one run of a batch."""
+
+LINK_SHARE = 0.1
+"""The share of the budget within which the SM budget must be found, or it is left out."""
 
 SURVEY_SHARE = 0.7
 CLIFFS_SHARE = 0.85
@@ -75,6 +82,7 @@ def calibrate(
     device_name: str,
     driver_version: str,
     *,
+    link: LinkMeasure | None = None,
     progress: Progress | None = None,
     budget_s: float = 60.0,
     max_bytes: int = MAX_COPY_BYTES,
@@ -87,6 +95,8 @@ def calibrate(
         measure: measures one cell; it decides how often a call repeats the copy.
         device_name: the device's name, as CUDA reports it.
         driver_version: version of its driver.
+        link: measures the SM budget of the host link; None: it is not measured, and copies have the
+            one that they have.
         progress: called after every measurement.
         budget_s: seconds within which measurements are started; the last one may end later.
         max_bytes: bytes of the largest copy; larger cells are left out.
@@ -105,6 +115,8 @@ def calibrate(
     if max_bytes < GRID_COUNTS[0] * GRID_SIZES[0]:
         raise ValueError(f"max_bytes is {max_bytes}: too small for a single cell")
     run = _Calibration(measure, progress, max_bytes, budget_s, clock)
+    if link is not None:
+        run.find_link_sms(link)
     run.survey()
     run.part_cliffs()
     run.repeat_noisy()
@@ -123,6 +135,7 @@ def calibrate(
             "numpy": np.__version__,
             **(versions or {}),
         },
+        link_sms=run.link_sms,
     )
 
 
@@ -143,9 +156,22 @@ class _Calibration:
         self._budget_s = budget_s
         self._clock = clock
         self._start = clock()
+        self.link_sms: dict[Direction, int] = {}
         self._samples: dict[Key, list[float]] = {}
         self._done = 0
         self._total = 0
+
+    def find_link_sms(self, link: LinkMeasure) -> None:
+        """Find the SM budget of each direction over the link; later copies have it."""
+
+        def measure(direction: Direction, num_sms: int) -> list[float] | None:
+            samples = link(direction, num_sms)
+            self._tell(f"{direction} SMs")
+            return samples
+
+        self._total = ROUNDS * len(LINK_DIRECTIONS) * len(TRIED_SMS)
+        self.link_sms = find_link_sms(measure, lambda: self._is_late(LINK_SHARE))
+        self._total = self._done
 
     def survey(self) -> None:
         """Measure every cell of the grid once, in order of bytes, with all paths of a cell."""
@@ -159,7 +185,7 @@ class _Calibration:
             [(direction, path, *cell) for path in _paths_of(direction)]
             for cell, direction in product(cells, MEASURED_DIRECTIONS)
         ]
-        self._total = sum(map(len, groups))
+        self._total += sum(map(len, groups))
         for group in groups:
             if self._is_late(SURVEY_SHARE):
                 return
@@ -209,13 +235,21 @@ class _Calibration:
         return {of: MeasuredCost(tuple(sorted(some))) for of, some in sorted(cells.items())}
 
     def _call(self, key: Key) -> None:
-        direction, path, count, size = key
-        samples = self._measure(direction, path, count, size)
+        direction, path = key[:2]
+        if direction in self.link_sms:
+            samples = self._measure(*key, max_sms=self.link_sms[direction])
+        else:
+            samples = self._measure(*key)
         if samples:
             self._samples.setdefault(key, []).extend(samples)
+        self._tell(f"{direction} {path.replace('_', ' ')}")
+
+    def _tell(self, what: str) -> None:
+        """Count a measurement."""
         self._done += 1
+        self._total = max(self._total, self._done)
         if self._progress is not None:
-            self._progress(self._done, self._total, f"{direction} {path.replace('_', ' ')}")
+            self._progress(self._done, self._total, what)
 
     def _is_late(self, share: float) -> bool:
         """Whether this share of the budget has passed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvheap.calibration.link_budget import LINK_PIECE_BYTES
 from kvheap.calibration.measure import MAX_COPY_BYTES, CalibrationError
 from kvheap.device.directions import Direction, Path
 from kvheap.errors import TransferError
@@ -23,8 +25,23 @@ TIMED_S = 0.05
 MIN_REPETITIONS = 3
 MAX_REPETITIONS = 11
 
+LINK_BYTES = 128 << 20
+"""The most bytes of a copy that measures SMs: 2.4 ms over PCIe 5; a launch takes a 50th of it."""
+
 MIN_BUFFER_BYTES = 64 << 20
 """If buffers of this size do not fit, calibration fails, unless smaller ones were requested."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What a copy is of, and how it is made."""
+
+    direction: Direction
+    path: Path
+    num_pieces: int
+    piece_bytes: int
+    max_sms: int | None
+    is_prepared: bool = False
 
 
 class CudaMeasure:
@@ -63,14 +80,35 @@ class CudaMeasure:
         self.max_bytes = self._host.nbytes
 
     def __call__(
-        self, direction: Direction, path: Path, num_pieces: int, piece_bytes: int
+        self,
+        direction: Direction,
+        path: Path,
+        num_pieces: int,
+        piece_bytes: int,
+        /,
+        max_sms: int | None = None,
     ) -> list[float] | None:
-        """Seconds of each repetition of a copy; see :data:`~kvheap.calibration.measure.Measure`."""
+        """Seconds of each repetition; see :class:`~kvheap.calibration.measure.Measure`."""
         if num_pieces * piece_bytes > self.max_bytes:
             return None
+        return self._tried(_Case(direction, path, num_pieces, piece_bytes, max_sms))
+
+    def link(self, direction: Direction, num_sms: int) -> list[float] | None:
+        """Seconds of each repetition of a copy by the kernel on so many SMs.
+
+        The plan is prepared, so that the times are those of the launch and of the copy alone. See
+        :data:`~kvheap.calibration.measure.LinkMeasure`.
+        """
+        num_pieces = min(LINK_BYTES, self.max_bytes) // LINK_PIECE_BYTES
+        if not num_pieces:
+            return None
+        case = _Case(direction, "kernel", num_pieces, LINK_PIECE_BYTES, num_sms, is_prepared=True)
+        return self._tried(case)
+
+    def _tried(self, case: _Case) -> list[float] | None:
         try:
             with torch.cuda.device(self._device):
-                return self._repeat(direction, path, num_pieces, piece_bytes)
+                return self._repeat(case)
         except torch.cuda.OutOfMemoryError:
             return None
         except TransferError as error:
@@ -78,14 +116,12 @@ class CudaMeasure:
                 return None
             raise
 
-    def _repeat(
-        self, direction: Direction, path: Path, num_pieces: int, piece_bytes: int
-    ) -> list[float] | None:
-        first = self._time(direction, path, num_pieces, piece_bytes)  # it may compile
+    def _repeat(self, case: _Case) -> list[float] | None:
+        first = self._time(case)  # it may compile
         if first is None:
             return None
         repetitions = min(max(round(TIMED_S / max(first, 1e-6)), MIN_REPETITIONS), MAX_REPETITIONS)
-        some = [self._time(direction, path, num_pieces, piece_bytes) for _ in range(repetitions)]
+        some = [self._time(case) for _ in range(repetitions)]
         return [seconds for seconds in some if seconds is not None]
 
     def _buffers(self, max_bytes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,24 +145,26 @@ class CudaMeasure:
             reason = str(error).splitlines()[0]
             raise CalibrationError(f"no room for buffers of {size} bytes: {reason}") from None
 
-    def _time(
-        self, direction: Direction, path: Path, num_pieces: int, piece_bytes: int
-    ) -> float | None:
+    def _time(self, case: _Case) -> float | None:
         """Seconds of one copy; None if the path cannot be taken."""
-        source, target = self._sides(direction)
+        source, target = self._sides(case.direction)
         plan = CopyPlan.of_addresses(
             source,
             target,
-            self._addresses(source, num_pieces, piece_bytes),
-            self._addresses(target, num_pieces, piece_bytes),
-            piece_bytes,
+            self._addresses(source, case.num_pieces, case.piece_bytes),
+            self._addresses(target, case.num_pieces, case.piece_bytes),
+            case.piece_bytes,
         )
+        if case.is_prepared:
+            if plan.device is None or not plan.device.has_kernel:
+                return None
+            plan.prepare()
         start, end = _event(), _event()
         self._stream.synchronize()
         start.record(self._stream)
         called = perf_counter()
         try:
-            transfer = copy(plan, stream=self._stream, path=path)
+            transfer = copy(plan, stream=self._stream, path=case.path, max_sms=case.max_sms)
         except ValueError:
             return None
         submitted = perf_counter() - called

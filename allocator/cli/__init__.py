@@ -106,6 +106,10 @@ directions:
   d2d           within the device
 
 what is measured:
+  the fewest SMs with which the kernel saturates the host link, in each direction; copies between
+  host and device have no more unless max_sms= says so. The paths are then measured with them. If
+  a tenth of the budget does not suffice for this, the defaults stay: 3 h2d, 2 d2h.
+
   every path in every direction; pieces of 1, 4, 8, 16, 32, 64, 128, 256 KiB, 1 and 4 MiB,
   1, 4, 16, ... 65,536 of them at a time, up to 1 GiB in all, or less if memory is short. Pieces are
   scattered on the device and contiguous on the host. If the time jumps between two sizes, sizes

@@ -21,6 +21,7 @@ from kvheap.cli.outputs import cannot_write, has_matplotlib, require_picture, re
 from kvheap.device.directions import Direction
 from kvheap.errors import TransferError
 from kvheap.planning.copy_table import CopyTable
+from kvheap.planning.link_sms import LINK_DIRECTIONS
 from kvheap.planning.path_costs import MEASURED_DIRECTIONS, NOISY_SPREAD
 from kvheap.planning.planner import forget_tables, table_for
 from kvheap.planning.table_files import cache_path, save_table
@@ -158,6 +159,7 @@ def _calibrated(name: str, driver_version: str, index: int, budget_s: float) -> 
                 measure,
                 name,
                 driver_version,
+                link=measure.link,
                 progress=tell,
                 budget_s=budget_s,
                 max_bytes=measure.max_bytes,
@@ -214,10 +216,20 @@ def _print(table: CopyTable) -> None:
         text.add_row(f"{size >> 10:,} KiB", *choices)
     console.print(text)
     print(source_words(table))
+    print(_sms_words(table))
     noisy = {direction: len(table.noisy_cells(direction)) for direction in MEASURED_DIRECTIONS}
     if any(noisy.values()):
         words = ", ".join(f"{number} {direction}" for direction, number in noisy.items() if number)
         print(f"noisy cells, whose times spread by more than {100 * NOISY_SPREAD:g} %: {words}")
+
+
+def _sms_words(table: CopyTable) -> str:
+    """The SMs that copies over the link have, and where the numbers come from."""
+    words = []
+    for direction in LINK_DIRECTIONS:
+        of = "measured" if direction in table.link_sms else "default, not measured"
+        words.append(f"{table.default_sms(direction)} {direction} ({of})")
+    return f"SMs of a kernel over the host link: {', '.join(words)}"
 
 
 def _choices_words(table: CopyTable, direction: Direction, piece_bytes: int) -> str:

@@ -293,14 +293,16 @@ class InFlight:
         self._begun[completion] = None
 
     def _check_some(self) -> None:
-        for _ in range(min(len(self._begun), CHECKED_COPIES)):
+        to_check = self._to_check
+        if not to_check:
+            to_check = self._to_check = [*reversed(self._begun.copy())]
+        for _ in range(min(len(to_check), CHECKED_COPIES)):
             # Everything stays in the dict until it is known to have ended: nothing that happens
             # in between, here or in another thread, can lose a copy in flight.
             try:
-                other = self._to_check.pop()
-            except IndexError:
-                self._to_check = [*reversed(self._begun.copy())]
-                continue
+                other = to_check.pop()
+            except IndexError:  # another thread checks them too
+                return
             if other.has_ended and not other.is_stuck:
                 if other.is_lost:  # the device may still write
                     self._lost.append(other)

@@ -115,8 +115,9 @@ def store(
         path: take this path; None: the kernel within a device, and between a device and the host
             what the planner chooses. The copy engine and staging need slots on the host, and
             convert nothing.
-        max_sms: maximum number of SMs for the kernel; None: 2 to the host, 3 to a device, no
-            limit within a device.
+        max_sms: maximum number of SMs for the kernel; None: no limit within a device, and over the
+            link as many as ``kvheap calibrate`` found to saturate it, or without it 2 to the host
+            and 3 to a device.
 
     Returns:
         The transfer. Copies within host memory have ended.

@@ -8,7 +8,9 @@ what may change from call to call is checked here. Everything else, and everythi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from kvheap.device.transfer import Transfer
 from kvheap.engine.origins import origin_of
 from kvheap.engine.tokens import form_of
 from kvheap.engine.transfers import ended_transfer
+from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_rows_cpu import RowCopy
 from kvheap.kernels.paged_slots import BlockIds, Slots
@@ -28,7 +31,10 @@ from kvheap.kernels.token_copy import TokenCopy
 __all__ = ["keep_for_few", "load_few", "store_few"]
 
 MAX_BLOCKS = 64
-"""The most blocks that are copied here."""
+"""The most blocks that are looked at one by one."""
+
+MAX_ARRAY_BLOCKS = 4096
+"""The most blocks that are copied here: ids in an int64 tensor, chunks that are one run."""
 
 MAX_LAYOUTS = 64
 """Block layouts of which something is kept with a cache; half are dropped beyond that."""
@@ -89,16 +95,14 @@ def store_few(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> Transfe
     known = _known(cache, slots, batch)
     if known is None:
         return None
-    assert isinstance(batch, MemoryBatch)  # mypy
-    assert isinstance(slots, BlockIds)
+    batch, slots = cast("MemoryBatch", batch), cast("BlockIds", slots)  # as _known has found
     ids = _ids_of(slots, cache)
-    if not ids or not batch.is_writable:
+    if ids is None or not batch.is_writable:
         return None
-    heap, num_tokens = batch.allocator, len(ids) * cache.block_size
-    assert isinstance(heap, Heap)
+    heap, num_tokens = cast("Heap", batch.allocator), len(ids) * cache.block_size
     segments = heap.segments  # keeps the buffers alive if another thread closes the heap
     addresses = _addresses_of(heap, segments, batch, len(ids), known)
-    if not addresses or not known.rows.copy_blocks(addresses, ids, to_heap=True):
+    if not addresses or not _copied(known.rows, addresses, ids, slots, to_heap=True):
         return None
     stored = batch.stored_tokens
     stored.set_first(num_tokens)
@@ -111,10 +115,9 @@ def load_few(batch: BlockObjects, cache: PagedKVCache, slots: Slots) -> Transfer
     known = _known(cache, slots, batch)
     if known is None:
         return None
-    assert isinstance(batch, MemoryBatch)  # mypy
-    assert isinstance(slots, BlockIds)
+    batch, slots = cast("MemoryBatch", batch), cast("BlockIds", slots)  # as _known has found
     ids = _ids_of(slots, cache)
-    if not ids or len(set(ids)) < len(ids):
+    if ids is None or not _are_distinct(ids, cache):
         return None
     stored, num_tokens = batch.stored_tokens, len(ids) * cache.block_size
     first = stored.first
@@ -122,11 +125,10 @@ def load_few(batch: BlockObjects, cache: PagedKVCache, slots: Slots) -> Transfer
         stored.is_unknown or (first is not None and num_tokens <= first)
     ):
         return None
-    heap = batch.allocator
-    assert isinstance(heap, Heap)
+    heap = cast("Heap", batch.allocator)
     segments = heap.segments  # as in store_few
     addresses = _addresses_of(heap, segments, batch, len(ids), known)
-    if not addresses or not known.rows.copy_blocks(addresses, ids, to_heap=False):
+    if not addresses or not _copied(known.rows, addresses, ids, slots, to_heap=False):
         return None
     return known.transfer(len(ids), num_tokens)
 
@@ -145,20 +147,61 @@ def _known(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> _Known | N
     return found
 
 
-def _ids_of(blocks: BlockIds, cache: PagedKVCache) -> list[int]:
-    """The ids of a few full blocks of a cache; none if they are not that."""
-    given = blocks.ids
-    if isinstance(given, torch.Tensor | np.ndarray):
-        is_host = isinstance(given, np.ndarray) or given.is_cpu
-        if not is_host or given.dtype not in INTEGERS or given.ndim != 1:
-            return []
-    elif type(given) is not list or set(map(type, given)) != {int}:
-        return []
-    count = len(given)
+Ids = list[int] | Int64Array
+"""Block ids that were checked: a list of a few, or an array of more."""
+
+
+def _ids_of(blocks: BlockIds, cache: PagedKVCache) -> Ids | None:
+    """The ids of full blocks of a cache; None if they are not that, or too many."""
+    given: Any = blocks.ids
+    kind = type(given)
+    if kind is torch.Tensor:
+        if not given.is_cpu or given.dtype not in INTEGERS or given.ndim != 1:
+            return None
+        count = given.numel()
+        if MAX_BLOCKS < count <= MAX_ARRAY_BLOCKS and given.dtype == torch.int64:
+            return _array_of(blocks, given, cache)
+    elif kind is np.ndarray:
+        if given.dtype not in INTEGERS or given.ndim != 1:
+            return None
+        count = len(given)
+    elif kind is list and set(map(type, given)) == {int}:
+        count = len(given)
+    else:
+        return None
     if not 0 < count <= MAX_BLOCKS or blocks.num_tokens not in (None, count * cache.block_size):
-        return []
-    ids: list[int] = given if isinstance(given, list) else given.tolist()
-    return ids if min(ids) >= 0 and max(ids) < cache.num_blocks else []
+        return None
+    ids: list[int] = given if kind is list else given.tolist()
+    return ids if min(ids) >= 0 and max(ids) < cache.num_blocks else None
+
+
+def _array_of(blocks: BlockIds, ids: torch.Tensor, cache: PagedKVCache) -> Int64Array | None:
+    """The ids of many full blocks of a cache; None if they are not that."""
+    array: Int64Array = ids.numpy()
+    if blocks.num_tokens not in (None, len(array) * cache.block_size):
+        return None
+    is_inside = int(array.min()) >= 0 and int(array.max()) < cache.num_blocks
+    return array if is_inside else None
+
+
+def _are_distinct(ids: Ids, cache: PagedKVCache) -> bool:
+    """Whether no block is named twice."""
+    if isinstance(ids, list):
+        return len(set(ids)) == len(ids)
+    is_named = np.zeros(cache.num_blocks, np.bool_)
+    is_named[ids] = True
+    return int(np.count_nonzero(is_named)) == len(ids)
+
+
+def _copied(
+    rows: RowCopy, addresses: Sequence[int], ids: Ids, blocks: BlockIds, to_heap: bool
+) -> bool:
+    """Copy the blocks; False if nothing was copied."""
+    given = blocks.ids
+    tensor = given if type(given) is torch.Tensor and given.dtype == torch.int64 else None
+    if isinstance(ids, list):
+        return rows.copy_blocks(addresses, ids, tensor, to_heap)
+    return tensor is not None and rows.copy_run(addresses, tensor, to_heap)
 
 
 def _addresses_of(
@@ -167,8 +210,11 @@ def _addresses_of(
     batch: MemoryBatch,
     num_blocks: int,
     known: _Known,
-) -> list[int]:
-    """The absolute address of each chunk; none if they are not as many as the blocks need."""
+) -> Sequence[int]:
+    """The absolute address of each chunk; none if they are not as many as the blocks need.
+
+    A range, if they are at equal distances.
+    """
     num_chunks = len(batch)
     if num_chunks != -(-num_blocks // known.blocks_per_chunk) or not segments[0][1].is_cpu:
         return []
@@ -177,4 +223,4 @@ def _addresses_of(
         addresses: list[int] = heap.absolute(batch.addresses)[0].tolist()
         return addresses
     start, num_bytes = run[0] + segments[0][1].data_ptr(), run[1]
-    return list(range(start, start + num_bytes, num_bytes // num_chunks))
+    return range(start, start + num_bytes, num_bytes // num_chunks)

@@ -38,10 +38,10 @@ from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import Streams
 from kvheap.kernels.token_copy import TokenCopy
 from kvheap.transfer.moves import begin, require_options, transfers_filling
-from kvheap.transfer.paths import PathChoice
+from kvheap.transfer.paths import PathChoice, default_sms
 from kvheap.transfer.plan import CopyPlan
 from kvheap.transfer.queueing import StreamQueue, failure_of
-from kvheap.transfer.runs import LINK_SMS, DeviceRun
+from kvheap.transfer.runs import DeviceRun
 from kvheap.transfer.sides import Side, walls_of
 
 __all__ = ["Route", "ended_transfer"]
@@ -184,7 +184,10 @@ class Route:
             queue = StreamQueue(device, self._stream, before, (device,) if self._is_new else ())
             _require_no_capture(queue.is_captured)
             self._note_stream()
-            transfer = begin(work, KernelRun(work, queue, self._max_sms))
+            max_sms = self._max_sms
+            if max_sms is None:
+                max_sms = default_sms(device, work.direction)
+            transfer = begin(work, KernelRun(work, queue, max_sms))
         else:
             _require_no_capture(device.is_capturing(self._stream))
             plan = work.plan(path)
@@ -318,7 +321,7 @@ class KernelRun:
     Args:
         work: the copy.
         queue: its stream.
-        max_sms: maximum SMs; None: few over the link, no limit within a device.
+        max_sms: maximum SMs; None: no limit.
     """
 
     path: Path = "kernel"
@@ -327,7 +330,7 @@ class KernelRun:
     def __init__(self, work: PagedWork, queue: StreamQueue, max_sms: int | None) -> None:
         self._work = work
         self._queue = queue
-        self._max_sms = LINK_SMS.get(work.direction) if max_sms is None else max_sms
+        self._max_sms = max_sms
 
     def capture(self) -> None:
         """Raise: the addresses of chunks are on the host."""

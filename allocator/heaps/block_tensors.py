@@ -56,13 +56,13 @@ def require_gatherable(parts: Sequence[Rows], out: torch.Tensor, device: torch.d
         TypeError: it is not a tensor.
         ValueError: the blocks have several block layouts, or ``out`` does not match them.
     """
-    total = sum(len(part) for part in parts)
+    total = len(parts[0]) if len(parts) == 1 else sum(len(part) for part in parts)
     if not parts:
         if len(out):
             raise ValueError(f"out has {len(out)} rows, but there are no blocks")
         return
     layout = parts[0].batch.layout
-    for part in parts:
+    for part in parts[1:]:
         if part.batch.layout != layout:
             raise ValueError(
                 f"out needs blocks of one layout, got {layout} and {part.batch.layout}"

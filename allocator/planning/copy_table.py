@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from kvheap.device.directions import Direction, Path
+from kvheap.planning.link_sms import LINK_SMS
 from kvheap.planning.path_costs import MEASURED_PATHS, Cell, MeasuredCost, PathCost
 
 __all__ = ["SOURCES", "CopyTable", "Costs", "Source"]
@@ -34,6 +35,8 @@ class CopyTable:
         margins: how many times as fast as the others a path must be to be chosen; 1 if missing.
         created: time of the measurement, ISO 8601; empty if it was not measured.
         versions: versions of the software that it was measured with.
+        link_sms: for each direction over the host link, the fewest SMs that saturate it, as
+            measured; empty if that was not measured.
 
     >>> from kvheap.planning.planner import table_for
     >>> table = table_for("NVIDIA H100 80GB HBM3", "0.0")
@@ -48,6 +51,16 @@ class CopyTable:
     margins: Mapping[Path, float] = field(default_factory=dict)
     created: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    link_sms: Mapping[Direction, int] = field(default_factory=dict)
+
+    def default_sms(self, direction: Direction) -> int | None:
+        """SMs of a copy by the kernel whose caller names no number; None for no limit.
+
+        Over the host link, what was measured or else
+        :data:`~kvheap.planning.link_sms.LINK_SMS`. O(1); called for each copy.
+        """
+        measured = self.link_sms.get(direction)
+        return LINK_SMS.get(direction) if measured is None else measured
 
     def seconds(
         self, direction: Direction, path: Path, num_pieces: int, num_bytes: int

@@ -11,6 +11,7 @@ from math import inf, isfinite
 from typing import Any
 
 from kvheap.planning.copy_table import SOURCES, CopyTable
+from kvheap.planning.link_sms import LINK_DIRECTIONS
 from kvheap.planning.path_costs import (
     MEASURED_DIRECTIONS,
     MEASURED_PATHS,
@@ -36,6 +37,7 @@ def table_to_json(table: CopyTable) -> dict[str, Any]:
         "created": table.created,
         "versions": dict(table.versions),
         "margins": dict(table.margins),
+        "link_sms": dict(table.link_sms),
         "costs": [
             {"direction": direction, "path": path} | _cost_to_json(cost)
             for (direction, path), cost in table.costs.items()
@@ -68,6 +70,10 @@ def table_from_json(data: object) -> CopyTable:
             _one_of(MEASURED_PATHS, path): _positive(margin)
             for path, margin in data["margins"].items()
         }
+        link_sms = {  # tables of before it was measured lack it
+            _one_of(LINK_DIRECTIONS, direction): _whole(num_sms)
+            for direction, num_sms in data.get("link_sms", {}).items()
+        }
         return CopyTable(
             _string(data["device_name"]),
             _string(data["driver_version"]),
@@ -76,6 +82,7 @@ def table_from_json(data: object) -> CopyTable:
             margins,
             _string(data["created"]),
             {_string(name): _string(version) for name, version in data["versions"].items()},
+            link_sms,
         )
     except KeyError as error:
         raise ValueError(f"{error} is missing") from None
@@ -151,7 +158,7 @@ def _positive(number: object) -> float:
 
 
 def _whole(number: object) -> int:
-    """A number of bytes, pieces or samples."""
+    """A number of bytes, pieces, samples or SMs."""
     if not isinstance(number, int) or _positive(number) >= 1 << 63:
         raise ValueError(f"expected a whole number below 2**63, got {number!r}")
     return number

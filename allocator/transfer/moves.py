@@ -67,8 +67,9 @@ def copy(
         stream: a stream of the plan's device; None: the current one. Copies within host memory
             take no stream: they run in call order, in the background.
         path: take this path; None: the planner chooses.
-        max_sms: maximum number of SMs for the kernel; None: 2 to the host, 3 to a device, no
-            limit within a device.
+        max_sms: maximum number of SMs for the kernel; None: no limit within a device, and over the
+            link as many as ``kvheap calibrate`` found to saturate it, or without it 2 to the host
+            and 3 to a device.
 
     Returns:
         The transfer. Errors that occur once the copy has begun are raised by its ``result()``.

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 from kvheap.device.copy_device import CopyDevice
 from kvheap.device.directions import Direction, Path
 from kvheap.planning import planner
+from kvheap.planning.link_sms import LINK_DIRECTIONS
 
-__all__ = ["PathChoice"]
+__all__ = ["PathChoice", "default_sms"]
 
 LOGGER = logging.getLogger("kvheap")
 
@@ -30,6 +31,17 @@ MAX_SINGLE_COPIES = 8
 
 MIN_STAGED_RATIO = 8
 """Minimum runs per host run for staging. Not measured; see benchmarks/NOTES.md."""
+
+
+def default_sms(device: CopyDevice, direction: Direction) -> int | None:
+    """SMs of a copy by the kernel whose caller names no number; None for no limit.
+
+    Over the link to the host, what ``kvheap calibrate`` measured on the device, or else 2 to the
+    host and 3 to the device.
+    """
+    if direction not in LINK_DIRECTIONS:
+        return None
+    return planner.table_for(device.name, device.driver_version).default_sms(direction)
 
 
 class Choosable(Protocol):

@@ -30,7 +30,16 @@ from kvheap.kernels.arrays import as_array
 from kvheap.kernels.block_addresses import host_addresses
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.pieces import Pieces
-from kvheap.transfer.sides import NOWHERE, Blocks, Side, are_apart, layer_offsets, paired, walls_of
+from kvheap.transfer.sides import (
+    NOWHERE,
+    Blocks,
+    Side,
+    are_apart,
+    direction_of,
+    layer_offsets,
+    paired,
+    walls_of,
+)
 
 __all__ = ["CopyPlan", "Side"]
 
@@ -48,6 +57,9 @@ class CopyPlan:
         target: where the bytes go.
         parts: the runs of each part: absolute addresses and sizes.
         walls: addresses that no single copy may straddle, on each side, int64, ascending.
+        direction: the direction of the copy.
+        num_runs: number of runs to submit, after merging neighbouring pieces.
+        num_bytes: bytes to copy.
 
     >>> source, target = torch.arange(64), torch.zeros(64, dtype=torch.int64)
     >>> plan = CopyPlan.of_addresses(source, target, [0, 8, 256], [0, 8, 16], 8)
@@ -59,7 +71,19 @@ class CopyPlan:
     target: Side
     parts: tuple[Pieces, ...]
     walls: tuple[Int64Array, Int64Array] = (NOWHERE, NOWHERE)
+    direction: Direction = field(init=False)
+    num_runs: int = field(init=False)
+    num_bytes: int = field(init=False)
     _prepared: tuple[PreparedCopy, ...] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.direction = direction_of(self.source, self.target)
+        if len(self.parts) == 1:  # sums cost as much as a launch
+            part = self.parts[0]
+            self.num_runs, self.num_bytes = len(part), part.num_bytes
+        else:
+            self.num_runs = sum(len(part) for part in self.parts)
+            self.num_bytes = sum(part.num_bytes for part in self.parts)
 
     # -- made from -----------------------------------------------------------------------------
 
@@ -239,7 +263,7 @@ class CopyPlan:
         """Run the checks common to all kinds of plans, merge neighbours, and split at walls."""
         whole = Pieces.joined(parts)
         if not target.is_one_batch:
-            whole.require_distinct_targets()
+            whole.require_distinct_targets(target.bounds)
         if (source.device is None) == (target.device is None) and not are_apart(source, target):
             whole.require_apart()
         device = source.device or target.device
@@ -247,8 +271,9 @@ class CopyPlan:
             walls_of(source, device, whole.sources, whole.sizes),
             walls_of(target, device, whole.targets, whole.sizes),
         )
-        merged = tuple(part.merged().split(*walls) for part in parts)
-        return cls(source, target, merged, walls)
+        if not (source.has_lone_blocks(len(whole)) or target.has_lone_blocks(len(whole))):
+            parts = [part.merged() for part in parts]
+        return cls(source, target, tuple(part.split(*walls) for part in parts), walls)
 
     # -- what it is ----------------------------------------------------------------------------
 
@@ -256,26 +281,6 @@ class CopyPlan:
     def device(self) -> CopyDevice | None:
         """The device that executes the copy; None for a copy within host memory."""
         return self.source.device or self.target.device
-
-    @property
-    def direction(self) -> Direction:
-        """The direction of the copy."""
-        source, target = self.source.device, self.target.device
-        if source is None:
-            return "h2h" if target is None else "h2d"
-        if target is None:
-            return "d2h"
-        return "d2d" if source is target else "p2p"
-
-    @property
-    def num_runs(self) -> int:
-        """Number of runs to submit, after merging neighbouring pieces."""
-        return sum(len(part) for part in self.parts)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes to copy."""
-        return sum(part.num_bytes for part in self.parts)
 
     @property
     def num_host_runs(self) -> int:

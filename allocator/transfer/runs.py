@@ -8,29 +8,24 @@ marks its end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice
-from kvheap.device.directions import Direction, Path
+from kvheap.device.directions import Path
 from kvheap.device.events import DeviceEvent
 from kvheap.device.host_queue import HostJob, host_queue
 from kvheap.device.transfer import Transfer
 from kvheap.kernels.host_copy import copy_on_host
 from kvheap.kernels.pieces import Pieces
-from kvheap.transfer.paths import PathChoice
+from kvheap.transfer.paths import PathChoice, default_sms
 from kvheap.transfer.plan import CopyPlan
 from kvheap.transfer.queueing import StreamQueue, failure_of
 from kvheap.transfer.staging import Staging
 
 __all__ = ["DeviceRun", "HostRun"]
-
-LINK_SMS: Mapping[Direction, int] = MappingProxyType({"h2d": 3, "d2h": 2})
-"""SMs for the kernel over the host link. They saturate an H200's; a third one to the host slows a
-matrix product beside it by half. See benchmarks/NOTES.md."""
 
 INLINE_COPY_BYTES = 256 << 10
 """Smaller copies within host memory run on the caller's thread; see benchmarks/NOTES.md."""
@@ -101,8 +96,8 @@ class DeviceRun:
         device: the device that executes it.
         stream: a stream of the device; None: the current one.
         path: the path to take; None: the planner chooses.
-        max_sms: maximum SMs for the kernel; None: ``LINK_SMS`` over the link, no limit within
-            a device.
+        max_sms: maximum SMs for the kernel; None: as the device's table says over the link, no
+            limit within a device.
         before: transfers that fill one of the sides.
         is_new_target: whether the target was just allocated. A heap allocates bytes for work on the
             current stream, and earlier work there may still use them, so the copy waits for it.
@@ -132,10 +127,12 @@ class DeviceRun:
         self._staging: Staging | None = None
         self.is_captured = self._queue.is_captured
         self._is_over_link = plan.direction in ("h2d", "d2h")
-        self._max_sms = LINK_SMS.get(plan.direction) if max_sms is None else max_sms
         choice = PathChoice(plan, device, self._queue.stream, self.is_captured)
-        self._is_single = choice.is_single
         self.path: Path = choice.chosen() if path is None else choice.forced(path)
+        self._is_single = self.path == "copy_engine" and choice.is_single
+        if max_sms is None and self.path != "copy_engine":
+            max_sms = default_sms(device, plan.direction)
+        self._max_sms = max_sms
 
     def capture(self) -> None:
         """Queue the copy into the graph that is being captured."""

@@ -22,6 +22,7 @@ from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.rows import Rows
 from kvheap.device import cuda
 from kvheap.device.copy_device import CopyDevice, known_ranges
+from kvheap.device.directions import Direction
 from kvheap.kernels.pieces import Pieces, first_outside
 
 __all__ = ["NOWHERE", "Blocks", "Side", "are_apart", "layer_offsets", "paired", "walls_of"]
@@ -62,6 +63,21 @@ class Side:
     def is_one_batch(self) -> bool:
         """Whether the side is one whole batch, whose blocks cannot overlap."""
         return len(self.blocks) == 1 and self.blocks[0].rows is None
+
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """The addresses of the first byte and behind the last one, if the side is one buffer."""
+        if self.is_unknown or len(self.memory) != 1 or not self.memory[0].is_contiguous():
+            return None
+        start = self.memory[0].data_ptr()
+        return start, start + self.memory[0].nbytes
+
+    def has_lone_blocks(self, num_pieces: int) -> bool:
+        """Whether the side is one whole batch of so many blocks, none of which follows another."""
+        if not self.is_one_batch:
+            return False
+        batch = self.blocks[0].batch
+        return batch.num_runs == len(batch) == num_pieces
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,6 +214,16 @@ def paired(source: Blocks, target: Blocks) -> Pieces:
             if 0 < num_runs <= max(MAX_RUNS_PER_BLOCK * len(source), 2):
                 return _paired_runs(source, target, size_bytes)
     return Pieces(source.starts, target.starts, size_bytes)
+
+
+def direction_of(source: Side, target: Side) -> Direction:
+    """The direction of a copy between two sides."""
+    here, there = source.device, target.device
+    if here is None:
+        return "h2h" if there is None else "h2d"
+    if there is None:
+        return "d2h"
+    return "d2d" if here is there else "p2p"
 
 
 def are_apart(source: Side, target: Side) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -123,6 +123,60 @@ class TestWhatIsFound:
         assert table.created.endswith("+00:00")
         assert set(table.versions) == {"kvheap", "python", "numpy", "torch"}
         assert table_from_json(table_to_json(table)) == table
+
+
+class TestLinkBudget:
+    """The SMs of the link are found first, and what follows is measured with them."""
+
+    SPEEDS: ClassVar[dict[Direction, int]] = {"h2d": 5, "d2h": 2}
+    """SMs that saturate the made-up link."""
+
+    def calibrate(
+        self, world: World, link_s: float = 1e-3, **options: Any
+    ) -> tuple[CopyTable, list[tuple[Direction, Path, int | None]]]:
+        asked: list[tuple[Direction, Path, int | None]] = []
+
+        def measure(
+            direction: Direction, path: Path, count: int, size: int, max_sms: int | None = None
+        ) -> list[float] | None:
+            asked.append((direction, path, max_sms))
+            return world.measure(direction, path, count, size)
+
+        def link(direction: Direction, num_sms: int) -> list[float]:
+            assert not asked
+            seconds = link_s / min(num_sms, self.SPEEDS[direction])
+            world.now += seconds
+            return [seconds]
+
+        options = {"budget_s": 1e9, "clock": lambda: world.now, "link": link} | options
+        return calibrate(measure, "made up", "1.0", **options), asked
+
+    def test_it_is_found_stored_and_used(self) -> None:
+        table, asked = self.calibrate(World())
+        assert table.link_sms == self.SPEEDS
+        assert [table.default_sms(way) for way in MEASURED_DIRECTIONS] == [5, 2, None]
+        assert {(way, sms) for way, _, sms in asked} == {("h2d", 5), ("d2h", 2), ("d2d", None)}
+        assert table_from_json(table_to_json(table)) == table
+
+    def test_it_takes_no_more_than_its_share_of_the_time(self) -> None:
+        world = World()
+        table, asked = self.calibrate(world, link_s=1.0, budget_s=3.0)
+        assert table.link_sms == {}
+        assert {sms for _, _, sms in asked} == {None}
+        assert set(table.costs) == set(COSTS)
+
+    def test_without_a_measure_of_the_link_there_is_none(self) -> None:
+        table = World().calibrate()
+        assert table.link_sms == {}
+        assert [table.default_sms(way) for way in MEASURED_DIRECTIONS] == [3, 2, None]
+
+    @pytest.mark.parametrize("budget_s", [2.0, 1e9])
+    def test_progress_never_exceeds_its_total(self, budget_s: float) -> None:
+        told: list[tuple[int, int, str]] = []
+        self.calibrate(World(), budget_s=budget_s, progress=lambda *each: told.append(each))
+        assert [done for done, _, _ in told] == list(range(1, len(told) + 1))
+        assert all(done <= total for done, total, _ in told)
+        assert {what for _, _, what in told} >= {"h2d SMs", "d2h SMs", "d2d kernel"}
 
 
 class TestNoise:

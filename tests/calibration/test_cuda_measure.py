@@ -39,6 +39,19 @@ class FakeEvent:
 
 
 @dataclass
+class FakePlan:
+    """The arguments of a plan, and the device's time when it was prepared."""
+
+    arguments: tuple[Any, ...]
+    device: FakeDevice
+    prepared_at_s: float | None = None
+
+    def prepare(self) -> None:
+        self.device.now_s += 1.0
+        self.prepared_at_s = self.device.now_s
+
+
+@dataclass
 class FakeDevice:
     """What :class:`CudaMeasure` needs of torch and of ``kvheap.transfer``."""
 
@@ -48,17 +61,22 @@ class FakeDevice:
     result_error: Exception | None = None
     synchronized: int = 0
     stream: Any = field(default_factory=lambda: SimpleNamespace(synchronize=lambda: None))
-    plans: list[tuple[Any, ...]] = field(default_factory=list)
+    has_kernel: bool = True
+    plans: list[FakePlan] = field(default_factory=list)
+    sms: list[int | None] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
 
-    def of_addresses(self, *arguments: Any) -> tuple[Any, ...]:
-        self.plans.append(arguments)
-        return arguments
+    def of_addresses(self, *arguments: Any) -> FakePlan:
+        self.plans.append(FakePlan(arguments, self))
+        return self.plans[-1]
 
-    def copy(self, plan: object, *, stream: object, path: str) -> SimpleNamespace:
+    def copy(
+        self, plan: object, *, stream: object, path: str, max_sms: int | None
+    ) -> SimpleNamespace:
         assert plan is self.plans[-1]
         assert stream is self.stream
         self.copies.append(path)
+        self.sms.append(max_sms)
         if self.error is not None:
             raise self.error
         self.now_s += self.copy_s
@@ -93,7 +111,10 @@ class TestCudaMeasure:
         assert measure(direction, "kernel", 64, 4096) == pytest.approx([1e-3] * 11)
         assert device.copies == ["kernel"] * 12  # the first warms up
         plans = []
-        for source, target, sources, targets, size in device.plans:
+        assert set(device.sms) == {None}
+        for plan in device.plans:
+            assert plan.prepared_at_s is None
+            source, target, sources, targets, size = plan.arguments
             assert size == 4096
             for buffer, addresses, is_host in (
                 (source, sources, direction == "h2d"),
@@ -107,6 +128,31 @@ class TestCudaMeasure:
             assert source.data_ptr() != target.data_ptr()
             plans.append((tuple(sources), tuple(targets)))
         assert len(set(plans)) == len(plans)  # every repetition has pieces of its own
+
+    @pytest.mark.parametrize("direction", ["h2d", "d2h"])
+    def test_the_link_is_measured_with_prepared_plans_on_so_many_sms(
+        self, device: FakeDevice, direction: Direction
+    ) -> None:
+        measure = CudaMeasure("cpu", max_bytes=1 << 20)
+        assert measure.link(direction, 5) == pytest.approx([1e-3] * 11)  # preparing is not in it
+        assert device.copies == ["kernel"] * 12
+        assert device.sms == [5] * 12
+        for plan in device.plans:
+            sources, targets, size = plan.arguments[2:]
+            assert plan.prepared_at_s is not None
+            assert len(sources) * size == len(targets) * size == 1 << 20
+            addresses = sources if direction == "h2d" else targets
+            assert addresses.tolist() == list(range(0, 1 << 20, size))
+
+    def test_a_link_that_cannot_be_measured_is_none(self, device: FakeDevice) -> None:
+        assert CudaMeasure("cpu", max_bytes=1 << 10).link("h2d", 1) is None  # not one piece
+        device.has_kernel = False
+        assert CudaMeasure("cpu", max_bytes=1 << 20).link("h2d", 1) is None
+        assert device.copies == []
+
+    def test_a_budget_is_passed_on(self, device: FakeDevice) -> None:
+        CudaMeasure("cpu", max_bytes=1 << 20)("h2d", "staged", 4, 1024, max_sms=7)
+        assert set(device.sms) == {7}
 
     def test_time_is_the_devices_or_the_hosts_if_longer(
         self, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
@@ -177,6 +223,14 @@ class TestOnAGpu:
                 else:
                     assert seconds is not None
                     assert all(1e-6 < each < 1 for each in seconds)
+
+    @pytest.mark.parametrize("direction", ["h2d", "d2h"])
+    def test_the_link_is_measured(self, direction: Direction) -> None:
+        measure = CudaMeasure("cuda", max_bytes=64 << 20)
+        for num_sms in (1, 4):
+            seconds = measure.link(direction, num_sms)
+            assert seconds is not None
+            assert all(1e-6 < each < 1 for each in seconds)
 
     def test_a_short_calibration(self) -> None:
         measure = CudaMeasure("cuda", max_bytes=64 << 20)

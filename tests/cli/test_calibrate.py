@@ -46,7 +46,12 @@ class MadeUpMeasure:
         self.max_bytes = max_bytes
         self.random = np.random.default_rng(0)
 
-    def __call__(self, direction: Any, path: Any, count: int, size: int) -> list[float]:
+    def link(self, direction: Any, num_sms: int) -> list[float]:
+        return [1e-3 / min(num_sms, 4)]
+
+    def __call__(
+        self, direction: Any, path: Any, count: int, size: int, max_sms: int | None = None
+    ) -> list[float]:
         noise = 0.3 if (direction, count, size) == ("d2h", 256, 16_384) else 0.01
         factors = np.exp(noise * self.random.standard_normal(5))
         return (COSTS[direction, path].seconds(count, count * size) * factors).tolist()
@@ -85,19 +90,21 @@ class TestMeasuring:
         assert table.source == "measured"
         assert set(table.costs) == set(COSTS)
         assert table.versions["torch"] == torch.__version__
+        assert table.link_sms == {"h2d": 4, "d2h": 4}
         assert table_from_json(json.loads((folder / "table.json").read_text())) == table
         assert is_picture(folder / "map.png")
         printed = capsys.readouterr().out
         assert H100 in printed
         assert f"stored in {cache_path(H100, '13.0')}" in printed
         assert f"measured {table.created}" in printed
+        assert "SMs of a kernel over the host link: 4 h2d (measured), 4 d2h (measured)" in printed
         assert "noisy cells, whose times spread by more than 5 %" in printed
         assert " d2h" in printed.partition("noisy cells")[2]
 
     def test_an_interrupt_stores_nothing(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        def interrupt(self: MadeUpMeasure, *_: object) -> None:
+        def interrupt(self: MadeUpMeasure, *_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(MadeUpMeasure, "__call__", interrupt)
@@ -227,6 +234,7 @@ class TestWithoutAGpu:
         assert name in printed
         assert words in printed
         assert "engine, kernel " in printed
+        assert "3 h2d (default, not measured), 2 d2h (default, not measured)" in printed
         assert is_picture(folder / "map.png")
         assert (folder / "table.json").exists()
 

@@ -33,8 +33,9 @@ from kvheap.engine.paged_runs import pieces_of, units_of
 from kvheap.errors import ClosedError, TransferError
 from kvheap.kernels.paged_slots import Places
 from kvheap.kernels.token_copy import TokenCopy
+from kvheap.planning import planner
+from kvheap.planning.link_sms import LINK_SMS
 from kvheap.transfer import Transfer
-from kvheap.transfer.runs import LINK_SMS
 
 LAYERS, BLOCKS, SLOTS, HEADS, DIM = 3, 32, 16, 2, 64
 LAYER_BYTES = 2 * BLOCKS * SLOTS * HEADS * DIM * 2
@@ -146,6 +147,23 @@ class TestWays:
         assert {call[3] for call in asked} <= ({max_sms} if max_sms else defaults)
         assert bool(asked) == (there.path != "copy_engine")
         assert {call[2] for call in device.calls if call[0] == "copy_batch"} <= {stream}
+
+    @pytest.mark.parametrize("path", [None, "kernel", "staged"])
+    def test_sms_that_were_measured(
+        self, device: FakeDevice, path: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        table = replace(planner.table_for(device.name, ""), link_sms={"h2d": 7, "d2h": 5})
+        monkeypatch.setattr(planner, "table_for", lambda *_: table)
+        scene, stream = Scene(device), device.stream()
+        for max_sms, wanted in ((None, [5, 7]), (4, [4, 4])):
+            options = {"stream": stream, "path": path, "max_sms": max_sms}
+            before = len(device.calls)
+            batch = scene.store(IDS, **options)
+            back = scene.heap.batched_load(batch, scene.cache, BlockIds(OTHER_IDS), **options)
+            back.result()
+            asked = [call[3] for call in device.calls[before:] if call[0] in ("launch", "run")]
+            assert list(dict.fromkeys(asked)) == list(dict.fromkeys(wanted))
+            scene.heap.batched_free(batch)
 
     @pytest.mark.parametrize("is_list", [False, True])
     @pytest.mark.parametrize("path", ["kernel", "copy_engine", "staged"])

@@ -189,13 +189,16 @@ class TestOverlaps:
         targets = data.draw(st.permutations((100 + np.cumsum([0, *steps])).tolist()))
         pieces = Pieces.of([900] * len(targets), targets, size)
         written = [target for _, target in each_byte(pieces)]
+        room = st.integers(0, 40)
+        within = (min(targets) - data.draw(room), max(targets) + size + data.draw(room))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("kvheap.kernels.pieces.MAX_CELLS_PER_PIECE", max_cells)
-            if len(set(written)) == len(written):
-                pieces.require_distinct_targets()
-            else:
-                with pytest.raises(ValueError, match="targets overlap: piece"):
-                    pieces.require_distinct_targets()
+            for known in (None, within):
+                if len(set(written)) == len(written):
+                    pieces.require_distinct_targets(known)
+                else:
+                    with pytest.raises(ValueError, match="targets overlap: piece"):
+                        pieces.require_distinct_targets(known)
 
     def test_the_two_are_named(self) -> None:
         with pytest.raises(ValueError, match="piece 2 ends at address 108, piece 1 starts at 104"):

@@ -241,6 +241,9 @@ class Choice:
         assert self.path in allowed
         return self.path
 
+    def default_sms(self, direction: str) -> int | None:
+        return None
+
 
 class TestChoice:
     @pytest.mark.parametrize("direction", ["d2h", "h2d", "d2d"])
