@@ -41,7 +41,7 @@ from kvheap.addresses import bulk
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.arguments import require_count, require_flags
 from kvheap.addresses.extents import Extents, Int64Array
-from kvheap.addresses.free_list import FreeList, Receipt
+from kvheap.addresses.free_list import Done, FreeList, Receipt
 from kvheap.addresses.free_requests import (
     as_extents,
     double_free,
@@ -81,7 +81,8 @@ class AddressManager:
     - the whole state: :meth:`stats`, :meth:`snapshot`;
     - invariants: :meth:`check`, :meth:`check_consistency`;
     - for a heap that holds the guard itself: :attr:`guard`, :meth:`take`, :meth:`give_back`,
-      :meth:`extend`, :attr:`heap_bytes`, :meth:`free_extents`, :meth:`finish`.
+      :meth:`give_back_batch`, :meth:`extend`, :attr:`heap_bytes`, :meth:`free_extents`,
+      :meth:`finish`.
 
     Args:
         size: bytes of the address space, rounded down to the alignment; 0 is allowed.
@@ -331,7 +332,8 @@ class AddressManager:
             free_list.rollback()
         try:
             if receipt is not None:
-                free_list.write(receipt)
+                free_list.pending.append(receipt)  # as ``write``, which most calls need
+                receipt.done = True
             start = free_list.take(units * batch_size)
             if start is not None:
                 batch = AddressBatch(units * unit, [start * unit], [batch_size])
@@ -424,7 +426,7 @@ class AddressManager:
             self._free_one(address, size, None)
             guard.busy = False
 
-    def _free_one(self, address: int, size: int, receipt: Receipt | None) -> None:
+    def _free_one(self, address: int, size: int, receipt: Done | None) -> None:
         """Free one extent. Call with the guard held."""
         unit, free_list = self._unit, self._free_list
         if free_list.pending:
@@ -541,6 +543,39 @@ class AddressManager:
         else:
             self._insert(self._merged(blocks, sizes), receipt)
 
+    def give_back_batch(self, blocks: AddressBatch, receipt: Done) -> None:
+        """:meth:`give_back` of all blocks that one call of :meth:`take` returned.
+
+        Args:
+            blocks: the blocks.
+            receipt: tells whether they are free.
+
+        Raises:
+            DoubleFreeError, InvalidFreeError: somebody else has freed some of them.
+        """
+        run = blocks.only_run()
+        if run is None:
+            self._insert(self._merged(blocks, None), receipt)
+            return
+        address, size = run
+        unit, free_list = self._unit, self._free_list
+        start, units = address // unit, size // unit
+        if free_list.pending or free_list.walls or start + units > free_list.end:
+            self._free_one(address, size, receipt)
+            return
+        try:
+            free_list.pending.append(receipt)  # as ``write``, which most calls need
+            receipt.done = True
+            overlapping = free_list.insert(start, units)
+            if overlapping is not None:
+                free_list.withdraw(receipt)
+            free_list.commit()
+        except BaseException:
+            free_list.rollback()
+            raise
+        if overlapping is not None:
+            raise double_free(address, size, overlapping[0] * unit, overlapping[1] * unit)
+
     @property
     def heap_bytes(self) -> int:
         """:meth:`get_heap_size` for a caller that holds the guard."""
@@ -570,7 +605,7 @@ class AddressManager:
             extents = as_extents(blocks, sizes)
         return merged(extents, self._free_list.wall_array * self._unit)
 
-    def _insert(self, extents: Extents, receipt: Receipt | None) -> None:
+    def _insert(self, extents: Extents, receipt: Done | None) -> None:
         """Free merged extents. Call with the guard held."""
         free_list, unit = self._settled_free_list(), self._unit
         if len(extents.starts):

@@ -91,7 +91,8 @@ class ExtentKeys(SortedList[int]):
             if new > old:
                 stays = new < keys[index + 1]
             else:
-                stays = (keys[index - 1] if index else maxes[position - 1] if position else -1) < new
+                below = keys[index - 1] if index else maxes[position - 1] if position else -1
+                stays = below < new
             if stays:
                 keys[index] = new
                 return

@@ -37,7 +37,7 @@ RELEASES_PER_SECTION = 64
 class Reclaimer:
     """Gives bytes back that nobody uses any more.
 
-    - what waits: ``has_work``, ``pending_bytes``, ``num_reclaimed``;
+    - what waits: ``has_work``, ``waiting``, ``pending_bytes``, ``num_reclaimed``;
     - reclaim: ``settle``, ``wait_for_streams``, ``wait_until_unused``.
 
     Args:
@@ -52,6 +52,9 @@ class Reclaimer:
         self._ledger = ledger
         self._deferred = deferred
         self._leases = leases
+        self.waiting = (ledger.dropped, ledger.pending, deferred, leases.queue.entries)
+        """What :meth:`settle` looks through; ``any`` of it is a quick ``has_work``, for
+        operations whose sections finish what was interrupted."""
         self._told_of_lost_events = False
 
     @property
@@ -63,14 +66,7 @@ class Reclaimer:
     def has_work(self) -> bool:
         """Whether anything waits for :meth:`settle`."""
         ledger = self._ledger
-        return bool(
-            ledger.dropped
-            or ledger.pending
-            or self._deferred
-            or self._leases.queue.entries
-            or ledger.begun
-            or ledger.allocation.done
-        )
+        return any(self.waiting) or bool(ledger.begun) or ledger.allocation.done
 
     @property
     def num_reclaimed(self) -> int:

@@ -7,6 +7,7 @@ object, and this object knows neither of the two. A dropped heap frees its memor
 from __future__ import annotations
 
 from kvheap.addresses.address_manager import AddressManager
+from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.release import Release, WipedLaterError, WipingError
 from kvheap.device.captures import is_capturing
 from kvheap.heaps.ownership import Ownership
@@ -41,6 +42,23 @@ class FreedBytes:
         self.wiping = wiping
         """What is done to freed bytes; None: nothing."""
         self._ownership = ownership
+        self.is_plain = wiping is None and not ownership.is_view_only
+        """Whether freed bytes become free and nothing else is done to them."""
+
+    def start_over_after_fork(self) -> None:
+        """In a forked child: leave the books of shared memory to the parent."""
+        self._ownership.start_over_after_fork(self.segments.buffers)
+        self.is_plain = self.is_plain and not self._ownership.is_view_only
+
+    def give_back_whole(self, record: OwnedBlocks) -> None:
+        """Free the bytes of a whole batch, in the step that sets ``record.done``.
+
+        Call with the guard of the address manager held, and only if :attr:`is_plain`.
+
+        Raises:
+            InvalidFreeError: somebody else has freed the bytes, by their addresses.
+        """
+        self._address_manager.give_back_batch(record.addresses, record)
 
     def give_back(self, release: Release) -> None:
         """Free the bytes of a release, in the step that sets ``release.done``.

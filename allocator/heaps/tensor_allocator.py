@@ -200,6 +200,15 @@ class TensorMemoryAllocator(Heap):
 
     # -- allocate ------------------------------------------------------------------------------
 
+    def allocate(
+        self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str = MemoryFormat.KV_2LTD
+    ) -> MemoryObj | None:
+        """Allocate one block; see ``MemoryAllocatorInterface.allocate``."""
+        if self._closed:
+            self.require_open()
+        batch = self.allocate_blocks(self.layout_of(shape, dtype, fmt), 1)
+        return None if batch is None else self.object_type(batch, 0)
+
     def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:
         """The layout of a block, checked against the page size and the heap's alignment."""
         layout = BlockLayout.of(shape, dtype, fmt)
@@ -226,7 +235,7 @@ class TensorMemoryAllocator(Heap):
             self.require_owner("allocate blocks")
         if source is not None and batch_size >= 0:
             require_matching("source", source, batch_size, layout, self.device, cpu_is_fine=True)
-        batch = self._space.allocate(self, layout, batch_size, allow_partial, self.full_report)
+        batch = self._space.allocate(self, layout, batch_size, allow_partial)
         if batch is None or source is None or not len(batch):
             return batch
         try:
@@ -559,7 +568,7 @@ class TensorMemoryAllocator(Heap):
         super().start_over_after_fork()
         freed = getattr(self, "_bytes", None)  # None: a thread was making the heap at the fork
         if freed is not None:
-            self._ownership.start_over_after_fork(freed.segments.buffers)
+            freed.start_over_after_fork()
 
     def close_memory(self, timeout_s: float) -> None:
         """Wait until no stream uses the heap, then drop the buffers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from typing import Protocol
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.address_manager import AddressManager
@@ -17,6 +17,14 @@ from kvheap.guards import is_inside_section, section
 from kvheap.heaps.freed_bytes import FreedBytes
 
 __all__ = ["WaitingSpace"]
+
+
+class ReportingOwner(BlockOwner, Protocol):
+    """The allocator of the batches."""
+
+    def full_report(self, num_blocks: int, requested_bytes: int) -> FullReport:
+        """What is free, and who holds the rest."""
+        ...
 
 
 class WaitingSpace:
@@ -46,20 +54,18 @@ class WaitingSpace:
 
     def allocate(
         self,
-        owner: BlockOwner,
+        owner: ReportingOwner,
         layout: BlockLayout,
         batch_size: int,
         allow_partial: bool,
-        make_report: Callable[[int, int], FullReport],
     ) -> MemoryBatch | None:
         """Allocate a batch.
 
         Args:
-            owner: the allocator of the batch.
+            owner: the allocator of the batch, which reports failures.
             layout: what each block holds.
             batch_size: number of blocks.
             allow_partial: if not all blocks fit, return as many as fit.
-            make_report: makes the report of a failure, given the requested blocks and bytes.
 
         Returns:
             The batch, which owns its bytes; None if the space is full, or if the calling thread is
@@ -74,7 +80,7 @@ class WaitingSpace:
         if batch_size < 0:
             raise NegativeBatchSizeError(batch_size)
         lifetime = self._lifetime
-        if lifetime.reclaimer.has_work:
+        if any(lifetime.reclaimer.waiting):
             lifetime.reclaimer.settle()
         deadline = None
         while True:
@@ -92,7 +98,7 @@ class WaitingSpace:
         batch = self._try_allocate(owner, layout, batch_size, True) if allow_partial else None
         if batch is None:
             block_bytes = self._manager.compute_aligned_size(layout.size_bytes)
-            self._reporter.failed(lambda: make_report(batch_size, block_bytes * batch_size))
+            self._reporter.failed(lambda: owner.full_report(batch_size, block_bytes * batch_size))
         return batch
 
     @section
