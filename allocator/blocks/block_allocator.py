@@ -71,15 +71,18 @@ class BlockAllocator(MemoryAllocatorInterface):
         if self._closed:
             self.require_open()
         lifetime = self.lifetime
-        if any(lifetime.reclaimer.waiting) and not self.is_view_only:
+        if any(lifetime.reclaimer.waiting_but_for_streams) and not self.is_view_only:
             lifetime.reclaimer.settle()
         if isinstance(objs, MemoryBatch) and objs.allocator is self:
-            if out is None and lifetime.free_whole(objs):
+            if out is None and objs.counts.streams is None and lifetime.free_whole((objs,)):
                 return
             parts = [Rows(objs, None)]
         else:
             objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
             parts = self.rows_by_batch(objs)
+            if out is None and all([part.rows is None for part in parts]):
+                if lifetime.free_whole([part.batch for part in parts]):
+                    return
         skip_freed = self.idempotent_free and out is None
         if out is not None:
             self.require_gatherable(parts, out)
@@ -94,7 +97,7 @@ class BlockAllocator(MemoryAllocatorInterface):
         if self._closed:
             self.require_open()
         lifetime = self.lifetime
-        if any(lifetime.reclaimer.waiting):
+        if any(lifetime.reclaimer.waiting_but_for_streams):
             lifetime.reclaimer.settle()
         if not isinstance(obj, MemoryObj):
             more = ": free a batch by batched_free()" if isinstance(obj, MemoryBatch) else ""
@@ -105,7 +108,7 @@ class BlockAllocator(MemoryAllocatorInterface):
         rows = None
         if batch.counts.num_rows != 1:
             rows = np.array([obj.row], np.int64)
-        elif lifetime.free_whole(batch):
+        elif batch.counts.streams is None and lifetime.free_whole((batch,)):
             return
         lifetime.free((Rows(batch, rows),), self.idempotent_free)
 

@@ -41,7 +41,7 @@ batch in the same cycle. If it frees the block, that is in order.
 
 NO_ROWS: Int64Array = np.empty(0, np.int64)
 
-FEW_ROWS = 4
+FEW_ROWS = 16
 """Up to this many rows are looked at one by one."""
 
 
@@ -357,9 +357,10 @@ class RowCounts:
             rows = self._but_dropped(rows)
         if skip_freed:
             rows = self._live_among(rows)
-        elif rows is not None:
+        elif rows is not None and len(rows) > 1:
             _require_distinct(rows, batch)
-        self._require_sole_owner(rows, batch)
+        if not self.is_untouched():
+            self._require_sole_owner(rows, batch)
         return rows
 
     def set_freed(self, rows: Int64Array | None, count: int = FREED) -> None:
@@ -466,7 +467,10 @@ class RowCounts:
         if rows is not None and len(rows) < self.num_rows:
             counts = self.references_to_change()
             if not isinstance(counts, FewCounts):
-                np.frombuffer(counts, np.int32)[rows] = count
+                if len(rows) == 1:
+                    counts[int(rows[0])] = count
+                else:
+                    np.frombuffer(counts, np.int32)[rows] = count
                 return
             few = FewCounts({**counts, **dict.fromkeys(rows.tolist(), count)}, counts.rest)
             # Unless a large free is undone, they stay few.
@@ -517,8 +521,11 @@ class RowCounts:
         """Raise if any of ``rows`` (None: all) is freed, pinned or has several references."""
         if rows is not None and len(rows) <= FEW_ROWS:  # without looking at all rows
             found = rows.tolist()
-            references = np.array([self._reference_of(row) for row in found], np.int32)
-            pins = np.array([self.pins_of(row) for row in found], np.int32)
+            of_rows = [self._reference_of(row) for row in found]
+            pins_of_rows = [self.pins_of(row) for row in found]
+            if not any(pins_of_rows) and of_rows.count(1) == len(found):
+                return
+            references, pins = np.array(of_rows, np.int32), np.array(pins_of_rows, np.int32)
         else:
             chosen = slice(None) if rows is None else rows
             references, pins = self._reference_array()[chosen], self._pin_array()[chosen]
@@ -535,6 +542,8 @@ class RowCounts:
 
 
 def _require_distinct(rows: Int64Array, batch: NamesRows) -> None:
+    if len(rows) <= FEW_ROWS and len(set(rows.tolist())) == len(rows):
+        return
     ordered = np.sort(rows)
     repeated = ordered[1:] == ordered[:-1]
     if repeated.any():

@@ -126,28 +126,56 @@ class Ledger:
             finally:
                 del error  # its traceback would hold this frame, and so the heap
 
-    def free_whole(self, record: OwnedBlocks) -> bool:
-        """Free all blocks of a batch, if nothing keeps or delays that; the quickest way.
+    def free_whole(self, records: tuple[OwnedBlocks, ...]) -> bool:
+        """Free all blocks of batches, if nothing keeps or delays that; the quickest way.
+
+        Args:
+            records: the records of the batches, each once.
 
         Returns:
             Whether they are freed. If not, nothing is changed: some block may be free already, be
             held or be used by a stream, or its bytes must be wiped.
 
         Raises:
-            InvalidFreeError: the bytes are somebody else's by now; the blocks count as freed.
+            InvalidFreeError: bytes are somebody else's by now; all blocks count as freed.
         """
-        counts, space = record.counts, self._space
-        if not (space.is_plain and counts.is_unused()):
+        space = self._space
+        if not space.is_plain:
             return False
-        self.begun = (record,)  # from here on they are freed, whatever happens
-        counts.set_freed(None)
-        try:
-            space.give_back_whole(record)
-        except InvalidFreeError:
-            self.begun = ()
-            raise
-        self.forget(record)
+        for record in records:
+            if not record.counts.is_unused():
+                return False
+        self.begun = records  # from here on they are freed, whatever happens
+        error: InvalidFreeError | None = None
+        for record in records:
+            record.counts.set_freed(None)
+            try:
+                space.give_back_whole(record)
+            except InvalidFreeError as failure:
+                error = failure
+            self.forget(record)
         self.begun = ()
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback would hold this frame
+        return True
+
+    def free_behind(self, record: OwnedBlocks, events: StreamEvents) -> bool:
+        """:meth:`free_whole` for one batch that streams use, whose events are known.
+
+        Returns:
+            Whether the blocks are freed; False, too, if a stream has no event yet.
+        """
+        counts, missing = record.counts, Streams()
+        if not (self._space.is_plain and counts.is_untouched()):
+            return False
+        waits = events.of(counts.streams_of(None), missing)
+        if missing:
+            return False
+        self.carry_out((record.release_of(None, waits),))
+        self.forget(record)
         return True
 
     def carry_out_quietly(self, release: Release) -> None:

@@ -221,6 +221,11 @@ class Lifetime:
                     ledger.num_dropped -= counts.forgive(np.array([row], np.int64))
                 guard.busy = False
                 return {}
+            record = batch.record
+            if references == -1 and counts.num_rows == 1 and record is not None:
+                if ledger.free_whole((record,)):
+                    guard.busy = False
+                    return {}
             new_references, new_pins = counts.changed(row, references, pins, batch)
             if new_references or new_pins or counts.leases_of(row):
                 values = counts.references_to_change() if references else counts.pins_to_change()
@@ -233,9 +238,9 @@ class Lifetime:
                     call.was_made = True
                 guard.busy = False
                 return {}
-            if batch.record is not None:
+            if record is not None:
                 batch.require_owner()
-            missing = ledger.free_rows(counts, batch.record, np.array([row], np.int64), events)
+            missing = ledger.free_rows(counts, record, np.array([row], np.int64), events)
             guard.busy = False
             return missing
 
@@ -275,8 +280,11 @@ class Lifetime:
     # -- freeing -------------------------------------------------------------------------------
 
     @section
-    def free_whole(self, batch: TrackedBatch) -> bool:
-        """Free all blocks of a batch, if nothing keeps or delays that; quicker than :meth:`free`.
+    def free_whole(self, batches: Sequence[TrackedBatch]) -> bool:
+        """Free all blocks of batches, if nothing keeps or delays that; quicker than :meth:`free`.
+
+        Args:
+            batches: batches of this allocator, each once.
 
         Returns:
             Whether they are freed; False: nothing is changed, and :meth:`free` knows why.
@@ -289,8 +297,8 @@ class Lifetime:
             ledger = self.ledger
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
-            record = batch.record
-            is_freed = record is not None and ledger.free_whole(record)
+            records = tuple([batch.record for batch in batches if batch.record is not None])
+            is_freed = len(records) == len(batches) and ledger.free_whole(records)
             guard.busy = False
         return is_freed
 
@@ -319,11 +327,30 @@ class Lifetime:
             self._deferred.run()
         events = NO_EVENTS
         if len(parts) == 1 and parts[0].rows is None and not self.guard.busy:
-            counts = parts[0].batch.counts
+            batch = parts[0].batch
+            counts = batch.counts
             if counts.streams is not None and counts.is_untouched():  # it will be freed
                 events = NO_EVENTS.record(counts.streams_now(None), is_wrapped=call is not None)
+                if self._free_behind(batch, events):
+                    return
         while streams := self._try_free(parts, skip_freed, merge, events):
             events = events.record(streams, is_wrapped=call is not None)
+
+    @section
+    def _free_behind(self, batch: TrackedBatch, events: StreamEvents) -> bool:
+        """:meth:`free_whole` for one batch that streams use, whose events are known."""
+        guard = self.guard
+        if self._deferred or (guard.busy and is_inside_section()):
+            return False
+        with guard.lock:
+            guard.busy = True
+            ledger = self.ledger
+            if ledger.begun or ledger.allocation.done:
+                ledger.finish()
+            record = batch.record
+            is_freed = record is not None and ledger.free_behind(record, events)
+            guard.busy = False
+        return is_freed
 
     @section
     def _try_free(
