@@ -52,6 +52,7 @@ from kvheap.addresses.free_requests import (
 from kvheap.addresses.heap_stats import HeapStats
 from kvheap.addresses.integers import as_integer, round_up
 from kvheap.addresses.reservations import as_reservation, without
+from kvheap.addresses.spares import MAX_SPARES, Spares
 from kvheap.errors import (
     HeapCorruptionError,
     NegativeBatchSizeError,
@@ -81,7 +82,8 @@ class AddressManager:
     - the whole state: :meth:`stats`, :meth:`snapshot`;
     - invariants: :meth:`check`, :meth:`check_consistency`;
     - for a heap that holds the guard itself: :attr:`guard`, :meth:`take`, :meth:`give_back`,
-      :meth:`give_back_batch`, :meth:`extend`, :attr:`heap_bytes`, :meth:`free_extents`,
+      :meth:`give_back_batch`, :meth:`take_spare`, :meth:`give_back_spare`,
+      :meth:`was_given_back`, :meth:`extend`, :attr:`heap_bytes`, :meth:`free_extents`,
       :meth:`finish`.
 
     Args:
@@ -150,6 +152,9 @@ class AddressManager:
         """Protects the free list; a heap that is built on this manager shares it."""
         self._deferred = Deferred(self.guard)
         self._free_list = FreeList(Extents.of(0, heap_units), heap_units)
+        self._spares = Spares()
+        self._keeps_spares = True
+        self._last_moved: AddressBatch | None = None
 
     @property
     def align_bytes(self) -> int:
@@ -242,8 +247,8 @@ class AddressManager:
         with guard.lock:
             guard.busy = True
             free_list = self._free_list
-            if free_list.pending:
-                free_list.rollback()
+            if free_list.pending or self._spares.blocks:
+                free_list = self._settled_free_list()
             try:
                 start = free_list.take(units)
                 free_list.commit()
@@ -328,8 +333,8 @@ class AddressManager:
         if batch_size == 0:
             return AddressBatch(units * unit, [], [])
         free_list = self._free_list
-        if free_list.pending:
-            free_list.rollback()
+        if free_list.pending or self._spares.blocks:
+            free_list = self._settled_free_list()
         try:
             if receipt is not None:
                 free_list.pending.append(receipt)  # as ``write``, which most calls need
@@ -423,14 +428,17 @@ class AddressManager:
             return
         with guard.lock:
             guard.busy = True
+            # Whoever frees by address may free a block that has an owner, who is then to be told so
+            # at once: from now on every free looks at the free list.
+            self._keeps_spares = False
             self._free_one(address, size, None)
             guard.busy = False
 
     def _free_one(self, address: int, size: int, receipt: Done | None) -> None:
         """Free one extent. Call with the guard held."""
         unit, free_list = self._unit, self._free_list
-        if free_list.pending:
-            free_list.rollback()
+        if free_list.pending or self._spares.blocks:
+            free_list = self._settled_free_list()
         start, units = address // unit, size // unit
         if (
             size <= 0
@@ -493,6 +501,7 @@ class AddressManager:
             return
         with guard.lock:
             guard.busy = True
+            self._keeps_spares = False
             if one_run is not None:
                 self._free_one(one_run[0], one_run[1], None)
             elif extents is not None:
@@ -514,6 +523,7 @@ class AddressManager:
         extents = self._merged(blocks, None)
         with guard.lock:
             guard.busy = True
+            self._keeps_spares = False
             self.finish()
             if not receipt.done:
                 self._insert(extents, receipt)
@@ -560,7 +570,8 @@ class AddressManager:
         address, size = run
         unit, free_list = self._unit, self._free_list
         start, units = address // unit, size // unit
-        if free_list.pending or free_list.walls or start + units > free_list.end:
+        is_plain = not (free_list.pending or self._spares.blocks or free_list.walls)
+        if not is_plain or start + units > free_list.end:
             self._free_one(address, size, receipt)
             return
         try:
@@ -575,6 +586,45 @@ class AddressManager:
             raise
         if overlapping is not None:
             raise double_free(address, size, overlapping[0] * unit, overlapping[1] * unit)
+
+    def take_spare(self, receipt: Receipt) -> AddressBatch | None:
+        """Take the block of one unit that was freed last, for a caller that holds the guard. O(1).
+
+        Args:
+            receipt: as for :meth:`take`.
+
+        Returns:
+            A batch of one block; None unless :meth:`give_back_spare` has got one: :meth:`take` then
+            knows better.
+        """
+        spares = self._spares
+        return spares.take(receipt) if spares.blocks and not spares.done else None
+
+    def give_back_spare(self, blocks: AddressBatch, receipt: Done) -> None:
+        """:meth:`give_back_batch`, which keeps a block of one unit for :meth:`take_spare`. O(1).
+
+        If an exception strikes, :meth:`was_given_back` tells whether the block is free.
+        """
+        spares = self._spares
+        waiting = spares.blocks
+        if (
+            blocks.num_blocks != 1
+            or len(waiting) >= MAX_SPARES
+            or not self._keeps_spares
+            or spares.done
+            or blocks.block_bytes != self._unit
+        ):
+            self.give_back_batch(blocks, receipt)
+            return
+        waiting.append(blocks)
+        receipt.done = True
+
+    def was_given_back(self, blocks: AddressBatch) -> bool:
+        """After :meth:`finish`: whether an interrupted :meth:`give_back_spare` has freed a block.
+
+        If it has, the block was on top, and was moved first.
+        """
+        return blocks is self._last_moved
 
     @property
     def heap_bytes(self) -> int:
@@ -722,7 +772,7 @@ class AddressManager:
         """What ``question`` answers about the free list as the last operation left it."""
         guard = self.guard
         if guard.busy and is_inside_section():
-            return question(self._free_list.before_changes())
+            return question(self._free_list_before())
         if self._deferred:
             self._deferred.run()
         with guard.lock:
@@ -733,10 +783,26 @@ class AddressManager:
 
     def _settled_free_list(self) -> FreeList:
         """The free list without the remains of an interrupted rollback; needs the guard."""
-        free_list = self._free_list
+        free_list, spares = self._free_list, self._spares
         if free_list.pending:
             free_list.rollback()
+        if spares.blocks:
+            if not spares.done:
+                free = spares.free
+                self._last_moved = free[-1] if free else None
+                spares.move_to(free_list, self._unit)
+            self._spares = Spares()
         return free_list
+
+    def _free_list_before(self) -> FreeList:
+        """A copy of the free list as the last operation left it, while one is under way."""
+        free_list, spares = self._free_list, self._spares
+        before = free_list.before_changes()
+        if not spares.done or spares in free_list.pending:
+            for blocks in spares.free:
+                before.insert(blocks.address(0) // self._unit, 1)
+            before.commit()
+        return before
 
     def _reentered(self, call: str, units: int) -> ReentrantCallError:
         free_list, unit = self._free_list, self._unit

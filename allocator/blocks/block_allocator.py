@@ -80,9 +80,9 @@ class BlockAllocator(MemoryAllocatorInterface):
         else:
             objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
             parts = self.rows_by_batch(objs)
-            if out is None and all([part.rows is None for part in parts]):
-                if lifetime.free_whole([part.batch for part in parts]):
-                    return
+            are_whole = out is None and all(part.rows is None for part in parts)
+            if are_whole and lifetime.free_whole([part.batch for part in parts]):
+                return
         skip_freed = self.idempotent_free and out is None
         if out is not None:
             self.require_gatherable(parts, out)

@@ -53,6 +53,10 @@ class Space(Protocol):
         """:meth:`give_back` of all bytes of a batch, with its record as the receipt; if plain."""
         ...
 
+    def was_given_back(self, record: OwnedBlocks) -> bool:
+        """After :meth:`finish`: whether an interrupted :meth:`give_back_whole` has freed them."""
+        ...
+
     def finish(self) -> None:
         """Undo an allocation that an exception interrupted, so that its receipt is final."""
         ...
@@ -70,6 +74,10 @@ class NoSpace:
     def give_back_whole(self, record: OwnedBlocks) -> None:
         """Nothing but the receipt."""
         record.done = True
+
+    def was_given_back(self, record: OwnedBlocks) -> bool:
+        """Whether the receipt says so."""
+        return record.done
 
     def finish(self) -> None:
         """Does nothing."""
@@ -222,11 +230,19 @@ class Ledger:
 
     def _finish_begun(self) -> None:
         if self.begun:
-            releases = tuple(map(_as_release, self.begun))
+            releases = tuple(map(self._as_release, self.begun))
             self.begun = releases  # they are the receipts from now on
             self._go_on(releases, is_quiet=True)
             pending = self.pending.copy().values()
             self.pending_bytes = sum(release.num_bytes for release in pending)
+
+    def _as_release(self, begun: Release | OwnedBlocks) -> Release:
+        """The release of a batch that was being freed as a whole when an exception struck."""
+        if isinstance(begun, Release):
+            return begun
+        release = begun.release_of(None, ())
+        release.done = self._space.was_given_back(begun)
+        return release
 
     def forget(self, record: OwnedBlocks | None) -> None:
         """Drop the record of a batch without live blocks."""
@@ -351,15 +367,6 @@ class Ledger:
             num_bytes = release.pending_bytes
             del pending[key]
             self.pending_bytes -= num_bytes
-
-
-def _as_release(begun: Release | OwnedBlocks) -> Release:
-    """The release of a batch that was being freed as a whole when an exception struck."""
-    if isinstance(begun, Release):
-        return begun
-    release = begun.release_of(None, ())
-    release.done = begun.done
-    return release
 
 
 def _undo_of(blocks: AddressBatch) -> Release:

@@ -222,10 +222,10 @@ class Lifetime:
                 guard.busy = False
                 return {}
             record = batch.record
-            if references == -1 and counts.num_rows == 1 and record is not None:
-                if ledger.free_whole((record,)):
-                    guard.busy = False
-                    return {}
+            is_whole = references == -1 and counts.num_rows == 1
+            if is_whole and record is not None and ledger.free_whole((record,)):
+                guard.busy = False
+                return {}
             new_references, new_pins = counts.changed(row, references, pins, batch)
             if new_references or new_pins or counts.leases_of(row):
                 values = counts.references_to_change() if references else counts.pins_to_change()

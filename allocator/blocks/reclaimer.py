@@ -37,7 +37,8 @@ RELEASES_PER_SECTION = 64
 class Reclaimer:
     """Gives bytes back that nobody uses any more.
 
-    - what waits: ``has_work``, ``waiting``, ``waiting_but_for_streams``, ``pending_bytes``, ``num_reclaimed``;
+    - what waits: ``has_work``, ``waiting``, ``waiting_but_for_streams``, ``pending_bytes``,
+      ``num_reclaimed``;
     - reclaim: ``settle``, ``wait_for_streams``, ``wait_until_unused``.
 
     Args:

@@ -27,6 +27,7 @@ class FreedBytes:
         wiping: what is done to freed bytes; None: nothing.
         ownership: whether this process keeps the heap's books. What it drops of another's books is
             neither wiped nor free.
+        has_pages: every block takes one unit of the free list, so that any of them fits any other.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class FreedBytes:
         segments: Segments,
         wiping: Wiping | None,
         ownership: Ownership,
+        has_pages: bool = False,
     ) -> None:
         self._address_manager = address_manager
+        self._has_pages = has_pages
         self.segments = segments
         """The heap's buffers now; replaced as a whole when the heap grows or closes."""
         self.wiping = wiping
@@ -58,7 +61,10 @@ class FreedBytes:
         Raises:
             InvalidFreeError: somebody else has freed the bytes, by their addresses.
         """
-        self._address_manager.give_back_batch(record.addresses, record)
+        if self._has_pages:
+            self._address_manager.give_back_spare(record.addresses, record)
+        else:
+            self._address_manager.give_back_batch(record.addresses, record)
 
     def give_back(self, release: Release) -> None:
         """Free the bytes of a release, in the step that sets ``release.done``.
@@ -84,6 +90,10 @@ class FreedBytes:
                     raise
                 raise WipingError from error
         self._address_manager.give_back(release.freed, release.sizes, release)
+
+    def was_given_back(self, record: OwnedBlocks) -> bool:
+        """After :meth:`finish`: whether an interrupted :meth:`give_back_whole` has freed them."""
+        return record.done or self._address_manager.was_given_back(record.addresses)
 
     def finish(self) -> None:
         """Undo an allocation that an exception interrupted. Call with the guard held."""

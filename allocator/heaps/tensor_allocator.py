@@ -189,13 +189,21 @@ class TensorMemoryAllocator(Heap):
             is_of_another_process(buffer) if view_only is None else view_only
         )
         segments = Segments((buffer,), (0,))
-        self._bytes = FreedBytes(address_manager, segments, wiping, self._ownership)
+        has_pages = (
+            page_layout is not None and page_layout.size_bytes <= address_manager.align_bytes
+        )
+        self._bytes = FreedBytes(address_manager, segments, wiping, self._ownership, has_pages)
         self.lifetime = Lifetime(address_manager.guard, self._bytes, trace_frames)
         self._checked_layout: BlockLayout | None = None
         self._adding: tuple[Segments, Segments] | None = None  # before and after ``add_buffer``
         self._full_reporter = FullReporter(on_full, on_full_interval_s)
         self._space = WaitingSpace(
-            address_manager, self._bytes, self.lifetime, self._full_reporter, stream_wait_s
+            address_manager,
+            self._bytes,
+            self.lifetime,
+            self._full_reporter,
+            stream_wait_s,
+            has_pages,
         )
 
     # -- allocate ------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class WaitingSpace:
         lifetime: knows which freed bytes streams still use, and who owns the others.
         reporter: counts and reports allocations that do not fit.
         stream_wait_s: seconds that an allocation that does not fit waits for freed bytes.
+        has_pages: as for ``FreedBytes``.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class WaitingSpace:
         lifetime: Lifetime,
         reporter: FullReporter,
         stream_wait_s: float,
+        has_pages: bool,
     ) -> None:
         self._manager = address_manager
         self._freed = freed
         self._lifetime = lifetime
         self._reporter = reporter
         self._stream_wait_s = stream_wait_s
+        self._has_pages = has_pages
 
     def allocate(
         self,
@@ -115,7 +118,11 @@ class WaitingSpace:
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
             allocation, manager = ledger.allocation, self._manager
-            addresses = manager.take(layout.size_bytes, batch_size, allow_partial, allocation)
+            addresses = None
+            if batch_size == 1 and self._has_pages:
+                addresses = manager.take_spare(allocation)
+            if addresses is None:
+                addresses = manager.take(layout.size_bytes, batch_size, allow_partial, allocation)
             if addresses is None:
                 guard.busy = False
                 return None
