@@ -71,12 +71,15 @@ PAGED = ("allocate", "allocate one", "free a lone object", "free lone objects")
 
 @pytest.mark.parametrize("name", PAGED)
 @pytest.mark.parametrize("num_spares", [0, 3])
-def test_nor_in_a_heap_whose_lone_pages_wait_for_the_next_block(name: str, num_spares: int) -> None:
+def test_nor_in_a_heap_whose_lone_pages_wait_for_the_next_block(
+    name: str, num_spares: int, caplog: pytest.LogCaptureFixture
+) -> None:
     page = BlockLayout.of([PAGE], torch.uint8, MemoryFormat.UNDEFINED)
     number = 0
     while run(name, {"page_layout": page}, True, number, num_spares):
         number += 3
     assert number > 40
+    assert not caplog.records  # no page was given back twice
 
 
 @pytest.mark.parametrize("options", [{}, {"scrub": True}, {"debug": True}])
