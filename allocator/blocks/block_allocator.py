@@ -68,7 +68,7 @@ class BlockAllocator(MemoryAllocatorInterface):
         self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
     ) -> None:
         """Free many blocks; see ``MemoryAllocatorInterface.batched_free``."""
-        if self._closed:
+        if self.closed:
             self.require_open()
         lifetime = self.lifetime
         if any(lifetime.reclaimer.waiting_but_for_streams) and not self.is_view_only:
@@ -94,7 +94,7 @@ class BlockAllocator(MemoryAllocatorInterface):
 
     def free(self, obj: MemoryObj) -> None:
         """Free one block; see ``MemoryAllocatorInterface.free``."""
-        if self._closed:
+        if self.closed:
             self.require_open()
         lifetime = self.lifetime
         if any(lifetime.reclaimer.waiting_but_for_streams):

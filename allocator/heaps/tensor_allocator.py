@@ -212,7 +212,7 @@ class TensorMemoryAllocator(Heap):
         self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str = MemoryFormat.KV_2LTD
     ) -> MemoryObj | None:
         """Allocate one block; see ``MemoryAllocatorInterface.allocate``."""
-        if self._closed:
+        if self.closed:
             self.require_open()
         batch = self.allocate_blocks(self.layout_of(shape, dtype, fmt), 1)
         return None if batch is None else self.object_type(batch, 0)
