@@ -598,7 +598,7 @@ class AddressManager:
             knows better.
         """
         spares = self._spares
-        return spares.take(receipt) if spares.blocks and not spares.done else None
+        return None if spares.done else spares.take(receipt)
 
     def give_back_spare(self, blocks: AddressBatch, receipt: Done) -> None:
         """:meth:`give_back_batch`, which keeps a block of one unit for :meth:`take_spare`. O(1).

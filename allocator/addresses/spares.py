@@ -37,9 +37,11 @@ class Spares:
         self.receipt: Receipt | None = None
         self.done = False
 
-    def take(self, receipt: Receipt) -> AddressBatch:
-        """Take the top block, of at least one."""
+    def take(self, receipt: Receipt) -> AddressBatch | None:
+        """Take the top block; None if there is none."""
         blocks = self.blocks
+        if not blocks:
+            return None
         self.receipt = receipt
         receipt.blocks = top = blocks[-1]
         receipt.done = True  # from here on it is the caller's

@@ -161,7 +161,10 @@ class Ledger:
                 space.give_back_whole(record)
             except InvalidFreeError as failure:
                 error = failure
-            self.forget(record)
+            self.live.pop(id(record), None)  # as ``forget``
+            batch = record()
+            if batch is not None:
+                batch.record = None
         self.begun = ()
         if error is not None:
             try:

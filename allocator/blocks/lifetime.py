@@ -297,8 +297,12 @@ class Lifetime:
             ledger = self.ledger
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
-            records = tuple([batch.record for batch in batches if batch.record is not None])
-            is_freed = len(records) == len(batches) and ledger.free_whole(records)
+            if len(batches) == 1:
+                record = batches[0].record
+                is_freed = record is not None and ledger.free_whole((record,))
+            else:
+                records = tuple([each.record for each in batches if each.record is not None])
+                is_freed = len(records) == len(batches) and ledger.free_whole(records)
             guard.busy = False
         return is_freed
 

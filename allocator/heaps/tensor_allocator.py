@@ -51,6 +51,12 @@ DEBUG_SITE_FRAMES = 4
 """Number of callers that debug mode records for each allocation."""
 
 
+_Known = tuple[object, object, object, BlockLayout | None]
+"""The shape, dtype and format that a caller has passed, and the checked layout of such a block."""
+
+_NOTHING_KNOWN: _Known = (None, None, None, None)
+
+
 @dataclass(frozen=True, slots=True)
 class AllocatorStats(HeapStats):
     """A snapshot of the heap's counters and properties."""
@@ -195,6 +201,7 @@ class TensorMemoryAllocator(Heap):
         self._bytes = FreedBytes(address_manager, segments, wiping, self._ownership, has_pages)
         self.lifetime = Lifetime(address_manager.guard, self._bytes, trace_frames)
         self._checked_layout: BlockLayout | None = None
+        self._known_layout: _Known = _NOTHING_KNOWN
         self._adding: tuple[Segments, Segments] | None = None  # before and after ``add_buffer``
         self._full_reporter = FullReporter(on_full, on_full_interval_s)
         self._space = WaitingSpace(
@@ -219,8 +226,13 @@ class TensorMemoryAllocator(Heap):
 
     def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:
         """The layout of a block, checked against the page size and the heap's alignment."""
+        known = self._known_layout
+        if known[0] is shape and known[1] is dtype and known[2] is fmt and known[3] is not None:
+            return known[3]
         layout = BlockLayout.of(shape, dtype, fmt)
         if layout is self._checked_layout:  # equal layouts are usually the same object
+            if type(shape) is torch.Size:  # which nobody can change
+                self._known_layout = shape, dtype, fmt, layout
             return layout
         page = self.page_layout
         if page is not None and layout.size_bytes > page.size_bytes:
@@ -553,6 +565,7 @@ class TensorMemoryAllocator(Heap):
             self._adding = before, after
             self._bytes.segments = after
             self._checked_layout = None
+            self._known_layout = _NOTHING_KNOWN
             try:
                 manager.extend(usable, new_segment=True)
             except BaseException:
