@@ -221,11 +221,11 @@ class Lifetime:
                     ledger.num_dropped -= counts.forgive(np.array([row], np.int64))
                 guard.busy = False
                 return {}
-            record = batch.record
-            is_whole = references == -1 and counts.num_rows == 1
-            if is_whole and record is not None and ledger.free_whole((record,)):
-                guard.busy = False
-                return {}
+            if counts.num_rows == 1 and references == -1:
+                record = batch.record
+                if record is not None and ledger.free_whole((record,)):
+                    guard.busy = False
+                    return {}
             new_references, new_pins = counts.changed(row, references, pins, batch)
             if new_references or new_pins or counts.leases_of(row):
                 values = counts.references_to_change() if references else counts.pins_to_change()
@@ -238,9 +238,9 @@ class Lifetime:
                     call.was_made = True
                 guard.busy = False
                 return {}
-            if record is not None:
+            if batch.record is not None:
                 batch.require_owner()
-            missing = ledger.free_rows(counts, record, np.array([row], np.int64), events)
+            missing = ledger.free_rows(counts, batch.record, np.array([row], np.int64), events)
             guard.busy = False
             return missing
 
