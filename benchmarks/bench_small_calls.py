@@ -18,7 +18,9 @@ host             **host only, no GPU**: ``store`` and ``load`` up to the launch,
                  by a function that does nothing; ``copy`` of 12,288 scattered pieces to the copy
                  engine, whose library does nothing, from arrays and from two batches; and of a
                  prepared plan to the kernel
-objects          one object, and one page, allocated and freed; against LMCache's if it is installed
+objects          one object, and one page, allocated and freed, and eight of them in one list;
+                 batches of 1 to 64 blocks; against LMCache's if it is installed. Counts, pins and
+                 tensors of an object, rows of a batch, and a batch that a running stream uses
 ===============  =================================================================================
 
 Every row of ``targets`` says what was asked, the worst figure, and whether it was reached. Ratios
@@ -355,13 +357,86 @@ def measure_objects(scale: Scale) -> list[Row]:
         def once(allocator: Any) -> None:
             allocator.free(allocator.allocate(shape, dtype))
 
-        calls = {who: partial(once, each) for who, each in allocators.items()}
-        samples = timed(calls, scale.rounds)
-        row = host_row(name, 1, samples["kvheap"])
-        if PEER in samples:
-            row[PEER] = samples[PEER].percentiles()
-        rows.append(row)
-    return rows
+        def listed(allocator: Any) -> None:
+            allocator.batched_free([allocator.allocate(shape, dtype) for _ in range(8)])
+
+        def batch(allocator: Any, count: int) -> None:
+            allocator.batched_free(allocator.batched_allocate(shape, dtype, count))
+
+        rows.append(peer_row(name, 1, once, allocators, scale))
+        rows.append(peer_row(f"{name} of a list", 8, listed, allocators, scale))
+        for count in (each for each in scale.counts if each <= 64):
+            call = partial(batch, count=count)
+            rows.append(peer_row(f"{name}: a batch", count, call, allocators, scale))
+    heap = kinds["one object"]["kvheap"]
+    return rows + [host_row(*each) for each in measure_handles(heap, shape, dtype, scale)]
+
+
+def peer_row(
+    name: str, count: int, call: Callable[[Any], None], allocators: dict[str, Any], scale: Scale
+) -> Row:
+    """The time of a call on kvheap's allocator, and on LMCache's."""
+    samples = timed({who: partial(call, each) for who, each in allocators.items()}, scale.rounds)
+    row = host_row(name, count, samples["kvheap"])
+    if PEER in samples:
+        row[PEER] = samples[PEER].percentiles()
+    return row
+
+
+class _Running:
+    """A stream whose work does not end before somebody says so."""
+
+    has_let_go = False
+
+    def record_event(self) -> _Running:
+        return self
+
+    def query(self) -> bool:
+        return self.has_let_go
+
+
+def measure_handles(
+    heap: Any, shape: torch.Size, dtype: torch.dtype, scale: Scale
+) -> list[tuple[str, int, Samples]]:
+    """Calls on an object or on some blocks of a batch, kvheap's only."""
+    batch = heap.batched_allocate(shape, dtype, 16)
+    obj = batch[0]
+
+    def counted() -> None:
+        obj.ref_count_up()
+        obj.ref_count_down()
+
+    def pinned() -> None:
+        obj.pin()
+        obj.unpin()
+
+    def last_reference() -> None:
+        heap.allocate(shape, dtype).ref_count_down()
+
+    def in_halves() -> None:
+        blocks = heap.batched_allocate(shape, dtype, 16)
+        heap.batched_free(blocks[:8])
+        heap.batched_free(blocks[8:])
+
+    def behind_a_stream() -> None:
+        stream = _Running()
+        for _ in range(8):
+            blocks = heap.batched_allocate(shape, dtype, 4)
+            blocks.record_stream(stream)
+            heap.batched_free(blocks)
+        stream.has_let_go = True
+        heap.stats()
+
+    calls: dict[str, tuple[int, Call]] = {
+        "ref_count_up, ref_count_down": (1, counted),
+        "pin, unpin": (1, pinned),
+        "batch[0].tensor": (1, lambda: batch[0].tensor),
+        "one object, ref_count_down": (1, last_reference),
+        "16 blocks, freed in two lists": (16, in_halves),
+        "8 batches of 4 behind a running stream, all": (32, behind_a_stream),
+    }
+    samples = timed({name: call for name, (_, call) in calls.items()}, scale.rounds)
+    return [(name, count, samples[name]) for name, (count, _) in calls.items()]
 
 
 # -- report ----------------------------------------------------------------------------------------
@@ -404,8 +479,10 @@ def targets_of(tables: dict[str, list[Row]]) -> list[Row]:
         target("12,288 pieces from arrays: us", 110.0, named["arrays"], "us"),
         target("12,288 pieces from batches: us", 70.0, named["batches"], "us"),
         target("12,288 pieces, prepared: us", 10.0, named["prepared"], "us"),
-        target("one object: us", 6.0, tables["objects"][:1], "us"),
-        target("one page: us", 4.0, tables["objects"][1:], "us"),
+        *(
+            target(f"{name}: us", asked, [r for r in tables["objects"] if r["call"] == name], "us")
+            for name, asked in (("one object", 6.0), ("one page", 4.0))
+        ),
     ]
 
 

@@ -41,7 +41,7 @@ from kvheap.addresses import bulk
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.arguments import require_count, require_flags
 from kvheap.addresses.extents import Extents, Int64Array
-from kvheap.addresses.free_list import FreeList, Receipt
+from kvheap.addresses.free_list import Done, FreeList, Receipt
 from kvheap.addresses.free_requests import (
     as_extents,
     double_free,
@@ -52,6 +52,7 @@ from kvheap.addresses.free_requests import (
 from kvheap.addresses.heap_stats import HeapStats
 from kvheap.addresses.integers import as_integer, round_up
 from kvheap.addresses.reservations import as_reservation, without
+from kvheap.addresses.spares import MAX_SPARES, Spares
 from kvheap.errors import (
     HeapCorruptionError,
     NegativeBatchSizeError,
@@ -81,7 +82,9 @@ class AddressManager:
     - the whole state: :meth:`stats`, :meth:`snapshot`;
     - invariants: :meth:`check`, :meth:`check_consistency`;
     - for a heap that holds the guard itself: :attr:`guard`, :meth:`take`, :meth:`give_back`,
-      :meth:`extend`, :attr:`heap_bytes`, :meth:`free_extents`, :meth:`finish`.
+      :meth:`give_back_batch`, :meth:`take_spare`, :meth:`give_back_spare`,
+      :meth:`was_given_back`, :meth:`extend`, :attr:`heap_bytes`, :meth:`free_extents`,
+      :meth:`finish`.
 
     Args:
         size: bytes of the address space, rounded down to the alignment; 0 is allowed.
@@ -149,6 +152,9 @@ class AddressManager:
         """Protects the free list; a heap that is built on this manager shares it."""
         self._deferred = Deferred(self.guard)
         self._free_list = FreeList(Extents.of(0, heap_units), heap_units)
+        self._spares = Spares()
+        self._keeps_spares = True
+        self._last_moved: AddressBatch | None = None
 
     @property
     def align_bytes(self) -> int:
@@ -241,8 +247,8 @@ class AddressManager:
         with guard.lock:
             guard.busy = True
             free_list = self._free_list
-            if free_list.pending:
-                free_list.rollback()
+            if free_list.pending or self._spares.blocks:
+                free_list = self._settled_free_list()
             try:
                 start = free_list.take(units)
                 free_list.commit()
@@ -327,11 +333,12 @@ class AddressManager:
         if batch_size == 0:
             return AddressBatch(units * unit, [], [])
         free_list = self._free_list
-        if free_list.pending:
-            free_list.rollback()
+        if free_list.pending or self._spares.blocks:
+            free_list = self._settled_free_list()
         try:
             if receipt is not None:
-                free_list.write(receipt)
+                free_list.pending.append(receipt)  # as ``write``, which most calls need
+                receipt.done = True
             start = free_list.take(units * batch_size)
             if start is not None:
                 batch = AddressBatch(units * unit, [start * unit], [batch_size])
@@ -421,14 +428,17 @@ class AddressManager:
             return
         with guard.lock:
             guard.busy = True
+            # Whoever frees by address may free a block that has an owner, who is then to be told so
+            # at once: from now on every free looks at the free list.
+            self._keeps_spares = False
             self._free_one(address, size, None)
             guard.busy = False
 
-    def _free_one(self, address: int, size: int, receipt: Receipt | None) -> None:
+    def _free_one(self, address: int, size: int, receipt: Done | None) -> None:
         """Free one extent. Call with the guard held."""
         unit, free_list = self._unit, self._free_list
-        if free_list.pending:
-            free_list.rollback()
+        if free_list.pending or self._spares.blocks:
+            free_list = self._settled_free_list()
         start, units = address // unit, size // unit
         if (
             size <= 0
@@ -491,6 +501,7 @@ class AddressManager:
             return
         with guard.lock:
             guard.busy = True
+            self._keeps_spares = False
             if one_run is not None:
                 self._free_one(one_run[0], one_run[1], None)
             elif extents is not None:
@@ -512,6 +523,7 @@ class AddressManager:
         extents = self._merged(blocks, None)
         with guard.lock:
             guard.busy = True
+            self._keeps_spares = False
             self.finish()
             if not receipt.done:
                 self._insert(extents, receipt)
@@ -540,6 +552,79 @@ class AddressManager:
             self._free_one(one_run[0], one_run[1], receipt)
         else:
             self._insert(self._merged(blocks, sizes), receipt)
+
+    def give_back_batch(self, blocks: AddressBatch, receipt: Done) -> None:
+        """:meth:`give_back` of all blocks that one call of :meth:`take` returned.
+
+        Args:
+            blocks: the blocks.
+            receipt: tells whether they are free.
+
+        Raises:
+            DoubleFreeError, InvalidFreeError: somebody else has freed some of them.
+        """
+        run = blocks.only_run()
+        if run is None:
+            self._insert(self._merged(blocks, None), receipt)
+            return
+        address, size = run
+        unit, free_list = self._unit, self._free_list
+        start, units = address // unit, size // unit
+        is_plain = not (free_list.pending or self._spares.blocks or free_list.walls)
+        if not is_plain or start + units > free_list.end:
+            self._free_one(address, size, receipt)
+            return
+        try:
+            free_list.pending.append(receipt)  # as ``write``, which most calls need
+            receipt.done = True
+            overlapping = free_list.insert(start, units)
+            if overlapping is not None:
+                free_list.withdraw(receipt)
+            free_list.commit()
+        except BaseException:
+            free_list.rollback()
+            raise
+        if overlapping is not None:
+            raise double_free(address, size, overlapping[0] * unit, overlapping[1] * unit)
+
+    def take_spare(self, receipt: Receipt) -> AddressBatch | None:
+        """Take the block of one unit that was freed last, for a caller that holds the guard. O(1).
+
+        Args:
+            receipt: as for :meth:`take`.
+
+        Returns:
+            A batch of one block; None unless :meth:`give_back_spare` has got one: :meth:`take` then
+            knows better.
+        """
+        spares = self._spares
+        return None if spares.done else spares.take(receipt)
+
+    def give_back_spare(self, blocks: AddressBatch, receipt: Done) -> None:
+        """:meth:`give_back_batch`, which keeps a block of one unit for :meth:`take_spare`. O(1).
+
+        If an exception strikes, :meth:`was_given_back` tells whether the block is free.
+        """
+        spares = self._spares
+        waiting = spares.blocks
+        if (
+            blocks.num_blocks != 1
+            or len(waiting) >= MAX_SPARES
+            or not self._keeps_spares
+            or spares.done
+            or blocks.block_bytes != self._unit
+        ):
+            self.give_back_batch(blocks, receipt)
+            return
+        waiting.append(blocks)
+        receipt.done = True
+
+    def was_given_back(self, blocks: AddressBatch) -> bool:
+        """After :meth:`finish`: whether an interrupted :meth:`give_back_spare` has freed a block.
+
+        If it has, the block was on top, and was moved first.
+        """
+        return blocks is self._last_moved
 
     @property
     def heap_bytes(self) -> int:
@@ -570,7 +655,7 @@ class AddressManager:
             extents = as_extents(blocks, sizes)
         return merged(extents, self._free_list.wall_array * self._unit)
 
-    def _insert(self, extents: Extents, receipt: Receipt | None) -> None:
+    def _insert(self, extents: Extents, receipt: Done | None) -> None:
         """Free merged extents. Call with the guard held."""
         free_list, unit = self._settled_free_list(), self._unit
         if len(extents.starts):
@@ -687,7 +772,7 @@ class AddressManager:
         """What ``question`` answers about the free list as the last operation left it."""
         guard = self.guard
         if guard.busy and is_inside_section():
-            return question(self._free_list.before_changes())
+            return question(self._free_list_before())
         if self._deferred:
             self._deferred.run()
         with guard.lock:
@@ -698,10 +783,26 @@ class AddressManager:
 
     def _settled_free_list(self) -> FreeList:
         """The free list without the remains of an interrupted rollback; needs the guard."""
-        free_list = self._free_list
+        free_list, spares = self._free_list, self._spares
         if free_list.pending:
             free_list.rollback()
+        if spares.blocks:
+            if not spares.done:
+                free = spares.free
+                self._last_moved = free[-1] if free else None
+                spares.move_to(free_list, self._unit)
+            self._spares = Spares()
         return free_list
+
+    def _free_list_before(self) -> FreeList:
+        """A copy of the free list as the last operation left it, while one is under way."""
+        free_list, spares = self._free_list, self._spares
+        before = free_list.before_changes()
+        if not spares.done or spares in free_list.pending:
+            for blocks in spares.free:
+                before.insert(blocks.address(0) // self._unit, 1)
+            before.commit()
+        return before
 
     def _reentered(self, call: str, units: int) -> ReentrantCallError:
         free_list, unit = self._free_list, self._unit

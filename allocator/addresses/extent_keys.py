@@ -33,7 +33,10 @@ class ExtentKeys(SortedList[int]):
     def first_at_least(self, key: int) -> int | None:
         """The smallest key >= ``key``, or None. O(log F)."""
         maxes = self._maxes
-        position = bisect_left(maxes, key)
+        if not maxes:
+            return None
+        # Up to 2,000 keys are in one list, which needs no search for the list.
+        position = 0 if key <= maxes[0] else bisect_left(maxes, key)
         if position == len(maxes):
             return None
         keys = self._lists[position]
@@ -42,9 +45,11 @@ class ExtentKeys(SortedList[int]):
     def around(self, key: int) -> tuple[int | None, int | None]:
         """The largest key < ``key`` and the smallest key >= ``key``, each or None. O(log F)."""
         maxes = self._maxes
-        position = bisect_left(maxes, key)
+        if not maxes:
+            return None, None
+        position = 0 if key <= maxes[0] else bisect_left(maxes, key)
         if position == len(maxes):
-            return (maxes[-1] if maxes else None), None
+            return maxes[-1], None
         keys = self._lists[position]
         index = bisect_left(keys, key)
         if index:
@@ -54,11 +59,13 @@ class ExtentKeys(SortedList[int]):
     def shift(self, old: int, new: int) -> None:
         """Replace ``old`` with ``new``, which must lie between the same neighbours. O(log F)."""
         maxes = self._maxes
-        position = bisect_left(maxes, old)
+        position = 0 if old <= maxes[0] else bisect_left(maxes, old)
+        if maxes[position] == old:  # the last of its list: nothing to search for
+            self._lists[position][-1] = new
+            maxes[position] = new
+            return
         keys = self._lists[position]
         keys[bisect_left(keys, old)] = new
-        if maxes[position] == old:
-            maxes[position] = new
 
     def replace(self, old: int, new: int) -> None:
         """Replace ``old`` with ``new``. O(log F).
@@ -66,23 +73,31 @@ class ExtentKeys(SortedList[int]):
         One write if ``new`` lies between the same neighbours, else a removal and an addition.
         """
         maxes, lists = self._maxes, self._lists
-        position = bisect_left(maxes, old)
+        position = 0 if old <= maxes[0] else bisect_left(maxes, old)
         keys = lists[position]
-        index = bisect_left(keys, old)
-        if new < old:
-            below = keys[index - 1] if index else maxes[position - 1] if position else -1
-            stays = below < new
-        elif old < maxes[position]:
-            stays = new < keys[index + 1]
+        if maxes[position] == old:  # the last of its list: nothing to search for
+            if new > old:
+                stays = position + 1 == len(lists) or new < lists[position + 1][0]
+            elif len(keys) > 1:
+                stays = keys[-2] < new
+            else:
+                stays = not position or maxes[position - 1] < new
+            if stays:
+                keys[-1] = new
+                maxes[position] = new
+                return
         else:
-            stays = position + 1 == len(lists) or new < lists[position + 1][0]
-        if not stays:
-            self.remove(old)
-            self.add(new)
-            return
-        keys[index] = new
-        if maxes[position] == old:
-            maxes[position] = new
+            index = bisect_left(keys, old)
+            if new > old:
+                stays = new < keys[index + 1]
+            else:
+                below = keys[index - 1] if index else maxes[position - 1] if position else -1
+                stays = below < new
+            if stays:
+                keys[index] = new
+                return
+        self.remove(old)
+        self.add(new)
 
     def check(self) -> None:
         """Assert the invariants of the sorted list. O(F).

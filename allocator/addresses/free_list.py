@@ -15,6 +15,8 @@ check that the extent lies within the heap, see ``addresses/address_manager.py``
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from kvheap.addresses.address_batch import AddressBatch
@@ -22,7 +24,13 @@ from kvheap.addresses.extent_index import ExtentIndex
 from kvheap.addresses.extents import Extents
 from kvheap.errors import HeapCorruptionError
 
-__all__ = ["FreeList", "Receipt"]
+__all__ = ["Done", "FreeList", "Receipt"]
+
+
+class Done(Protocol):
+    """The part of a :class:`Receipt` that tells whether an operation was done."""
+
+    done: bool
 
 
 class Receipt:
@@ -276,12 +284,12 @@ class FreeList:
         self.end = start
         return size
 
-    def write(self, receipt: Receipt) -> None:
+    def write(self, receipt: Done) -> None:
         """Log a receipt, whose ``done`` is true from the commit on."""
         self.pending.append(receipt)
         receipt.done = True
 
-    def withdraw(self, receipt: Receipt | None) -> None:
+    def withdraw(self, receipt: Done | None) -> None:
         """Take back a logged receipt if its operation changed nothing; cheaper than a rollback."""
         if receipt is not None:
             receipt.done = False
@@ -294,7 +302,7 @@ class FreeList:
         for entry in reversed(self.pending):
             if isinstance(entry, int):
                 self.end = entry
-            elif isinstance(entry, Receipt):
+            elif not isinstance(entry, tuple):  # a receipt
                 entry.done = False
         self._index.restore()
         self.free_units = sum(size for _, size in self._index)

@@ -68,14 +68,21 @@ class BlockAllocator(MemoryAllocatorInterface):
         self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
     ) -> None:
         """Free many blocks; see ``MemoryAllocatorInterface.batched_free``."""
-        self.require_open()
-        if self.lifetime.reclaimer.has_work and not self.is_view_only:
-            self.lifetime.reclaimer.settle()
+        if self.closed:
+            self.require_open()
+        lifetime = self.lifetime
+        if any(lifetime.reclaimer.waiting_but_for_streams) and not self.is_view_only:
+            lifetime.reclaimer.settle()
         if isinstance(objs, MemoryBatch) and objs.allocator is self:
+            if out is None and objs.counts.streams is None and lifetime.free_whole((objs,)):
+                return
             parts = [Rows(objs, None)]
         else:
             objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
             parts = self.rows_by_batch(objs)
+            are_whole = out is None and all(part.rows is None for part in parts)
+            if are_whole and lifetime.free_whole([part.batch for part in parts]):
+                return
         skip_freed = self.idempotent_free and out is None
         if out is not None:
             self.require_gatherable(parts, out)
@@ -83,21 +90,27 @@ class BlockAllocator(MemoryAllocatorInterface):
                 part.batch.claimable(part.rows)
             if len(out):
                 self.gather(objs, out)
-        self.lifetime.free(parts, skip_freed, self.merged_releases)
+        lifetime.free(parts, skip_freed, self.merged_releases)
 
     def free(self, obj: MemoryObj) -> None:
         """Free one block; see ``MemoryAllocatorInterface.free``."""
-        self.require_open()
-        if self.lifetime.reclaimer.has_work:
-            self.lifetime.reclaimer.settle()
+        if self.closed:
+            self.require_open()
+        lifetime = self.lifetime
+        if any(lifetime.reclaimer.waiting_but_for_streams):
+            lifetime.reclaimer.settle()
         if not isinstance(obj, MemoryObj):
             more = ": free a batch by batched_free()" if isinstance(obj, MemoryBatch) else ""
             raise TypeError(f"only a MemoryObj can be freed, got {obj!r}{more}")
         batch = obj.batch
         if batch.allocator is not self:
             raise ForeignObjectError(f"{batch!r} belongs to another allocator")
-        rows = None if len(batch) == 1 else np.array([obj.row], np.int64)
-        self.lifetime.free((Rows(batch, rows),), self.idempotent_free)
+        rows = None
+        if batch.counts.num_rows != 1:
+            rows = np.array([obj.row], np.int64)
+        elif batch.counts.streams is None and lifetime.free_whole((batch,)):
+            return
+        lifetime.free((Rows(batch, rows),), self.idempotent_free)
 
     def rows_by_batch(self, objs: MemoryBatch | Iterable[MemoryObj]) -> list[Rows]:
         """Group blocks by batch.

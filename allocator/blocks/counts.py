@@ -41,7 +41,7 @@ batch in the same cycle. If it frees the block, that is in order.
 
 NO_ROWS: Int64Array = np.empty(0, np.int64)
 
-FEW_ROWS = 4
+FEW_ROWS = 16
 """Up to this many rows are looked at one by one."""
 
 
@@ -85,7 +85,7 @@ class RowCounts:
 
     - read one row: ``is_live``, ``references_of``, ``pins_of``;
     - read all rows: ``references``, ``pins``, ``live``, ``count_live``, ``all_live``,
-      ``is_untouched``, ``leased_rows``, ``rows_to_drop``;
+      ``is_untouched``, ``is_unused``, ``leased_rows``, ``rows_to_drop``;
     - change one row: ``changed``, ``references_to_change``, ``pins_to_change``, ``add_lease``,
       ``remove_lease``, ``leases_of``, ``is_held``;
     - change many rows: ``require_pinnable``, ``add_leases``, ``remove_leases``, ``held_only_by``,
@@ -95,6 +95,7 @@ class RowCounts:
       ``require_live``.
 
     Attributes:
+        num_rows: number of rows N.
         has_dropped: whether rows may have been dropped and reclaimed: none are in most batches.
         streams: the recorded streams; None if none was ever recorded.
 
@@ -105,16 +106,16 @@ class RowCounts:
     __slots__ = (
         "_leases",
         "_num_freed",
-        "_num_rows",
         "_pins",
         "_references",
         "_uniform_references",
         "has_dropped",
+        "num_rows",
         "streams",
     )
 
     def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
+        self.num_rows = num_rows
         self.has_dropped = False
         self._num_freed = 0  # at most, since the array was last looked at
         self._uniform_references = 1
@@ -171,7 +172,7 @@ class RowCounts:
     def count_live(self) -> tuple[int, int]:
         """How many rows are live, and how many of those are pinned."""
         if self._references is None and self._pins is None and self._leases is None:
-            return (0 if self._uniform_references < 0 else self._num_rows), 0
+            return (0 if self._uniform_references < 0 else self.num_rows), 0
         live = self.live()
         return int(live.sum()), int((live & (self._pin_array() > 0)).sum())
 
@@ -180,12 +181,22 @@ class RowCounts:
         is_uniform = self._references is None and self._pins is None and self._leases is None
         return is_uniform and self._uniform_references == 1
 
+    def is_unused(self) -> bool:
+        """Whether every row has one reference, no pin, no lease, and no stream that used it."""
+        return (
+            self._references is None
+            and self._uniform_references == 1
+            and self._pins is None
+            and self._leases is None
+            and self.streams is None
+        )
+
     def leased_rows(self) -> Int64Array:
         """The live rows that a lease holds, int64 ``[R]``."""
         leases = self._leases
         if leases is None:
             return NO_ROWS
-        held = np.zeros(self._num_rows, np.int32)
+        held = np.zeros(self.num_rows, np.int32)
         leases.add_to(held)
         return np.flatnonzero((held > 0) & (self._reference_array() >= 0))
 
@@ -196,7 +207,7 @@ class RowCounts:
         live = self._reference_array() >= 0
         live[but] = False
         rows = np.flatnonzero(live)
-        return None if len(rows) == self._num_rows else rows
+        return None if len(rows) == self.num_rows else rows
 
     # -- change one row ------------------------------------------------------------------------
 
@@ -238,14 +249,14 @@ class RowCounts:
     def references_to_change(self) -> array[int] | FewCounts:
         """The reference counts of all rows, to set those of live rows."""
         if self._references is None:
-            self._references = array("i", (self._uniform_references,)) * self._num_rows
+            self._references = array("i", (self._uniform_references,)) * self.num_rows
         return self._references
 
     def pins_to_change(self) -> array[int] | FewCounts:
         """The pin counts of all rows without leases, to set those of live rows."""
         if self._pins is None:
             is_few = isinstance(self._references, FewCounts)
-            self._pins = FewCounts({}, 0) if is_few else array("i", (0,)) * self._num_rows
+            self._pins = FewCounts({}, 0) if is_few else array("i", (0,)) * self.num_rows
         return self._pins
 
     def add_lease(self, row: int, lease: HeldLease) -> None:
@@ -346,9 +357,10 @@ class RowCounts:
             rows = self._but_dropped(rows)
         if skip_freed:
             rows = self._live_among(rows)
-        elif rows is not None:
+        elif rows is not None and len(rows) > 1:
             _require_distinct(rows, batch)
-        self._require_sole_owner(rows, batch)
+        if not self.is_untouched():
+            self._require_sole_owner(rows, batch)
         return rows
 
     def set_freed(self, rows: Int64Array | None, count: int = FREED) -> None:
@@ -360,9 +372,9 @@ class RowCounts:
             self._references = None
             return
         self._set(rows, count)
-        if self._num_rows >= MANY_ROWS:
+        if self.num_rows >= MANY_ROWS:
             self._num_freed += len(rows)
-            if (self._num_rows - self._num_freed) * ROWS_PER_LIVE <= self._num_rows:
+            if (self.num_rows - self._num_freed) * ROWS_PER_LIVE <= self.num_rows:
                 self._give_up_arrays()
 
     def forgive(self, rows: Int64Array | None) -> int:
@@ -443,8 +455,8 @@ class RowCounts:
         if counts is None or isinstance(counts, FewCounts) or self.has_dropped:
             return
         rows = np.flatnonzero(np.frombuffer(counts, np.int32) >= 0).tolist()
-        self._num_freed = self._num_rows - len(rows)
-        if len(rows) * ROWS_PER_LIVE > self._num_rows:
+        self._num_freed = self.num_rows - len(rows)
+        if len(rows) * ROWS_PER_LIVE > self.num_rows:
             return
         pins = self._pins
         self._references = FewCounts({row: counts[row] for row in rows}, FREED)
@@ -452,15 +464,18 @@ class RowCounts:
             self._pins = FewCounts({row: pins[row] for row in rows}, 0)
 
     def _set(self, rows: Int64Array | None, count: int) -> None:
-        if rows is not None and len(rows) < self._num_rows:
+        if rows is not None and len(rows) < self.num_rows:
             counts = self.references_to_change()
             if not isinstance(counts, FewCounts):
-                np.frombuffer(counts, np.int32)[rows] = count
+                if len(rows) == 1:
+                    counts[int(rows[0])] = count
+                else:
+                    np.frombuffer(counts, np.int32)[rows] = count
                 return
             few = FewCounts({**counts, **dict.fromkeys(rows.tolist(), count)}, counts.rest)
             # Unless a large free is undone, they stay few.
-            are_few = len(few) * ROWS_PER_LIVE <= 2 * self._num_rows
-            all_rows = None if are_few else array("i", few.as_array(self._num_rows).tobytes())
+            are_few = len(few) * ROWS_PER_LIVE <= 2 * self.num_rows
+            all_rows = None if are_few else array("i", few.as_array(self.num_rows).tobytes())
             self._references = few if all_rows is None else all_rows
             return
         self._uniform_references = count  # first: readers take no lock
@@ -473,17 +488,17 @@ class RowCounts:
     def _reference_array(self) -> npt.NDArray[np.int32]:
         counts = self._references  # once: readers take no lock
         if counts is None:
-            return np.full(self._num_rows, self._uniform_references, np.int32)
+            return np.full(self.num_rows, self._uniform_references, np.int32)
         if isinstance(counts, FewCounts):
-            return counts.as_array(self._num_rows)
+            return counts.as_array(self.num_rows)
         return np.frombuffer(counts, np.int32)
 
     def _pin_array(self, but: HeldLease | None = None) -> npt.NDArray[np.int32]:
         counts = self._pins  # once: readers take no lock
         if counts is None:
-            pins = np.zeros(self._num_rows, np.int32)
+            pins = np.zeros(self.num_rows, np.int32)
         elif isinstance(counts, FewCounts):
-            pins = counts.as_array(self._num_rows)
+            pins = counts.as_array(self.num_rows)
         else:
             pins = np.frombuffer(counts, np.int32).copy()
         leases = self._leases
@@ -506,8 +521,11 @@ class RowCounts:
         """Raise if any of ``rows`` (None: all) is freed, pinned or has several references."""
         if rows is not None and len(rows) <= FEW_ROWS:  # without looking at all rows
             found = rows.tolist()
-            references = np.array([self._reference_of(row) for row in found], np.int32)
-            pins = np.array([self.pins_of(row) for row in found], np.int32)
+            of_rows = [self._reference_of(row) for row in found]
+            pins_of_rows = [self.pins_of(row) for row in found]
+            if not any(pins_of_rows) and of_rows.count(1) == len(found):
+                return
+            references, pins = np.array(of_rows, np.int32), np.array(pins_of_rows, np.int32)
         else:
             chosen = slice(None) if rows is None else rows
             references, pins = self._reference_array()[chosen], self._pin_array()[chosen]
@@ -524,6 +542,8 @@ class RowCounts:
 
 
 def _require_distinct(rows: Int64Array, batch: NamesRows) -> None:
+    if len(rows) <= FEW_ROWS and len(set(rows.tolist())) == len(rows):
+        return
     ordered = np.sort(rows)
     repeated = ordered[1:] == ordered[:-1]
     if repeated.any():

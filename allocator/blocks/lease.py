@@ -128,7 +128,7 @@ class LeaseQueue(Generic[AnyLease]):
         if len(self.entries) >= self._prune_at:
             held = [entry for entry in self.entries if entry[2].state == "held"]
             heapq.heapify(held)
-            self.entries = held
+            self.entries[:] = held  # the same list: others look whether it is empty
             self._prune_at = 2 * len(held) + MIN_PRUNED
         heapq.heappush(self.entries, (lease.deadline, next(self._number), lease))
 

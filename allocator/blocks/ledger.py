@@ -42,8 +42,19 @@ __all__ = ["Ledger", "NoSpace", "Space", "require_one_owner"]
 class Space(Protocol):
     """Where the bytes of an allocator come from."""
 
+    is_plain: bool
+    """Whether bytes that are given back become free and nothing else is done to them."""
+
     def give_back(self, release: Release) -> None:
         """Make the bytes of a release free, and set ``release.done`` in the same step."""
+        ...
+
+    def give_back_whole(self, record: OwnedBlocks) -> None:
+        """:meth:`give_back` of all bytes of a batch, with its record as the receipt; if plain."""
+        ...
+
+    def was_given_back(self, record: OwnedBlocks) -> bool:
+        """After :meth:`finish`: whether an interrupted :meth:`give_back_whole` has freed them."""
         ...
 
     def finish(self) -> None:
@@ -54,9 +65,19 @@ class Space(Protocol):
 class NoSpace:
     """The space of an allocator whose batches own their memory: nothing is given back."""
 
+    is_plain = False
+
     def give_back(self, release: Release) -> None:
         """Nothing but the receipt."""
         release.done = True
+
+    def give_back_whole(self, record: OwnedBlocks) -> None:
+        """Nothing but the receipt."""
+        record.done = True
+
+    def was_given_back(self, record: OwnedBlocks) -> bool:
+        """Whether the receipt says so."""
+        return record.done
 
     def finish(self) -> None:
         """Does nothing."""
@@ -70,8 +91,9 @@ class Ledger:
         dropped: the records of batches that are gone; each stays in ``live`` until it is reclaimed.
         pending: freed blocks that streams still use, by ``id``, the first checked longest ago.
         pending_bytes: the bytes of ``pending``.
-        begun: releases that are under way. Not empty at the start of a section: an exception
-            interrupted the last one, which :meth:`finish` completes.
+        begun: releases that are under way, or the record of a batch that is freed as a whole. Not
+            empty at the start of a section: an exception interrupted the last one, which
+            :meth:`finish` completes.
         allocation: the receipt for allocations from the space. If it is ``done`` at the start of a
             section, likewise.
         failed: releases whose bytes could not be given back, to be reported.
@@ -90,7 +112,7 @@ class Ledger:
         """The interpreter calls it when a batch is gone; nothing interrupts a C function."""
         self.pending: OrderedDict[int, Release] = OrderedDict()
         self.pending_bytes = 0
-        self.begun: tuple[Release, ...] = ()
+        self.begun: tuple[Release | OwnedBlocks, ...] = ()
         self.allocation = Receipt()
         self.failed: deque[Release] = deque()
         self.unclear: list[OwnedBlocks] = []
@@ -105,17 +127,72 @@ class Ledger:
                 what can be tried again is pending.
         """
         self.begun = releases  # from here on they are freed, whatever happens
-        error = self._go_on(is_quiet=False)
+        error = self._go_on(releases, is_quiet=False)
         if error is not None:
             try:
                 raise error
             finally:
                 del error  # its traceback would hold this frame, and so the heap
 
+    def free_whole(self, records: tuple[OwnedBlocks, ...]) -> bool:
+        """Free all blocks of batches, if nothing keeps or delays that; the quickest way.
+
+        Args:
+            records: the records of the batches, each once.
+
+        Returns:
+            Whether they are freed. If not, nothing is changed: some block may be free already, be
+            held or be used by a stream, or its bytes must be wiped.
+
+        Raises:
+            InvalidFreeError: bytes are somebody else's by now; all blocks count as freed.
+        """
+        space = self._space
+        if not space.is_plain:
+            return False
+        for record in records:
+            if not record.counts.is_unused():
+                return False
+        self.begun = records  # from here on they are freed, whatever happens
+        error: InvalidFreeError | None = None
+        for record in records:
+            record.counts.set_freed(None)
+            try:
+                space.give_back_whole(record)
+            except InvalidFreeError as failure:
+                error = failure
+            self.live.pop(id(record), None)  # as ``forget``
+            batch = record()
+            if batch is not None:
+                batch.record = None
+        self.begun = ()
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback would hold this frame
+        return True
+
+    def free_behind(self, record: OwnedBlocks, events: StreamEvents) -> bool:
+        """:meth:`free_whole` for one batch that streams use, whose events are known.
+
+        Returns:
+            Whether the blocks are freed; False, too, if a stream has no event yet.
+        """
+        counts, missing = record.counts, Streams()
+        if not (self._space.is_plain and counts.is_untouched()):
+            return False
+        waits = events.of(counts.streams_of(None), missing)
+        if missing:
+            return False
+        self.carry_out((record.release_of(None, waits),))
+        self.forget(record)
+        return True
+
     def carry_out_quietly(self, release: Release) -> None:
         """:meth:`carry_out` for whoever did not ask for it: an error is noted in ``failed``."""
         self.begun = (release,)
-        self._go_on(is_quiet=True)
+        self._go_on((release,), is_quiet=True)
         self.num_reclaimed += release.done
 
     def free_rows(
@@ -156,9 +233,19 @@ class Ledger:
 
     def _finish_begun(self) -> None:
         if self.begun:
-            self._go_on(is_quiet=True)
+            releases = tuple(map(self._as_release, self.begun))
+            self.begun = releases  # they are the receipts from now on
+            self._go_on(releases, is_quiet=True)
             pending = self.pending.copy().values()
             self.pending_bytes = sum(release.num_bytes for release in pending)
+
+    def _as_release(self, begun: Release | OwnedBlocks) -> Release:
+        """The release of a batch that was being freed as a whole when an exception struck."""
+        if isinstance(begun, Release):
+            return begun
+        release = begun.release_of(None, ())
+        release.done = self._space.was_given_back(begun)
+        return release
 
     def forget(self, record: OwnedBlocks | None) -> None:
         """Drop the record of a batch without live blocks."""
@@ -223,17 +310,18 @@ class Ledger:
             if id(release) in self.pending:
                 self.pending.move_to_end(id(release))
 
-    def _go_on(self, is_quiet: bool) -> BaseException | None:
+    def _go_on(self, releases: Sequence[Release], is_quiet: bool) -> BaseException | None:
         """Carry out ``begun``, of which every step may have been done before.
 
         Args:
+            releases: the same.
             is_quiet: note errors in ``failed``; one that is tried again, only the second time.
 
         Returns:
             Why bytes could not be given back.
         """
         error: BaseException | None = None
-        for release in self.begun:
+        for release in releases:
             if release.is_void and release.batch is not None and release.batch() is None:
                 release.events = ()  # nobody is left to whom the blocks could go back
             elif release.is_void:

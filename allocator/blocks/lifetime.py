@@ -54,7 +54,7 @@ class Lifetime:
 
     - batches: ``own``, ``live``, ``dropped_blocks``;
     - counts: ``hold``, ``change``, ``record_stream``;
-    - freeing: ``free``, ``free_on``, ``take_back``, ``discard``, ``detach``;
+    - freeing: ``free``, ``free_whole``, ``free_on``, ``take_back``, ``discard``, ``detach``;
     - its parts: ``leases``, ``reclaimer``;
     - for the allocator's own sections: ``guard``, ``ledger``.
 
@@ -91,7 +91,8 @@ class Lifetime:
         ledger = self.ledger
         batch.record = record = OwnedBlocks(batch, ledger.note_dropped)
         record.addresses, record.counts, record.layout = batch.runs, batch.counts, batch.layout
-        record.site, record.born, record.was_reported = batch.site, batch.born, False
+        record.site, record.born = batch.site, batch.born
+        record.done = record.was_reported = False
         ledger.live[id(record)] = record
 
     def live(self) -> tuple[LiveBlocks, ...]:
@@ -220,6 +221,11 @@ class Lifetime:
                     ledger.num_dropped -= counts.forgive(np.array([row], np.int64))
                 guard.busy = False
                 return {}
+            if counts.num_rows == 1 and references == -1:
+                record = batch.record
+                if record is not None and ledger.free_whole((record,)):
+                    guard.busy = False
+                    return {}
             new_references, new_pins = counts.changed(row, references, pins, batch)
             if new_references or new_pins or counts.leases_of(row):
                 values = counts.references_to_change() if references else counts.pins_to_change()
@@ -273,6 +279,33 @@ class Lifetime:
 
     # -- freeing -------------------------------------------------------------------------------
 
+    @section
+    def free_whole(self, batches: Sequence[TrackedBatch]) -> bool:
+        """Free all blocks of batches, if nothing keeps or delays that; quicker than :meth:`free`.
+
+        Args:
+            batches: batches of this allocator, each once.
+
+        Returns:
+            Whether they are freed; False: nothing is changed, and :meth:`free` knows why.
+        """
+        guard = self.guard
+        if self._deferred or (guard.busy and is_inside_section()):
+            return False
+        with guard.lock:
+            guard.busy = True
+            ledger = self.ledger
+            if ledger.begun or ledger.allocation.done:
+                ledger.finish()
+            if len(batches) == 1:
+                record = batches[0].record
+                is_freed = record is not None and ledger.free_whole((record,))
+            else:
+                records = tuple([each.record for each in batches if each.record is not None])
+                is_freed = len(records) == len(batches) and ledger.free_whole(records)
+            guard.busy = False
+        return is_freed
+
     def free(
         self,
         parts: Sequence[BlockRows],
@@ -298,11 +331,30 @@ class Lifetime:
             self._deferred.run()
         events = NO_EVENTS
         if len(parts) == 1 and parts[0].rows is None and not self.guard.busy:
-            counts = parts[0].batch.counts
+            batch = parts[0].batch
+            counts = batch.counts
             if counts.streams is not None and counts.is_untouched():  # it will be freed
                 events = NO_EVENTS.record(counts.streams_now(None), is_wrapped=call is not None)
+                if self._free_behind(batch, events):
+                    return
         while streams := self._try_free(parts, skip_freed, merge, events):
             events = events.record(streams, is_wrapped=call is not None)
+
+    @section
+    def _free_behind(self, batch: TrackedBatch, events: StreamEvents) -> bool:
+        """:meth:`free_whole` for one batch that streams use, whose events are known."""
+        guard = self.guard
+        if self._deferred or (guard.busy and is_inside_section()):
+            return False
+        with guard.lock:
+            guard.busy = True
+            ledger = self.ledger
+            if ledger.begun or ledger.allocation.done:
+                ledger.finish()
+            record = batch.record
+            is_freed = record is not None and ledger.free_behind(record, events)
+            guard.busy = False
+        return is_freed
 
     @section
     def _try_free(

@@ -70,7 +70,8 @@ class MemoryAllocatorInterface(ABC):
     - for subclasses: ``layout_of``, ``allocate_blocks``, ``close_memory``, ``require_open``.
     """
 
-    _closed = False
+    closed = False
+    """Whether :meth:`close` was called."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Keep ``torch.compile`` from tracing any allocator."""
@@ -142,7 +143,7 @@ class MemoryAllocatorInterface(ABC):
             WriteAfterFreeError: in debug mode, freed bytes were written to.
             ClosedError: the allocator is closed.
         """
-        if self._closed:
+        if self.closed:
             self.require_open()
         if type(batch_size) is not int:
             batch_size = as_integer("batch_size", batch_size)
@@ -205,11 +206,6 @@ class MemoryAllocatorInterface(ABC):
         """Whether every invariant of the allocator holds."""
         return True
 
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._closed
-
     # -- close ---------------------------------------------------------------------------------
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
@@ -227,7 +223,7 @@ class MemoryAllocatorInterface(ABC):
             ValueError: ``timeout_s`` is negative or not a number; nothing changes.
         """
         timeout_s = as_seconds("timeout_s", timeout_s)
-        self._closed = True
+        self.closed = True
         deadline = time.monotonic() + timeout_s
         me = threading.get_ident()
         while self._closed_by not in (None, me):
@@ -299,5 +295,5 @@ class MemoryAllocatorInterface(ABC):
         Raises:
             ClosedError: the allocator is closed.
         """
-        if self._closed:
+        if self.closed:
             raise ClosedError(f"this {type(self).__name__} is closed")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol, SupportsIndex, overload
+from typing import Any, Protocol, SupportsIndex, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -80,7 +80,8 @@ class MemoryBatch(Sequence["MemoryObj"]):
     - what the blocks are: ``layout``, ``shape``, ``dtype``, ``fmt``, ``size_bytes``;
     - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
       in memory: ``extents``, ``block_runs``;
-    - which tokens they hold: ``num_tokens``, ``set_num_tokens``, ``forget_origin``;
+    - which tokens they hold: ``num_tokens``, ``set_num_tokens``, ``forget_origin``,
+      ``stored_tokens``;
     - counts and streams: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
     - for allocators and transfers: ``counts``, ``is_owner``, ``is_writable``,
       ``await_filling``, ``checked_rows``, ``claimable``, ``require_owner``, ``require_writable``,
@@ -94,7 +95,6 @@ class MemoryBatch(Sequence["MemoryObj"]):
         born: when it was made, as a ``time.monotonic`` value in seconds.
         site: its allocation site, if sites are recorded.
         record: what its allocator's ledger knows of it; None for a view, and once all is freed.
-        stored_tokens: which tokens stores from an engine's cache have put into the blocks.
         storage: the batch's own memory, if its allocator has no heap; else None.
         transfer: the transfer that fills it, for a batch made by ``offload`` or ``restore``; else
             None. Code that reads the blocks waits for it or is ordered behind it.
@@ -104,7 +104,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         "__weakref__",
         "_address_batch",
         "_length",
-        "_used_sizes",
+        "_seldom",
         "_writable",
         "allocator",
         "born",
@@ -114,7 +114,6 @@ class MemoryBatch(Sequence["MemoryObj"]):
         "record",
         "site",
         "storage",
-        "stored_tokens",
         "transfer",
     )
 
@@ -138,9 +137,10 @@ class MemoryBatch(Sequence["MemoryObj"]):
         self._address_batch = address_batch
         self._length = length = address_batch.num_blocks
         self.counts = RowCounts(length)
-        self._used_sizes: dict[int, int] = {}
+        # What is made when it is first asked for. Threads may ask at once: single operations on a
+        # dict are atomic.
+        self._seldom: dict[str, Any] = {}
         self.storage = storage
-        self.stored_tokens = StoredTokens()
 
     @property
     def is_writable(self) -> bool:
@@ -248,6 +248,14 @@ class MemoryBatch(Sequence["MemoryObj"]):
         raise TypeError("a MemoryBatch cannot be pickled: send its metadata")
 
     # -- which tokens they hold ----------------------------------------------------------------
+
+    @property
+    def stored_tokens(self) -> StoredTokens:
+        """Which tokens stores from an engine's cache have put into the blocks."""
+        found: StoredTokens | None = self._seldom.get("tokens")
+        if found is None:
+            found = self._seldom.setdefault("tokens", StoredTokens())
+        return found
 
     @property
     def num_tokens(self) -> int | None:
@@ -468,6 +476,10 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     # -- for handles ---------------------------------------------------------------------------
 
+    def _used_size(self, row: int) -> int | None:
+        sizes: dict[int, int] | None = self._seldom.get("used sizes")
+        return None if sizes is None else sizes.get(row)
+
     def _expire_leases(self) -> None:
         if self.counts.has_leases:
             self.allocator.lifetime.leases.expire()
@@ -495,63 +507,55 @@ class MemoryObj(LMCacheNames):
       ``pin``, ``unpin``, ``record_stream``.
     """
 
-    __slots__ = ("_batch", "_row")
+    __slots__ = ("batch", "row")
 
     def __init__(self, batch: MemoryBatch, row: int) -> None:
-        self._batch = batch
-        self._row = row
-
-    @property
-    def batch(self) -> MemoryBatch:
+        self.batch = batch
         """The batch that the block belongs to."""
-        return self._batch
-
-    @property
-    def row(self) -> int:
+        self.row = row
         """The block's number in its batch."""
-        return self._row
 
     # -- what it is ----------------------------------------------------------------------------
 
     @property
     def shape(self) -> torch.Size:
         """Logical shape; of the first group if there are several."""
-        return self._batch.layout.shapes[0]
+        return self.batch.layout.shapes[0]
 
     @property
     def dtype(self) -> torch.dtype:
         """Logical dtype; of the first group if there are several."""
-        return self._batch.layout.dtypes[0]
+        return self.batch.layout.dtypes[0]
 
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
         """Logical shape of each group."""
-        return self._batch.layout.shapes
+        return self.batch.layout.shapes
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Logical dtype of each group."""
-        return self._batch.layout.dtypes
+        return self.batch.layout.dtypes
 
     @property
     def fmt(self) -> MemoryFormat:
         """What the dimensions of ``shape`` mean."""
-        return self._batch.layout.fmt
+        return self.batch.layout.fmt
 
     @property
     def size_bytes(self) -> int:
         """Logical bytes of all groups: shapes times item sizes."""
-        return self._batch.layout.size_bytes
+        return self.batch.layout.size_bytes
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes taken from the heap: ``size_bytes`` rounded up to the alignment."""
-        return self._batch.allocated_bytes
+        return self.batch.allocated_bytes
 
     @property
     def used_bytes(self) -> int:
         """``size_bytes``, or the smaller size given to :meth:`set_used_size`."""
-        used = self._batch._used_sizes.get(self._row)
+        used = self.batch._used_size(self.row)
         return self.size_bytes if used is None else used
 
     def set_used_size(self, size_bytes: int) -> None:
@@ -571,12 +575,12 @@ class MemoryObj(LMCacheNames):
                 f"got {size_bytes}"
             )
         self._require_valid()
-        self._batch._used_sizes[self._row] = size_bytes
+        self.batch._seldom.setdefault("used sizes", {})[self.row] = size_bytes
 
     @property
     def metadata(self) -> MemoryObjMetadata:
         """A snapshot of the block, for another process."""
-        layout = self._batch.layout
+        layout = self.batch.layout
         return MemoryObjMetadata(
             shape=self.shape,
             dtype=self.dtype,
@@ -587,9 +591,9 @@ class MemoryObj(LMCacheNames):
             fmt=layout.fmt,
             shapes=list(layout.shapes),
             dtypes=list(layout.dtypes),
-            stored=self._batch.stored_tokens.of_block(self._row, layout),
-            form=self._batch.stored_tokens.form,
-            origin=self._batch.stored_tokens.origin_of(self._row),
+            stored=self.batch.stored_tokens.of_block(self.row, layout),
+            form=self.batch.stored_tokens.form,
+            origin=self.batch.stored_tokens.origin_of(self.row),
         )
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -600,7 +604,7 @@ class MemoryObj(LMCacheNames):
     @property
     def address(self) -> int:
         """Offset in the heap, bytes."""
-        return self._batch.runs.address(self._row)
+        return self.batch.runs.address(self.row)
 
     @property
     def tensor(self) -> torch.Tensor | None:
@@ -613,9 +617,12 @@ class MemoryObj(LMCacheNames):
         Raises:
             TransferError: the transfer that was to fill the block has failed.
         """
-        if self._batch._used_sizes.get(self._row) is not None:
+        batch, row = self.batch, self.row
+        if batch._seldom and batch._used_size(row) is not None:
             return self.raw_tensor
-        return self.get_tensor(0)
+        if not batch.counts.is_live(row):
+            return None
+        return batch.layout.view(batch._bytes(row, batch.layout.size_bytes))
 
     def get_tensor(self, index: int) -> torch.Tensor | None:
         """Group ``index`` of the block, without a copy; None once freed.
@@ -623,19 +630,19 @@ class MemoryObj(LMCacheNames):
         Raises:
             IndexError: there is no such group.
         """
-        layout = self._batch.layout
+        layout = self.batch.layout
         if type(index) is not int:
             index = as_integer("index", index)
         if not 0 <= index < len(layout.shapes):
             raise IndexError(f"group {index} is out of range: the block has {len(layout.shapes)}")
         if not self.is_valid():
             return None
-        return layout.view(self._batch._bytes(self._row, layout.size_bytes), index)
+        return layout.view(self.batch._bytes(self.row, layout.size_bytes), index)
 
     @property
     def raw_tensor(self) -> torch.Tensor | None:
         """The used bytes, uint8 ``[used_bytes]``, without a copy; None once freed."""
-        return self._batch._bytes(self._row, self.used_bytes) if self.is_valid() else None
+        return self.batch._bytes(self.row, self.used_bytes) if self.is_valid() else None
 
     @property
     def raw_data(self) -> torch.Tensor | None:
@@ -651,7 +658,7 @@ class MemoryObj(LMCacheNames):
             TypeError: the block is not in host memory.
         """
         self._require_valid()
-        block = self._batch._bytes(self._row, self.used_bytes)
+        block = self.batch._bytes(self.row, self.used_bytes)
         if block.device.type != "cpu":
             raise TypeError(f"byte_view needs host memory, but the block is on {block.device}")
         return memoryview(block.numpy())  # type: ignore[arg-type]  # an array is a Buffer
@@ -664,7 +671,7 @@ class MemoryObj(LMCacheNames):
             LifetimeError: the block is freed.
         """
         self._require_valid()
-        return self._batch._bytes(self._row, self.size_bytes).data_ptr()
+        return self.batch._bytes(self.row, self.size_bytes).data_ptr()
 
     def is_valid(self) -> bool:
         """Whether the block is live, as far as this process knows.
@@ -674,20 +681,20 @@ class MemoryObj(LMCacheNames):
         the block may be freed, and its bytes another block's. Let the owner keep a block (its
         reference or pin) until all processes that have its metadata say that they are done.
         """
-        return self._batch.counts.is_live(self._row)
+        return self.batch.counts.is_live(self.row)
 
     # -- counts and streams --------------------------------------------------------------------
 
     @property
     def ref_count(self) -> int:
         """Reference count; 0 once freed."""
-        return self._batch.counts.references_of(self._row)
+        return self.batch.counts.references_of(self.row)
 
     @property
     def pin_count(self) -> int:
         """Pin count, including leases that have not expired."""
-        self._batch._expire_leases()
-        return self._batch.counts.pins_of(self._row)
+        self.batch._expire_leases()
+        return self.batch.counts.pins_of(self.row)
 
     def ref_count_up(self) -> None:
         """Add a reference.
@@ -695,8 +702,8 @@ class MemoryObj(LMCacheNames):
         Raises:
             LifetimeError: the block is freed.
         """
-        batch = self._batch
-        batch.allocator.lifetime.hold(batch, self._row, 1)
+        batch = self.batch
+        batch.allocator.lifetime.hold(batch, self.row, 1)
 
     def ref_count_down(self) -> None:
         """Drop a reference; frees the block if no reference and no pin is left.
@@ -704,8 +711,8 @@ class MemoryObj(LMCacheNames):
         Raises:
             LifetimeError: the block is freed, or has no reference.
         """
-        batch = self._batch
-        batch.allocator.lifetime.change(batch, self._row, -1)
+        batch = self.batch
+        batch.allocator.lifetime.change(batch, self.row, -1)
 
     @overload
     def pin(self, ttl: None = None) -> bool: ...
@@ -725,10 +732,10 @@ class MemoryObj(LMCacheNames):
             LifetimeError: the block is freed.
             ValueError: ``ttl`` is not positive.
         """
-        batch = self._batch
+        batch = self.batch
         if ttl is not None:
-            return batch.allocator.lifetime.leases.grant(batch, self._row, ttl)
-        batch.allocator.lifetime.hold(batch, self._row, 0, 1)
+            return batch.allocator.lifetime.leases.grant(batch, self.row, ttl)
+        batch.allocator.lifetime.hold(batch, self.row, 0, 1)
         return True
 
     def unpin(self) -> bool:
@@ -737,8 +744,8 @@ class MemoryObj(LMCacheNames):
         Raises:
             LifetimeError: the block is freed, or all its pins are leases.
         """
-        batch = self._batch
-        batch.allocator.lifetime.change(batch, self._row, 0, -1)
+        batch = self.batch
+        batch.allocator.lifetime.change(batch, self.row, 0, -1)
         return True
 
     def record_stream(self, stream: Stream) -> None:
@@ -754,11 +761,11 @@ class MemoryObj(LMCacheNames):
         Raises:
             LifetimeError: the block is freed.
         """
-        self._batch.record_stream(stream, np.array([self._row], np.int64))
+        self.batch.record_stream(stream, np.array([self.row], np.int64))
 
     def _require_valid(self) -> None:
         if not self.is_valid():
-            raise LifetimeError(f"{self._batch.describe(self._row)} is freed")
+            raise LifetimeError(f"{self.batch.describe(self.row)} is freed")
 
     # -- identity ------------------------------------------------------------------------------
 
@@ -766,11 +773,11 @@ class MemoryObj(LMCacheNames):
         """Whether the other handle is on the same block of the same batch."""
         if not isinstance(other, MemoryObj):
             return NotImplemented
-        return self._batch is other._batch and self._row == other._row
+        return self.batch is other.batch and self.row == other.row
 
     def __hash__(self) -> int:
         """Hash of the block's identity."""
-        return hash((id(self._batch), self._row))
+        return hash((id(self.batch), self.row))
 
     def __repr__(self) -> str:
         """Address, shape and counts."""
@@ -779,7 +786,7 @@ class MemoryObj(LMCacheNames):
             if self.is_valid()
             else "freed"
         )
-        return f"{type(self).__name__}(address={self.address}, {self._batch.layout}, {state})"
+        return f"{type(self).__name__}(address={self.address}, {self.batch.layout}, {state})"
 
 
 @untraced_class

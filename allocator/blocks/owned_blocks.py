@@ -33,16 +33,19 @@ class OwnedBlocks(Reference):
         layout: what each block holds.
         site: the allocation site, if sites are recorded.
         born: when they were allocated, as a ``time.monotonic`` value in seconds.
+        done: if they are freed as a whole, whether their bytes are in the free list; the record is
+            the receipt of that.
         was_reported: whether the log says that they cannot be reclaimed.
     """
 
-    __slots__ = ("addresses", "born", "counts", "layout", "site", "was_reported")
+    __slots__ = ("addresses", "born", "counts", "done", "layout", "site", "was_reported")
 
     addresses: AddressBatch
     counts: RowCounts
     layout: BlockLayout
     site: Site
     born: float
+    done: bool
     was_reported: bool
 
     def release_of(self, rows: Int64Array | None, events: tuple[Event, ...]) -> Release:

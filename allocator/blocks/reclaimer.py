@@ -21,7 +21,7 @@ from kvheap.device.captures import end_of_work, is_capturing
 from kvheap.device.events import POLL_SECONDS, Event, ReleaseVoidError, Stream, has_let_go
 from kvheap.guards import Deferred, Guard, is_inside_section, section
 from kvheap.interrupts import is_interrupt
-from kvheap.kernels.capture_mode import Relaxed
+from kvheap.kernels.capture_mode import Relaxed, uses_cuda
 
 __all__ = ["Reclaimer"]
 
@@ -37,7 +37,8 @@ RELEASES_PER_SECTION = 64
 class Reclaimer:
     """Gives bytes back that nobody uses any more.
 
-    - what waits: ``has_work``, ``pending_bytes``, ``num_reclaimed``;
+    - what waits: ``has_work``, ``waiting``, ``waiting_but_for_streams``, ``pending_bytes``,
+      ``num_reclaimed``;
     - reclaim: ``settle``, ``wait_for_streams``, ``wait_until_unused``.
 
     Args:
@@ -52,6 +53,11 @@ class Reclaimer:
         self._ledger = ledger
         self._deferred = deferred
         self._leases = leases
+        self.waiting_but_for_streams = (ledger.dropped, deferred, leases.queue.entries)
+        """``waiting`` for frees: what streams still use is looked at once somebody needs bytes."""
+        self.waiting = (*self.waiting_but_for_streams, ledger.pending)
+        """What :meth:`settle` looks through; ``any`` of it is a quick ``has_work``, for
+        operations whose sections finish what was interrupted."""
         self._told_of_lost_events = False
 
     @property
@@ -63,14 +69,7 @@ class Reclaimer:
     def has_work(self) -> bool:
         """Whether anything waits for :meth:`settle`."""
         ledger = self._ledger
-        return bool(
-            ledger.dropped
-            or ledger.pending
-            or self._deferred
-            or self._leases.queue.entries
-            or ledger.begun
-            or ledger.allocation.done
-        )
+        return any(self.waiting) or bool(ledger.begun) or ledger.allocation.done
 
     @property
     def num_reclaimed(self) -> int:
@@ -188,22 +187,33 @@ class Reclaimer:
     def _look_at_pending(self, limit: int | None) -> None:
         """Give back what has ended of the ``limit`` pending releases checked longest ago."""
         ledger = self._ledger
-        releases = () if is_capturing() else ledger.next_pending(limit)
+        if not uses_cuda():
+            releases = ledger.next_pending(limit)
+            ended = self._ended_of(releases)
+        elif is_capturing():
+            releases, ended = [], []
+        else:
+            releases = ledger.next_pending(limit)
+            with Relaxed():
+                ended = self._ended_of(releases)
         last = releases if len(releases) < len(ledger.pending) else ()
-        ended: list[Release] = []
-        with Relaxed():
-            for release in releases:
-                state = self._state_of(release)
-                if state == "pending":
-                    continue
-                if state == "failed":
-                    release.is_void = True
-                ended.append(release)
-                if len(ended) == RELEASES_PER_SECTION:
-                    self._conclude(ended, ())
-                    ended = []
         if ended or last or ledger.begun or ledger.allocation.done:
             self._conclude(ended, last)
+
+    def _ended_of(self, releases: Sequence[Release]) -> list[Release]:
+        """Those releases that have ended or failed; gives the first of very many back."""
+        ended: list[Release] = []
+        for release in releases:
+            state = self._state_of(release)
+            if state == "pending":
+                continue
+            if state == "failed":
+                release.is_void = True
+            ended.append(release)
+            if len(ended) == RELEASES_PER_SECTION:
+                self._conclude(ended, ())
+                ended = []
+        return ended
 
     def _state_of(self, release: Release) -> str:
         """``pending``; ``ended``; or ``failed`` if the blocks become live again."""

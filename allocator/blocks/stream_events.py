@@ -14,7 +14,7 @@ from kvheap.device.captures import end_of_work, is_capturing
 from kvheap.device.events import Event, has_let_go
 from kvheap.errors import LifetimeError
 from kvheap.interrupts import is_interrupt
-from kvheap.kernels.capture_mode import Relaxed
+from kvheap.kernels.capture_mode import Relaxed, uses_cuda
 
 __all__ = ["NO_EVENTS", "StreamEvents", "StreamGoneError"]
 
@@ -43,17 +43,22 @@ class StreamEvents(dict[Hashable, "Event | None"]):
         """
         events = StreamEvents() if self is NO_EVENTS else self
         try:
-            with Relaxed():
-                asks_nothing = is_capturing()
-                for key, stream in streams.items():
-                    # No event for a transfer that has ended: it would only be checked again.
-                    has_ended = not asks_nothing and has_let_go(stream)
-                    events[key] = None if has_ended else end_of_work(stream)
+            if uses_cuda():
+                with Relaxed():
+                    events._ask(streams, not is_capturing())
+            else:
+                events._ask(streams, True)
         except Exception as error:
             if is_wrapped and not is_interrupt(error):
                 raise StreamGoneError(str(error)) from error
             raise
         return events
+
+    def _ask(self, streams: Streams, can_have_ended: bool) -> None:
+        for key, stream in streams.items():
+            # No event for a transfer that has ended: it would only be checked again.
+            has_ended = can_have_ended and has_let_go(stream)
+            self[key] = None if has_ended else end_of_work(stream)
 
     def of(self, streams: Streams, missing: Streams) -> tuple[Event, ...]:
         """The events of those streams that still use bytes.

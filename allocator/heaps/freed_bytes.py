@@ -7,6 +7,7 @@ object, and this object knows neither of the two. A dropped heap frees its memor
 from __future__ import annotations
 
 from kvheap.addresses.address_manager import AddressManager
+from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.release import Release, WipedLaterError, WipingError
 from kvheap.device.captures import is_capturing
 from kvheap.heaps.ownership import Ownership
@@ -26,6 +27,7 @@ class FreedBytes:
         wiping: what is done to freed bytes; None: nothing.
         ownership: whether this process keeps the heap's books. What it drops of another's books is
             neither wiped nor free.
+        has_pages: every block takes one unit of the free list, so that any of them fits any other.
     """
 
     def __init__(
@@ -34,13 +36,35 @@ class FreedBytes:
         segments: Segments,
         wiping: Wiping | None,
         ownership: Ownership,
+        has_pages: bool = False,
     ) -> None:
         self._address_manager = address_manager
+        self._has_pages = has_pages
         self.segments = segments
         """The heap's buffers now; replaced as a whole when the heap grows or closes."""
         self.wiping = wiping
         """What is done to freed bytes; None: nothing."""
         self._ownership = ownership
+        self.is_plain = wiping is None and not ownership.is_view_only
+        """Whether freed bytes become free and nothing else is done to them."""
+
+    def start_over_after_fork(self) -> None:
+        """In a forked child: leave the books of shared memory to the parent."""
+        self._ownership.start_over_after_fork(self.segments.buffers)
+        self.is_plain = self.is_plain and not self._ownership.is_view_only
+
+    def give_back_whole(self, record: OwnedBlocks) -> None:
+        """Free the bytes of a whole batch, in the step that sets ``record.done``.
+
+        Call with the guard of the address manager held, and only if :attr:`is_plain`.
+
+        Raises:
+            InvalidFreeError: somebody else has freed the bytes, by their addresses.
+        """
+        if self._has_pages:
+            self._address_manager.give_back_spare(record.addresses, record)
+        else:
+            self._address_manager.give_back_batch(record.addresses, record)
 
     def give_back(self, release: Release) -> None:
         """Free the bytes of a release, in the step that sets ``release.done``.
@@ -66,6 +90,10 @@ class FreedBytes:
                     raise
                 raise WipingError from error
         self._address_manager.give_back(release.freed, release.sizes, release)
+
+    def was_given_back(self, record: OwnedBlocks) -> bool:
+        """After :meth:`finish`: whether an interrupted :meth:`give_back_whole` has freed them."""
+        return record.done or self._address_manager.was_given_back(record.addresses)
 
     def finish(self) -> None:
         """Undo an allocation that an exception interrupted. Call with the guard held."""

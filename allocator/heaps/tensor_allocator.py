@@ -51,6 +51,12 @@ DEBUG_SITE_FRAMES = 4
 """Number of callers that debug mode records for each allocation."""
 
 
+_Known = tuple[object, object, object, BlockLayout | None]
+"""The shape, dtype and format that a caller has passed, and the checked layout of such a block."""
+
+_NOTHING_KNOWN: _Known = (None, None, None, None)
+
+
 @dataclass(frozen=True, slots=True)
 class AllocatorStats(HeapStats):
     """A snapshot of the heap's counters and properties."""
@@ -189,21 +195,44 @@ class TensorMemoryAllocator(Heap):
             is_of_another_process(buffer) if view_only is None else view_only
         )
         segments = Segments((buffer,), (0,))
-        self._bytes = FreedBytes(address_manager, segments, wiping, self._ownership)
+        has_pages = (
+            page_layout is not None and page_layout.size_bytes <= address_manager.align_bytes
+        )
+        self._bytes = FreedBytes(address_manager, segments, wiping, self._ownership, has_pages)
         self.lifetime = Lifetime(address_manager.guard, self._bytes, trace_frames)
         self._checked_layout: BlockLayout | None = None
+        self._known_layout: _Known = _NOTHING_KNOWN
         self._adding: tuple[Segments, Segments] | None = None  # before and after ``add_buffer``
         self._full_reporter = FullReporter(on_full, on_full_interval_s)
         self._space = WaitingSpace(
-            address_manager, self._bytes, self.lifetime, self._full_reporter, stream_wait_s
+            address_manager,
+            self._bytes,
+            self.lifetime,
+            self._full_reporter,
+            stream_wait_s,
+            has_pages,
         )
 
     # -- allocate ------------------------------------------------------------------------------
 
+    def allocate(
+        self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str = MemoryFormat.KV_2LTD
+    ) -> MemoryObj | None:
+        """Allocate one block; see ``MemoryAllocatorInterface.allocate``."""
+        if self.closed:
+            self.require_open()
+        batch = self.allocate_blocks(self.layout_of(shape, dtype, fmt), 1)
+        return None if batch is None else self.object_type(batch, 0)
+
     def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:
         """The layout of a block, checked against the page size and the heap's alignment."""
+        known = self._known_layout
+        if known[0] is shape and known[1] is dtype and known[2] is fmt and known[3] is not None:
+            return known[3]
         layout = BlockLayout.of(shape, dtype, fmt)
         if layout is self._checked_layout:  # equal layouts are usually the same object
+            if type(shape) is torch.Size:  # which nobody can change
+                self._known_layout = shape, dtype, fmt, layout
             return layout
         page = self.page_layout
         if page is not None and layout.size_bytes > page.size_bytes:
@@ -226,7 +255,7 @@ class TensorMemoryAllocator(Heap):
             self.require_owner("allocate blocks")
         if source is not None and batch_size >= 0:
             require_matching("source", source, batch_size, layout, self.device, cpu_is_fine=True)
-        batch = self._space.allocate(self, layout, batch_size, allow_partial, self.full_report)
+        batch = self._space.allocate(self, layout, batch_size, allow_partial)
         if batch is None or source is None or not len(batch):
             return batch
         try:
@@ -536,6 +565,7 @@ class TensorMemoryAllocator(Heap):
             self._adding = before, after
             self._bytes.segments = after
             self._checked_layout = None
+            self._known_layout = _NOTHING_KNOWN
             try:
                 manager.extend(usable, new_segment=True)
             except BaseException:
@@ -559,7 +589,7 @@ class TensorMemoryAllocator(Heap):
         super().start_over_after_fork()
         freed = getattr(self, "_bytes", None)  # None: a thread was making the heap at the fork
         if freed is not None:
-            self._ownership.start_over_after_fork(freed.segments.buffers)
+            freed.start_over_after_fork()
 
     def close_memory(self, timeout_s: float) -> None:
         """Wait until no stream uses the heap, then drop the buffers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from typing import Protocol
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.address_manager import AddressManager
@@ -19,6 +19,14 @@ from kvheap.heaps.freed_bytes import FreedBytes
 __all__ = ["WaitingSpace"]
 
 
+class ReportingOwner(BlockOwner, Protocol):
+    """The allocator of the batches."""
+
+    def full_report(self, num_blocks: int, requested_bytes: int) -> FullReport:
+        """What is free, and who holds the rest."""
+        ...
+
+
 class WaitingSpace:
     """An address space whose freed bytes may still be in use by streams.
 
@@ -28,6 +36,7 @@ class WaitingSpace:
         lifetime: knows which freed bytes streams still use, and who owns the others.
         reporter: counts and reports allocations that do not fit.
         stream_wait_s: seconds that an allocation that does not fit waits for freed bytes.
+        has_pages: as for ``FreedBytes``.
     """
 
     def __init__(
@@ -37,29 +46,29 @@ class WaitingSpace:
         lifetime: Lifetime,
         reporter: FullReporter,
         stream_wait_s: float,
+        has_pages: bool,
     ) -> None:
         self._manager = address_manager
         self._freed = freed
         self._lifetime = lifetime
         self._reporter = reporter
         self._stream_wait_s = stream_wait_s
+        self._has_pages = has_pages
 
     def allocate(
         self,
-        owner: BlockOwner,
+        owner: ReportingOwner,
         layout: BlockLayout,
         batch_size: int,
         allow_partial: bool,
-        make_report: Callable[[int, int], FullReport],
     ) -> MemoryBatch | None:
         """Allocate a batch.
 
         Args:
-            owner: the allocator of the batch.
+            owner: the allocator of the batch, which reports failures.
             layout: what each block holds.
             batch_size: number of blocks.
             allow_partial: if not all blocks fit, return as many as fit.
-            make_report: makes the report of a failure, given the requested blocks and bytes.
 
         Returns:
             The batch, which owns its bytes; None if the space is full, or if the calling thread is
@@ -74,7 +83,7 @@ class WaitingSpace:
         if batch_size < 0:
             raise NegativeBatchSizeError(batch_size)
         lifetime = self._lifetime
-        if lifetime.reclaimer.has_work:
+        if any(lifetime.reclaimer.waiting):
             lifetime.reclaimer.settle()
         deadline = None
         while True:
@@ -92,7 +101,7 @@ class WaitingSpace:
         batch = self._try_allocate(owner, layout, batch_size, True) if allow_partial else None
         if batch is None:
             block_bytes = self._manager.compute_aligned_size(layout.size_bytes)
-            self._reporter.failed(lambda: make_report(batch_size, block_bytes * batch_size))
+            self._reporter.failed(lambda: owner.full_report(batch_size, block_bytes * batch_size))
         return batch
 
     @section
@@ -109,7 +118,11 @@ class WaitingSpace:
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
             allocation, manager = ledger.allocation, self._manager
-            addresses = manager.take(layout.size_bytes, batch_size, allow_partial, allocation)
+            addresses = None
+            if batch_size == 1 and self._has_pages:
+                addresses = manager.take_spare(allocation)
+            if addresses is None:
+                addresses = manager.take(layout.size_bytes, batch_size, allow_partial, allocation)
             if addresses is None:
                 guard.busy = False
                 return None

@@ -12,16 +12,23 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from foreign_code import TimeOutError, interrupts
 from heap_scenes import OPERATIONS, Scene, require_that_every_byte_is_accounted_for
 from small_heaps import PAGE, heap_of, no_debug, take
 
+from kvheap import BlockLayout, MemoryFormat
+
 __all__ = ["no_debug"]
 
 
-def run(name: str, options: dict[str, Any], everywhere: bool, number: int) -> bool:
+def run(
+    name: str, options: dict[str, Any], everywhere: bool, number: int, num_spares: int = 0
+) -> bool:
     """Whether the operation was interrupted; accounts for every byte afterwards."""
     scene = Scene(options)
+    for spare in [scene.take(1) for _ in range(num_spares)]:
+        scene.heap.batched_free(spare)
 
     def task() -> None:
         OPERATIONS[name](scene)
@@ -57,6 +64,22 @@ def test_nor_while_bytes_are_wiped(name: str, options: dict[str, Any]) -> None:
     while run(name, options, False, number):
         number += 11  # wiping is a copy too
     assert number > 8
+
+
+PAGED = ("allocate", "allocate one", "free a lone object", "free lone objects")
+
+
+@pytest.mark.parametrize("name", PAGED)
+@pytest.mark.parametrize("num_spares", [0, 3])
+def test_nor_in_a_heap_whose_lone_pages_wait_for_the_next_block(
+    name: str, num_spares: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = BlockLayout.of([PAGE], torch.uint8, MemoryFormat.UNDEFINED)
+    number = 0
+    while run(name, {"page_layout": page}, True, number, num_spares):
+        number += 3
+    assert number > 40
+    assert not caplog.records  # no page was given back twice
 
 
 @pytest.mark.parametrize("options", [{}, {"scrub": True}, {"debug": True}])

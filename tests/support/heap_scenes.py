@@ -25,6 +25,7 @@ class Scene:
         self.batch = self.take(4)
         self.other = self.take(2)
         self.single = self.take(1)
+        self.lone = self.take(1)
         self.stream = FakeStream()
         self.stream.submit()
         self.streamed = self.take(2)
@@ -57,7 +58,7 @@ class Scene:
     @property
     def batches(self) -> list[MemoryBatch]:
         held = [self.whole, self.batch, self.other, self.single, self.streamed, self.leased]
-        held += [self.held, self.pinned, self.pending]
+        held += [self.lone, self.held, self.pinned, self.pending]
         return held + [each for each in self.kept if isinstance(each, MemoryBatch)]
 
     def live_pages(self) -> list[int]:
@@ -108,6 +109,12 @@ def require_that_every_byte_is_accounted_for(scene: Scene) -> None:
 
 def allocate(scene: Scene) -> None:
     scene.kept.append(scene.heap.batched_allocate([PAGE], torch.uint8, 4))
+
+
+def allocate_one(scene: Scene) -> None:
+    obj = scene.heap.allocate([PAGE], torch.uint8)
+    assert obj is not None
+    scene.kept.append(obj.batch)
 
 
 def allocate_in_pieces(scene: Scene) -> None:
@@ -166,9 +173,12 @@ def grant(scene: Scene) -> None:
 
 OPERATIONS: dict[str, Callable[[Scene], object]] = {
     "allocate": allocate,
+    "allocate one": allocate_one,
     "allocate what fits": allocate_in_pieces,
     "allocate filled": allocate_filled,
     "free a batch": lambda scene: scene.heap.batched_free(scene.whole),
+    "free a lone object": lambda scene: scene.heap.free(scene.single[0]),
+    "free lone objects": lambda scene: scene.heap.batched_free([scene.lone[0], scene.single[0]]),
     "free rows": lambda scene: scene.heap.batched_free([scene.batch[0], scene.batch[2]]),
     "free of several": lambda scene: scene.heap.batched_free([*scene.batch, scene.other[1]]),
     "free into out": lambda scene: scene.heap.batched_free(scene.batch, out=scene.out),
