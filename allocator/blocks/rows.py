@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from kvheap.addresses.extents import Int64Array
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 
 __all__ = ["Rows", "listed", "rows_of"]
@@ -27,12 +28,14 @@ class Rows:
         return len(self.batch) if self.rows is None else len(self.rows)
 
 
-def listed(objs: Iterable[MemoryObj]) -> list[MemoryObj]:
-    """Objects to free as a list.
+def listed(objs: Iterable[MemoryObj]) -> Sequence[MemoryObj]:
+    """Objects to free as a list; a slice of a batch stays one.
 
     Raises:
         TypeError: they cannot be listed; a single object, for example.
     """
+    if isinstance(objs, BatchSlice):
+        return objs
     if isinstance(objs, MemoryObj):
         raise TypeError(f"expected a batch or a list of objects, got {objs!r}: free one by free()")
     try:
@@ -46,9 +49,14 @@ def listed(objs: Iterable[MemoryObj]) -> list[MemoryObj]:
 def rows_of(objs: Iterable[MemoryObj]) -> list[Rows]:
     """Group objects by batch, in the order in which the batches first appear.
 
+    No Python work per block for a slice of a batch.
+
     Raises:
         TypeError: an element is not a ``MemoryObj``.
     """
+    if isinstance(objs, BatchSlice):
+        is_whole = objs.row_range == range(len(objs.batch))
+        return [Rows(objs.batch, None if is_whole else objs.rows)]
     found: dict[int, tuple[MemoryBatch, list[int]]] = {}
     for obj in objs:
         if not isinstance(obj, MemoryObj):

@@ -27,6 +27,7 @@ from functools import lru_cache
 import torch
 
 from kvheap.addresses.arguments import require_count, require_flags
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.heap import (
     BlockObjects,
@@ -158,7 +159,7 @@ def _store(
     heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert, route)
     require_writable(batch)
-    if not isinstance(batch, MemoryBatch):
+    if not isinstance(batch, (MemoryBatch, BatchSlice)):
         require_disjoint("chunks to store to", chunks.addresses, chunks.size_bytes)
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=True)
     transfer = route.execute(copy, batch)
@@ -385,7 +386,7 @@ def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = No
     objs = batch if isinstance(batch, MemoryBatch) else listed(batch)
     if heap_of(objs) is not heap:
         raise ForeignObjectError("the chunks belong to another allocator")
-    layout = objs.layout if isinstance(objs, MemoryBatch) else objs[0].batch.layout
+    layout = objs.layout if isinstance(objs, (MemoryBatch, BatchSlice)) else objs[0].batch.layout
     shape, dtype = layout.packed
     expected = (len(objs), *shape)
     if out is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy.typing as npt
 import torch
 
 from kvheap.blocks.batch_lease import BatchLease
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_allocator import BlockAllocator
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
@@ -108,9 +109,10 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
         objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
         return self._owner_of(objs, "leased").lease(objs, ttl, rows)
 
-    def _owner_of(self, objs: MemoryBatch | list[MemoryObj], done: str) -> BlockAllocator:
-        if isinstance(objs, MemoryBatch):
-            is_buffer = isinstance(objs.allocator, BufferAllocator)
+    def _owner_of(self, objs: MemoryBatch | Sequence[MemoryObj], done: str) -> BlockAllocator:
+        if isinstance(objs, (MemoryBatch, BatchSlice)):
+            batch = objs.batch if isinstance(objs, BatchSlice) else objs
+            is_buffer = isinstance(batch.allocator, BufferAllocator)
         else:
             kinds = {isinstance(obj, BytesBufferMemoryObj) for obj in objs}
             if len(kinds) > 1:

@@ -21,6 +21,7 @@ from kvheap.addresses.address_manager import AddressManager
 from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.heap_stats import HeapStats
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.heap import Heap, await_filling
 from kvheap.blocks.ledger import require_one_owner
@@ -314,7 +315,7 @@ class TensorMemoryAllocator(Heap):
         """Copy the contents of blocks into ``out``, already checked by ``require_gatherable``."""
         segments = self._open_segments()
         await_filling(objs, segments.device)
-        if isinstance(objs, MemoryBatch):
+        if isinstance(objs, (MemoryBatch, BatchSlice)):
             segments.gather(objs.runs, out)
         else:
             segments.gather(np.array([obj.address for obj in objs], np.int64), out)
