@@ -39,11 +39,6 @@ class Heap(BlockAllocator):
 
     @property
     @abstractmethod
-    def device(self) -> torch.device:
-        """The device that the buffers are on."""
-
-    @property
-    @abstractmethod
     def debug(self) -> bool:
         """Whether freed bytes are poisoned, and arguments on a device are checked."""
 

@@ -10,7 +10,7 @@ from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 
-__all__ = ["Rows", "listed", "rows_of"]
+__all__ = ["Rows", "listed", "require_distinct", "rows_of"]
 
 
 class Rows:
@@ -44,6 +44,22 @@ def listed(objs: Iterable[MemoryObj]) -> Sequence[MemoryObj]:
         return list(objs)
     except TypeError:
         raise TypeError(f"expected a batch or a list of objects, got {objs!r}") from None
+
+
+def require_distinct(part: Rows) -> None:
+    """Raise if a block is named twice.
+
+    Raises:
+        ValueError: names it.
+    """
+    rows = part.rows
+    if rows is None or len(rows) < 2:
+        return
+    ordered = np.sort(rows)
+    repeated = ordered[1:] == ordered[:-1]
+    if repeated.any():
+        row = int(ordered[int(np.argmax(repeated))])
+        raise ValueError(f"{part.batch.describe(row)} is named twice: blocks to fill must differ")
 
 
 def rows_of(objs: Iterable[MemoryObj]) -> list[Rows]:

@@ -154,6 +154,10 @@ class Transfer:
         """Why the transfer failed, as far as is known; None if it has not failed."""
         return self._completion.error
 
+    def is_of(self, completion: Completion) -> bool:
+        """Whether this is the state of the transfer."""
+        return self._completion is completion
+
     def require_success(self) -> None:
         """Raise if the transfer is known to have failed. Does not wait.
 

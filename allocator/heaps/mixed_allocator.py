@@ -92,6 +92,28 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
         objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
         self._owner_of(objs, "freed").batched_free(objs, out)
 
+    def batched_read(
+        self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Read blocks, which must all belong to the same one of the two allocators.
+
+        Raises:
+            ForeignObjectError: the blocks belong to both, or to neither; nothing is read.
+        """
+        self.require_open()
+        objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
+        return self._owner_of(objs, "read").batched_read(objs, out)
+
+    def batched_write(self, objs: MemoryBatch | Iterable[MemoryObj], source: torch.Tensor) -> None:
+        """Fill blocks, which must all belong to the same one of the two allocators.
+
+        Raises:
+            ForeignObjectError: the blocks belong to both, or to neither; nothing is written.
+        """
+        self.require_open()
+        objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
+        self._owner_of(objs, "written").batched_write(objs, source)
+
     def lease(
         self,
         objs: MemoryBatch | Iterable[MemoryObj],
@@ -114,7 +136,8 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
             batch = objs.batch if isinstance(objs, BatchSlice) else objs
             is_buffer = isinstance(batch.allocator, BufferAllocator)
         else:
-            kinds = {isinstance(obj, BytesBufferMemoryObj) for obj in objs}
+            blocks = [obj for obj in objs if isinstance(obj, MemoryObj)]  # others are refused later
+            kinds = {isinstance(obj, BytesBufferMemoryObj) for obj in blocks}
             if len(kinds) > 1:
                 raise ForeignObjectError(
                     f"tensors and plain bytes cannot be {done} in the same call"
