@@ -27,6 +27,7 @@ from functools import lru_cache
 import torch
 
 from kvheap.addresses.arguments import require_count, require_flags
+from kvheap.addresses.integers import as_integer
 from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.heap import (
@@ -248,6 +249,7 @@ def batched_store(
     fmt: MemoryFormat | str | None = None,
     *,
     layers: range | None = None,
+    heads: slice | None = None,
     allow_partial: bool = False,
     convert: bool = False,
     stream: torch.cuda.Stream | None = None,
@@ -267,6 +269,9 @@ def batched_store(
             separate K and V, or with K and V of different size. Formats of one layer take that
             many chunks for each layer.
         layers: store only these layers; the chunks then hold no others.
+        heads: store only these of the cache's heads, a slice in steps of 1, such as those of one
+            tensor-parallel rank; the chunks then hold no others. A load into a cache with more
+            heads names them; one into a cache with just so many takes them as its own.
         allow_partial: if not all chunks fit, store only the first tokens, as many as fit.
         convert: store a cache of bfloat16 or float16, whose K and V have one size, as
             float8_e4m3fn, with float32 scales in a second group of each chunk (the first, if the
@@ -291,12 +296,13 @@ def batched_store(
     if layers is not None and not isinstance(layers, range):
         raise TypeError(f"layers must be a range, got {layers!r}")
     num_layers = cache.num_layers if layers is None else len(layers)
+    num_heads = cache.num_heads if heads is None else _count_heads(cache, heads)
     if fmt is None:
         fmt = MemoryFormat.KV_2LTD if cache.chunk_planes == 2 else MemoryFormat.KV_MLA_FMT
     fmt = as_format(fmt)
     if convert:
         _require_convertible(cache, fmt)
-    shape = chunk_shape(cache, fmt, chunk_tokens, num_layers)
+    shape = chunk_shape(cache, fmt, chunk_tokens, num_layers, num_heads)
     layout = ChunkLayout.of(dim_order_of(fmt), shape, cache.dtype.itemsize)
     num_tokens = count_tokens(slots, cache.block_size)
     num_chunks = layout.num_chunks(num_tokens, num_layers)
@@ -305,7 +311,7 @@ def batched_store(
     shapes: Shapes = shape
     dtypes: Dtypes = cache.dtype
     if convert:
-        scales = (layout.num_planes, layout.num_layers, cache.num_heads)
+        scales = (layout.num_planes, layout.num_layers, num_heads)
         shapes, dtypes = [shape, scales], [torch.float8_e4m3fn, torch.float32]
         if math.prod(shape) % torch.float32.itemsize:
             shapes, dtypes = shapes[::-1], dtypes[::-1]
@@ -316,7 +322,7 @@ def batched_store(
         batch.stored_tokens.set_first(0)
         if len(batch) < num_chunks:
             slots = first_tokens(slots, len(batch) * chunk_tokens, cache.block_size)
-        _store(route, cache, slots, batch, layers, None, convert)
+        _store(route, cache, slots, batch, layers, heads, convert)
     except BaseException:
         heap.batched_free(batch)
         raise
@@ -441,11 +447,22 @@ def dim_order_of(fmt: MemoryFormat) -> str:
 
 
 def chunk_shape(
-    cache: PagedKVCache, fmt: MemoryFormat, chunk_tokens: int, num_layers: int
+    cache: PagedKVCache,
+    fmt: MemoryFormat,
+    chunk_tokens: int,
+    num_layers: int,
+    num_heads: int | None = None,
 ) -> tuple[int, ...]:
     """The shape of a chunk of ``chunk_tokens`` tokens of a cache.
 
     Chunks of KV_PHL2TD have one group of heads here; allocate others by their own shape.
+
+    Args:
+        cache: the engine's cache.
+        fmt: the format of the chunks.
+        chunk_tokens: tokens per chunk.
+        num_layers: layers of the cache that a chunk is to hold; no influence on formats of one.
+        num_heads: heads of the cache that it is to hold; None: all.
 
     Raises:
         ValueError: ``chunk_tokens`` is not positive, the format cannot hold this cache's KV, or a
@@ -454,7 +471,8 @@ def chunk_shape(
     order = dim_order_of(fmt)
     chunk_tokens = require_count("chunk_tokens", chunk_tokens, at_least=1)
     planes = _chunk_planes(fmt)
-    row_bytes = sum(plane.row_bytes for plane in cache.planes) * cache.num_heads
+    num_heads = cache.num_heads if num_heads is None else num_heads
+    row_bytes = sum(plane.row_bytes for plane in cache.planes) * num_heads
     if planes == 2 and not cache.is_key_value:
         raise ValueError(f"{fmt.name} holds K and V planes; {cache.layout.name} has none")
     if planes > cache.chunk_planes:
@@ -462,7 +480,7 @@ def chunk_shape(
             f"{fmt.name} holds K and V of one size, but this cache has planes of "
             f"{[plane.row_bytes for plane in cache.planes]} bytes a head: use KV_MLA_FMT"
         )
-    heads = cache.num_heads if fmt is MemoryFormat.KV_2PHTLD else 1
+    heads = num_heads if fmt is MemoryFormat.KV_2PHTLD else 1
     pages, left = divmod(chunk_tokens, cache.block_size)
     if "G" in order and left:
         raise ValueError(f"{chunk_tokens} tokens are not whole pages of {cache.block_size} tokens")
@@ -471,6 +489,30 @@ def chunk_shape(
     if "G" in order:
         sizes["T"] = cache.block_size
     return tuple(sizes[letter] for letter in order)
+
+
+def _count_heads(cache: PagedKVCache, heads: slice) -> int:
+    """How many heads of a cache are chosen.
+
+    Raises:
+        TypeError: ``heads`` is not a slice of integers.
+        ValueError: it leaves the cache's heads, is empty, or has another step than 1.
+    """
+    if not isinstance(heads, slice):
+        raise TypeError(f"heads must be a slice, got {heads!r}")
+    for bound in (heads.start, heads.stop, heads.step):
+        if bound is not None:
+            as_integer("a bound of heads", bound)
+    most = cache.num_heads
+    begin, end, step = heads.indices(most)
+    leaves = any(
+        bound is not None and not -most <= bound <= most for bound in (heads.start, heads.stop)
+    )
+    if step != 1 or end <= begin or leaves:
+        raise ValueError(
+            f"heads must be a slice of the cache's {most} heads in steps of 1, got {heads}"
+        )
+    return end - begin
 
 
 def _require_convertible(cache: PagedKVCache, fmt: MemoryFormat) -> None:

@@ -98,10 +98,8 @@ def _only_layout(name: str, tensor: torch.Tensor, parts: Sequence[Rows]) -> Bloc
     """
     if not parts:
         require_tensor(name, tensor)
-        if not tensor.dim() or len(tensor):
-            raise ValueError(
-                f"{name} must have no rows, since there are no blocks, got {tuple(tensor.shape)}"
-            )
+        if len(tensor):
+            raise ValueError(f"{name} has {len(tensor)} rows, but there are no blocks")
         return None
     layout = parts[0].batch.layout
     for part in parts:
