@@ -5,11 +5,11 @@ Created by ``kvheap.transfer.copy``, ``offload``, ``restore`` and ``foreign_tran
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvheap.device.awaiting import until
 from kvheap.device.captures import DeferredEvent
 from kvheap.device.completion import Answer, Completion
 from kvheap.device.copy_device import CopyDevice
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "Transfer"]
 
-FIRST_POLL_S, LAST_POLL_S = 50e-6, 2e-3
-"""Seconds between two polls of an awaited transfer: the first, doubling up to the last."""
-
 
 @untraced_class
 class Part:
-    """One part of a transfer. Parts end in order, and each reports only on itself."""
+    """One part of a transfer. Parts end in order, and each reports only on itself.
+
+    Wait for it with ``wait``, ``wait_stream`` or ``await``.
+    """
 
     __slots__ = ("_completion", "_device", "_event", "_index")
 
@@ -77,6 +77,14 @@ class Part:
                 event = event.recorded()
             device.wait_event(device.current_stream() if stream is None else stream, event)
 
+    def __await__(self) -> Generator[Any, None, None]:
+        """Wait until the part's bytes have arrived; other tasks run meanwhile.
+
+        Raises:
+            TransferError: they will never arrive.
+        """
+        return until(self.done).__await__()
+
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         completion = self._completion
         if completion.is_lost:  # its event may never come to pass
@@ -95,8 +103,9 @@ class Part:
 class Transfer:
     """A copy in progress. Created by ``copy``, ``offload``, ``restore`` and ``foreign_transfer``.
 
-    Use it as a context manager, or await it: both wait for the copy and raise its error. Dropping
-    it changes nothing: the copy continues, and its bytes stay protected.
+    Use it in ``with`` or ``async with``, or await it: all wait for the copy and raise its error.
+    Dropping it changes nothing, and neither does cancelling a task that awaits it: the copy
+    continues, its bytes stay protected, and it can be awaited again.
 
     Attributes:
         path: the path that was taken: ``kernel``, ``copy_engine``, ``staged`` or ``host``; of a
@@ -104,8 +113,8 @@ class Transfer:
         direction: ``h2d``, ``d2h``, ``d2d``, ``p2p`` or ``h2h``; or ``foreign``.
         num_bytes: bytes to copy.
         num_runs: number of runs to copy, after merging neighbouring pieces.
-        parts: the parts, which end in order, each with ``done``, ``wait`` and ``wait_stream``;
-            empty if the transfer failed before its first part, and in a graph capture.
+        parts: the parts, which end in order, each with ``done``, ``wait``, ``wait_stream`` and
+            ``await``; empty if the transfer failed before its first part, and in a graph capture.
         is_captured: whether the copy was captured in a CUDA graph.
     """
 
@@ -255,14 +264,31 @@ class Transfer:
             self.result()
 
     def __await__(self) -> Generator[Any, None, None]:
+        """As :meth:`result`, while other tasks run."""
         return self._ended().__await__()
 
     async def _ended(self) -> None:
-        pause_s = FIRST_POLL_S
-        while not self.done():
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, LAST_POLL_S)
+        await until(self.done)
         self.result()
+
+    async def __aenter__(self) -> Transfer:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Wait for the copy, also after an exception, and raise its error if there was none.
+
+        A cancellation ends this wait, but not the copy.
+        """
+        if self.is_captured:
+            return
+        await until(self.done)
+        if error is None:
+            self.result()
 
     def __repr__(self) -> str:
         """Direction, path, bytes, runs and state."""

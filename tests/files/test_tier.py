@@ -185,6 +185,12 @@ class TestStoreAndLoad:
             assert not wrong_rows(NAMES[:2], loading.batch)
             with pytest.raises(MissingChunksError):
                 await tier.load(NAMES[:3], heap)  # type: ignore[misc]
+            with pytest.raises(MissingChunksError):
+                async with tier.load(NAMES[:3], heap):  # type: ignore[union-attr]
+                    pass
+            async with tier.load(NAMES[:2], heap) as again:  # type: ignore[union-attr]
+                pass
+            assert again.done()
 
         asyncio.run(both())
         with tier.store(NAMES[2:4], fill(heap, NAMES[2:4])) as storing:
