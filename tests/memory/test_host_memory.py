@@ -147,7 +147,7 @@ class TestShared:
 
     def test_a_file_that_is_too_small(self) -> None:
         buffer = HostBuffer.shared(PAGE)
-        with pytest.raises(ValueError, match="greater than file size"):
+        with pytest.raises(ValueError, match="the file has 4096 bytes, fewer than the 4097 "):
             HostBuffer(PAGE + 1, fd=buffer.fd)
 
     def test_a_file_that_cannot_be_written(self, tmp_path: Path) -> None:
