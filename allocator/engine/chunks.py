@@ -21,13 +21,11 @@ True
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
 
-from kvheap.addresses.arguments import require_count, require_flags
-from kvheap.addresses.integers import as_integer
+from kvheap.addresses.arguments import require_flags
 from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.heap import (
@@ -40,7 +38,6 @@ from kvheap.blocks.heap import (
 )
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.memory_format import MemoryFormat
-from kvheap.blocks.names import as_format
 from kvheap.blocks.rows import listed
 from kvheap.device.directions import Path
 from kvheap.device.transfer import Transfer
@@ -54,17 +51,17 @@ from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.block_addresses import require_disjoint
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.chunk_layout import ChunkLayout
+from kvheap.kernels.chunk_shape import require_convertible_to
 from kvheap.kernels.paged_copy import Chunks
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
-from kvheap.kernels.token_copy import CONVERTIBLE, TokenCopy
+from kvheap.kernels.token_copy import TokenCopy
 from kvheap.kernels.untraced import untraced
 
 __all__ = [
     "batched_evict",
     "batched_load",
     "batched_store",
-    "chunk_shape",
     "dim_order_of",
     "load",
     "require_cache",
@@ -293,35 +290,22 @@ def batched_store(
     require_flags(allow_partial=allow_partial, convert=convert)
     heap.require_open()
     route = Route(cache, heap, stream, path, max_sms, is_new=True)
-    if layers is not None and not isinstance(layers, range):
-        raise TypeError(f"layers must be a range, got {layers!r}")
-    num_layers = cache.num_layers if layers is None else len(layers)
-    num_heads = cache.num_heads if heads is None else _count_heads(cache, heads)
-    if fmt is None:
-        fmt = MemoryFormat.KV_2LTD if cache.chunk_planes == 2 else MemoryFormat.KV_MLA_FMT
-    fmt = as_format(fmt)
-    if convert:
-        _require_convertible(cache, fmt)
-    shape = chunk_shape(cache, fmt, chunk_tokens, num_layers, num_heads)
-    layout = ChunkLayout.of(dim_order_of(fmt), shape, cache.dtype.itemsize)
-    num_tokens = count_tokens(slots, cache.block_size)
-    num_chunks = layout.num_chunks(num_tokens, num_layers)
-    if allow_partial and layout.is_per_layer:
-        raise ValueError(f"{fmt.name} has chunks per layer: allow_partial is not supported")
-    shapes: Shapes = shape
-    dtypes: Dtypes = cache.dtype
-    if convert:
-        scales = (layout.num_planes, layout.num_layers, num_heads)
-        shapes, dtypes = [shape, scales], [torch.float8_e4m3fn, torch.float32]
-        if math.prod(shape) % torch.float32.itemsize:
-            shapes, dtypes = shapes[::-1], dtypes[::-1]
-    batch = heap.batched_allocate(shapes, dtypes, num_chunks, fmt, allow_partial=allow_partial)
+    chunk = cache.chunk_layout(chunk_tokens, fmt, layers=layers, heads=heads, convert=convert)
+    num_chunks = chunk.num_chunks(count_tokens(slots, cache.block_size))
+    if allow_partial and chunk.layout.is_per_layer:
+        raise ValueError(f"{chunk.fmt} has chunks per layer: allow_partial is not supported")
+    is_one = len(chunk.shapes) == 1
+    shapes: Shapes = chunk.shape if is_one else chunk.shapes
+    dtypes: Dtypes = chunk.dtype if is_one else chunk.dtypes
+    batch = heap.batched_allocate(
+        shapes, dtypes, num_chunks, chunk.fmt, allow_partial=allow_partial
+    )
     if batch is None:
         return None
     try:
         batch.stored_tokens.set_first(0)
         if len(batch) < num_chunks:
-            slots = first_tokens(slots, len(batch) * chunk_tokens, cache.block_size)
+            slots = first_tokens(slots, len(batch) * chunk.num_tokens, cache.block_size)
         _store(route, cache, slots, batch, layers, heads, convert)
     except BaseException:
         heap.batched_free(batch)
@@ -446,104 +430,6 @@ def dim_order_of(fmt: MemoryFormat) -> str:
     return fmt.dim_order
 
 
-def chunk_shape(
-    cache: PagedKVCache,
-    fmt: MemoryFormat,
-    chunk_tokens: int,
-    num_layers: int,
-    num_heads: int | None = None,
-) -> tuple[int, ...]:
-    """The shape of a chunk of ``chunk_tokens`` tokens of a cache.
-
-    Chunks of KV_PHL2TD have one group of heads here; allocate others by their own shape.
-
-    Args:
-        cache: the engine's cache.
-        fmt: the format of the chunks.
-        chunk_tokens: tokens per chunk.
-        num_layers: layers of the cache that a chunk is to hold; no influence on formats of one.
-        num_heads: heads of the cache that it is to hold; None: all.
-
-    Raises:
-        ValueError: ``chunk_tokens`` is not positive, the format cannot hold this cache's KV, or a
-            chunk of pages would not be a whole number of the cache's blocks.
-    """
-    order = dim_order_of(fmt)
-    chunk_tokens = require_count("chunk_tokens", chunk_tokens, at_least=1)
-    planes = _chunk_planes(fmt)
-    num_heads = cache.num_heads if num_heads is None else num_heads
-    row_bytes = sum(plane.row_bytes for plane in cache.planes) * num_heads
-    if planes == 2 and not cache.is_key_value:
-        raise ValueError(f"{fmt.name} holds K and V planes; {cache.layout.name} has none")
-    if planes > cache.chunk_planes:
-        raise ValueError(
-            f"{fmt.name} holds K and V of one size, but this cache has planes of "
-            f"{[plane.row_bytes for plane in cache.planes]} bytes a head: use KV_MLA_FMT"
-        )
-    heads = num_heads if fmt is MemoryFormat.KV_2PHTLD else 1
-    pages, left = divmod(chunk_tokens, cache.block_size)
-    if "G" in order and left:
-        raise ValueError(f"{chunk_tokens} tokens are not whole pages of {cache.block_size} tokens")
-    sizes = {"P": planes, "L": num_layers, "T": chunk_tokens, "G": pages, "J": heads}
-    sizes |= {"D": row_bytes // planes // heads // cache.dtype.itemsize}
-    if "G" in order:
-        sizes["T"] = cache.block_size
-    return tuple(sizes[letter] for letter in order)
-
-
-def _count_heads(cache: PagedKVCache, heads: slice) -> int:
-    """How many heads of a cache are chosen.
-
-    Raises:
-        TypeError: ``heads`` is not a slice of integers.
-        ValueError: it leaves the cache's heads, is empty, or has another step than 1.
-    """
-    if not isinstance(heads, slice):
-        raise TypeError(f"heads must be a slice, got {heads!r}")
-    for bound in (heads.start, heads.stop, heads.step):
-        if bound is not None:
-            as_integer("a bound of heads", bound)
-    most = cache.num_heads
-    begin, end, step = heads.indices(most)
-    leaves = any(
-        bound is not None and not -most <= bound <= most for bound in (heads.start, heads.stop)
-    )
-    if step != 1 or end <= begin or leaves:
-        raise ValueError(
-            f"heads must be a slice of the cache's {most} heads in steps of 1, got {heads}"
-        )
-    return end - begin
-
-
-def _require_convertible(cache: PagedKVCache, fmt: MemoryFormat) -> None:
-    """Raise if KV of a cache cannot be converted to chunks of a format.
-
-    Raises:
-        ValueError: says what a conversion needs.
-    """
-    if cache.layout.whole_blocks:
-        raise ValueError(
-            f"convert=True needs rows of single tokens, and {cache.layout.name} holds no rows that "
-            f"could be converted"
-        )
-    if cache.dtype not in CONVERTIBLE:
-        raise ValueError(
-            f"convert=True needs a cache of bfloat16 or float16: only these can be converted, got "
-            f"{cache.dtype}"
-        )
-    planes = _chunk_planes(fmt)
-    if cache.num_planes != planes:
-        raise ValueError(
-            f"convert=True needs a plane of the chunk for each of the cache's, such as K and V of "
-            f"one size in KV_2LTD: {cache.layout.name} has planes of "
-            f"{[plane.row_bytes for plane in cache.planes]} bytes a head, {fmt.name} has {planes}"
-        )
-
-
-def _chunk_planes(fmt: MemoryFormat) -> int:
-    return 2 if "P" in dim_order_of(fmt) and fmt is not MemoryFormat.KV_MLA_FMT else 1
-
-
 def _chunks(
     heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool, route: Route
 ) -> Chunks:
@@ -551,7 +437,7 @@ def _chunks(
     require_flags(convert=convert)
     layout, addresses = layout_and_addresses(objs)
     if convert:
-        _require_convertible(cache, layout.fmt)
+        require_convertible_to(cache, layout.fmt.name)
     if not route.is_ordered:
         await_filling(objs, heap.device)
     absolute, alignment = heap.absolute(addresses)

@@ -208,8 +208,8 @@ class HostBuffer:
         return self._registrations.num_bytes
 
     def __repr__(self) -> str:
-        """Address, size and what is pinned."""
-        state = "closed" if self.closed else f"at {self._data_ptr:#x}"
+        """Size, whether it is shared, and what is pinned."""
+        state = "closed" if self.closed else "private" if self._fd is None else "shared"
         return f"HostBuffer({self._size_bytes} bytes, {state}, {self.pinned_bytes} bytes pinned)"
 
     def populate(self, start: int, end: int, threads: int | None = None) -> None:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from kvheap.blocks.heap import Heap
     from kvheap.device.directions import Path
+    from kvheap.kernels.chunk_shape import ChunkShape
     from kvheap.kernels.paged_layout import PagedKVCache
     from kvheap.kernels.paged_slots import Slots
 
@@ -111,7 +112,7 @@ class PrefixStore(Generic[K]):
 
     Args:
         heap: where the chunks live.
-        layout: what each chunk holds.
+        layout: what each chunk holds: a ``BlockLayout``, or ``cache.chunk_layout(...)``.
         policy: the order of eviction, a new object; None: ``LRU()``. See
             :mod:`kvheap.prefix.policies`.
 
@@ -120,7 +121,10 @@ class PrefixStore(Generic[K]):
     """
 
     def __init__(
-        self, heap: ChunkHeap, layout: BlockLayout, policy: EvictionPolicy | None = None
+        self,
+        heap: ChunkHeap,
+        layout: BlockLayout | ChunkShape,
+        policy: EvictionPolicy | None = None,
     ) -> None:
         self._index: PrefixIndex[K, MemoryObj] = PrefixIndex(policy, name="PrefixStore")
         self._space = ChunkSpace(heap, layout, self._index)
