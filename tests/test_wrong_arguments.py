@@ -211,7 +211,7 @@ CALLS: dict[str, Call] = {
     ),
     "HostBuffer": call(
         lambda s: HostBuffer,
-        lambda s: {"size_bytes": 1, "align_bytes": 4096, "numa_node": None, "fd": None},
+        lambda s: {"size": 1, "align_bytes": 4096, "numa_node": None, "fd": None},
     ),
     "HostBuffer.populate": call(
         lambda s: s.buffer.populate, lambda s: {"start": 0, "end": 4096, "threads": 1}

@@ -5,6 +5,7 @@ Created by ``kvheap.transfer.copy``, ``offload``, ``restore`` and ``foreign_tran
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from kvheap.device.captures import DeferredEvent
 from kvheap.device.completion import Answer, Completion
 from kvheap.device.copy_device import CopyDevice
 from kvheap.device.directions import Direction
-from kvheap.device.events import DeviceEvent, ReportingEvent
+from kvheap.device.events import POLL_SECONDS, DeviceEvent, ReportingEvent
 from kvheap.errors import TransferError
 from kvheap.kernels.untraced import untraced_class
 
@@ -51,14 +52,32 @@ class Part:
             return True
         return self._ask(self._event.query)
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float | None = None) -> bool:
         """Wait on the host until the part's bytes have arrived.
+
+        Args:
+            timeout_s: maximum seconds to wait; None: no limit.
+
+        Returns:
+            Whether they have.
 
         Raises:
             TransferError: they will never arrive.
+            ValueError: ``timeout_s`` is not a number.
         """
-        if not self._completion.is_done:
+        if self._completion.is_done:
+            return True
+        if timeout_s is None:
             self._ask(self._event.synchronize)
+            return True
+        if timeout_s != timeout_s:
+            raise ValueError(f"timeout_s must be a number of seconds, got {timeout_s}")
+        deadline = time.monotonic() + timeout_s
+        while not self.done():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
 
     def wait_stream(self, stream: torch.cuda.Stream | None) -> None:
         """Make further work on ``stream`` (None: the current one) wait for the part.

@@ -56,6 +56,7 @@ from kvheap.forks import starts_over_after_fork
 from kvheap.kernels.chunk_shape import ChunkShape
 from kvheap.prefix.keys import require_key_list, require_keys
 from kvheap.prefix.orders import ORDERS
+from kvheap.renamed import renamed
 
 __all__ = ["FileTier"]
 
@@ -101,7 +102,7 @@ class FileTier:
         layout: what a chunk holds: a ``BlockLayout``, or ``cache.chunk_layout(...)``.
         namespace: whose KV it is: name the model, its weights, and the rank in a group of workers.
             A folder with chunks of another namespace or layout is refused.
-        order: which chunks leave a full tier first: ``lru``, ``arc``, ``s3fifo`` or ``adaptive``.
+        policy: which chunks leave a full tier first: ``lru``, ``arc``, ``s3fifo`` or ``adaptive``.
         threads: threads for loads, and as many for stores.
         direct: move aligned blocks past the page cache (``O_DIRECT``) if the file system can do
             that; ``stats().is_direct`` tells.
@@ -115,6 +116,7 @@ class FileTier:
         OSError: the folder cannot be used.
     """
 
+    @renamed(order="policy")
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -122,7 +124,7 @@ class FileTier:
         layout: BlockLayout | ChunkShape,
         *,
         namespace: str,
-        order: str = "lru",
+        policy: str = "lru",
         threads: int = 4,
         direct: bool = True,
         durable: bool = False,
@@ -139,8 +141,8 @@ class FileTier:
             raise TypeError(f"namespace must be a text, got {namespace!r}")
         if not namespace:
             raise ValueError("namespace must name the model, its weights and the rank, got ''")
-        if not isinstance(order, str) or order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+        if not isinstance(policy, str) or policy not in ORDERS:
+            raise ValueError(f"policy must be one of {', '.join(ORDERS)}, got {policy!r}")
         place_bytes = round_up(layout.size_bytes, PLACE_ALIGN_BYTES)
         num_places = size // place_bytes
         if not num_places:
@@ -167,7 +169,7 @@ class FileTier:
                 num_places,
                 layout.size_bytes,
                 place_bytes,
-                ORDERS[order](num_places * place_bytes),
+                ORDERS[policy](num_places * place_bytes),
                 direct=direct,
                 is_durable=durable,
             )

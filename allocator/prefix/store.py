@@ -44,6 +44,7 @@ from kvheap.prefix.keys import as_key_error, require_key_list, require_keys
 from kvheap.prefix.policies.base import EvictionPolicy
 from kvheap.prefix.sources import engine_chunk_tokens, require_blocks, require_slots
 from kvheap.prefix.space import ChunkHeap, ChunkSpace
+from kvheap.renamed import renamed
 from kvheap.transfer.moves import offload, require_movable
 
 if TYPE_CHECKING:
@@ -113,8 +114,8 @@ class PrefixStore(Generic[K]):
     Args:
         heap: where the chunks live.
         layout: what each chunk holds: a ``BlockLayout``, or ``cache.chunk_layout(...)``.
-        policy: the order of eviction, a new object; None: ``LRU()``. See
-            :mod:`kvheap.prefix.policies`.
+        policy: the order of eviction, a new object or the name of one (``POLICIES``); None:
+            ``LRU()``. See :mod:`kvheap.prefix.policies`.
 
     Raises:
         ValueError: the policy was given to another index or store.
@@ -124,7 +125,7 @@ class PrefixStore(Generic[K]):
         self,
         heap: ChunkHeap,
         layout: BlockLayout | ChunkShape,
-        policy: EvictionPolicy | None = None,
+        policy: EvictionPolicy | str | None = None,
     ) -> None:
         self._index: PrefixIndex[K, MemoryObj] = PrefixIndex(policy, name="PrefixStore")
         self._space = ChunkSpace(heap, layout, self._index)
@@ -329,10 +330,11 @@ class PrefixStore(Generic[K]):
             raise
         return flight
 
+    @renamed(blocks="batch")
     def offload(
         self,
         keys: Sequence[K],
-        blocks: BlockObjects,
+        batch: BlockObjects,
         stream: torch.cuda.Stream | None = None,
         *,
         free: bool = False,
@@ -343,7 +345,8 @@ class PrefixStore(Generic[K]):
 
         Args:
             keys: N keys, the head of the prefix first, none of them ready or pending.
-            blocks: N blocks of another heap, of this store's layout.
+            batch: N blocks of another heap, of this store's layout: a batch, a slice of one, or
+                objects.
             stream: as for :func:`kvheap.offload`.
             free: as for :func:`kvheap.offload`.
             path: as for :func:`kvheap.offload`.
@@ -366,12 +369,10 @@ class PrefixStore(Generic[K]):
                 sys._getframe(),
                 keys,
                 lambda moved: offload(
-                    blocks, into, stream, free=free, path=path, max_sms=max_sms, moved=moved
+                    batch, into, stream, free=free, path=path, max_sms=max_sms, moved=moved
                 ),
-                lambda: require_blocks(self.layout, len(keys), blocks),
-                lambda: require_movable(
-                    blocks, into, stream, free=free, path=path, max_sms=max_sms
-                ),
+                lambda: require_blocks(self.layout, len(keys), batch),
+                lambda: require_movable(batch, into, stream, free=free, path=path, max_sms=max_sms),
             )
             self._space.books.unclaimed, self._space.turn.state = None, {}  # see hold
         except BaseException:

@@ -107,7 +107,7 @@ def test_stores_and_tiers_take_it(tmp_path: Path) -> None:
     prefixes: PrefixStore[str] = PrefixStore(heap, chunk)
     assert prefixes.layout == BlockLayout.of_chunk(chunk)
     prefixes.store_from_engine(["a", "b"], cache, range(64))
-    with pytest.raises(TypeError, match=r"layout must be a BlockLayout, got .*pass cache\.chunk_layout\(\)"):
+    with pytest.raises(TypeError, match=r"must be a BlockLayout, got .*cache\.chunk_layout"):
         PrefixStore(heap, chunk.layout)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must be a ChunkShape"):
         BlockLayout.of_chunk(prefixes.layout)  # type: ignore[arg-type]
