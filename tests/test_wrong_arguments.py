@@ -379,7 +379,7 @@ CALLS: dict[str, Call] = {
     ),
     "PrefixStore.offload": call(
         lambda s: s.index.offload,
-        lambda s: {"keys": ["a", "b"], "blocks": s.batch, "free": False, "max_sms": None},
+        lambda s: {"keys": ["a", "b"], "batch": s.batch, "free": False, "max_sms": None},
         ("keys", "list"),
         ("keys", "text"),
     ),

@@ -29,9 +29,9 @@ def require_blocks(layout: BlockLayout, num_chunks: int, blocks: BlockObjects) -
         ForeignObjectError: the blocks are of several heaps.
     """
     if not isinstance(blocks, Sequence):
-        raise TypeError(f"blocks must be a MemoryBatch or a list of its objects, got {blocks!r}")
+        raise TypeError(f"batch must be a MemoryBatch or a list of its objects, got {blocks!r}")
     if len(blocks) != num_chunks:
-        raise ValueError(f"{num_chunks} keys need as many blocks, got {len(blocks)}")
+        raise ValueError(f"{num_chunks} keys need as many blocks, got {len(blocks)} in batch")
     if num_chunks:
         found, _ = layout_and_addresses(blocks)
         if found != layout:
