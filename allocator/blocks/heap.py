@@ -160,7 +160,8 @@ def layout_and_addresses(objs: BlockObjects) -> tuple[BlockLayout, Int64Array]:
         return objs.layout, objs.addresses
     if isinstance(objs, BatchSlice):
         batch = objs.batch
-        batch.counts.require_live(objs.rows, batch)
+        if not batch.counts.all_live():
+            batch.counts.require_live(objs.rows, batch)
         return batch.layout, objs.addresses
     _require_objects(objs)
     first = objs[0].batch
