@@ -19,7 +19,14 @@ from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.engine_layouts import KVLayout
 from kvheap.kernels.engine_planes import Plane
 
-__all__ = ["CHUNK_ORDERS", "CONVERTIBLE", "ChunkShape", "chunk_shape", "require_convertible_to"]
+__all__ = [
+    "CHUNK_ORDERS",
+    "CONVERTIBLE",
+    "ChunkShape",
+    "NamedFormat",
+    "chunk_shape",
+    "require_convertible_to",
+]
 
 CHUNK_ORDERS: Mapping[str, str] = MappingProxyType(
     {
@@ -41,6 +48,15 @@ CONVERTIBLE = (torch.bfloat16, torch.float16)
 """Dtypes that can be converted to float8_e4m3fn with scales."""
 
 SCALE_BYTES = 4
+
+
+class NamedFormat(Protocol):
+    """A format, such as a ``MemoryFormat``."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
 
 
 class ChunkedCache(Protocol):
@@ -152,7 +168,7 @@ class ChunkShape:
 def chunk_shape(
     cache: ChunkedCache,
     chunk_tokens: int,
-    fmt: Any = None,
+    fmt: NamedFormat | str | None = None,
     layers: range | None = None,
     heads: slice | None = None,
     convert: bool = False,

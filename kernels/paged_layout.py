@@ -16,7 +16,7 @@ import torch
 from kvheap.kernels.arguments import as_whole
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
 from kvheap.kernels.capture_mode import Relaxed
-from kvheap.kernels.chunk_shape import ChunkShape, chunk_shape
+from kvheap.kernels.chunk_shape import ChunkShape, NamedFormat, chunk_shape
 from kvheap.kernels.engine_layouts import (
     INDEXER_BYTES,
     LAYOUTS,
@@ -242,7 +242,7 @@ class PagedKVCache:
     def chunk_layout(
         self,
         chunk_tokens: int = 256,
-        fmt: Any = None,
+        fmt: NamedFormat | str | None = None,
         *,
         layers: range | None = None,
         heads: slice | None = None,
