@@ -359,3 +359,25 @@ class TestProcesses:
             assert owner.batched_read(batch).sum(1).tolist() == [4, 0, 0]
             with pytest.raises(ForeignObjectError):
                 owner.batched_read(view, torch.zeros(3, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_behind_a_transfer_and_from_the_host() -> None:
+    near = GPUMemoryAllocator(64 << 20)
+    rows = torch.randn(1000, 60, 4)
+    batch = near.batched_allocate([60, 4], torch.float32, 1000)
+    assert batch is not None
+    for source in (rows, rows.cuda()):
+        near.batched_write(batch, torch.zeros_like(rows))
+        near.batched_write(batch, source)
+        for objs, which in ((batch, slice(None)), (batch[7:900:3], slice(7, 900, 3))):
+            assert torch.equal(near.batched_read(objs).cpu(), rows[which])
+        assert torch.equal(near.batched_read([batch[5], batch[3]]).cpu(), rows[[5, 3]])
+    far = PinMemoryAllocator(64 << 20)
+    away = offload(batch, into=far)
+    near.batched_write(batch, torch.zeros_like(rows))  # waits for the copy that reads
+    assert away is not None
+    assert torch.equal(far.batched_read(away), rows)
+    with pytest.raises(ValueError, match="out must be on cuda"):
+        near.batched_read(batch, torch.empty_like(rows))
