@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvheap.addresses.block_runs import MemorySegment as MemorySegment
     from kvheap.addresses.heap_stats import HeapStats as HeapStats
     from kvheap.blocks.batch_lease import BatchLease as BatchLease
+    from kvheap.blocks.batch_slice import BatchSlice as BatchSlice
     from kvheap.blocks.block_layout import BlockLayout as BlockLayout
     from kvheap.blocks.lease import Lease as Lease
     from kvheap.blocks.memory_allocator import HeapOptions as HeapOptions
@@ -82,6 +83,7 @@ _MODULE_OF = {
     "AddressManager": "addresses.address_manager",
     "AllocatorStats": "heaps.tensor_allocator",
     "BatchLease": "blocks.batch_lease",
+    "BatchSlice": "blocks.batch_slice",
     "BlockIds": "kernels.paged_slots",
     "BlockInUseError": "errors",
     "BlockRuns": "addresses.block_runs",

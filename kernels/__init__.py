@@ -8,6 +8,7 @@ cache. Pieces anywhere in memory are copied by a GPU's multiprocessors (``pointe
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, move_blocks, scatter_blocks
 from kvheap.kernels.bulk_copy import BulkCopy
 from kvheap.kernels.chunk_layout import ChunkLayout
+from kvheap.kernels.chunk_shape import ChunkShape
 from kvheap.kernels.host_copy import copy_on_host
 from kvheap.kernels.paged_copy import Chunks, load_tokens, store_tokens
 from kvheap.kernels.paged_layout import LAYOUTS, LayoutError, PagedKVCache
@@ -20,6 +21,7 @@ __all__ = [
     "BlockIds",
     "BulkCopy",
     "ChunkLayout",
+    "ChunkShape",
     "Chunks",
     "LayoutError",
     "PagedKVCache",

@@ -16,6 +16,7 @@ import torch
 from kvheap.kernels.arguments import as_whole
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
 from kvheap.kernels.capture_mode import Relaxed
+from kvheap.kernels.chunk_shape import ChunkShape, NamedFormat, chunk_shape
 from kvheap.kernels.engine_layouts import (
     INDEXER_BYTES,
     LAYOUTS,
@@ -47,7 +48,8 @@ __all__ = [
 class PagedKVCache:
     """The KV cache of an engine, as addresses and strides. Keeps its tensors alive.
 
-    Made by :meth:`of` or :meth:`detect`.
+    Made by :meth:`of`, :meth:`of_transformers` or :meth:`detect`. :meth:`chunk_layout` tells what
+    a chunk of it is.
 
     Attributes:
         layout: the engine layout of the tensors.
@@ -237,6 +239,38 @@ class PagedKVCache:
                 readings.add(layout, cache, cache)
         return readings.only(cls.addresses_like)
 
+    def chunk_layout(
+        self,
+        chunk_tokens: int = 256,
+        fmt: NamedFormat | str | None = None,
+        *,
+        layers: range | None = None,
+        heads: slice | None = None,
+        convert: bool = False,
+    ) -> ChunkShape:
+        """What a chunk of this cache is, as ``heap.batched_store`` allocates it.
+
+        Args:
+            chunk_tokens: tokens of a chunk.
+            fmt: its ``MemoryFormat``, or the name of one; None: KV_2LTD, or KV_MLA_FMT for caches
+                without separate K and V, or with K and V of different size.
+            layers: of these layers only.
+            heads: of these heads only.
+            convert: with elements of float8_e4m3fn and their scales.
+
+        Raises:
+            ValueError: ``chunk_tokens`` is not positive, the cache has no such layers or heads, the
+                format is none for tokens or cannot hold this cache's KV, a chunk of pages would not
+                be whole blocks, or the KV cannot be converted.
+            TypeError: an argument has a wrong type.
+
+        >>> tensors = [torch.zeros(2, 8, 16, 4, 64, dtype=torch.float16) for _ in range(3)]
+        >>> chunk = PagedKVCache.of("vllm-flash-nhd", tensors).chunk_layout(32)
+        >>> chunk.shape, chunk.fmt, chunk.size_bytes, chunk.num_chunks(100)
+        ((2, 3, 32, 256), 'KV_2LTD', 98304, 4)
+        """
+        return chunk_shape(self, chunk_tokens, fmt, layers, heads, convert)
+
     @property
     def num_layers(self) -> int:
         """Layers L."""
@@ -320,6 +354,15 @@ class PagedKVCache:
         raise ValueError(
             f"token {token} of a copy had slot or block {place}: the cache has "
             f"{self.num_blocks} blocks of {self.block_size}"
+        )
+
+    def __repr__(self) -> str:
+        """The engine layout, layers, blocks, heads, dtype, device and bytes."""
+        planes = "" if self.num_planes == 1 else f" in {self.num_planes} planes"
+        return (
+            f"PagedKVCache({self.layout.name}: {self.num_layers} layers, {self.num_blocks} blocks "
+            f"of {self.block_size} slots, {self.num_heads} heads of {self.head_dim}{planes}, "
+            f"{self.dtype} on {self.device}, {self.num_slots * self.token_bytes} bytes)"
         )
 
     def addresses_like(self, other: PagedKVCache) -> bool:

@@ -10,16 +10,14 @@ import torch
 
 from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.chunk_layout import ChunkLayout
+from kvheap.kernels.chunk_shape import CONVERTIBLE
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import Pairing, pairing_of
 from kvheap.kernels.paged_slots import Places, Slots
 from kvheap.kernels.uploads import Words
 from kvheap.kernels.whole_blocks import blocks_of_cache, ids_of_whole_blocks
 
-__all__ = ["CONVERTIBLE", "Chunks", "TokenCopy", "require_convertible"]
-
-CONVERTIBLE = (torch.bfloat16, torch.float16)
-"""The dtypes of caches whose KV can be converted to fp8."""
+__all__ = ["Chunks", "TokenCopy", "require_convertible"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +47,13 @@ class Chunks:
     scale_offset: int | None = None
     data_offset: int = 0
     are_reachable: bool = False
+
+    def __repr__(self) -> str:
+        """How many, their bytes and tokens."""
+        return (
+            f"Chunks({len(self.addresses)} x {self.size_bytes} bytes on {self.buffer.device}, "
+            f"{self.layout.num_tokens} tokens each)"
+        )
 
 
 @dataclass(frozen=True, slots=True)

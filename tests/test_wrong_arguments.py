@@ -211,7 +211,7 @@ CALLS: dict[str, Call] = {
     ),
     "HostBuffer": call(
         lambda s: HostBuffer,
-        lambda s: {"size_bytes": 1, "align_bytes": 4096, "numa_node": None, "fd": None},
+        lambda s: {"size": 1, "align_bytes": 4096, "numa_node": None, "fd": None},
     ),
     "HostBuffer.populate": call(
         lambda s: s.buffer.populate, lambda s: {"start": 0, "end": 4096, "threads": 1}
@@ -258,6 +258,10 @@ CALLS: dict[str, Call] = {
     "max_batch": call(lambda s: s.heap.max_batch, lambda s: SHAPES),
     "free": call(lambda s: s.heap.free, lambda s: {"obj": s.batch[0]}),
     "batched_free": call(lambda s: s.heap.batched_free, lambda s: {"objs": s.batch, "out": None}),
+    "batched_read": call(lambda s: s.heap.batched_read, lambda s: {"objs": s.batch, "out": None}),
+    "batched_write": call(
+        lambda s: s.heap.batched_write, lambda s: {"objs": s.batch, "source": s.rows}
+    ),
     "mixed batched_free": call(
         lambda s: kvheap.MixedMemoryAllocator(s.heap).batched_free, lambda s: {"objs": s.batch}
     ),
@@ -278,6 +282,7 @@ CALLS: dict[str, Call] = {
             "chunk_tokens": 16,
             "fmt": None,
             "layers": None,
+            "heads": None,
             "allow_partial": False,
             "convert": False,
         },
@@ -374,7 +379,7 @@ CALLS: dict[str, Call] = {
     ),
     "PrefixStore.offload": call(
         lambda s: s.index.offload,
-        lambda s: {"keys": ["a", "b"], "blocks": s.batch, "free": False, "max_sms": None},
+        lambda s: {"keys": ["a", "b"], "batch": s.batch, "free": False, "max_sms": None},
         ("keys", "list"),
         ("keys", "text"),
     ),

@@ -1,7 +1,8 @@
 """``BlockAllocator``: the common base of all allocators that create their own blocks.
 
 A free checks the blocks, gathers their contents if asked to, and frees them in one step
-(``Lifetime.free``). Subclasses decide where the bytes are.
+(``Lifetime.free``). Reading and writing many blocks are checked here too. Subclasses decide where
+the bytes are.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import torch
 
 from kvheap.addresses.block_runs import MemorySegment
 from kvheap.blocks.batch_lease import BatchLease
+from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.release import Release
 from kvheap.blocks.report import LiveBlocks
-from kvheap.blocks.rows import Rows, listed, rows_of
+from kvheap.blocks.rows import Rows, listed, require_distinct, rows_of
 from kvheap.errors import ForeignObjectError
 
 __all__ = ["BlockAllocator", "segment_of"]
@@ -35,7 +37,7 @@ class BlockAllocator(MemoryAllocatorInterface):
     """An allocator that creates its own blocks, and frees no others.
 
     Subclasses provide ``layout_of``, ``allocate_blocks``, ``require_gatherable``, ``gather``,
-    ``block_bytes`` and ``close_memory``.
+    ``require_writable_from``, ``scatter``, ``new_tensor``, ``block_bytes`` and ``close_memory``.
     """
 
     object_type: type[MemoryObj] = MemoryObj
@@ -46,6 +48,11 @@ class BlockAllocator(MemoryAllocatorInterface):
 
     idempotent_free = False
     """Whether freeing a freed block does nothing instead of raising."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The device that the blocks are on."""
 
     @property
     def is_view_only(self) -> bool:
@@ -111,6 +118,58 @@ class BlockAllocator(MemoryAllocatorInterface):
         elif batch.counts.streams is None and lifetime.free_whole((batch,)):
             return
         lifetime.free((Rows(batch, rows),), self.idempotent_free)
+
+    # -- contents ------------------------------------------------------------------------------
+
+    def batched_read(
+        self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Gather the contents of many blocks; see ``MemoryAllocatorInterface.batched_read``."""
+        objs, parts = self._live_parts(objs)
+        if out is None:
+            if not parts:
+                raise ValueError(
+                    "an empty list of blocks has no layout: pass out, or a batch or a slice of one"
+                )
+            out = self.new_tensor(parts[0].batch.layout, len(objs))
+        self.require_gatherable(parts, out)
+        if len(out):
+            self.gather(objs, out)
+        return out
+
+    def batched_write(self, objs: MemoryBatch | Iterable[MemoryObj], source: torch.Tensor) -> None:
+        """Fill many blocks from a tensor; see ``MemoryAllocatorInterface.batched_write``."""
+        objs, parts = self._live_parts(objs)
+        for part in parts:
+            part.batch.require_writable()
+            require_distinct(part)
+        self.require_writable_from(parts, source)
+        on_host = self.device.type == "cpu"
+        for part in parts:
+            part.batch.await_filling(on_host)
+            part.batch.await_transfers(part.rows)
+        if not len(source):
+            return
+        for part in parts:
+            part.batch.stored_tokens.forget(part.rows)
+        self.scatter(source, objs)
+
+    def _live_parts(
+        self, objs: MemoryBatch | Iterable[MemoryObj]
+    ) -> tuple[MemoryBatch | Sequence[MemoryObj], Sequence[Rows]]:
+        """Blocks of this allocator that are all live, and the same by batch."""
+        self.require_open()
+        parts: Sequence[Rows]
+        if isinstance(objs, MemoryBatch) and objs.allocator is self:
+            parts = (Rows(objs, None),)
+        else:
+            objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
+            parts = self.rows_by_batch(objs)
+        for part in parts:
+            part.batch.counts.require_live(part.rows, part.batch)
+        return objs, parts
+
+    # -- hold ----------------------------------------------------------------------------------
 
     def rows_by_batch(self, objs: MemoryBatch | Iterable[MemoryObj]) -> list[Rows]:
         """Group blocks by batch.
@@ -183,6 +242,18 @@ class BlockAllocator(MemoryAllocatorInterface):
     @abstractmethod
     def gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
         """Copy the contents of blocks into ``out``, already checked by ``require_gatherable``."""
+
+    @abstractmethod
+    def require_writable_from(self, parts: Sequence[Rows], source: torch.Tensor) -> None:
+        """Raise if the ``source`` of :meth:`batched_write` does not match the blocks."""
+
+    @abstractmethod
+    def scatter(self, source: torch.Tensor, objs: MemoryBatch | Sequence[MemoryObj]) -> None:
+        """Copy ``source`` into blocks, checked, which no transfer uses any more."""
+
+    @abstractmethod
+    def new_tensor(self, layout: BlockLayout, num_blocks: int) -> torch.Tensor:
+        """A new tensor for the contents of so many blocks of a layout."""
 
     def merged_releases(self, releases: list[Release]) -> list[Release]:
         """Combine releases that can be given back together; by default none can."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +15,10 @@ from kvheap.addresses.integers import as_integer
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.names import as_dtype, as_format
 
-__all__ = ["BlockLayout", "Dtypes", "Shapes"]
+__all__ = ["BlockLayout", "Dtypes", "Shapes", "as_block_layout"]
+
+if TYPE_CHECKING:
+    from kvheap.kernels.chunk_shape import ChunkShape
 
 MAX_BYTES = 1 << 63
 """Blocks must be smaller than this: addresses and sizes are int64."""
@@ -89,6 +92,21 @@ class BlockLayout:
             )
         return _several(tuple(sizes), tuple(dtypes), fmt)
 
+    @staticmethod
+    def of_chunk(chunk: ChunkShape) -> BlockLayout:
+        """The layout of a chunk of an engine's cache, as ``cache.chunk_layout`` returns it.
+
+        Raises:
+            TypeError: ``chunk`` is something else.
+        """
+        from kvheap.kernels.chunk_shape import ChunkShape  # whoever has one has imported it
+
+        if not isinstance(chunk, ChunkShape):
+            raise TypeError(
+                f"chunk must be a ChunkShape, as cache.chunk_layout() returns it, got {chunk!r}"
+            )
+        return BlockLayout.of(chunk.shapes, chunk.dtypes, chunk.fmt)
+
     @property
     def size_bytes(self) -> int:
         """Bytes of all groups."""
@@ -137,11 +155,32 @@ class BlockLayout:
             )
         return error
 
+    def __repr__(self) -> str:
+        """Shapes, dtypes, format and bytes."""
+        return f"BlockLayout({self}, {self.size_bytes} bytes)"
+
     def __str__(self) -> str:
         """Shapes, dtypes and format, as they appear in messages."""
         groups = zip(self.shapes, self.dtypes, strict=True)
         parts = " + ".join(f"{tuple(shape)} {dtype}" for shape, dtype in groups)
         return f"{parts} {self.fmt.name}"
+
+
+def as_block_layout(name: str, value: Any) -> BlockLayout:
+    """A layout, or the layout of a chunk of an engine's cache.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(value, BlockLayout):
+        return value
+    try:
+        return BlockLayout.of_chunk(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a BlockLayout, got {value!r}: make one with "
+            f"BlockLayout.of(shapes, dtypes, fmt), or pass cache.chunk_layout()"
+        ) from None
 
 
 def _size(shape: Any) -> torch.Size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.rows import Rows
 from kvheap.blocks.stored_tokens import chunk_of
@@ -25,6 +26,8 @@ def carry_tokens(source: MemoryBatch | Rows | Sequence[MemoryObj], target: Memor
     if isinstance(source, Rows):
         rows = range(len(source)) if source.rows is None else source.rows.tolist()
         pairs = [(source.batch.stored_tokens, row) for row in rows]
+    elif isinstance(source, BatchSlice):
+        pairs = [(source.batch.stored_tokens, row) for row in source.row_range]
     else:
         pairs = [(obj.batch.stored_tokens, obj.row) for obj in source]
     for at, (stored, row) in enumerate(pairs):

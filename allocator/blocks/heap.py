@@ -11,6 +11,7 @@ import torch
 
 from kvheap.addresses.block_runs import MemorySegment
 from kvheap.addresses.extents import Int64Array
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_allocator import BlockAllocator, segment_of
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 BlockObjects: TypeAlias = "MemoryBatch | Sequence[MemoryObj]"
-"""Blocks: a batch, or objects of one heap and layout."""
+"""Blocks: a batch, a slice of one, or objects of one heap and layout."""
 
 
 class Heap(BlockAllocator):
@@ -35,11 +36,6 @@ class Heap(BlockAllocator):
 
     page_layout: BlockLayout | None
     """What a page holds; None if the heap has no pages."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """The device that the buffers are on."""
 
     @property
     @abstractmethod
@@ -90,11 +86,17 @@ def heap_of(objs: BlockObjects) -> Heap:
         ValueError: ``objs`` is an empty list.
         TypeError: they are not blocks, or their allocator is not a heap.
     """
-    if not isinstance(objs, MemoryBatch):
+    if isinstance(objs, MemoryBatch):
+        batch = objs
+    elif isinstance(objs, BatchSlice):
+        batch = objs.batch
+    else:
         _require_objects(objs)
-    if not isinstance(objs, MemoryBatch) and not len(objs):
-        raise ValueError("an empty list of blocks belongs to no heap: pass an empty batch instead")
-    batch = objs if isinstance(objs, MemoryBatch) else objs[0].batch
+        if not len(objs):
+            raise ValueError(
+                "an empty list of blocks belongs to no heap: pass an empty batch instead"
+            )
+        batch = objs[0].batch
     heap = batch.allocator
     if not isinstance(heap, Heap):
         raise TypeError(f"expected blocks of a heap, got blocks of {type(heap).__name__}")
@@ -138,6 +140,8 @@ def require_writable(objs: BlockObjects) -> None:
 def _batches_of(objs: BlockObjects) -> Iterable[MemoryBatch]:
     if isinstance(objs, MemoryBatch):
         return (objs,)
+    if isinstance(objs, BatchSlice):
+        return (objs.batch,)
     return {id(obj.batch): obj.batch for obj in objs}.values()
 
 
@@ -154,6 +158,11 @@ def layout_and_addresses(objs: BlockObjects) -> tuple[BlockLayout, Int64Array]:
         if not objs.counts.all_live():
             raise LifetimeError(f"a block of {objs!r} is freed")
         return objs.layout, objs.addresses
+    if isinstance(objs, BatchSlice):
+        batch = objs.batch
+        if not batch.counts.all_live():
+            batch.counts.require_live(objs.rows, batch)
+        return batch.layout, objs.addresses
     _require_objects(objs)
     first = objs[0].batch
     for obj in objs:

@@ -95,6 +95,10 @@ class Lease:
     def __exit__(self, *exception: object) -> None:
         self.release()
 
+    def __repr__(self) -> str:
+        """State and block."""
+        return f"Lease({self.state}, block {self.row})"
+
 
 class QueuedLease(Protocol):
     """The part of a lease that the queue uses."""

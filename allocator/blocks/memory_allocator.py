@@ -65,6 +65,7 @@ class MemoryAllocatorInterface(ABC):
 
     - allocate: ``allocate``, ``batched_allocate``;
     - free: ``free``, ``batched_free``;
+    - contents: ``batched_read``, ``batched_write``;
     - inspect: ``leaks``, ``memcheck``, ``closed``;
     - close: ``close``;
     - for subclasses: ``layout_of``, ``allocate_blocks``, ``close_memory``, ``require_open``.
@@ -190,6 +191,67 @@ class MemoryAllocatorInterface(ABC):
             ForeignObjectError: a block belongs to another allocator; nothing is freed.
             TypeError: an element is not a MemoryObj; nothing is freed.
             ValueError: ``out`` does not match the blocks; nothing is freed.
+            ClosedError: the allocator is closed.
+        """
+
+    # -- contents ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def batched_read(
+        self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Gather the contents of many blocks into a tensor, by one kernel; the blocks stay.
+
+        It runs on the current stream, behind the transfer that fills a batch. Blocks may be pinned,
+        shared, another process's, and named twice. Whoever frees them must do so in the order of
+        that stream, or ``record_stream`` first.
+
+        Args:
+            objs: a batch, a slice of one, or objects of any batches of this allocator, of one
+                layout.
+            out: ``[N, *shape]`` of the blocks' dtype on the allocator's device, each row
+                contiguous: block ``i`` is gathered into ``out[i]``. For blocks of several groups:
+                ``[N, size_bytes]`` of uint8. None: a new tensor.
+
+        Returns:
+            ``out``.
+
+        Raises:
+            LifetimeError: a block is freed; nothing is read.
+            ForeignObjectError: a block belongs to another allocator; nothing is read.
+            TypeError: an element is not a MemoryObj, or ``out`` is not a tensor; nothing is read.
+            ValueError: ``out`` does not match the blocks, the blocks differ in layout, or the list
+                is empty and there is no ``out``; nothing is read.
+            TransferError: the transfer that was to fill a block has failed; nothing is read.
+            ClosedError: the allocator is closed.
+        """
+
+    @abstractmethod
+    def batched_write(self, objs: MemoryBatch | Iterable[MemoryObj], source: torch.Tensor) -> None:
+        """Fill many blocks from a tensor, by one kernel: ``source=`` for blocks that exist.
+
+        It runs on the current stream, behind the transfer that fills a batch, and waits on the host
+        for other transfers in flight that use the blocks. Work of your own on other streams is not
+        waited for. What stores have recorded of the blocks' tokens is forgotten, as with any
+        ``source=``.
+
+        Args:
+            objs: a batch, a slice of one, or objects of any batches of this allocator, of one
+                layout, none named twice.
+            source: ``[N, *shape]`` of the blocks' dtype, on the allocator's device or the CPU, each
+                row contiguous: block ``i`` is filled from ``source[i]``. For blocks of several
+                groups: ``[N, size_bytes]`` of uint8.
+
+        Raises:
+            LifetimeError: a block is freed; nothing is written.
+            ForeignObjectError: a block belongs to another allocator, or is another process's that
+                this one may only read (``ForeignProcessError`` in a heap whose books another
+                process keeps); nothing is written.
+            TypeError: an element is not a MemoryObj, or ``source`` is not a tensor; nothing is
+                written.
+            ValueError: ``source`` does not match the blocks, the blocks differ in layout, or one is
+                named twice; nothing is written.
+            TransferError: the transfer that was to fill a block has failed; nothing is written.
             ClosedError: the allocator is closed.
         """
 

@@ -23,6 +23,7 @@ from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.block_runs import BlockRuns, MemorySegment, runs_of
 from kvheap.addresses.extents import Extents, Int64Array
 from kvheap.addresses.integers import as_integer
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.lease import Lease
@@ -33,6 +34,7 @@ from kvheap.blocks.memory_metadata import MemoryBatchMetadata, MemoryObjMetadata
 from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.sites import Site, allocated_at
 from kvheap.blocks.stored_tokens import StoredTokens, require_token_count
+from kvheap.device.completion import Completion
 from kvheap.device.events import Stream
 from kvheap.device.transfer import Transfer
 from kvheap.errors import ForeignObjectError, LifetimeError
@@ -74,18 +76,18 @@ class BlockOwner(Protocol):
 class MemoryBatch(Sequence["MemoryObj"]):
     """N blocks of one block layout, returned by ``batched_allocate``. Do not construct it.
 
-    It is a sequence of :class:`MemoryObj`; a slice is a list. It equals any sequence of the same
-    objects.
+    It is a sequence of :class:`MemoryObj`; a slice is a :class:`BatchSlice`, which shares the
+    blocks. It equals any sequence of the same objects.
 
-    - what the blocks are: ``layout``, ``shape``, ``dtype``, ``fmt``, ``size_bytes``;
+    - what the blocks are: ``layout``, ``shape``, ``dtype``, ``fmt``, ``size_bytes``, ``tensors``;
     - where they are: ``addresses``, ``runs``, ``num_runs``, ``allocated_bytes``, ``metadata``;
       in memory: ``extents``, ``block_runs``;
     - which tokens they hold: ``num_tokens``, ``set_num_tokens``, ``forget_origin``,
       ``stored_tokens``;
     - counts and streams: ``ref_counts``, ``pin_counts``, ``live``, ``record_stream``, ``detach``;
     - for allocators and transfers: ``counts``, ``is_owner``, ``is_writable``,
-      ``await_filling``, ``checked_rows``, ``claimable``, ``require_owner``, ``require_writable``,
-      ``describe``.
+      ``await_filling``, ``checked_rows``, ``claimable``, ``objects``, ``require_owner``,
+      ``require_writable``, ``describe``.
 
     Attributes:
         allocator: the allocator that made it.
@@ -169,6 +171,17 @@ class MemoryBatch(Sequence["MemoryObj"]):
         """Logical bytes of each block, all groups."""
         return self.layout.size_bytes
 
+    @property
+    def tensors(self) -> list[torch.Tensor | None]:
+        """The ``tensor`` of each block, without a copy; None where it is freed. O(N).
+
+        ``heap.batched_read`` copies all of them into one tensor, by one kernel.
+
+        Raises:
+            TransferError: the transfer that was to fill the blocks has failed.
+        """
+        return [block.tensor for block in self]
+
     # -- where they are ------------------------------------------------------------------------
 
     @property
@@ -241,7 +254,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         """What another process passes to ``heap.view`` to wrap the blocks."""
         sets = self.stored_tokens.sets(self._length, self.layout)
         count = self.num_tokens if sets is None else None
-        form, origins = self.stored_tokens.form, self.stored_tokens.origins(self._length)
+        form, origins = self.stored_tokens.form, self.stored_tokens.origins(range(self._length))
         return MemoryBatchMetadata(self._address_batch, self.layout, count, sets, form, origins)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -348,14 +361,16 @@ class MemoryBatch(Sequence["MemoryObj"]):
     @overload
     def __getitem__(self, index: SupportsIndex) -> MemoryObj: ...
     @overload
-    def __getitem__(self, index: slice) -> list[MemoryObj]: ...
-    def __getitem__(self, index: SupportsIndex | slice) -> MemoryObj | list[MemoryObj]:
-        """A handle on one block, or a list of handles for a slice."""
+    def __getitem__(self, index: slice) -> BatchSlice[MemoryBatch, MemoryObj]: ...
+    def __getitem__(
+        self, index: SupportsIndex | slice
+    ) -> MemoryObj | BatchSlice[MemoryBatch, MemoryObj]:
+        """A handle on one block, or a view of some blocks for a slice."""
         make, length = self.allocator.object_type, self._length
         if type(index) is int and 0 <= index < length:
             return make(self, index)
         if isinstance(index, slice):
-            return [make(self, row) for row in range(*index.indices(length))]
+            return BatchSlice(self, range(length)[index])
         row = as_integer("a block's number", index)
         if not -length <= row < length:
             raise IndexError(f"block {row} is out of range for a batch of {length}")
@@ -363,7 +378,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     def __iter__(self) -> Iterator[MemoryObj]:
         """Handles on all blocks."""
-        return iter(self[:])
+        return iter(self.objects(range(self._length)))
 
     def __eq__(self, other: object) -> bool:
         """Whether the other sequence holds the same objects in the same order."""
@@ -383,6 +398,11 @@ class MemoryBatch(Sequence["MemoryObj"]):
         )
 
     # -- for allocators and transfers ----------------------------------------------------------
+
+    def objects(self, rows: range) -> list[MemoryObj]:
+        """Handles on some blocks, whose numbers the batch has."""
+        make = self.allocator.object_type
+        return [make(self, row) for row in rows]
 
     def checked_rows(self, rows: npt.ArrayLike) -> Int64Array:
         """A caller's row numbers, int64 ``[R]``.
@@ -417,6 +437,21 @@ class MemoryBatch(Sequence["MemoryObj"]):
         elif not transfer.done():
             transfer.wait_stream(None)
         transfer.require_success()
+
+    def await_transfers(self, rows: Int64Array | None = None) -> None:
+        """Wait on the host for transfers in flight that use ``rows`` (None: all), but do not fill.
+
+        Code that writes to blocks calls this; the transfer that fills the batch is waited for by
+        :meth:`await_filling`.
+        """
+        if self.counts.streams is None:
+            return
+        filling = self.transfer
+        for stream in self.counts.streams_now(rows).values():
+            if isinstance(stream, Completion) and not (
+                filling is not None and filling.is_of(stream)
+            ):
+                stream.wait()
 
     def claimable(self, rows: Int64Array | None, skip_freed: bool = False) -> Int64Array | None:
         """Check that ``rows`` (None: all) can be freed; changes nothing.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from kvheap.addresses.extents import Int64Array
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 
-__all__ = ["Rows", "listed", "rows_of"]
+__all__ = ["Rows", "listed", "require_distinct", "rows_of"]
 
 
 class Rows:
@@ -27,12 +28,14 @@ class Rows:
         return len(self.batch) if self.rows is None else len(self.rows)
 
 
-def listed(objs: Iterable[MemoryObj]) -> list[MemoryObj]:
-    """Objects to free as a list.
+def listed(objs: Iterable[MemoryObj]) -> Sequence[MemoryObj]:
+    """Objects to free as a list; a slice of a batch stays one.
 
     Raises:
         TypeError: they cannot be listed; a single object, for example.
     """
+    if isinstance(objs, BatchSlice):
+        return objs
     if isinstance(objs, MemoryObj):
         raise TypeError(f"expected a batch or a list of objects, got {objs!r}: free one by free()")
     try:
@@ -43,12 +46,33 @@ def listed(objs: Iterable[MemoryObj]) -> list[MemoryObj]:
         raise TypeError(f"expected a batch or a list of objects, got {objs!r}") from None
 
 
+def require_distinct(part: Rows) -> None:
+    """Raise if a block is named twice.
+
+    Raises:
+        ValueError: names it.
+    """
+    rows = part.rows
+    if rows is None or len(rows) < 2:
+        return
+    ordered = np.sort(rows)
+    repeated = ordered[1:] == ordered[:-1]
+    if repeated.any():
+        row = int(ordered[int(np.argmax(repeated))])
+        raise ValueError(f"{part.batch.describe(row)} is named twice: blocks to fill must differ")
+
+
 def rows_of(objs: Iterable[MemoryObj]) -> list[Rows]:
     """Group objects by batch, in the order in which the batches first appear.
+
+    No Python work per block for a slice of a batch.
 
     Raises:
         TypeError: an element is not a ``MemoryObj``.
     """
+    if isinstance(objs, BatchSlice):
+        is_whole = objs.row_range == range(len(objs.batch))
+        return [Rows(objs.batch, None if is_whole else objs.rows)]
     found: dict[int, tuple[MemoryBatch, list[int]]] = {}
     for obj in objs:
         if not isinstance(obj, MemoryObj):

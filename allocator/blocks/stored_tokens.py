@@ -233,12 +233,15 @@ class StoredTokens:
             return self._origin_of_row[row]
         return None if self._origin is None else self._origin.of_row(row)
 
-    def origins(self, num_rows: int) -> tuple[Origin | None, ...] | None:
-        """The origin of each chunk, or one for all; None if none is known."""
+    def origins(self, rows: range) -> tuple[Origin | None, ...] | None:
+        """The origin of each of some chunks, or one for all of them; None if none is known."""
         if not self.has_origins:
             return None
         only = self.origin
-        return tuple(map(self.origin_of, range(num_rows))) if only is None else (only,)
+        # The chunks of a layer are so many only where the rows begin with the first ones.
+        if only is None or (only.rows_per_layer and (rows.start or rows.step != 1)):
+            return tuple(map(self.origin_of, rows))
+        return (only,)
 
     def set_origins(self, origins: Sequence[Origin | None] | None) -> None:
         """The origins of all chunks, one after the other, or one for all; None: not known."""
@@ -280,6 +283,37 @@ class StoredTokens:
         if self.is_unknown or chunk is None or (self._apart is None and not self._of_row):
             return None
         return tuple(self.of(row, chunk.num_tokens, chunk.is_per_layer) for row in range(num_rows))
+
+    def of_rows(
+        self, rows: range, layout: BlockLayout
+    ) -> tuple[int | None, tuple[TokenSet | None, ...] | None]:
+        """What some chunks hold: their number of tokens, or else the tokens of each.
+
+        Both are None if nothing is known. O(1) where whole batches are stored.
+        """
+        chunk = None if self.is_unknown else chunk_of(layout)
+        if chunk is None:
+            return None, None
+        first, room = self._first, chunk.num_tokens
+        is_even = self._apart is None and not self._of_row and first is not None
+        if is_even and first is not None and rows.step == 1 and not chunk.is_per_layer:
+            held = min(first - rows.start * room, len(rows) * room)
+            if held >= 0 and -(-held // room) == len(rows):
+                return held, None
+        return None, tuple(self.of(row, room, chunk.is_per_layer) for row in rows)
+
+    def num_tokens_of(self, rows: range, layout: BlockLayout) -> int | None:
+        """N, if some chunks hold N tokens, one chunk after the other, and no others; else None."""
+        num_tokens, sets = self.of_rows(rows, layout)
+        chunk = chunk_of(layout)
+        if sets is None or chunk is None or chunk.is_per_layer:
+            return num_tokens
+        whole = (1 << chunk.num_tokens) - 1
+        num_whole = next((at for at, held in enumerate(sets) if held != whole), len(sets))
+        last, *rest = *sets[num_whole:], 0
+        if last is None or last & (last + 1) or any(held != 0 for held in rest):
+            return None
+        return num_whole * chunk.num_tokens + last.bit_count()
 
     def of_block(self, row: int, layout: BlockLayout) -> TokenSet | None:
         """The tokens of one block of a layout; None if they are not known."""

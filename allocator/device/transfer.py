@@ -5,16 +5,17 @@ Created by ``kvheap.transfer.copy``, ``offload``, ``restore`` and ``foreign_tran
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvheap.device.awaiting import until
 from kvheap.device.captures import DeferredEvent
 from kvheap.device.completion import Answer, Completion
 from kvheap.device.copy_device import CopyDevice
 from kvheap.device.directions import Direction
-from kvheap.device.events import DeviceEvent, ReportingEvent
+from kvheap.device.events import POLL_SECONDS, DeviceEvent, ReportingEvent
 from kvheap.errors import TransferError
 from kvheap.kernels.untraced import untraced_class
 
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "Transfer"]
 
-FIRST_POLL_S, LAST_POLL_S = 50e-6, 2e-3
-"""Seconds between two polls of an awaited transfer: the first, doubling up to the last."""
-
 
 @untraced_class
 class Part:
-    """One part of a transfer. Parts end in order, and each reports only on itself."""
+    """One part of a transfer. Parts end in order, and each reports only on itself.
+
+    Wait for it with ``wait``, ``wait_stream`` or ``await``.
+    """
 
     __slots__ = ("_completion", "_device", "_event", "_index")
 
@@ -51,14 +52,32 @@ class Part:
             return True
         return self._ask(self._event.query)
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float | None = None) -> bool:
         """Wait on the host until the part's bytes have arrived.
+
+        Args:
+            timeout_s: maximum seconds to wait; None: no limit.
+
+        Returns:
+            Whether they have.
 
         Raises:
             TransferError: they will never arrive.
+            ValueError: ``timeout_s`` is not a number.
         """
-        if not self._completion.is_done:
+        if self._completion.is_done:
+            return True
+        if timeout_s is None:
             self._ask(self._event.synchronize)
+            return True
+        if timeout_s != timeout_s:
+            raise ValueError(f"timeout_s must be a number of seconds, got {timeout_s}")
+        deadline = time.monotonic() + timeout_s
+        while not self.done():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
 
     def wait_stream(self, stream: torch.cuda.Stream | None) -> None:
         """Make further work on ``stream`` (None: the current one) wait for the part.
@@ -76,6 +95,14 @@ class Part:
             if isinstance(event, DeferredEvent):
                 event = event.recorded()
             device.wait_event(device.current_stream() if stream is None else stream, event)
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Wait until the part's bytes have arrived; other tasks run meanwhile.
+
+        Raises:
+            TransferError: they will never arrive.
+        """
+        return until(self.done).__await__()
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         completion = self._completion
@@ -95,8 +122,9 @@ class Part:
 class Transfer:
     """A copy in progress. Created by ``copy``, ``offload``, ``restore`` and ``foreign_transfer``.
 
-    Use it as a context manager, or await it: both wait for the copy and raise its error. Dropping
-    it changes nothing: the copy continues, and its bytes stay protected.
+    Use it in ``with`` or ``async with``, or await it: all wait for the copy and raise its error.
+    Dropping it changes nothing, and neither does cancelling a task that awaits it: the copy
+    continues, its bytes stay protected, and it can be awaited again.
 
     Attributes:
         path: the path that was taken: ``kernel``, ``copy_engine``, ``staged`` or ``host``; of a
@@ -104,8 +132,8 @@ class Transfer:
         direction: ``h2d``, ``d2h``, ``d2d``, ``p2p`` or ``h2h``; or ``foreign``.
         num_bytes: bytes to copy.
         num_runs: number of runs to copy, after merging neighbouring pieces.
-        parts: the parts, which end in order, each with ``done``, ``wait`` and ``wait_stream``;
-            empty if the transfer failed before its first part, and in a graph capture.
+        parts: the parts, which end in order, each with ``done``, ``wait``, ``wait_stream`` and
+            ``await``; empty if the transfer failed before its first part, and in a graph capture.
         is_captured: whether the copy was captured in a CUDA graph.
     """
 
@@ -153,6 +181,10 @@ class Transfer:
     def error(self) -> TransferError | None:
         """Why the transfer failed, as far as is known; None if it has not failed."""
         return self._completion.error
+
+    def is_of(self, completion: Completion) -> bool:
+        """Whether this is the state of the transfer."""
+        return self._completion is completion
 
     def require_success(self) -> None:
         """Raise if the transfer is known to have failed. Does not wait.
@@ -251,14 +283,31 @@ class Transfer:
             self.result()
 
     def __await__(self) -> Generator[Any, None, None]:
+        """As :meth:`result`, while other tasks run."""
         return self._ended().__await__()
 
     async def _ended(self) -> None:
-        pause_s = FIRST_POLL_S
-        while not self.done():
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, LAST_POLL_S)
+        await until(self.done)
         self.result()
+
+    async def __aenter__(self) -> Transfer:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Wait for the copy, also after an exception, and raise its error if there was none.
+
+        A cancellation ends this wait, but not the copy.
+        """
+        if self.is_captured:
+            return
+        await until(self.done)
+        if error is None:
+            self.result()
 
     def __repr__(self) -> str:
         """Direction, path, bytes, runs and state."""

@@ -21,12 +21,12 @@ True
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
 
-from kvheap.addresses.arguments import require_count, require_flags
+from kvheap.addresses.arguments import require_flags
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.heap import (
     BlockObjects,
@@ -38,7 +38,6 @@ from kvheap.blocks.heap import (
 )
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.memory_format import MemoryFormat
-from kvheap.blocks.names import as_format
 from kvheap.blocks.rows import listed
 from kvheap.device.directions import Path
 from kvheap.device.transfer import Transfer
@@ -52,17 +51,17 @@ from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.block_addresses import require_disjoint
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.chunk_layout import ChunkLayout
+from kvheap.kernels.chunk_shape import require_convertible_to
 from kvheap.kernels.paged_copy import Chunks
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
-from kvheap.kernels.token_copy import CONVERTIBLE, TokenCopy
+from kvheap.kernels.token_copy import TokenCopy
 from kvheap.kernels.untraced import untraced
 
 __all__ = [
     "batched_evict",
     "batched_load",
     "batched_store",
-    "chunk_shape",
     "dim_order_of",
     "load",
     "require_cache",
@@ -159,7 +158,7 @@ def _store(
     heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert, route)
     require_writable(batch)
-    if not isinstance(batch, MemoryBatch):
+    if not isinstance(batch, (MemoryBatch, BatchSlice)):
         require_disjoint("chunks to store to", chunks.addresses, chunks.size_bytes)
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=True)
     transfer = route.execute(copy, batch)
@@ -248,6 +247,7 @@ def batched_store(
     fmt: MemoryFormat | str | None = None,
     *,
     layers: range | None = None,
+    heads: slice | None = None,
     allow_partial: bool = False,
     convert: bool = False,
     stream: torch.cuda.Stream | None = None,
@@ -267,6 +267,9 @@ def batched_store(
             separate K and V, or with K and V of different size. Formats of one layer take that
             many chunks for each layer.
         layers: store only these layers; the chunks then hold no others.
+        heads: store only these of the cache's heads, a slice in steps of 1, such as those of one
+            tensor-parallel rank; the chunks then hold no others. A load into a cache with more
+            heads names them; one into a cache with just so many takes them as its own.
         allow_partial: if not all chunks fit, store only the first tokens, as many as fit.
         convert: store a cache of bfloat16 or float16, whose K and V have one size, as
             float8_e4m3fn, with float32 scales in a second group of each chunk (the first, if the
@@ -288,35 +291,23 @@ def batched_store(
     require_flags(allow_partial=allow_partial, convert=convert)
     heap.require_open()
     route = Route(cache, heap, stream, path, max_sms, is_new=True)
-    if layers is not None and not isinstance(layers, range):
-        raise TypeError(f"layers must be a range, got {layers!r}")
-    num_layers = cache.num_layers if layers is None else len(layers)
-    if fmt is None:
-        fmt = MemoryFormat.KV_2LTD if cache.chunk_planes == 2 else MemoryFormat.KV_MLA_FMT
-    fmt = as_format(fmt)
-    if convert:
-        _require_convertible(cache, fmt)
-    shape = chunk_shape(cache, fmt, chunk_tokens, num_layers)
-    layout = ChunkLayout.of(dim_order_of(fmt), shape, cache.dtype.itemsize)
-    num_tokens = count_tokens(slots, cache.block_size)
-    num_chunks = layout.num_chunks(num_tokens, num_layers)
-    if allow_partial and layout.is_per_layer:
-        raise ValueError(f"{fmt.name} has chunks per layer: allow_partial is not supported")
-    shapes: Shapes = shape
-    dtypes: Dtypes = cache.dtype
-    if convert:
-        scales = (layout.num_planes, layout.num_layers, cache.num_heads)
-        shapes, dtypes = [shape, scales], [torch.float8_e4m3fn, torch.float32]
-        if math.prod(shape) % torch.float32.itemsize:
-            shapes, dtypes = shapes[::-1], dtypes[::-1]
-    batch = heap.batched_allocate(shapes, dtypes, num_chunks, fmt, allow_partial=allow_partial)
+    chunk = cache.chunk_layout(chunk_tokens, fmt, layers=layers, heads=heads, convert=convert)
+    num_chunks = chunk.num_chunks(count_tokens(slots, cache.block_size))
+    if allow_partial and chunk.layout.is_per_layer:
+        raise ValueError(f"{chunk.fmt} has chunks per layer: allow_partial is not supported")
+    is_one = len(chunk.shapes) == 1
+    shapes: Shapes = chunk.shape if is_one else chunk.shapes
+    dtypes: Dtypes = chunk.dtype if is_one else chunk.dtypes
+    batch = heap.batched_allocate(
+        shapes, dtypes, num_chunks, chunk.fmt, allow_partial=allow_partial
+    )
     if batch is None:
         return None
     try:
         batch.stored_tokens.set_first(0)
         if len(batch) < num_chunks:
-            slots = first_tokens(slots, len(batch) * chunk_tokens, cache.block_size)
-        _store(route, cache, slots, batch, layers, None, convert)
+            slots = first_tokens(slots, len(batch) * chunk.num_tokens, cache.block_size)
+        _store(route, cache, slots, batch, layers, heads, convert)
     except BaseException:
         heap.batched_free(batch)
         raise
@@ -386,7 +377,7 @@ def batched_evict(heap: Heap, batch: BlockObjects, out: torch.Tensor | None = No
     objs = batch if isinstance(batch, MemoryBatch) else listed(batch)
     if heap_of(objs) is not heap:
         raise ForeignObjectError("the chunks belong to another allocator")
-    layout = objs.layout if isinstance(objs, MemoryBatch) else objs[0].batch.layout
+    layout = objs.layout if isinstance(objs, (MemoryBatch, BatchSlice)) else objs[0].batch.layout
     shape, dtype = layout.packed
     expected = (len(objs), *shape)
     if out is None:
@@ -440,68 +431,6 @@ def dim_order_of(fmt: MemoryFormat) -> str:
     return fmt.dim_order
 
 
-def chunk_shape(
-    cache: PagedKVCache, fmt: MemoryFormat, chunk_tokens: int, num_layers: int
-) -> tuple[int, ...]:
-    """The shape of a chunk of ``chunk_tokens`` tokens of a cache.
-
-    Chunks of KV_PHL2TD have one group of heads here; allocate others by their own shape.
-
-    Raises:
-        ValueError: ``chunk_tokens`` is not positive, the format cannot hold this cache's KV, or a
-            chunk of pages would not be a whole number of the cache's blocks.
-    """
-    order = dim_order_of(fmt)
-    chunk_tokens = require_count("chunk_tokens", chunk_tokens, at_least=1)
-    planes = _chunk_planes(fmt)
-    row_bytes = sum(plane.row_bytes for plane in cache.planes) * cache.num_heads
-    if planes == 2 and not cache.is_key_value:
-        raise ValueError(f"{fmt.name} holds K and V planes; {cache.layout.name} has none")
-    if planes > cache.chunk_planes:
-        raise ValueError(
-            f"{fmt.name} holds K and V of one size, but this cache has planes of "
-            f"{[plane.row_bytes for plane in cache.planes]} bytes a head: use KV_MLA_FMT"
-        )
-    heads = cache.num_heads if fmt is MemoryFormat.KV_2PHTLD else 1
-    pages, left = divmod(chunk_tokens, cache.block_size)
-    if "G" in order and left:
-        raise ValueError(f"{chunk_tokens} tokens are not whole pages of {cache.block_size} tokens")
-    sizes = {"P": planes, "L": num_layers, "T": chunk_tokens, "G": pages, "J": heads}
-    sizes |= {"D": row_bytes // planes // heads // cache.dtype.itemsize}
-    if "G" in order:
-        sizes["T"] = cache.block_size
-    return tuple(sizes[letter] for letter in order)
-
-
-def _require_convertible(cache: PagedKVCache, fmt: MemoryFormat) -> None:
-    """Raise if KV of a cache cannot be converted to chunks of a format.
-
-    Raises:
-        ValueError: says what a conversion needs.
-    """
-    if cache.layout.whole_blocks:
-        raise ValueError(
-            f"convert=True needs rows of single tokens, and {cache.layout.name} holds no rows that "
-            f"could be converted"
-        )
-    if cache.dtype not in CONVERTIBLE:
-        raise ValueError(
-            f"convert=True needs a cache of bfloat16 or float16: only these can be converted, got "
-            f"{cache.dtype}"
-        )
-    planes = _chunk_planes(fmt)
-    if cache.num_planes != planes:
-        raise ValueError(
-            f"convert=True needs a plane of the chunk for each of the cache's, such as K and V of "
-            f"one size in KV_2LTD: {cache.layout.name} has planes of "
-            f"{[plane.row_bytes for plane in cache.planes]} bytes a head, {fmt.name} has {planes}"
-        )
-
-
-def _chunk_planes(fmt: MemoryFormat) -> int:
-    return 2 if "P" in dim_order_of(fmt) and fmt is not MemoryFormat.KV_MLA_FMT else 1
-
-
 def _chunks(
     heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool, route: Route
 ) -> Chunks:
@@ -509,7 +438,7 @@ def _chunks(
     require_flags(convert=convert)
     layout, addresses = layout_and_addresses(objs)
     if convert:
-        _require_convertible(cache, layout.fmt)
+        require_convertible_to(cache, layout.fmt.name)
     if not route.is_ordered:
         await_filling(objs, heap.device)
     absolute, alignment = heap.absolute(addresses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.heap import BlockObjects
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.origin import Origin
@@ -46,6 +47,8 @@ def require_origin(objs: BlockObjects, wanted: Origin | None, cells: Cells | Non
         if not stored.has_origins or (found and is_alike and found.agrees_with(wanted)):
             return
         pairs = [(stored, row) for row in range(len(objs))]
+    elif isinstance(objs, BatchSlice):
+        pairs = [(objs.batch.stored_tokens, row) for row in objs.row_range]
     else:
         pairs = [(obj.batch.stored_tokens, obj.row) for obj in objs]
     step = wanted.rows_per_layer or len(pairs)

@@ -13,8 +13,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.heap import BlockObjects
-from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
+from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.origin import Origin
 from kvheap.blocks.stored_tokens import Cells, StoredTokens, TokenSet, sets_of
 from kvheap.engine.origins import origin_of, require_origin
@@ -83,7 +84,7 @@ def require_stored(
         first = stored.first
         if stored.is_unknown or (first is not None and num_tokens <= first):
             return
-    elif places.are_all_real and _hold_first(objs, chunk, num_tokens):
+    elif places.are_all_real and _hold_first(_rows_of(objs), chunk, num_tokens):
         return
     needed = sets_of(num_tokens, places.kept(cache.block_size), chunk.num_tokens)
     for at, (stored, row) in enumerate(_rows_of(objs)):
@@ -103,13 +104,15 @@ def require_stored(
             )
 
 
-def _hold_first(objs: Sequence[MemoryObj], chunk: ChunkLayout, num_tokens: int) -> bool:
+def _hold_first(
+    pairs: Sequence[tuple[StoredTokens, int]], chunk: ChunkLayout, num_tokens: int
+) -> bool:
     """Whether each chunk holds the first tokens that it is to give, as far as is known."""
     room, is_per_layer = chunk.num_tokens, chunk.is_per_layer
     for at in range(-(-num_tokens // room)):
         count = min(num_tokens - at * room, room)
-        for obj in objs[at :: -(-num_tokens // room)]:
-            if not obj.batch.stored_tokens.holds_first(obj.row, count, room, is_per_layer):
+        for stored, row in pairs[at :: -(-num_tokens // room)]:
+            if not stored.holds_first(row, count, room, is_per_layer):
                 return False
     return True
 
@@ -210,10 +213,14 @@ def _records_of(objs: BlockObjects) -> Sequence[StoredTokens]:
     """The records of the batches that chunks belong to, each once."""
     if isinstance(objs, MemoryBatch):
         return (objs.stored_tokens,)
+    if isinstance(objs, BatchSlice):
+        return (objs.batch.stored_tokens,)
     return list({id(obj.batch): obj.batch.stored_tokens for obj in objs}.values())
 
 
 def _rows_of(objs: BlockObjects) -> Sequence[tuple[StoredTokens, int]]:
     if isinstance(objs, MemoryBatch):
         return [(objs.stored_tokens, row) for row in range(len(objs))]
+    if isinstance(objs, BatchSlice):
+        return [(objs.batch.stored_tokens, row) for row in objs.row_range]
     return [(obj.batch.stored_tokens, obj.row) for obj in objs]

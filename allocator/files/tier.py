@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from kvheap.addresses.arguments import as_seconds, require_count, require_flags
 from kvheap.addresses.integers import round_up
-from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.block_layout import BlockLayout, as_block_layout
 from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.rows import Rows
@@ -53,8 +53,10 @@ from kvheap.files.packages import need_lmdb, need_xxhash
 from kvheap.files.tier_stats import FileTierStats
 from kvheap.files.transfers import FileJob, FileTransfer, Filling
 from kvheap.forks import starts_over_after_fork
+from kvheap.kernels.chunk_shape import ChunkShape
 from kvheap.prefix.keys import require_key_list, require_keys
 from kvheap.prefix.orders import ORDERS
+from kvheap.renamed import renamed
 
 __all__ = ["FileTier"]
 
@@ -97,10 +99,10 @@ class FileTier:
         size: bytes for chunks, rounded down to whole places: chunks rounded up to 4096 bytes. The
             file is sparse until it is filled. May differ from that of an earlier process: chunks
             beyond the end of a smaller file are dropped.
-        layout: what a chunk holds.
+        layout: what a chunk holds: a ``BlockLayout``, or ``cache.chunk_layout(...)``.
         namespace: whose KV it is: name the model, its weights, and the rank in a group of workers.
             A folder with chunks of another namespace or layout is refused.
-        order: which chunks leave a full tier first: ``lru``, ``arc``, ``s3fifo`` or ``adaptive``.
+        policy: which chunks leave a full tier first: ``lru``, ``arc``, ``s3fifo`` or ``adaptive``.
         threads: threads for loads, and as many for stores.
         direct: move aligned blocks past the page cache (``O_DIRECT``) if the file system can do
             that; ``stats().is_direct`` tells.
@@ -114,25 +116,22 @@ class FileTier:
         OSError: the folder cannot be used.
     """
 
+    @renamed(order="policy")
     def __init__(
         self,
         path: str | os.PathLike[str],
         size: int,
-        layout: BlockLayout,
+        layout: BlockLayout | ChunkShape,
         *,
         namespace: str,
-        order: str = "lru",
+        policy: str = "lru",
         threads: int = 4,
         direct: bool = True,
         durable: bool = False,
     ) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"path must be the path of a folder, got {path!r}")
-        if not isinstance(layout, BlockLayout):
-            raise TypeError(
-                f"layout must be a BlockLayout, got {layout!r}: make one with "
-                f"BlockLayout.of(shapes, dtypes, fmt)"
-            )
+        layout = as_block_layout("layout", layout)
         size = require_count("size", size)
         if size >= 1 << ADDRESS_BITS:
             raise ValueError(f"size must be less than 2**{ADDRESS_BITS}, got {size}")
@@ -142,8 +141,8 @@ class FileTier:
             raise TypeError(f"namespace must be a text, got {namespace!r}")
         if not namespace:
             raise ValueError("namespace must name the model, its weights and the rank, got ''")
-        if not isinstance(order, str) or order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+        if not isinstance(policy, str) or policy not in ORDERS:
+            raise ValueError(f"policy must be one of {', '.join(ORDERS)}, got {policy!r}")
         place_bytes = round_up(layout.size_bytes, PLACE_ALIGN_BYTES)
         num_places = size // place_bytes
         if not num_places:
@@ -170,7 +169,7 @@ class FileTier:
                 num_places,
                 layout.size_bytes,
                 place_bytes,
-                ORDERS[order](num_places * place_bytes),
+                ORDERS[policy](num_places * place_bytes),
                 direct=direct,
                 is_durable=durable,
             )

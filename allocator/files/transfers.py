@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.claims import Claim
+from kvheap.device.awaiting import until
 from kvheap.device.completion import Completion
 from kvheap.device.host_queue import HostEvent, NestedWaitError
 from kvheap.device.transfer import Transfer
@@ -136,7 +137,7 @@ class FileTransfer:
     """A store or load in progress. Created by ``FileTier.store`` and ``FileTier.load``.
 
     Dropping it changes nothing: the bytes are moved, and the blocks stay protected until then.
-    Await it, or use it as a context manager, to wait for it and raise its error.
+    Await it, or use it in ``with`` or ``async with``, to wait for it and raise its error.
 
     Attributes:
         keys: the keys of the call.
@@ -229,7 +230,17 @@ class FileTransfer:
         if kind is None:
             self.result()
 
+    async def __aenter__(self) -> FileTransfer:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for it, also after an exception; a cancellation ends this wait only."""
+        await until(self.done)
+        if kind is None:
+            self.result()
+
     def __await__(self) -> Generator[Any, None, None]:
+        """As :meth:`result`, while other tasks run."""
         return self._ended().__await__()
 
     async def _ended(self) -> None:

@@ -8,8 +8,10 @@ import torch
 
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.rows import Rows
+from kvheap.kernels.arguments import require_tensor
+from kvheap.kernels.capture_mode import Relaxed
 
-__all__ = ["require_gatherable", "require_matching"]
+__all__ = ["new_tensor", "require_gatherable", "require_matching", "require_writable_from"]
 
 
 def require_matching(
@@ -56,17 +58,53 @@ def require_gatherable(parts: Sequence[Rows], out: torch.Tensor, device: torch.d
         TypeError: it is not a tensor.
         ValueError: the blocks have several block layouts, or ``out`` does not match them.
     """
-    total = len(parts[0]) if len(parts) == 1 else sum(len(part) for part in parts)
-    if not parts:
-        if len(out):
-            raise ValueError(f"out has {len(out)} rows, but there are no blocks")
+    layout = _only_layout("out", out, parts)
+    if layout is None:
         return
+    total = len(parts[0]) if len(parts) == 1 else sum(len(part) for part in parts)
+    require_matching("out", out, total, layout, device, cpu_is_fine=False)
+    if total > 1 and out.stride(0) * out.element_size() < layout.size_bytes:
+        raise ValueError(f"the rows of out overlap: strides {out.stride()}")
+
+
+def require_writable_from(
+    parts: Sequence[Rows], source: torch.Tensor, device: torch.device
+) -> None:
+    """Raise if blocks cannot be filled from ``source``.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: the blocks have several block layouts, or ``source`` does not match them.
+    """
+    layout = _only_layout("source", source, parts)
+    if layout is not None:
+        total = sum(len(part) for part in parts)
+        require_matching("source", source, total, layout, device, cpu_is_fine=True)
+
+
+def new_tensor(layout: BlockLayout, num_blocks: int, device: torch.device) -> torch.Tensor:
+    """A new tensor for the contents of blocks: ``[N, *shape]``; of several groups, their bytes."""
+    shape, dtype = layout.packed
+    with Relaxed():
+        return torch.empty((num_blocks, *shape), dtype=dtype, device=device)
+
+
+def _only_layout(name: str, tensor: torch.Tensor, parts: Sequence[Rows]) -> BlockLayout | None:
+    """The layout of blocks; None if there are none, and the tensor has no rows either.
+
+    Raises:
+        TypeError: the tensor is none.
+        ValueError: there are several layouts, or rows for no blocks.
+    """
+    if not parts:
+        require_tensor(name, tensor)
+        if len(tensor):
+            raise ValueError(f"{name} has {len(tensor)} rows, but there are no blocks")
+        return None
     layout = parts[0].batch.layout
     for part in parts[1:]:
         if part.batch.layout != layout:
             raise ValueError(
-                f"out needs blocks of one layout, got {layout} and {part.batch.layout}"
+                f"{name} needs blocks of one layout, got {layout} and {part.batch.layout}"
             )
-    require_matching("out", out, total, layout, device, cpu_is_fine=False)
-    if total > 1 and out.stride(0) * out.element_size() < layout.size_bytes:
-        raise ValueError(f"the rows of out overlap: strides {out.stride()}")
+    return layout

@@ -21,6 +21,7 @@ from kvheap.memory.host_memory import HostBuffer
 from kvheap.memory.host_registration import REGISTRATION_BYTES
 from kvheap.memory.pages import PAGE_BYTES, HugePages
 from kvheap.memory.registrar import HostRegistrar, require_registrar
+from kvheap.memory.shared_files import open_shared_file
 
 if TYPE_CHECKING:
     from typing import Self
@@ -117,7 +118,7 @@ class HostMemoryAllocator(HostHeap):
     def attach(
         cls,
         file: int | str | os.PathLike[str],
-        size: int,
+        size: int | None = None,
         align_bytes: int = AddressManager.ALIGN_BYTES,
         *,
         page_layout: BlockLayout | None = None,
@@ -130,17 +131,20 @@ class HostMemoryAllocator(HostHeap):
 
         Args:
             file: the descriptor ``host_buffer.fd`` of the owner's heap, as this process has
-                received it, which is left open; or a path to the file, such as
-                ``/proc/PID/fd/FD`` with the owner's process id and descriptor, or one in
-                ``/dev/shm``.
-            size: bytes of the owner's heap.
+                received it, which is left open; a path to the file, such as ``/proc/PID/fd/FD``
+                with the owner's process id and descriptor; or the POSIX name of shared memory in
+                ``/dev/shm``, such as ``SharedMemory.name``. Symbolic links to files are not
+                followed.
+            size: bytes of the owner's heap; None: all of the file.
             align_bytes: as the owner's.
             page_layout: as the owner's.
 
         Raises:
-            ValueError: an argument is wrong, or the file is too small.
-            TypeError: ``file`` is neither a descriptor nor a path.
-            OSError: there is no such file, or it cannot be mapped.
+            ValueError: an argument is wrong; the file is smaller than ``size``; or it is a symbolic
+                link, no regular file, or both a path and a name.
+            TypeError: ``file`` is neither a descriptor nor a path or name.
+            FileNotFoundError: there is no such file or shared memory.
+            OSError: it cannot be opened or mapped.
 
         >>> import torch
         >>> with HostMemoryAllocator(1 << 20, shared=True) as owner:
@@ -149,8 +153,14 @@ class HostMemoryAllocator(HostHeap):
         ...         heap.view(batch.metadata)[1].tensor, heap.max_batch([2], torch.float32)
         (tensor([1., 1.]), 0)
         """
-        size = require_size(size, align_bytes, page_layout)
-        buffer = _attached(file, size)
+        is_own = isinstance(file, (str, os.PathLike))
+        fd = open_shared_file(file) if isinstance(file, (str, os.PathLike)) else _descriptor(file)
+        try:
+            size = require_size(_size_of(fd) if size is None else size, align_bytes, page_layout)
+            buffer = HostBuffer(size, fd=fd)
+        finally:
+            if is_own:
+                os.close(fd)
         return cls(size, align_bytes, host_buffer=buffer, page_layout=page_layout, view_only=True)
 
 
@@ -232,15 +242,18 @@ def empty_address_space(
     return manager, math.lcm(manager.align_bytes, PAGE_BYTES)
 
 
-def _attached(file: Any, size: int) -> HostBuffer:
-    """The first bytes of a file, shared with whoever else maps it."""
-    if not isinstance(file, (str, os.PathLike)):
-        return HostBuffer(size, fd=as_integer("file", file))
-    fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return HostBuffer(size, fd=fd)
-    finally:
-        os.close(fd)
+def _descriptor(file: Any) -> int:
+    fd = as_integer("file", file)
+    if not 0 <= fd < 1 << 31:
+        raise ValueError(f"file must be a file descriptor, a path or a name, got {fd}")
+    return fd
+
+
+def _size_of(fd: int) -> int:
+    size = os.fstat(fd).st_size
+    if not size:
+        raise ValueError("the file to attach is empty: its owner has not given it a size")
+    return size
 
 
 def _reserve(

@@ -20,6 +20,7 @@ from kvheap.memory.growth import BackgroundGrowth, GrowthProgress
 from kvheap.memory.host_memory import HostBuffer
 from kvheap.memory.pages import HugePages
 from kvheap.memory.registrar import CudaHostRegistrar, HostRegistrar, require_registrar
+from kvheap.renamed import renamed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -131,13 +132,17 @@ class LazyMemoryAllocator(HostHeap):
         """How far the heap has grown so far; never waits."""
         return self._growth.progress
 
-    def wait_until_grown(self, timeout: float | None = None) -> bool:
-        """Wait until growth has ended; return whether it has within ``timeout`` seconds.
+    @renamed(timeout="timeout_s")
+    def wait_until_grown(self, timeout_s: float | None = None) -> bool:
+        """Wait until growth has ended; return whether it has.
+
+        Args:
+            timeout_s: the most seconds to wait; None: no limit.
 
         Raises:
             BaseException: the error that ended growth early.
         """
-        return self._growth.wait(timeout)
+        return self._growth.wait(timeout_s)
 
     def _commit(self, start: int, end: int) -> None:
         for step in range(start, end, POPULATE_STEP_BYTES):

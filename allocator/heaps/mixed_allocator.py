@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy.typing as npt
 import torch
 
 from kvheap.blocks.batch_lease import BatchLease
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_allocator import BlockAllocator
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
@@ -91,6 +92,28 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
         objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
         self._owner_of(objs, "freed").batched_free(objs, out)
 
+    def batched_read(
+        self, objs: MemoryBatch | Iterable[MemoryObj], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Read blocks, which must all belong to the same one of the two allocators.
+
+        Raises:
+            ForeignObjectError: the blocks belong to both, or to neither; nothing is read.
+        """
+        self.require_open()
+        objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
+        return self._owner_of(objs, "read").batched_read(objs, out)
+
+    def batched_write(self, objs: MemoryBatch | Iterable[MemoryObj], source: torch.Tensor) -> None:
+        """Fill blocks, which must all belong to the same one of the two allocators.
+
+        Raises:
+            ForeignObjectError: the blocks belong to both, or to neither; nothing is written.
+        """
+        self.require_open()
+        objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
+        self._owner_of(objs, "written").batched_write(objs, source)
+
     def lease(
         self,
         objs: MemoryBatch | Iterable[MemoryObj],
@@ -108,11 +131,13 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
         objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
         return self._owner_of(objs, "leased").lease(objs, ttl, rows)
 
-    def _owner_of(self, objs: MemoryBatch | list[MemoryObj], done: str) -> BlockAllocator:
-        if isinstance(objs, MemoryBatch):
-            is_buffer = isinstance(objs.allocator, BufferAllocator)
+    def _owner_of(self, objs: MemoryBatch | Sequence[MemoryObj], done: str) -> BlockAllocator:
+        if isinstance(objs, (MemoryBatch, BatchSlice)):
+            batch = objs.batch if isinstance(objs, BatchSlice) else objs
+            is_buffer = isinstance(batch.allocator, BufferAllocator)
         else:
-            kinds = {isinstance(obj, BytesBufferMemoryObj) for obj in objs}
+            blocks = [obj for obj in objs if isinstance(obj, MemoryObj)]  # others are refused later
+            kinds = {isinstance(obj, BytesBufferMemoryObj) for obj in blocks}
             if len(kinds) > 1:
                 raise ForeignObjectError(
                     f"tensors and plain bytes cannot be {done} in the same call"

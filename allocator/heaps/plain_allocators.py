@@ -22,7 +22,12 @@ from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.blocks.rows import Rows
 from kvheap.errors import NegativeBatchSizeError
 from kvheap.guards import Guard
-from kvheap.heaps.block_tensors import require_gatherable, require_matching
+from kvheap.heaps.block_tensors import (
+    new_tensor,
+    require_gatherable,
+    require_matching,
+    require_writable_from,
+)
 from kvheap.kernels.capture_mode import Relaxed
 
 __all__ = ["AdHocMemoryAllocator", "BufferAllocator"]
@@ -49,10 +54,15 @@ class AdHocMemoryAllocator(BlockAllocator):
     ) -> None:
         super().__init__()
         require_flags(idempotent_free=idempotent_free)
-        self.device = torch.device(device)
+        self._device = torch.device(device)
         trace_frames = require_count("trace_frames", trace_frames)
         self.lifetime = Lifetime(Guard(), NoSpace(), trace_frames)
         self.idempotent_free = idempotent_free
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the blocks are on."""
+        return self._device
 
     def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:
         """The layout of a block."""
@@ -97,9 +107,26 @@ class AdHocMemoryAllocator(BlockAllocator):
     def gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
         """Copy the contents of block ``i`` into ``out[i]``."""
         for row, obj in zip(out, objs, strict=True):
-            block = self.block_bytes(obj.batch, obj.address, obj.size_bytes)
-            layout = obj.batch.layout
-            row.copy_(block if len(layout.shapes) > 1 else layout.view(block))
+            row.copy_(self._contents(obj))
+
+    def require_writable_from(self, parts: Sequence[Rows], source: torch.Tensor) -> None:
+        """Check that ``source`` of ``batched_write`` matches the blocks."""
+        require_writable_from(parts, source, self.device)
+
+    def scatter(self, source: torch.Tensor, objs: MemoryBatch | Sequence[MemoryObj]) -> None:
+        """Copy ``source[i]`` into block ``i``."""
+        for row, obj in zip(source.detach(), objs, strict=True):
+            self._contents(obj).copy_(row)
+
+    def new_tensor(self, layout: BlockLayout, num_blocks: int) -> torch.Tensor:
+        """A new tensor for the contents of blocks."""
+        return new_tensor(layout, num_blocks, self.device)
+
+    def _contents(self, obj: MemoryObj) -> torch.Tensor:
+        """A block as a tensor of its shape and dtype; of several groups, its bytes."""
+        block = self.block_bytes(obj.batch, obj.address, obj.size_bytes)
+        layout = obj.batch.layout
+        return block if len(layout.shapes) > 1 else layout.view(block)
 
     def block_bytes(self, batch: MemoryBatch, address: int, size_bytes: int) -> torch.Tensor:
         """The first bytes of a block, uint8 ``[size_bytes]``, without a copy."""

@@ -152,15 +152,17 @@ class Segments:
 
     # -- copy and fill blocks ------------------------------------------------------------------
 
-    def scatter(self, source: torch.Tensor, blocks: AddressBatch) -> None:
-        """Copy ``source[i]`` to ``blocks[i]``, by one kernel for each segment."""
-        if self._copy_run(source, blocks, to_heap=True):
-            return
-        addresses, source = blocks.addresses, source.detach()
+    def scatter(self, source: torch.Tensor, blocks: AddressBatch | Int64Array) -> None:
+        """Copy ``source[i]`` to block ``i``, or the block at address ``i``; a kernel a segment."""
+        if isinstance(blocks, AddressBatch):
+            if self._copy_run(source, blocks, to_heap=True):
+                return
+            blocks = blocks.addresses
+        source = source.detach()
         if source.device != self.device:
             with Relaxed():
                 source = source.to(self.device)
-        for buffer, local, positions in self._by_segment(addresses):
+        for buffer, local, positions in self._by_segment(blocks):
             scatter_blocks(source[positions], buffer, local)
 
     def gather(self, blocks: AddressBatch | Int64Array, out: torch.Tensor) -> None:

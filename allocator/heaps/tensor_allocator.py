@@ -21,6 +21,7 @@ from kvheap.addresses.address_manager import AddressManager
 from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.heap_stats import HeapStats
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.heap import Heap, await_filling
 from kvheap.blocks.ledger import require_one_owner
@@ -35,7 +36,12 @@ from kvheap.device.copy_device import CopyDevice
 from kvheap.engine import chunks
 from kvheap.errors import HeapCorruptionError, ReentrantCallError
 from kvheap.guards import is_inside_section, section
-from kvheap.heaps.block_tensors import require_gatherable, require_matching
+from kvheap.heaps.block_tensors import (
+    new_tensor,
+    require_gatherable,
+    require_matching,
+    require_writable_from,
+)
 from kvheap.heaps.freed_bytes import FreedBytes
 from kvheap.heaps.options import require_heap_options, require_units
 from kvheap.heaps.ownership import Ownership
@@ -94,6 +100,7 @@ class TensorMemoryAllocator(Heap):
     - allocate: ``allocate``, ``batched_allocate``, ``max_batch``; ``view`` for blocks that another
       process allocated;
     - free: ``free``, ``batched_free``;
+    - contents: ``batched_read``, ``batched_write``;
     - an engine's cache: ``batched_store``, ``batched_load``, ``batched_evict``;
     - inspect: ``stats``, ``snapshot``, ``leaks``, ``full_report``, ``memcheck``, ``check``,
       ``buffer``, ``segments``, ``device``, ``is_view_only``;
@@ -333,20 +340,36 @@ class TensorMemoryAllocator(Heap):
             batch.stored_tokens.set_origins(view.origins)
         return batch
 
-    # -- free ----------------------------------------------------------------------------------
+    # -- free, read and write ------------------------------------------------------------------
 
     def require_gatherable(self, parts: Sequence[Rows], out: torch.Tensor) -> None:
-        """Raise if the ``out`` of ``batched_free`` does not match the blocks."""
+        """Raise if the ``out`` of ``batched_read`` or ``_free`` does not match the blocks."""
         require_gatherable(parts, out, self.device)
 
     def gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
         """Copy the contents of blocks into ``out``, already checked by ``require_gatherable``."""
         segments = self._open_segments()
         await_filling(objs, segments.device)
-        if isinstance(objs, MemoryBatch):
+        if isinstance(objs, (MemoryBatch, BatchSlice)):
             segments.gather(objs.runs, out)
         else:
             segments.gather(np.array([obj.address for obj in objs], np.int64), out)
+
+    def require_writable_from(self, parts: Sequence[Rows], source: torch.Tensor) -> None:
+        """Raise if the ``source`` of ``batched_write`` does not match the blocks."""
+        require_writable_from(parts, source, self.device)
+
+    def scatter(self, source: torch.Tensor, objs: MemoryBatch | Sequence[MemoryObj]) -> None:
+        """Copy ``source`` into blocks, checked, which no transfer uses any more."""
+        segments = self._open_segments()
+        if isinstance(objs, (MemoryBatch, BatchSlice)):
+            segments.scatter(source, objs.runs)
+        else:
+            segments.scatter(source, np.array([obj.address for obj in objs], np.int64))
+
+    def new_tensor(self, layout: BlockLayout, num_blocks: int) -> torch.Tensor:
+        """A new tensor on the heap's device for the contents of blocks."""
+        return new_tensor(layout, num_blocks, self.device)
 
     def merged_releases(self, releases: list[Release]) -> list[Release]:
         """Combine the releases that wait for no stream, unless debug mode needs each owner."""

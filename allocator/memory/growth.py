@@ -142,11 +142,11 @@ class BackgroundGrowth:
             raise
         return self
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until growth has ended: completed, stopped or failed.
 
         Args:
-            timeout: the most seconds to wait; None: as long as it takes.
+            timeout_s: the most seconds to wait; None: as long as it takes.
 
         Returns:
             Whether growth has ended; :attr:`progress` tells how.
@@ -160,7 +160,7 @@ class BackgroundGrowth:
             raise RuntimeError("growth cannot be waited for before it is started")
         if threading.current_thread() is self._thread:
             raise RuntimeError("the growth thread cannot wait for its own end")
-        if not self._ended.wait(timeout):
+        if not self._ended.wait(timeout_s):
             return False
         if self._progress.error is not None:
             raise self._progress.error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import stat
 import sys
 import weakref
 from collections.abc import Callable
@@ -153,6 +154,11 @@ def _map_anonymous(size_bytes: int, align_bytes: int, huge_pages: HugePages) -> 
 
 
 def _map_file(size_bytes: int, fd: int) -> HostMapping:
+    found = os.fstat(fd)
+    if stat.S_ISREG(found.st_mode) and found.st_size < size_bytes:
+        raise ValueError(
+            f"the file has {found.st_size} bytes, fewer than the {size_bytes} that are to be mapped"
+        )
     try:
         return HostMapping(fd, size_bytes, flags=mmap.MAP_SHARED | MAP_NORESERVE)
     except OSError as error:

@@ -29,6 +29,7 @@ from kvheap.memory.pages import PAGE_BYTES, HugePages
 from kvheap.memory.populate import populate, touch
 from kvheap.memory.registrar import CudaHostRegistrar, HostRegistrar, require_registrar
 from kvheap.memory.workers import Worker, cut
+from kvheap.renamed import renamed
 
 __all__ = ["HostBuffer"]
 
@@ -49,7 +50,7 @@ class HostBuffer:
     - end: :meth:`close`, :attr:`closed`, ``with``.
 
     Args:
-        size_bytes: bytes of the range, at least 1.
+        size: bytes of the range, at least 1.
         align_bytes: a power of two; the address of the first byte is a multiple of it.
         huge_pages: ``"transparent"`` asks the kernel to use them, and aligns to 2 MiB; ``"if
             possible"`` does so unless the system has switched them off. ``"explicit"`` takes them
@@ -58,7 +59,7 @@ class HostBuffer:
         numa_node: the only node whose memory is used; None leaves the choice to the kernel.
         fd: map this file (a memfd, a shared memory object) from its start, shared with every
             process that maps it. The buffer counts as attached: a heap in it is view-only unless
-            told otherwise. The file must have at least ``size_bytes`` bytes. The descriptor is
+            told otherwise. The file must have at least ``size`` bytes. The descriptor is
             duplicated, and the caller's is left open. The kernel chooses the address, which is a
             multiple of the page size but may have no larger alignment.
 
@@ -73,33 +74,35 @@ class HostBuffer:
     ([7, 7, 7], 17179869184)
     """
 
+    @renamed(size_bytes="size")
     def __init__(
         self,
-        size_bytes: int,
+        size: int,
         *,
         align_bytes: int = 4096,
         huge_pages: HugePages = "none",
         numa_node: int | None = None,
         fd: int | None = None,
     ) -> None:
-        _require_arguments(size_bytes, align_bytes, huge_pages, numa_node, fd)
-        self._size_bytes = size_bytes
+        _require_arguments(size, align_bytes, huge_pages, numa_node, fd)
+        self._size_bytes = size
         self._fd: int | None = None
         if fd is not None:
             self._fd = os.dup(fd)
             self._close_fd = weakref.finalize(self, os.close, self._fd)
-        mapping = reserve(size_bytes, align_bytes, huge_pages, numa_node, self._fd)
+        mapping = reserve(size, align_bytes, huge_pages, numa_node, self._fd)
         self._data_ptr = mapping.data_ptr
         self._registrations = mapping.registrations
         self._mapping: HostMapping | None = mapping
         self._tensor: torch.Tensor | None = torch.frombuffer(
-            mapping, dtype=torch.uint8, count=size_bytes, offset=mapping.offset
+            mapping, dtype=torch.uint8, count=size, offset=mapping.offset
         )
 
     @classmethod
+    @renamed(size_bytes="size")
     def shared(
         cls,
-        size_bytes: int,
+        size: int,
         *,
         name: str = "kvheap",
         align_bytes: int = 4096,
@@ -109,7 +112,7 @@ class HostBuffer:
         """Reserve memory that other processes can map, through its :attr:`fd`.
 
         Args:
-            size_bytes: bytes of the range, at least 1.
+            size: bytes of the range, at least 1.
             name: shown in ``/proc/<pid>/maps``.
             align_bytes: as for the class, with ``fd``.
             huge_pages: as for the class, with ``fd``.
@@ -120,13 +123,13 @@ class HostBuffer:
             OSError: as for the class.
             RuntimeError: as for the class.
         """
-        if as_integer("size_bytes", size_bytes) < 1:
-            raise ValueError(f"size_bytes must be positive, got {size_bytes}")
+        if as_integer("size", size) < 1:
+            raise ValueError(f"size must be positive, got {size}")
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
-            os.ftruncate(fd, size_bytes)
+            os.ftruncate(fd, size)
             buffer = cls(
-                size_bytes,
+                size,
                 align_bytes=align_bytes,
                 huge_pages=huge_pages,
                 numa_node=numa_node,
@@ -208,8 +211,8 @@ class HostBuffer:
         return self._registrations.num_bytes
 
     def __repr__(self) -> str:
-        """Address, size and what is pinned."""
-        state = "closed" if self.closed else f"at {self._data_ptr:#x}"
+        """Size, whether it is shared, and what is pinned."""
+        state = "closed" if self.closed else "private" if self._fd is None else "shared"
         return f"HostBuffer({self._size_bytes} bytes, {state}, {self.pinned_bytes} bytes pinned)"
 
     def populate(self, start: int, end: int, threads: int | None = None) -> None:
@@ -350,20 +353,20 @@ class HostBuffer:
 
 
 def _require_arguments(
-    size_bytes: int,
+    size: int,
     align_bytes: int,
     huge_pages: str,
     numa_node: int | None,
     fd: int | None,
 ) -> None:
-    size_bytes = as_integer("size_bytes", size_bytes)
+    size = as_integer("size", size)
     align_bytes = as_integer("align_bytes", align_bytes)
     if numa_node is not None:
         numa_node = as_integer("numa_node", numa_node)
     if fd is not None and not 0 <= as_integer("fd", fd) < 1 << 31:
         raise ValueError(f"fd must be a file descriptor, got {fd}")
-    if not 1 <= size_bytes < 1 << 62:
-        raise ValueError(f"size_bytes must be positive and below 2**62, got {size_bytes}")
+    if not 1 <= size < 1 << 62:
+        raise ValueError(f"size must be positive and below 2**62, got {size}")
     if not 1 <= align_bytes < 1 << 62 or align_bytes & (align_bytes - 1):
         raise ValueError(
             f"align_bytes must be a positive power of two below 2**62, got {align_bytes}"

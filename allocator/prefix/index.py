@@ -31,8 +31,7 @@ from kvheap.addresses.arguments import require_count
 from kvheap.errors import LifetimeError
 from kvheap.prefix.books import Books, Chunk, IndexStats, OpenChunks
 from kvheap.prefix.keys import as_key_error, require_key_list, require_keys, require_list
-from kvheap.prefix.policies.base import EvictionPolicy
-from kvheap.prefix.policies.lru import LRU
+from kvheap.prefix.policies import LRU, POLICIES, EvictionPolicy
 
 if TYPE_CHECKING:
     from typing import Self
@@ -88,17 +87,28 @@ class PrefixIndex(Generic[K, V]):
     Wherever keys are taken, a text or a tensor raises ``TypeError``: its parts would be the keys.
 
     Args:
-        policy: the order of eviction, a new object that no other index uses; None: ``LRU()``.
+        policy: the order of eviction, a new object that no other index uses, or the name of one
+            (``POLICIES``); None: ``LRU()``.
         name: what messages call this index.
 
     Raises:
-        TypeError: ``policy`` is not an ``EvictionPolicy``; a class or a name is none. ``name`` is
+        TypeError: ``policy`` is not an ``EvictionPolicy``, as a class is none. ``name`` is
             not a text.
-        ValueError: the policy was given to another index.
+        ValueError: the policy was given to another index, or there is none of this name.
     """
 
-    def __init__(self, policy: EvictionPolicy | None = None, *, name: str = "PrefixIndex") -> None:
-        policy = LRU() if policy is None else policy
+    def __init__(
+        self, policy: EvictionPolicy | str | None = None, *, name: str = "PrefixIndex"
+    ) -> None:
+        if policy is None:
+            policy = LRU()
+        elif isinstance(policy, str):
+            if policy not in POLICIES:
+                raise ValueError(
+                    f"policy must be one of {', '.join(POLICIES)}, or an object of an "
+                    f"EvictionPolicy, got {policy!r}"
+                )
+            policy = POLICIES[policy]()
         if not isinstance(policy, EvictionPolicy):
             raise TypeError(f"policy must be an object of an EvictionPolicy, got {policy!r}")
         if policy.has_index or len(policy):

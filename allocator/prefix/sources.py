@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects, layout_and_addresses
-from kvheap.engine.chunks import chunk_shape, dim_order_of, require_cache
+from kvheap.engine.chunks import dim_order_of, require_cache
 from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.paged_plan import pairing_of
 from kvheap.kernels.paged_slots import Places, count_tokens
@@ -29,9 +29,9 @@ def require_blocks(layout: BlockLayout, num_chunks: int, blocks: BlockObjects) -
         ForeignObjectError: the blocks are of several heaps.
     """
     if not isinstance(blocks, Sequence):
-        raise TypeError(f"blocks must be a MemoryBatch or a list of its objects, got {blocks!r}")
+        raise TypeError(f"batch must be a MemoryBatch or a list of its objects, got {blocks!r}")
     if len(blocks) != num_chunks:
-        raise ValueError(f"{num_chunks} keys need as many blocks, got {len(blocks)}")
+        raise ValueError(f"{num_chunks} keys need as many blocks, got {len(blocks)} in batch")
     if num_chunks:
         found, _ = layout_and_addresses(blocks)
         if found != layout:
@@ -52,7 +52,7 @@ def engine_chunk_tokens(
         raise ValueError(f"chunks of one group can be stored from an engine, not {layout}")
     order = dim_order_of(layout.fmt)
     chunk = ChunkLayout.of(order, layout.shapes[0], layout.dtypes[0].itemsize)
-    shape = chunk_shape(cache, layout.fmt, chunk.num_tokens, cache.num_layers)
+    shape = cache.chunk_layout(chunk.num_tokens, layout.fmt).shape
     if shape != tuple(layout.shapes[0]) or cache.dtype != layout.dtypes[0]:
         raise ValueError(f"the cache's chunks are {shape} {cache.dtype}, not {layout}")
     num_tokens = count_tokens(slots, cache.block_size)

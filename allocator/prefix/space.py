@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
+from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes, as_block_layout
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
 from kvheap.errors import BlockInUseError, ClosedError, DoubleFreeError
@@ -20,6 +20,7 @@ from kvheap.prefix.index import PrefixIndex
 if TYPE_CHECKING:
     from kvheap.addresses.address_manager import AddressManager
     from kvheap.heaps.tensor_allocator import AllocatorStats
+    from kvheap.kernels.chunk_shape import ChunkShape
     from kvheap.kernels.paged_layout import PagedKVCache
     from kvheap.kernels.paged_slots import Slots
 
@@ -136,16 +137,12 @@ class ChunkSpace(Generic[K]):
     """
 
     def __init__(
-        self, heap: ChunkHeap, layout: BlockLayout, index: PrefixIndex[K, MemoryObj]
+        self, heap: ChunkHeap, layout: BlockLayout | ChunkShape, index: PrefixIndex[K, MemoryObj]
     ) -> None:
         for method in ("batched_allocate", "batched_free", "max_batch"):
             if not callable(getattr(heap, method, None)):
                 raise TypeError(f"heap must be a TensorMemoryAllocator, got {heap!r}")
-        if not isinstance(layout, BlockLayout):
-            raise TypeError(
-                f"layout must be a BlockLayout, got {layout!r}: make one with "
-                f"BlockLayout.of(shapes, dtypes, fmt)"
-            )
+        layout = as_block_layout("layout", layout)
         self.heap = heap
         self.layout = layout
         self.books = index.books

@@ -44,6 +44,7 @@ from kvheap.prefix.keys import as_key_error, require_key_list, require_keys
 from kvheap.prefix.policies.base import EvictionPolicy
 from kvheap.prefix.sources import engine_chunk_tokens, require_blocks, require_slots
 from kvheap.prefix.space import ChunkHeap, ChunkSpace
+from kvheap.renamed import renamed
 from kvheap.transfer.moves import offload, require_movable
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
     from kvheap.blocks.heap import Heap
     from kvheap.device.directions import Path
+    from kvheap.kernels.chunk_shape import ChunkShape
     from kvheap.kernels.paged_layout import PagedKVCache
     from kvheap.kernels.paged_slots import Slots
 
@@ -111,16 +113,19 @@ class PrefixStore(Generic[K]):
 
     Args:
         heap: where the chunks live.
-        layout: what each chunk holds.
-        policy: the order of eviction, a new object; None: ``LRU()``. See
-            :mod:`kvheap.prefix.policies`.
+        layout: what each chunk holds: a ``BlockLayout``, or ``cache.chunk_layout(...)``.
+        policy: the order of eviction, a new object or the name of one (``POLICIES``); None:
+            ``LRU()``. See :mod:`kvheap.prefix.policies`.
 
     Raises:
         ValueError: the policy was given to another index or store.
     """
 
     def __init__(
-        self, heap: ChunkHeap, layout: BlockLayout, policy: EvictionPolicy | None = None
+        self,
+        heap: ChunkHeap,
+        layout: BlockLayout | ChunkShape,
+        policy: EvictionPolicy | str | None = None,
     ) -> None:
         self._index: PrefixIndex[K, MemoryObj] = PrefixIndex(policy, name="PrefixStore")
         self._space = ChunkSpace(heap, layout, self._index)
@@ -325,10 +330,11 @@ class PrefixStore(Generic[K]):
             raise
         return flight
 
+    @renamed(blocks="batch")
     def offload(
         self,
         keys: Sequence[K],
-        blocks: BlockObjects,
+        batch: BlockObjects,
         stream: torch.cuda.Stream | None = None,
         *,
         free: bool = False,
@@ -339,7 +345,8 @@ class PrefixStore(Generic[K]):
 
         Args:
             keys: N keys, the head of the prefix first, none of them ready or pending.
-            blocks: N blocks of another heap, of this store's layout.
+            batch: N blocks of another heap, of this store's layout: a batch, a slice of one, or
+                objects.
             stream: as for :func:`kvheap.offload`.
             free: as for :func:`kvheap.offload`.
             path: as for :func:`kvheap.offload`.
@@ -362,12 +369,10 @@ class PrefixStore(Generic[K]):
                 sys._getframe(),
                 keys,
                 lambda moved: offload(
-                    blocks, into, stream, free=free, path=path, max_sms=max_sms, moved=moved
+                    batch, into, stream, free=free, path=path, max_sms=max_sms, moved=moved
                 ),
-                lambda: require_blocks(self.layout, len(keys), blocks),
-                lambda: require_movable(
-                    blocks, into, stream, free=free, path=path, max_sms=max_sms
-                ),
+                lambda: require_blocks(self.layout, len(keys), batch),
+                lambda: require_movable(batch, into, stream, free=free, path=path, max_sms=max_sms),
             )
             self._space.books.unclaimed, self._space.turn.state = None, {}  # see hold
         except BaseException:

@@ -15,6 +15,7 @@ import numpy as np
 from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.block_runs import BlockRuns, runs_of
 from kvheap.addresses.extents import Extents
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.rows import Rows
@@ -71,6 +72,8 @@ def block_runs(blocks: PlacedBlocks) -> BlockRuns:
         return blocks.checked()
     if isinstance(blocks, MemoryBatch):
         return blocks.block_runs()
+    if isinstance(blocks, BatchSlice):
+        return blocks.block_runs()
     if isinstance(blocks, Rows):
         return blocks.batch.block_runs(blocks.rows)
     heap, batch = heap_of(blocks), blocks[0].batch
@@ -126,7 +129,7 @@ def paired_runs(source: PlacedBlocks, target: PlacedBlocks) -> Pieces:
         )
     padding = one.block_bytes == other.block_bytes <= one.size_bytes * (1 + MAX_PADDING)
     pieces = _paired(one.extents(padding=padding), other.extents(padding=padding))
-    if not isinstance(target, MemoryBatch):
+    if not isinstance(target, (MemoryBatch, BatchSlice)):
         pieces.require_distinct_targets()
     memories = [_memory_of(side) for side in (source, target)]
     if None not in memories and memories[0] == memories[1]:
@@ -152,7 +155,7 @@ def _layout_of(blocks: PlacedBlocks) -> object | None:
     """What each block holds; None if that is not known."""
     if isinstance(blocks, BlockRuns):
         return None
-    batch = blocks.batch if isinstance(blocks, Rows) else blocks
+    batch = blocks.batch if isinstance(blocks, (Rows, BatchSlice)) else blocks
     return batch.layout if isinstance(batch, MemoryBatch) else batch[0].batch.layout
 
 

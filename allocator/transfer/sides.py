@@ -16,10 +16,11 @@ import torch
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
+from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.memory_batch import MemoryBatch
-from kvheap.blocks.rows import Rows
+from kvheap.blocks.rows import Rows, rows_of
 from kvheap.device import cuda
 from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.device.directions import Direction
@@ -105,7 +106,7 @@ class Blocks:
 
     @classmethod
     def of(cls, name: str, blocks: BlockObjects | Rows | torch.Tensor) -> Blocks:
-        """From a batch, some rows of a batch, objects, or the rows of a tensor.
+        """From a batch, a slice or some rows of one, objects, or the rows of a tensor.
 
         Raises:
             ValueError: a tensor's rows are not contiguous, or objects have several block layouts.
@@ -119,10 +120,10 @@ class Blocks:
         heap = heap_of(blocks.batch if isinstance(blocks, Rows) else blocks)
         runs: AddressBatch | None = None
         starts: Int64Array | None = None
-        if isinstance(blocks, MemoryBatch):
-            blocks.counts.require_live(None, blocks)
+        if isinstance(blocks, (MemoryBatch, BatchSlice)):
+            rows = rows_of(blocks) if isinstance(blocks, BatchSlice) else [Rows(blocks, None)]
+            rows[0].batch.counts.require_live(rows[0].rows, rows[0].batch)
             layout, allocated_bytes = blocks.layout, blocks.allocated_bytes
-            rows = [Rows(blocks, None)]
             if len(heap.segments) == 1:
                 runs = blocks.runs
             else:

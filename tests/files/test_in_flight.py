@@ -701,7 +701,7 @@ def test_threads_store_load_and_remove(tmp_path: Path, heap: HostMemoryAllocator
             errors.append(error)
 
     heap = make_heap(256)
-    with open_tier(tmp_path / "tier", 16, order="arc") as tier:
+    with open_tier(tmp_path / "tier", 16, policy="arc") as tier:
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
         for thread in threads:
             thread.start()

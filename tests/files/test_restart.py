@@ -118,7 +118,7 @@ class TestRestart:
     def test_other_options_are_no_other_identity(
         self, folder: Path, heap: HostMemoryAllocator
     ) -> None:
-        with open_tier(folder, durable=True, order="arc", threads=1) as tier:
+        with open_tier(folder, durable=True, policy="arc", threads=1) as tier:
             stored(tier, heap, [1])
         with open_tier(folder, direct=False) as tier:
             assert loads_all(tier, heap) == [NAMES[1]]

@@ -185,6 +185,12 @@ class TestStoreAndLoad:
             assert not wrong_rows(NAMES[:2], loading.batch)
             with pytest.raises(MissingChunksError):
                 await tier.load(NAMES[:3], heap)  # type: ignore[misc]
+            with pytest.raises(MissingChunksError):
+                async with tier.load(NAMES[:3], heap):  # type: ignore[union-attr]
+                    pass
+            async with tier.load(NAMES[:2], heap) as again:  # type: ignore[union-attr]
+                pass
+            assert again.done()
 
         asyncio.run(both())
         with tier.store(NAMES[2:4], fill(heap, NAMES[2:4])) as storing:
@@ -232,11 +238,11 @@ class TestMisses:
 
 
 class TestEviction:
-    @pytest.mark.parametrize("order", sorted(ORDERS))
+    @pytest.mark.parametrize("policy", sorted(ORDERS))
     def test_the_bytes_are_bounded(
-        self, tmp_path: Path, heap: HostMemoryAllocator, order: str
+        self, tmp_path: Path, heap: HostMemoryAllocator, policy: str
     ) -> None:
-        with open_tier(tmp_path / "tier", 10, order=order) as tier:
+        with open_tier(tmp_path / "tier", 10, policy=policy) as tier:
             for number in range(0, 60, 3):
                 stored(tier, heap, range(number, number + 3))
                 tier.check()
@@ -592,8 +598,11 @@ class TestArguments:
             ({"layout": [2048]}, "layout must be a BlockLayout"),
             ({"namespace": ""}, "namespace must name"),
             ({"namespace": None}, "namespace must be a text"),
-            ({"order": "random"}, "order must be one of adaptive, arc|order must be one of lru"),
-            ({"order": None}, "order must be one of"),
+            (
+                {"policy": "random"},
+                "policy must be one of lru, arc, s3fifo, adaptive, got 'random'",
+            ),
+            ({"policy": None}, "policy must be one of"),
             ({"threads": 0}, "threads must be positive"),
             ({"direct": 1}, "direct must be True or False"),
             ({"durable": "no"}, "durable must be True or False"),

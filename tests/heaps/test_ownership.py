@@ -504,7 +504,7 @@ def test_files_that_cannot_be_attached(file: Any, error: type[Exception]) -> Non
 def test_a_file_that_is_too_small(tmp_path: Path) -> None:
     path = tmp_path / "heap"
     path.write_bytes(bytes(PAGE))
-    with pytest.raises(ValueError, match="mmap length is greater than file size"):
+    with pytest.raises(ValueError, match=f"the file has {PAGE} bytes, fewer than the {SIZE} "):
         HostMemoryAllocator.attach(path, SIZE)
 
 

@@ -20,7 +20,6 @@ from paged_worlds import check_moves
 
 import kvheap
 from kvheap import BlockIds, LayoutError, MemoryFormat, PagedKVCache, TensorMemoryAllocator
-from kvheap.engine.chunks import chunk_shape
 
 U8, BF16 = torch.uint8, torch.bfloat16
 Parts = Callable[[int, int], Sequence[torch.Tensor]]
@@ -57,7 +56,7 @@ def check_tokens(
     slot_lists = [scattered[:count].tolist(), list(range(cache.num_slots - count, cache.num_slots))]
     slot_lists.append([slot if i % 3 else -1 for i, slot in enumerate(slot_lists[0])])
     num_chunks = -(-count // chunk_tokens)
-    shape = chunk_shape(cache, MemoryFormat.KV_MLA_FMT, chunk_tokens, cache.num_layers)
+    shape = cache.chunk_layout(chunk_tokens, MemoryFormat.KV_MLA_FMT).shape
     chunk_bytes = torch.Size(shape).numel() * cache.dtype.itemsize
     buffer = storage.bytes_of(num_chunks * chunk_bytes + 64)
     heap = TensorMemoryAllocator(buffer, align_bytes=8)

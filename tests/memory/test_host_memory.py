@@ -75,9 +75,9 @@ class TestReserve:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"size_bytes": 0}, "size_bytes must be positive"),
-            ({"size_bytes": -1}, "size_bytes must be positive"),
-            ({"size_bytes": 1 << 63}, "size_bytes must be positive and below"),
+            ({"size": 0}, "size must be positive"),
+            ({"size": -1}, "size must be positive"),
+            ({"size": 1 << 63}, "size must be positive and below"),
             ({"align_bytes": 0}, "power of two"),
             ({"align_bytes": 4097}, "power of two"),
             ({"align_bytes": -4096}, "power of two"),
@@ -89,7 +89,7 @@ class TestReserve:
     )
     def test_wrong_arguments(self, arguments: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            HostBuffer(**{"size_bytes": PAGE, **arguments})
+            HostBuffer(**{"size": PAGE, **arguments})
 
 
 class TestShared:
@@ -136,7 +136,7 @@ class TestShared:
 
     def test_errors_leave_no_descriptor_open(self) -> None:
         before = len(os.listdir("/proc/self/fd"))
-        with pytest.raises(ValueError, match="size_bytes must be positive"):
+        with pytest.raises(ValueError, match="size must be positive"):
             HostBuffer.shared(0)
         with pytest.raises(ValueError, match="a shared mapping cannot be shifted"):
             HostBuffer.shared(PAGE, align_bytes=1 << 47)
@@ -147,7 +147,7 @@ class TestShared:
 
     def test_a_file_that_is_too_small(self) -> None:
         buffer = HostBuffer.shared(PAGE)
-        with pytest.raises(ValueError, match="greater than file size"):
+        with pytest.raises(ValueError, match="the file has 4096 bytes, fewer than the 4097 "):
             HostBuffer(PAGE + 1, fd=buffer.fd)
 
     def test_a_file_that_cannot_be_written(self, tmp_path: Path) -> None:

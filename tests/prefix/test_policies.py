@@ -242,9 +242,20 @@ def test_an_index_needs_a_policy_of_its_own(name: str) -> None:
     policy = POLICIES[name]()
     PrefixIndex(policy)
     with pytest.raises(TypeError, match="policy must be an object of an EvictionPolicy"):
-        PrefixIndex(name)  # type: ignore[arg-type]
+        PrefixIndex(POLICIES[name])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"the {name} policy is another index's"):
         PrefixIndex(policy)
+
+
+@each_policy
+def test_a_name_makes_a_new_policy(name: str) -> None:
+    indexes: list[PrefixIndex[str, int]] = [PrefixIndex(name), PrefixIndex(name)]
+    policies = [index.books.policy for index in indexes]
+    assert [type(policy) for policy in policies] == [POLICIES[name]] * 2
+    assert policies[0] is not policies[1]
+    for wrong in ("", "LRU", "random"):
+        with pytest.raises(ValueError, match=f"one of lru, gdsf, s3fifo, arc, .* got '{wrong}'"):
+            PrefixIndex(wrong)
 
 
 def test_index_and_policies_need_no_torch() -> None:

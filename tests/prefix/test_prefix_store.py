@@ -570,7 +570,7 @@ def refused_moves(near: TensorMemoryAllocator, how: str) -> dict[str, object]:
         "no number of SMs": {"max_sms": 1.5},
         "a stream": {"stream": object()},
     }
-    return {"blocks": blocks, "free": how != "failed", **options.get(how, {})}
+    return {"batch": blocks, "free": how != "failed", **options.get(how, {})}
 
 
 class FailedTransfer:

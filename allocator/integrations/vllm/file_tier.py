@@ -101,7 +101,7 @@ class KVHeapFileTier(SecondaryTierManager):  # type: ignore[misc,unused-ignore]
             size_bytes,
             layout,
             namespace=namespace_of(offloading_spec.config),
-            order=eviction_policy,
+            policy=eviction_policy,
             threads=threads,
             direct=direct,
             durable=durable,

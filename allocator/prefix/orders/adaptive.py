@@ -248,6 +248,10 @@ class AdaptiveOrder(Generic[K]):
             _, ghost = ghosts.popitem(last=False)
             self._ghost_bytes -= ghost.size_bytes
 
+    def __repr__(self) -> str:
+        """How many chunks are in the order."""
+        return f"{type(self).__name__}({len(self)} chunks)"
+
     def __len__(self) -> int:
         """How many chunks are in the order."""
         return len(self._chunks)

@@ -141,6 +141,10 @@ class ARCOrder(Generic[K]):
         self._again_ghosts: _Sized[K] = _Sized()
         self._target_bytes = 0.0
 
+    def __repr__(self) -> str:
+        """How many chunks are in the order."""
+        return f"{type(self).__name__}({len(self)} chunks)"
+
     def __len__(self) -> int:
         """How many chunks are in the order."""
         return len(self._once.sizes) + len(self._again.sizes)

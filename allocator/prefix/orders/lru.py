@@ -68,6 +68,10 @@ class LRUOrder(Generic[K]):
         """Forget all chunks."""
         self._sizes.clear()
 
+    def __repr__(self) -> str:
+        """How many chunks are in the order."""
+        return f"{type(self).__name__}({len(self)} chunks)"
+
     def __len__(self) -> int:
         """How many chunks are in the order."""
         return len(self._sizes)

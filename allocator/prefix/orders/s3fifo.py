@@ -151,6 +151,10 @@ class S3FIFOOrder(Generic[K]):
             queue.clear()
         self._bytes = self._small_bytes = self._ghost_bytes = 0
 
+    def __repr__(self) -> str:
+        """How many chunks are in the order."""
+        return f"{type(self).__name__}({len(self)} chunks)"
+
     def __len__(self) -> int:
         """How many chunks are in the order."""
         return len(self._small) + len(self._main)

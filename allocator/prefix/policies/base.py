@@ -116,6 +116,10 @@ class EvictionPolicy(ABC):
     ) -> None:
         """Call ``require(holds, message)`` for every invariant. O(n)."""
 
+    def __repr__(self) -> str:
+        """How many chunks may be evicted."""
+        return f"{type(self).__name__}({len(self)} chunks)"
+
     @abstractmethod
     def __len__(self) -> int:
         """How many chunks are in the order, and may be evicted."""

@@ -188,7 +188,7 @@ class TestAsVllmCallsIt:
         ("options", "message"),
         [
             ({"size_bytes": SLOT - 1}, "size must be at least"),
-            ({"eviction_policy": "none"}, "order must be one of"),
+            ({"eviction_policy": "none"}, "policy must be one of"),
             ({"locality": "near"}, "near"),
         ],
     )
