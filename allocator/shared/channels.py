@@ -1,0 +1,310 @@
+"""How a process reaches the keeper of a segment: in its own process, or in the owner's."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Protocol, TypeVar
+
+from kvheap.device.host_queue import NestedWaitError
+from kvheap.shared.errors import NoOwnerError
+from kvheap.shared.header import OwnerState
+from kvheap.shared.keeper import Filled, Keeper, Ticket
+from kvheap.shared.service import Service
+from kvheap.shared.wire import (
+    LENGTH,
+    Kind,
+    decode_keys,
+    decode_ticket,
+    encode_filled,
+    encode_keys,
+    framed,
+)
+
+__all__ = ["Channel", "Link", "LocalChannel", "RemoteChannel"]
+
+Answer = TypeVar("Answer")
+
+TELL_S = 0.01
+"""How long to wait for room in a socket for a few bytes."""
+
+HERE = "here"
+"""Who stores in the owner's process."""
+
+
+class Link(Protocol):
+    """What a place was given through. If it is not open any more, the place may be another's.
+
+    Attributes:
+        is_open: whether it is.
+        epoch: of the owner.
+    """
+
+    is_open: bool
+    epoch: int
+
+
+class Channel(Protocol):
+    """What a heap asks of its keeper. ``NoOwnerError``: there is none, or it has gone."""
+
+    def begin(self, keys: Sequence[bytes]) -> tuple[Ticket, Link]:
+        """See ``Keeper.begin``."""
+
+    def publish(self, link: Link, number: int, filled: Sequence[Filled]) -> int:
+        """See ``Keeper.publish``."""
+
+    def abort(self, link: Link, number: int) -> None:
+        """See ``Keeper.abort``; does not wait, also for finalizers."""
+
+    def remove(self, keys: Sequence[bytes]) -> list[bytes]:
+        """See ``Keeper.remove``."""
+
+    def report(self, place: int, generation: int) -> None:
+        """See ``Keeper.drop_damaged``."""
+
+    def close(self) -> None:
+        """Give up what is being stored through it; may be repeated."""
+
+
+class LocalChannel:
+    """The keeper in this process.
+
+    Args:
+        keeper: the books.
+        service: their thread.
+        content_of: the bytes of a place's chunk.
+    """
+
+    def __init__(
+        self, keeper: Keeper, service: Service, content_of: Callable[[int], memoryview]
+    ) -> None:
+        self._keeper = keeper
+        self._service = service
+        self._content_of = content_of
+
+    def begin(self, keys: Sequence[bytes]) -> tuple[Ticket, Link]:
+        """See ``Keeper.begin``."""
+        tickets: list[Ticket] = []
+
+        def begin() -> Ticket:
+            tickets.append(self._keeper.begin(HERE, keys))
+            return tickets[0]
+
+        try:
+            return self._service.ask(begin), self._service
+        except BaseException:  # of a signal handler
+            self._service.tell(
+                lambda: [self._keeper.abort(HERE, ticket.number) for ticket in tickets]  # type: ignore[func-returns-value]
+            )
+            raise
+
+    def publish(self, link: Link, number: int, filled: Sequence[Filled]) -> int:
+        """See ``Keeper.publish``."""
+        return self._service.ask(partial(self._keeper.publish, HERE, number, filled))
+
+    def abort(self, link: Link, number: int) -> None:
+        """See ``Keeper.abort``."""
+        self._service.tell(partial(self._keeper.abort, HERE, number))
+
+    def remove(self, keys: Sequence[bytes]) -> list[bytes]:
+        """See ``Keeper.remove``."""
+        return self._service.ask(partial(self._keeper.remove, keys))
+
+    def report(self, place: int, generation: int) -> None:
+        """See ``Keeper.drop_damaged``."""
+        content = self._content_of(place)
+        self._service.ask(partial(self._keeper.drop_damaged, place, generation, content))
+
+    def close(self) -> None:
+        """Nothing: the owner stops the thread."""
+
+
+class _Connection:
+    """A connection to an owner."""
+
+    def __init__(self, state: OwnerState, end_s: float) -> None:
+        self.epoch = state.epoch  # first: an owner that comes later makes this one void
+        self.is_open = True
+        self._unread = 0  # answers that nobody has waited for
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.socket.settimeout(_left(end_s))
+            self.socket.connect(state.socket_name)
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def close(self) -> None:
+        self.is_open = False  # before the owner can see it
+        self.socket.close()
+
+    def tell(self, message: bytes) -> None:
+        """Send a message, and leave its answer for later."""
+        self.socket.settimeout(TELL_S)
+        self.socket.sendall(message)
+        self._unread += 1
+
+    def call(self, message: bytes, end_s: float) -> bytes:
+        """The answer to a message."""
+        self.socket.settimeout(_left(end_s))
+        self.socket.sendall(message)
+        while self._unread:
+            self._answer(end_s)
+            self._unread -= 1
+        return self._answer(end_s)
+
+    def _answer(self, end_s: float) -> bytes:
+        (length,) = LENGTH.unpack(self._receive(LENGTH.size, end_s))
+        return self._receive(length, end_s)
+
+    def _receive(self, num_bytes: int, end_s: float) -> bytes:
+        parts = []
+        while num_bytes:
+            self.socket.settimeout(_left(end_s))
+            part = self.socket.recv(num_bytes)
+            if not part:
+                raise ConnectionResetError("the owner has closed the connection")
+            parts.append(part)
+            num_bytes -= len(part)
+        return b"".join(parts)
+
+
+class RemoteChannel:
+    """The keeper in another process; for all threads, one call at a time.
+
+    Args:
+        path: of the segment, for messages.
+        state: who owns it.
+        timeout_s: how long to wait for an answer.
+    """
+
+    def __init__(self, path: str, state: OwnerState, timeout_s: float) -> None:
+        self._path = path
+        self._state = state
+        self._timeout_s = timeout_s
+        self._connection: _Connection | None = None
+        self._aborted: deque[tuple[Link, int]] = deque()
+        self._lock = threading.Lock()
+        self._holder = 0
+
+    def begin(self, keys: Sequence[bytes]) -> tuple[Ticket, Link]:
+        """See ``Keeper.begin``."""
+        body, link = self._call(Kind.BEGIN, encode_keys(keys))
+        return decode_ticket(body), link
+
+    def publish(self, link: Link, number: int, filled: Sequence[Filled]) -> int:
+        """See ``Keeper.publish``."""
+        body, _ = self._call(Kind.PUBLISH, encode_filled(number, filled), link)
+        found: int = LENGTH.unpack(body)[0]
+        return found
+
+    def abort(self, link: Link, number: int) -> None:
+        """See ``Keeper.abort``."""
+        self._aborted.append((link, number))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._holder = threading.get_ident()
+                if self._connection is not None:
+                    self._send_aborted(self._connection)
+            except OSError:
+                self._disconnect()
+            finally:
+                self._holder = 0
+                self._lock.release()
+
+    def remove(self, keys: Sequence[bytes]) -> list[bytes]:
+        """See ``Keeper.remove``."""
+        return decode_keys(self._call(Kind.REMOVE, encode_keys(keys))[0])
+
+    def report(self, place: int, generation: int) -> None:
+        """See ``Keeper.drop_damaged``; without an owner, nothing."""
+        with suppress(NoOwnerError, TimeoutError):
+            self._call(Kind.REPORT, encode_filled(0, [Filled(place, generation, 0)]))
+
+    def close(self) -> None:
+        """Disconnect, whereupon the owner gives up what is being stored."""
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _call(self, kind: Kind, body: bytes, link: Link | None = None) -> tuple[bytes, Link]:
+        """The answer of the owner, and the connection that it came by.
+
+        Args:
+            kind: of the message.
+            body: of the message.
+            link: the connection that must be used; None: any.
+
+        Raises:
+            NoOwnerError: there is no owner, or it has gone.
+            TimeoutError: the owner does not answer; it may be stopped. What this process was
+                storing through the connection is given up.
+            ValueError: the owner has refused it.
+        """
+        if self._holder == threading.get_ident():
+            raise NestedWaitError("a finalizer inside a call of a SharedHeap cannot ask its owner")
+        message = framed(kind, body)
+        end_s = time.monotonic() + self._timeout_s
+        if not self._lock.acquire(timeout=self._timeout_s):
+            raise self._timed_out()
+        try:
+            self._holder = threading.get_ident()
+            for attempt in (1, 2):
+                is_new = self._connection is None
+                try:
+                    connection = self._connected(end_s)
+                    if link is not None and link is not connection:
+                        raise self._gone()
+                    self._send_aborted(connection)
+                    answer = connection.call(message, end_s)
+                    break
+                except TimeoutError:
+                    raise self._timed_out() from None
+                except OSError as error:
+                    if is_new or attempt == 2 or link is not None:
+                        raise self._gone() from error
+                    self._disconnect()  # of an earlier owner
+        except BaseException:  # an answer may be on its way, to nobody
+            self._disconnect()
+            raise
+        finally:
+            self._holder = 0
+            self._lock.release()
+        if answer[0] != Kind.DONE:
+            raise ValueError(answer[1:].decode("utf-8", "replace"))
+        return answer[1:], connection
+
+    def _connected(self, end_s: float) -> _Connection:
+        if self._connection is None:
+            self._connection = _Connection(self._state, end_s)
+        return self._connection
+
+    def _send_aborted(self, connection: _Connection) -> None:
+        while self._aborted:
+            link, number = self._aborted.popleft()
+            if link is connection:
+                connection.tell(framed(Kind.ABORT, encode_filled(number, [])))
+
+    def _gone(self) -> NoOwnerError:
+        return NoOwnerError(
+            f"nobody owns {self._path} now, or its owner has just gone: chunks can be read, but "
+            f"not be stored or removed; open it by SharedHeap(...) to own it"
+        )
+
+    def _timed_out(self) -> TimeoutError:
+        return TimeoutError(
+            f"process {self._state.pid}, which owns {self._path}, has not answered in "
+            f"{self._timeout_s:g} s: it may be stopped, or busy"
+        )
+
+
+def _left(end_s: float) -> float:
+    return max(end_s - time.monotonic(), 0.001)
