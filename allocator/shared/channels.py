@@ -278,6 +278,9 @@ class RemoteChannel:
         finally:
             self._holder = 0
             self._lock.release()
+        if answer[0] == Kind.CLOSING:
+            self._disconnect()
+            raise self._gone()
         if answer[0] != Kind.DONE:
             raise ValueError(answer[1:].decode("utf-8", "replace"))
         return answer[1:], connection

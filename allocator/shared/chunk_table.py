@@ -35,7 +35,9 @@ START = struct.Struct("<QQQIHxx")
 """Generation, checksum of the rest, digest of the chunk, number of tokens, bytes of the key."""
 
 CHECKED_AT = 16
-"""Where what the checksum covers begins; the generation and the place are its seed."""
+"""Where what the checksum covers begins; it covers the generation and the place too."""
+
+SEED = struct.Struct("<QQ")
 
 MAX_KEY_BYTES = RECORD_BYTES - START.size
 """A key is a hash, with a group or a rank."""
@@ -221,5 +223,6 @@ class ChunkTable:
             bucket = (bucket + 1) % self._num_buckets
 
     def _check(self, raw: bytes | bytearray, place: int, generation: int, length: int) -> int:
-        seed = (generation * self.num_places + place) & ((1 << 64) - 1)
-        return self._hash(bytes(raw[CHECKED_AT : START.size + length]), seed=seed)
+        return self._hash(
+            SEED.pack(generation, place) + bytes(raw[CHECKED_AT : START.size + length])
+        )

@@ -29,6 +29,9 @@ READY, PENDING, FULL = -1, -2, -3
 """What :meth:`Keeper.begin` says instead of a place: the key's chunk is there, is being stored, or
 has no room."""
 
+WAITING_SHARE = 4
+"""If all chunks are in use, one in so many places leaves them at most, for small stores."""
+
 GROUP = 0
 """All chunks are of one group for the order."""
 
@@ -352,7 +355,8 @@ class Keeper:
             num_idle = sum([not is_pinned(key) for key in self._order])
             if num_idle:
                 self._evict(num_idle, is_pinned)
-            num_left = num_places - num_idle - len(self._waiting)
+            most = max(num_places, self._table.num_places // WAITING_SHARE)
+            num_left = min(num_places - num_idle, most - len(self._waiting))
             num_others = len(self._order) - sum([key in self._order for key in kept])
             if min(num_left, num_others) > 0:
                 self._evict(min(num_left, num_others), kept.__contains__)

@@ -94,15 +94,21 @@ class Leases:
         wanted = sorted(set(places))
         with self._lock:
             self._holder = threading.get_ident()
+            counts = self._counts
+            before = {place: counts.get(place, 0) for place in wanted}
             try:
-                counts = self._counts
-                for start, count in _runs([each for each in wanted if not counts.get(each)]):
+                for start, count in _runs([place for place in wanted if not before[place]]):
                     if not self._locks.share(FIRST + start, count):
                         raise BlockingIOError(
                             EAGAIN, "another program has locked a part of the segment's file"
                         )
+                counts.update({place: count + 1 for place, count in before.items()})
+            except BaseException:
+                counts.update(before)
                 for place in wanted:
-                    counts[place] = counts.get(place, 0) + 1
+                    if not before[place]:
+                        self._locks.drop(FIRST + place, 1)
+                raise
             finally:
                 self._holder = 0
         self._drop_released()

@@ -274,7 +274,7 @@ class Service:
         keeper = self._keeper
         try:
             if not self.is_open:
-                return framed(Kind.FAILED, b"the owner of the heap is closing it")
+                return framed(Kind.CLOSING, b"")
             if kind == Kind.BEGIN:
                 done = encode_ticket(keeper.begin(connection, decode_keys(body)))
             elif kind == Kind.PUBLISH:

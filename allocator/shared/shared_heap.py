@@ -511,13 +511,14 @@ class SharedHeap:
         require_distinct(names)
         self._require_linked()
         ticket, link = self._channel.begin(names)
-        store = SharedStore(self._channel, self._leases, names, ticket, link)
+        batch_of = partial(self._view, writable=True)
         try:
+            store = SharedStore(
+                self._channel, self._leases, names, ticket, link, batch_of, self._digests
+            )
             store.lock(lambda: self._segment.state.epoch)
-            store.batch = self._view(store.places, writable=True)
-            store.digests = partial(self._digests, store.keys, store.places)
         except BaseException:
-            store.abort()
+            self._channel.abort(link, ticket.number)
             raise
         return store
 

@@ -42,6 +42,8 @@ class SharedStore:
         keys: Sequence[bytes],
         ticket: Ticket,
         link: Link,
+        batch_of: Callable[[Sequence[int]], MemoryBatch],
+        digests_of: Callable[[Sequence[bytes], Sequence[int]], list[int]],
     ) -> None:
         self._channel = channel
         self._leases = leases
@@ -51,7 +53,8 @@ class SharedStore:
         self.rows = [row for row, place in enumerate(ticket.places) if place >= 0]
         self.keys = [keys[row] for row in self.rows]
         self.state: Literal["open", "ready", "aborted"] = "open"
-        self.batch: MemoryBatch
+        self.batch = batch_of(self.places)
+        self._digests_of = digests_of
 
     @property
     def places(self) -> list[int]:
@@ -112,7 +115,7 @@ class SharedStore:
             if transfer is not None:
                 transfer.result()
             tokens = [0] * len(self.keys) if num_tokens is None else num_tokens
-            sums = self.digests() if digests is None else digests
+            sums = self._digests_of(self.keys, self.places) if digests is None else digests
             filled = [Filled(*each) for each in zip(self.places, sums, tokens, strict=True)]
             num_ready = self._channel.publish(self._link, self._ticket.number, filled)
         except BaseException:
@@ -141,9 +144,6 @@ class SharedStore:
             self._leases.end_filling(places)
         else:
             self._leases.end_filling_after(places, transfer.done)
-
-    digests: Callable[[], list[int]]
-    """The checksums of the bytes that are there now; set by the heap."""
 
     def __enter__(self) -> Self:
         return self

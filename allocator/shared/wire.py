@@ -42,6 +42,7 @@ class Kind(IntEnum):
     ABORT = 4
     REMOVE = 5
     REPORT = 6
+    CLOSING = 7
 
 
 def framed(kind: Kind, body: bytes) -> bytes:
