@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -16,6 +15,7 @@ from kvheap.shared.errors import NoOwnerError
 from kvheap.shared.header import OwnerState
 from kvheap.shared.keeper import Filled, Keeper, Ticket
 from kvheap.shared.service import Service
+from kvheap.shared.tokens import Dropped, Token
 from kvheap.shared.wire import (
     LENGTH,
     Kind,
@@ -52,13 +52,13 @@ class Link(Protocol):
 class Channel(Protocol):
     """What a heap asks of its keeper. ``NoOwnerError``: there is none, or it has gone."""
 
-    def begin(self, keys: Sequence[bytes]) -> tuple[Ticket, Link]:
-        """See ``Keeper.begin``."""
+    def begin(self, token: Token, keys: Sequence[bytes]) -> tuple[Ticket, Link]:
+        """See ``Keeper.begin``. When the token is gone, the store is given up."""
 
-    def publish(self, link: Link, number: int, filled: Sequence[Filled]) -> int:
+    def publish(self, token: Token, link: Link, number: int, filled: Sequence[Filled]) -> int:
         """See ``Keeper.publish``."""
 
-    def abort(self, link: Link, number: int) -> None:
+    def abort(self, token: Token) -> None:
         """See ``Keeper.abort``; does not wait, also for finalizers."""
 
     def remove(self, keys: Sequence[bytes]) -> list[bytes]:
@@ -86,30 +86,32 @@ class LocalChannel:
         self._keeper = keeper
         self._service = service
         self._content_of = content_of
+        self._stores: Dropped[int] = Dropped()
+        service.on_turn = self._give_up
 
-    def begin(self, keys: Sequence[bytes]) -> tuple[Ticket, Link]:
+    def _give_up(self) -> None:
+        """Abort the stores that nobody has any more; on the thread."""
+        for number in self._stores.take():
+            self._keeper.abort(HERE, number)
+
+    def begin(self, token: Token, keys: Sequence[bytes]) -> tuple[Ticket, Link]:
         """See ``Keeper.begin``."""
-        tickets: list[Ticket] = []
 
-        def begin() -> Ticket:
-            tickets.append(self._keeper.begin(HERE, keys))
-            return tickets[0]
+        def begin() -> Ticket:  # on the thread, where no exception of a signal handler strikes
+            ticket = self._keeper.begin(HERE, keys)
+            self._stores.track(token, ticket.number)
+            return ticket
 
-        try:
-            return self._service.ask(begin), self._service
-        except BaseException:  # of a signal handler
-            self._service.tell(
-                lambda: [self._keeper.abort(HERE, ticket.number) for ticket in tickets]  # type: ignore[func-returns-value]
-            )
-            raise
+        return self._service.ask(begin), self._service
 
-    def publish(self, link: Link, number: int, filled: Sequence[Filled]) -> int:
+    def publish(self, token: Token, link: Link, number: int, filled: Sequence[Filled]) -> int:
         """See ``Keeper.publish``."""
         return self._service.ask(partial(self._keeper.publish, HERE, number, filled))
 
-    def abort(self, link: Link, number: int) -> None:
+    def abort(self, token: Token) -> None:
         """See ``Keeper.abort``."""
-        self._service.tell(partial(self._keeper.abort, HERE, number))
+        self._stores.end(token)
+        self._service.tell(_nothing)
 
     def remove(self, keys: Sequence[bytes]) -> list[bytes]:
         """See ``Keeper.remove``."""
@@ -188,24 +190,33 @@ class RemoteChannel:
         self._state = state
         self._timeout_s = timeout_s
         self._connection: _Connection | None = None
-        self._aborted: deque[tuple[Link, int]] = deque()
+        self._stores: Dropped[tuple[Link, int]] = Dropped()
         self._lock = threading.Lock()
         self._holder = 0
 
-    def begin(self, keys: Sequence[bytes]) -> tuple[Ticket, Link]:
+    def begin(self, token: Token, keys: Sequence[bytes]) -> tuple[Ticket, Link]:
         """See ``Keeper.begin``."""
-        body, link = self._call(Kind.BEGIN, encode_keys(keys))
-        return decode_ticket(body), link
 
-    def publish(self, link: Link, number: int, filled: Sequence[Filled]) -> int:
+        def track(body: bytes, link: Link) -> tuple[Ticket, Link]:
+            ticket = decode_ticket(body)
+            self._stores.track(token, (link, ticket.number))
+            return ticket, link
+
+        return self._call(Kind.BEGIN, encode_keys(keys), track)
+
+    def publish(self, token: Token, link: Link, number: int, filled: Sequence[Filled]) -> int:
         """See ``Keeper.publish``."""
-        body, _ = self._call(Kind.PUBLISH, encode_filled(number, filled), link)
-        found: int = LENGTH.unpack(body)[0]
-        return found
 
-    def abort(self, link: Link, number: int) -> None:
+        def count(body: bytes, link: Link) -> int:
+            self._stores.forget(token)
+            found: int = LENGTH.unpack(body)[0]
+            return found
+
+        return self._call(Kind.PUBLISH, encode_filled(number, filled), count, link)
+
+    def abort(self, token: Token) -> None:
         """See ``Keeper.abort``."""
-        self._aborted.append((link, number))
+        self._stores.end(token)
         if self._lock.acquire(blocking=False):
             try:
                 self._holder = threading.get_ident()
@@ -219,12 +230,13 @@ class RemoteChannel:
 
     def remove(self, keys: Sequence[bytes]) -> list[bytes]:
         """See ``Keeper.remove``."""
-        return decode_keys(self._call(Kind.REMOVE, encode_keys(keys))[0])
+        return self._call(Kind.REMOVE, encode_keys(keys), lambda body, link: decode_keys(body))
 
     def report(self, place: int, generation: int) -> None:
         """See ``Keeper.drop_damaged``; without an owner, nothing."""
         with suppress(NoOwnerError, TimeoutError):
-            self._call(Kind.REPORT, encode_filled(0, [Filled(place, generation, 0)]))
+            message = encode_filled(0, [Filled(place, generation, 0)])
+            self._call(Kind.REPORT, message, lambda body, link: None)
 
     def close(self) -> None:
         """Disconnect, whereupon the owner gives up what is being stored."""
@@ -235,12 +247,19 @@ class RemoteChannel:
         if connection is not None:
             connection.close()
 
-    def _call(self, kind: Kind, body: bytes, link: Link | None = None) -> tuple[bytes, Link]:
-        """The answer of the owner, and the connection that it came by.
+    def _call(
+        self,
+        kind: Kind,
+        body: bytes,
+        read: Callable[[bytes, Link], Answer],
+        link: Link | None = None,
+    ) -> Answer:
+        """What the owner answers.
 
         Args:
             kind: of the message.
             body: of the message.
+            read: makes it of the answer's body and the connection that it came by.
             link: the connection that must be used; None: any.
 
         Raises:
@@ -265,6 +284,10 @@ class RemoteChannel:
                         raise self._gone()
                     self._send_aborted(connection)
                     answer = connection.call(message, end_s)
+                    if answer[0] == Kind.CLOSING:
+                        raise self._gone()
+                    if answer[0] == Kind.DONE:
+                        return read(answer[1:], connection)
                     break
                 except TimeoutError:
                     raise self._timed_out() from None
@@ -278,12 +301,7 @@ class RemoteChannel:
         finally:
             self._holder = 0
             self._lock.release()
-        if answer[0] == Kind.CLOSING:
-            self._disconnect()
-            raise self._gone()
-        if answer[0] != Kind.DONE:
-            raise ValueError(answer[1:].decode("utf-8", "replace"))
-        return answer[1:], connection
+        raise ValueError(answer[1:].decode("utf-8", "replace"))
 
     def _connected(self, end_s: float) -> _Connection:
         if self._connection is None:
@@ -291,8 +309,7 @@ class RemoteChannel:
         return self._connection
 
     def _send_aborted(self, connection: _Connection) -> None:
-        while self._aborted:
-            link, number = self._aborted.popleft()
+        for link, number in self._stores.take():
             if link is connection:
                 connection.tell(framed(Kind.ABORT, encode_filled(number, [])))
 
@@ -311,3 +328,7 @@ class RemoteChannel:
 
 def _left(end_s: float) -> float:
     return max(end_s - time.monotonic(), 0.001)
+
+
+def _nothing() -> None:
+    pass

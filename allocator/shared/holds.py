@@ -11,6 +11,7 @@ from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.shared.chunk_table import ChunkTable, Record
 from kvheap.shared.errors import LeaseLostError
 from kvheap.shared.leases import Leases
+from kvheap.shared.tokens import Token
 
 if TYPE_CHECKING:
     from typing import Self
@@ -38,27 +39,22 @@ class SharedHold:
         self._lease_s = lease_s
         self._safe_s = asked_s  # when no chunk had been forgotten yet
         self._records: list[Record] = []
-        self._places: list[int] = []  # that are locked
+        self._token: Token | None = None  # of the places that are locked
         self.batch: MemoryBatch
 
     def lock(self, places: Sequence[int]) -> None:
-        """Lock places, for the heap."""
-        self._places = list(dict.fromkeys(places))
-        try:
-            self._leases.read(self._places)
-        except BaseException:
-            self._places = []
-            raise
+        """Lock places, and unlock those from before, for the heap."""
+        before, self._token = self._token, Token()
+        self._leases.read(self._token, places)
+        if before is not None:
+            self._leases.end(before)
 
-    def keep(self, records: Sequence[Record], batch: MemoryBatch) -> None:
+    def keep(self, records: Sequence[Record], batch: MemoryBatch, is_all: bool) -> None:
         """Hold what these places have, and nothing else, for the heap."""
         self._records = list(records)
         self.batch = batch
-        kept = {record.place for record in records}
-        spare = [place for place in self._places if place not in kept]
-        if spare:
-            self._places = [place for place in self._places if place in kept]
-            self._leases.release(spare)
+        if not is_all:
+            self.lock([record.place for record in records])
 
     @property
     def keys(self) -> list[bytes]:
@@ -105,9 +101,9 @@ class SharedHold:
 
     def release(self) -> None:
         """End the hold; never waits, and may be repeated. Tells nothing: see :meth:`check`."""
-        places, self._places = self._places, []
-        if places:
-            self._leases.release(places)
+        token, self._token = self._token, None
+        if token is not None:
+            self._leases.end(token)
 
     def __len__(self) -> int:
         """How many keys are held."""
@@ -123,7 +119,7 @@ class SharedHold:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if kind is None and self._places:
+            if kind is None and self._token is not None:
                 self.check()
         finally:
             self.release()

@@ -15,12 +15,13 @@ the owner that gave it the place, no owner hands the place out until the lock is
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from errno import EAGAIN
+from typing import NamedTuple
 
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.memory.file_locks import RangeLocks
+from kvheap.shared.tokens import Dropped, Token
 
 __all__ = ["Leases", "PlaceLocks"]
 
@@ -64,6 +65,20 @@ class PlaceLocks:
         self._locks.close()
 
 
+class _Lease(NamedTuple):
+    """Places that are locked.
+
+    Attributes:
+        places: their numbers.
+        is_filling: for filling.
+        has_ended: whether no copy into them is under way.
+    """
+
+    places: list[int]
+    is_filling: bool
+    has_ended: Callable[[], bool]
+
+
 class Leases:
     """The places that this process reads and fills; for all threads.
 
@@ -76,21 +91,18 @@ class Leases:
         self._locks = locks
         self._num_places = num_places
         self._counts: dict[int, int] = {}  # of the holds that read a place
-        self._released: deque[Sequence[int]] = deque()
-        self._being_copied: deque[tuple[Sequence[int], Callable[[], bool]]] = deque()
+        self._dropped: Dropped[_Lease] = Dropped()
+        self._copied: list[_Lease] = []  # dropped, but a copy fills them still
         self._lock = threading.Lock()
         self._holder = 0
 
-    def read(self, places: Iterable[int]) -> None:
-        """Lock places for reading; each as often as it is named by calls.
+    def read(self, token: Token, places: Iterable[int]) -> None:
+        """Lock places for reading, until the token is ended or gone.
 
         Raises:
             NestedWaitError: in a finalizer that happens to run inside another call.
         """
-        if self._holder == threading.get_ident():
-            raise NestedWaitError(
-                "a finalizer inside a call of a SharedHeap cannot hold its chunks"
-            )
+        self._require_outside()
         wanted = sorted(set(places))
         with self._lock:
             self._holder = threading.get_ident()
@@ -103,81 +115,100 @@ class Leases:
                             EAGAIN, "another program has locked a part of the segment's file"
                         )
                 counts.update({place: count + 1 for place, count in before.items()})
+                self._dropped.track(token, _Lease(wanted, False, _yes))
             except BaseException:
-                counts.update(before)
-                for place in wanted:
-                    if not before[place]:
-                        self._locks.drop(FIRST + place, 1)
+                self._take_back(token, before)
                 raise
             finally:
                 self._holder = 0
-        self._drop_released()
+        self.give_back()
 
-    def release(self, places: Sequence[int]) -> None:
-        """Unlock places that are read, each once. Never waits: also for finalizers."""
-        self._released.append(list(dict.fromkeys(places)))
-        self._drop_released()
+    def _take_back(self, token: Token, before: dict[int, int]) -> None:
+        self._dropped.forget(token)
+        for place, count in before.items():
+            if count:
+                self._counts[place] = count
+            else:
+                self._counts.pop(place, None)
+                self._locks.drop(FIRST + place, 1)
 
-    def _drop_released(self) -> None:
-        while self._released and self._lock.acquire(blocking=False):
+    def fill(self, token: Token, places: Iterable[int], has_ended: Callable[[], bool]) -> bool:
+        """Lock places for filling, until the token is ended or gone, and ``has_ended()``.
+
+        Returns:
+            Whether they are locked: False, and none is, if somebody still fills one.
+        """
+        self.give_back()
+        wanted = sorted(places)
+        self._dropped.track(token, _Lease(wanted, True, has_ended))
+        done: list[tuple[int, int]] = []
+        for start, count in _runs(wanted):
+            if not self._locks.take(FIRST + self._num_places + start, count):
+                self._dropped.forget(token)
+                for run in done:
+                    self._locks.drop(FIRST + self._num_places + run[0], run[1])
+                return False
+            done.append((start, count))
+        return True
+
+    def end(self, token: Token) -> None:
+        """Unlock what a token stands for. Never waits: also for finalizers."""
+        self._dropped.end(token)
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Unlock what was ended, or whose token is gone."""
+        while (self._dropped.has_any or self._copied) and self._lock.acquire(blocking=False):
             try:
                 self._holder = threading.get_ident()
-                while self._released:
-                    self._drop(self._released.popleft())
+                copied: list[_Lease] = []
+                leases = self._dropped.take() + self._copied
+                self._copied = leases
+                while leases:
+                    lease = leases.pop()
+                    if lease.has_ended():
+                        self._drop(lease)
+                    else:
+                        copied.append(lease)
+                self._copied = copied
             finally:
                 self._holder = 0
                 self._lock.release()
+            if not self._dropped.has_any:
+                break
 
-    def _drop(self, places: Sequence[int]) -> None:
-        counts = self._counts
-        free = []
-        for place in places:
-            left = counts.get(place, 0) - 1
-            if left > 0:
-                counts[place] = left
-            else:
-                counts.pop(place, None)
-                free.append(place)
-        for start, count in _runs(sorted(free)):
-            self._locks.drop(FIRST + start, count)
+    def _drop(self, lease: _Lease) -> None:
+        base = FIRST
+        places = lease.places
+        if lease.is_filling:
+            base += self._num_places
+        else:
+            places = [place for place in places if self._count_down(place)]
+        for start, count in _runs(places):
+            self._locks.drop(base + start, count)
 
-    def fill(self, places: Iterable[int]) -> bool:
-        """Lock places for filling; False: somebody still fills one, and none is locked."""
-        self._end_filled()
-        base = FIRST + self._num_places
-        done: list[tuple[int, int]] = []
-        for run in _runs(sorted(places)):
-            if not self._locks.take(base + run[0], run[1]):
-                for start, count in done:
-                    self._locks.drop(base + start, count)
-                return False
-            done.append(run)
-        return True
+    def _count_down(self, place: int) -> bool:
+        """Whether nobody here reads a place any more."""
+        left = self._counts.get(place, 0) - 1
+        if left > 0:
+            self._counts[place] = left
+        else:
+            self._counts.pop(place, None)
+        return left <= 0
 
-    def end_filling(self, places: Iterable[int]) -> None:
-        """Unlock places that are filled."""
-        for start, count in _runs(sorted(places)):
-            self._locks.drop(FIRST + self._num_places + start, count)
-
-    def end_filling_after(self, places: Sequence[int], has_ended: Callable[[], bool]) -> None:
-        """Unlock places that are filled once a copy into them has ended, with a later call."""
-        self._being_copied.append((places, has_ended))
-        self._end_filled()
-
-    def _end_filled(self) -> None:
-        for _ in range(len(self._being_copied)):
-            try:
-                places, has_ended = self._being_copied.popleft()
-            except IndexError:  # another thread looks too
-                return
-            if has_ended():
-                self.end_filling(places)
-            else:
-                self._being_copied.append((places, has_ended))
+    def _require_outside(self) -> None:
+        if self._holder == threading.get_ident():
+            raise NestedWaitError(
+                "a finalizer inside a call of a SharedHeap cannot hold its chunks"
+            )
 
     def close(self) -> None:
         """Unlock everything."""
         self._locks.close()
+
+
+def _yes() -> bool:
+    return True
 
 
 def _runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -89,6 +89,8 @@ class Service:
         """Of the owner; those of others are void."""
         self.is_open = True
         """Whether stores can still be begun."""
+        self.on_turn: Callable[[], object] = _nothing
+        """Called in each turn of the thread, before what others ask is answered."""
         self._is_stopping = False
         self._questions: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._connections: set[_Connection] = set()
@@ -180,6 +182,7 @@ class Service:
                         with suppress(BlockingIOError):
                             os.read(self._wake_read, READ_BYTES)
                 self._answer_questions()
+                self.on_turn()
                 self._keeper.free_waiting()
                 if self._is_stopping:
                     break
@@ -195,6 +198,7 @@ class Service:
                 question = self._questions.get_nowait()
             except Empty:
                 return
+            self.on_turn()
             try:
                 question()
             except Exception:

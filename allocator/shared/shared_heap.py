@@ -61,6 +61,7 @@ from kvheap.shared.segment import Segment, as_target
 from kvheap.shared.service import Service
 from kvheap.shared.stats import SharedHeapStats
 from kvheap.shared.stores import SharedStore
+from kvheap.shared.tokens import Token
 from kvheap.transfer.moves import copy, offload
 from kvheap.transfer.plan import CopyPlan
 
@@ -388,7 +389,8 @@ class SharedHeap:
                         break
                     self._verified[place] = record.generation
                 records.append(record)
-            hold.keep(records, self._view([record.place for record in records], writable=False))
+            batch = self._view([record.place for record in records], writable=False)
+            hold.keep(records, batch, is_all=len(records) == len(places))
         except BaseException:
             hold.release()
             raise
@@ -510,16 +512,13 @@ class SharedHeap:
         names = _as_keys(keys, is_list=True)
         require_distinct(names)
         self._require_linked()
-        ticket, link = self._channel.begin(names)
+        token = Token()
+        ticket, link = self._channel.begin(token, names)
         batch_of = partial(self._view, writable=True)
-        try:
-            store = SharedStore(
-                self._channel, self._leases, names, ticket, link, batch_of, self._digests
-            )
-            store.lock(lambda: self._segment.state.epoch)
-        except BaseException:
-            self._channel.abort(link, ticket.number)
-            raise
+        store = SharedStore(
+            self._channel, self._leases, token, names, ticket, link, batch_of, self._digests
+        )
+        store.lock(lambda: self._segment.state.epoch)
         return store
 
     def store(
@@ -683,6 +682,7 @@ class SharedHeap:
             )
         if self._closed:
             raise ClosedError(f"{self!r} is closed")
+        self._leases.give_back()
 
     def __enter__(self) -> Self:
         self._require_open()

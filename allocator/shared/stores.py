@@ -15,6 +15,7 @@ from kvheap.shared.channels import Channel, Link
 from kvheap.shared.errors import NoOwnerError
 from kvheap.shared.keeper import FULL, READY, Filled, Ticket
 from kvheap.shared.leases import Leases
+from kvheap.shared.tokens import Token
 
 if TYPE_CHECKING:
     from typing import Self
@@ -39,6 +40,7 @@ class SharedStore:
         self,
         channel: Channel,
         leases: Leases,
+        token: Token,
         keys: Sequence[bytes],
         ticket: Ticket,
         link: Link,
@@ -49,7 +51,8 @@ class SharedStore:
         self._leases = leases
         self._ticket = ticket
         self._link = link
-        self._places: list[int] = []  # that are locked
+        self._token = token  # of the store
+        self._locked: Token | None = None  # of its places
         self.rows = [row for row, place in enumerate(ticket.places) if place >= 0]
         self.keys = [keys[row] for row in self.rows]
         self.state: Literal["open", "ready", "aborted"] = "open"
@@ -78,12 +81,16 @@ class SharedStore:
         Raises:
             NoOwnerError: they may be another owner's by now.
         """
-        places = self.places
-        is_locked = self._leases.fill(places)
-        if is_locked:
-            self._places = places
+        batch = self.batch
+
+        def has_ended() -> bool:
+            return batch.transfer is None or batch.transfer.done()
+
+        self._locked = Token()
+        is_locked = self._leases.fill(self._locked, self.places, has_ended)
         link = self._link
         if not is_locked or not link.is_open or epoch() != link.epoch:
+            self.abort()
             raise NoOwnerError("the owner of the heap has gone meanwhile: begin the store again")
 
     def complete(
@@ -117,7 +124,7 @@ class SharedStore:
             tokens = [0] * len(self.keys) if num_tokens is None else num_tokens
             sums = self._digests_of(self.keys, self.places) if digests is None else digests
             filled = [Filled(*each) for each in zip(self.places, sums, tokens, strict=True)]
-            num_ready = self._channel.publish(self._link, self._ticket.number, filled)
+            num_ready = self._channel.publish(self._token, self._link, self._ticket.number, filled)
         except BaseException:
             self.abort()
             raise
@@ -130,20 +137,14 @@ class SharedStore:
         They are used again once ``batch.transfer`` has ended, if there is one.
         """
         if self.state == "open":
-            if self.places:
-                self._channel.abort(self._link, self._ticket.number)
+            self._channel.abort(self._token)
             self._end("aborted")
 
     def _end(self, state: Literal["ready", "aborted"]) -> None:
         self.state = state
-        places, self._places = self._places, []
-        if not places:
-            return
-        transfer = self.batch.transfer
-        if transfer is None or transfer.done():
-            self._leases.end_filling(places)
-        else:
-            self._leases.end_filling_after(places, transfer.done)
+        token, self._locked = self._locked, None
+        if token is not None:
+            self._leases.end(token)
 
     def __enter__(self) -> Self:
         return self

@@ -4,8 +4,9 @@
 
 Several processes want to own the heap, and some read and store. Every few milliseconds one is
 killed and another one started, or one is stopped, and goes on later. Readers look at every byte of
-what they hold. Every few seconds all are killed, and the heap must be whole: no torn chunk, no place
-lost, nothing in the folder but the heap. An owner takes a second lock, which nobody else may have.
+what they hold. Every few seconds all are killed, and the heap must be whole: no torn chunk, no
+place lost, nothing in the folder but the heap. An owner takes a second lock, which nobody else may
+have.
 Prints what was done, and ends with status 1 if anything was wrong.
 """
 
