@@ -55,6 +55,23 @@ class FileLock:
         self.fd = fd
         """Of the file, open until :meth:`release`."""
         self._finalizer = weakref.finalize(self, _release, fd, os.getpid())
+        # At the end of a program the kernel releases it, when no thread can work any more.
+        self._finalizer.atexit = False
+
+    @classmethod
+    def reopened(cls, fd: int, patience_s: float = 0.0) -> FileLock:
+        """The lock of a file that is open, on an open file of its own; ``fd`` stays the caller's.
+
+        Raises:
+            BlockingIOError: somebody else has it.
+            OSError: the file cannot be opened again.
+        """
+        own = reopened(fd)
+        try:
+            return cls(own, patience_s)
+        except BaseException:
+            os.close(own)
+            raise
 
     def release(self) -> None:
         """Let others have it, and close the descriptor. Further calls do nothing.

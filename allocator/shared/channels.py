@@ -37,6 +37,10 @@ HERE = "here"
 """Who stores in the owner's process."""
 
 
+class OwnerRefusedError(Exception):
+    """The owner has answered that a call was wrong."""
+
+
 class Link(Protocol):
     """What a place was given through. If it is not open any more, the place may be another's.
 
@@ -217,16 +221,20 @@ class RemoteChannel:
     def abort(self, token: Token) -> None:
         """See ``Keeper.abort``."""
         self._stores.end(token)
-        if self._lock.acquire(blocking=False):
+        if self._lock.locked():
+            return  # the next call does it
+        with self._lock:
+            self._holder = threading.get_ident()
             try:
-                self._holder = threading.get_ident()
                 if self._connection is not None:
                     self._send_aborted(self._connection)
             except OSError:
                 self._disconnect()
+            except BaseException:  # of a signal handler: nobody knows how much was sent
+                self._disconnect()
+                raise
             finally:
                 self._holder = 0
-                self._lock.release()
 
     def remove(self, keys: Sequence[bytes]) -> list[bytes]:
         """See ``Keeper.remove``."""
@@ -272,36 +280,46 @@ class RemoteChannel:
             raise NestedWaitError("a finalizer inside a call of a SharedHeap cannot ask its owner")
         message = framed(kind, body)
         end_s = time.monotonic() + self._timeout_s
-        if not self._lock.acquire(timeout=self._timeout_s):
-            raise self._timed_out()
-        try:
+        with self._lock:  # for so long as the calls of other threads may take
             self._holder = threading.get_ident()
-            for attempt in (1, 2):
-                is_new = self._connection is None
-                try:
-                    connection = self._connected(end_s)
-                    if link is not None and link is not connection:
-                        raise self._gone()
-                    self._send_aborted(connection)
-                    answer = connection.call(message, end_s)
-                    if answer[0] == Kind.CLOSING:
-                        raise self._gone()
-                    if answer[0] == Kind.DONE:
-                        return read(answer[1:], connection)
-                    break
-                except TimeoutError:
-                    raise self._timed_out() from None
-                except OSError as error:
-                    if is_new or attempt == 2 or link is not None:
-                        raise self._gone() from error
-                    self._disconnect()  # of an earlier owner
-        except BaseException:  # an answer may be on its way, to nobody
-            self._disconnect()
-            raise
-        finally:
-            self._holder = 0
-            self._lock.release()
-        raise ValueError(answer[1:].decode("utf-8", "replace"))
+            try:
+                return self._answered(message, read, link, end_s)
+            except OwnerRefusedError as error:
+                raise ValueError(str(error)) from None
+            except BaseException:  # an answer may be on its way, to nobody
+                self._disconnect()
+                raise
+            finally:
+                self._holder = 0
+
+    def _answered(
+        self,
+        message: bytes,
+        read: Callable[[bytes, Link], Answer],
+        link: Link | None,
+        end_s: float,
+    ) -> Answer:
+        for attempt in (1, 2):
+            is_new = self._connection is None
+            try:
+                connection = self._connected(end_s)
+                if link is not None and link is not connection:
+                    raise self._gone()
+                self._send_aborted(connection)
+                answer = connection.call(message, end_s)
+            except TimeoutError:
+                raise self._timed_out() from None
+            except OSError as error:
+                if is_new or attempt == 2 or link is not None:
+                    raise self._gone() from error
+                self._disconnect()  # of an earlier owner
+                continue
+            if answer[0] == Kind.DONE:
+                return read(answer[1:], connection)
+            if answer[0] == Kind.FAILED:
+                raise OwnerRefusedError(answer[1:].decode("utf-8", "replace"))
+            break
+        raise self._gone()
 
     def _connected(self, end_s: float) -> _Connection:
         if self._connection is None:

@@ -15,6 +15,7 @@ the owner that gave it the place, no owner hands the place out until the lock is
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from errno import EAGAIN
 from typing import NamedTuple
@@ -69,7 +70,7 @@ class _Lease(NamedTuple):
     """Places that are locked.
 
     Attributes:
-        places: their numbers.
+        places: their numbers, sorted.
         is_filling: for filling.
         has_ended: whether no copy into them is under way.
     """
@@ -82,6 +83,9 @@ class _Lease(NamedTuple):
 class Leases:
     """The places that this process reads and fills; for all threads.
 
+    An exception of a signal handler may strike anywhere. Then the next call counts anew, and
+    unlocks what no token stands for.
+
     Args:
         locks: on an open file of their own.
         num_places: how many places there are.
@@ -90,11 +94,12 @@ class Leases:
     def __init__(self, locks: RangeLocks, num_places: int) -> None:
         self._locks = locks
         self._num_places = num_places
-        self._counts: dict[int, int] = {}  # of the holds that read a place
+        self._counts: dict[int, int] = {}  # of the tokens by which a place is read
         self._dropped: Dropped[_Lease] = Dropped()
         self._copied: list[_Lease] = []  # dropped, but a copy fills them still
         self._lock = threading.Lock()
         self._holder = 0
+        self._is_unfinished = False
 
     def read(self, token: Token, places: Iterable[int]) -> None:
         """Lock places for reading, until the token is ended or gone.
@@ -105,51 +110,47 @@ class Leases:
         self._require_outside()
         wanted = sorted(set(places))
         with self._lock:
-            self._holder = threading.get_ident()
-            counts = self._counts
-            before = {place: counts.get(place, 0) for place in wanted}
             try:
-                for start, count in _runs([place for place in wanted if not before[place]]):
+                self._begin()
+                counts = self._counts
+                for start, count in _runs([place for place in wanted if place not in counts]):
                     if not self._locks.share(FIRST + start, count):
                         raise BlockingIOError(
                             EAGAIN, "another program has locked a part of the segment's file"
                         )
-                counts.update({place: count + 1 for place, count in before.items()})
+                for place in wanted:
+                    counts[place] = counts.get(place, 0) + 1
                 self._dropped.track(token, _Lease(wanted, False, _yes))
-            except BaseException:
-                self._take_back(token, before)
-                raise
+                self._is_unfinished = False
             finally:
                 self._holder = 0
         self.give_back()
-
-    def _take_back(self, token: Token, before: dict[int, int]) -> None:
-        self._dropped.forget(token)
-        for place, count in before.items():
-            if count:
-                self._counts[place] = count
-            else:
-                self._counts.pop(place, None)
-                self._locks.drop(FIRST + place, 1)
 
     def fill(self, token: Token, places: Iterable[int], has_ended: Callable[[], bool]) -> bool:
         """Lock places for filling, until the token is ended or gone, and ``has_ended()``.
 
         Returns:
             Whether they are locked: False, and none is, if somebody still fills one.
+
+        Raises:
+            NestedWaitError: in a finalizer that happens to run inside another call.
         """
-        self.give_back()
+        self._require_outside()
         wanted = sorted(places)
-        self._dropped.track(token, _Lease(wanted, True, has_ended))
-        done: list[tuple[int, int]] = []
-        for start, count in _runs(wanted):
-            if not self._locks.take(FIRST + self._num_places + start, count):
-                self._dropped.forget(token)
-                for run in done:
-                    self._locks.drop(FIRST + self._num_places + run[0], run[1])
-                return False
-            done.append((start, count))
-        return True
+        with self._lock:
+            try:
+                self._begin()
+                self._dropped.track(token, _Lease(wanted, True, has_ended))
+                base = FIRST + self._num_places
+                are_locked = all(self._locks.take(base + run[0], run[1]) for run in _runs(wanted))
+                if not are_locked:
+                    self._dropped.forget(token)
+                    self._count_anew()
+                self._is_unfinished = False
+            finally:
+                self._holder = 0
+        self.give_back()
+        return are_locked
 
     def end(self, token: Token) -> None:
         """Unlock what a token stands for. Never waits: also for finalizers."""
@@ -158,28 +159,38 @@ class Leases:
 
     def give_back(self) -> None:
         """Unlock what was ended, or whose token is gone."""
-        while (self._dropped.has_any or self._copied) and self._lock.acquire(blocking=False):
-            try:
-                self._holder = threading.get_ident()
-                copied: list[_Lease] = []
-                leases = self._dropped.take() + self._copied
-                self._copied = leases
-                while leases:
-                    lease = leases.pop()
-                    if lease.has_ended():
-                        self._drop(lease)
-                    else:
-                        copied.append(lease)
-                self._copied = copied
-            finally:
-                self._holder = 0
-                self._lock.release()
+        # Whoever has the lock looks again afterwards, or the next call does.
+        while (self._dropped.has_any or self._copied) and not self._lock.locked():
+            with self._lock:
+                try:
+                    self._begin()
+                    self._drop_all()
+                    self._is_unfinished = False
+                finally:
+                    self._holder = 0
             if not self._dropped.has_any:
                 break
 
+    def _begin(self) -> None:
+        self._holder = threading.get_ident()
+        if self._is_unfinished:
+            self._count_anew()
+        self._is_unfinished = True
+
+    def _drop_all(self) -> None:
+        dropped = self._dropped
+        while (lease := dropped.first()) is not None:
+            if lease.has_ended():
+                self._drop(lease)
+            else:
+                self._copied.append(lease)
+            dropped.remove_first()
+        for lease in [lease for lease in self._copied if lease.has_ended()]:
+            self._drop(lease)
+            self._copied.remove(lease)
+
     def _drop(self, lease: _Lease) -> None:
-        base = FIRST
-        places = lease.places
+        places, base = lease.places, FIRST
         if lease.is_filling:
             base += self._num_places
         else:
@@ -196,10 +207,23 @@ class Leases:
             self._counts.pop(place, None)
         return left <= 0
 
+    def _count_anew(self) -> None:
+        """Count what tokens stand for, and unlock everything else. O(leases)."""
+        leases = [*self._dropped.live(), *self._copied]
+        read = Counter(p for lease in leases if not lease.is_filling for p in lease.places)
+        filled = {p for lease in leases if lease.is_filling for p in lease.places}
+        for base, kept in ((FIRST, sorted(read)), (FIRST + self._num_places, sorted(filled))):
+            at = 0
+            for start, count in [*_runs(kept), (self._num_places, 0)]:
+                if start > at:
+                    self._locks.drop(base + at, start - at)
+                at = start + count
+        self._counts = dict(read)
+
     def _require_outside(self) -> None:
         if self._holder == threading.get_ident():
             raise NestedWaitError(
-                "a finalizer inside a call of a SharedHeap cannot hold its chunks"
+                "a finalizer inside a call of a SharedHeap cannot hold its chunks, or store"
             )
 
     def close(self) -> None:

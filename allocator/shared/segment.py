@@ -316,15 +316,10 @@ def _leads_to(target: int | str, found: os.stat_result) -> bool:
 
 
 def _locked(target: int | str, fd: int) -> FileLock:
-    own = reopened(fd)
     try:
-        return FileLock(own, PATIENCE_S)
+        return FileLock.reopened(fd, PATIENCE_S)
     except BlockingIOError:
-        os.close(own)
         raise SegmentInUseError(_shown(target), _owner_of(fd)) from None
-    except BaseException:
-        os.close(own)
-        raise
 
 
 def _owner_of(fd: int) -> int | None:

@@ -153,7 +153,12 @@ class Service:
         self.is_open = False
         self._is_stopping = True
         self.tell(_nothing)
-        return self._has_ended.wait(timeout_s)
+        if threading.current_thread() is self._thread:
+            raise NestedWaitError("a finalizer on the thread of a SharedHeap cannot wait for it")
+        if not self._has_ended.wait(timeout_s):
+            return False
+        self._thread.join()  # it has nothing left to do
+        return True
 
     def start_over_after_fork(self) -> None:
         """Close what a forked child has inherited; the thread is the parent's."""

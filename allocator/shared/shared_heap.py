@@ -23,6 +23,8 @@ True
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -73,6 +75,13 @@ __all__ = ["SharedHeap"]
 MAX_PLACES = (1 << 32) - 2
 
 LEASE_S = 60.0
+
+EXIT_S = 10.0
+"""Seconds that the end of a program waits for the thread of a heap that was not closed."""
+
+LOGGER = logging.getLogger("kvheap")
+
+_owned: dict[int, SharedHeap] = {}
 
 
 class SharedHeap:
@@ -181,6 +190,7 @@ class SharedHeap:
             segment.leave()
             raise
         starts_over_after_fork(self)
+        _owned[id(self)] = self
 
     @classmethod
     def attach(
@@ -632,6 +642,7 @@ class SharedHeap:
                 self._segment.unlink()
             self._segment.state.end()
         self._closed = True
+        _owned.pop(id(self), None)
         self._channel.close()
         self._leases.close()
         if service is not None:
@@ -734,3 +745,17 @@ def _runs(rows: Sequence[int], places: Sequence[int]) -> list[tuple[int, int]]:
     cuts = np.flatnonzero(ups.any(axis=0)) + 1
     bounds = [0, *cuts.tolist(), len(rows)]
     return list(pairwise(bounds))
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what is still owned at the end of the program."""
+    for heap in list(_owned.values()):
+        _close_at_exit(heap)
+
+
+def _close_at_exit(heap: SharedHeap) -> None:
+    try:
+        heap.close(EXIT_S)
+    except Exception as error:
+        LOGGER.warning("at the end of the program: %s", error)

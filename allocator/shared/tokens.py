@@ -67,6 +67,24 @@ class Dropped(Generic[T]):
         """Whether :meth:`take` may return something."""
         return bool(self._dead)
 
+    def first(self) -> T | None:
+        """What :meth:`take` would return first; for one thread at a time."""
+        while self._dead:
+            found = self._live.get(self._dead[0])
+            if found is not None:
+                return found
+            self._dead.popleft()
+        return None
+
+    def remove_first(self) -> None:
+        """Forget what :meth:`first` has returned."""
+        self._live.pop(self._dead[0], None)
+        self._dead.popleft()
+
+    def live(self) -> list[T]:
+        """Everything that is remembered, also what :meth:`take` would return."""
+        return list(self._live.values())
+
     def take(self) -> list[T]:
         """What has been ended, or whose token is gone, since the last call."""
         taken = []
