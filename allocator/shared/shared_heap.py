@@ -41,10 +41,11 @@ from kvheap.addresses.arguments import as_number, require_count, require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.integers import round_up
 from kvheap.blocks.block_layout import BlockLayout
-from kvheap.blocks.heap import BlockObjects, Heap, layout_and_addresses
+from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.errors import ClosedError
 from kvheap.files.errors import MissingChunksError
+from kvheap.files.host_blocks import HostBlocks
 from kvheap.forks import starts_over_after_fork
 from kvheap.heaps.block_tensors import require_matching
 from kvheap.heaps.host_allocators import HostMemoryAllocator
@@ -64,7 +65,7 @@ from kvheap.shared.service import Service
 from kvheap.shared.stats import SharedHeapStats
 from kvheap.shared.stores import SharedStore
 from kvheap.shared.tokens import Token
-from kvheap.transfer.moves import copy, offload
+from kvheap.transfer.moves import copy
 from kvheap.transfer.plan import CopyPlan
 
 if TYPE_CHECKING:
@@ -447,43 +448,62 @@ class SharedHeap:
         if isinstance(into, MemoryBatch) and len(into) != len(names):
             raise ValueError(f"{len(names)} keys need as many blocks, got {len(into)}")
         with self._held(names, verify=False) as hold:
-            self._require_all(names, hold)
-            if not names:
-                return into if isinstance(into, MemoryBatch) else self._allocated(into)
+            if len(hold) < len(names):
+                missing = [key for key in names if self._table.find(key) < 0]
+                raise MissingChunksError(missing or [names[len(hold)]], [], [])
             if isinstance(into, MemoryBatch):
-                copy(CopyPlan.between(hold.batch, into)).result()
-                hold.check()
+                self._copy(hold, into)
                 batch: MemoryBatch | None = into
             else:
                 batch = self._loaded(hold, into)
             self._table.touch([record.place for record in hold.records])
         return batch
 
-    def _require_all(self, names: Sequence[bytes], hold: SharedHold) -> None:
-        missing = []
-        if len(hold) < len(names):
-            missing = [key for key in names if self._table.find(key) < 0] or [names[len(hold)]]
-        damaged = [record.key for record in self._damaged(hold.records)]
-        if missing or damaged:
-            hold.release()
-            raise MissingChunksError(missing, damaged, [])
-
-    def _allocated(self, into: Heap) -> MemoryBatch | None:
-        layout = self.layout
-        return into.batched_allocate(list(layout.shapes), list(layout.dtypes), 0, layout.fmt)
-
     def _loaded(self, hold: SharedHold, into: Heap) -> MemoryBatch | None:
-        batch = offload(hold.batch, into)
+        layout = self.layout
+        batch = into.batched_allocate(
+            list(layout.shapes), list(layout.dtypes), len(hold), layout.fmt
+        )
         if batch is None:
             return None
         try:
-            assert batch.transfer is not None
-            batch.transfer.result()
-            hold.check()
+            self._copy(hold, batch)
         except BaseException:
             into.batched_free(batch)
             raise
         return batch
+
+    def _copy(self, hold: SharedHold, into: MemoryBatch) -> None:
+        heap = heap_of(into)
+        layout, addresses = layout_and_addresses(into)
+        if layout != self.layout:
+            raise ValueError(f"the blocks of into must be {self.layout}, got {layout}")
+        into.require_writable()
+        into.stored_tokens.forget(None)
+        is_idle = into.transfer is None and into.counts.streams is None
+        if heap.device.type == "cpu" and is_idle:
+            self._copy_here(hold, heap, addresses)
+            return
+        damaged = self._damaged(hold.records)
+        if damaged:
+            raise MissingChunksError([], [record.key for record in damaged], [])
+        if len(into):
+            copy(CopyPlan.between(hold.batch, into)).result()
+        hold.check()
+
+    def _copy_here(self, hold: SharedHold, heap: Heap, addresses: Int64Array) -> None:
+        """Copy chunks to blocks in host memory that nobody else uses, and check each at once."""
+        size = self.layout.size_bytes
+        blocks = HostBlocks(heap.segments, addresses, size, size, size)
+        damaged = []
+        for row, record in enumerate(hold.records):
+            block = blocks.block(row)
+            block[:] = self._content_of(record.place)
+            if self._table.digest_of(record.key, block) != record.digest:
+                damaged += self._damaged([record]) or [record]
+        hold.check()
+        if damaged:
+            raise MissingChunksError([], [record.key for record in damaged], [])
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Note that one request used chunks, the head of its prefix first. O(N).

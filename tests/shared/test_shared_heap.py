@@ -27,6 +27,7 @@ from kvheap.files import MissingChunksError
 from kvheap.shared import LeaseLostError, NoOwnerError
 from kvheap.shared.stats import KeeperStats
 from kvheap.shared.tokens import Token
+from kvheap.transfer import CopyPlan, copy
 
 NUM_CHUNKS = 8
 
@@ -409,8 +410,6 @@ class TestHold:
     def test_its_batch_is_for_reading(self, heap: SharedHeap) -> None:
         put(heap, KEYS)
         other = HostMemoryAllocator(1 << 20)
-        from kvheap.transfer import CopyPlan, copy
-
         with heap.hold(KEYS) as hold:
             with pytest.raises(ForeignObjectError, match="view"):
                 copy(CopyPlan.between(filled(other, KEYS), hold.batch)).result()
@@ -438,6 +437,14 @@ class TestLoad:
             into.batched_free(batch)
         assert into.stats().allocated_bytes == 0
 
+    def test_into_blocks_that_a_transfer_uses(self, heap: SharedHeap) -> None:
+        put(heap, KEYS)
+        into = HostMemoryAllocator(1 << 20)
+        batch, other = filled(into, MANY[:4]), filled(into, MANY[4:])
+        batch.transfer = copy(CopyPlan.between(other, batch))
+        assert heap.load(KEYS, batch) is batch
+        assert not wrong_rows(KEYS, batch)
+
     def test_into_a_full_heap(self, heap: SharedHeap) -> None:
         put(heap, KEYS)
         assert heap.load(KEYS, HostMemoryAllocator(3 * PLACE)) is None
@@ -452,6 +459,13 @@ class TestLoad:
         batch = filled(into, KEYS)
         with pytest.raises(ValueError, match="2 keys need as many blocks, got 4"):
             heap.load(KEYS[:2], batch)
+        other = HostMemoryAllocator(1 << 20).batched_allocate([4096], torch.int32, 4)
+        assert other is not None
+        with pytest.raises(ValueError, match="the blocks of into must be"):
+            heap.load(KEYS, other)
+        into.batched_free(batch)
+        with pytest.raises(LifetimeError, match="freed"):
+            heap.load(KEYS, batch)
         with pytest.raises(TypeError, match="into must be a heap"):
             heap.load(KEYS[:2], 3)  # type: ignore[arg-type]
 
