@@ -74,6 +74,9 @@ class Channel(Protocol):
     def close(self) -> None:
         """Give up what is being stored through it; may be repeated."""
 
+    def start_over_after_fork(self) -> None:
+        """Leave it to the parent, in a forked child."""
+
 
 class LocalChannel:
     """The keeper in this process.
@@ -128,6 +131,9 @@ class LocalChannel:
 
     def close(self) -> None:
         """Nothing: the owner stops the thread."""
+
+    def start_over_after_fork(self) -> None:
+        """Nothing: the thread is the parent's."""
 
 
 class _Connection:
@@ -248,6 +254,11 @@ class RemoteChannel:
 
     def close(self) -> None:
         """Disconnect, whereupon the owner gives up what is being stored."""
+        self._disconnect()
+
+    def start_over_after_fork(self) -> None:
+        """Leave the connection to the parent, in a forked child."""
+        self._lock = threading.Lock()
         self._disconnect()
 
     def _disconnect(self) -> None:

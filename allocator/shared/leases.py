@@ -230,6 +230,11 @@ class Leases:
         """Unlock everything."""
         self._locks.close()
 
+    def start_over_after_fork(self) -> None:
+        """Leave the locks to the parent, in a forked child."""
+        self._lock = threading.Lock()
+        self._locks.close()
+
 
 def _yes() -> bool:
     return True

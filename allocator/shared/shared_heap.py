@@ -55,7 +55,7 @@ from kvheap.prefix.keys import as_bytes_keys, require_distinct
 from kvheap.prefix.orders import ORDERS
 from kvheap.shared.channels import Channel, LocalChannel, RemoteChannel
 from kvheap.shared.chunk_table import MAX_KEY_BYTES, ChunkTable, Record
-from kvheap.shared.errors import SegmentReplacedError
+from kvheap.shared.errors import NoOwnerError, SegmentReplacedError
 from kvheap.shared.geometry import PAGE_BYTES
 from kvheap.shared.holds import SharedHold
 from kvheap.shared.keeper import Keeper
@@ -76,6 +76,9 @@ __all__ = ["SharedHeap"]
 MAX_PLACES = (1 << 32) - 2
 
 LEASE_S = 60.0
+
+MAX_ATTEMPTS = 16
+"""To get places that nobody else has just locked; the owner sets those aside at each."""
 
 EXIT_S = 10.0
 """Seconds that the end of a program waits for the thread of a heap that was not closed."""
@@ -542,14 +545,18 @@ class SharedHeap:
         names = _as_keys(keys, is_list=True)
         require_distinct(names)
         self._require_linked()
-        token = Token()
-        ticket, link = self._channel.begin(token, names)
         batch_of = partial(self._view, writable=True)
-        store = SharedStore(
-            self._channel, self._leases, token, names, ticket, link, batch_of, self._digests
+        for _ in range(MAX_ATTEMPTS):
+            token = Token()
+            ticket, link = self._channel.begin(token, names)
+            store = SharedStore(
+                self._channel, self._leases, token, names, ticket, link, batch_of, self._digests
+            )
+            if store.lock(lambda: self._segment.state.epoch):
+                return store
+        raise NoOwnerError(
+            f"places of {self.path} are locked by another program, {MAX_ATTEMPTS} times in a row"
         )
-        store.lock(lambda: self._segment.state.epoch)
-        return store
 
     def store(
         self,
@@ -677,8 +684,8 @@ class SharedHeap:
         if self._closed:
             return
         self._is_foreign = True
-        self._channel.close()
-        self._leases.close()
+        self._channel.start_over_after_fork()
+        self._leases.start_over_after_fork()
         if self._service is not None:
             self._service.start_over_after_fork()
             self._place_locks.close()

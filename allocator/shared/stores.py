@@ -75,11 +75,15 @@ class SharedStore:
         """For how many keys there was no room."""
         return self._ticket.places.count(FULL)
 
-    def lock(self, epoch: Callable[[], int]) -> None:
+    def lock(self, epoch: Callable[[], int]) -> bool:
         """Lock the places, for the heap; only then may they be filled.
 
+        Returns:
+            Whether they are locked. If not, the store is aborted: a process that an earlier owner
+            had given one of them has just locked it, and will find that it is not its own any more.
+
         Raises:
-            NoOwnerError: they may be another owner's by now.
+            NoOwnerError: they may be another owner's by now; the store is aborted.
         """
         batch = self.batch
 
@@ -89,9 +93,12 @@ class SharedStore:
         self._locked = Token()
         is_locked = self._leases.fill(self._locked, self.places, has_ended)
         link = self._link
-        if not is_locked or not link.is_open or epoch() != link.epoch:
+        if not link.is_open or epoch() != link.epoch:
             self.abort()
             raise NoOwnerError("the owner of the heap has gone meanwhile: begin the store again")
+        if not is_locked:
+            self.abort()
+        return is_locked
 
     def complete(
         self, num_tokens: Sequence[int] | None = None, digests: Sequence[int] | None = None

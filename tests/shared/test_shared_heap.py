@@ -303,6 +303,24 @@ class TestBegin:
             heap.check()
         replica.close()
 
+    @pytest.mark.parametrize("is_owner", [True, False])
+    def test_a_free_place_that_a_late_writer_has_just_locked(
+        self, heap: SharedHeap, replica: SharedHeap, is_owner: bool
+    ) -> None:
+        """It got the place of an earlier owner, and has not yet seen that it is not its own."""
+        late = attach(heap.path)
+        late._leases.fill(Token(), [], lambda: True)
+        locked = Token()
+        assert late._leases.fill(locked, [0, 3], lambda: True)
+        one = heap if is_owner else replica
+        assert put(one, MANY) == [True] * (NUM_CHUNKS - 2) + [False] * 2
+        with heap.hold(MANY[:-2]) as hold:
+            assert not wrong_rows(hold.keys, hold.batch)
+        assert keeper_of(heap).waiting_places == 2
+        late._leases.end(locked)
+        late.close()
+        assert settled(heap).free_places == 2
+
     def test_places_of_an_earlier_owner_are_not_filled(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
