@@ -14,6 +14,7 @@ import selectors
 import socket
 import struct
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -96,6 +97,8 @@ class Service:
         self._connections: set[_Connection] = set()
         self._has_ended = Latch()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        # Not when the thread ends: somebody may be about to write to it.
+        self._close_wake = weakref.finalize(self, _close, self._wake_read, self._wake_write)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             self._listener.bind(socket_name)
@@ -107,8 +110,7 @@ class Service:
             self._thread.start()
         except BaseException:
             self._listener.close()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            self._close_wake()
             raise
 
     # -- this process --------------------------------------------------------------------------
@@ -168,9 +170,7 @@ class Service:
         self._listener.close()
         for connection in self._connections:
             connection.socket.close()
-        for fd in (self._wake_read, self._wake_write):
-            with suppress(OSError):
-                os.close(fd)
+        self._close_wake()
 
     # -- the thread ----------------------------------------------------------------------------
 
@@ -217,8 +217,6 @@ class Service:
         self._listener.close()
         self._has_ended.open()
         self._answer_questions()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
 
     def _accept(self) -> None:
         with suppress(BlockingIOError, ConnectionError):
@@ -315,6 +313,11 @@ class Service:
             connection.socket.close()
             self._keeper.abort_all(connection)
             self._keeper.note_writers(len(self._connections))
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _nothing() -> None:

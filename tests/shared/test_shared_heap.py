@@ -615,6 +615,7 @@ class StruckError(Exception):
 
 
 class TestInterrupted:
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     @pytest.mark.parametrize("is_owner", [True, False])
     def test_an_exception_anywhere_loses_nothing(
         self, heap: SharedHeap, replica: SharedHeap, is_owner: bool
@@ -631,15 +632,16 @@ class TestInterrupted:
             for _ in range(150):
                 keys = [key_of(number) for number in rng.sample(range(24), 3)]
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 3e-3))
-                    put(each, keys)
-                    with each.hold(keys, allow_partial=True) as hold:
-                        hold.is_valid()
-                    each.remove(keys[:1])
+                    try:
+                        signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 3e-3))
+                        put(each, keys)
+                        with each.hold(keys, allow_partial=True) as hold:
+                            hold.is_valid()
+                        each.remove(keys[:1])
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
                 except StruckError:
                     num_struck += 1
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
         finally:
             signal.signal(signal.SIGALRM, before)
         gc.collect()
