@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -287,6 +288,23 @@ class TestRefused:
         with pytest.raises(OSError, match="has no room for"):
             own(path, 1 << 31)
         assert not list(path.parent.iterdir())
+
+    def test_a_file_system_without_nameless_files(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.open
+
+        def without(name: Any, flags: int, *mode: int, **options: Any) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+            return real(name, flags, *mode, **options)
+
+        monkeypatch.setattr(os, "open", without)
+        stored(path)
+        with own(path, NUM_CHUNKS) as heap:
+            assert heap.lookup(KEYS).all()
+            with pytest.raises(SegmentInUseError):
+                own(path, NUM_CHUNKS)
 
     def test_an_empty_file_and_one_without_a_header_are_filled(self, path: Path) -> None:
         path.touch()
