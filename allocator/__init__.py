@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from kvheap.memory.numa import numa_node_of_gpu as numa_node_of_gpu
     from kvheap.prefix.index import PrefixIndex as PrefixIndex
     from kvheap.prefix.store import PrefixStore as PrefixStore
+    from kvheap.shared.shared_heap import SharedHeap as SharedHeap
     from kvheap.transfer import Transfer as Transfer
     from kvheap.transfer import foreign_transfer as foreign_transfer
     from kvheap.transfer import offload as offload
@@ -125,6 +126,7 @@ _MODULE_OF = {
     "PrefixIndex": "prefix.index",
     "PrefixStore": "prefix.store",
     "ReentrantCallError": "errors",
+    "SharedHeap": "shared.shared_heap",
     "TensorMemoryAllocator": "heaps.tensor_allocator",
     "Transfer": "transfer",
     "TransferError": "errors",

@@ -8,4 +8,7 @@ from __future__ import annotations
 
 from hypothesis import settings
 
+# How long an example takes says nothing where other processes run.
+settings.register_profile("kvheap", settings(), deadline=None)
+settings.load_profile("kvheap")
 settings.register_profile("long", max_examples=20_000, stateful_step_count=200, deadline=None)

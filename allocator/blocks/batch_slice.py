@@ -46,8 +46,12 @@ class SlicedBatch(Protocol[Obj_co]):
     """The part of a batch that its slices use; see ``MemoryBatch``."""
 
     layout: BlockLayout
-    stored_tokens: StoredTokens
     transfer: Transfer | None
+
+    @property
+    def stored_tokens(self) -> StoredTokens:
+        """Which tokens the blocks hold."""
+        ...
 
     @property
     def runs(self) -> AddressBatch:

@@ -15,7 +15,6 @@ started anew since a tier was opened, which was neither closed nor durable, its 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -24,20 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from kvheap.files.errors import TierInUseError, TierMismatchError
+from kvheap.memory.boots import boot_id
+from kvheap.memory.file_locks import FileLock
 
-__all__ = ["FORMAT_VERSION", "TierFolder", "boot_id"]
+__all__ = ["FORMAT_VERSION", "TierFolder"]
 
 FORMAT_VERSION = 1
-
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-def boot_id() -> str:
-    """What the kernel calls this boot of the machine; empty if it does not say."""
-    try:
-        return BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
 
 
 class TierFolder:
@@ -57,8 +48,7 @@ class TierFolder:
         self.path = Path(path).absolute()  # the working directory may change
         self._identity = {"format_version": FORMAT_VERSION, **identity}
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._owner = os.getpid()
-        self._lock_fd = self._locked()
+        self._lock = self._locked()
         try:
             state = self._read()
             self.is_trusted = state is not None and (
@@ -105,33 +95,27 @@ class TierFolder:
 
     def unlock(self) -> None:
         """Let others have the folder. In a forked child, the parent keeps it."""
-        fd, self._lock_fd = self._lock_fd, -1
-        if fd < 0:
-            return
-        try:
-            if os.getpid() == self._owner:
-                # At once, also for a forked child that has not yet closed what it inherited.
-                fcntl.flock(fd, fcntl.LOCK_UN)
-        finally:
-            os.close(fd)
+        self._lock.release()
 
-    def _locked(self) -> int:
+    def _locked(self) -> FileLock:
         fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             try:
-                # Of the open file, not of the process: a second open here does not get it either,
-                # and the kernel gives it up when the process dies.
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = FileLock(fd)
             except BlockingIOError:
                 pid = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
                 owner = int(pid) if pid.isdigit() else None
                 raise TierInUseError(str(self.path), owner) from None
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, str(os.getpid()).encode(), 0)
         except BaseException:
             os.close(fd)
             raise
-        return fd
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
+        except BaseException:
+            lock.release()
+            raise
+        return lock
 
     def _read(self) -> dict[str, Any] | None:
         """The state that the last owner has left; None if there was none."""

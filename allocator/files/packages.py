@@ -14,23 +14,23 @@ def need_lmdb() -> Any:
     Raises:
         ImportError: it is not installed; the message says how to install it.
     """
-    return _need("lmdb")
+    return _need("lmdb", "a FileTier")
 
 
-def need_xxhash() -> Any:
-    """The package ``xxhash``.
+def need_xxhash(who: str = "a FileTier") -> Any:
+    """The package ``xxhash``, for ``who``.
 
     Raises:
         ImportError: it is not installed; the message says how to install it.
     """
-    return _need("xxhash")
+    return _need("xxhash", who)
 
 
-def _need(name: str) -> Any:
+def _need(name: str, who: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"a FileTier needs the package {name} ({error}): pip install 'kvheap[files]'",
+            f"{who} needs the package {name} ({error}): pip install 'kvheap[files]'",
             name=name,
         ) from error

@@ -54,7 +54,7 @@ from kvheap.files.tier_stats import FileTierStats
 from kvheap.files.transfers import FileJob, FileTransfer, Filling
 from kvheap.forks import starts_over_after_fork
 from kvheap.kernels.chunk_shape import ChunkShape
-from kvheap.prefix.keys import require_key_list, require_keys
+from kvheap.prefix.keys import as_bytes_keys, require_distinct
 from kvheap.prefix.orders import ORDERS
 from kvheap.renamed import renamed
 
@@ -248,9 +248,7 @@ class FileTier:
         """
         self._require_open()
         names = _as_keys(keys, is_list=True)
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"keys must not name a chunk twice, got {twice!r} twice")
+        require_distinct(names)
         rows = self._rows_of("batch", batch, len(names))
         filling = _filling(rows)
         for transfer in filling:
@@ -504,28 +502,7 @@ class FileTier:
 
 
 def _as_keys(keys: Any, is_list: bool = False) -> list[bytes]:
-    """Keys as a list.
-
-    Raises:
-        TypeError: they are no keys; the message names the first that is none.
-        ValueError: a key is empty, or longer than the index takes.
-    """
-    if is_list:
-        require_key_list(keys)
-    else:
-        require_keys(keys)
-    found = list(keys)
-    if {*map(type, found)} - {bytes}:
-        wrong = next(key for key in found if type(key) is not bytes)
-        raise TypeError(f"a key of a FileTier must be bytes, got {wrong!r}")
-    lengths = [*map(len, found)]
-    if found and (min(lengths) < 1 or max(lengths) > MAX_KEY_BYTES):
-        wrong = next(key for key in found if not 1 <= len(key) <= MAX_KEY_BYTES)
-        raise ValueError(
-            f"a key must have 1 to {MAX_KEY_BYTES} bytes, got {len(wrong)} in {wrong[:40]!r}: hash "
-            f"longer ones"
-        )
-    return found
+    return as_bytes_keys(keys, MAX_KEY_BYTES, "FileTier", is_list=is_list)
 
 
 def _filling(rows: list[Rows]) -> list[Transfer]:

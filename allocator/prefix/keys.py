@@ -13,7 +13,14 @@ import sys
 from collections.abc import Sized
 from typing import Any
 
-__all__ = ["as_key_error", "require_key_list", "require_keys", "require_list"]
+__all__ = [
+    "as_bytes_keys",
+    "as_key_error",
+    "require_distinct",
+    "require_key_list",
+    "require_keys",
+    "require_list",
+]
 
 TEXT = (str, bytes, bytearray, memoryview)
 
@@ -70,6 +77,48 @@ def require_key_list(keys: Any) -> None:
     require_list("keys", keys)
     if (type(keys) is list or type(keys) is tuple) and keys and _is_tensor(keys[0]):
         raise TypeError(f"keys must not be tensors, got {keys[0]!r}: pass tensor.tolist()")
+
+
+def as_bytes_keys(keys: Any, max_bytes: int, who: str, *, is_list: bool = False) -> list[bytes]:
+    """Keys of bytes as a list.
+
+    Args:
+        keys: the keys.
+        max_bytes: the most bytes that one may have.
+        who: whose keys they are, for messages.
+        is_list: whether they must have an order and a length.
+
+    Raises:
+        TypeError: they are no keys; the message names the first that is none.
+        ValueError: a key is empty, or too long.
+    """
+    if is_list:
+        require_key_list(keys)
+    else:
+        require_keys(keys)
+    found = list(keys)
+    if {*map(type, found)} - {bytes}:
+        wrong = next(key for key in found if type(key) is not bytes)
+        raise TypeError(f"a key of a {who} must be bytes, got {wrong!r}")
+    lengths = [*map(len, found)]
+    if found and (min(lengths) < 1 or max(lengths) > max_bytes):
+        wrong = next(key for key in found if not 1 <= len(key) <= max_bytes)
+        raise ValueError(
+            f"a key must have 1 to {max_bytes} bytes, got {len(wrong)} in {wrong[:40]!r}: hash "
+            f"longer ones"
+        )
+    return found
+
+
+def require_distinct(keys: list[bytes]) -> None:
+    """Raise if a key is named twice. O(N).
+
+    Raises:
+        ValueError: names the key.
+    """
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"keys must not name a chunk twice, got {twice!r} twice")
 
 
 def as_key_error(error: BaseException, keys: Any, name: str = "keys") -> BaseException:

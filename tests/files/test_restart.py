@@ -23,6 +23,7 @@ from forked_child import in_a_child
 from kvheap import BlockLayout, HostMemoryAllocator, MemoryFormat
 from kvheap.files import FileTier, MissingChunksError, TierInUseError, TierMismatchError
 from kvheap.files import folder as folder_module
+from kvheap.memory import boots
 
 NAMES = [key_of(number) for number in range(20)]
 
@@ -279,7 +280,7 @@ class TestReboot:
     def test_a_system_that_does_not_name_its_boots(
         self, folder: Path, heap: HostMemoryAllocator, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(folder_module, "BOOT_ID", Path("/nonexistent"))
+        monkeypatch.setattr(boots, "BOOT_ID", Path("/nonexistent"))
         tier = open_tier(folder)
         stored(tier, heap, [1, 2])
         state = (folder / "tier.json").read_text()

@@ -58,3 +58,10 @@ def test_the_command_would_find_blocks_that_are_freed_unclaimed() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert f"VIOLATION in phase plain, seed {SEED}" in done.stdout
+
+
+def test_processes_that_share_a_heap_are_killed_for_seconds() -> None:
+    command = [sys.executable, str(FOLDER / "soak_shared.py"), "--minutes", "0.03"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kills" in done.stdout

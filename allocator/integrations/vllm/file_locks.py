@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 import weakref
+
+from kvheap.memory.file_locks import FileLock
 
 __all__ = ["LockedFile"]
 
@@ -25,35 +25,27 @@ class LockedFile:
         OSError: it cannot be opened or made.
 
     Attributes:
-        fd: of the file, open until :meth:`release`.
+        fd: of the file, open until :meth:`release`. The lock is not its own, so that no mapping of
+            the file keeps it, in this process or in a forked child.
     """
 
     def __init__(self, path: str, message: str) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            _lock(self.fd, message)
+            self._lock = FileLock.reopened(self.fd, PATIENCE_S)
+        except BlockingIOError as error:
+            os.close(self.fd)
+            raise BlockingIOError(error.errno, message) from None
         except BaseException:
             os.close(self.fd)
             raise
-        self._finalizer = weakref.finalize(self, _release, self.fd, os.getpid())
+        self._finalizer = weakref.finalize(self, _release, self.fd, self._lock)
 
     def release(self) -> None:
         """Let others have it, also if a mapping of it is left. Further calls do nothing."""
         self._finalizer()
 
 
-def _lock(fd: int, message: str) -> None:
-    end_s = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > end_s:
-                raise BlockingIOError(error.errno, message) from None
-        time.sleep(0.01)
-
-
-def _release(fd: int, pid: int) -> None:
-    if os.getpid() == pid:  # in a forked child, the file is still the parent's
-        fcntl.flock(fd, fcntl.LOCK_UN)  # mappings have descriptors of their own
+def _release(fd: int, lock: FileLock) -> None:
     os.close(fd)
+    lock.release()

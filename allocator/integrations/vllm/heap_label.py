@@ -18,12 +18,13 @@ import uuid
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LABEL_BYTES", "HeapLabel", "HeapReport", "boot_id"]
+from kvheap.memory.boots import boot_id
+
+__all__ = ["LABEL_BYTES", "HeapLabel", "HeapReport"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,6 @@ LABEL = struct.Struct("<16sIIQ32s36s")
 """Magic, version, whether it is sealed, bytes of the heap, id, and boot; then its CRC-32."""
 
 CRC = struct.Struct("<I")
-
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +151,3 @@ class HeapLabel:
             logger.warning("heap_path could not be flushed: %s", error)
             return False
         return True
-
-
-def boot_id() -> str:
-    """What names the present boot of the machine; empty if the kernel does not tell."""
-    try:
-        return BOOT_ID.read_text().strip()
-    except OSError:
-        return ""

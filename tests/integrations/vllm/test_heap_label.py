@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvheap.integrations.vllm import heap_label
-from kvheap.integrations.vllm.heap_label import LABEL_BYTES, HeapLabel, boot_id
+from kvheap.integrations.vllm.heap_label import LABEL_BYTES, HeapLabel
+from kvheap.memory import boots
 
 HEAP_BYTES = 1 << 20
 
@@ -114,9 +114,9 @@ def test_what_cannot_be_flushed_is_not_sealed(
 def test_without_a_name_of_the_boot_only_what_was_sealed_is_valid(
     medium: Medium, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert len(boot_id()) == 36
-    monkeypatch.setattr(heap_label, "BOOT_ID", tmp_path / "none")
-    assert boot_id() == ""
+    assert len(boots.boot_id()) == 36
+    monkeypatch.setattr(boots, "BOOT_ID", tmp_path / "none")
+    assert boots.boot_id() == ""
     label = medium.open(boot="")
     label.renew()
     assert medium.open(boot="").previous is None

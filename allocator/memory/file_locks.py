@@ -1,0 +1,136 @@
+"""Locks on files that the kernel drops when their process dies: of a file, and of numbers in it.
+
+Both kinds belong to an open file, not to a process. So the descriptors must be opened for the lock
+alone: a mapping keeps the open file that it was made from, also in a forked child, and would keep
+its locks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import time
+import weakref
+
+__all__ = ["FileLock", "RangeLocks", "reopened"]
+
+RETRY_S = 0.01
+
+FLOCK = struct.Struct("hhqqi4x")
+"""``struct flock`` on 64-bit Linux: type, whence, start, length, process; native alignment."""
+
+
+def reopened(fd: int, flags: int = os.O_RDWR) -> int:
+    """A descriptor of the same file with an open file of its own, which has locks of its own.
+
+    Raises:
+        OSError: the file cannot be opened so.
+    """
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+
+
+class FileLock:
+    """The exclusive ``flock`` of an open file, until :meth:`release` or the end of the process.
+
+    Args:
+        fd: of the file, opened for this lock; closed by :meth:`release`. The caller's if this
+            raises.
+        patience_s: how long to try: somebody may have it for a moment only.
+
+    Raises:
+        BlockingIOError: somebody else has it.
+    """
+
+    def __init__(self, fd: int, patience_s: float = 0.0) -> None:
+        end_s = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end_s:
+                    raise
+            time.sleep(RETRY_S)
+        self.fd = fd
+        """Of the file, open until :meth:`release`."""
+        self._finalizer = weakref.finalize(self, _release, fd, os.getpid())
+        # At the end of a program the kernel releases it, when no thread can work any more.
+        self._finalizer.atexit = False
+
+    @classmethod
+    def reopened(cls, fd: int, patience_s: float = 0.0) -> FileLock:
+        """The lock of a file that is open, on an open file of its own; ``fd`` stays the caller's.
+
+        Raises:
+            BlockingIOError: somebody else has it.
+            OSError: the file cannot be opened again.
+        """
+        own = reopened(fd)
+        try:
+            return cls(own, patience_s)
+        except BaseException:
+            os.close(own)
+            raise
+
+    def release(self) -> None:
+        """Let others have it, and close the descriptor. Further calls do nothing.
+
+        In a forked child the lock stays the parent's.
+        """
+        self._finalizer()
+
+
+def _release(fd: int, pid: int) -> None:
+    try:
+        if os.getpid() == pid:
+            # At once, also for a forked child that has not yet closed what it inherited.
+            fcntl.flock(fd, fcntl.LOCK_UN)
+    finally:
+        os.close(fd)
+
+
+class RangeLocks:
+    """Locks of ranges of numbers on one open file (``F_OFD_SETLK``), shared or exclusive.
+
+    The numbers need not be offsets of bytes that exist. What one open file has locked twice is
+    unlocked by one :meth:`drop`: the caller counts.
+
+    Args:
+        fd: of the file, opened for these locks; closed by :meth:`close`.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def share(self, start: int, count: int) -> bool:
+        """Lock numbers together with others; False if somebody has one exclusively."""
+        return self._set(fcntl.F_RDLCK, start, count)
+
+    def take(self, start: int, count: int) -> bool:
+        """Lock numbers exclusively; False if somebody has one."""
+        return self._set(fcntl.F_WRLCK, start, count)
+
+    def drop(self, start: int, count: int) -> None:
+        """Unlock numbers; closed locks have none."""
+        if self._fd >= 0:
+            self._set(fcntl.F_UNLCK, start, count)
+
+    def has_others(self, start: int, count: int) -> bool:
+        """Whether another open file has locked any of these numbers. One call of the system."""
+        asked = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, count, 0)
+        found = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked)
+        return bool(FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
+
+    def close(self) -> None:
+        """Unlock everything; may be repeated. In a forked child the locks stay the parent's."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _set(self, kind: int, start: int, count: int) -> bool:
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, start, count, 0))
+        except (BlockingIOError, PermissionError):  # EAGAIN, EACCES: somebody has it
+            return False
+        return True

@@ -1,0 +1,788 @@
+"""``SharedHeap``: chunks that all processes of a host share, and that outlive them.
+
+>>> import os, torch
+>>> from kvheap import BlockLayout, HostMemoryAllocator, MemoryFormat, SharedHeap
+>>> layout = BlockLayout.of([2, 4, 16, 8], torch.float16, MemoryFormat.KV_2LTD)
+>>> kv = torch.randn(3, 2, 4, 16, 8).half()
+>>> name = f"kvheap-{os.getpid()}"  # in /dev/shm
+>>> with SharedHeap(name, 1 << 20, layout, namespace="a model") as heap:
+...     heap.store([b"a", b"b", b"c"], kv).tolist()
+[True, True, True]
+>>> heap = SharedHeap(name, 1 << 20, layout, namespace="a model", unlink=True)  # a later process
+>>> replica = SharedHeap.attach(name, layout, namespace="a model")  # another one
+>>> replica.lookup([b"c", b"x"]).tolist()
+[True, False]
+>>> with replica.hold([b"a", b"c"]) as hold:  # not evicted before the block ends
+...     torch.equal(hold.batch[1].tensor, kv[2])
+True
+>>> replica.store([b"d"], kv[:1]).tolist(), len(heap.keys())
+([True], 4)
+>>> replica.close(), heap.close()
+(None, None)
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import pairwise
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvheap.addresses.arguments import as_number, require_count, require_flags
+from kvheap.addresses.extents import Int64Array
+from kvheap.addresses.integers import round_up
+from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
+from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.errors import ClosedError
+from kvheap.files.errors import MissingChunksError
+from kvheap.files.host_blocks import HostBlocks
+from kvheap.forks import starts_over_after_fork
+from kvheap.heaps.block_tensors import require_matching
+from kvheap.heaps.host_allocators import HostMemoryAllocator
+from kvheap.memory.boots import boot_id
+from kvheap.memory.file_locks import RangeLocks
+from kvheap.prefix.keys import as_bytes_keys, require_distinct
+from kvheap.prefix.orders import ORDERS
+from kvheap.shared.channels import Channel, LocalChannel, RemoteChannel
+from kvheap.shared.chunk_table import MAX_KEY_BYTES, ChunkTable, Record
+from kvheap.shared.errors import NoOwnerError, SegmentReplacedError
+from kvheap.shared.geometry import PAGE_BYTES
+from kvheap.shared.holds import SharedHold
+from kvheap.shared.keeper import Keeper
+from kvheap.shared.leases import Leases, PlaceLocks
+from kvheap.shared.segment import Segment, as_target
+from kvheap.shared.service import Service
+from kvheap.shared.stats import SharedHeapStats
+from kvheap.shared.stores import SharedStore
+from kvheap.shared.tokens import Token
+from kvheap.transfer.moves import copy
+from kvheap.transfer.plan import CopyPlan
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["SharedHeap"]
+
+MAX_PLACES = (1 << 32) - 2
+
+LEASE_S = 60.0
+
+MAX_ATTEMPTS = 16
+"""To get places that nobody else has just locked; the owner sets those aside at each."""
+
+EXIT_S = 10.0
+"""Seconds that the end of a program waits for the thread of a heap that was not closed."""
+
+LOGGER = logging.getLogger("kvheap")
+
+_owned: dict[int, SharedHeap] = {}
+
+
+class SharedHeap:
+    """Chunks of one layout in one file of memory, by their keys.
+
+    The file is on a tmpfs or hugetlbfs, or a memfd that is passed on. One process owns it, and
+    keeps the books: the one that has made a ``SharedHeap(...)``. Others :meth:`attach`. All of them
+    look chunks up, hold them, read them where they are, and store chunks; the owner's part of that
+    is done by a thread of the owner's.
+
+    =============  ==================================================================
+    purpose        methods
+    =============  ==================================================================
+    look           ``lookup``, ``prefix_length``, ``keys``, ``stats``, ``check``
+    read           ``hold``, ``load``, ``touch``
+    store          ``store``; for copies of your own ``begin``
+    drop           ``remove``, ``close``
+    =============  ==================================================================
+
+    What a reader may rely on: the bytes of chunks that it holds are theirs until it releases them,
+    unless it holds them for longer than ``lease_s``: chunks that somebody removes, or that are all
+    that a full heap can evict, are reused then. ``hold.check()``, the end of ``with hold`` and
+    ``load`` raise ``LeaseLostError`` if that has happened, so that nobody uses what was read. It
+    needs no answer of the owner, and goes on while the owner is stopped, or dead. A process that
+    dies holds nothing.
+
+    What survives: when the owner is killed, at any moment, the next one finds every chunk whose
+    store had ended, and no other. Bytes that something else has damaged are found by their
+    checksum: by ``hold`` once for each process, and by every ``load``. A restart of the machine
+    empties the heap.
+
+    All methods may be called by any thread. In finalizers and signal handlers, ``release`` and
+    ``abort`` never wait; other methods may raise ``NestedWaitError`` there. A forked child cannot
+    use the heap: it attaches anew.
+
+    Nothing is left in the file system but the file, which stays until somebody removes it: its
+    owner by ``unlink=True``, or you.
+
+    Args:
+        path: the path of the file, a name for one in ``/dev/shm``, or the descriptor of a file,
+            such as a memfd, which stays open. The file is made if there is none.
+        size: bytes for chunks, rounded down to whole places: chunks rounded up to 4096 bytes. An
+            index of 152 bytes for each, and at most 20 KiB, are added. All memory is taken at once.
+        layout: what a chunk holds.
+        namespace: whose KV it is: name the model, its weights, and the rank in a group of workers.
+        order: which chunks leave a full heap first: ``lru``, ``arc``, ``s3fifo`` or ``adaptive``.
+        lease_s: how long the owner waits for who holds a chunk that is to be reused. It is the same
+            for all processes, and part of the file.
+        unlink: remove the file's name when this owner closes the heap.
+
+    Raises:
+        ImportError: xxhash is not installed.
+        SegmentInUseError: another heap, here or in another process, owns the file.
+        SegmentMismatchError: it is one of another namespace, layout, size or version. A
+            ``ValueError``.
+        SegmentDamagedError: it is no segment, or was cut off. A ``ValueError``.
+        ValueError, TypeError: an argument is wrong; the message names it.
+        OSError: the file cannot be made, as where there is no room for it.
+    """
+
+    def __init__(
+        self,
+        path: int | str | os.PathLike[str],
+        size: int,
+        layout: BlockLayout,
+        *,
+        namespace: str,
+        order: str = "lru",
+        lease_s: float = LEASE_S,
+        unlink: bool = False,
+    ) -> None:
+        target = as_target(path)
+        identity = _identity(layout, namespace)
+        identity["lease_s"] = as_number("lease_s", lease_s, positive=True)
+        require_flags(unlink=unlink)
+        if not isinstance(order, str) or order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+        place_bytes = round_up(layout.size_bytes, PAGE_BYTES)
+        num_places = require_count("size", size) // place_bytes
+        if not 0 < num_places <= MAX_PLACES:
+            raise ValueError(
+                f"size must be {place_bytes}, the bytes of one chunk's place, to "
+                f"{MAX_PLACES * place_bytes}, got {size}"
+            )
+        new_order = ORDERS[order](num_places * place_bytes)
+        segment = Segment.own(target, identity, num_places, layout.size_bytes, place_bytes)
+        self._service: Service | None = None
+        try:
+            self._open(segment, layout)
+            self._unlink = unlink
+            boot, state = boot_id(), segment.state
+            is_trusted = not state.epoch or state.boot == boot != ""
+            state.begin(boot)
+            self._place_locks = PlaceLocks(RangeLocks(segment.open_file()), num_places)
+            self._keeper = Keeper(
+                self._table,
+                self._place_locks,
+                place_bytes,
+                new_order,
+                self.lease_s,
+                is_trusted=is_trusted,
+            )
+            self._service = Service(self._keeper, state.socket_name, self._content_of, state.epoch)
+            self._channel: Channel = LocalChannel(self._keeper, self._service, self._content_of)
+        except BaseException:
+            segment.leave()
+            raise
+        starts_over_after_fork(self)
+        _owned[id(self)] = self
+
+    @classmethod
+    def attach(
+        cls,
+        path: int | str | os.PathLike[str],
+        layout: BlockLayout,
+        *,
+        namespace: str,
+        timeout_s: float = 10.0,
+    ) -> Self:
+        """Read chunks of a heap that another process owns, and have chunks stored in it.
+
+        Args:
+            path: as for the class.
+            layout: as for the class.
+            namespace: as for the class.
+            timeout_s: how long to wait for the owner's answers.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ImportError, SegmentMismatchError, SegmentDamagedError, ValueError, TypeError, OSError:
+                as for the class.
+        """
+        target = as_target(path)
+        identity = _identity(layout, namespace)
+        timeout_s = as_number("timeout_s", timeout_s, positive=True)
+        segment = Segment.attach(target, identity)
+        heap = cls.__new__(cls)
+        heap._service = None
+        heap._unlink = False
+        heap._open(segment, layout)
+        heap._channel = RemoteChannel(segment.path, segment.state, timeout_s)
+        starts_over_after_fork(heap)
+        return heap
+
+    def _open(self, segment: Segment, layout: BlockLayout) -> None:
+        self.layout = layout
+        """What a chunk holds."""
+        self.path = segment.path
+        """Of the file."""
+        self.lease_s = float(segment.identity["lease_s"])
+        """How long the owner waits for who holds a chunk that is to be reused."""
+        self._segment = segment
+        geometry = segment.geometry
+        self._geometry = geometry
+        self._table = ChunkTable(segment)
+        self._leases = Leases(RangeLocks(segment.open_file()), geometry.num_places)
+        self._heap = HostMemoryAllocator(
+            geometry.data_bytes, host_buffer=segment.buffer, view_only=True
+        )
+        data = segment.array(0, geometry.data_bytes)
+        self._data = memoryview(data)  # type: ignore[arg-type]  # an array is a Buffer
+        self._verified: dict[int, int] = {}  # by place: the generation whose bytes were right
+        self._closed = self._is_foreign = False
+        self._pid = os.getpid()
+
+    # -- look ----------------------------------------------------------------------------------
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this process owns the heap."""
+        return self._service is not None
+
+    @property
+    def heap(self) -> HostMemoryAllocator:
+        """The memory as a view-only heap, whose blocks the batches of holds and stores are."""
+        self._require_open()
+        return self._heap
+
+    def lookup(self, keys: Iterable[bytes]) -> npt.NDArray[np.bool_]:
+        """Which chunks can be held and loaded now; this is not a use of them. O(N).
+
+        Returns:
+            bool ``[N]``. Another process may evict or remove them before they are held.
+
+        Raises:
+            TypeError, ValueError: a key is wrong; the message names it.
+            ClosedError: the heap is closed, or was opened by this process's parent.
+        """
+        self._require_open()
+        names = _as_keys(keys)
+        find = self._table.find
+        return np.fromiter((find(key) >= 0 for key in names), np.bool_, len(names))
+
+    def prefix_length(self, keys: Iterable[bytes]) -> int:
+        """How many leading keys have a chunk: what a request need not compute. O(result).
+
+        Raises:
+            TypeError, ValueError, ClosedError: as for :meth:`lookup`.
+        """
+        self._require_open()
+        find = self._table.find
+        length = 0
+        for key in _as_keys(keys):
+            if find(key) < 0:
+                break
+            length += 1
+        return length
+
+    def keys(self) -> list[bytes]:
+        """The keys of all chunks that can be held and loaded. O(places).
+
+        Raises:
+            ClosedError: as for :meth:`lookup`.
+        """
+        self._require_open()
+        records = map(self._table.read, self._table.ready_places().tolist())
+        return [record.key for record in records if record is not None]
+
+    def stats(self) -> SharedHeapStats:
+        """Bytes and counts. O(places).
+
+        Raises:
+            ClosedError: as for :meth:`lookup`.
+        """
+        self._require_open()
+        geometry = self._geometry
+        keeper = None if self._service is None else self._service.ask(self._keeper.stats)
+        return SharedHeapStats(
+            heap_bytes=geometry.data_bytes,
+            segment_bytes=geometry.file_bytes,
+            chunk_bytes=geometry.chunk_bytes,
+            place_bytes=geometry.place_bytes,
+            ready_chunks=len(self._table.ready_places()),
+            is_owner=self.is_owner,
+            owner_pid=self._segment.state.pid,
+            keeper=keeper,
+        )
+
+    def check(self, *, contents: bool = False) -> None:
+        """Check the owner's books against the free list and the index; for the owner.
+
+        Args:
+            contents: also compare the checksums of all chunks; those that are damaged are removed.
+
+        Raises:
+            HeapCorruptionError: something does not hold; the message names it.
+            MissingChunksError: chunks were damaged; it names them.
+            ValueError: another process owns the heap.
+            ClosedError: as for :meth:`lookup`.
+        """
+        self._require_open()
+        require_flags(contents=contents)
+        if self._service is None:
+            raise ValueError(f"only the owner of {self.path} can check it, attached processes not")
+        self._service.ask(self._keeper.check)
+        if contents:
+            damaged = []
+            for key in self.keys():
+                with self._held([key], verify=False) as hold:
+                    damaged += self._damaged(hold.records)
+            if damaged:
+                raise MissingChunksError([], [record.key for record in damaged], [])
+
+    # -- read ----------------------------------------------------------------------------------
+
+    def hold(
+        self, keys: Iterable[bytes], *, allow_partial: bool = False, verify: bool = True
+    ) -> SharedHold:
+        """Protect chunks, and give their blocks for reading where they are. O(N).
+
+        It is not a use of them; see :meth:`touch`. The owner is not asked.
+
+        Args:
+            keys: the head of the prefix first. A key that is named twice is held once.
+            allow_partial: hold the leading keys that have a chunk; otherwise all or none.
+            verify: compare the checksums of chunks that this process has not compared before.
+
+        Returns:
+            The hold, also a context manager.
+
+        Raises:
+            KeyError: a key, which it names, has no chunk or a damaged one; nothing is held.
+            TypeError, ValueError, ClosedError: as for :meth:`lookup`.
+        """
+        self._require_open()
+        require_flags(allow_partial=allow_partial, verify=verify)
+        names = list(dict.fromkeys(_as_keys(keys)))
+        hold = self._held(names, verify=verify)
+        if len(hold) < len(names) and not allow_partial:
+            hold.release()
+            raise KeyError(names[len(hold)])
+        return hold
+
+    def _held(self, names: Sequence[bytes], *, verify: bool) -> SharedHold:
+        """Hold the leading keys that have a chunk that is right."""
+        table = self._table
+        hold = SharedHold(table, self._leases, self.lease_s, time.monotonic())
+        places = []
+        for key in names:
+            place = table.find(key)
+            if place < 0:
+                break
+            places.append(place)
+        hold.lock(places)
+        try:
+            records = []
+            for key, place in zip(names, places, strict=False):
+                record = table.read(place)
+                if record is None:
+                    self._report_record(place)
+                if record is None or record.key != key:
+                    break
+                if verify and self._verified.get(place) != record.generation:
+                    if self._damaged([record]):
+                        break
+                    self._verified[place] = record.generation
+                records.append(record)
+            batch = self._view([record.place for record in records], writable=False)
+            hold.keep(records, batch, is_all=len(records) == len(places))
+        except BaseException:
+            hold.release()
+            raise
+        return hold
+
+    def _damaged(self, records: Iterable[Record]) -> list[Record]:
+        """Those whose bytes do not fit their checksum; the owner is told."""
+        damaged = []
+        for record in records:
+            if self._table.digest_of(record.key, self._content_of(record.place)) != record.digest:
+                damaged.append(record)
+                self._channel.report(record.place, record.generation)
+        return damaged
+
+    def _report_record(self, place: int) -> None:
+        """Tell the owner of a record that is damaged."""
+        generation = self._table.generation(place)
+        if generation and not generation & 1 and self._table.read(place) is None:
+            self._channel.report(place, generation)
+
+    def load(self, keys: Sequence[bytes], into: Heap | MemoryBatch) -> MemoryBatch | None:
+        """Copy chunks to blocks of another heap; returns when they are there. It is a use of them.
+
+        Args:
+            keys: the head of the prefix first.
+            into: a heap, which allocates a batch; or a batch of the heap's layout, with as many
+                blocks as there are keys.
+
+        Returns:
+            The batch; None if ``into`` is a heap without room.
+
+        Raises:
+            MissingChunksError: chunks are not there, or were damaged; nothing is allocated. The
+                blocks of a given batch have undefined contents.
+            LeaseLostError: this process was stopped for so long that the chunks were reused; as
+                above.
+            TypeError, ValueError, ClosedError: as for :meth:`hold`, or the blocks do not fit.
+        """
+        self._require_open()
+        names = _as_keys(keys, is_list=True)
+        require_distinct(names)
+        if not isinstance(into, (Heap, MemoryBatch)):
+            raise TypeError(f"into must be a heap or a batch of its blocks, got {into!r}")
+        if isinstance(into, MemoryBatch) and len(into) != len(names):
+            raise ValueError(f"{len(names)} keys need as many blocks, got {len(into)}")
+        with self._held(names, verify=False) as hold:
+            if len(hold) < len(names):
+                missing = [key for key in names if self._table.find(key) < 0]
+                raise MissingChunksError(missing or [names[len(hold)]], [], [])
+            if isinstance(into, MemoryBatch):
+                self._copy(hold, into)
+                batch: MemoryBatch | None = into
+            else:
+                batch = self._loaded(hold, into)
+            self._table.touch([record.place for record in hold.records])
+        return batch
+
+    def _loaded(self, hold: SharedHold, into: Heap) -> MemoryBatch | None:
+        layout = self.layout
+        batch = into.batched_allocate(
+            list(layout.shapes), list(layout.dtypes), len(hold), layout.fmt
+        )
+        if batch is None:
+            return None
+        try:
+            self._copy(hold, batch)
+        except BaseException:
+            into.batched_free(batch)
+            raise
+        return batch
+
+    def _copy(self, hold: SharedHold, into: MemoryBatch) -> None:
+        heap = heap_of(into)
+        layout, addresses = layout_and_addresses(into)
+        if layout != self.layout:
+            raise ValueError(f"the blocks of into must be {self.layout}, got {layout}")
+        into.require_writable()
+        into.stored_tokens.forget(None)
+        is_idle = into.transfer is None and into.counts.streams is None
+        if heap.device.type == "cpu" and is_idle:
+            self._copy_here(hold, heap, addresses)
+            return
+        damaged = self._damaged(hold.records)
+        if damaged:
+            raise MissingChunksError([], [record.key for record in damaged], [])
+        if len(into):
+            copy(CopyPlan.between(hold.batch, into)).result()
+        hold.check()
+
+    def _copy_here(self, hold: SharedHold, heap: Heap, addresses: Int64Array) -> None:
+        """Copy chunks to blocks in host memory that nobody else uses, and check each at once."""
+        size = self.layout.size_bytes
+        blocks = HostBlocks(heap.segments, addresses, size, size, size)
+        damaged = []
+        for row, record in enumerate(hold.records):
+            block = blocks.block(row)
+            block[:] = self._content_of(record.place)
+            if self._table.digest_of(record.key, block) != record.digest:
+                damaged += self._damaged([record]) or [record]
+        hold.check()
+        if damaged:
+            raise MissingChunksError([], [record.key for record in damaged], [])
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """Note that one request used chunks, the head of its prefix first. O(N).
+
+        Keys that have no chunk are skipped. The owner sees it before it evicts.
+
+        Raises:
+            TypeError, ValueError, ClosedError: as for :meth:`lookup`.
+        """
+        self._require_open()
+        find = self._table.find
+        places = [find(key) for key in dict.fromkeys(_as_keys(keys))]
+        self._table.touch([place for place in places if place >= 0])
+
+    # -- store ---------------------------------------------------------------------------------
+
+    def begin(self, keys: Sequence[bytes]) -> SharedStore:
+        """Get places for chunks that this process fills; they are found when it completes them.
+
+        A full heap evicts chunks that nobody holds. If that does not suffice, places are for the
+        first keys, and the chunks that others hold are reused later, see ``lease_s``.
+
+        Args:
+            keys: each once, the head of the prefix first.
+
+        Returns:
+            The store, also a context manager.
+
+        Raises:
+            NoOwnerError: nobody owns the heap now.
+            TimeoutError: its owner does not answer.
+            SegmentReplacedError: the path leads to another file by now.
+            TypeError, ValueError, ClosedError: as for :meth:`lookup`, or a key is named twice.
+        """
+        self._require_open()
+        names = _as_keys(keys, is_list=True)
+        require_distinct(names)
+        self._require_linked()
+        batch_of = partial(self._view, writable=True)
+        for _ in range(MAX_ATTEMPTS):
+            token = Token()
+            ticket, link = self._channel.begin(token, names)
+            store = SharedStore(
+                self._channel, self._leases, token, names, ticket, link, batch_of, self._digests
+            )
+            if store.lock(lambda: self._segment.state.epoch):
+                return store
+        raise NoOwnerError(
+            f"places of {self.path} are locked by another program, {MAX_ATTEMPTS} times in a row"
+        )
+
+    def store(
+        self,
+        keys: Sequence[bytes],
+        source: torch.Tensor | BlockObjects,
+        num_tokens: Sequence[int] | None = None,
+    ) -> npt.NDArray[np.bool_]:
+        """Copy chunks into the heap; returns when everybody can find them.
+
+        Chunks that are there already are not written again, and those that somebody else is
+        storing are left to him. A full heap evicts others, see :meth:`begin`.
+
+        Args:
+            keys: each once, the head of the prefix first.
+            source: the chunks' contents, ``[N, *shape]`` of the layout's dtype, for a layout of
+                several groups ``[N, size_bytes]`` of uint8; or N blocks of another heap.
+            num_tokens: how many tokens each chunk holds, N numbers; None: it is not known.
+
+        Returns:
+            bool ``[N]``: which keys have a chunk now.
+
+        Raises:
+            NoOwnerError, TimeoutError, SegmentReplacedError, TypeError, ValueError, ClosedError:
+                as for :meth:`begin`, or ``source`` does not fit; nothing is stored.
+            TransferError: the copy has failed; nothing is stored.
+        """
+        self._require_open()
+        names = _as_keys(keys, is_list=True)
+        require_distinct(names)
+        self._require_source(source, len(names))
+        tokens = _as_tokens(num_tokens, len(names))
+        with self.begin(names) as store:
+            stored = store.were_ready
+            if store.rows:
+                self._fill(store, source)
+                num_ready = store.complete([tokens[row] for row in store.rows])
+                stored[store.rows] = True
+                if num_ready < len(store.rows):
+                    return self.lookup(names)
+        return stored
+
+    def _require_source(self, source: Any, num_keys: int) -> None:
+        layout = self.layout
+        if isinstance(source, torch.Tensor):
+            require_matching("source", source, num_keys, layout, source.device, cpu_is_fine=True)
+            return
+        if not isinstance(source, Sequence):
+            raise TypeError(f"source must be a tensor or blocks of a heap, got {source!r}")
+        if len(source) != num_keys:
+            raise ValueError(f"{num_keys} keys need as many blocks, got {len(source)} in source")
+        if num_keys and (found := layout_and_addresses(source)[0]) != layout:
+            raise ValueError(f"the blocks of source must be {layout}, got {found}")
+
+    def _fill(self, store: SharedStore, source: torch.Tensor | BlockObjects) -> None:
+        rows = store.rows
+        is_whole = len(rows) == len(source)
+        if not isinstance(source, torch.Tensor):
+            blocks = source if is_whole else [source[row] for row in rows]
+            store.batch.transfer = copy(CopyPlan.between(blocks, store.batch))
+            return
+        chunk_bytes = self.layout.size_bytes
+        given = source.reshape(len(source), -1).view(torch.uint8).reshape(-1, chunk_bytes)
+        places = store.places
+        memory = self._heap.host_buffer.tensor[: self._geometry.data_bytes]
+        target = memory.view(self._geometry.num_places, -1)[:, :chunk_bytes]
+        for begin, end in _runs(rows, places):
+            into = target[places[begin] : places[begin] + end - begin]
+            into.copy_(given[rows[begin] : rows[begin] + end - begin])
+
+    # -- drop ----------------------------------------------------------------------------------
+
+    def remove(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Remove chunks; when this returns, nobody finds them any more, here or after a restart.
+
+        Those that somebody holds can be read on for ``lease_s``. A chunk that is being stored is
+        not found when its store ends.
+
+        Args:
+            keys: those that are not there are skipped.
+
+        Returns:
+            The keys that were there.
+
+        Raises:
+            NoOwnerError, TimeoutError: as for :meth:`begin`.
+            TypeError, ValueError, ClosedError: as for :meth:`lookup`.
+        """
+        self._require_open()
+        return self._channel.remove(list(dict.fromkeys(_as_keys(keys))))
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Let go of the heap; the owner lets others own it. May be repeated.
+
+        The chunks stay. What is being stored is given up. Batches of holds and stores must not be
+        used any more. In a forked child nothing happens.
+
+        Args:
+            timeout_s: the most seconds to wait for the owner's thread; None: no limit.
+
+        Raises:
+            TimeoutError: it has not ended in time; a later call can wait for it.
+        """
+        if self._closed or self._is_foreign:
+            return
+        service = self._service
+        if service is not None:
+            if not service.stop(timeout_s):
+                raise TimeoutError(f"{self!r} has not ended in {timeout_s:g} s: close it again")
+            if self._unlink:
+                self._segment.unlink()
+            self._segment.state.end()
+        self._closed = True
+        _owned.pop(id(self), None)
+        self._channel.close()
+        self._leases.close()
+        if service is not None:
+            self._place_locks.close()
+            self._segment.leave()
+        self._heap.close()
+
+    # -- the rest ------------------------------------------------------------------------------
+
+    def start_over_after_fork(self) -> None:
+        """Give the heap up in a forked child: its locks and its thread are the parent's."""
+        if self._closed:
+            return
+        self._is_foreign = True
+        self._channel.start_over_after_fork()
+        self._leases.start_over_after_fork()
+        if self._service is not None:
+            self._service.start_over_after_fork()
+            self._place_locks.close()
+            self._segment.leave()
+
+    def _view(self, places: Sequence[int], *, writable: bool) -> MemoryBatch:
+        layout = self.layout
+        addresses: Int64Array = np.array(places, np.int64) * self._geometry.place_bytes
+        return self._heap.view(
+            addresses, list(layout.shapes), list(layout.dtypes), layout.fmt, writable=writable
+        )
+
+    def _content_of(self, place: int) -> memoryview:
+        at = place * self._geometry.place_bytes
+        return self._data[at : at + self._geometry.chunk_bytes]
+
+    def _digests(self, keys: Sequence[bytes], places: Sequence[int]) -> list[int]:
+        digest_of = self._table.digest_of
+        return [
+            digest_of(key, self._content_of(place)) for key, place in zip(keys, places, strict=True)
+        ]
+
+    def _require_linked(self) -> None:
+        if not self._segment.is_linked:
+            raise SegmentReplacedError(self.path)
+
+    def _require_open(self) -> None:
+        if self._is_foreign:
+            raise ClosedError(
+                f"{self!r} belongs to process {self._pid}: a forked child cannot use it, and "
+                f"attaches by SharedHeap.attach instead"
+            )
+        if self._closed:
+            raise ClosedError(f"{self!r} is closed")
+        self._leases.give_back()
+
+    def __enter__(self) -> Self:
+        self._require_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        """The file."""
+        role = "owner" if self._service is not None else "attached"
+        return f"SharedHeap({self.path!r}, {self.layout}, {role})"
+
+
+def _identity(layout: Any, namespace: Any) -> dict[str, object]:
+    if not isinstance(layout, BlockLayout):
+        raise TypeError(
+            f"layout must be a BlockLayout, got {layout!r}: make one with "
+            f"BlockLayout.of(shapes, dtypes, fmt)"
+        )
+    if not isinstance(namespace, str):
+        raise TypeError(f"namespace must be a text, got {namespace!r}")
+    if not namespace:
+        raise ValueError("namespace must name the model, its weights and the rank, got ''")
+    return {"namespace": namespace, "layout": str(layout), "chunk_bytes": layout.size_bytes}
+
+
+def _as_keys(keys: Any, *, is_list: bool = False) -> list[bytes]:
+    return as_bytes_keys(keys, MAX_KEY_BYTES, "SharedHeap", is_list=is_list)
+
+
+def _as_tokens(num_tokens: Any, num_keys: int) -> list[int]:
+    if num_tokens is None:
+        return [0] * num_keys
+    found = [require_count("num_tokens", each) for each in num_tokens]
+    if len(found) != num_keys or (found and max(found) >= 1 << 32):
+        raise ValueError(f"num_tokens must be {num_keys} numbers below 2**32, got {num_tokens!r}")
+    return found
+
+
+def _runs(rows: Sequence[int], places: Sequence[int]) -> list[tuple[int, int]]:
+    """Begin and end of each stretch in which both go up by one."""
+    ups = np.diff(np.array([rows, places], np.int64), axis=1) != 1
+    cuts = np.flatnonzero(ups.any(axis=0)) + 1
+    bounds = [0, *cuts.tolist(), len(rows)]
+    return list(pairwise(bounds))
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what is still owned at the end of the program."""
+    for heap in list(_owned.values()):
+        _close_at_exit(heap)
+
+
+def _close_at_exit(heap: SharedHeap) -> None:
+    try:
+        heap.close(EXIT_S)
+    except Exception as error:
+        LOGGER.warning("at the end of the program: %s", error)
