@@ -149,6 +149,14 @@ class Books:
         chunk = self.find(key)
         return chunk is not None and chunk.loads != PENDING
 
+    def are_pending(self, keys: Sequence[bytes]) -> bool:
+        """Whether any key's chunk is pending. O(1) while none is."""
+        if not self.pending:
+            return False
+        return any(
+            (chunk := self.find(key)) is not None and chunk.loads == PENDING for key in keys
+        )
+
     def ready(self) -> list[Chunk]:
         """The chunks that can be loaded. O(n)."""
         return [chunk for chunk in list(self._chunks.values()) if chunk.loads != PENDING]

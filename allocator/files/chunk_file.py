@@ -140,6 +140,8 @@ class ChunkFile:
         self._index_lock = threading.Lock()  # for the index; taken first
         self._used: deque[Sequence[bytes]] = deque()  # not counted yet
         self._lock = threading.Lock()  # for the books, the counts and what is stale
+        self._has_settled = threading.Condition(self._lock)
+        """Chunks are no longer pending."""
 
     def _restore(self) -> None:
         """Take over what an earlier owner has left in the index."""
@@ -160,12 +162,17 @@ class ChunkFile:
     def store(self, keys: Sequence[bytes], blocks: HostBlocks, share: Share) -> Moved:
         """Write blocks under keys; those that are there already are not written again.
 
+        If another call is storing some of them, this one begins once that has ended, well or not.
+
         Args:
             keys: each once, the head of the prefix first.
             blocks: as many as there are keys.
             share: does the work.
         """
         with self._lock:
+            # The others have begun, so they wait for none that waits here.
+            while self._books.are_pending(keys):
+                self._has_settled.wait()
             self._count_uses()  # what was used before is not evicted for these
             plan = self._books.begin_store(keys)
             self._stale.update(dict.fromkeys(plan.evicted))
@@ -200,6 +207,7 @@ class ChunkFile:
                 self._counts.written_bytes += int(is_written.sum()) * self._place_bytes
                 self._counts.direct_bytes += num_bytes
                 self._publish()
+                self._has_settled.notify_all()
         find = self._books.find
         succeeded = np.fromiter([find(key) is not None for key in keys], np.bool_, len(keys))
         first = errors[0] if errors else None
@@ -381,6 +389,7 @@ class ChunkFile:
             self._stale.update(dict.fromkeys(gone))
             self._counts.removed_chunks += len(gone)
             self._publish()
+            self._has_settled.notify_all()
         if gone:
             self._commit()
         return gone

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from errno import EIO
 from pathlib import Path
 from typing import Any
 
@@ -328,11 +329,42 @@ class TestChunks:
         loading = tier.load(NAMES[:4], heap)
         assert loading is not None
         assert not loading.succeeded(60).any()
-        assert tier.store(NAMES[:4], batch).succeeded(60).all()
+        again = tier.store(NAMES[:4], batch)
+        assert not again.wait(0.1)  # its end would mean that they can be loaded
         assert tier.stats().pending_chunks == 4
+        other = tier.store(NAMES[6:8], fill(heap, NAMES[6:8]))
         gate.open()
         storing.result(60)
-        assert tier.stats().stored_chunks == 4
+        assert again.succeeded(60).all()
+        assert other.succeeded(60).all()
+        assert tier.stats().stored_chunks == 6
+
+    def test_a_chunk_whose_other_store_fails_is_stored(
+        self,
+        tier: FileTier,
+        heap: HostMemoryAllocator,
+        gate: Gate,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        fails, held = iter([True]), os.pwritev
+
+        def pwritev(*arguments: Any) -> int:
+            written = held(*arguments)
+            if next(fails, False):
+                raise OSError(EIO, "no such luck")
+            return written
+
+        monkeypatch.setattr(os, "pwritev", pwritev)
+        storing, _ = begun(tier, heap, gate, "store")
+        again = tier.store(NAMES[2:6], fill(heap, NAMES[2:6]))
+        gate.open()
+        assert not storing.succeeded(60).all()
+        assert again.succeeded(60).all()
+        loading = tier.load(NAMES[2:6], heap)
+        assert loading is not None
+        loading.result(60)
+        assert not wrong_rows(NAMES[2:6], loading.batch)
+        tier.check()
 
     @pytest.mark.parametrize("kind", ["store", "load"])
     def test_a_chunk_that_is_removed_while_it_moves(
