@@ -10,11 +10,11 @@ from _paged_cases import GPU_GEOMETRIES, LLAMA_8B, OPERATIONS, PATTERNS, Geometr
 from _report import Row
 
 
-def draw(
-    plt: ModuleType, path: Path, rows: list[Row], patterns: tuple[str, ...], machine: dict[str, Any]
-) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """Draw a panel for each operation and pattern."""
-    on_gpu = machine["driver"] is not None
+    rows = found["copies"]
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    on_gpu = found["driver"] is not None
     size = (5.5 * len(patterns), 8.5) if on_gpu else (5 * len(patterns), 7.5)
     figure, panels = plt.subplots(
         2, len(patterns), figsize=size, sharex=True, sharey=True, squeeze=False
@@ -36,7 +36,7 @@ def draw(
     place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if on_gpu else {}
     columns = {} if on_gpu else {"ncols": len(labels), "loc": "lower center"}
     note = "1.0 = copy_" if on_gpu else "1.0 = copy_; labels: kvheap against LMCache"
-    title = f"Paged KV copy, {machine['device']}, {machine['date'][:10]} ({note})"
+    title = f"Paged KV copy, {found['device']}, {found['date'][:10]} ({note})"
     figure.suptitle(title, fontsize=12)
     figure.tight_layout(rect=(0, 0 if on_gpu else 0.05, 1, 1))
     figure.legend(handles, labels, **place, **columns)

@@ -25,7 +25,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -288,13 +287,13 @@ def print_hits(console: Console, title: str, rows: list[Row]) -> None:
     console.print(table)
 
 
-def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str, Any]) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """Hit rates over the size of the cache, and the cost of an eviction beside held chunks."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
-    rows = tables["trace"] or tables["made_up"]
+    rows = found["trace"] or found["made_up"]
     for name in POLICIES:
         left.plot([r["chunks"] for r in rows], [r[name] for r in rows], marker="o", label=name)
-    left.set_title("the conversation trace" if tables["trace"] else "made-up traffic")
+    left.set_title("the conversation trace" if found["trace"] else "made-up traffic")
     left.set_xlabel("chunks that the cache holds")
     left.set_ylabel("hits, % of block references")
     left.set_xscale("log")
@@ -304,7 +303,7 @@ def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str,
         for is_held, style in ((False, "-"), (True, "--")):
             evictions = [
                 row
-                for row in tables["calls"]
+                for row in found["calls"]
                 if row["call"] == "evict" and bool(row["held"]) == is_held and row["stored"] > 1_000
             ]
             points = [(row["keys"], row[name]["p50_us"]) for row in evictions]
@@ -319,14 +318,14 @@ def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str,
     for panel in (left, right):
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.suptitle(f"Prefix index, {machine['device']}, {machine['date'][:10]}", fontsize=11)
+    figure.suptitle(f"Prefix index, {found['device']}, {found['date'][:10]}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     console, scale = make_console(), Scale.of(arguments.quick)
     machine = describe_machine(torch.device("cpu"))
     print_machine(console, machine)
@@ -356,8 +355,7 @@ def main() -> None:
         "made_up_requests": MADE_UP_REQUESTS,
         "times_as_fast": "median over rounds of the peer's time over LRU's",
     }
-    picture = partial(draw, tables=tables, machine=machine)
-    write_results(console, arguments.out, "prefix_index", machine, configuration, tables, picture)
+    write_results(console, arguments.out, "prefix_index", machine, configuration, tables, draw)
 
 
 if __name__ == "__main__":
