@@ -180,7 +180,7 @@ def redraw(parser: argparse.ArgumentParser, path: Path, out: Path | None, draw: 
         parser.error(f"--redraw {path}: {error}")
     plt = _pyplot()
     if plt is None:
-        parser.error("--redraw needs matplotlib: pip install 'kvheap[plot]'")
+        parser.error("--redraw needs matplotlib: pip install matplotlib")
     picture = path.with_suffix(".png") if out is None else out
     if picture.is_dir():
         picture /= f"{path.stem}.png"

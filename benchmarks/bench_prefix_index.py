@@ -46,6 +46,7 @@ from rich.table import Table
 
 from kvheap import PrefixIndex
 from kvheap.prefix import POLICIES
+from kvheap.replay.hit_rates import hit_rate
 from kvheap.replay.trace import read_trace, synthetic_trace
 
 TRACE = REPOSITORY.parent / "shared/traces/conversation_trace.jsonl"
@@ -219,26 +220,6 @@ def measure_calls(scale: Scale, num_stored: int, num_held: int) -> list[Row]:
 # -- hit rates -------------------------------------------------------------------------------------
 
 
-def hit_rate(policy: str, requests: Requests, capacity: int) -> float:
-    """Hits over block references, in %, in a cache of so many chunks."""
-    index: PrefixIndex[int, None] = PrefixIndex(POLICIES[policy]())
-    hits = 0
-    for ids in requests:
-        hits += index.prefix_length(ids)
-        distinct = list(dict.fromkeys(ids))
-        missing = index.missing(distinct)
-        with index.hold([key for key in distinct if key in index]) as hold:
-            index.touch(hold.keys)
-            excess = len(index) + len(missing) - capacity
-            if excess > 0 and index.evict(excess) is None:
-                raise RuntimeError(f"a request of {len(distinct)} chunks exceeds the cache")
-            index.begin(missing, [None] * len(missing), 1).complete()
-            request = index.hold(distinct)
-        request.release()
-    index.check()
-    return 100 * hits / sum(map(len, requests))
-
-
 def plain_hit_rate(requests: Requests, capacity: int) -> float:
     """The same with the peer, which is LRU."""
     chunks: OrderedDict[int, None] = OrderedDict()
@@ -256,7 +237,7 @@ def plain_hit_rate(requests: Requests, capacity: int) -> float:
 def measure_hits(requests: Requests, capacity: int) -> Row:
     row: Row = {"chunks": capacity}
     for policy in POLICIES:
-        row[policy] = round(hit_rate(policy, requests, capacity), 2)
+        row[policy] = round(100 * hit_rate(requests, POLICIES[policy](), capacity), 2)
     row[PEER] = round(plain_hit_rate(requests, capacity), 2)
     if row[PEER] != row["lru"]:
         raise RuntimeError(f"LRU finds {row['lru']} %, the peer {row[PEER]} %: one is wrong")

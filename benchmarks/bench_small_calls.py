@@ -471,7 +471,7 @@ def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     console, scale = make_console(), Scale.of(arguments.quick)
     cpu = torch.device("cpu")
     has_peer = lmcache_allocator("tensor_memory_allocator", "TensorMemoryAllocator") is not None

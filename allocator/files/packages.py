@@ -31,6 +31,6 @@ def _need(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"a FileTier needs the package {name} ({error}): pip install 'kvheap[files]'",
+            f"a FileTier needs the package {name} ({error}): pip install lmdb xxhash",
             name=name,
         ) from error

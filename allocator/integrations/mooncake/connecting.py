@@ -73,7 +73,8 @@ def _need_mooncake() -> Any:
         return import_module("mooncake.store")
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"Mooncake Store's client is not installed ({error}): pip install 'kvheap[mooncake]'",
+            f"Mooncake Store's client is not installed ({error}): "
+            f"pip install mooncake-transfer-engine-non-cuda (with CUDA: mooncake-transfer-engine)",
             name=error.name,
         ) from error
     except ImportError as error:

@@ -21,8 +21,8 @@ if os.environ.get("KVHEAP_REQUIRE_MOONCAKE"):
 else:
     pytest.importorskip(
         "mooncake.store",
-        reason="meets Mooncake Store: pip install 'kvheap[mooncake]', apt-get install libibverbs1 "
-        "libnl-3-200 libnl-route-3-200",
+        reason="meets Mooncake Store: pip install mooncake-transfer-engine-non-cuda, apt-get "
+        "install libibverbs1 libnl-3-200 libnl-route-3-200",
         exc_type=ImportError,
     )
 

@@ -475,7 +475,7 @@ class TestConnect:
         for raised, advice in [
             (
                 ModuleNotFoundError("No module named 'mooncake'"),
-                r"pip install 'kvheap\[mooncake\]'",
+                "pip install mooncake-transfer-engine",
             ),
             (ImportError("libibverbs.so.1: cannot open"), "apt-get install libibverbs1"),
         ]:
