@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -221,7 +222,7 @@ def _write_summary(path: Path, outcomes: Sequence[Outcome]) -> None:
             "seconds": round(outcome.seconds, 1),
             "results": None if outcome.results is None else outcome.results.name,
             "noisy": _noise(outcome),
-            "lines": [line._asdict() for line in _lines(outcome)],
+            "lines": [asdict(line) for line in _lines(outcome)],
         }
         for outcome in outcomes
     ]
