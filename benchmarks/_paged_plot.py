@@ -8,6 +8,7 @@ from typing import Any
 
 from _paged_cases import GPU_GEOMETRIES, LLAMA_8B, OPERATIONS, PATTERNS, Geometry
 from _report import Row
+from _spread import is_noisy, mark_noisy, spread_of
 
 
 def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
@@ -35,7 +36,11 @@ def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if on_gpu else {}
     columns = {} if on_gpu else {"ncols": len(labels), "loc": "lower center"}
-    note = "1.0 = copy_" if on_gpu else "1.0 = copy_; labels: kvheap against LMCache"
+    note = (
+        "1.0 = copy_"
+        if on_gpu
+        else "1.0 = copy_; labels: kvheap against LMCache; lines: the middle 60 %"
+    )
     title = f"Paged KV copy, {found['device']}, {found['date'][:10]} ({note})"
     figure.suptitle(title, fontsize=12)
     figure.tight_layout(rect=(0, 0 if on_gpu else 0.05, 1, 1))
@@ -55,10 +60,17 @@ def draw_bars(panel: Any, rows: list[Row]) -> None:
         bars = panel.bar(
             places, [row["share_of_copy"] for row in shown.values()], width, label=method
         )
+        for place, row in zip(places, shown.values(), strict=True):
+            low, high = spread_of(row)
+            share = row["share_of_copy"]
+            panel.vlines(place, share / high, share / low, color="black", linewidth=1, alpha=0.6)
+        noisy = [at for at, row in enumerate(shown.values()) if is_noisy(row)]
+        shares = [row["share_of_copy"] for row in shown.values()]
+        mark_noisy(panel, [places[at] for at in noisy], [shares[at] for at in noisy])
         if method == "kvheap":
             times = [row.get("times_lmcache") for row in shown.values()]
             texts = ["" if value is None else f"{value:.2f}x" for value in times]
-            panel.bar_label(bars, texts, fontsize=8)
+            panel.bar_label(bars, texts, fontsize=8, padding=4)
     panel.set_xticks(range(len(layouts)), layouts, rotation=15)
 
 

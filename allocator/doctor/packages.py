@@ -43,6 +43,12 @@ class Peer:
 PEERS = (
     Peer("vLLM", VLLM_DISTRIBUTIONS, TESTED_VLLM, "kvheap.integrations.vllm, its KV cache layouts"),
     Peer("LMCache", ("lmcache",), ("0.5.6",), "kvheap.integrations.lmcache"),
+    Peer(
+        "Mooncake",
+        ("mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine"),
+        ("0.3.13",),
+        "kvheap.integrations.mooncake",
+    ),
     Peer("SGLang", ("sglang",), ("0.5.23",), "its KV cache layouts, for store and load"),
 )
 
