@@ -8,13 +8,14 @@ from typing import Any
 
 from _paged_cases import GPU_GEOMETRIES, LLAMA_8B, OPERATIONS, PATTERNS, Geometry
 from _report import Row
+from _spread import is_noisy, mark_noisy, spread_of
 
 
-def draw(
-    plt: ModuleType, path: Path, rows: list[Row], patterns: tuple[str, ...], machine: dict[str, Any]
-) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """Draw a panel for each operation and pattern."""
-    on_gpu = machine["driver"] is not None
+    rows = found["copies"]
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    on_gpu = found["driver"] is not None
     size = (5.5 * len(patterns), 8.5) if on_gpu else (5 * len(patterns), 7.5)
     figure, panels = plt.subplots(
         2, len(patterns), figsize=size, sharex=True, sharey=True, squeeze=False
@@ -35,8 +36,12 @@ def draw(
     handles, labels = panels[0, 0].get_legend_handles_labels()
     place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if on_gpu else {}
     columns = {} if on_gpu else {"ncols": len(labels), "loc": "lower center"}
-    note = "1.0 = copy_" if on_gpu else "1.0 = copy_; labels: kvheap against LMCache"
-    title = f"Paged KV copy, {machine['device']}, {machine['date'][:10]} ({note})"
+    note = (
+        "1.0 = copy_"
+        if on_gpu
+        else "1.0 = copy_; labels: kvheap against LMCache; lines: the middle 60 %"
+    )
+    title = f"Paged KV copy, {found['device']}, {found['date'][:10]} ({note})"
     figure.suptitle(title, fontsize=12)
     figure.tight_layout(rect=(0, 0 if on_gpu else 0.05, 1, 1))
     figure.legend(handles, labels, **place, **columns)
@@ -55,10 +60,17 @@ def draw_bars(panel: Any, rows: list[Row]) -> None:
         bars = panel.bar(
             places, [row["share_of_copy"] for row in shown.values()], width, label=method
         )
+        for place, row in zip(places, shown.values(), strict=True):
+            low, high = spread_of(row)
+            share = row["share_of_copy"]
+            panel.vlines(place, share / high, share / low, color="black", linewidth=1, alpha=0.6)
+        noisy = [at for at, row in enumerate(shown.values()) if is_noisy(row)]
+        shares = [row["share_of_copy"] for row in shown.values()]
+        mark_noisy(panel, [places[at] for at in noisy], [shares[at] for at in noisy])
         if method == "kvheap":
             times = [row.get("times_lmcache") for row in shown.values()]
             texts = ["" if value is None else f"{value:.2f}x" for value in times]
-            panel.bar_label(bars, texts, fontsize=8)
+            panel.bar_label(bars, texts, fontsize=8, padding=4)
     panel.set_xticks(range(len(layouts)), layouts, rotation=15)
 
 

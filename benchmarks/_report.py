@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from _spread import NOISY_RATIO, count_noisy
 from rich.console import Console
 from rich.table import Table
 
@@ -27,8 +28,8 @@ PACKAGES = ("torch", "triton", "numpy", "kvheap")
 Row = dict[str, Any]
 """A row of a table: figures and what they belong to."""
 
-Draw = Callable[[ModuleType, Path], None]
-"""Draws a picture with ``matplotlib.pyplot`` and writes it to a file."""
+Draw = Callable[[ModuleType, Path, dict[str, Any]], None]
+"""Draws what a result file holds with ``matplotlib.pyplot``, and writes the picture to a file."""
 
 
 def slug(name: str) -> str:
@@ -84,14 +85,23 @@ def write_results(
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{stem}-{machine['date'][:10]}.json"
     payload = {"benchmark": stem, **machine, "configuration": configuration, **tables}
-    path.write_text(json.dumps(payload, indent=1) + "\n")
+    noisy, total = count_noisy(payload)
+    payload["noisy"] = {"figures": noisy, "of": total, "p80_over_p20": NOISY_RATIO}
+    text = json.dumps(payload, indent=1) + "\n"
+    path.write_text(text)
     console.print(f"wrote {path}")
+    if noisy:
+        console.print(
+            f"{noisy} of {total} times are noisy (p80 more than {NOISY_RATIO:g} x p20): measure "
+            f"again on an idle machine before you publish them",
+            style="bold yellow",
+        )
     plt = _pyplot()
     if plt is None:
         console.print("matplotlib is not installed: no picture is drawn")
         return
     picture = path.with_suffix(".png")
-    draw(plt, picture)
+    draw(plt, picture, json.loads(text))
     console.print(f"wrote {picture}")
 
 
@@ -135,14 +145,24 @@ def size_label(size_bytes: int) -> str:
     return f"{size_bytes} B"
 
 
-def parse_common(description: str) -> argparse.Namespace:
-    """The arguments that every benchmark takes: ``--device``, ``--quick``, ``--out``."""
+def parse_common(description: str, draw: Draw) -> argparse.Namespace:
+    """The arguments that every benchmark takes: ``--device``, ``--quick``, ``--out``.
+
+    With ``--redraw FILE``, nothing is measured: the picture of a result file is drawn, and the
+    program ends.
+    """
     parser = argparse.ArgumentParser(description=description)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(default_device))
     parser.add_argument("--quick", action="store_true", help="fewer sizes, rounds and bytes")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>/")
+    parser.add_argument(
+        "--redraw", type=Path, metavar="FILE", help="draw the picture of this result file, and end"
+    )
     arguments = parser.parse_args()
+    if arguments.redraw is not None:
+        redraw(parser, arguments.redraw, arguments.out, draw)
+        parser.exit()
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     if arguments.device.type == "cuda" and arguments.device.index is None:
@@ -150,6 +170,22 @@ def parse_common(description: str) -> argparse.Namespace:
     if arguments.out is None:
         arguments.out = REPOSITORY / "benchmarks/results" / slug(device_name(arguments.device))
     return arguments
+
+
+def redraw(parser: argparse.ArgumentParser, path: Path, out: Path | None, draw: Draw) -> None:
+    """Draw the picture of a result file, beside it or to ``out``, a file or a folder."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"--redraw {path}: {error}")
+    plt = _pyplot()
+    if plt is None:
+        parser.error("--redraw needs matplotlib: pip install matplotlib")
+    picture = path.with_suffix(".png") if out is None else out
+    if picture.is_dir():
+        picture /= f"{path.stem}.png"
+    draw(plt, picture, found)
+    print(f"wrote {picture}")
 
 
 def _pyplot() -> ModuleType | None:

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from _report import Row, size_label
+from _spread import NOISY_LABEL, is_noisy, plot_dots, plot_shares
 from _transfer_gpu import SM_BUDGETS
 from _transfer_host import HOST_ONLY, PATTERNS, SUBMITTED
 from _transfer_targets import (
@@ -33,9 +34,25 @@ METHOD_MARKERS = {
 }
 
 
+SUBMISSIONS_SHOWN = {
+    "arrays to copy": "",
+    "batches to copy": "",
+    "bindings": " (a peer)",
+    "loop": " (a peer)",
+}
+"""Whole submissions, whose steps are in the printed table only."""
+
+
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
+    """Draw what was measured on a CPU, or on a GPU."""
+    title = f"Transfers, {found['device']}, {found['date'][:10]} (1.0 = one contiguous copy)"
+    draw_on = draw_gpu if "link" in found else draw_cpu
+    draw_on(plt, path, found, title)
+
+
 def draw_cpu(plt: ModuleType, path: Path, found: dict[str, Any], title: str) -> None:
     """Draw speed over the size of pieces above, and the host's time over their number below."""
-    figure = plt.figure(figsize=(15, 9))
+    figure = plt.figure(figsize=(16, 10), layout="constrained")
     grid = figure.add_gridspec(2, 4, height_ratios=(1, 1.15))
     panels = [figure.add_subplot(grid[0, number]) for number in range(len(PATTERNS))]
     top = 1.05 * max(1.0, *(row["share_of_copy"] for row in found["copies"]))
@@ -46,10 +63,13 @@ def draw_cpu(plt: ModuleType, path: Path, found: dict[str, Any], title: str) -> 
         panel.set_xlabel("piece")
     panels[0].set_ylabel("speed / speed of one copy_")
     panels[0].legend(fontsize=9)
+    for panel in panels[1:]:
+        noisy = [line for line in panel.get_lines() if line.get_label() == NOISY_LABEL]
+        if noisy:
+            panel.legend(handles=noisy, fontsize=9, loc="lower right")
     below = [figure.add_subplot(place) for place in (grid[1, :2], grid[1, 2:])]
     draw_growth(*below, found["host"])
-    figure.suptitle(title, fontsize=12)
-    figure.tight_layout()
+    figure.suptitle(f"{title[:-1]}; thin lines: the middle 60 % of the times)", fontsize=12)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -61,9 +81,10 @@ def draw_shares(panel: Any, rows: list[Row]) -> None:
         if not line:
             continue
         is_own = method in ("kvheap", "plan made", "prepared")
-        panel.plot(
+        plot_shares(
+            panel,
             [row["piece_bytes"] for row in line],
-            [row["share_of_copy"] for row in line],
+            line,
             color=f"C{number}",
             marker=marker,
             markersize=5,
@@ -80,35 +101,48 @@ def draw_shares(panel: Any, rows: list[Row]) -> None:
     panel.grid(alpha=0.3)
 
 
-def draw_growth(times: Any, each: Any, rows: list[Row]) -> None:
-    """Draw microseconds, and nanoseconds per piece, over the number of pieces."""
-    for number, part in enumerate(GROWTH_SHOWN):
+def draw_growth(times: Any, parts: Any, rows: list[Row]) -> None:
+    """Draw the host's time over the number of pieces, and what it consists of for one number."""
+    for number, part in enumerate(TOTALS):
         line = [row for row in rows if row["part"] == part]
         counts = [row["num_pieces"] for row in line]
-        is_whole = part in TOTALS
-        look: dict[str, Any] = {
-            "color": f"C{number}",
-            "marker": "o" if is_whole else ".",
-            "linewidth": 2 if is_whole else 1,
-            "linestyle": "-" if is_whole else "--",
-        }
-        times.plot(counts, [row["p50_us"] for row in line], label=part, **look)
-        each.plot(counts, [1e3 * row["p50_us"] / row["num_pieces"] for row in line], **look)
-    star = {"color": "black", "marker": "*", "markersize": 14, "linestyle": ""}
-    times.plot([SUBMITTED], [TARGET_SUBMISSION_US], **star, label="target on a GPU, all of it")
-    times.set_ylabel("us of the host")
-    each.set_ylabel("ns of the host for each piece")
-    times.set_title(f"planning and submission: {HOST_ONLY}", fontsize=10)
-    each.set_title("the same, for each piece: level is linear", fontsize=10)
+        times.plot(counts, [row["p50_us"] for row in line], color=f"C{number}", label=part)
+        plot_dots(times, counts, line, color=f"C{number}")
+    times.plot(
+        [SUBMITTED],
+        [TARGET_SUBMISSION_US],
+        color="black",
+        marker="*",
+        markersize=14,
+        linestyle="",
+        label=f"kvheap's own goal for {SUBMITTED:,} pieces, uploads and launches included",
+    )
+    times.set_ylabel("microseconds of the host")
+    times.set_title(f"planning and submitting a copy: {HOST_ONLY}", fontsize=10)
     ticks = sorted({row["num_pieces"] for row in rows})
-    for panel in (times, each):
-        panel.set_xscale("log")
-        panel.set_yscale("log")
-        panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
-        panel.minorticks_off()
-        panel.set_xlabel("pieces")
-        panel.grid(alpha=0.3)
-    each.legend(*times.get_legend_handles_labels(), fontsize=8)
+    times.set_xscale("log")
+    times.set_yscale("log")
+    times.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+    times.minorticks_off()
+    times.set_xlabel("pieces")
+    times.grid(alpha=0.3)
+    times.legend(fontsize=8)
+    shown = {row["part"]: row for row in rows if row["num_pieces"] == SUBMITTED}
+    names = [part for part in GROWTH_SHOWN if part in shown]
+    for place, part in enumerate(names):
+        row, color = shown[part], "C0" if part in TOTALS else "tab:gray"
+        parts.barh(place, row["p50_us"], 0.7, color=color)
+        parts.hlines(place, row["p20_us"], row["p80_us"], color="black", linewidth=1)
+        noise = " (noisy)" if is_noisy(row) else ""
+        parts.text(
+            row["p80_us"], place, f"  {row['p50_us']:,.0f} us{noise}", va="center", fontsize=8
+        )
+    parts.set_yticks(range(len(names)), names)
+    parts.invert_yaxis()
+    parts.margins(x=0.15)
+    parts.set_xlabel("microseconds of the host (bar: median; line: the middle 60 %)")
+    parts.set_title(f"{SUBMITTED:,} pieces: in all (blue), and its steps (grey)", fontsize=10)
+    parts.grid(alpha=0.3, axis="x")
 
 
 def draw_gpu(plt: ModuleType, path: Path, found: dict[str, Any], title: str) -> None:
@@ -132,17 +166,19 @@ def draw_gpu(plt: ModuleType, path: Path, found: dict[str, Any], title: str) -> 
     draw_sms(panels[1, 0], link)
     draw_planner(panels[1, 1], [r for r in found["planner"] if r["method"] == "planner"])
     draw_gemms(panels[1, 2], found["gemms"])
-    for part in dict.fromkeys(row["method"] for row in found["submission"]):
+    for number, (part, label) in enumerate(SUBMISSIONS_SHOWN.items()):
         line = [row for row in found["submission"] if row["method"] == part]
         counts = [row["num_pieces"] for row in line]
-        panels[1, 3].plot(counts, [r["p50_us"] for r in line], marker="o", markersize=4, label=part)
-    panels[1, 3].plot([SUBMITTED], [TARGET_SUBMISSION_US], "k*", markersize=14, label="target")
+        look = {"color": f"C{number}", "linestyle": "--" if label else "-"}
+        times = [row["p50_us"] for row in line]
+        panels[1, 3].plot(counts, times, marker="o", markersize=4, label=f"{part}{label}", **look)
+    panels[1, 3].plot([SUBMITTED], [TARGET_SUBMISSION_US], "k*", markersize=14, label="own goal")
     panels[1, 3].set_xscale("log")
     panels[1, 3].set_yscale("log")
-    panels[1, 3].set_title("us of the host to submit, over pieces", fontsize=10)
+    panels[1, 3].set_title("us of the host to submit a copy, over pieces", fontsize=10)
     panels[1, 3].grid(alpha=0.3)
     panels[1, 3].legend(fontsize=8, loc="upper left")
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(f"{title[:-1]}; dotted: kvheap's own goals)", fontsize=12)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

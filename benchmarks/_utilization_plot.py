@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +33,13 @@ PUBLISHED: dict[str, Row] = {
 
 TARGETS = {"random": 0.865, "pairs": 0.997}
 
+"""What kvheap aims at."""
+
+WORKLOADS = {
+    "random": "random sizes of 1 KiB to 64 MiB in 2 GiB",
+    "pairs": "KV blocks of 3,274,752 B and indexer blocks of 643 KiB",
+}
+
 RULES = {"kvheap": "kvheap (best fit)", PEER: f"{PEER} (first fit)"}
 COLORS = {"kvheap": "tab:blue", PEER: "tab:orange", MOONCAKE: "grey"}
 
@@ -48,23 +54,18 @@ def turnovers_of(row: Row) -> float:
     return float(sum(row["allocations"]) / 2 * pair_bytes / row["heap_bytes"])
 
 
-def draw(
-    plt: ModuleType, path: Path, measured: Mapping[str, list[Row]], machine: dict[str, Any]
-) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """Draw uniform sizes and aged pairs above; random sizes and pairs, with the rules, below."""
     layout = [["uniform", "aged"], ["random", "pairs"]]
     figure, panels = plt.subplot_mosaic(layout, figsize=(13, 10), height_ratios=(1, 1.3))
-    mixed = measured["mixed"]
-    draw_uniform(panels["uniform"], measured["uniform"])
-    draw_aged(panels["aged"], measured["aged"])
+    beside = [row for row in found["placement_rules"] if row["allocator"] not in COLORS]
+    mixed = [*found["random_and_pairs"], *beside]
+    draw_uniform(panels["uniform"], found["uniform"])
+    draw_aged(panels["aged"], found["aged"])
     for workload in ("random", "pairs"):
         of_workload = [row for row in mixed if row["workload"] == workload]
         draw_mixed(panels[workload], lines_of(of_workload, workload), workload)
-    panels["pairs"].set_xscale("logit")
-    ticks = (0.7, 0.9, 0.99, 0.999, 0.9999)
-    panels["pairs"].set_xticks(ticks, [f"{tick}" for tick in ticks])
-    panels["pairs"].minorticks_off()
-    title = f"Utilization of full heaps, {machine['device']}, {machine['date'][:10]}"
+    title = f"Utilization of full heaps, {found['device']}, {found['date'][:10]}"
     figure.suptitle(title, fontsize=12)
     figure.tight_layout(w_pad=2)
     figure.savefig(path, dpi=120)
@@ -104,12 +105,13 @@ def draw_aged(panel: Any, rows: list[Row]) -> None:
         name = row["allocator"]
         color, label = COLORS.get(name, "tab:green"), RULES.get(name, name)
         panel.plot(middles, row["avg_of_parts"], marker="o", color=color, label=label)
-    panel.axhline(TARGETS["pairs"], color="black", linewidth=1, linestyle="--")
+    label = f"kvheap's own goal: {TARGETS['pairs']}"
+    panel.axhline(TARGETS["pairs"], color="black", linewidth=1, linestyle="--", label=label)
     panel.grid(alpha=0.3)
-    panel.set_xlabel("heap's bytes requested, in heaps, after two")
+    panel.set_xlabel("how often the heap's bytes have been allocated anew")
     panel.set_ylabel("requested bytes / heap bytes")
     heap = size_label(rows[0]["heap_bytes"])
-    panel.set_title(f"aged: pairs in {heap}, mean of each tenth\n(dashed: the target)", fontsize=11)
+    panel.set_title(f"the same pairs for a long time, {heap}: mean of each tenth", fontsize=11)
     panel.legend(loc="best")
 
 
@@ -127,18 +129,22 @@ def lines_of(rows: list[Row], workload: str) -> list[Row]:
 
 
 def draw_mixed(panel: Any, lines: list[Row], workload: str) -> None:
-    """Draw each allocator's mean, a line from its lowest sample, and a tick at its median."""
-    for height, row in enumerate(lines):
-        color = COLORS.get(row["allocator"], "tab:green")
-        panel.plot([row.get("min", row["avg"]), row["avg"]], [height, height], color=color)
-        panel.plot(row["avg"], height, "o", color=color)
-        if "p50" in row:
-            panel.plot(row["p50"], height, "|", color=color, markersize=14)
-        where = {"xy": (1.02, height), "xycoords": ("axes fraction", "data"), "va": "center"}
-        panel.annotate(f"{row['avg']:.4f}", **where)
+    """Draw which share of the heap each allocator leaves unused on average; shorter is better."""
+    unused = [100 * (1 - row["avg"]) for row in lines]
+    *_, second, most = sorted(unused)
+    limit = second if most > 3 * second else most  # one that is far off would hide the others
+    for height, (row, share) in enumerate(zip(lines, unused, strict=True)):
+        panel.barh(height, share, 0.6, color=COLORS.get(row["allocator"], "tab:green"))
+        text = f"{share:.3g} %" if share <= limit else f"{share:.3g} % (beyond the axis)"
+        at = (share + 0.02 * limit, "left") if share <= limit else (1.17 * limit, "right")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        panel.text(at[0], height, text, ha=at[1], va="center", fontsize=9, bbox=box)
     panel.set_yticks(range(len(lines)), [row["text"] for row in lines])
     panel.invert_yaxis()
-    panel.axvline(TARGETS[workload], color="black", linewidth=1, linestyle="--")
+    panel.set_xlim(0, 1.2 * limit)
+    goal = 100 * (1 - TARGETS[workload])
+    panel.axvline(goal, color="black", linewidth=1, linestyle="--", zorder=0.5)
     panel.grid(alpha=0.3, axis="x")
-    panel.set_xlabel(f"lowest to mean (o), median (|); dashed: target {TARGETS[workload]}")
-    panel.set_title(f"{workload} (mean at the right)", fontsize=11)
+    about = "unused when an allocation fails, mean, % of the heap"
+    panel.set_xlabel(f"{about}\n(dashed: kvheap's own goal, {goal:.3g})")
+    panel.set_title(WORKLOADS[workload], fontsize=11)

@@ -35,7 +35,6 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -476,16 +475,16 @@ def print_verdicts(console: Console, found: list[Row]) -> None:
         console.print(f"{row['target']}: {row['measured']:,} - {word}")
 
 
-def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str, Any]) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """Draw time over free extents, and time over blocks of a batch; all axes logarithmic."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     colors = {"kvheap": "tab:blue", PEER: "tab:orange"}
     for name, color in colors.items():
-        points = [(row["extents"], row[name]["p50_us"]) for row in tables["pair"] if name in row]
+        points = [(row["extents"], row[name]["p50_us"]) for row in found["pair"] if name in row]
         if points:
             left.plot(*zip(*points, strict=True), marker="o", color=color, label=name)
         for operation, style in (("batched_allocate", "-"), ("batched_free", "--")):
-            rows = [row for row in tables["batch"] if row["operation"] == operation]
+            rows = [row for row in found["batch"] if row["operation"] == operation]
             points = [(row["blocks"], row[name]["p50_us"]) for row in rows if name in row]
             if points:
                 label = f"{name}: {operation}"
@@ -500,14 +499,14 @@ def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str,
         panel.set_ylabel("microseconds of the host")
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.suptitle(f"Address management, {machine['device']}, {machine['date'][:10]}", fontsize=11)
+    figure.suptitle(f"Address management, {found['device']}, {found['date'][:10]}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     console, scale, peer = make_console(), Scale.of(arguments.quick), Peer.find()
     machine = machine_with_lmcache(console, torch.device("cpu"), peer is not None)
     cases: list[tuple[str, Callable[[], list[Row]]]] = [
@@ -539,10 +538,7 @@ def main() -> None:
         "block_bytes": BLOCK_BYTES,
         "times_as_fast": "median over rounds of the peer's time over kvheap's",
     }
-    picture = partial(draw, tables=tables, machine=machine)
-    write_results(
-        console, arguments.out, "address_manager", machine, configuration, tables, picture
-    )
+    write_results(console, arguments.out, "address_manager", machine, configuration, tables, draw)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from typing import Any
 import torch
 from _lmcache import PEER, compared, lmcache_allocator, machine_with_lmcache
 from _report import Row, make_console, parse_common, write_results
+from _spread import plot_dots
 from _timing import Call, Measure, Samples, on_the_host, time_in_rounds
 from rich.console import Console
 from rich.progress import track
@@ -443,18 +444,21 @@ def figure(value: Any) -> str:
     return f"{value['p50_us']:,.2f}" if isinstance(value, dict) else f"{value:,}"
 
 
-def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str, Any]) -> None:
-    """Draw a life of each allocator by operation, and ``allocate`` + ``free`` by option."""
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
+    """Draw a life of each allocator by operation, and ``allocate`` + ``free`` by option.
+
+    Dots, since bars on a logarithmic axis would begin anywhere.
+    """
     picture, (left, right) = plt.subplots(1, 2, figsize=(14, 6), width_ratios=(3, 1))
-    draw_life(left, tables["life"])
-    draw_options(right, tables["options"])
+    draw_life(left, found["life"])
+    draw_options(right, found["options"])
     for panel in (left, right):
         panel.set_yscale("log")
-        panel.set_ylim(bottom=1)
-        panel.set_ylabel("microseconds of the host")
+        panel.set_ylim(1, 2 * panel.get_ylim()[1])
+        panel.set_ylabel("microseconds of the host (dot: median; line: the middle 60 %)")
         panel.grid(alpha=0.3, axis="y")
         panel.legend()
-    picture.suptitle(f"Allocators, {machine['device']}, {machine['date'][:10]}", fontsize=11)
+    picture.suptitle(f"Allocators, {found['device']}, {found['date'][:10]}", fontsize=11)
     picture.tight_layout()
     picture.savefig(path, dpi=120)
     plt.close(picture)
@@ -471,17 +475,19 @@ def draw_life(panel: Any, rows: list[Row]) -> None:
     }
     names = list(dict.fromkeys(row["allocator"] for row in rows))
     labels: dict[float, str] = {}
+    points: dict[str, list[tuple[float, Row]]] = {"kvheap": [], PEER: []}
     for row in rows:
         if row["operation"] not in shown:
             continue
         place = 4.0 * names.index(row["allocator"]) + list(shown).index(row["operation"])
         labels[place] = shown[row["operation"]]
-        for who, color, shift in (("kvheap", "tab:blue", -0.2), (PEER, "tab:orange", 0.2)):
+        for who, shift in (("kvheap", -0.2), (PEER, 0.2)):
             if who in row:
-                panel.bar(place + shift, row[who]["p50_us"], 0.4, color=color)
+                points[who].append((place + shift, row[who]))
     for who, color in (("kvheap", "tab:blue"), (PEER, "tab:orange")):
-        if any(who in row for row in rows):
-            panel.bar(0, 0, color=color, label=who)
+        if points[who]:
+            places, times = zip(*points[who], strict=True)
+            plot_dots(panel, places, times, color=color, label=who)
     panel.set_xticks(list(labels), list(labels.values()), rotation=90, fontsize=8)
     for number, name in enumerate(names):
         title = name.removesuffix("MemoryAllocator")
@@ -495,16 +501,25 @@ def draw_options(panel: Any, rows: list[Row]) -> None:
     names = list(dict.fromkeys(row["case"] for row in rows))
     looks = zip(titles, (-0.2, 0.2), ("tab:blue", "tab:cyan"), strict=True)
     for title, shift, color in looks:
-        heights = [row["kvheap"]["p50_us"] for row in rows if row["allocate + free"] == title]
+        times = [row["kvheap"] for row in rows if row["allocate + free"] == title]
         places = [number + shift for number in range(len(names))]
-        bars = panel.bar(places, heights, 0.4, label=title, color=color)
-        panel.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=8)
+        plot_dots(panel, places, times, label=title, color=color)
+        for place, each in zip(places, times, strict=True):
+            text = f"{each['p50_us']:.3g}"
+            panel.annotate(
+                text,
+                (place, each["p50_us"]),
+                (0, 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
     panel.set_xticks(range(len(names)), names, rotation=30, fontsize=8)
     panel.set_title("TensorMemoryAllocator: allocate + free\nof blocks of 4 KiB", fontsize=10)
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     console, scale = make_console(), Scale.of(arguments.quick)
     peer = lmcache_allocator("tensor_memory_allocator", "TensorMemoryAllocator")
     machine = machine_with_lmcache(console, torch.device("cpu"), peer is not None)
@@ -533,8 +548,7 @@ def main() -> None:
         "times_as_fast": "median over rounds of the peer's time over kvheap's",
         "times_the_first": "median over rounds of the time over that of the table's first row",
     }
-    picture = partial(draw, tables=tables, machine=machine)
-    write_results(console, arguments.out, "allocators", machine, configuration, tables, picture)
+    write_results(console, arguments.out, "allocators", machine, configuration, tables, draw)
 
 
 if __name__ == "__main__":

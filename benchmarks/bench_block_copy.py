@@ -41,6 +41,7 @@ from _report import (
     size_label,
     write_results,
 )
+from _spread import NOISY_LABEL, plot_shares
 from _timing import (
     Call,
     Samples,
@@ -48,6 +49,7 @@ from _timing import (
     on_the_host,
     on_the_stream,
     submission,
+    time_in_calm_rounds,
     time_in_rounds,
 )
 from rich.console import Console
@@ -175,7 +177,7 @@ def measure_group(
         else:
             timer = in_a_graph if method in GRAPH_METHODS else on_the_stream
             measures[method] = timer(calls)
-    samples = time_in_rounds(measures, scale.rounds)
+    samples = time_in_calm_rounds(measures, scale.rounds)
     rows = []
     for method, timing in samples.items():
         moved = num_blocks
@@ -245,22 +247,23 @@ def print_target(console: Console, rows: list[Row]) -> None:
     )
 
 
-def draw(plt: ModuleType, path: Path, rows: list[Row], machine: dict[str, Any]) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """Draw the share of ``copy_`` over block size: a panel for each operation and pattern."""
+    rows = found["copies"]
     figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey=True)
     groups = grouped(rows, *GROUP)
     sizes = sorted({row["block_bytes"] for row in rows})
-    found = {row["method"] for row in rows}
-    methods = [m for m in ("kvheap", "kvheap + upload", "index", "loop") if m in found]
-    on_gpu = machine["driver"] is not None
+    measured = {row["method"] for row in rows}
+    methods = [m for m in ("kvheap", "kvheap + upload", "index", "loop") if m in measured]
+    on_gpu = found["driver"] is not None
     for across, operation in zip(panels, ("scatter", "gather"), strict=True):
         for panel, pattern in zip(across, ("random", "runs"), strict=True):
             panel.axhline(1.0, color="black", linewidth=1)
             if on_gpu:
                 panel.axhline(TARGET_SHARE, color="grey", linewidth=1, linestyle="--")
             for method, marker in zip(methods, "os^vD", strict=False):
-                shares = [groups[operation, pattern, s][method]["share_of_copy"] for s in sizes]
-                panel.plot(sizes, shares, marker=marker, label=method)
+                shown = [groups[operation, pattern, size][method] for size in sizes]
+                plot_shares(panel, sizes, shown, marker=marker, label=method)
             panel.set_title(f"{operation}, {SLOTS[pattern]}")
             panel.set_xscale("log", base=2)
             panel.set_xticks(sizes, [size_label(size) for size in sizes], rotation=30)
@@ -272,8 +275,15 @@ def draw(plt: ModuleType, path: Path, rows: list[Row], machine: dict[str, Any]) 
     for panel in panels[1]:
         panel.set_xlabel("block size")
     panels[0, 0].legend()
+    for panel in panels.flat:  # a panel that has noisy points explains the mark itself
+        if panel is not panels[0, 0] and NOISY_LABEL in panel.get_legend_handles_labels()[1]:
+            noisy = [line for line in panel.get_lines() if line.get_label() == NOISY_LABEL]
+            panel.legend(handles=noisy, loc="lower right")
     mark = f"; dashed: target {TARGET_SHARE}" if on_gpu else ""
-    title = f"Block copy, {machine['device']}, {machine['date'][:10]} (1.0 = copy_{mark})"
+    title = (
+        f"Block copy, {found['device']}, {found['date'][:10]} (1.0 = copy_{mark}; bars: the middle "
+        f"60 % of the times)"
+    )
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -281,7 +291,7 @@ def draw(plt: ModuleType, path: Path, rows: list[Row], machine: dict[str, Any]) 
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     device, console = arguments.device, make_console()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -312,8 +322,7 @@ def main() -> None:
         "share_of_copy": "median over rounds of the speed over copy_'s in the same round",
     }
     tables = {"copies": rows, "submission": submitted}
-    picture = partial(draw, rows=rows, machine=machine)
-    write_results(console, arguments.out, "block_copy", machine, configuration, tables, picture)
+    write_results(console, arguments.out, "block_copy", machine, configuration, tables, draw)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -265,8 +264,9 @@ def print_hits(console: Console, rows: list[Row], orders: Sequence[str]) -> None
     console.print(table)
 
 
-def draw(plt: ModuleType, path: Path, rows: list[Row], machine: dict[str, Any]) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """A panel for each trace: hits over the size of the cache."""
+    rows = found["rows"]
     names = list(dict.fromkeys(row["trace"] for row in rows))
     figure, panels = plt.subplots(3, -(-len(names) // 3), figsize=(15, 10))
     styles = {"lru": "C0-", "arc": "C1-", "s3fifo": "C2-", "adaptive": "k-", "optimum": "C7--"}
@@ -290,14 +290,14 @@ def draw(plt: ModuleType, path: Path, rows: list[Row], machine: dict[str, Any]) 
     panels.flat[0].legend(fontsize=8)
     figure.supxlabel("chunks that the cache holds")
     figure.supylabel("hits, % of references")
-    figure.suptitle(f"Orders of eviction, {machine['date'][:10]}", fontsize=11)
+    figure.suptitle(f"Orders of eviction, {found['date'][:10]}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     console = make_console()
     machine = describe_machine(torch.device("cpu"))
     print_machine(console, machine)
@@ -327,10 +327,7 @@ def main() -> None:
         "group_bytes": GROUP_BYTES,
         "references": {name: sum(map(len, each)) for name, each in everything.items()},
     }
-    picture = partial(draw, rows=rows, machine=machine)
-    write_results(
-        console, arguments.out, "eviction", machine, configuration, {"rows": rows}, picture
-    )
+    write_results(console, arguments.out, "eviction", machine, configuration, {"rows": rows}, draw)
 
 
 if __name__ == "__main__":

@@ -410,8 +410,9 @@ def print_calls(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
-def draw(plt: ModuleType, path: Path, rows: list[Row], machine: dict[str, Any]) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """A panel for each call and way: GB/s of each method, for runs and lone chunks."""
+    rows = found["moves"]
     ways = list(dict.fromkeys(row["way"] for row in rows))
     figure, panels = plt.subplots(2, len(ways), figsize=(5.5 * len(ways), 7), squeeze=False)
     names = [name for name in METHODS if any(row["method"] == name for row in rows)]
@@ -433,14 +434,14 @@ def draw(plt: ModuleType, path: Path, rows: list[Row], machine: dict[str, Any]) 
             panel.grid(alpha=0.3, axis="y")
             panel.set_ylim(top=1.2 * panel.get_ylim()[1])
             panel.legend(fontsize=8, loc="upper center", ncols=len(names))
-    figure.suptitle(f"64 KiB chunks in files, {machine['device']}, {machine['date'][:10]}")
+    figure.suptitle(f"64 KiB chunks in files, {found['device']}, {found['date'][:10]}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     console, scale = make_console(), Scale.of(arguments.quick)
     machine = describe_machine(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
@@ -458,7 +459,7 @@ def main() -> None:
         machine,
         configuration,
         {"moves": moves, "calls": host},
-        lambda plt, path: draw(plt, path, moves, machine),
+        draw,
     )
 
 

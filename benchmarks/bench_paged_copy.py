@@ -46,7 +46,6 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from _lmcache import machine_with_lmcache
@@ -403,7 +402,7 @@ def print_targets(console: Console, targets: list[Row]) -> None:
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     device, console = arguments.device, make_console()
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -433,8 +432,7 @@ def main() -> None:
         "judged_from_side_bytes": TARGET_FROM_BYTES if on_gpu else 0,
     }
     tables = {"targets": targets, "copies": rows, "submission": submitted, "left_out": left_out}
-    picture = partial(draw, rows=rows, patterns=scale.patterns, machine=machine)
-    write_results(console, arguments.out, "paged_copy", machine, configuration, tables, picture)
+    write_results(console, arguments.out, "paged_copy", machine, configuration, tables, draw)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +46,7 @@ from rich.table import Table
 
 from kvheap import PrefixIndex
 from kvheap.prefix import POLICIES
+from kvheap.replay.hit_rates import hit_rate
 from kvheap.replay.trace import read_trace, synthetic_trace
 
 TRACE = REPOSITORY.parent / "shared/traces/conversation_trace.jsonl"
@@ -220,26 +220,6 @@ def measure_calls(scale: Scale, num_stored: int, num_held: int) -> list[Row]:
 # -- hit rates -------------------------------------------------------------------------------------
 
 
-def hit_rate(policy: str, requests: Requests, capacity: int) -> float:
-    """Hits over block references, in %, in a cache of so many chunks."""
-    index: PrefixIndex[int, None] = PrefixIndex(POLICIES[policy]())
-    hits = 0
-    for ids in requests:
-        hits += index.prefix_length(ids)
-        distinct = list(dict.fromkeys(ids))
-        missing = index.missing(distinct)
-        with index.hold([key for key in distinct if key in index]) as hold:
-            index.touch(hold.keys)
-            excess = len(index) + len(missing) - capacity
-            if excess > 0 and index.evict(excess) is None:
-                raise RuntimeError(f"a request of {len(distinct)} chunks exceeds the cache")
-            index.begin(missing, [None] * len(missing), 1).complete()
-            request = index.hold(distinct)
-        request.release()
-    index.check()
-    return 100 * hits / sum(map(len, requests))
-
-
 def plain_hit_rate(requests: Requests, capacity: int) -> float:
     """The same with the peer, which is LRU."""
     chunks: OrderedDict[int, None] = OrderedDict()
@@ -257,7 +237,7 @@ def plain_hit_rate(requests: Requests, capacity: int) -> float:
 def measure_hits(requests: Requests, capacity: int) -> Row:
     row: Row = {"chunks": capacity}
     for policy in POLICIES:
-        row[policy] = round(hit_rate(policy, requests, capacity), 2)
+        row[policy] = round(100 * hit_rate(requests, POLICIES[policy](), capacity), 2)
     row[PEER] = round(plain_hit_rate(requests, capacity), 2)
     if row[PEER] != row["lru"]:
         raise RuntimeError(f"LRU finds {row['lru']} %, the peer {row[PEER]} %: one is wrong")
@@ -288,13 +268,13 @@ def print_hits(console: Console, title: str, rows: list[Row]) -> None:
     console.print(table)
 
 
-def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str, Any]) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """Hit rates over the size of the cache, and the cost of an eviction beside held chunks."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
-    rows = tables["trace"] or tables["made_up"]
+    rows = found["trace"] or found["made_up"]
     for name in POLICIES:
         left.plot([r["chunks"] for r in rows], [r[name] for r in rows], marker="o", label=name)
-    left.set_title("the conversation trace" if tables["trace"] else "made-up traffic")
+    left.set_title("the conversation trace" if found["trace"] else "made-up traffic")
     left.set_xlabel("chunks that the cache holds")
     left.set_ylabel("hits, % of block references")
     left.set_xscale("log")
@@ -304,7 +284,7 @@ def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str,
         for is_held, style in ((False, "-"), (True, "--")):
             evictions = [
                 row
-                for row in tables["calls"]
+                for row in found["calls"]
                 if row["call"] == "evict" and bool(row["held"]) == is_held and row["stored"] > 1_000
             ]
             points = [(row["keys"], row[name]["p50_us"]) for row in evictions]
@@ -319,14 +299,14 @@ def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str,
     for panel in (left, right):
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.suptitle(f"Prefix index, {machine['device']}, {machine['date'][:10]}", fontsize=11)
+    figure.suptitle(f"Prefix index, {found['device']}, {found['date'][:10]}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     console, scale = make_console(), Scale.of(arguments.quick)
     machine = describe_machine(torch.device("cpu"))
     print_machine(console, machine)
@@ -356,8 +336,7 @@ def main() -> None:
         "made_up_requests": MADE_UP_REQUESTS,
         "times_as_fast": "median over rounds of the peer's time over LRU's",
     }
-    picture = partial(draw, tables=tables, machine=machine)
-    write_results(console, arguments.out, "prefix_index", machine, configuration, tables, picture)
+    write_results(console, arguments.out, "prefix_index", machine, configuration, tables, draw)
 
 
 if __name__ == "__main__":

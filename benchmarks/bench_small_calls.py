@@ -525,9 +525,9 @@ def print_targets(console: Console, targets: list[Row]) -> None:
         console.print(f"{each['target']} <= {each['asked']:g}: {verdict}{within}{worst}")
 
 
-def draw(plt: ModuleType, path: Path, tables: dict[str, list[Row]], title: str) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """Draw kvheap's time over the loop's, over the number of blocks."""
-    rows = tables["pages"] + tables["blocks"]
+    rows = found["pages"] + found["blocks"]
     calls = list(dict.fromkeys((r["call"], r["where"], r["layers"]) for r in rows))
     figure, panels = plt.subplots(-(-len(calls) // 4), 4, figsize=(18, 9), sharey=True)
     for panel, key in zip(panels.flat, calls, strict=False):
@@ -542,13 +542,13 @@ def draw(plt: ModuleType, path: Path, tables: dict[str, list[Row]], title: str) 
         panel.grid(alpha=0.3)
     panels.flat[0].set_ylabel("kvheap's time / the loop's")
     panels.flat[0].legend()
-    figure.suptitle(title)
+    figure.suptitle(f"Small calls, {found['device']}, {found['date'][:10]} (below 1.0: faster)")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     console, scale = make_console(), Scale.of(arguments.quick)
     cpu = torch.device("cpu")
     has_peer = lmcache_allocator("tensor_memory_allocator", "TensorMemoryAllocator") is not None
@@ -573,8 +573,6 @@ def main() -> None:
         "ratio": "median over rounds of kvheap's time over the loop's",
         "host": "no GPU: nothing is launched, and the copy engine's library does nothing",
     }
-    title = f"Small calls, {machine['device']}, {machine['date'][:10]} (below 1.0: faster)"
-    picture = partial(draw, tables=tables, title=title)
     write_results(
         console,
         arguments.out,
@@ -582,7 +580,7 @@ def main() -> None:
         machine,
         configuration,
         {"targets": targets, **tables},
-        picture,
+        draw,
     )
 
 

@@ -64,7 +64,7 @@ from _transfer_link import measure_growth, measure_link, measure_submission
 from _transfer_overlap import measure_both_ways, measure_gemms
 from _transfer_peers import LOOP_COPIES
 from _transfer_planner import calibrated, measure_planner
-from _transfer_plot import draw_cpu, draw_gpu
+from _transfer_plot import draw
 from _transfer_targets import gpu_targets, host_targets
 from rich.console import Console
 from rich.table import Table
@@ -266,7 +266,7 @@ def report_gpu(console: Console, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     device, console = arguments.device, make_console()
     on_gpu = device.type == "cuda"
     # On a GPU, a million pieces are not measured for the host alone: the table ``growth`` has them.
@@ -297,9 +297,7 @@ def main() -> None:
         console, f"Planning and submission: us of the host (p50), {HOST_ONLY}", host, "part"
     )
     print_targets(console, found["targets"])
-    title = f"Transfers, {machine['device']}, {machine['date'][:10]} (1.0 = one contiguous copy)"
-    picture = partial(draw_gpu if on_gpu else draw_cpu, found=found, title=title)
-    write_results(console, arguments.out, "transfer", machine, configuration, found, picture)
+    write_results(console, arguments.out, "transfer", machine, configuration, found, draw)
 
 
 if __name__ == "__main__":

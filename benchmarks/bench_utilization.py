@@ -353,7 +353,7 @@ def print_tables(console: Console, tables: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     console, scale, peer = make_console(), Scale.of(arguments.quick), lmcache_address_manager()
     machine = machine_with_lmcache(console, torch.device("cpu"), peer is not None)
     allocators: dict[str, MakeHeap] = {"kvheap": AddressManager}
@@ -372,8 +372,7 @@ def main() -> None:
     }
     tables = tables_of(measured)
     print_tables(console, tables)
-    picture = partial(draw, measured=measured, machine=machine)
-    write_results(console, arguments.out, "utilization", machine, configuration, tables, picture)
+    write_results(console, arguments.out, "utilization", machine, configuration, tables, draw)
 
 
 if __name__ == "__main__":

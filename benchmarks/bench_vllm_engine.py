@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -295,8 +294,9 @@ def print_rows(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
-def draw(plt: ModuleType, path: Path, rows: list[Row], machine: dict[str, Any]) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """The time to the first token by model, prefix and tier."""
+    rows = found["ttft"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(1, len(models), figsize=(6.5 * len(models), 4.5), squeeze=False)
     for model, axis in zip(models, axes[0], strict=True):
@@ -311,7 +311,7 @@ def draw(plt: ModuleType, path: Path, rows: list[Row], machine: dict[str, Any]) 
         axis.grid(alpha=0.3, axis="y")
         axis.legend()
     figure.suptitle(
-        f"A second request with a prefix, vLLM on {machine['device']}, {machine['date'][:10]}"
+        f"A second request with a prefix, vLLM on {found['device']}, {found['date'][:10]}"
     )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -322,7 +322,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--serve"]:
         serve(*sys.argv[2:4])
         return
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     from importlib.metadata import version
 
     rounds = 3 if arguments.quick else 15
@@ -353,9 +353,8 @@ def main() -> None:
         "omp_threads": os.environ.get("OMP_NUM_THREADS", "1"),
         "times_as_fast": "median over rounds of the time without a tier over that with it",
     }
-    picture = partial(draw, rows=rows, machine=machine)
     write_results(
-        console, arguments.out, "vllm_engine", machine, configuration, {"ttft": rows}, picture
+        console, arguments.out, "vllm_engine", machine, configuration, {"ttft": rows}, draw
     )
 
 

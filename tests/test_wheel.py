@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = {"kvheap": ROOT / "allocator", "kvheap/kernels": ROOT / "kernels"}
+SOURCES = {
+    "kvheap": ROOT / "allocator",
+    "kvheap/benchmarks": ROOT / "benchmarks",
+    "kvheap/kernels": ROOT / "kernels",
+}
 
 IMPORT_ALL = """
 import importlib, pathlib, pkgutil, sys
@@ -56,6 +60,14 @@ def test_every_module_can_be_imported_outside_the_checkout(site: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(site), "MPLBACKEND": "agg"}
     command = [sys.executable, "-c", IMPORT_ALL, str(site)]
     subprocess.run(command, check=True, cwd=site.parent, env=environment)
+
+
+def test_the_command_finds_the_benchmarks(site: Path) -> None:
+    code = "from kvheap.cli.scripts import find_scripts; print(find_scripts())"
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    run = {"cwd": site.parent, "env": environment, "text": True, "check": True}
+    found = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, **run).stdout
+    assert Path(found.strip()) == site / "kvheap" / "benchmarks"
 
 
 def test_it_installs_no_other_top_level_name(site: Path) -> None:

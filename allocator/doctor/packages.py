@@ -19,8 +19,8 @@ Lookup = Callable[[str], "str | None"]
 
 REQUIRED = ("numpy", "rich", "sortedcontainers", "torch")
 
-OPTIONAL = (("matplotlib", "plot", "pictures of 'kvheap replay' and 'kvheap calibrate'"),)
-"""Distribution, extra of kvheap, and what needs it."""
+OPTIONAL = (("matplotlib", "pictures of 'kvheap replay', 'calibrate', 'bench' and 'plot'"),)
+"""Distribution, and what needs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,12 @@ class Peer:
 PEERS = (
     Peer("vLLM", VLLM_DISTRIBUTIONS, TESTED_VLLM, "kvheap.integrations.vllm, its KV cache layouts"),
     Peer("LMCache", ("lmcache",), ("0.5.6",), "kvheap.integrations.lmcache"),
+    Peer(
+        "Mooncake",
+        ("mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine"),
+        ("0.3.13",),
+        "kvheap.integrations.mooncake",
+    ),
     Peer("SGLang", ("sglang",), ("0.5.23",), "its KV cache layouts, for store and load"),
 )
 
@@ -60,10 +66,10 @@ def package_findings(version_of: Lookup = installed) -> list[Finding]:
     found = [Finding("packages", "python", "ok", platform.python_version())]
     found += [_required(name, version_of(name)) for name in REQUIRED]
     found.append(_triton(version_of("triton"), version_of("torch")))
-    for name, extra, use in OPTIONAL:
+    for name, use in OPTIONAL:
         version = version_of(name)
         if version is None:
-            found.append(Finding("packages", name, "absent", use, f"pip install 'kvheap[{extra}]'"))
+            found.append(Finding("packages", name, "absent", use, f"pip install {name}"))
         else:
             found.append(Finding("packages", name, "ok", version))
     return found

@@ -1,6 +1,6 @@
 """Chunks in files: a tier that is bounded, checks what it reads, and outlives the process.
 
-Needs ``pip install 'kvheap[files]'``: lmdb for the index and xxhash for checksums, which are
+Needs ``pip install lmdb xxhash``: lmdb for the index and xxhash for checksums, which are
 imported when a tier is opened.
 """
 

@@ -31,6 +31,6 @@ def _need(name: str, who: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"{who} needs the package {name} ({error}): pip install 'kvheap[files]'",
+            f"{who} needs the package {name} ({error}): pip install lmdb xxhash",
             name=name,
         ) from error

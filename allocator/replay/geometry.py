@@ -1,11 +1,12 @@
 """Named KV geometries: how many bytes of KV a model keeps for each chunk of 512 tokens.
 
 Layers, KV heads, head dimensions and dtypes are those of each model's published ``config.json``
-(Hugging Face: meta-llama/Meta-Llama-3-8B and -70B, mistralai/Mistral-7B-v0.1, Qwen/Qwen3-8B,
-openai/gpt-oss-20b, deepseek-ai/DeepSeek-V3). MLA keeps ``kv_lora_rank + qk_rope_head_dim`` = 512 +
-64 elements for each token and layer. NVFP4 keeps 4 bits of an element, and a byte of scale for each
-16: 9 bytes for 16 elements (vLLM 0.33.0, ``nvfp4_kv_cache_full_dim``). ``tiny`` and the ``small``
-geometries are not of models: they are for tests, and for runs that time everything except copying.
+(Hugging Face: meta-llama/Meta-Llama-3-8B and -70B, mistralai/Mistral-7B-v0.1, Qwen/Qwen3-8B and
+Qwen2.5-0.5B, openai/gpt-oss-20b, deepseek-ai/DeepSeek-V3). MLA keeps ``kv_lora_rank +
+qk_rope_head_dim`` = 512 + 64 elements for each token and layer. NVFP4 keeps 4 bits of an
+element, and a byte of scale for each 16: 9 bytes for 16 elements (vLLM 0.33.0,
+``nvfp4_kv_cache_full_dim``). ``tiny`` and the ``small`` geometries are not of models: they are for
+tests, and for runs that time everything except copying.
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ GEOMETRIES = {
         _attention("llama-3-70b", 80, 8, 128),
         _attention("llama-3-70b-tp4", 80, 2, 128),
         _attention("mistral-7b", 32, 8, 128),
+        _attention("qwen2.5-0.5b", 24, 2, 64),
         _attention("qwen3-8b", 36, 8, 128),
         _attention("gpt-oss-20b", 24, 8, 64),
         _latent_attention("deepseek-v3", 61, 576),

@@ -7,6 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kvheap.cli import replay
+
+
+@pytest.fixture(autouse=True)
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So little memory that a replay takes small chunks if nothing else is said."""
+    monkeypatch.setattr(replay, "available_bytes", lambda: replay.MODEL_NEEDS_BYTES - 1)
+
 
 @pytest.fixture(autouse=True)
 def single_threaded_torch() -> Iterator[None]:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,23 @@ def fails(error: BaseException) -> Any:
         raise error
 
     return fail
+
+
+def test_help_and_versions_need_no_heavy_package() -> None:
+    code = """
+import sys
+from kvheap.cli import main
+for arguments in (["--help"], ["replay", "--help"], ["bench", "--help"], ["--version"]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert end.code == 0
+heavy = {"torch", "numpy", "triton", "rich", "matplotlib"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "kvheap 0." in ended.stdout
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,47 @@ class TestMadeUpTraffic:
         assert chosen["evicted"] > 0
         assert (default["hits"] == chosen["hits"]) == (policy == "lru")
 
+    def test_with_memory_the_default_is_of_a_real_model(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(replay_command, "available_bytes", lambda: 3 << 30)
+        monkeypatch.setattr(replay_command, "MODEL_HEAP", "160MiB")
+        monkeypatch.setattr(replay_command, "MODEL_REQUESTS", 5)
+        figures = figures_of(tmp_path)
+        assert (figures["geometry"], figures["chunk_bytes"]) == ("qwen2.5-0.5b", 6 << 20)
+        assert (figures["requests"], figures["heap_bytes"]) == (5, 160 << 20)
+        for arguments in (("--geometry", "tiny"), ("--heap", "1MiB")):
+            assert figures_of(tmp_path, "--requests", "5", *arguments)["geometry"] == "tiny"
+        (tmp_path / "trace.jsonl").write_text(LINE)
+        assert figures_of(tmp_path, tmp_path / "trace.jsonl")["geometry"] == "tiny"
+
+    def test_latency_and_bandwidth_are_apart(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ("--geometry", "qwen2.5-0.5b", "--heap", "160MiB", "--requests", "5")
+        figures_of(tmp_path, *arguments)
+        sections = [part for part in capsys.readouterr().out.split("├") if part.strip()]
+        (calls,) = [part for part in sections if "a call" in part]
+        (speeds,) = [part for part in sections if "GB/s" in part]
+        assert calls != speeds
+        assert "p50 / p99" in calls
+
+    def test_policies_are_compared_as_they_replay(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ("--requests", "300", "--heap", "1MiB", "--compare")
+        for policy in ("lru", "s3fifo"):
+            figures = figures_of(tmp_path, *arguments, "--policy", policy)
+            rows = {(row["policy"], row["heap_bytes"]): row for row in figures["compared"]}
+            assert len(rows) == 4 * 5
+            assert rows[policy, 1 << 20]["hit_rate"] == figures["hit_rate"]
+        printed = capsys.readouterr().out
+        assert "lru / gdsf / s3fifo / arc" in printed
+        assert "in 512 KiB" in printed
+        unlimited = figures_of(tmp_path, "--requests", "300", "--heap", "64MiB")
+        assert unlimited["evicted"] == 0
+        assert figures["most_hits"] == unlimited["hit_rate"]
+
     def test_the_same_seed_is_the_same_traffic(self, tmp_path: Path) -> None:
         runs = [figures_of(tmp_path, "--requests", "300", "--seed", seed) for seed in (1, 1, 2)]
         counts = [(run["hits"], run["stored"]) for run in runs]
@@ -306,7 +347,8 @@ def test_a_malformed_line_is_named(
         (["--heap", "0"], "got '0'"),
         (["--heap", "9" * 400], "must be a positive number of bytes such as 64MiB, got '999"),
         (["--heap", "99999999999TiB"], "got '99999999999TiB'"),
-        (["--heap", "4KiB"], "a heap of 4096 bytes is smaller than the request"),
+        (["--geometry", "llama-3-8b"], "of 64 MiB (llama-3-8b); give --heap 18GiB to keep"),
+        (["--heap", "4KiB"], "a heap of 4 KiB is smaller than the request"),
         (["--policy", "fifo"], "unknown policy 'fifo'; known are lru, gdsf, s3fifo, arc"),
         (["--requests", "0"], "--requests must be positive, got 0"),
         (["--device", "tpu"], "unknown device 'tpu'"),

@@ -26,4 +26,4 @@ NEED_VLLM = {
 
 def need_matplotlib() -> None:
     """Skip the test that is running if matplotlib, which draws pictures, is not installed."""
-    pytest.importorskip("matplotlib", reason="draws: needs matplotlib, pip install 'kvheap[plot]'")
+    pytest.importorskip("matplotlib", reason="draws: needs matplotlib, pip install matplotlib")
