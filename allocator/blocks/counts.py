@@ -85,7 +85,7 @@ class RowCounts:
 
     - read one row: ``is_live``, ``references_of``, ``pins_of``;
     - read all rows: ``references``, ``pins``, ``live``, ``count_live``, ``all_live``,
-      ``is_untouched``, ``leased_rows``, ``rows_to_drop``;
+      ``is_untouched``, ``states``, ``leased_rows``, ``rows_to_drop``;
     - change one row: ``changed``, ``references_to_change``, ``pins_to_change``, ``add_lease``,
       ``remove_lease``, ``leases_of``, ``is_held``;
     - change many rows: ``require_pinnable``, ``add_leases``, ``remove_leases``, ``held_only_by``,
@@ -179,6 +179,17 @@ class RowCounts:
         """Whether every row has one reference, no pin and no lease."""
         is_uniform = self._references is None and self._pins is None and self._leases is None
         return is_uniform and self._uniform_references == 1
+
+    def states(self) -> int | npt.NDArray[np.uint8]:
+        """Whether rows are freed (0), live (1) or live and pinned (2), uint8 ``[N]``.
+
+        One number if it is the same for all, as for most batches: O(1).
+        """
+        if self._references is None and self._pins is None and self._leases is None:
+            return int(self._uniform_references >= 0)
+        found = self.live().astype(np.uint8)
+        found[(found > 0) & (self._pin_array() > 0)] = 2
+        return found
 
     def leased_rows(self) -> Int64Array:
         """The live rows that a lease holds, int64 ``[R]``."""
