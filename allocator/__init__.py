@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from kvheap.memory.numa import numa_node_of_gpu as numa_node_of_gpu
     from kvheap.prefix.index import PrefixIndex as PrefixIndex
     from kvheap.prefix.store import PrefixStore as PrefixStore
+    from kvheap.snapshots.heap_snapshot import HeapSnapshot as HeapSnapshot
     from kvheap.transfer import Transfer as Transfer
     from kvheap.transfer import foreign_transfer as foreign_transfer
     from kvheap.transfer import offload as offload
@@ -99,6 +100,7 @@ _MODULE_OF = {
     "GrowthProgress": "memory.growth",
     "HeapCorruptionError": "errors",
     "HeapOptions": "blocks.memory_allocator",
+    "HeapSnapshot": "snapshots.heap_snapshot",
     "HeapStats": "addresses.heap_stats",
     "HostBuffer": "memory.host_memory",
     "HostMemoryAllocator": "heaps.host_allocators",

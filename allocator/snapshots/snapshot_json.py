@@ -65,6 +65,8 @@ def from_json(data: Any, kind: type[Map]) -> Map:
     for name, type_ in FACTS.items():
         if type(data.get(name)) is not type_:
             raise SnapshotError(f"{name} must be of type {type_.__name__}, got {data.get(name)!r}")
+    if data["heap_bytes"] < 0 or data["heap_bytes"] >> ADDRESS_BITS:
+        raise SnapshotError(f"heap_bytes must be 0 to 2**63 - 1, got {data['heap_bytes']}")
     counts: dict[str, int] = {}
     for name in ("num_extents", "num_batches"):
         count = data.get(name)
@@ -111,8 +113,6 @@ def _owners(owners: Any) -> tuple[Owner, ...]:
 def _require_whole(snapshot: HeapMap) -> None:
     """Raise unless the extents cover the heap, and everything that they refer to is there."""
     sizes, batches = snapshot.sizes, snapshot.batches
-    if snapshot.heap_bytes < 0 or snapshot.heap_bytes >> ADDRESS_BITS:
-        raise SnapshotError(f"heap_bytes must be 0 to 2**63, got {snapshot.heap_bytes}")
     if (sizes <= 0).any():
         raise SnapshotError(f"sizes must be positive, got {int(sizes.min())}")
     total = (int((sizes >> 32).sum()) << 32) + int((sizes & 0xFFFFFFFF).sum())  # without overflow
