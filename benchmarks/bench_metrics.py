@@ -1,12 +1,14 @@
-"""What metrics cost: a scrape, by how much there is to look at, and a call of a heap.
+"""What watching costs: a scrape, by how much there is to look at; a call; a snapshot.
 
 A scrape is measured alone, and by the longest that an engine's thread waits beside it: a thread
 allocates and frees all the time while another one scrapes. Calls are compared in rounds: on a heap
-that nobody watches, and on the same heap while it is watched.
+that nobody watches, and on the same heap while it is watched. Of a snapshot, the time for which
+other threads wait is reported apart: that under the heap's guard.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import threading
 import time
@@ -110,27 +112,83 @@ def measure_calls(rounds: int) -> list[Row]:
         assert batch is not None
         heap.batched_free(batch)
 
-    measure = on_the_host([call] * 100)
+    measure, adapt = on_the_host([call] * 100), on_the_host([call] * 2000)
+
+    def least() -> float:
+        adapt()  # the interpreter, to methods that were replaced
+        return min(measure() for _ in range(20))
 
     def unwatched() -> float:
-        measure()  # the interpreter adapts to a method that was replaced
-        return measure()
+        return least()
 
     def watched() -> float:
         metrics.watch(heap, "h")
-        measure()
-        found = measure()
+        found = least()
         metrics.unwatch("h")
         return found
 
     samples = time_in_rounds({"unwatched": unwatched, "watched": watched}, rounds)
+    own, theirs = samples["watched"].microseconds, samples["unwatched"].microseconds
+    added = statistics.median(a - b for a, b in zip(own, theirs, strict=True))
     return [
-        {"method": name, "least_us": round(min(each.microseconds), 3), **each.percentiles()}
+        {
+            "method": name,
+            "added_us_a_call": round(added / 2, 3),
+            "least_us": round(min(each.microseconds), 3),
+            **each.percentiles(),
+        }
         for name, each in samples.items()
     ]
 
 
-def print_tables(console: Console, scrapes: list[Row], calls: list[Row]) -> None:
+class GuardTime:
+    """Times how long a heap's lock is held: takes the lock's place."""
+
+    def __init__(self, lock: Any) -> None:
+        self._lock = lock
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._lock.__enter__()
+        self._began = time.perf_counter()
+
+    def __exit__(self, *error: Any) -> None:
+        self.seconds = max(self.seconds, time.perf_counter() - self._began)
+        self._lock.__exit__(*error)
+
+
+def measure_snapshots(counts: tuple[int, ...], rounds: int) -> list[Row]:
+    """A snapshot of a heap with this many batches of two blocks, each second one freed."""
+    rows: list[Row] = []
+    for count in counts:
+        heap = heap_of(2 * count + 64)
+        kept = [heap.batched_allocate([PAGE], torch.uint8, 2) for _ in range(count)]
+        for batch in kept[::2]:
+            assert batch is not None
+            heap.free(batch[1])
+        guard = heap.address_manager.guard
+        whole, held = [], []
+        for _ in range(rounds):
+            lock, guard.lock = guard.lock, GuardTime(guard.lock)
+            began = time.perf_counter()
+            snapshot = heap.snapshot()
+            whole.append((time.perf_counter() - began) * 1e3)
+            held.append(guard.lock.seconds * 1e3)
+            guard.lock = lock
+        rows.append(
+            {
+                "batches": count,
+                "extents": snapshot.num_extents,
+                "p50_ms": round(statistics.median(whole), 3),
+                "guard_p50_ms": round(statistics.median(held), 3),
+            }
+        )
+    return rows
+
+
+def print_tables(
+    console: Console, scrapes: list[Row], calls: list[Row], snapshots: list[Row]
+) -> None:
     table = Table(title="a scrape, and calls beside scrapes that never end: us (p50 / p99 / max)")
     for column in ("batches", "scrape, p50", "calls alone", "beside", "of another heap"):
         table.add_column(column, justify="right")
@@ -147,6 +205,20 @@ def print_tables(console: Console, scrapes: list[Row], calls: list[Row]) -> None
         table.add_column(column, justify="right")
     for row in calls:
         table.add_row(row["method"], f"{row['least_us']:.2f}", f"{row['p50_us']:.2f}")
+    console.print(table)
+    console.print(
+        f"watching adds {calls[0]['added_us_a_call']:.2f} us to a call (median of rounds)"
+    )
+    table = Table(title="heap.snapshot(): ms (p50)")
+    for column in ("batches", "extents", "in all", "of it under the guard"):
+        table.add_column(column, justify="right")
+    for row in snapshots:
+        table.add_row(
+            f"{row['batches']:,}",
+            f"{row['extents']:,}",
+            f"{row['p50_ms']:.2f}",
+            f"{row['guard_p50_ms']:.2f}",
+        )
     console.print(table)
 
 
@@ -176,12 +248,13 @@ def main() -> None:
     sys.setswitchinterval(0.005)  # CPython's default
     rounds = 5 if arguments.quick else 40
     scrapes = measure_scrapes(QUICK_BATCHES if arguments.quick else BATCHES, rounds)
-    calls = measure_calls(rounds if arguments.quick else 150)
-    print_tables(console, scrapes, calls)
+    calls = measure_calls(rounds)
+    snapshots = measure_snapshots(QUICK_BATCHES if arguments.quick else BATCHES, 5)
+    print_tables(console, scrapes, calls, snapshots)
     title = f"Metrics, {machine['device']}, {machine['date'][:10]}"
     picture: Any = partial(draw, scrapes=scrapes, title=title)
     configuration = {"quick": arguments.quick, "page_bytes": PAGE, "switch_interval_s": 0.005}
-    tables = {"scrapes": scrapes, "calls": calls}
+    tables = {"scrapes": scrapes, "calls": calls, "snapshots": snapshots}
     write_results(console, arguments.out, "metrics", machine, configuration, tables, picture)
 
 

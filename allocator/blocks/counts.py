@@ -15,7 +15,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from kvheap.device.events import Stream
 from kvheap.errors import BlockInUseError, DoubleFreeError, LifetimeError
 from kvheap.guards import read_meanwhile
 
-__all__ = ["DROPPED", "FREED", "RowCounts"]
+__all__ = ["DROPPED", "FREED", "CopiedStates", "RowCounts"]
 
 FREED = -1
 """The reference count of a block that was freed."""
@@ -80,12 +80,18 @@ class FewCounts(dict[int, int]):
         return found
 
 
+CopiedStates: TypeAlias = "tuple[bytes, bytes] | int"
+"""The counts of N rows at one moment: reference counts, negative for freed rows, and pin counts, of
+freed rows anything, each int32 ``[N]`` as bytes. If no row is pinned and all have one reference
+count, that number."""
+
+
 class RowCounts:
     """Reference counts, pin counts, leases and streams of N rows.
 
     - read one row: ``is_live``, ``references_of``, ``pins_of``;
     - read all rows: ``references``, ``pins``, ``live``, ``count_live``, ``all_live``,
-      ``is_untouched``, ``states``, ``leased_rows``, ``rows_to_drop``;
+      ``is_untouched``, ``copy_states``, ``leased_rows``, ``rows_to_drop``;
     - change one row: ``changed``, ``references_to_change``, ``pins_to_change``, ``add_lease``,
       ``remove_lease``, ``leases_of``, ``is_held``;
     - change many rows: ``require_pinnable``, ``add_leases``, ``remove_leases``, ``held_only_by``,
@@ -180,16 +186,22 @@ class RowCounts:
         is_uniform = self._references is None and self._pins is None and self._leases is None
         return is_uniform and self._uniform_references == 1
 
-    def states(self) -> int | npt.NDArray[np.uint8]:
-        """Whether rows are freed (0), live (1) or live and pinned (2), uint8 ``[N]``.
+    def copy_states(self) -> CopiedStates:
+        """What tells which rows are live and pinned, copied so that it can be read later. O(N)."""
+        references, pins = self._references, self._pins
+        if self._leases is not None:  # they may end at any time
+            return self._reference_array().tobytes(), self.pins().tobytes()
+        if references is None and pins is None:
+            return self._uniform_references
+        return self._bytes_of(references, self._uniform_references), self._bytes_of(pins, 0)
 
-        One number if it is the same for all, as for most batches: O(1).
-        """
-        if self._references is None and self._pins is None and self._leases is None:
-            return int(self._uniform_references >= 0)
-        found = self.live().astype(np.uint8)
-        found[(found > 0) & (self._pin_array() > 0)] = 2
-        return found
+    def _bytes_of(self, counts: array[int] | FewCounts | None, rest: int) -> bytes:
+        """The counts of all rows, int32, as bytes."""
+        if counts is None:
+            return array("i", (rest,)).tobytes() * self._num_rows
+        if isinstance(counts, FewCounts):
+            return counts.as_array(self._num_rows).tobytes()
+        return counts.tobytes()
 
     def leased_rows(self) -> Int64Array:
         """The live rows that a lease holds, int64 ``[R]``."""

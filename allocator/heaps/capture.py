@@ -10,17 +10,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.address_manager import AddressManager
 from kvheap.addresses.extents import Extents, Int64Array
 from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.counts import CopiedStates
 from kvheap.blocks.ledger import Ledger
 from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.release import Release
@@ -34,15 +33,14 @@ __all__ = ["capture"]
 
 FREE, LIVE, PINNED, PENDING, QUARANTINED, OTHER = range(len(STATES))
 
-FEW_RUNS = 64
-
 
 class _State(NamedTuple):
     """A heap at one moment."""
 
     heap_bytes: int
     free: Extents
-    batches: list[tuple[OwnedBlocks, int | npt.NDArray[np.uint8]]]
+    records: list[OwnedBlocks]
+    states: list[CopiedStates]
     pending: list[Release]
     now: float
 
@@ -63,12 +61,11 @@ def capture(
     """
     state = _look(manager, ledger)
     table = _Table(state.now)
-    table.add(state.free.starts, state.free.sizes, FREE, -1)
-    for record, row_states in state.batches:
-        table.add_batch(record, row_states)
+    for record, states_of_rows in zip(state.records, state.states, strict=True):
+        table.add_batch(record, states_of_rows)
     for release in state.pending:
         table.add_release(release)
-    sizes, states, batches = table.covering(state.heap_bytes)
+    sizes, states, batches = table.covering(state.heap_bytes, state.free)
     return HeapSnapshot(
         heap=heap,
         device=device,
@@ -98,11 +95,12 @@ def _look(manager: AddressManager, ledger: Ledger) -> _State:
         guard.busy = True
         if ledger.begun or ledger.allocation.done:
             ledger.finish()
-        records = ledger.live.copy().values()
+        records = list(ledger.live.values())
         found = _State(
             heap_bytes=manager.heap_bytes,
             free=manager.free_extents(),
-            batches=[(record, record.counts.states()) for record in records],
+            records=records,
+            states=[record.counts.copy_states() for record in records],
             pending=list(ledger.pending.copy().values()),
             now=time.monotonic(),
         )
@@ -111,44 +109,43 @@ def _look(manager: AddressManager, ledger: Ledger) -> _State:
 
 
 class _Table:
-    """Extents with their states, and the batches that they are of."""
+    """Blocks with their states, and the batches that they are of.
+
+    What is done for each batch appends to lists; what is done for each block is done for all blocks
+    at once, by :meth:`covering`.
+    """
 
     def __init__(self, now: float) -> None:
         self._now = now
-        self._single: list[tuple[int, int, int, int]] = []
-        self._parts: list[tuple[Int64Array, Int64Array, int | npt.NDArray[np.uint8], int]] = []
+        # Runs whose blocks have one state: start, bytes, state, batch.
+        self._whole: list[tuple[int, int, int, int]] = []
+        # Runs whose blocks differ: start, bytes of a block, number of blocks, batch.
+        self._mixed: list[tuple[int, int, int, int]] = []
+        self._references: list[bytes] = []
+        self._pins: list[bytes] = []
+        # Extents of any sizes: starts, sizes, state and batch of all.
+        self._released: list[tuple[Int64Array, int, int, int]] = []
+        self._numbers: dict[tuple[int, int], int] = {}
         self.ages: list[float] = []
         self.owner_of: list[int] = []
         self.block_bytes: list[int] = []
         self.owners: dict[tuple[BlockLayout | str, Site], int] = {}
 
-    def add(
-        self,
-        starts: Int64Array,
-        sizes: Int64Array,
-        states: int | npt.NDArray[np.uint8],
-        batch: int,
-    ) -> None:
-        """Add extents of one batch."""
-        self._parts.append((starts, sizes, states, batch))
-
-    def add_batch(self, record: OwnedBlocks, states: int | npt.NDArray[np.uint8]) -> None:
+    def add_batch(self, record: OwnedBlocks, states: CopiedStates) -> None:
         """Add what is live of a batch."""
         blocks = record.addresses
-        if not len(blocks):
+        size = blocks.block_bytes
+        if not len(blocks) or (isinstance(states, int) and states < 0):
             return
+        batch = self._batch(record.layout, record.site, record.born, size)
         if isinstance(states, int):
-            if states != FREE:
-                batch = self._batch(record.layout, record.site, record.born, blocks.block_bytes)
-                for start, size in _runs(blocks):
-                    self._single.append((start, size, states, batch))
+            for start, num_bytes in blocks.run_pairs():
+                self._whole.append((start, num_bytes, LIVE, batch))
             return
-        live = states != FREE
-        if live.any():
-            batch = self._batch(record.layout, record.site, record.born, blocks.block_bytes)
-            starts = _addresses(blocks)[live]
-            sizes = np.full(len(starts), blocks.block_bytes, np.int64)
-            self.add(starts, sizes, states[live], batch)
+        for start, num_bytes in blocks.run_pairs():
+            self._mixed.append((start, size, num_bytes // size, batch))
+        self._references.append(states[0])
+        self._pins.append(states[1])
 
     def add_release(self, release: Release) -> None:
         """Add blocks that are freed, while something still uses them."""
@@ -156,34 +153,52 @@ class _Table:
         layout, site = release.owner or ("an allocation that was interrupted", ())
         for addresses, size in release.by_size():
             batch = self._batch(layout, site, math.nan, size)
-            sizes = np.full(len(addresses), size, np.int64)
-            self.add(addresses, sizes, QUARANTINED if is_lost else PENDING, batch)
+            self._released.append((addresses, size, QUARANTINED if is_lost else PENDING, batch))
 
     def _batch(self, layout: BlockLayout | str, site: Site, born: float, block_bytes: int) -> int:
-        self.owner_of.append(self.owners.setdefault((layout, site), len(self.owners)))
+        key = id(layout), id(site)  # a layout takes longer to hash
+        number = self._numbers.get(key)
+        if number is None:
+            number = self.owners.setdefault((layout, site), len(self.owners))
+            self._numbers[key] = number
+        self.owner_of.append(number)
         self.ages.append(self._now - born)
         self.block_bytes.append(block_bytes)
         return len(self.ages) - 1
 
+    def _extents(self, free: Extents) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array]:
+        """Start, bytes, state and batch of all extents that are known, in any order."""
+        whole = np.array(self._whole, np.int64).reshape(-1, 4).T
+        starts, block_bytes, counts, batches = np.array(self._mixed, np.int64).reshape(-1, 4).T
+        firsts = np.cumsum(counts) - counts
+        references = np.frombuffer(b"".join(self._references), np.int32)
+        pins = np.frombuffer(b"".join(self._pins), np.int32)
+        sizes = np.repeat(block_bytes, counts)
+        mixed = np.stack(
+            [
+                np.repeat(starts, counts)
+                + (np.arange(len(sizes)) - np.repeat(firsts, counts)) * sizes,
+                sizes,
+                np.where(pins > 0, PINNED, LIVE),
+                np.repeat(batches, counts),
+            ]
+        )[:, references >= 0]
+        parts = [whole, mixed, _rows(free.starts, free.sizes, FREE, -1)]
+        parts += [_rows(*released) for released in self._released]
+        found = np.concatenate(parts, axis=1)
+        return found[0], found[1], found[2], found[3]
+
     def covering(
-        self, heap_bytes: int
+        self, heap_bytes: int, free: Extents
     ) -> tuple[Int64Array, npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
         """Sizes, states and batches of extents that cover the heap, in address order.
 
         Neighbours of one batch and state are joined; free extents stay as they are.
         """
-        single = np.array(self._single, np.int64).reshape(-1, 4).T
-        starts = np.concatenate([single[0], *(part[0] for part in self._parts)])
-        sizes = np.concatenate([single[1], *(part[1] for part in self._parts)])
-        states = np.concatenate(
-            [single[2], *(np.broadcast_to(part[2], len(part[0])) for part in self._parts)]
-        ).astype(np.uint8)
-        batches = np.concatenate(
-            [single[3], *(np.full(len(part[0]), part[3], np.int64) for part in self._parts)]
-        ).astype(np.int32)
+        starts, sizes, all_states, all_batches = self._extents(free)
         order = np.argsort(starts, kind="stable")
         starts, sizes = starts[order], sizes[order]
-        states, batches = states[order], batches[order]
+        states, batches = all_states[order].astype(np.uint8), all_batches[order].astype(np.int32)
         ends = np.append(0, starts + sizes)
         gaps = np.append(starts, heap_bytes) - ends
         holes = np.flatnonzero(gaps > 0)  # allocated by others
@@ -200,18 +215,9 @@ class _Table:
         return np.add.reduceat(sizes, firsts), states[firsts], batches[firsts]
 
 
-def _runs(blocks: AddressBatch) -> Iterator[tuple[int, int]]:
-    """Start and bytes of each run, without making arrays of a few."""
-    if blocks.num_runs <= FEW_RUNS:
-        return iter(blocks.run_pairs())
-    sizes = blocks.run_counts * blocks.block_bytes
-    return zip(blocks.run_starts.tolist(), sizes.tolist(), strict=True)
-
-
-def _addresses(blocks: AddressBatch) -> Int64Array:
-    """The addresses of all blocks, which the batch does not keep."""
-    starts, counts = blocks.run_starts, blocks.run_counts
-    firsts = np.cumsum(counts) - counts
-    found: Int64Array = np.repeat(starts - firsts * blocks.block_bytes, counts)
-    found += np.arange(len(blocks), dtype=np.int64) * blocks.block_bytes
+def _rows(starts: Int64Array, sizes: int | Int64Array, state: int, batch: int) -> Int64Array:
+    """Start, bytes, state and batch of extents, int64 ``[4, N]``."""
+    found: Int64Array = np.empty((4, len(starts)), np.int64)
+    for row, value in zip(found, (starts, sizes, state, batch), strict=True):
+        row[:] = value
     return found

@@ -39,7 +39,7 @@ class Metric:
         help: what it counts, for people.
         type: ``counter``, ``gauge`` or ``unknown``.
         fields: the values to export: by the value of ``label``, or by None if there is no such
-            label, the field of ``stats()``.
+            label, the field of ``stats()``. One that is missing or None is not exported.
         label: a label beside the object's name; None: none.
     """
 
@@ -78,12 +78,16 @@ def _fields(fields: str | Mapping[str, str]) -> Mapping[str | None, str]:
 
 
 def numbers_of(obj: HasStats) -> Mapping[str, Any]:
-    """The numbers of ``stats()``, by name."""
+    """The numbers of ``stats()``, by name, and of those within them."""
     stats = obj.stats()
     if is_dataclass(stats) and not isinstance(stats, type):
-        return asdict(stats)
+        stats = asdict(stats)
     if isinstance(stats, Mapping):
-        return stats
+        found = dict(stats)
+        for value in stats.values():
+            if isinstance(value, Mapping):  # statistics of a part of the object
+                found.update(value)
+        return found
     raise TypeError(f"stats() must return a dataclass or a mapping, got {stats!r} of {obj!r}")
 
 

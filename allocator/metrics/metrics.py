@@ -278,16 +278,16 @@ def _add_object(families: Families, name: str, watched: _Watched) -> None:
 def _values(
     kind: Kind, name: str, numbers: Mapping[str, Any]
 ) -> list[tuple[str, tuple[str, ...], float]]:
-    """Name, labels and value of each metric of an object; a number that is None has none."""
+    """Name, labels and value of each metric of an object that has a number now."""
     return [
         (
             metric.name.removesuffix("_total"),
             (name,) if label is None else (name, label),
-            float(numbers[each]),
+            float(value),
         )
         for metric in kind.metrics
         for label, each in metric.fields.items()
-        if numbers[each] is not None
+        if (value := numbers.get(each)) is not None
     ]
 
 

@@ -1,4 +1,4 @@
-"""The metrics of heaps, prefix stores and file tiers."""
+"""The metrics of heaps, prefix stores, file tiers, shared heaps and nodes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from types import MappingProxyType
 from kvheap.metrics.heap_values import heap_values
 from kvheap.metrics.kinds import Kind, counter, gauge
 
-__all__ = ["ADDRESSES", "FILE_TIER", "HEAP", "KINDS", "PREFIX_INDEX", "PREFIX_STORE"]
+__all__ = [
+    "ADDRESSES",
+    "FILE_TIER",
+    "HEAP",
+    "KINDS",
+    "NODE",
+    "PREFIX_INDEX",
+    "PREFIX_STORE",
+    "SHARED_HEAP",
+]
 
 HEAP = Kind(
     "heap",
@@ -216,6 +225,125 @@ FILE_TIER = Kind(
     ),
 )
 
+SHARED_HEAP = Kind(
+    "shared_heap",
+    (
+        gauge(
+            "kvheap_shared_heap_size_bytes",
+            "heap_bytes",
+            "Bytes of the places for chunks of a heap that processes share.",
+        ),
+        gauge(
+            "kvheap_shared_heap_chunks",
+            {"ready": "ready_chunks", "pending": "pending_chunks"},
+            "Chunks by state. ready: can be held and loaded. pending: are being stored; only the "
+            "owner knows.",
+            label="state",
+        ),
+        gauge(
+            "kvheap_shared_heap_places",
+            {"free": "free_places", "waiting": "waiting_places"},
+            "Places without a chunk, by state; only the owner knows. waiting: somebody still holds "
+            "or fills what was there.",
+            label="state",
+        ),
+        gauge(
+            "kvheap_shared_heap_owner",
+            "is_owner",
+            "1 if this process owns the heap and keeps its books, else 0.",
+        ),
+        gauge(
+            "kvheap_shared_heap_writers",
+            "num_writers",
+            "Other processes that are connected to have chunks stored.",
+        ),
+        gauge(
+            "kvheap_shared_heap_restored_chunks",
+            "restored_chunks",
+            "Chunks of an earlier owner that were found at the opening.",
+        ),
+        counter(
+            "kvheap_shared_heap_stored_chunks_total",
+            "stored_chunks",
+            "Chunks that were stored, by all processes.",
+        ),
+        counter(
+            "kvheap_shared_heap_refused_chunks_total",
+            "refused_chunks",
+            "Chunks that found no room, because all others were in use.",
+        ),
+        counter(
+            "kvheap_shared_heap_aborted_chunks_total",
+            "aborted_chunks",
+            "Chunks that were given up, as by a process that died while it filled them.",
+        ),
+        counter(
+            "kvheap_shared_heap_evicted_chunks_total",
+            "evicted_chunks",
+            "Chunks that were evicted to make room.",
+        ),
+        counter(
+            "kvheap_shared_heap_removed_chunks_total",
+            "removed_chunks",
+            "Chunks that were removed by their user.",
+        ),
+        counter(
+            "kvheap_shared_heap_damaged_chunks_total",
+            "damaged_chunks",
+            "Chunks that were removed because their bytes were damaged.",
+        ),
+        counter(
+            "kvheap_shared_heap_broken_leases_total",
+            "broken_leases",
+            "Places that were reused although somebody held them for too long.",
+        ),
+    ),
+)
+
+NODE = Kind(
+    "node",
+    (
+        gauge("kvheap_node_peers", "num_peers", "Peers that a node is connected to."),
+        gauge("kvheap_node_clients", "num_clients", "Control connections of other nodes."),
+        gauge(
+            "kvheap_node_reads_in_flight",
+            "reads_in_flight",
+            "Reads of other machines' chunks that have not ended, those in quarantine included.",
+        ),
+        gauge(
+            "kvheap_node_quarantined_reads",
+            "quarantined_reads",
+            "Reads that have failed, and whose bytes may still arrive.",
+        ),
+        gauge(
+            "kvheap_node_quarantined_bytes",
+            "quarantined_bytes",
+            "Bytes of the blocks of reads in quarantine.",
+        ),
+        gauge("kvheap_node_leases", "leases", "Leases that readers elsewhere hold."),
+        gauge("kvheap_node_published_keys", "published_keys", "Keys that were published."),
+        counter(
+            "kvheap_node_reads_total",
+            {"done": "done_reads", "failed": "failed_reads"},
+            "Reads that have ended, by outcome.",
+            label="outcome",
+        ),
+        counter("kvheap_node_read_bytes_total", "read_bytes", "Bytes that have been read."),
+        counter("kvheap_node_lookups_total", "lookups", "Look-ups of other nodes."),
+        counter("kvheap_node_locks_total", "locks", "Leases that other nodes asked for."),
+        counter(
+            "kvheap_node_failed_requests_total",
+            "failed_requests",
+            "Requests of other nodes that could not be answered.",
+        ),
+        counter(
+            "kvheap_node_refused_connections_total",
+            "refused_connections",
+            "Connections that were ended because of what they sent, or did not send.",
+        ),
+    ),
+)
+
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "kvheap.addresses.address_manager.AddressManager": ADDRESSES,
@@ -223,6 +351,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "kvheap.heaps.tensor_allocator.TensorMemoryAllocator": HEAP,
         "kvheap.prefix.index.PrefixIndex": PREFIX_INDEX,
         "kvheap.prefix.store.PrefixStore": PREFIX_STORE,
+        "kvheap.remote.node.Node": NODE,
+        "kvheap.shared.shared_heap.SharedHeap": SHARED_HEAP,
     }
 )
 """The kind of objects of a class and its subclasses, by the class's full name. Names, so that what
