@@ -34,6 +34,7 @@ from kvheap.heaps.segments import Segments
 from kvheap.kernels import block_copy, paged_convert, paged_copy, pointer_copy
 from kvheap.kernels.bulk_copy import BulkCopy
 from kvheap.kernels.copy_engine import Driver
+from kvheap.kernels.untraced import untraced
 from kvheap.probes import Place, Probe
 from kvheap.transfer import moves
 
@@ -123,6 +124,7 @@ def enable(ranges: Ranges | None = None) -> None:
 
     def wrap_with(text_of: Callable[..., str]) -> Callable[..., Any]:
         def wrap(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+            @untraced
             @wraps(function)
             def ranged(*arguments: Any, **options: Any) -> Any:
                 ranges.range_push(f"kvheap {text_of(*arguments)}")

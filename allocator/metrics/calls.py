@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from kvheap.blocks.block_allocator import BlockAllocator
 from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
+from kvheap.kernels.untraced import untraced
 from kvheap.prefix.store import PrefixStore
 from kvheap.probes import Place, Probe
 
@@ -193,10 +195,12 @@ def _timed(method: Callable[..., Any], name: str) -> Callable[..., Any]:
         "allocate_blocks": allocate_blocks,
         "batched_free": batched_free,
     }
-    return found.get(name, any_call)
+    return untraced(wraps(method)(found.get(name, any_call)))
 
 
 def _counted(method: Callable[..., int], name: str) -> Callable[..., int]:
+    @untraced
+    @wraps(method)
     def prefix_length(store: Any, keys: Any) -> int:
         length = method(store, keys)
         lookups = store.watched_calls

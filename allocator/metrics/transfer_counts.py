@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 from kvheap.device.completion import Completion, in_flight
 from kvheap.device.transfer import Transfer
+from kvheap.kernels.untraced import untraced
 from kvheap.probes import Probe
 
 __all__ = ["PathCounts", "TransferCounts", "transfer_counts"]
@@ -77,6 +79,8 @@ class TransferCounts:
         return stuck + in_flight.num_lost
 
     def _counting(self, init: Callable[..., None], name: str) -> Callable[..., None]:
+        @untraced
+        @wraps(init)
         def __init__(  # noqa: N807
             transfer: Transfer, completion: Completion, *arguments: Any, **options: Any
         ) -> None:

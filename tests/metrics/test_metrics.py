@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import os
 import threading
@@ -366,6 +367,10 @@ class TestCalls:
         made.unwatch("h")
         made.watch(heap, "h")
         assert TensorMemoryAllocator.allocate_blocks is not before
+        watched = TensorMemoryAllocator.allocate_blocks
+        assert inspect.signature(watched) == inspect.signature(before)
+        assert (watched.__name__, watched.__doc__) == (before.__name__, before.__doc__)
+        assert vars(watched)["_torchdynamo_disable"]  # no compiler looks into it
         made.unwatch("h")
         assert TensorMemoryAllocator.allocate_blocks is before
         made.watch(heap, "h")
