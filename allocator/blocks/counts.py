@@ -189,19 +189,11 @@ class RowCounts:
     def copy_states(self) -> CopiedStates:
         """What tells which rows are live and pinned, copied so that it can be read later. O(N)."""
         references, pins = self._references, self._pins
-        if self._leases is not None:  # they may end at any time
-            return self._reference_array().tobytes(), self.pins().tobytes()
-        if references is None and pins is None:
+        if references is None and pins is None and self._leases is None:
             return self._uniform_references
-        return self._bytes_of(references, self._uniform_references), self._bytes_of(pins, 0)
-
-    def _bytes_of(self, counts: array[int] | FewCounts | None, rest: int) -> bytes:
-        """The counts of all rows, int32, as bytes."""
-        if counts is None:
-            return array("i", (rest,)).tobytes() * self._num_rows
-        if isinstance(counts, FewCounts):
-            return counts.as_array(self._num_rows).tobytes()
-        return counts.tobytes()
+        if self._leases is None and isinstance(references, array) and isinstance(pins, array):
+            return references.tobytes(), pins.tobytes()
+        return self._reference_array().tobytes(), self._pin_array().tobytes()
 
     def leased_rows(self) -> Int64Array:
         """The live rows that a lease holds, int64 ``[R]``."""
