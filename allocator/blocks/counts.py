@@ -82,8 +82,8 @@ class FewCounts(dict[int, int]):
 
 CopiedStates: TypeAlias = "tuple[bytes, bytes] | int"
 """The counts of N rows at one moment: reference counts, negative for freed rows, and pin counts, of
-freed rows anything, each int32 ``[N]`` as bytes. If no row is pinned and all have one reference
-count, that number."""
+freed rows anything, each int32 ``[N]`` as bytes; empty if no row is pinned. If all have one
+reference count, too, that number."""
 
 
 class RowCounts:
@@ -191,8 +191,11 @@ class RowCounts:
         references, pins = self._references, self._pins
         if references is None and pins is None and self._leases is None:
             return self._uniform_references
-        if self._leases is None and isinstance(references, array) and isinstance(pins, array):
-            return references.tobytes(), pins.tobytes()
+        if self._leases is None and isinstance(references, array):
+            if pins is None:
+                return references.tobytes(), b""
+            if isinstance(pins, array):
+                return references.tobytes(), pins.tobytes()
         return self._reference_array().tobytes(), self._pin_array().tobytes()
 
     def leased_rows(self) -> Int64Array:

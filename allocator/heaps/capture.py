@@ -145,7 +145,7 @@ class _Table:
         for start, num_bytes in blocks.run_pairs():
             self._mixed.append((start, size, num_bytes // size, batch))
         self._references.append(states[0])
-        self._pins.append(states[1])
+        self._pins.append(states[1] or bytes(len(states[0])))
 
     def add_release(self, release: Release) -> None:
         """Add blocks that are freed, while something still uses them."""
