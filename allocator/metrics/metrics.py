@@ -95,8 +95,9 @@ class Metrics:
         """Export the metrics of an object, for as long as it lives.
 
         Args:
-            obj: a heap, ``PrefixStore``, ``PrefixIndex``, ``FileTier`` or ``AddressManager``; or
-                any other object with ``stats()``, see :mod:`kvheap.metrics.kinds`.
+            obj: a heap, ``PrefixStore``, ``PrefixIndex``, ``FileTier``, ``SharedHeap``, ``Node`` or
+                ``AddressManager``; or any other object with ``stats()``, see
+                :mod:`kvheap.metrics.kinds`.
             name: the value of its label, such as ``host``; None: its class's name and a number.
             kind: which metrics it has; None: those of its class, or if that is not known, each
                 number of its ``stats()``.

@@ -39,7 +39,9 @@ def test_it_finds_no_fault_in_a_scrape(tmp_path: Path) -> None:
 
 def test_it_understands_every_query_of_the_dashboard(tmp_path: Path) -> None:
     queries = [
-        re.sub(r"\$(heap|store|tier)\b", ".*", target["expr"]).replace("$__rate_interval", "5m")
+        re.sub(r"\$(heap|store|tier|shared_heap|node)\b", ".*", target["expr"]).replace(
+            "$__rate_interval", "5m"
+        )
         for panel in dashboard()["panels"]
         for target in panel.get("targets", ())
     ]
