@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,18 @@ class Page:
         self.settle()
 
     def settle(self) -> None:
-        """Wait until everything that was asked is drawn."""
+        """Wait until what the last events have asked for is drawn."""
         self.browser.wait_for("document.documentElement?.dataset.drawn")
-        self.browser.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 30)))")
+        frame = "new Promise(done => requestAnimationFrame(() => setTimeout(done)))"
+        self.browser.run(f"(async () => {{ for (let i = 0; i < 3; i++) await {frame} }})()")
+
+    def redrawn(self, change: Callable[[], object]) -> None:
+        """Make a change that the page notices by itself, and wait until it has drawn anew."""
+        drawn = "Number(document.documentElement.dataset.drawn)"
+        before = self.browser.run(drawn)
+        change()
+        self.browser.wait_for(f"{drawn} > {before}")
+        self.settle()
 
     def text(self, selector: str) -> str:
         found: str = self.browser.run(f"document.querySelector({selector!r}).innerText")
@@ -215,15 +224,14 @@ class TestPage:
     def test_dark_and_light(self, page: Page) -> None:
         try:
             light = page.pixel(100, 3)
-            page.browser.prefer("dark")
-            page.settle()
+            page.redrawn(lambda: page.browser.prefer("dark"))
             assert page.pixel(100, 3) != light
             back = page.browser.run("getComputedStyle(document.body).backgroundColor")
             assert back == "rgb(18, 23, 29)"
+            page.redrawn(lambda: page.browser.prefer("light"))
+            assert page.pixel(100, 3) == light
         finally:
             page.browser.prefer("light")
-        page.settle()
-        assert page.pixel(100, 3) == light
 
     def test_texts_are_readable_in_both_schemes(self, page: Page) -> None:
         script = (
@@ -251,8 +259,7 @@ class TestPage:
     def test_the_map_fits_a_small_screen_and_a_fine_one(self, page: Page) -> None:
         try:
             for width, scale in ((400, 1.0), (1200, 2.0)):
-                page.browser.resize(width, 800, scale)
-                page.settle()
+                page.redrawn(lambda size=(width, 800, scale): page.browser.resize(*size))
                 box, (pixels, _) = page.box(), page.size()
                 assert box["x"] + box["width"] <= width
                 assert pixels == pytest.approx(box["width"] * scale, abs=1)
