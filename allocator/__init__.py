@@ -9,6 +9,7 @@ never imports torch.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from kvheap.prefix.index import PrefixIndex as PrefixIndex
     from kvheap.prefix.store import PrefixStore as PrefixStore
     from kvheap.shared.shared_heap import SharedHeap as SharedHeap
+    from kvheap.snapshots.heap_snapshot import HeapSnapshot as HeapSnapshot
     from kvheap.transfer import Transfer as Transfer
     from kvheap.transfer import foreign_transfer as foreign_transfer
     from kvheap.transfer import offload as offload
@@ -101,6 +103,7 @@ _MODULE_OF = {
     "GrowthProgress": "memory.growth",
     "HeapCorruptionError": "errors",
     "HeapOptions": "blocks.memory_allocator",
+    "HeapSnapshot": "snapshots.heap_snapshot",
     "HeapStats": "addresses.heap_stats",
     "HostBuffer": "memory.host_memory",
     "HostMemoryAllocator": "heaps.host_allocators",
@@ -154,3 +157,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if os.environ.get("KVHEAP_NVTX", "") not in ("", "0"):
+    import_module("kvheap.nvtx").enable_by_environment()

@@ -31,7 +31,7 @@ ALLOWED = {
 
 BOUND_BY = {
     "constraints-docs.txt": set(),
-    "constraints-lmcache.txt": {"numpy", "setuptools"},
+    "constraints-lmcache.txt": {"numpy", "prometheus_client", "setuptools"},
     "constraints-mooncake.txt": set(),
     "constraints-sglang.txt": set(),
     "constraints-triton-3.6.txt": {"triton"},

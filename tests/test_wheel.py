@@ -34,6 +34,10 @@ for module in pkgutil.walk_packages(kvheap.__path__, "kvheap."):
 """
 
 
+DATA = ("py.typed", "metrics/dashboard.json", "snapshots/page.html")
+"""Files of the package that are no modules."""
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which the wheel of a copy of the sources was installed."""
@@ -53,7 +57,8 @@ def test_every_module_is_in_it(site: Path) -> None:
     for package, folder in SOURCES.items():
         for source in folder.rglob("*.py"):
             assert (site / package / source.relative_to(folder)).is_file(), source
-    assert (site / "kvheap" / "py.typed").is_file()
+    for name in DATA:
+        assert (site / "kvheap" / name).is_file(), name
 
 
 def test_every_module_can_be_imported_outside_the_checkout(site: Path) -> None:

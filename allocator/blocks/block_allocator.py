@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,9 @@ class BlockAllocator(MemoryAllocatorInterface):
 
     idempotent_free = False
     """Whether freeing a freed block does nothing instead of raising."""
+
+    watched_calls: Any = None
+    """What :mod:`kvheap.metrics` measures of this allocator's calls; None: nothing."""
 
     @property
     @abstractmethod

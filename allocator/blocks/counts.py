@@ -15,7 +15,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from kvheap.device.events import Stream
 from kvheap.errors import BlockInUseError, DoubleFreeError, LifetimeError
 from kvheap.guards import read_meanwhile
 
-__all__ = ["DROPPED", "FREED", "RowCounts"]
+__all__ = ["DROPPED", "FREED", "CopiedStates", "RowCounts"]
 
 FREED = -1
 """The reference count of a block that was freed."""
@@ -80,12 +80,18 @@ class FewCounts(dict[int, int]):
         return found
 
 
+CopiedStates: TypeAlias = "tuple[bytes, bytes] | int"
+"""The counts of N rows at one moment: reference counts, negative for freed rows, and pin counts, of
+freed rows anything, each int32 ``[N]`` as bytes; empty if no row is pinned. If all have one
+reference count, too, that number."""
+
+
 class RowCounts:
     """Reference counts, pin counts, leases and streams of N rows.
 
     - read one row: ``is_live``, ``references_of``, ``pins_of``;
     - read all rows: ``references``, ``pins``, ``live``, ``count_live``, ``all_live``,
-      ``is_untouched``, ``is_unused``, ``leased_rows``, ``rows_to_drop``;
+      ``is_untouched``, ``is_unused``, ``copy_states``, ``leased_rows``, ``rows_to_drop``;
     - change one row: ``changed``, ``references_to_change``, ``pins_to_change``, ``add_lease``,
       ``remove_lease``, ``leases_of``, ``is_held``;
     - change many rows: ``require_pinnable``, ``add_leases``, ``remove_leases``, ``held_only_by``,
@@ -190,6 +196,18 @@ class RowCounts:
             and self._leases is None
             and self.streams is None
         )
+
+    def copy_states(self) -> CopiedStates:
+        """What tells which rows are live and pinned, copied so that it can be read later. O(N)."""
+        references, pins = self._references, self._pins
+        if references is None and pins is None and self._leases is None:
+            return self._uniform_references
+        if self._leases is None and isinstance(references, array):
+            if pins is None:
+                return references.tobytes(), b""
+            if isinstance(pins, array):
+                return references.tobytes(), pins.tobytes()
+        return self._reference_array().tobytes(), self._pin_array().tobytes()
 
     def leased_rows(self) -> Int64Array:
         """The live rows that a lease holds, int64 ``[R]``."""

@@ -65,6 +65,14 @@ class Reclaimer:
         """Freed bytes that streams still use. O(1)."""
         return self._ledger.pending_bytes
 
+    def count_quarantined_bytes(self) -> int:
+        """Those of :attr:`pending_bytes` that a failed transfer may use for ever. O(pending)."""
+        return sum(
+            release.pending_bytes
+            for release in self._ledger.next_pending(None)
+            if any(getattr(event, "is_quarantined", False) for event in release.events)
+        )
+
     @property
     def has_work(self) -> bool:
         """Whether anything waits for :meth:`settle`."""

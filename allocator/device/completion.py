@@ -182,6 +182,16 @@ class Completion:
         return isinstance(event, ReportingEvent) and event.is_stuck
 
     @property
+    def is_queued(self) -> bool:
+        """Whether everything is queued, and nobody has found that it has ended."""
+        return self._state == "queued"
+
+    @property
+    def is_quarantined(self) -> bool:
+        """Whether the copy has failed and may still use its bytes. Queries nothing."""
+        return self._state == "lost" or self.is_stuck
+
+    @property
     def has_ended(self) -> bool:
         """Whether nobody need wait any longer: the copy ended, was lost, or is stuck."""
         try:
@@ -266,6 +276,11 @@ class Success:
         self._has_come |= ended
         return ended
 
+    @property
+    def is_quarantined(self) -> bool:
+        """Whether the copy has failed and may still use the bytes."""
+        return self._completion.is_quarantined
+
     def void(self) -> bool:
         """Make the condition fail; returns False if it was met already."""
         self._is_void = not self._has_come
@@ -323,6 +338,11 @@ class InFlight:
     def __len__(self) -> int:
         """Number of copies that are kept."""
         return len(self._begun)
+
+    @property
+    def num_lost(self) -> int:
+        """Number of copies whose device can no longer tell whether it uses their bytes."""
+        return len(self._lost)
 
 
 in_flight = InFlight()

@@ -184,6 +184,11 @@ class FileTier:
         starts_over_after_fork(self)
         _open_tiers[id(self)] = self
 
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._is_closing
+
     # -- look ----------------------------------------------------------------------------------
 
     def lookup(self, keys: Iterable[bytes]) -> npt.NDArray[np.bool_]:

@@ -42,6 +42,7 @@ from kvheap.heaps.block_tensors import (
     require_matching,
     require_writable_from,
 )
+from kvheap.heaps.capture import capture
 from kvheap.heaps.freed_bytes import FreedBytes
 from kvheap.heaps.options import require_heap_options, require_units
 from kvheap.heaps.ownership import Ownership
@@ -50,6 +51,7 @@ from kvheap.heaps.views import ViewedBlocks, read_view, require_fitting
 from kvheap.heaps.waiting_space import WaitingSpace
 from kvheap.heaps.wiping import Poison, Scrub
 from kvheap.memory.sharing import is_of_another_process
+from kvheap.snapshots.heap_snapshot import HeapSnapshot
 
 __all__ = ["AllocatorStats", "TensorMemoryAllocator"]
 
@@ -102,8 +104,8 @@ class TensorMemoryAllocator(Heap):
     - free: ``free``, ``batched_free``;
     - contents: ``batched_read``, ``batched_write``;
     - an engine's cache: ``batched_store``, ``batched_load``, ``batched_evict``;
-    - inspect: ``stats``, ``snapshot``, ``leaks``, ``full_report``, ``memcheck``, ``check``,
-      ``buffer``, ``segments``, ``device``, ``is_view_only``;
+    - inspect: ``stats``, ``snapshot``, ``free_extents``, ``leaks``, ``full_report``,
+      ``memcheck``, ``check``, ``buffer``, ``segments``, ``device``, ``is_view_only``;
     - grow and close: ``add_buffer``, ``close``.
 
     Args:
@@ -452,10 +454,37 @@ class TensorMemoryAllocator(Heap):
             view_only=self.is_view_only,
         )
 
-    def snapshot(self) -> Int64Array:
+    def free_extents(self) -> Int64Array:
         """Start and size of all free extents, int64 ``[F, 2]``, in address order. O(F)."""
         self.require_open()
         return self.address_manager.snapshot()
+
+    def snapshot(self) -> HeapSnapshot:
+        """The heap's map: which bytes are live, pinned, pending or free, how old, and whose.
+
+        ``save("heap.html")`` writes a page to look at it, ``save("heap.json")`` a file for a bug
+        report, and ``plot()`` draws it. Consistent; O(batches) and O(F) while other threads wait
+        for the heap, then O(extents) while they do not. Sites are known with ``trace_frames``.
+
+        Where another process keeps the books, the snapshot says so: it is that of the fork, and of
+        a heap that is attached, an empty one.
+
+        Raises:
+            ReentrantCallError: the calling thread is inside an operation, as in a finalizer or a
+                signal handler that interrupted one: ask for ``stats()`` there.
+            ClosedError: the allocator is closed.
+        """
+        segments = self._open_segments()
+        if self.lifetime.reclaimer.has_work and not self.is_view_only:
+            self.lifetime.reclaimer.settle()
+        return capture(
+            self.address_manager,
+            self.lifetime.ledger,
+            heap=type(self).__name__,
+            device=str(segments.device),
+            segments=segments.starts,
+            is_view_only=self.is_view_only,
+        )
 
     def memcheck(self) -> bool:
         """Whether :meth:`check` finds that every invariant of the heap holds."""

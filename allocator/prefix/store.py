@@ -24,7 +24,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -121,6 +121,9 @@ class PrefixStore(Generic[K]):
         ValueError: the policy was given to another index or store.
     """
 
+    watched_calls: Any = None
+    """What :mod:`kvheap.metrics` counts of this store's look-ups; None: nothing."""
+
     def __init__(
         self,
         heap: ChunkHeap,
@@ -141,6 +144,11 @@ class PrefixStore(Generic[K]):
     def layout(self) -> BlockLayout:
         """What each chunk holds."""
         return self._space.layout
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` has ended."""
+        return self._closed
 
     # -- look up -------------------------------------------------------------------------------
 

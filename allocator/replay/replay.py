@@ -150,7 +150,7 @@ class Replay:
         return num_chunks * self.geometry.chunk_bytes / seconds / 1e9 if seconds else None
 
     def _sample(self, timestamp_ms: int) -> HeapSample:
-        starts, sizes = self.heap.heap.snapshot().T
+        starts, sizes = self.heap.heap.free_extents().T
         stats = self.stats()
         num_bins = max(1, min(MAX_ADDRESS_RANGES, len(self._stored_at_ms)))
         return HeapSample(

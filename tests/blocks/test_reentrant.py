@@ -109,7 +109,7 @@ class Visitors:
         stats = heap.stats()
         assert stats.heap_bytes == PAGES * PAGE == stats.free_bytes + stats.allocated_bytes
         assert 0 <= stats.largest_free_bytes <= stats.free_bytes
-        extents = heap.snapshot()
+        extents = heap.free_extents()
         assert extents[:, 1].sum() == stats.free_bytes
         assert (extents[1:, 0] >= extents[:-1].sum(1)).all()
         assert heap.memcheck()

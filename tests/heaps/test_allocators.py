@@ -277,7 +277,7 @@ class TestPinned:
             assert sorted(registrar.ranges.values()) == [2 * PAGE, 4 * PAGE, 4 * PAGE]
             assert heap.stats().pinned_bytes == 10 * PAGE
             assert heap.max_batch([3 * PAGE], torch.uint8) == 2
-            assert heap.snapshot()[:, 0].tolist() == [0, 4 * PAGE, 8 * PAGE]
+            assert heap.free_extents()[:, 0].tolist() == [0, 4 * PAGE, 8 * PAGE]
         assert registrar.ranges == {}
 
     def test_pages_end_at_registrations_too(self) -> None:

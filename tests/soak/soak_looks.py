@@ -17,7 +17,7 @@ def look(worker: Worker) -> None:
     stats = heap.stats()
     total = stats.allocated_bytes + stats.free_bytes
     require(total == stats.heap_bytes == HEAP_PAGES * PAGE, stats)
-    starts, sizes = heap.snapshot().T
+    starts, sizes = heap.free_extents().T
     require(bool((sizes > 0).all()), "an empty extent is free")
     require(bool((starts[1:] > (starts + sizes)[:-1]).all()), "free extents touch")
     require(heap.memcheck(), "memcheck")

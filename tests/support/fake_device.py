@@ -513,8 +513,8 @@ def require_sound(device: FakeDevice, *heaps: TensorMemoryAllocator) -> None:
     for heap in heaps:
         heap.address_manager.check()
         assert heap.memcheck()
-        starts = heap.snapshot()[:, 0] + heap.segments[0][1].data_ptr()
-        ends = starts + heap.snapshot()[:, 1]
+        starts = heap.free_extents()[:, 0] + heap.segments[0][1].data_ptr()
+        ends = starts + heap.free_extents()[:, 1]
         for start, end in queued:
             overlaps = (starts < end) & (start < ends)
             assert not overlaps.any(), "bytes are free that a queued copy touches"

@@ -139,7 +139,7 @@ CALLS: dict[str, Callable[[Scene], object]] = {
     "record_stream of the graph": lambda s: s.recorded.record_stream(s.graph),
     "detach": lambda s: s.near.batched_free(s.recorded[:1]),
     "evict": lambda s: s.far.batched_evict(s.stored),
-    "stats": lambda s: (s.near.stats(), s.near.leaks(), s.near.memcheck(), s.near.snapshot()),
+    "stats": lambda s: (s.near.stats(), s.near.leaks(), s.near.memcheck(), s.near.free_extents()),
     "contents": lambda s: s.recorded[0].tensor,
     "copy": lambda s: copy((s.plain, s.moved)),
     "copy on another stream": lambda s: copy((s.plain, s.moved), s.side),
