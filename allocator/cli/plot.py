@@ -13,6 +13,7 @@ from kvheap.cli import CommandError, MachineError
 from kvheap.cli.outputs import cannot_write, require_picture, require_writable
 from kvheap.cli.scripts import find_scripts, script_command
 from kvheap.planning.table_json import FORMAT
+from kvheap.snapshots import HeapSnapshot, is_snapshot
 
 __all__ = ["KINDS", "Kind", "run"]
 
@@ -28,6 +29,8 @@ class Kind(NamedTuple):
     """Whether contents are of this kind."""
     draw: Callable[[Path, Contents, Path], None]
     """Draws the file and its contents to a picture."""
+    other_suffixes: tuple[str, ...] = ()
+    """Suffixes of what it can be drawn to besides pictures."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
     if kind is None:
         known = ", ".join(kind.name for kind in KINDS)
         raise CommandError(f"{path} is of no kind that can be drawn: {known}")
-    require_picture(picture, "kvheap plot" if options.out is None else "--out")
+    if picture.suffix.lower() not in kind.other_suffixes:
+        require_picture(picture, "kvheap plot" if options.out is None else "--out")
     if picture.resolve() == path.resolve():
         raise CommandError(f"{path} would be overwritten by its picture: give another --out")
     require_writable(picture)
@@ -97,9 +101,14 @@ def _draw_calibration(path: Path, contents: Contents, picture: Path) -> None:
     draw(picture, table, source_words(table))
 
 
+def _draw_snapshot(path: Path, contents: Contents, picture: Path) -> None:
+    HeapSnapshot.from_json(contents).save(picture)
+
+
 KINDS = [
     Kind("a benchmark's results", lambda found: "benchmark" in found, _draw_benchmark),
     Kind("a replay", lambda found: found.get("kind") == "replay", _draw_replay),
     Kind("a calibration", lambda found: found.get("format") == FORMAT, _draw_calibration),
+    Kind("a heap's snapshot", is_snapshot, _draw_snapshot, (".html",)),
 ]
 """All kinds, in the order in which they are tried."""

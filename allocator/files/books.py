@@ -153,9 +153,7 @@ class Books:
         """Whether any key's chunk is pending. O(1) while none is."""
         if not self.pending:
             return False
-        return any(
-            (chunk := self.find(key)) is not None and chunk.loads == PENDING for key in keys
-        )
+        return any((chunk := self.find(key)) is not None and chunk.loads == PENDING for key in keys)
 
     def ready(self) -> list[Chunk]:
         """The chunks that can be loaded. O(n)."""

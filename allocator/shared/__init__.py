@@ -1,6 +1,7 @@
 """A heap of chunks that all processes of a host share, and that outlives them.
 
-Needs ``pip install lmdb xxhash`` (the extra ``files``): xxhash for checksums, imported when a heap is opened.
+Needs ``pip install lmdb xxhash``, the extra ``files``: xxhash for checksums, imported when a heap is
+opened.
 """
 
 from __future__ import annotations

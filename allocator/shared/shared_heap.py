@@ -40,7 +40,7 @@ import torch
 from kvheap.addresses.arguments import as_number, require_count, require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.integers import round_up
-from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.block_layout import BlockLayout, as_block_layout
 from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.errors import ClosedError
@@ -49,6 +49,7 @@ from kvheap.files.host_blocks import HostBlocks
 from kvheap.forks import starts_over_after_fork
 from kvheap.heaps.block_tensors import require_matching
 from kvheap.heaps.host_allocators import HostMemoryAllocator
+from kvheap.kernels.chunk_shape import ChunkShape
 from kvheap.memory.boots import boot_id
 from kvheap.memory.file_locks import RangeLocks
 from kvheap.prefix.keys import as_bytes_keys, require_distinct
@@ -129,9 +130,9 @@ class SharedHeap:
             such as a memfd, which stays open. The file is made if there is none.
         size: bytes for chunks, rounded down to whole places: chunks rounded up to 4096 bytes. An
             index of 152 bytes for each, and at most 20 KiB, are added. All memory is taken at once.
-        layout: what a chunk holds.
+        layout: what a chunk holds; ``cache.chunk_layout(n)`` for chunks of an engine's cache.
         namespace: whose KV it is: name the model, its weights, and the rank in a group of workers.
-        order: which chunks leave a full heap first: ``lru``, ``arc``, ``s3fifo`` or ``adaptive``.
+        policy: which chunks leave a full heap first: ``lru``, ``arc``, ``s3fifo`` or ``adaptive``.
         lease_s: how long the owner waits for who holds a chunk that is to be reused. It is the same
             for all processes, and part of the file.
         unlink: remove the file's name when this owner closes the heap.
@@ -150,19 +151,20 @@ class SharedHeap:
         self,
         path: int | str | os.PathLike[str],
         size: int,
-        layout: BlockLayout,
+        layout: BlockLayout | ChunkShape,
         *,
         namespace: str,
-        order: str = "lru",
+        policy: str = "lru",
         lease_s: float = LEASE_S,
         unlink: bool = False,
     ) -> None:
         target = as_target(path)
+        layout = as_block_layout("layout", layout)
         identity = _identity(layout, namespace)
         identity["lease_s"] = as_number("lease_s", lease_s, positive=True)
         require_flags(unlink=unlink)
-        if not isinstance(order, str) or order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+        if not isinstance(policy, str) or policy not in ORDERS:
+            raise ValueError(f"policy must be one of {', '.join(ORDERS)}, got {policy!r}")
         place_bytes = round_up(layout.size_bytes, PAGE_BYTES)
         num_places = require_count("size", size) // place_bytes
         if not 0 < num_places <= MAX_PLACES:
@@ -170,7 +172,7 @@ class SharedHeap:
                 f"size must be {place_bytes}, the bytes of one chunk's place, to "
                 f"{MAX_PLACES * place_bytes}, got {size}"
             )
-        new_order = ORDERS[order](num_places * place_bytes)
+        new_order = ORDERS[policy](num_places * place_bytes)
         segment = Segment.own(target, identity, num_places, layout.size_bytes, place_bytes)
         self._service: Service | None = None
         try:
@@ -200,7 +202,7 @@ class SharedHeap:
     def attach(
         cls,
         path: int | str | os.PathLike[str],
-        layout: BlockLayout,
+        layout: BlockLayout | ChunkShape,
         *,
         namespace: str,
         timeout_s: float = 10.0,
@@ -219,6 +221,7 @@ class SharedHeap:
                 as for the class.
         """
         target = as_target(path)
+        layout = as_block_layout("layout", layout)
         identity = _identity(layout, namespace)
         timeout_s = as_number("timeout_s", timeout_s, positive=True)
         segment = Segment.attach(target, identity)
@@ -740,12 +743,7 @@ class SharedHeap:
         return f"SharedHeap({self.path!r}, {self.layout}, {role})"
 
 
-def _identity(layout: Any, namespace: Any) -> dict[str, object]:
-    if not isinstance(layout, BlockLayout):
-        raise TypeError(
-            f"layout must be a BlockLayout, got {layout!r}: make one with "
-            f"BlockLayout.of(shapes, dtypes, fmt)"
-        )
+def _identity(layout: BlockLayout, namespace: Any) -> dict[str, object]:
     if not isinstance(namespace, str):
         raise TypeError(f"namespace must be a text, got {namespace!r}")
     if not namespace:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from optional import need_matplotlib
 
+from kvheap import TensorMemoryAllocator
 from kvheap.cli import main
 from kvheap.planning.planner import table_for
 from kvheap.planning.table_json import table_to_json
@@ -45,6 +47,18 @@ def test_a_calibration(tmp_path: Path) -> None:
     table.write_text(json.dumps(table_to_json(table_for("NVIDIA H100 80GB HBM3", "13.0"))))
     assert main(["plot", str(table)]) == 0
     assert is_picture(tmp_path / "table.png")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".html"])
+def test_a_snapshot(tmp_path: Path, suffix: str) -> None:
+    need_matplotlib()
+    heap = TensorMemoryAllocator(torch.empty(1 << 20, dtype=torch.uint8))
+    batch = heap.batched_allocate([2048], torch.float32, 5)
+    assert batch is not None
+    heap.snapshot().save(tmp_path / "heap.json")
+    drawn = tmp_path / f"map{suffix}"
+    assert main(["plot", str(tmp_path / "heap.json"), "--out", str(drawn)]) == 0
+    assert is_picture(drawn) if suffix == ".png" else "<canvas" in drawn.read_text()
 
 
 @pytest.mark.parametrize(

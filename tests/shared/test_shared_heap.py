@@ -150,7 +150,7 @@ class TestStore:
 
     @pytest.mark.parametrize("order", ["lru", "arc", "s3fifo", "adaptive"])
     def test_a_full_heap_evicts(self, path: Path, order: str) -> None:
-        with own(path, NUM_CHUNKS, order=order) as heap:
+        with own(path, NUM_CHUNKS, policy=order) as heap:
             for number in range(0, 10 * NUM_CHUNKS, 2):
                 keys = [key_of(number), key_of(number + 1)]
                 assert put(heap, keys) == [True, True]
