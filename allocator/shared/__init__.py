@@ -1,7 +1,7 @@
 """A heap of chunks that all processes of a host share, and that outlives them.
 
-Needs ``pip install lmdb xxhash``, the extra ``files``: xxhash for checksums, imported when a heap is
-opened.
+Needs xxhash for checksums, imported when a heap is opened: ``pip install lmdb xxhash``, the extra
+``files``.
 """
 
 from __future__ import annotations

@@ -334,7 +334,7 @@ class TestRefused:
             ({"namespace": ""}, "namespace must name"),
             ({"namespace": 3}, "namespace must be a text"),
             ({"namespace": "x" * 20000}, "use a hash of the namespace"),
-            ({"order": "mru"}, "order must be one of lru"),
+            ({"policy": "mru"}, "policy must be one of lru"),
             ({"lease_s": 0}, "lease_s must be a positive"),
             ({"unlink": 1}, "unlink must be True or False"),
             ({"layout": [2048]}, "layout must be a BlockLayout"),
