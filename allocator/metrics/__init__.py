@@ -1,6 +1,6 @@
 """What heaps do, for Prometheus and Grafana; see :class:`~kvheap.metrics.Metrics`.
 
-``pip install 'kvheap[prometheus]'``, then:
+``pip install prometheus_client``, then:
 
 >>> import torch
 >>> from kvheap import TensorMemoryAllocator

@@ -1,6 +1,6 @@
 """``dashboard``: a Grafana dashboard of kvheap's metrics, to be imported or provisioned.
 
-``python -m kvheap.metrics.dashboard > kvheap.json`` writes it to a file.
+``python -m kvheap.metrics > kvheap.json`` writes it to a file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,3 @@ def dashboard() -> dict[str, Any]:
     text = resources.files("kvheap.metrics").joinpath("dashboard.json").read_text("utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
-
-
-if __name__ == "__main__":
-    print(json.dumps(dashboard(), indent=2))

@@ -18,7 +18,6 @@ def need_prometheus(module: str = "") -> Any:
         return import_module(f"prometheus_client{'.' * bool(module)}{module}")
     except ImportError as error:
         raise ImportError(
-            f"metrics need the package prometheus_client ({error}): "
-            f"pip install 'kvheap[prometheus]'",
+            f"metrics need the package prometheus_client ({error}): pip install prometheus_client",
             name="prometheus_client",
         ) from error

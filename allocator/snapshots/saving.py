@@ -45,6 +45,6 @@ def need_plot() -> Any:
         if error.name is None or not error.name.startswith("matplotlib"):
             raise
         raise ImportError(
-            f"a picture needs the package matplotlib ({error}): pip install 'kvheap[plot]'",
+            f"a picture needs the package matplotlib ({error}): pip install matplotlib",
             name="matplotlib",
         ) from error

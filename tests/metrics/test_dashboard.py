@@ -150,6 +150,6 @@ def test_grafana_can_load_it() -> None:
 
 
 def test_the_module_prints_it() -> None:
-    command = [sys.executable, "-m", "kvheap.metrics.dashboard"]
+    command = [sys.executable, "-W", "error", "-m", "kvheap.metrics"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(done.stdout) == dashboard()
