@@ -477,6 +477,8 @@ def print_verdicts(console: Console, found: list[Row]) -> None:
 
 def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """Draw time over free extents, and time over blocks of a batch; all axes logarithmic."""
+    from matplotlib.ticker import LogFormatter, StrMethodFormatter
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     colors = {"kvheap": "tab:blue", PEER: "tab:orange"}
     for name, color in colors.items():
@@ -496,6 +498,8 @@ def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     for panel in (left, right):
         panel.set_xscale("log")
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         panel.set_ylabel("microseconds of the host")
         panel.grid(alpha=0.3)
         panel.legend()

@@ -17,7 +17,15 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+try:
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+except ModuleNotFoundError as error:
+    if error.name != "transformers" or __name__ != "__main__":
+        raise
+    raise SystemExit(
+        f"{__doc__}\nThis Python has no transformers: pip install transformers"
+    ) from None
 
 import kvheap
 from kvheap import BlockLayout, MemoryFormat, PagedKVCache, PrefixStore, TensorMemoryAllocator

@@ -58,6 +58,27 @@ def test_an_example_says_how_it_is_used(script: Path, capsys: pytest.CaptureFixt
     assert summary[0] in text
 
 
+def test_without_its_package_an_example_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for script in EXAMPLES:
+        if package := NEEDS.get(script.stem):
+            absent = ModuleNotFoundError(f"No module named {package!r}", name=package)
+            finder = type("Finder", (), {"find_spec": raises(package, absent)})
+            monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+            monkeypatch.delitem(sys.modules, package, raising=False)
+            with pytest.raises(SystemExit, match=f"pip install {package}$"):
+                run(script, "--help")
+
+
+def raises(package: str, error: ImportError) -> object:
+    def find_spec(name: str, *_: object) -> None:
+        if name == package:
+            raise error
+
+    return staticmethod(find_spec)
+
+
 def test_each_is_tried_with_arguments_of_its_own() -> None:
     assert {script.stem for script in EXAMPLES} == ARGUMENTS.keys()
     page = (EXAMPLES[0].parent.parent / "docs" / "examples.md").read_text(encoding="utf-8")

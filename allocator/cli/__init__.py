@@ -207,8 +207,9 @@ exit status: 0 all ran, 1 a benchmark failed, 2 an argument is wrong, 3 the mach
 """
 
 PLOT_HELP = """\
-Draw a file of results: of 'kvheap bench' or a benchmark's script, of 'kvheap replay --json', or of
-'kvheap calibrate --json'. What the file holds is recognized by its contents.
+Draw a file of results: of 'kvheap bench' or a benchmark's script, of 'kvheap replay --json', of
+'kvheap calibrate --json', or a heap's map, from heap.snapshot().save("FILE.json"). What the file
+holds is recognized by its contents.
 """
 
 
@@ -437,12 +438,13 @@ def _add_plot(commands: Commands) -> None:
         description=PLOT_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    plot.add_argument("file", type=Path, help="a file that a command wrote with --json, or bench")
+    plot.add_argument("file", type=Path, help="the file, a .json")
     plot.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="the picture, a .png, .svg or .pdf (default: FILE with .png for its suffix)",
+        help="the picture, a .png, .svg or .pdf, for a heap's map also a page, an .html "
+        "(default: FILE with .png for its suffix)",
     )
 
 

@@ -40,16 +40,18 @@ class Benchmark(NamedTuple):
     install: str = ""
     """The command that installs them, if it is one."""
     takes_device: bool = False
+    peer: str = ""
+    """The distribution of a peer beside which it is measured if that is installed."""
 
 
 BENCHMARKS = (
-    Benchmark("address_manager"),
-    Benchmark("allocators"),
+    Benchmark("address_manager", peer="lmcache"),
+    Benchmark("allocators", peer="lmcache"),
     Benchmark("block_copy", takes_device=True),
-    Benchmark("paged_copy", takes_device=True),
+    Benchmark("paged_copy", takes_device=True, peer="lmcache"),
     Benchmark("transfer", takes_device=True),
-    Benchmark("small_calls"),
-    Benchmark("utilization"),
+    Benchmark("small_calls", peer="lmcache"),
+    Benchmark("utilization", peer="lmcache"),
     Benchmark("prefix_index"),
     Benchmark("eviction"),
     Benchmark("files", ("lmdb", "xxhash"), "pip install lmdb xxhash"),
@@ -88,6 +90,11 @@ def run(options: argparse.Namespace) -> int:
     lines = [(outcome, line) for outcome in outcomes for line in _lines(outcome)]
     if lines:
         console.print(_table(lines))
+    absent = {each.peer for each in chosen if each.peer and not _is_installed(each.peer)}
+    for peer in sorted(absent):
+        names = ", ".join(each.name for each in chosen if each.peer == peer)
+        words = f"{peer} is not installed: the lines of {names} that have no peer are beside it"
+        console.print(Text(words, style="dim"))
     _write_summary(out / "summary.json", outcomes)
     failed = [outcome for outcome in outcomes if outcome.results is None]
     for outcome in failed:

@@ -272,8 +272,9 @@ def _allocator(heap_bytes: int, device: torch.device, geometry: Geometry) -> Ten
     try:
         buffer = torch.empty(heap_bytes, dtype=torch.uint8, device=device)
     except RuntimeError as error:  # torch's out-of-memory errors
-        reason = str(error).splitlines()[0]
-        raise MachineError(f"{device} has no room for {heap_bytes} bytes: {reason}") from None
+        reason = str(error).splitlines()[0].partition("DefaultCPUAllocator: ")
+        words = f"{device} has no room for a heap of {_bytes(heap_bytes)}: give a smaller --heap"
+        raise MachineError(f"{words} ({reason[2] or reason[0]})") from None
     chunk_bytes = 1 << (geometry.chunk_bytes - 1).bit_length()
     align_bytes = min(AddressManager.ALIGN_BYTES, chunk_bytes)  # small chunks share a unit
     if heap_bytes < align_bytes:
