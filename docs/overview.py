@@ -104,8 +104,8 @@ def tiers() -> list[str]:
     out = []
     for y, title, lines in (
         (64, "Pinned host", ("another heap", "offload, restore")),
-        (178, "Files", ("FileTier: bounded,", "checked, survives kill -9")),
-        (292, "Elsewhere", ("another machine,", "by a library of yours")),
+        (178, "Outlives kill -9", ("FileTier: files", "SharedHeap: memory")),
+        (292, "Other machines", ("NIXL: read by key", "Mooncake: a pool")),
     ):
         out.append(box(left, y, width, 102))
         out.append(text(left + 14, y + 30, title, "title"))
@@ -124,8 +124,8 @@ def between() -> list[str]:
         out += [arrow(684, y - 8, 800, y - 8), arrow(800, y + 8, 686, y + 8)]
     out.append(text(742, 88, "kernel on 2-3 SMs", "small", "middle"))
     out.append(text(742, 146, "or copy engine", "small", "middle"))
-    out.append(text(742, 260, "O_DIRECT, in runs", "small", "middle"))
-    out.append(text(742, 374, "addresses, in runs", "small", "middle"))
+    out.append(text(742, 260, "with checksums", "small", "middle"))
+    out.append(text(742, 374, "leased, in runs", "small", "middle"))
     return out
 
 

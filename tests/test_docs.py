@@ -36,6 +36,7 @@ LEFT_OUT = {
     "CommandError": "printed by the command as one line",
     "IndexRefusedError": "logged by the vLLM tier, which then begins empty",
     "MachineError": "printed by the command as one line",
+    "OwnerRefusedError": "inside a SharedHeap, between a process and the owner",
     "ReleaseVoidError": "inside kvheap, between an event and its completion",
     "ShortReadError": "inside a FileTier, which removes the chunk and says so",
     "WipedLaterError": "inside kvheap, between freeing and wiping",
@@ -47,6 +48,7 @@ LEFT_OUT = {
 INSIDE = {
     "MemoryBatch": {
         "await_filling",
+        "await_transfers",
         "born",
         "checked_rows",
         "claimable",
@@ -55,6 +57,7 @@ INSIDE = {
         "describe",
         "index",
         "is_owner",
+        "objects",
         "record",
         "require_owner",
         "require_writable",
@@ -80,7 +83,7 @@ INSIDE = {
     },
     "PagedKVCache": {"error_word", "filled_tokens"},
     "PrefixIndex": {"books"},
-    "PrefixStore": set(),
+    "PrefixStore": {"watched_calls"},
     "TensorMemoryAllocator": {
         "absolute",
         "allocate_blocks",
@@ -91,13 +94,17 @@ INSIDE = {
         "layout_of",
         "memory_segments",
         "merged_releases",
+        "new_tensor",
         "object_type",
         "pinned_addresses",
         "require_gatherable",
         "require_open",
         "require_owner",
+        "require_writable_from",
         "rows_by_batch",
+        "scatter",
         "start_over_after_fork",
+        "watched_calls",
     },
 }
 """Classes whose methods the reference lists one by one, and which of them are for subclasses, for
