@@ -8,9 +8,10 @@ be frozen, or cut off, and go on later.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
-from kvheap.remote.errors import ProtocolError
+from kvheap.remote.deadlines import Deadline
 from kvheap.remote.handshake import call
 from kvheap.remote.line import Line
 
@@ -18,6 +19,12 @@ __all__ = ["Probed", "probe"]
 
 PROBE_S = 0.7
 """Seconds to wait for an answer."""
+
+MIN_S = 0.05
+"""The same for the last attempt."""
+
+AGAIN_S = 0.01
+"""Seconds between two attempts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +44,21 @@ class Probed:
 
 def probe(address: tuple[str, int], key: bytes, name: str, uuid: str) -> Probed:
     """Look for the life ``uuid`` of a peer at an address. Raises nothing."""
-    try:
-        line, welcome = call(address, key, name, PROBE_S)
-    except ConnectionRefusedError:
-        return Probed(True, f"nobody listens at {address[0]}:{address[1]} any more")
-    except (ProtocolError, OSError) as error:
-        return Probed(False, str(error))
-    except Exception as error:
-        return Probed(False, repr(error))
+    deadline = Deadline(PROBE_S)
+    while True:
+        try:
+            line, welcome = call(address, key, name, max(deadline.left_s, MIN_S))
+        except ConnectionRefusedError:
+            return Probed(True, f"nobody listens at {address[0]}:{address[1]} any more")
+        except (ConnectionResetError, BrokenPipeError) as error:
+            # A process that ends closes its sockets one after another, this one last perhaps.
+            if deadline.has_passed:
+                return Probed(False, str(error))
+            time.sleep(AGAIN_S)
+        except Exception as error:
+            return Probed(False, str(error) or repr(error))
+        else:
+            break
     if welcome.uuid == uuid:
         return Probed(False, "it is alive", line)
     line.close()

@@ -1,0 +1,247 @@
+"""Nodes for tests: chunks whose bytes follow from their keys, and nodes in processes of their own.
+
+As a program it makes a node, prints its address, and runs each line of its input: a statement, or
+an expression whose value it prints.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from kvheap import BlockLayout, HostMemoryAllocator, MemoryBatch, MemoryFormat
+
+__all__ = [
+    "LAYOUT",
+    "NodeProcess",
+    "fill",
+    "key_of",
+    "keys_of",
+    "make_heap",
+    "need_nixl",
+    "until",
+    "wrong_rows",
+]
+
+LAYOUT = BlockLayout.of([2048], torch.int64, MemoryFormat.UNDEFINED)
+"""16 KiB."""
+
+START_S = 60.0
+
+
+def need_nixl() -> str | None:
+    """Why these tests cannot run here; None if they can. Raises where they must."""
+    try:
+        import msgpack  # noqa: F401
+        import nixl  # noqa: F401
+    except ImportError as error:
+        if os.environ.get("KVHEAP_REQUIRE_NIXL"):
+            raise
+        return f"needs NIXL: see constraints-nixl.txt ({error})"
+    return None
+
+
+def key_of(number: int) -> bytes:
+    return number.to_bytes(8, "big")
+
+
+def keys_of(numbers: Sequence[int]) -> list[bytes]:
+    return [key_of(number) for number in numbers]
+
+
+def make_heap(num_chunks: int = 64, **options: Any) -> HostMemoryAllocator:
+    return HostMemoryAllocator(num_chunks * LAYOUT.size_bytes, stream_wait_s=0.0, **options)
+
+
+@lru_cache(maxsize=4)
+def contents(numbers: Sequence[int]) -> torch.Tensor:
+    """The chunks of keys, int64 ``[N, 2048]``; not to be changed."""
+    return torch.tensor([*numbers])[:, None] * 1_000_003 + torch.arange(2048) * 7919
+
+
+def fill(heap: Any, numbers: Sequence[int]) -> MemoryBatch:
+    """A batch with the chunks of keys."""
+    batch = heap.batched_allocate(
+        list(LAYOUT.shapes[0]), torch.int64, len(numbers), LAYOUT.fmt, source=contents(_hashable(numbers))
+    )
+    assert batch is not None
+    return batch
+
+
+def lone(heap: Any, numbers: Sequence[int]) -> tuple[MemoryBatch, list[Any]]:
+    """Blocks with the chunks of keys, of which no two are neighbours; and what lies between."""
+    batch = fill(heap, [number for number in numbers for _ in range(2)])
+    return batch, [batch[row] for row in range(0, 2 * len(numbers), 2)]
+
+
+def wrong_rows(numbers: Sequence[int], blocks: Any) -> int:
+    """How many blocks do not have the bytes of their keys."""
+    expected = contents(_hashable(numbers))
+    return sum(
+        not torch.equal(block.tensor, chunk) for block, chunk in zip(blocks, expected, strict=True)
+    )
+
+
+def _hashable(numbers: Sequence[int]) -> Sequence[int]:
+    return numbers if isinstance(numbers, range) else tuple(numbers)
+
+
+def until(question: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """What a question says once that is true."""
+    end = time.monotonic() + seconds
+    while True:
+        answer = question()
+        if answer or time.monotonic() > end:
+            return answer
+        time.sleep(0.002)
+
+
+class NodeProcess:
+    """A node in a process of its own.
+
+    Args:
+        name: of the node.
+        num_chunks: of its heap.
+        published: the chunks that it has, a range.
+        tls: the transports of UCX; empty: its choice.
+        bind: where to listen.
+        secret: of the node.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_chunks: int,
+        published: range = range(0),
+        *,
+        tls: str = "",
+        bind: str = "127.0.0.1:0",
+        secret: str = "",
+    ) -> None:
+        environment = dict(os.environ)
+        if tls:
+            environment["UCX_TLS"] = tls
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                __file__,
+                name,
+                str(num_chunks),
+                str(published.start),
+                str(published.stop),
+                bind,
+                secret,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self._address = ""
+
+    @property
+    def address(self) -> str:
+        """Where it listens; waits for it to start."""
+        if not self._address:
+            self._address = self._line()
+        return self._address
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process has ended: {self.process.wait()}")
+        return line.strip()
+
+    def tell(self, line: str) -> None:
+        """Let it run a statement, without waiting for that."""
+        assert self.address
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def ask(self, line: str) -> Any:
+        """The value of an expression there; of a statement None."""
+        self.tell(line)
+        return self.answer()
+
+    def answer(self) -> Any:
+        """The value of the expression that was told first and not answered."""
+        kind, _, text = self._line().partition(" ")
+        if kind == "error":
+            raise RuntimeError(text)
+        return ast.literal_eval(text)
+
+    def freeze(self) -> None:
+        """Stop it; returns once it has stopped."""
+        self.process.send_signal(signal.SIGSTOP)
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        assert until(lambda: stat.read_text().rpartition(") ")[2].startswith("T"))
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> NodeProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+def main(name: str, num_chunks: str, first: str, end: str, bind: str, secret: str) -> None:
+    """Make a node, and run what the input says."""
+    import kvheap
+    from kvheap import remote
+    from kvheap.remote import service  # noqa: F401
+
+    report = os.fdopen(os.dup(1), "w", buffering=1)
+    heap = make_heap(int(num_chunks))
+    node = remote.Node(name, heap, bind=bind, secret=secret or None)
+    numbers = range(int(first), int(end))
+    batch = fill(heap, numbers) if len(numbers) else None
+    if batch is not None:
+        node.publish(keys_of(numbers), batch)
+    names: dict[str, Any] = dict(
+        globals(), kvheap=kvheap, remote=remote, heap=heap, node=node, batch=batch, numbers=numbers
+    )
+    print(node.address, file=report)
+    for line in sys.stdin:
+        try:
+            try:
+                code = compile(line, "<input>", "eval")
+            except SyntaxError:
+                exec(line, names)
+                print("value None", file=report)
+            else:
+                print("value", repr(eval(code, names)), file=report)
+        except BaseException as error:
+            print("error", " ".join(repr(error).split()), file=report)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
