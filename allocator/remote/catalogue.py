@@ -82,8 +82,10 @@ class Catalogue:
 
         Raises:
             Exception: what the user's function raised.
+            ClosedError: the heap is closed.
             TypeError, ValueError: what it returned is no list of blocks, as long as that of keys.
         """
+        self._heap.require_open()
         places: list[Place | None] = [*map(self._published.get, keys)]
         if self._lookup is not None and None in places:
             unknown = [at for at, place in enumerate(places) if place is None]

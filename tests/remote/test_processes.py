@@ -70,6 +70,14 @@ def begun(node: Any, peer: Any, keys: list[bytes], timeout_s: float) -> Any:
     return batch
 
 
+def refuses(peer: Any) -> bool:
+    try:
+        peer.lookup([key_of(1)])
+    except PeerGoneError:
+        return True
+    return False
+
+
 def pending(node: Any) -> int:
     return int(node.heap.stats().pending_bytes)
 
@@ -90,7 +98,7 @@ class TestFrozenOwner:
         batch = begun(reader, peer, keys_of(NUMBERS), 0.3)
         owner.freeze()
         try:
-            with pytest.raises(TransferError, match="'owner'.*not arrived in 0.3 s") as raised:
+            with pytest.raises(TransferError, match=r"'owner'.*not arrived in 0.3 s") as raised:
                 batch.transfer.result(5)
             assert isinstance(raised.value.__cause__, PeerTimeoutError)
             assert batch.transfer.is_quarantined
@@ -100,7 +108,7 @@ class TestFrozenOwner:
             assert (stats.quarantined_reads, stats.quarantined_bytes) == (1, pending(reader))
             others = fill(reader.heap, NUMBERS)  # everything else that there is
             assert reader.heap.batched_allocate([2048], torch.int64, 1) is None
-            with pytest.raises(PeerTimeoutError, match="'owner' has not answered in 0.2 s"):
+            with pytest.raises(PeerTimeoutError, match=r"'owner' has not answered in 0.2 s"):
                 peer.lookup([key_of(1)], timeout_s=0.2)
         finally:
             owner.thaw()
@@ -116,7 +124,7 @@ class TestFrozenOwner:
         owner.freeze()
         try:
             batch = peer.read(keys_of(range(4)), into=reader.heap, timeout_s=0.2)
-            with pytest.raises(TransferError, match="'owner': it has not answered in 0.2 s"):
+            with pytest.raises(TransferError, match=r"'owner': it has not answered in 0.2 s"):
                 batch.transfer.result(5)
             assert not batch.transfer.is_quarantined
             reader.heap.batched_free(batch)
@@ -254,6 +262,7 @@ class TestClosingOwner:
             peer = reader.connect(leaving.address)
             batch = begun(reader, peer, keys_of(NUMBERS), 30)
             leaving.tell("node.close(20)")
+            assert until(lambda: refuses(peer))
             refused = peer.read([key_of(1)], into=reader.heap)
             with pytest.raises(TransferError, match="'leaving'"):
                 refused.transfer.result(10)

@@ -1,14 +1,17 @@
 """Nodes for tests: chunks whose bytes follow from their keys, and nodes in processes of their own.
 
-As a program it makes a node, prints its address, and runs each line of its input: a statement, or
-an expression whose value it prints.
+As a program it forks such processes. Each runs the lines that it gets: a statement, or an expression
+whose value it sends back.
 """
 
 from __future__ import annotations
 
 import ast
+import atexit
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 
+import kvheap
 from kvheap import BlockLayout, HostMemoryAllocator, MemoryBatch, MemoryFormat
 
 __all__ = [
@@ -36,8 +40,6 @@ __all__ = [
 
 LAYOUT = BlockLayout.of([2048], torch.int64, MemoryFormat.UNDEFINED)
 """16 KiB."""
-
-START_S = 60.0
 
 
 def need_nixl() -> str | None:
@@ -73,7 +75,11 @@ def contents(numbers: Sequence[int]) -> torch.Tensor:
 def fill(heap: Any, numbers: Sequence[int]) -> MemoryBatch:
     """A batch with the chunks of keys."""
     batch = heap.batched_allocate(
-        list(LAYOUT.shapes[0]), torch.int64, len(numbers), LAYOUT.fmt, source=contents(_hashable(numbers))
+        list(LAYOUT.shapes[0]),
+        torch.int64,
+        len(numbers),
+        LAYOUT.fmt,
+        source=contents(_hashable(numbers)),
     )
     assert batch is not None
     return batch
@@ -107,6 +113,28 @@ def until(question: Callable[[], Any], seconds: float = 20.0) -> Any:
         time.sleep(0.002)
 
 
+class Nursery:
+    """A process that has imported everything, and forks a node for each that is asked for."""
+
+    def __init__(self) -> None:
+        # Its input is never written to: it ends when this process does.
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        self.address = "127.0.0.1", int(self._process.stdout.readline())
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@lru_cache(maxsize=1)
+def nursery() -> Nursery:
+    return Nursery()
+
+
 class NodeProcess:
     """A node in a process of its own.
 
@@ -129,25 +157,11 @@ class NodeProcess:
         bind: str = "127.0.0.1:0",
         secret: str = "",
     ) -> None:
-        environment = dict(os.environ)
-        if tls:
-            environment["UCX_TLS"] = tls
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                __file__,
-                name,
-                str(num_chunks),
-                str(published.start),
-                str(published.stop),
-                bind,
-                secret,
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        self._socket = socket.create_connection(nursery().address)
+        self._lines = self._socket.makefile("r")
+        start = [name, num_chunks, published.start, published.stop, tls, bind, secret]
+        self._socket.sendall(f"{start!r}\n".encode())
+        self.pid = int(self._line())
         self._address = ""
 
     @property
@@ -158,18 +172,15 @@ class NodeProcess:
         return self._address
 
     def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = self._lines.readline()
         if not line:
-            raise RuntimeError(f"the process has ended: {self.process.wait()}")
+            raise RuntimeError("the process has ended")
         return line.strip()
 
     def tell(self, line: str) -> None:
         """Let it run a statement, without waiting for that."""
         assert self.address
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        self._socket.sendall(f"{line}\n".encode())
 
     def ask(self, line: str) -> Any:
         """The value of an expression there; of a statement None."""
@@ -183,20 +194,28 @@ class NodeProcess:
             raise RuntimeError(text)
         return ast.literal_eval(text)
 
+    @property
+    def state(self) -> str:
+        """The kernel's letter for its state; empty if it is gone."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2][:1]
+        except OSError:
+            return ""
+
     def freeze(self) -> None:
         """Stop it; returns once it has stopped."""
-        self.process.send_signal(signal.SIGSTOP)
-        stat = Path(f"/proc/{self.process.pid}/stat")
-        assert until(lambda: stat.read_text().rpartition(") ")[2].startswith("T"))
+        os.kill(self.pid, signal.SIGSTOP)
+        assert until(lambda: self.state == "T")
 
     def thaw(self) -> None:
         """Let it go on."""
-        self.process.send_signal(signal.SIGCONT)
+        os.kill(self.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """End it at once."""
-        self.process.kill()
-        self.process.wait()
+        if self.state not in ("", "Z"):
+            os.kill(self.pid, signal.SIGKILL)
+            assert until(lambda: self.state in ("", "Z"))
 
     def __enter__(self) -> NodeProcess:
         return self
@@ -208,40 +227,58 @@ class NodeProcess:
         trace: TracebackType | None,
     ) -> None:
         self.kill()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            stream.close()
+        self._lines.close()
+        self._socket.close()
 
 
-def main(name: str, num_chunks: str, first: str, end: str, bind: str, secret: str) -> None:
-    """Make a node, and run what the input says."""
-    import kvheap
-    from kvheap import remote
-    from kvheap.remote import service  # noqa: F401
-
-    report = os.fdopen(os.dup(1), "w", buffering=1)
-    heap = make_heap(int(num_chunks))
-    node = remote.Node(name, heap, bind=bind, secret=secret or None)
-    numbers = range(int(first), int(end))
+def live(connection: socket.socket) -> None:
+    """Make a node, and run what comes in."""
+    lines, report = connection.makefile("r"), connection.makefile("w")
+    print(os.getpid(), file=report, flush=True)
+    name, num_chunks, first, end, tls, bind, secret = ast.literal_eval(lines.readline())
+    if tls:
+        os.environ["UCX_TLS"] = tls
+    heap = make_heap(num_chunks)
+    node = kvheap.remote.Node(name, heap, bind=bind, secret=secret or None)
+    numbers = range(first, end)
     batch = fill(heap, numbers) if len(numbers) else None
     if batch is not None:
         node.publish(keys_of(numbers), batch)
     names: dict[str, Any] = dict(
-        globals(), kvheap=kvheap, remote=remote, heap=heap, node=node, batch=batch, numbers=numbers
+        globals(), remote=kvheap.remote, heap=heap, node=node, batch=batch, numbers=numbers
     )
-    print(node.address, file=report)
-    for line in sys.stdin:
+    print(node.address, file=report, flush=True)
+    for line in lines:
         try:
             try:
                 code = compile(line, "<input>", "eval")
             except SyntaxError:
                 exec(line, names)
-                print("value None", file=report)
+                print("value None", file=report, flush=True)
             else:
-                print("value", repr(eval(code, names)), file=report)
+                print("value", repr(eval(code, names)), file=report, flush=True)
         except BaseException as error:
-            print("error", " ".join(repr(error).split()), file=report)
+            print("error", " ".join(repr(error).split()), file=report, flush=True)
+
+
+def main() -> None:
+    """Fork a node for each connection."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets those that end
+    server = socket.create_server(("127.0.0.1", 0))
+    print(server.getsockname()[1], flush=True)
+    while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:
+        connection, _ = server.accept()
+        if not os.fork():
+            server.close()
+            try:
+                live(connection)
+            finally:
+                os._exit(0)
+        connection.close()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    import kvheap.remote
+    import kvheap.remote.service
+
+    main()
