@@ -45,20 +45,28 @@ class Probed:
 def probe(address: tuple[str, int], key: bytes, name: str, uuid: str) -> Probed:
     """Look for the life ``uuid`` of a peer at an address. Raises nothing."""
     deadline = Deadline(PROBE_S)
-    while True:
-        try:
-            line, welcome = call(address, key, name, max(deadline.left_s, MIN_S))
-        except ConnectionRefusedError:
-            return Probed(True, f"nobody listens at {address[0]}:{address[1]} any more")
-        except (ConnectionResetError, BrokenPipeError) as error:
-            # A process that ends closes its sockets one after another, this one last perhaps.
-            if deadline.has_passed:
-                return Probed(False, str(error))
-            time.sleep(AGAIN_S)
-        except Exception as error:
-            return Probed(False, str(error) or repr(error))
-        else:
-            break
+    found = _probe(address, key, name, uuid, PROBE_S)
+    while found is None:
+        # A process that ends closes its sockets one after another, the listening one last perhaps.
+        time.sleep(AGAIN_S)
+        if deadline.has_passed:
+            return Probed(False, "it hangs up on whoever connects")
+        found = _probe(address, key, name, uuid, max(deadline.left_s, MIN_S))
+    return found
+
+
+def _probe(
+    address: tuple[str, int], key: bytes, name: str, uuid: str, timeout_s: float
+) -> Probed | None:
+    """One attempt; None if it shows nothing."""
+    try:
+        line, welcome = call(address, key, name, timeout_s)
+    except ConnectionRefusedError:
+        return Probed(True, f"nobody listens at {address[0]}:{address[1]} any more")
+    except (ConnectionResetError, BrokenPipeError):
+        return None
+    except Exception as error:
+        return Probed(False, str(error) or repr(error))
     if welcome.uuid == uuid:
         return Probed(False, "it is alive", line)
     line.close()

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -81,9 +81,11 @@ class TestWrongClients:
         serves(client, owner)
 
     def test_another_secret_is_refused_by_both_sides(self, owner: Any) -> None:
-        with Node("stranger", make_heap(), secret="another") as stranger:
-            with pytest.raises(AuthenticationError, match=owner.address):
-                stranger.connect(owner.address)
+        with (
+            Node("stranger", make_heap(), secret="another") as stranger,
+            pytest.raises(AuthenticationError, match=owner.address),
+        ):
+            stranger.connect(owner.address)
         before = refused(owner)
         with socket.create_connection(where(owner)) as sock:  # a client that does not look
             hello = packed(nonce=bytes(16), echo=bytes(16), name="x")
@@ -150,10 +152,8 @@ class TestSlowClients:
             serves(client, owner)
             for at in range(30):  # a byte at a time
                 for sock in socks:
-                    try:
+                    with suppress(OSError):
                         sock.send(frame[at : at + 1])
-                    except OSError:
-                        continue
                 time.sleep(0.02)
             serves(client, owner)
             assert until(lambda: all(map(is_closed, socks)))

@@ -405,12 +405,8 @@ class TestEnd:
                 lambda: own.read([1]),
                 lambda: own.owner.publish([], []),
             ):
-                try:
+                with pytest.raises(ClosedError, match="belongs to process"):
                     call()
-                except ClosedError as error:
-                    assert "belongs to process" in str(error)  # noqa: PT017
-                else:
-                    return False
             own.reader.close()
             own.owner.close()
             return True

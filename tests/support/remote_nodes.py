@@ -1,7 +1,7 @@
 """Nodes for tests: chunks whose bytes follow from their keys, and nodes in processes of their own.
 
-As a program it forks such processes. Each runs the lines that it gets: a statement, or an expression
-whose value it sends back.
+As a program it forks such processes. Each runs the lines that it gets: a statement, or an
+expression whose value it sends back.
 """
 
 from __future__ import annotations
@@ -249,16 +249,18 @@ def live(connection: socket.socket) -> None:
     )
     print(node.address, file=report, flush=True)
     for line in lines:
-        try:
-            try:
-                code = compile(line, "<input>", "eval")
-            except SyntaxError:
-                exec(line, names)
-                print("value None", file=report, flush=True)
-            else:
-                print("value", repr(eval(code, names)), file=report, flush=True)
-        except BaseException as error:
-            print("error", " ".join(repr(error).split()), file=report, flush=True)
+        print(outcome(line, names), file=report, flush=True)
+
+
+def outcome(line: str, names: dict[str, Any]) -> str:
+    try:
+        code = compile(line, "<input>", "eval")
+    except SyntaxError:
+        code = compile(line, "<input>", "exec")
+    try:
+        return f"value {eval(code, names)!r}"
+    except BaseException as error:
+        return " ".join(f"error {error!r}".split())
 
 
 def main() -> None:
