@@ -7,7 +7,7 @@ import json
 import platform
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from decimal import Decimal
 from pathlib import Path
 from time import perf_counter
@@ -30,7 +30,7 @@ from kvheap.prefix.space import RequestTooLargeError
 from kvheap.replay.copies import EngineCopies
 from kvheap.replay.engine_cache import ENGINE_LAYOUTS, EngineCache
 from kvheap.replay.geometry import GEOMETRIES, Geometry
-from kvheap.replay.replay import Replay
+from kvheap.replay.replay import FurtherTier, Replay
 from kvheap.replay.trace import (
     Request,
     TraceError,
@@ -97,8 +97,9 @@ def run(options: argparse.Namespace) -> int:
         copies = None
         if options.engine_layout is not None:
             copies = EngineCopies(_engine(options, geometry, device))
-        replay = Replay(allocator, geometry, copies, policy)
-        seconds = _replay(replay, requests, PLOT_SAMPLES if options.plot else 0)
+        with _second_tier(options.peer, allocator, geometry) as tier:
+            replay = Replay(allocator, geometry, copies, policy, tier)
+            seconds = _replay(replay, requests, PLOT_SAMPLES if options.plot else 0)
     name = options.trace.name if options.trace else f"made-up traffic, seed {options.seed}"
     figures = _figures(replay, seconds, name, options)
     try:  # before anything is printed, which may fail by itself
@@ -109,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
     return 1 if replay.mismatches else 0
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "--heap") -> int:
     """Parse a number of bytes with an optional unit: B, kB, MB, GB, TB, KiB, MiB, GiB or TiB.
 
     >>> parse_bytes("4096"), parse_bytes("1.5 GiB"), parse_bytes("2kB")
@@ -121,7 +122,9 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
     size = int(Decimal(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
     if not 0 < size < HEAP_BYTES_END:
-        raise CommandError(f"--heap must be a positive number of bytes such as 64MiB, got {text!r}")
+        raise CommandError(
+            f"{option} must be a positive number of bytes such as 64MiB, got {text!r}"
+        )
     return size
 
 
@@ -236,6 +239,26 @@ def _allocator(heap_bytes: int, device: torch.device, geometry: Geometry) -> Ten
     return TensorMemoryAllocator(buffer, align_bytes)
 
 
+def _second_tier(
+    size: str | None, allocator: TensorMemoryAllocator, geometry: Geometry
+) -> AbstractContextManager[FurtherTier | None]:
+    if size is None:
+        return nullcontext()
+    size_bytes = parse_bytes(size, "--peer")
+    if allocator.device.type != "cpu":
+        raise CommandError("--peer needs --device cpu")
+    if size_bytes < geometry.chunk_bytes:
+        raise CommandError(f"--peer {size} has no room for a chunk of {geometry.chunk_bytes} bytes")
+    from kvheap.replay.second_tier import SecondTier
+
+    try:
+        return SecondTier(allocator, geometry, size_bytes)
+    except ImportError as error:
+        raise MachineError(f"--peer: {error}") from None
+    except (OSError, RuntimeError) as error:
+        raise MachineError(f"--peer: {error}") from error
+
+
 def _engine(options: argparse.Namespace, geometry: Geometry, device: torch.device) -> EngineCache:
     try:
         return EngineCache(options.engine_layout, geometry, device, seed=options.seed)
@@ -277,6 +300,7 @@ def _figures(
         "stored": replay.stored,
         "resident": replay.resident,
         "evicted": replay.store.stats().evicted_chunks,
+        "fetched": replay.fetched if options.peer else None,
         "mismatches": replay.mismatches,
         "utilization_peak": replay.utilization_peak,
         "utilization_final": stats.utilization,
@@ -345,6 +369,8 @@ def _table(figures: dict[str, Any]) -> Table:
     table.add_row("hits", f"{figures['hits']:,} ({figures['hit_rate']:.2%})")
     for name in ("stored", "resident", "evicted"):
         table.add_row(name, f"{figures[name]:,}")
+    if figures["fetched"] is not None:
+        table.add_row("fetched from the second process", f"{figures['fetched']:,}")
     style = "bold red" if figures["mismatches"] else "green"
     table.add_row("mismatches", f"{figures['mismatches']:,}", style=style)
     for name in ("batched_allocate", "batched_free"):
