@@ -309,7 +309,8 @@ def main() -> None:
             rows += measure(case, transport, rounds)
     print_rows(console, rows)
     machine = describe_machine(torch.device("cpu"))
-    configuration = {"nixl": "1.5.1", "quick": arguments.quick}
+    load = [round(each, 1) for each in os.getloadavg()]
+    configuration = {"nixl": "1.5.1", "quick": arguments.quick, "load_average": load}
     write_results(
         console,
         arguments.out,

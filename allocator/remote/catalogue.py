@@ -116,18 +116,22 @@ class Catalogue:
 
     def _readable(self, places: list[Place | None]) -> list[Place | None]:
         """Without blocks that are freed, or that a transfer has not filled."""
-        live: dict[int, npt.NDArray[np.bool_] | None] = {}
+        batches = {id(place[0]): place[0] for place in places if place is not None}
+        if not batches:
+            return places
+        self._layout = next(iter(batches.values())).layout
+        live: dict[int, npt.NDArray[np.bool_]] = {}
+        for number, batch in batches.items():
+            if not _is_filled(batch):
+                live[number] = np.zeros(len(batch), np.bool_)
+            elif not batch.counts.all_live():
+                live[number] = batch.live
+        if not live:
+            return places
         found: list[Place | None] = []
         for place in places:
-            if place is None:
-                found.append(None)
-                continue
-            batch, row = place
-            if id(batch) not in live:
-                live[id(batch)] = batch.live if _is_filled(batch) else None
-                self._layout = batch.layout
-            rows = live[id(batch)]
-            found.append(place if rows is not None and rows[row] else None)
+            rows = None if place is None else live.get(id(place[0]))
+            found.append(None if rows is not None and not rows[place[1]] else place)  # type: ignore[index]
         return found
 
 

@@ -97,8 +97,8 @@ class LentBlocks:
         heap, batch = self._heap, places[0][0]
         rows: Int64Array | None = None
         blocks: BlockObjects = batch
-        if all(place[0] is batch for place in places):
-            rows = np.fromiter((row for _, row in places), np.int64, len(places))
+        if len({id(owner) for owner, _ in places}) == 1:
+            rows = np.array([row for _, row in places], np.int64)
             if len(rows) == len(batch) and rows[0] == 0 and bool((np.diff(rows) == 1).all()):
                 rows = None
         else:

@@ -90,7 +90,8 @@ class Service:
             known: list[Place] = [place for place in places if place is not None]
             if len(known) < len(keys):
                 break
-            layouts = {place[0].layout for place in known}
+            batches = {id(batch): batch for batch, _ in known}
+            layouts = {batch.layout for batch in batches.values()}
             if len(layouts) > 1:
                 raise ValueError(f"the blocks of these keys have several layouts: {layouts}")
             lent = self._lent.lend(known, ttl)

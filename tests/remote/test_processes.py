@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from remote_nodes import (
@@ -26,7 +27,8 @@ from remote_nodes import (
     wrong_rows,
 )
 
-from kvheap import TransferError
+from kvheap import BlockRuns, TransferError
+from kvheap.transfer.pairing import paired_runs
 
 WHY_NOT = need_nixl()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -72,6 +74,26 @@ def begun(node: Any, peer: Any, keys: list[bytes], timeout_s: float) -> Any:
 
 def read_all(peer: Any, numbers: range, batch: Any) -> None:
     peer.read(keys_of(numbers), into=batch, timeout_s=20).transfer.result(10)
+
+
+def read_directly(node: Any, peer: Any, address: int) -> str:
+    """Read all chunks without asking for a lease; how that ends."""
+    batch = node.heap.batched_allocate([2048], torch.int64, MANY, LAYOUT.fmt)
+    pieces = paired_runs(BlockRuns(np.array([address]), np.array([MANY]), 16384, 16384), batch)
+    agent, welcome = node._reader._agent, peer.link.welcome
+
+    def read() -> str:
+        request = agent.read(welcome.agent, pieces, welcome.device)
+        state = agent.post(request)[0]
+        while state == "running":
+            state = agent.state(request)[0]
+        agent.release(request)
+        return str(state)
+
+    try:
+        return str(node._reader.ask(read))
+    finally:
+        node.heap.batched_free(batch)
 
 
 def refuses(peer: Any) -> bool:
@@ -246,12 +268,15 @@ class TestClosingOwner:
     def test_a_heap_that_is_closed_under_its_node_stays_mapped(self, reader: Any) -> None:
         with NodeProcess("closing", MANY, NUMBERS, tls=TCP) as closing:
             peer = reader.connect(closing.address)
+            there = closing.ask("int(batch.block_runs().starts[0])")
             batch = begun(reader, peer, keys_of(NUMBERS), 30)
             closing.tell("heap.close()")  # waits for the reader
             assert wrong_rows(NUMBERS, batch) == 0
             assert closing.answer() is None
             reader.heap.batched_free(batch)
             # The memory is still there: a reader that knows the addresses harms nobody.
+            closing.ask("batch = heap = None")
+            assert read_directly(reader, peer, there) == "done"
             with pytest.raises(TransferError, match=r"'closing'.*closed"):
                 peer.read([key_of(1)], into=reader.heap).transfer.result(10)
             assert closing.ask("node.stats().failed_requests") == 0

@@ -24,12 +24,13 @@ from typing import Any
 import torch
 
 import kvheap
-from kvheap import BlockLayout, HostMemoryAllocator, MemoryBatch, MemoryFormat
+from kvheap import BlockInUseError, BlockLayout, HostMemoryAllocator, MemoryBatch, MemoryFormat
 
 __all__ = [
     "LAYOUT",
     "NodeProcess",
     "fill",
+    "is_freed",
     "key_of",
     "keys_of",
     "make_heap",
@@ -101,6 +102,15 @@ def wrong_rows(numbers: Sequence[int], blocks: Any) -> int:
 
 def _hashable(numbers: Sequence[int]) -> Sequence[int]:
     return numbers if isinstance(numbers, range) else tuple(numbers)
+
+
+def is_freed(heap: Any, batch: MemoryBatch) -> bool:
+    """Free blocks, unless a reader has them."""
+    try:
+        heap.batched_free(batch)
+    except BlockInUseError:
+        return False
+    return True
 
 
 def until(question: Callable[[], Any], seconds: float = 20.0) -> Any:
