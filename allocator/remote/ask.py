@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from kvheap.forks import starts_over_after_fork
 from kvheap.remote.deadlines import Deadline
 from kvheap.remote.errors import PeerError, PeerGoneError, PeerTimeoutError, ProtocolError
 from kvheap.remote.handshake import call
@@ -37,6 +38,12 @@ class AskLine:
         self._uuid = uuid
         self._number = 0
         self._lock = threading.Lock()
+        starts_over_after_fork(self)
+
+    def start_over_after_fork(self) -> None:
+        """Close this process's copy of the socket, in a forked child."""
+        self._lock = threading.Lock()
+        self.close()
 
     def ask(self, kind: str, timeout_s: float, **fields: Any) -> Fields:
         """The answer to a request.

@@ -61,6 +61,7 @@ LOGGER = logging.getLogger("kvheap")
 MAX_NAME = 200
 BACKLOG = 64
 CLOSE_POLL_S = 2e-3
+OFFER_POLL_S = 0.1
 
 EXIT_S = 1.0
 """Seconds that the end of a program waits for the reads of a node that was not closed."""
@@ -219,12 +220,18 @@ class Node:
             The offer: ``connect`` to its ``address``, and read its ``keys``. None if none comes.
 
         Raises:
-            ClosedError: the node is closed, or belongs to another process.
+            ClosedError: the node is closed, also meanwhile, or belongs to another process.
         """
         self._require_open()
+        deadline = None
         if timeout_s is not None:
-            timeout_s = as_seconds("timeout_s", timeout_s)
-        return self._offers.next(timeout_s)
+            deadline = time.monotonic() + as_seconds("timeout_s", timeout_s)
+        while True:
+            left_s = OFFER_POLL_S if deadline is None else deadline - time.monotonic()
+            offer = self._offers.next(min(max(left_s, 0.0), OFFER_POLL_S))
+            if offer is not None or (deadline is not None and time.monotonic() >= deadline):
+                return offer
+            self._require_open()
 
     # -- read ----------------------------------------------------------------------------------
 
@@ -372,8 +379,6 @@ class Node:
     def start_over_after_fork(self) -> None:
         """Give the node up in a forked child: its threads, sockets and memory are the parent's."""
         self._is_foreign = True
-        for peer in self._peers.values():
-            peer.abandon()
         self._server.abandon()
         self._reader.abandon()
         _open_nodes.pop(id(self), None)

@@ -39,7 +39,7 @@ class Offers:
         self._queue.put(offer)
         return True
 
-    def next(self, timeout_s: float | None) -> Offer | None:
+    def next(self, timeout_s: float) -> Offer | None:
         """The offer that has waited longest; None if none comes in time."""
         try:
             return self._queue.get(timeout=timeout_s)

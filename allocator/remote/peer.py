@@ -229,10 +229,6 @@ class Peer:
         self._ask.close()
         self._reader.drop(self._link)
 
-    def abandon(self) -> None:
-        """Close this process's copy of the socket, in a forked child."""
-        self._ask.close()
-
     def __repr__(self) -> str:
         """Name, address and whether it is gone."""
         return f"Peer({self.name!r} at {self.address}{', gone' if self.is_gone else ''})"

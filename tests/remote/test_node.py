@@ -364,7 +364,11 @@ class TestPublish:
 
 class TestEnd:
     def test_a_closed_node_refuses_everything(self, own: World) -> None:
-        own.reader.close()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(own.reader.next_offer)
+            own.reader.close()
+            with pytest.raises(ClosedError):
+                waiting.result(10)
         own.reader.close()
         for call in (
             lambda: own.reader.connect(own.owner.address),
