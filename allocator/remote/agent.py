@@ -3,7 +3,7 @@
 What NIXL 1.5.1 does, measured over loopback, and what follows:
 
 - neither an error nor a release ends a transfer: the bytes go on arriving. So a request is released
-  only once nothing can arrive any more (:mod:`kvheap.remote.transfers`);
+  only once nothing can arrive any more (:mod:`kvheap.remote.moves`);
 - ``remove_remote_agent`` does not end them either, so no peer is removed before that;
 - reading memory that its owner has unmapped ends the owner's process, over TCP. So an agent keeps
   the buffers that it has registered until they are deregistered;

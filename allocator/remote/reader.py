@@ -27,13 +27,12 @@ from kvheap.remote.errors import (
     MissingKeysError,
     PeerError,
     PeerGoneError,
-    PeerTimeoutError,
     ProtocolError,
-    StaleReadError,
 )
 from kvheap.remote.line import Line
 from kvheap.remote.link import Link
 from kvheap.remote.messages import Fields, packed, unpacked
+from kvheap.remote.moves import Moves, too_late
 from kvheap.remote.probe import Probed, probe
 from kvheap.remote.reads import Read
 from kvheap.transfer.pairing import paired_runs
@@ -57,10 +56,6 @@ MAX_PAUSE_S = 1e-3
 QUARANTINE_PAUSE_S = 20e-3
 """The same for reads that nobody waits for any more."""
 
-SETTLE_S = 0.5
-"""Seconds after a peer is gone, and NIXL has reported it, in which what the network still holds is
-received before blocks are given back."""
-
 PROBE_PAUSE_S = 0.5
 """Seconds between two attempts to find out whether a peer is gone."""
 
@@ -76,6 +71,7 @@ class Reader:
 
     def __init__(self, agent: Agent, key: bytes, name: str) -> None:
         self._agent = agent
+        self._moves = Moves(agent, self._look_for, self._ended)
         self._key = key
         self._name = name
         self._links: dict[str, Link] = {}
@@ -405,53 +401,21 @@ class Reader:
         read.groups = paired_runs(runs, read.target).by_bytes(POST_BYTES)
         read.posted_at = now_s()
         link.running[read] = None
-        self._post(link, read)
+        self._moves.post(link, read)
 
     def _unlock(self, link: Link, lease: int) -> None:
         self._push(link, packed(kind="unlock", lease=lease))
 
     # -- bytes ---------------------------------------------------------------------------------
 
-    def _post(self, link: Link, read: Read) -> None:
-        """Post the next part of a read, if there is one."""
-        pieces = next(read.groups, None) if read.groups is not None else None
-        if pieces is None:
-            read.groups = None
-            return
-        try:
-            request = self._agent.read(link.welcome.agent, pieces, link.welcome.device)
-        except PeerError as error:  # nothing was posted
-            read.groups = None
-            read.event.fail(error)
-            return
-        self._note(link, read, request, *self._agent.post(request))
-
-    def _note(
-        self, link: Link, read: Read, request: int, state: str, error: BaseException | None
-    ) -> None:
-        """Enter the state of a request that is in neither list."""
-        if state == "done":
-            self._agent.release(request)
-        elif state == "running":
-            read.running.append(request)
-        else:
-            read.groups = None
-            read.broken.append(request)
-            read.failure = PeerError(f"NIXL could not read from peer {link.name!r}: {error}")
-            read.failure.__cause__ = error
-            if link.gone is not None:
-                read.event.fail(link.gone)
-            else:
-                self._look_for(link)  # within a second it is known to be gone, or not
-
     def _look_at_all(self) -> None:
         for link in [*self._links.values()]:
             for read in [*link.running]:
-                self._look_at(link, read)
+                self._moves.look_at(link, read)
             for reads in (link.queued, link.asked.values()):
                 for read in [*reads]:
                     if read.limit.has_passed:
-                        self._fail(read, self._too_late(link, read))
+                        self._fail(read, too_late(link, read))
             link.queued = [read for read in link.queued if not read.event.has_ended]
             for number in [n for n, read in link.asked.items() if read.event.has_ended]:
                 del link.asked[number]
@@ -459,35 +423,8 @@ class Reader:
                 self._look_for(link)
             self._forget_if_idle(link)
 
-    def _look_at(self, link: Link, read: Read) -> None:
-        if not read.event.is_over and read.limit.has_passed:
-            read.event.fail(self._too_late(link, read))
-        if read.event.is_over:
-            read.groups = None  # nothing more is posted
-        requests, read.running = read.running, []
-        for request in requests:
-            self._note(link, read, request, *self._agent.state(request))
-        if read.groups is not None and not read.running:
-            self._post(link, read)
-        if read.groups is not None:
-            return
-        if not read.running and not read.broken:
-            self._finish(link, read)
-        elif link.gone is not None and (link.is_assumed_gone or not read.running):
-            self._settle(link, read)
-
-    def _finish(self, link: Link, read: Read) -> None:
-        """NIXL has nothing to do with a read any more."""
-        lease_until = read.lease_until
-        assert lease_until is not None
-        if lease_until.has_passed:
-            read.event.fail(
-                StaleReadError(
-                    f"the bytes from peer {link.name!r} arrived after its lease of "
-                    f"{lease_until.seconds:g} s: they may be other chunks'"
-                )
-            )
-        link.running.pop(read)
+    def _ended(self, link: Link, read: Read) -> None:
+        """Nothing of a read can arrive any more."""
         if read.event.cause is None:
             self.num_done += 1
             self.bytes_done += read.num_bytes
@@ -497,35 +434,11 @@ class Reader:
         read.event.end()
         self._unlock(link, read.lease)
 
-    def _settle(self, link: Link, read: Read) -> None:
-        """End a read whose peer is gone, once the network holds nothing of it any more."""
-        for request in (*read.broken, *read.running):
-            self._agent.state(request)  # receives what there is
-        if read.settle_until is None:
-            read.settle_until = Deadline(SETTLE_S)
-        elif read.settle_until.has_passed:
-            for request in (*read.broken, *read.running):
-                self._agent.release(request)
-            read.broken, read.running = [], []
-            link.running.pop(read)
-            self.num_failed += 1
-            self._open.pop(read, None)
-            read.event.end()
-
     def _fail(self, read: Read, error: BaseException) -> None:
         """End a read that NIXL has nothing to do with."""
         self.num_failed += 1
         self._open.pop(read, None)
         read.fail(error)
-
-    def _too_late(self, link: Link, read: Read) -> PeerTimeoutError:
-        if read.lease:
-            what = "the bytes have not arrived"
-        elif link.line is None:
-            what = "it cannot be reached"
-        else:
-            what = "it has not answered"
-        return PeerTimeoutError(f"peer {link.name!r}: {what} in {read.limit.seconds:g} s")
 
     # -- is the peer gone? ---------------------------------------------------------------------
 
