@@ -264,6 +264,22 @@ class TestGoneOwner:
         close_to_empty(reader)
 
 
+    def test_a_machine_that_vanished_is_gone_once_the_user_says_so(self, reader: Any) -> None:
+        with NodeProcess("vanished", MANY, NUMBERS, tls=TCP) as vanished:
+            peer = reader.connect(vanished.address)
+            batch = begun(reader, peer, keys_of(NUMBERS), 0.2)
+            vanished.freeze()  # and never goes on
+            with pytest.raises(TransferError, match="'vanished'"):
+                batch.transfer.result(5)
+            reader.heap.batched_free(batch)
+            assert not peer.is_gone
+            time.sleep(0.7)
+            assert pending(reader) == MANY * LAYOUT.size_bytes
+            peer.assume_gone()
+            close_to_empty(reader)
+            assert peer.is_gone
+
+
 class TestClosingOwner:
     def test_a_heap_that_is_closed_under_its_node_stays_mapped(self, reader: Any) -> None:
         with NodeProcess("closing", MANY, NUMBERS, tls=TCP) as closing:
