@@ -6,6 +6,7 @@ Blocks that were published are found first; for other keys the user's function i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,7 +16,7 @@ from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects, Heap, layout_and_addresses
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 
-__all__ = ["Catalogue", "Lookup", "Place"]
+__all__ = ["Catalogue", "Lookup", "Place", "batches_of"]
 
 Lookup: TypeAlias = "Callable[[list[bytes]], Sequence[MemoryObj | None]]"
 """Finds the block of each key, or None; called on a thread of the node."""
@@ -116,16 +117,16 @@ class Catalogue:
 
     def _readable(self, places: list[Place | None]) -> list[Place | None]:
         """Without blocks that are freed, or that a transfer has not filled."""
-        batches = {id(place[0]): place[0] for place in places if place is not None}
+        batches = batches_of(filter(None, places))
         if not batches:
             return places
-        self._layout = next(iter(batches.values())).layout
+        self._layout = next(iter(batches)).layout
         live: dict[int, npt.NDArray[np.bool_]] = {}
-        for number, batch in batches.items():
+        for batch in batches:
             if not _is_filled(batch):
-                live[number] = np.zeros(len(batch), np.bool_)
+                live[id(batch)] = np.zeros(len(batch), np.bool_)
             elif not batch.counts.all_live():
-                live[number] = batch.live
+                live[id(batch)] = batch.live
         if not live:
             return places
         found: list[Place | None] = []
@@ -133,6 +134,11 @@ class Catalogue:
             rows = None if place is None else live.get(id(place[0]))
             found.append(None if rows is not None and not rows[place[1]] else place)  # type: ignore[index]
         return found
+
+
+def batches_of(places: Iterable[Place]) -> set[MemoryBatch]:
+    """The batches of blocks."""
+    return {*map(itemgetter(0), places)}
 
 
 def _is_filled(batch: MemoryBatch) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from operator import itemgetter
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from kvheap.blocks.batch_lease import BatchLease
 from kvheap.blocks.heap import BlockObjects, Heap
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.errors import LifetimeError
-from kvheap.remote.catalogue import Place
+from kvheap.remote.catalogue import Place, batches_of
 from kvheap.transfer.pairing import block_runs
 
 __all__ = ["MAX_LEASE_S", "LentBlocks"]
@@ -97,8 +98,8 @@ class LentBlocks:
         heap, batch = self._heap, places[0][0]
         rows: Int64Array | None = None
         blocks: BlockObjects = batch
-        if len({id(owner) for owner, _ in places}) == 1:
-            rows = np.array([row for _, row in places], np.int64)
+        if len(batches_of(places)) == 1:
+            rows = np.fromiter(map(itemgetter(1), places), np.int64, len(places))
             if len(rows) == len(batch) and rows[0] == 0 and bool((np.diff(rows) == 1).all()):
                 rows = None
         else:

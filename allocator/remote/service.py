@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvheap.errors import ClosedError
-from kvheap.remote.catalogue import Catalogue, Place
+from kvheap.remote.catalogue import Catalogue, Place, batches_of
 from kvheap.remote.errors import ProtocolError
 from kvheap.remote.leases import MAX_LEASE_S, LentBlocks
 from kvheap.remote.messages import Fields, layout_fields, packed
@@ -87,11 +87,10 @@ class Service:
             raise ProtocolError("a lock of no keys")
         for _ in range(LEND_TRIES):
             places = self._catalogue.find(keys)
-            known: list[Place] = [place for place in places if place is not None]
+            known: list[Place] = [*filter(None, places)]
             if len(known) < len(keys):
                 break
-            batches = {id(batch): batch for batch, _ in known}
-            layouts = {batch.layout for batch in batches.values()}
+            layouts = {batch.layout for batch in batches_of(known)}
             if len(layouts) > 1:
                 raise ValueError(f"the blocks of these keys have several layouts: {layouts}")
             lent = self._lent.lend(known, ttl)

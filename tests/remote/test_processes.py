@@ -263,7 +263,6 @@ class TestGoneOwner:
             reader.heap.batched_free(batch)
         close_to_empty(reader)
 
-
     def test_a_machine_that_vanished_is_gone_once_the_user_says_so(self, reader: Any) -> None:
         with NodeProcess("vanished", MANY, NUMBERS, tls=TCP) as vanished:
             peer = reader.connect(vanished.address)
