@@ -223,6 +223,8 @@ class Reader:
             for read in link.running:
                 if read.event.is_over:
                     wait = QUARANTINE_PAUSE_S
+                elif read.groups is not None and not read.running:
+                    return 0.0  # the next part is to be posted
                 elif now - read.posted_at < SPIN_S:
                     return 0.0
                 else:
