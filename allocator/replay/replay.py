@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Protocol
 
 import numpy as np
 
@@ -16,10 +17,20 @@ from kvheap.replay.samples import HeapSample, mean_by_bin, occupancy
 from kvheap.replay.timing import Stopwatch, TimedHeap
 from kvheap.replay.trace import Request
 
-__all__ = ["Replay"]
+__all__ = ["FurtherTier", "Replay"]
 
 MAX_ADDRESS_RANGES = 256
 """The most equal address ranges that a sample distinguishes."""
+
+
+class FurtherTier(Protocol):
+    """Where chunks are kept behind the heap, such as a ``SecondTier``."""
+
+    def keep(self, store: PrefixStore[int], hash_ids: Sequence[int]) -> None:
+        """Keep chunks that are stored and held."""
+
+    def fetch(self, store: PrefixStore[int], hash_ids: Sequence[int]) -> list[int]:
+        """Store those of ``hash_ids`` that are kept, and return them."""
 
 
 class Replay:
@@ -33,6 +44,7 @@ class Replay:
         geometry: the geometry of a chunk.
         copies: how chunks are filled and read; None: with tensors.
         policy: which chunks are evicted first; None: the least recently used.
+        tier: keeps what the heap evicts; None: nothing does.
 
     Attributes:
         store: the prefix store.
@@ -40,6 +52,7 @@ class Replay:
         geometry: as given.
         requests, block_refs, hits, stored, resident: counts so far; ``resident`` are references
             that were neither hits nor stored: behind a missing chunk, or named twice.
+        fetched: chunks that the tier brought back; they are no hits, and are compared too.
         mismatches: references whose chunk did not hold what was stored.
         utilization_peak: highest allocated share of the heap after any request.
         samples: the heap over time, if sampling was requested.
@@ -51,14 +64,16 @@ class Replay:
         geometry: Geometry,
         copies: Copies | None = None,
         policy: EvictionPolicy | None = None,
+        tier: FurtherTier | None = None,
     ) -> None:
         self.heap = TimedHeap(allocator)
         self.store: PrefixStore[int] = PrefixStore(self.heap, geometry.layout, policy)
         self.geometry = geometry
         self.requests = self.block_refs = self.hits = self.stored = self.resident = 0
-        self.mismatches = 0
+        self.mismatches = self.fetched = 0
         self.utilization_peak = 0.0
         self.samples: list[HeapSample] = []
+        self._tier = tier
         self._copies = TensorCopies(geometry, allocator.buffer) if copies is None else copies
         self._slot_bytes = allocator.address_manager.compute_aligned_size(geometry.chunk_bytes)
         # When each place in the heap was last written; chunks of one size each fill one place.
@@ -98,19 +113,35 @@ class Replay:
             held.enter_context(store.hold(stored))
             store.touch(stored)
             self.mismatches += self._copies.count_mismatches(store, hash_ids[:num_hits])
+            fetched = self._fetch(missing, held)
+            if fetched:
+                self._stored_at_ms[store.addresses(fetched) // self._slot_bytes] = timestamp_ms
+                missing = store.missing(missing)
             if missing:
                 for batch in self._copies.batches(missing):
                     self._copies.write(store, batch)
                     held.enter_context(store.hold(batch))
                 self._stored_at_ms[store.addresses(missing) // self._slot_bytes] = timestamp_ms
             request = store.hold(distinct)
+            if self._tier is not None:
+                self._tier.keep(store, missing)
         request.release()  # as a whole, so that the tail of the request is evicted before its head
         self.requests += 1
         self.block_refs += len(hash_ids)
         self.hits += num_hits
         self.stored += len(missing)
-        self.resident += len(hash_ids) - num_hits - len(missing)
+        self.fetched += len(fetched)
+        self.resident += len(hash_ids) - num_hits - len(missing) - len(fetched)
         self.utilization_peak = max(self.utilization_peak, self.stats().utilization)
+
+    def _fetch(self, missing: Sequence[int], held: ExitStack) -> list[int]:
+        """Bring back what the tier has, hold and compare it."""
+        if self._tier is None:
+            return []
+        fetched = self._tier.fetch(self.store, missing)
+        held.enter_context(self.store.hold(fetched))
+        self.mismatches += self._copies.count_mismatches(self.store, fetched)
+        return fetched
 
     def stats(self) -> AllocatorStats:
         """The heap now."""

@@ -149,3 +149,35 @@ def test_calls_of_the_heap_are_timed_with_their_blocks() -> None:
     assert [blocks for _, blocks in replay.heap.allocations] == [3, 3]
     assert [blocks for _, blocks in replay.heap.frees] == [2]
     assert all(seconds > 0 for seconds, _ in replay.heap.allocations + replay.heap.frees)
+
+
+class KeepsAll:
+    """A further tier in this process; it may bring back wrong bytes."""
+
+    def __init__(self, heap: TensorMemoryAllocator, wrong: int = -1) -> None:
+        self.heap, self.wrong = heap, wrong
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def keep(self, store: object, hash_ids: list[int]) -> None:
+        for hash_id, chunk in zip(hash_ids, store.chunks(hash_ids), strict=True):  # type: ignore[attr-defined]
+            self.kept[hash_id] = chunk.tensor.clone()
+
+    def fetch(self, store: object, hash_ids: list[int]) -> list[int]:
+        found = [hash_id for hash_id in hash_ids if hash_id in self.kept]
+        if found:
+            source = torch.stack([self.kept[hash_id] for hash_id in found])
+            if self.wrong in found:
+                source[found.index(self.wrong)].view(-1).view(torch.uint8)[0] ^= 1
+            store.store(found, source)  # type: ignore[attr-defined]
+        return found
+
+
+@pytest.mark.parametrize("wrong", [-1, 2])
+def test_what_a_further_tier_brings_back_is_compared(wrong: int) -> None:
+    heap = heap_of(4)
+    replay = Replay(heap, TINY, tier=KeepsAll(heap, wrong))
+    for ids in ([1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 9], [5]):
+        replay.serve(ids)
+    assert (replay.hits, replay.fetched, replay.stored) == (1, 2, 9)
+    assert replay.block_refs == replay.hits + replay.fetched + replay.stored + replay.resident
+    assert replay.mismatches == (wrong in (1, 2))

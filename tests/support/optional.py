@@ -24,6 +24,10 @@ NEED_VLLM = {
 """Modules that cannot be imported without vLLM."""
 
 
+NEED_NIXL = {"kvheap.remote.node"}
+"""Modules whose examples need NIXL."""
+
+
 def need_matplotlib() -> None:
     """Skip the test that is running if matplotlib, which draws pictures, is not installed."""
     pytest.importorskip("matplotlib", reason="draws: needs matplotlib, pip install matplotlib")

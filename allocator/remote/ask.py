@@ -1,0 +1,124 @@
+"""``AskLine``: requests to a peer that the caller waits for."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from kvheap.forks import starts_over_after_fork
+from kvheap.remote.deadlines import Deadline
+from kvheap.remote.errors import PeerError, PeerGoneError, PeerTimeoutError, ProtocolError
+from kvheap.remote.handshake import call
+from kvheap.remote.line import Line
+from kvheap.remote.messages import Fields, packed, unpacked
+
+__all__ = ["AskLine"]
+
+
+class AskLine:
+    """A control connection for one request at a time, made anew when it breaks.
+
+    Args:
+        line: connected.
+        address: host and port.
+        key: of the first frames.
+        name: of this node.
+        peer: the peer's name.
+        uuid: of the peer's life.
+    """
+
+    def __init__(
+        self, line: Line, address: tuple[str, int], key: bytes, name: str, peer: str, uuid: str
+    ) -> None:
+        self._line: Line | None = line
+        self._address = address
+        self._key = key
+        self._name = name
+        self._peer = peer
+        self._uuid = uuid
+        self._number = 0
+        self._lock = threading.Lock()
+        starts_over_after_fork(self)
+
+    def start_over_after_fork(self) -> None:
+        """Close this process's copy of the socket, in a forked child."""
+        self._lock = threading.Lock()
+        self.close()
+
+    def ask(self, kind: str, timeout_s: float, **fields: Any) -> Fields:
+        """The answer to a request.
+
+        Raises:
+            PeerTimeoutError: it has not come in time.
+            PeerGoneError: the peer's process has ended, or its node was closed.
+            PeerError: the peer could not answer; the message says why.
+            ProtocolError: what came is no answer.
+            ConnectionError: the connection broke, and no new one could be made.
+        """
+        deadline = Deadline(timeout_s)
+        if not self._lock.acquire(timeout=min(max(timeout_s, 0.0), threading.TIMEOUT_MAX)):
+            raise PeerTimeoutError(f"peer {self._peer!r}: others have asked it for {timeout_s:g} s")
+        try:
+            answer = self._ask(kind, deadline, fields)
+        except (PeerTimeoutError, TimeoutError):
+            self.close()
+            raise PeerTimeoutError(
+                f"peer {self._peer!r} has not answered in {timeout_s:g} s"
+            ) from None
+        except ProtocolError as error:
+            self.close()
+            raise type(error)(f"peer {self._peer!r}: {error}") from None
+        except BaseException:
+            self.close()  # an answer may still be on its way
+            raise
+        finally:
+            self._lock.release()
+        if "error" in answer:
+            wrong = PeerGoneError if "gone" in answer else PeerError
+            raise wrong(f"peer {self._peer!r}: {answer.text('error')}")
+        return answer
+
+    def _ask(self, kind: str, deadline: Deadline, fields: dict[str, Any]) -> Fields:
+        self._number += 1
+        payload = packed(kind=kind, number=self._number, **fields)
+        if self._line is not None:
+            try:
+                return self._exchange(self._line, payload, deadline)
+            except (ProtocolError, TimeoutError):
+                raise
+            except OSError:
+                self.close()
+        self._line = self._connected(deadline)
+        return self._exchange(self._line, payload, deadline)
+
+    def _exchange(self, line: Line, payload: bytes, deadline: Deadline) -> Fields:
+        line.send(payload, deadline)
+        answer = unpacked(line.receive(deadline))
+        if answer.integer("number") != self._number:
+            raise ProtocolError("an answer belongs to another request")
+        return answer
+
+    def _connected(self, deadline: Deadline) -> Line:
+        where = f"{self._address[0]}:{self._address[1]}"
+        try:
+            line, welcome = call(self._address, self._key, self._name, deadline.left_s)
+        except ConnectionRefusedError:
+            raise PeerGoneError(
+                f"peer {self._peer!r} is gone: nobody listens at {where} any more"
+            ) from None
+        except (ProtocolError, TimeoutError):
+            raise
+        except OSError as error:
+            raise ConnectionError(f"peer {self._peer!r} cannot be reached: {error}") from error
+        if welcome.uuid != self._uuid:
+            line.close()
+            raise PeerGoneError(
+                f"peer {self._peer!r} is gone: another node, {welcome.name!r}, listens at {where}"
+            )
+        return line
+
+    def close(self) -> None:
+        """Close the connection; may be repeated."""
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()

@@ -1,0 +1,45 @@
+"""Deadlines on a clock of this machine that goes on while the machine is suspended."""
+
+from __future__ import annotations
+
+import time
+
+__all__ = ["Deadline", "now_s"]
+
+CLOCK_ERROR = 1e-3
+"""By this share of a lease, the clocks of two machines may differ in speed; NTP allows 5e-4."""
+
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def now_s() -> float:
+    """Seconds on that clock."""
+    return time.clock_gettime(_CLOCK)
+
+
+class Deadline:
+    """A moment some seconds after another.
+
+    For a lease that another machine gives: counted from before it was asked for, on the clock of
+    the machine that asked, so that it is over here before it is over there.
+
+    Args:
+        seconds: the length.
+        since: the beginning, by :func:`now_s`; None: now.
+    """
+
+    __slots__ = ("at", "seconds")
+
+    def __init__(self, seconds: float, since: float | None = None) -> None:
+        self.seconds = seconds
+        self.at = (now_s() if since is None else since) + seconds * (1 - CLOCK_ERROR)
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether it is now or in the past."""
+        return now_s() >= self.at
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until then, at least 0."""
+        return max(self.at - now_s(), 0.0)

@@ -1,0 +1,54 @@
+"""``Link``: what the reader knows of one peer."""
+
+from __future__ import annotations
+
+from kvheap.remote.deadlines import Deadline
+from kvheap.remote.errors import PeerGoneError
+from kvheap.remote.handshake import Welcome
+from kvheap.remote.line import Line
+from kvheap.remote.reads import Read
+
+__all__ = ["Link"]
+
+
+class Link:
+    """One life of a peer, as the reader sees it. Changed on the reader's thread only.
+
+    Args:
+        welcome: what the peer says of itself.
+        address: host and port of its control channel.
+        line: the control connection for reads.
+    """
+
+    def __init__(self, welcome: Welcome, address: tuple[str, int], line: Line) -> None:
+        self.welcome = welcome
+        self.address = address
+        self.line: Line | None = line
+        """None while the connection is lost."""
+        self.queued: list[Read] = []
+        """Reads that wait for a connection."""
+        self.asked: dict[int, Read] = {}
+        """Reads that wait for the answer to a lock, by its number."""
+        self.running: dict[Read, None] = {}
+        """Reads that NIXL has to do with, also those in quarantine."""
+        self.gone: PeerGoneError | None = None
+        """Why the peer is known to be gone."""
+        self.is_assumed_gone = False
+        """Whether it is the user who says so."""
+        self.is_known = False
+        """Whether NIXL knows the peer's agent."""
+        self.is_closed = False
+        """Whether the user is done with the peer."""
+        self.is_probing = False
+        self.probe_after: Deadline | None = None
+        """When to look for the peer again."""
+
+    @property
+    def name(self) -> str:
+        """The peer's name."""
+        return self.welcome.name
+
+    @property
+    def reads(self) -> list[Read]:
+        """All reads that have not ended."""
+        return [*self.queued, *self.asked.values(), *self.running]

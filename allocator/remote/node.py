@@ -1,0 +1,419 @@
+"""``Node``: a heap whose chunks other machines read, and that reads theirs.
+
+>>> import torch
+>>> from kvheap import HostMemoryAllocator
+>>> from kvheap.remote import Node
+>>> here, there = HostMemoryAllocator(1 << 20), HostMemoryAllocator(1 << 20)
+>>> kv = torch.randn(2, 1024)
+>>> batch = there.batched_allocate(kv.shape[1:], kv.dtype, 2, source=kv)
+>>> with Node("decode", here) as decode, Node("prefill", there) as prefill:
+...     prefill.publish([b"a", b"b"], batch)
+...     peer = decode.connect(prefill.address)
+...     print(peer.lookup([b"a", b"x"]))
+...     print(torch.equal(peer.read([b"b"], into=here)[0].tensor, kv[1]))
+[ True False]
+True
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from kvheap.addresses.arguments import as_number, as_seconds, require_function
+from kvheap.blocks.heap import BlockObjects, Heap
+from kvheap.device.host_queue import NestedWaitError
+from kvheap.errors import ClosedError
+from kvheap.forks import starts_over_after_fork
+from kvheap.prefix.keys import require_key_list, require_keys
+from kvheap.remote.agent import Agent
+from kvheap.remote.ask import AskLine
+from kvheap.remote.catalogue import Catalogue, Lookup
+from kvheap.remote.endpoints import as_secret, endpoint_of, require_secret
+from kvheap.remote.errors import PeerError, PeerGoneError, PeerTimeoutError
+from kvheap.remote.handshake import Welcome, call, channel_key
+from kvheap.remote.leases import LentBlocks
+from kvheap.remote.line import Line
+from kvheap.remote.link import Link
+from kvheap.remote.messages import as_keys, layout_fields, packed
+from kvheap.remote.node_stats import NodeStats
+from kvheap.remote.offers import Offer, Offers
+from kvheap.remote.packages import need_msgpack, need_nixl
+from kvheap.remote.peer import ANSWER_S, Peer
+from kvheap.remote.reader import Reader
+from kvheap.remote.server import Server
+from kvheap.remote.service import Service
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["Node"]
+
+LOGGER = logging.getLogger("kvheap")
+
+MAX_NAME = 200
+BACKLOG = 64
+CLOSE_POLL_S = 2e-3
+OFFER_POLL_S = 0.1
+
+EXIT_S = 1.0
+"""Seconds that the end of a program waits for the reads of a node that was not closed."""
+
+_open_nodes: dict[int, Node] = {}
+
+
+class Node:
+    """A heap whose chunks other machines read by key, and that reads theirs into it.
+
+    Bytes are moved by NIXL (UCX: shared memory, TCP, RDMA), always by the reader. A control channel
+    over TCP says which keys there are and where their blocks are, and leases them.
+
+    =============  ==================================================================
+    purpose        methods
+    =============  ==================================================================
+    be read        ``publish``, ``withdraw``, or ``lookup``; ``next_offer``
+    read           ``connect``, then the ``Peer``'s ``lookup`` and ``read``
+    watch          ``address``, ``stats``
+    end            ``close``
+    =============  ==================================================================
+
+    While a reader has a lease, the blocks cannot be freed, and closing the heap waits for it. The
+    node keeps the heap's memory mapped until it is closed, whatever happens to the heap: reading
+    unmapped memory would end this process. A buffer that joins the heap later is not known to it.
+
+    All methods may be called by any thread. A forked child cannot use the node.
+
+    Args:
+        name: of this node, for the messages of others.
+        heap: holds the chunks, of host or GPU memory.
+        lookup: finds blocks by key: gets a list of keys that were not published, and returns a list
+            with a ``MemoryObj`` of ``heap`` or None for each. Called on the thread that serves,
+            while other requests wait: it should return soon. A ``PrefixStore`` of one scheduler
+            needs a lock of yours there and in the scheduler.
+        bind: where to listen, ``host:port``; port 0 takes a free one.
+        secret: proves to other nodes who this is; the same for all. Needed off loopback. NIXL's
+            own connections are not protected: use a network that you trust.
+
+    Raises:
+        ImportError: nixl or msgpack is not installed; the message has the command.
+        TypeError, ValueError: an argument is wrong; the message names it.
+        ForeignProcessError: the heap is a view, or another process's.
+        ClosedError: the heap is closed.
+        OSError: the address cannot be bound.
+        RuntimeError: NIXL cannot be started, or refuses the memory.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        heap: Heap,
+        lookup: Lookup | None = None,
+        bind: str = "127.0.0.1:0",
+        secret: bytes | str | None = None,
+    ) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a text, got {name!r}")
+        if not 0 < len(name) <= MAX_NAME:
+            raise ValueError(f"name must have 1 to {MAX_NAME} characters, got {name!r}")
+        if not isinstance(heap, Heap):
+            raise TypeError(f"heap must be a heap such as a HostMemoryAllocator, got {heap!r}")
+        require_function("lookup", lookup)
+        host, port = endpoint_of("bind", bind)
+        found_secret = as_secret(secret)
+        require_secret("bind", host, found_secret)
+        need_msgpack()
+        need_nixl()
+        heap.require_open()
+        heap.require_owner("serve blocks to other machines")
+        self.name = name
+        self.heap = heap
+        self.uuid = uuid.uuid4().hex
+        """Of this life of the node."""
+        self._secret = found_secret
+        self._key = channel_key(found_secret)
+        self._pid = os.getpid()
+        self._is_closing = self._is_closed = self._is_foreign = False
+        self._peers: dict[str, Peer] = {}
+        self._catalogue = Catalogue(heap, lookup)
+        self._lent = LentBlocks(heap)
+        self._offers = Offers()
+        self._service = Service(name, self._catalogue, self._lent, self._offers)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        try:
+            where, number = listener.getsockname()[:2]
+            self.address = f"[{where}]:{number}" if ":" in where else f"{where}:{number}"
+            """Where it listens; others pass it to ``connect``."""
+            segments = heap.segments
+            self._segments = heap.memory_segments()
+            agent = Agent(name, segments)
+        except BaseException:
+            listener.close()
+            raise
+        self._agent_name, self._metadata = agent.name, agent.metadata
+        self._device = segments[0][1].device
+        self._reader = Reader(agent, self._key, name)
+        self._server = Server(listener, self._key, self._welcome, self._service, name)
+        starts_over_after_fork(self)
+        _open_nodes[id(self)] = self
+        self._reader.start()
+        self._server.start()
+
+    def _welcome(self) -> bytes:
+        """What this node says of itself."""
+        return packed(
+            name=self.name,
+            uuid=self.uuid,
+            agent=self._agent_name,
+            metadata=self._metadata,
+            segments=[list(segment) for segment in self._segments],
+            kind=self._device.type,
+            device=self._device.index or 0,
+            layout=layout_fields(self._catalogue.layout),
+        )
+
+    # -- be read -------------------------------------------------------------------------------
+
+    def publish(self, keys: Sequence[bytes], blocks: BlockObjects) -> None:
+        """Let other nodes find blocks under keys, instead of others that were published so.
+
+        The node keeps the batch, but not its blocks: free them when you like, and they are found no
+        more. Withdraw the keys before blocks are filled anew.
+
+        Args:
+            keys: bytes, 1 to 511 each.
+            blocks: a batch of the node's heap, or objects of one layout; as many as keys.
+
+        Raises:
+            TypeError, ValueError, LifetimeError: a key or a block is wrong; nothing is published.
+            ClosedError: the node is closed, or belongs to another process.
+        """
+        self._require_open()
+        require_key_list(keys)
+        self._catalogue.publish(as_keys(keys), blocks)
+
+    def withdraw(self, keys: Iterable[bytes]) -> None:
+        """Let published keys be found no more; others are skipped. Leases are not ended.
+
+        Raises:
+            TypeError, ValueError: a key is wrong.
+            ClosedError: the node is closed, or belongs to another process.
+        """
+        self._require_open()
+        require_keys(keys)
+        self._catalogue.withdraw(as_keys(keys))
+
+    def next_offer(self, timeout_s: float | None = None) -> Offer | None:
+        """The next offer that another node has made by ``Peer.offer``.
+
+        Args:
+            timeout_s: the most seconds to wait; None: no limit.
+
+        Returns:
+            The offer: ``connect`` to its ``address``, and read its ``keys``. None if none comes.
+
+        Raises:
+            ClosedError: the node is closed, also meanwhile, or belongs to another process.
+        """
+        self._require_open()
+        deadline = None
+        if timeout_s is not None:
+            deadline = time.monotonic() + as_seconds("timeout_s", timeout_s)
+        while True:
+            left_s = OFFER_POLL_S if deadline is None else deadline - time.monotonic()
+            offer = self._offers.next(min(max(left_s, 0.0), OFFER_POLL_S))
+            if offer is not None or (deadline is not None and time.monotonic() >= deadline):
+                return offer
+            self._require_open()
+
+    # -- read ----------------------------------------------------------------------------------
+
+    def connect(self, address: str, timeout_s: float = ANSWER_S) -> Peer:
+        """Get to know another node; returns the same ``Peer`` if it is known already.
+
+        Args:
+            address: where it listens, ``host:port``.
+            timeout_s: seconds to wait for it.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, the address is not loopback and there is no
+                secret, or it is this node's own.
+            PeerGoneError: nobody listens there.
+            PeerTimeoutError: it has not answered in time.
+            AuthenticationError: it has another secret.
+            VersionMismatchError: it speaks another version of the protocol.
+            ProtocolError: it is no node. A ``ConnectionError``, as are all but the time-out.
+            PeerError: NIXL refuses it.
+            ClosedError: the node is closed, or belongs to another process.
+        """
+        self._require_open()
+        where = endpoint_of("address", address)
+        require_secret("address", where[0], self._secret)
+        timeout_s = as_number("timeout_s", timeout_s, positive=True)
+        asking, welcome = self._call(address, where, timeout_s)
+        try:
+            if welcome.uuid == self.uuid:
+                raise ValueError(f"address is {address!r}, where this node itself listens")
+            known = self._peers.get(welcome.uuid)
+            if known is not None and not known.is_gone and not known.link.is_closed:
+                asking.close()
+                return known
+            reading, again = self._call(address, where, timeout_s)
+            if again.uuid != welcome.uuid:
+                reading.close()
+                raise PeerGoneError(f"the node at {address} was started again meanwhile: try again")
+            try:
+                link = self._reader.add(Link(again, where, reading))
+            except BaseException:
+                reading.close()
+                raise
+        except BaseException:
+            asking.close()
+            raise
+        ask = AskLine(asking, where, self._key, self.name, welcome.name, welcome.uuid)
+        peer = Peer(
+            self.heap, self._reader, link, ask, address, self.address, self.name, self._require_open
+        )
+        self._peers[welcome.uuid] = peer
+        return peer
+
+    def _call(self, address: str, where: tuple[str, int], timeout_s: float) -> tuple[Line, Welcome]:
+        try:
+            return call(where, self._key, self.name, timeout_s)
+        except ConnectionRefusedError as error:
+            raise PeerGoneError(f"no node listens at {address}: {error}") from None
+        except PeerTimeoutError:
+            raise
+        except TimeoutError:
+            raise PeerTimeoutError(f"{address} has not answered in {timeout_s:g} s") from None
+        except ConnectionError as error:
+            if type(error).__module__ == PeerError.__module__:
+                raise type(error)(f"{address}: {error}") from None
+            raise PeerGoneError(
+                f"the node at {address} has closed the connection: {error}"
+            ) from None
+
+    # -- watch ---------------------------------------------------------------------------------
+
+    def stats(self) -> NodeStats:
+        """Counters; also of a node that is closed. O(reads in flight + leases)."""
+        reader, service = self._reader, self._service
+        reads = reader.reads
+        held = [read for read in reads if read.event.is_over]
+        return NodeStats(
+            num_peers=reader.num_peers,
+            num_clients=self._server.num_connections,
+            reads_in_flight=len(reads),
+            quarantined_reads=len(held),
+            quarantined_bytes=sum(read.num_bytes for read in held),
+            done_reads=reader.num_done,
+            failed_reads=reader.num_failed,
+            read_bytes=reader.bytes_done,
+            leases=self._lent.num_held,
+            published_keys=len(self._catalogue),
+            lookups=service.num_lookups,
+            locks=service.num_locks,
+            failed_requests=service.num_failures,
+            refused_connections=self._server.num_refused,
+        )
+
+    # -- end -----------------------------------------------------------------------------------
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Refuse new requests, wait for reads in both directions, and deregister the memory.
+
+        May be repeated. In a forked child nothing happens.
+
+        Args:
+            timeout_s: the most seconds to wait; None: no limit. Readers elsewhere that vanished
+                have their leases for at most 60 s; this node's reads in quarantine have no limit.
+
+        Raises:
+            TimeoutError: a read has not ended in time. The memory stays registered, and mapped:
+                close it again later.
+            NestedWaitError: in a finalizer on a thread of the node. A ``RuntimeError``.
+        """
+        if timeout_s is not None:
+            timeout_s = as_seconds("timeout_s", timeout_s)
+        if self._is_foreign or self._is_closed:
+            return
+        if self._server.is_here() or self._reader.is_here():
+            raise NestedWaitError("a thread of a Node cannot wait for its end: close it elsewhere")
+        self._is_closing = self._service.is_closing = True
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            reads, leases = len(self._reader.reads), self._lent.num_held
+            if not reads and not leases:
+                break
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(
+                    f"{self!r} has not ended in {timeout_s:g} s: {reads} reads of its own are in "
+                    f"flight, and readers elsewhere hold {leases} leases; its memory stays "
+                    f"registered: close it again later"
+                )
+            time.sleep(CLOSE_POLL_S)
+        for peer in [*self._peers.values()]:
+            peer.close()
+        self._reader.stop()  # deregisters; until then others must find somebody who listens
+        self._server.stop()
+        self._is_closed = True
+        self._catalogue.clear()
+        self._peers.clear()
+        _open_nodes.pop(id(self), None)
+
+    def _require_open(self) -> None:
+        if self._is_foreign:
+            raise ClosedError(
+                f"{self!r} belongs to process {self._pid}: a forked child cannot use it"
+            )
+        if self._is_closing:
+            raise ClosedError(f"{self!r} is closed")
+
+    def start_over_after_fork(self) -> None:
+        """Give the node up in a forked child: its threads, sockets and memory are the parent's."""
+        self._is_foreign = True
+        self._server.abandon()
+        self._reader.abandon()
+        _open_nodes.pop(id(self), None)
+
+    def leak(self) -> None:
+        """Keep NIXL from ending with the interpreter, since something is in flight."""
+        self._reader.leak()
+
+    def __enter__(self) -> Self:
+        self._require_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        """Name and address."""
+        return f"Node({self.name!r} at {self.address})"
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what is still open at the end of the program."""
+    for node in list(_open_nodes.values()):
+        _close_at_exit(node)
+
+
+def _close_at_exit(node: Node) -> None:
+    try:
+        node.close(EXIT_S)
+    except Exception as error:
+        LOGGER.warning("at the end of the program: %s", error)
+        node.leak()

@@ -1,0 +1,234 @@
+"""``Peer``: another node, whose chunks this one reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvheap.addresses.arguments import as_number
+from kvheap.blocks.block_layout import BlockLayout
+from kvheap.blocks.heap import Heap
+from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.prefix.keys import require_key_list, require_keys
+from kvheap.remote.ask import AskLine
+from kvheap.remote.errors import PeerError
+from kvheap.remote.link import Link
+from kvheap.remote.messages import as_keys
+from kvheap.remote.reader import Reader
+from kvheap.remote.reads import Read
+from kvheap.transfer.foreign import foreign_transfer
+
+__all__ = ["ANSWER_S", "READ_S", "Peer"]
+
+ANSWER_S = 5.0
+"""Seconds to wait for an answer."""
+
+READ_S = 30.0
+"""Seconds to wait for the bytes of a read."""
+
+
+class Peer:
+    """Another node, whose chunks this one reads. Made by ``Node.connect``.
+
+    All methods may be called by any thread. A peer that is gone stays so: connect again to reach
+    its successor.
+
+    Attributes:
+        name: the other node's name.
+        address: where it listens.
+        uuid: of this life of it: a node that is started again has another one.
+    """
+
+    def __init__(
+        self,
+        heap: Heap,
+        reader: Reader,
+        link: Link,
+        ask: AskLine,
+        address: str,
+        own_address: str,
+        own_name: str,
+        require_open: Callable[[], None],
+    ) -> None:
+        self.name = link.welcome.name
+        self.address = address
+        self.uuid = link.welcome.uuid
+        self._heap = heap
+        self._reader = reader
+        self._link = link
+        self._ask = ask
+        self._own_address = own_address
+        self._own_name = own_name
+        self._node_require_open = require_open
+        self._layout = link.welcome.layout
+
+    @property
+    def link(self) -> Link:
+        """What the reader knows of it."""
+        return self._link
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is known that the peer's process has ended, or that its node was closed."""
+        return self._link.gone is not None
+
+    def lookup(self, keys: Iterable[bytes], timeout_s: float = ANSWER_S) -> npt.NDArray[np.bool_]:
+        """Which chunks the peer has; some may be evicted before they are read.
+
+        Args:
+            keys: bytes, 1 to 511 each, at most 65,536.
+            timeout_s: seconds to wait for the answer.
+
+        Returns:
+            bool ``[N]``.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; the message names it.
+            PeerTimeoutError: the peer has not answered in time.
+            PeerGoneError: it is gone; others as ``ConnectionError``: it cannot be reached.
+            PeerError: it could not look up the keys; the message says why.
+            ClosedError: the node is closed, or belongs to another process.
+        """
+        require_keys(keys)
+        found = as_keys(keys)
+        answer = self._answer("lookup", timeout_s, keys=found)
+        layout = answer.layout()
+        if layout is not None:
+            self._layout = layout
+        flags = np.frombuffer(answer.data("found", len(found)), np.uint8)
+        return np.equal(flags, 1)
+
+    def read(
+        self, keys: Sequence[bytes], into: Heap | MemoryBatch, timeout_s: float = READ_S
+    ) -> MemoryBatch | None:
+        """Begin to read chunks into blocks of this node's heap; returns at once.
+
+        All chunks are read, or none. The peer's blocks are leased for ``timeout_s`` (at most 60 s),
+        so that they are not reused meanwhile. The blocks to fill are protected as those of a copy
+        are: they may be freed and dropped at any time. Neither an error nor the end of
+        ``timeout_s`` ends a read that has begun: its blocks stay allocated, as
+        ``stats().pending_bytes`` once they are freed, until NIXL says that it is done, or the peer
+        is known to be gone.
+
+        Args:
+            keys: bytes, 1 to 511 each, at least one and at most 65,536. A key may be named twice.
+            into: the node's heap, which allocates a batch; or a batch of it, of the peer's layout,
+                with as many blocks as there are keys.
+            timeout_s: seconds until ``transfer.result()`` raises at the latest.
+
+        Returns:
+            The batch; None if the heap has no room. Its ``transfer`` tells how the read ends, and
+            whatever reads the blocks waits for it. ``transfer.result()`` raises ``TransferError``,
+            whose ``__cause__`` is a ``MissingKeysError`` that names the keys that the peer does not
+            have (any more), a ``PeerGoneError``, ``PeerTimeoutError``, ``StaleReadError`` or
+            ``PeerError``.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; the message names it. Nothing has begun.
+            PeerGoneError: the peer is gone; nothing has begun.
+            RuntimeError: a transfer fills the batch; nothing has begun.
+            LifetimeError, ClosedError: a block is freed, or the heap or the node is closed.
+            Others as :meth:`lookup`: the peer had to be asked for the layout of its blocks.
+        """
+        self._node_require_open()
+        require_key_list(keys)
+        names = as_keys(keys)
+        if not names:
+            raise ValueError("keys must name at least one chunk, got none")
+        timeout_s = as_number("timeout_s", timeout_s, positive=True)
+        if self._link.gone is not None:
+            raise self._link.gone.with_traceback(None)
+        if isinstance(into, MemoryBatch):
+            return self._read(names, self._checked(into, len(names)), timeout_s)
+        if into is not self._heap:
+            raise ValueError(
+                f"into must be the node's heap {self._heap!r}, or a batch of it, got {into!r}"
+            )
+        layout = self._layout or self._asked_layout(names)
+        batch = into.batched_allocate(
+            list(layout.shapes), list(layout.dtypes), len(names), layout.fmt
+        )
+        if batch is None:
+            return None
+        try:
+            return self._read(names, batch, timeout_s)
+        except BaseException:
+            into.batched_free(batch)
+            raise
+
+    def _checked(self, batch: MemoryBatch, num_keys: int) -> MemoryBatch:
+        if batch.allocator is not self._heap:
+            raise ValueError(f"into must be of the node's heap {self._heap!r}, got {batch!r}")
+        if len(batch) != num_keys:
+            raise ValueError(f"{num_keys} keys need as many blocks, got {len(batch)} in into")
+        if self._layout is not None and self._layout != batch.layout:
+            raise ValueError(
+                f"into must have blocks of {self._layout}, as peer {self.name!r} has, "
+                f"got {batch.layout}"
+            )
+        return batch
+
+    def _asked_layout(self, keys: list[bytes]) -> BlockLayout:
+        self.lookup(keys[:1])
+        if self._layout is None:
+            raise PeerError(
+                f"peer {self.name!r} has no chunk yet, so the layout of its blocks is not known"
+            )
+        return self._layout
+
+    def _read(self, keys: list[bytes], batch: MemoryBatch, timeout_s: float) -> MemoryBatch:
+        read = Read(keys, batch.block_runs(), batch.layout, timeout_s)
+        before = batch.transfer
+        try:
+            foreign_transfer(read.event, target=batch, name=f"NIXL from {self.name!r}")
+            self._reader.begin(self._link, read)
+            self._node_require_open()  # it may have been closed meanwhile
+        except BaseException:
+            if read.withdraw():
+                batch.transfer = before
+            raise
+        return batch
+
+    def offer(self, keys: Iterable[bytes], timeout_s: float = ANSWER_S) -> bool:
+        """Ask the peer to read chunks of this node; it finds the offer by ``Node.next_offer``.
+
+        Returns:
+            Whether the peer has taken note; False if too many offers wait there.
+
+        Raises:
+            As :meth:`lookup`.
+        """
+        require_keys(keys)
+        answer = self._answer(
+            "offer", timeout_s, keys=as_keys(keys), name=self._own_name, address=self._own_address
+        )
+        return bool(answer.integer("taken"))
+
+    def _answer(self, kind: str, timeout_s: float, **fields: Any) -> Any:
+        self._node_require_open()
+        timeout_s = as_number("timeout_s", timeout_s, positive=True)
+        if self._link.gone is not None:
+            raise self._link.gone.with_traceback(None)
+        return self._ask.ask(kind, timeout_s, **fields)
+
+    def assume_gone(self) -> None:
+        """Say that the peer's machine is off, or cut off for good: that nothing arrives from it.
+
+        A machine that vanished cannot tell. Until it is known to be gone, the blocks of reads that
+        were in flight stay allocated. If you are wrong, those blocks may be overwritten while
+        others have them.
+        """
+        self._node_require_open()
+        self._reader.assume_gone(self._link)
+
+    def close(self) -> None:
+        """Close the connections. Reads in flight go on. May be repeated."""
+        self._ask.close()
+        self._reader.drop(self._link)
+
+    def __repr__(self) -> str:
+        """Name, address and whether it is gone."""
+        return f"Peer({self.name!r} at {self.address}{', gone' if self.is_gone else ''})"

@@ -1,0 +1,113 @@
+"""``Service``: answers the requests of other nodes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kvheap.errors import ClosedError
+from kvheap.remote.catalogue import Catalogue, Place, batches_of
+from kvheap.remote.errors import ProtocolError
+from kvheap.remote.leases import MAX_LEASE_S, LentBlocks
+from kvheap.remote.messages import Fields, layout_fields, packed
+from kvheap.remote.offers import Offer, Offers
+
+__all__ = ["Service"]
+
+LOGGER = logging.getLogger("kvheap")
+
+LEND_TRIES = 3
+"""How often to look again for blocks that were freed while they were found."""
+
+
+class Service:
+    """Answers requests, on the thread that serves.
+
+    Args:
+        name: the node's name.
+        catalogue: which blocks there are.
+        lent: the blocks that readers have.
+        offers: where offers of other nodes go.
+    """
+
+    def __init__(self, name: str, catalogue: Catalogue, lent: LentBlocks, offers: Offers) -> None:
+        self._name = name
+        self._catalogue = catalogue
+        self._lent = lent
+        self._offers = offers
+        self._kinds: dict[str, Callable[[Fields], dict[str, Any]]] = {
+            "lookup": self._look_up,
+            "lock": self._lock,
+            "offer": self._take_offer,
+        }
+        self.is_closing = False
+        self.num_lookups = self.num_locks = self.num_failures = 0
+
+    def answer(self, request: Fields) -> bytes | None:
+        """The answer to a request; None if it needs none.
+
+        Raises:
+            ProtocolError: no node sends such a request.
+        """
+        kind = request.text("kind")
+        if kind == "unlock":
+            self._lent.take_back(request.integer("lease"))
+            return None
+        number, call = request.integer("number"), self._kinds.get(kind)
+        if call is None:
+            raise ProtocolError(f"there are no requests of kind {kind!r}")
+        if self.is_closing:
+            return packed(number=number, error=f"node {self._name!r} is closing", gone=True)
+        try:
+            return packed(number=number, **call(request))
+        except ProtocolError:
+            raise
+        except ClosedError as error:
+            return packed(number=number, error=f"{error}")
+        except BaseException as error:  # the user's function must not end the thread
+            self.num_failures += 1
+            LOGGER.error("node %r cannot answer a %s", self._name, kind, exc_info=error)
+            return packed(number=number, error=f"its {kind} failed: {error!r:.500}")
+
+    def _look_up(self, request: Fields) -> dict[str, Any]:
+        self.num_lookups += 1
+        found = self._catalogue.find(request.keys())
+        return {
+            "found": bytes(place is not None for place in found),
+            "layout": layout_fields(self._catalogue.layout),
+        }
+
+    def _lock(self, request: Fields) -> dict[str, Any]:
+        self.num_locks += 1
+        keys, ttl = request.keys(), min(request.seconds("ttl"), MAX_LEASE_S)
+        if not keys:
+            raise ProtocolError("a lock of no keys")
+        for _ in range(LEND_TRIES):
+            places = self._catalogue.find(keys)
+            known: list[Place] = [*filter(None, places)]
+            if len(known) < len(keys):
+                break
+            layouts = {batch.layout for batch in batches_of(known)}
+            if len(layouts) > 1:
+                raise ValueError(f"the blocks of these keys have several layouts: {layouts}")
+            lent = self._lent.lend(known, ttl)
+            if lent is not None:
+                number, runs = lent
+                return {
+                    "lease": number,
+                    "ttl": ttl,
+                    "layout": layout_fields(known[0][0].layout),
+                    "starts": runs.starts.astype("<i8").tobytes(),
+                    "counts": runs.counts.astype("<i8").tobytes(),
+                    "size_bytes": runs.size_bytes,
+                    "block_bytes": runs.block_bytes,
+                }
+        missing = [at for at, place in enumerate(places) if place is None]
+        return {"missing": np.array(missing, "<i8").tobytes()}
+
+    def _take_offer(self, request: Fields) -> dict[str, Any]:
+        offer = Offer(request.text("name"), request.text("address"), tuple(request.keys()))
+        return {"taken": int(self._offers.put(offer))}

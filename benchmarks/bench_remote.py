@@ -1,0 +1,326 @@
+"""Chunks of another process: a read by key, beside NIXL with the same descriptors.
+
+Another process has a heap in host memory and a ``Node`` with chunks under keys; this one reads them
+into blocks of a heap of its own. Once over shared memory, once over TCP on loopback:
+
+=============  ===================================================================================
+method         what it does
+=============  ===================================================================================
+kvheap         ``peer.read(keys, into=batch).transfer.result()``: asks the peer for a lease and its
+               addresses, merges neighbours, reads, checks the lease, returns it
+nixl           NIXL alone, on a thread that does nothing else: a request with the same descriptors,
+               addresses known before; created, posted, and asked without a pause until it is done
+nixl, blocks   the same with one descriptor for each block
+=============  ===================================================================================
+
+Cases: *one run*, of neighbours on both sides; *runs of 8*, neighbours in groups of 8 on both sides;
+*lone*, no two are neighbours. Ratios are medians over interleaved rounds, of NIXL's time over
+kvheap's; microseconds are differences of medians. Loopback of one machine says nothing about a
+network, and both processes share its cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from _report import Row, describe_machine, make_console, parse_common, write_results
+from _timing import Measure, Samples, time_in_rounds
+from rich.console import Console
+from rich.table import Table
+
+from kvheap import HostMemoryAllocator, MemoryBatch, MemoryFormat
+from kvheap.remote import Node, Peer
+from kvheap.transfer.pairing import paired_runs
+
+TRANSPORTS = {"shared memory": "shm,self,tcp", "tcp": "tcp,self"}
+"""What UCX may use, by the name of the case. Control and wire-up need TCP in both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Blocks to read: their number, bytes, and how many neighbours are together; 0: all."""
+
+    num_blocks: int
+    block_bytes: int
+    run: int
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        pattern = {0: "one run", 1: "lone"}.get(self.run, f"runs of {self.run}")
+        size = self.num_blocks * self.block_bytes
+        total = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
+        return f"{total}: {self.num_blocks} x {self.block_bytes >> 10} KiB, {pattern}"
+
+    def heap(self) -> HostMemoryAllocator:
+        """A heap that has room for the blocks and what lies between them."""
+        between = 0 if not self.run else -(-self.num_blocks // self.run)
+        return HostMemoryAllocator((self.num_blocks + between) * self.block_bytes)
+
+    def batch(self, heap: HostMemoryAllocator) -> tuple[MemoryBatch, Any]:
+        """The blocks, and what lies between them."""
+        between = None
+        if self.run:
+            count = self.num_blocks + -(-self.num_blocks // self.run)
+            whole = heap.batched_allocate([self.block_bytes], torch.uint8, count)
+            assert whole is not None
+            rows = np.arange(count) % (self.run + 1)
+            heap.batched_free([whole[int(row)] for row in np.flatnonzero(rows < self.run)])
+            between = whole
+        batch = heap.batched_allocate(
+            [self.block_bytes], torch.uint8, self.num_blocks, MemoryFormat.UNDEFINED
+        )
+        assert batch is not None
+        return batch, between
+
+    def keys(self) -> list[bytes]:
+        """One for each block."""
+        return [row.to_bytes(8, "big") for row in range(self.num_blocks)]
+
+
+def cases(quick: bool) -> list[Case]:
+    """What is measured."""
+    large = [(64, 0)] if quick else [(64, 0), (256, 0), (1024, 0)]
+    return [
+        Case(1, 4 << 10, 0),
+        Case(1, 64 << 10, 0),
+        *[Case(mib * 16, 64 << 10, run) for mib, run in large],
+        Case(16_384, 4 << 10, 8),
+        Case(16_384, 4 << 10, 1),
+    ]
+
+
+# -- the other process -----------------------------------------------------------------------------
+
+
+def serve(case: Case) -> None:
+    """Publish the blocks of a case, say where they are, and wait for the end of the input."""
+    heap = case.heap()
+    batch, between = case.batch(heap)
+    heap.buffer.copy_(torch.arange(heap.buffer.numel() // 8).view(torch.uint8))
+    with Node("owner", heap) as node:
+        node.publish(case.keys(), batch)
+        runs = batch.block_runs()
+        print(json.dumps([node.address, runs.starts.tolist(), runs.counts.tolist()]), flush=True)
+        sys.stdin.read()
+    del between
+
+
+@contextmanager
+def owner(case: Case, transports: str) -> Iterator[list[Any]]:
+    command = [
+        sys.executable,
+        __file__,
+        "--serve",
+        json.dumps([case.num_blocks, case.block_bytes, case.run]),
+    ]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ, UCX_TLS=transports),
+    ) as process:
+        assert process.stdout is not None
+        try:
+            yield json.loads(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+# -- NIXL alone ------------------------------------------------------------------------------------
+
+
+class Raw:
+    """A NIXL agent beside the node's, with the reader's heap registered."""
+
+    def __init__(self, heap: HostMemoryAllocator, peer: Peer) -> None:
+        import nixl._bindings as nixl
+
+        self.nixl = nixl
+        config = nixl.nixlAgentConfig()
+        config.useProgThread, config.syncMode = True, nixl.NIXL_THREAD_SYNC_STRICT
+        config.pthrDelay = 100_000
+        self.agent = nixl.nixlAgent(f"raw-{time.time_ns()}", config)
+        self.agent.createBackend("UCX", {})
+        (segment,) = heap.memory_segments()
+        self.memory = nixl.nixlRegDList(nixl.DRAM_SEG, [(segment.base, segment.num_bytes, 0, "")])
+        self.agent.registerMem(self.memory, [])
+        self.peer = peer.link.welcome.agent
+        self.agent.loadRemoteMD(peer.link.welcome.metadata)
+
+    def read(self, sources: Any, targets: Any, sizes: Any) -> float:
+        """Microseconds of one request; creating its tables of addresses does not count."""
+        tables = []
+        for starts in (targets, sources):
+            table = np.zeros((len(starts), 3), np.uint64)
+            table[:, 0], table[:, 1] = starts, sizes
+            tables.append(table)
+        nixl, agent = self.nixl, self.agent
+        began = time.perf_counter()
+        here, there = (nixl.nixlXferDList(nixl.DRAM_SEG, table) for table in tables)
+        request = agent.createXferReq(nixl.NIXL_READ, here, there, self.peer, "", [])
+        state = agent.postXferReq(request, "")
+        while state == nixl.NIXL_IN_PROG:
+            state = agent.getXferStatus(request)
+        seconds = time.perf_counter() - began
+        assert state == nixl.NIXL_SUCCESS, state
+        agent.releaseXferReq(request)
+        return seconds * 1e6
+
+    def close(self) -> None:
+        """End the agent."""
+        self.agent.invalidateRemoteMD(self.peer)
+        self.agent.deregisterMem(self.memory, [])
+        del self.agent
+
+
+# -- measure ---------------------------------------------------------------------------------------
+
+
+def measure(case: Case, transport: str, rounds: int) -> list[Row]:
+    heap = case.heap()
+    batch, between = case.batch(heap)
+    keys = case.keys()
+    calls: list[float] = []
+    with (
+        owner(case, TRANSPORTS[transport]) as (address, starts, counts),
+        Node("reader", heap) as node,
+    ):
+        peer = node.connect(address)
+        raw = Raw(heap, peer)
+        there = type(batch.block_runs())(
+            np.array(starts), np.array(counts), case.block_bytes, case.block_bytes
+        )
+        pieces = paired_runs(there, batch.block_runs())
+        blocks = pieces.cut(case.block_bytes)
+
+        def kvheap() -> float:
+            began = time.perf_counter()
+            peer.read(keys, into=batch)
+            calls.append((time.perf_counter() - began) * 1e6)
+            assert batch.transfer is not None
+            batch.transfer.result()
+            return (time.perf_counter() - began) * 1e6
+
+        def nixl() -> float:
+            return raw.read(pieces.sources, pieces.targets, pieces.size_array())
+
+        methods: dict[str, Measure] = {"kvheap": kvheap, "nixl": nixl}
+        if case.run > 1:
+            methods["nixl, blocks"] = lambda: raw.read(
+                blocks.sources, blocks.targets, blocks.size_array()
+            )
+        found = time_in_rounds(methods, rounds)
+        raw.close()
+    del between
+    found["read() returns"] = Samples(tuple(calls[1:]))
+    base = {"case": case.name, "transport": transport, "bytes": case.num_blocks * case.block_bytes}
+    rows: list[Row] = []
+    for method, samples in found.items():
+        row: Row = {**base, "method": method, "descriptors": len(pieces), **samples.percentiles()}
+        if method == "kvheap":
+            row["speed_of_nixl"] = round(samples.speed_against(found["nixl"]), 3)
+            row["us_over_nixl"] = round(row["p50_us"] - found["nixl"].percentile(50), 1)
+            if "nixl, blocks" in found:
+                row["merging"] = round(samples.speed_against(found["nixl, blocks"]), 2)
+        rows.append(row)
+    return rows
+
+
+def print_rows(console: Console, rows: list[Row]) -> None:
+    table = Table(title="reads from another process (microseconds: p50)")
+    for name in (
+        "case",
+        "transport",
+        "kvheap",
+        "nixl",
+        "share of nixl",
+        "us over",
+        "merging",
+        "read()",
+    ):
+        table.add_column(name, justify="left" if name in ("case", "transport") else "right")
+    for row in rows:
+        if row["method"] != "kvheap":
+            continue
+        of = {
+            each["method"]: each
+            for each in rows
+            if (each["case"], each["transport"]) == (row["case"], row["transport"])
+        }
+        table.add_row(
+            row["case"],
+            row["transport"],
+            f"{row['p50_us']:,.0f}",
+            f"{of['nixl']['p50_us']:,.0f}",
+            f"{row['speed_of_nixl']:.2f}",
+            f"{row['us_over_nixl']:,.0f}",
+            f"{row['merging']:.1f}x" if "merging" in row else "",
+            f"{of['read() returns']['p50_us']:,.0f}",
+        )
+    console.print(table)
+
+
+def draw(rows: list[Row], plt: ModuleType, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(9, 4))
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    for offset, transport in enumerate(TRANSPORTS):
+        shares = [
+            row["speed_of_nixl"]
+            for row in rows
+            if row["method"] == "kvheap" and row["transport"] == transport
+        ]
+        places = np.arange(len(names)) + (offset - 0.5) * 0.35
+        axes.barh(places, shares, 0.33, label=transport)
+    axes.set_yticks(range(len(names)), names)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("speed as a share of NIXL alone, same descriptors")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--serve"]:
+        serve(Case(*json.loads(sys.argv[2])))
+        return
+    assert __doc__ is not None
+    arguments = parse_common(__doc__.splitlines()[0])
+    console = make_console()
+    rows: list[Row] = []
+    for case in cases(arguments.quick):
+        size = case.num_blocks * case.block_bytes
+        rounds = 5 if arguments.quick else 200 if size < 1 << 20 else 15 if size < 1 << 30 else 7
+        for transport in TRANSPORTS:
+            rows += measure(case, transport, rounds)
+    print_rows(console, rows)
+    machine = describe_machine(torch.device("cpu"))
+    load = [round(each, 1) for each in os.getloadavg()]
+    configuration = {"nixl": "1.5.1", "quick": arguments.quick, "load_average": load}
+    write_results(
+        console,
+        arguments.out,
+        "remote",
+        machine,
+        configuration,
+        {"rows": rows},
+        lambda plt, path: draw(rows, plt, path),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""A soak of nodes: readers and owners in processes that are killed and frozen at random.
+
+    python tests/soak/soak_remote.py --minutes 10
+
+One node reads from several owners while each of them, at random moments, is frozen for up to two
+seconds, killed and started again, or told to give its blocks to other chunks. Every chunk that a
+read delivers is compared with what its key says. Blocks of failed reads are freed at once. A wrong
+byte, a block that does not come back, or an error that names no reason ends the soak with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
+
+from remote_nodes import LAYOUT, NodeProcess, keys_of, make_heap, until, wrong_rows
+
+from kvheap import TransferError
+from kvheap.remote import Node, PeerError, PeerGoneError, PeerTimeoutError, ProtocolError
+
+CHUNKS = 2048
+"""Of each owner: 32 MiB."""
+
+EXPECTED = (PeerError, PeerGoneError, PeerTimeoutError, ProtocolError, LookupError)
+
+
+class Owner:
+    """One owner, whatever process it is now."""
+
+    def __init__(self, number: int, tls: str) -> None:
+        self.number, self.tls, self.lives = number, tls, 0
+        self.first = 0
+        self.process = self._start()
+        self.lock = threading.Lock()
+
+    def _start(self) -> NodeProcess:
+        self.lives += 1
+        self.first = self.number * 10_000_000
+        numbers = range(self.first, self.first + CHUNKS)
+        process = NodeProcess(f"owner {self.number}", CHUNKS, numbers, tls=self.tls)
+        assert process.address
+        return process
+
+    def disturb(self, rng: random.Random) -> str:
+        """Do something to it."""
+        what = rng.choice(["freeze", "freeze", "kill", "replace", "replace", "replace"])
+        process = self.process
+        if what == "freeze":
+            process.freeze()
+            time.sleep(rng.choice([0.05, 0.3, 1.0, 2.0]))
+            process.thaw()
+        elif what == "kill":
+            process.__exit__(None, None, None)
+            with self.lock:
+                self.process = self._start()
+        else:  # its blocks become other chunks'
+            process.ask("node.withdraw(keys_of(numbers))")
+            process.ask("until(lambda: node.stats().leases == 0, 120)")
+            process.ask("until(lambda: is_freed(heap, batch), 120)")  # one more may have begun
+            first = self.first + CHUNKS
+            process.ask(f"numbers = range({first}, {first} + {CHUNKS})")
+            process.ask("batch = fill(heap, numbers)")
+            process.ask("node.publish(keys_of(numbers), batch)")
+            self.first = first
+        return what
+
+
+class Soak:
+    """Counts what happens, and stops at the first thing that must not."""
+
+    def __init__(self, minutes: float, seed: int) -> None:
+        self.end = time.monotonic() + minutes * 60
+        self.seed = seed
+        self.counts: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.heap = make_heap(4 * CHUNKS)
+        self.node = Node("reader", self.heap)
+        self.owners = [Owner(0, "tcp,self"), Owner(1, ""), Owner(2, "tcp,self")]
+
+    @property
+    def goes_on(self) -> bool:
+        return not self.wrong and time.monotonic() < self.end
+
+    def disturb(self, owner: Owner) -> None:
+        rng = random.Random(self.seed * 100 + owner.number)
+        while self.goes_on:
+            time.sleep(rng.uniform(0.1, 1.5))
+            try:
+                self.counts[owner.disturb(rng)] += 1
+            except Exception as error:
+                self.wrong.append(f"owner {owner.number}: {error!r}")
+
+    def read(self, seed: int) -> None:
+        rng = random.Random(self.seed * 1000 + seed)
+        while self.goes_on:
+            owner = rng.choice(self.owners)
+            with owner.lock:
+                address, first = owner.process.address, owner.first
+            start = first + rng.randrange(CHUNKS)
+            numbers = range(start, min(start + rng.randrange(1, CHUNKS), first + CHUNKS))
+            if rng.random() < 0.3:
+                numbers = numbers[::2]
+            try:
+                self._read(address, numbers, rng)
+            except EXPECTED as error:
+                self.counts[type(error).__name__] += 1
+            except BaseException as error:
+                self.wrong.append(f"a read failed: {error!r}")
+
+    def _read(self, address: str, numbers: range, rng: random.Random) -> None:
+        peer = self.node.connect(address, timeout_s=1.0)
+        if rng.random() < 0.2:
+            peer.lookup(keys_of(numbers), timeout_s=1.0)
+        batch = peer.read(keys_of(numbers), into=self.heap, timeout_s=rng.choice([0.05, 0.5, 5.0]))
+        if batch is None:
+            self.counts["full"] += 1
+            time.sleep(0.05)
+            return
+        try:
+            if rng.random() < 0.1:
+                self.counts["freed in flight"] += 1
+                return
+            batch.transfer.result(30)  # type: ignore[union-attr]
+            bad = wrong_rows(numbers, batch)
+            self.counts["read"] += 1
+            if bad:
+                self.wrong.append(f"{bad} of {len(numbers)} chunks are wrong, from {peer!r}")
+        except TransferError as error:
+            if not isinstance(error.__cause__, EXPECTED):
+                self.wrong.append(f"no reason: {error!r} from {error.__cause__!r}")
+            self.counts[type(error.__cause__).__name__] += 1
+        finally:
+            self.heap.batched_free(batch)
+
+    def run(self) -> bool:
+        """Whether nothing went wrong."""
+        threads = [threading.Thread(target=self.disturb, args=(owner,)) for owner in self.owners]
+        threads += [threading.Thread(target=self.read, args=(seed,)) for seed in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if not until(lambda: not self.node.stats().reads_in_flight, 60):
+            self.wrong.append(f"reads do not end: {self.node.stats()}")
+        if not until(lambda: self.heap.stats().allocated_bytes == 0, 10):
+            self.wrong.append(f"blocks do not come back: {self.heap.stats()}")
+        with suppress(Exception):
+            self.heap.memcheck()
+            self.counts["checked"] += 1
+        self.node.close(10)
+        self.heap.close(10)
+        for owner in self.owners:
+            owner.process.__exit__(None, None, None)
+        return not self.wrong
+
+
+def soak(minutes: float, seed: int) -> tuple[bool, dict[str, Any]]:
+    """Run it; returns whether nothing went wrong, and what happened."""
+    run = Soak(minutes, seed)
+    fine = run.run()
+    return fine, {**run.counts, "wrong": run.wrong, "chunk bytes": LAYOUT.size_bytes}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    arguments = parser.parse_args()
+    fine, counts = soak(arguments.minutes, arguments.seed)
+    print(f"seed {arguments.seed}: {counts}")
+    return 0 if fine and counts.get("checked") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
