@@ -582,8 +582,9 @@ class SharedHeap:
             bool ``[N]``: which keys have a chunk now.
 
         Raises:
-            NoOwnerError, TimeoutError, SegmentReplacedError, TypeError, ValueError, ClosedError:
-                as for :meth:`begin`, or ``source`` does not fit; nothing is stored.
+            NoOwnerError, TimeoutError, SegmentReplacedError: as for :meth:`begin`.
+            TypeError, ValueError, ClosedError: as for :meth:`begin`, or ``source`` does not fit;
+                nothing is stored.
             TransferError: the copy has failed; nothing is stored.
         """
         self._require_open()
