@@ -217,8 +217,8 @@ class SharedHeap:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ImportError, SegmentMismatchError, SegmentDamagedError, ValueError, TypeError, OSError:
-                as for the class.
+            ImportError, SegmentMismatchError, SegmentDamagedError: as for the class.
+            ValueError, TypeError, OSError: as for the class.
         """
         target = as_target(path)
         layout = as_block_layout("layout", layout)

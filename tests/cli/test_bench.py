@@ -79,6 +79,20 @@ def test_one_that_fails_is_named_and_the_others_run(
     assert "results of 1 benchmarks" in printed
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_peer_that_is_not_installed_is_named(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_there: bool,
+) -> None:
+    monkeypatch.setattr(bench, "_is_installed", lambda name: is_there)
+    arguments = ["bench", "allocators", "transfer", "small_calls", "--benchmarks", str(folder)]
+    assert main(arguments) == 0
+    words = "lmcache is not installed: the lines of allocators, small_calls that have no peer"
+    assert (words in capsys.readouterr().out) is not is_there
+
+
 def test_results_of_an_earlier_run_are_not_taken_for_its_own(folder: Path) -> None:
     arguments = ["bench", "allocators", "--benchmarks", str(folder)]
     assert main(arguments) == 0

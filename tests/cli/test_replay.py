@@ -359,7 +359,7 @@ def test_a_malformed_line_is_named(
         (["--plot", "/nowhere/heap.png"], "cannot write /nowhere/heap.png: No such file"),
         (["--plot", "heap.bmp"], "--plot heap.bmp: the name must end in .png, .svg, .pdf"),
         (["--plot", "heap"], "--plot heap: the name must end in .png, .svg, .pdf"),
-        (["--heap", "9999TiB"], "cpu has no room for"),
+        (["--heap", "9999TiB"], "cpu has no room for a heap of 9,999 TiB: give a smaller --heap"),
         pytest.param(
             ["--device", "cuda"],
             "torch sees no CUDA device",
