@@ -328,7 +328,7 @@ def _add_replay(commands: Commands) -> None:
         "--peer",
         metavar="SIZE",
         help="keep what is evicted in a heap of this size in a second process, and read it back "
-        "through NIXL (needs kvheap[nixl])",
+        "by NIXL",
     )
     replay.add_argument(
         "--requests",

@@ -1,6 +1,6 @@
 """Chunks on other machines: read by key, through NIXL.
 
-Needs ``pip install 'kvheap[nixl]'`` (msgpack) and, without its dependencies, NIXL itself: ``pip
+Needs ``pip install msgpack`` (the extra ``nixl``) and, without its dependencies, NIXL itself: ``pip
 install --no-deps nixl-cu13==1.5.1 nixl==1.5.1``. Both are imported when a node is made.
 """
 

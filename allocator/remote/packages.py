@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["INSTALL", "need_msgpack", "need_nixl"]
 
-INSTALL = "pip install 'kvheap[nixl]' && pip install --no-deps nixl-cu13==1.5.1 nixl==1.5.1"
+INSTALL = "pip install msgpack && pip install --no-deps nixl-cu13==1.5.1 nixl==1.5.1"
 """How to install both. With its dependencies, ``nixl`` brings CUDA builds of torch."""
 
 
