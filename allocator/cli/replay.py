@@ -486,13 +486,13 @@ def _add_calls(table: Table, figures: dict[str, Any]) -> None:
     """Latencies: whole calls, p50 and p99; and what a call copies."""
     for name, note in (("batched_allocate", ", with its copy"), ("batched_free", "")):
         times = figures[f"{name}_us"]
-        table.add_row(f"{name}{note}, p50 / p99", _pair(times["p50"], times["p99"], "us"))
-        shares = _pair(times["p50_per_block"], times["p99_per_block"], "us")
+        table.add_row(f"{name}{note}, p50 / p99", _pair(times["p50"], times["p99"]))
+        shares = _pair(times["p50_per_block"], times["p99_per_block"])
         table.add_row(f"{name}{note}, a chunk", shares)
     for name, words in _COPIES.items():
         if f"{name}_gbps" in figures:
             call = figures[f"{name}_call"]
-            cost = f"{call['us']:,.1f} us for {_bytes(call['bytes'])}" if call else "-"
+            cost = f"{_times(call['us'])} for {_bytes(call['bytes'])}" if call else "-"
             table.add_row(f"{words}, a call", cost)
     table.add_section()
 
@@ -517,8 +517,14 @@ def _add_compared(table: Table, compared: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(f"in {_bytes(size)}", " / ".join(f"{rate:.1%}" for rate in rates))
 
 
-def _pair(first: float | None, second: float | None, unit: str) -> str:
-    return "-" if first is None or second is None else f"{first:,.2f} / {second:,.2f} {unit}"
+def _pair(first_us: float | None, second_us: float | None) -> str:
+    return "-" if first_us is None or second_us is None else _times(first_us, second_us)
+
+
+def _times(*times_us: float) -> str:
+    """Times in microseconds, or if the first is a millisecond or more, in milliseconds."""
+    unit, unit_us = ("us", 1.0) if times_us[0] < 1000 else ("ms", 1000.0)
+    return " / ".join(f"{time_us / unit_us:,.2f}" for time_us in times_us) + f" {unit}"
 
 
 def _bytes(size: float) -> str:
