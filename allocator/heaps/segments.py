@@ -32,7 +32,7 @@ class Segments:
 
     - inspect: ``buffers``, ``starts``, ``device``, ``pairs``, ``end``, ``pinned_bytes``;
     - grow: ``with_buffer``;
-    - where blocks are: ``bytes_at``, ``absolute``, ``pinned_addresses``;
+    - where blocks are: ``bytes_at``, ``absolute``, ``has_memory_of``, ``pinned_addresses``;
     - copy and fill blocks: ``scatter``, ``gather``, ``fill``;
     - checks: ``require_inside``, ``require_readable``.
 
@@ -113,6 +113,17 @@ class Segments:
             return addresses + bases[0], alignment
         shifts = np.array(bases, np.int64) - np.array(self.starts, np.int64)
         return addresses + shifts[self._numbers_of(addresses)], alignment
+
+    def has_memory_of(self, tensor: torch.Tensor) -> bool:
+        """Whether the buffers have bytes of a tensor, or between two of its rows."""
+        rows = len(tensor) if tensor.dim() else 1
+        start = tensor.data_ptr()
+        end = start + (rows - 1) * tensor.stride(0) * tensor.element_size() if rows > 1 else start
+        end += tensor.nbytes // max(rows, 1)
+        return any(
+            start < base + len(buffer) and base < end
+            for base, buffer in zip(self._bases, self.buffers, strict=True)
+        )
 
     def pinned_addresses(self, device: CopyDevice) -> Int64Array:
         """Absolute ranges of the buffers that ``device`` can reach, int64 ``[R, 2]``.
