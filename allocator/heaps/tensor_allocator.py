@@ -480,6 +480,7 @@ class TensorMemoryAllocator(Heap):
         Raises:
             ReentrantCallError: the calling thread is inside an operation, as in a finalizer or a
                 signal handler that interrupted one: ask for ``stats()`` there.
+            HeapCorruptionError: bytes belong to two blocks, or to a block while they are free.
             ClosedError: the allocator is closed.
         """
         segments = self._open_segments()
