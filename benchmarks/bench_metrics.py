@@ -12,7 +12,6 @@ import statistics
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -222,8 +221,9 @@ def print_tables(
     console.print(table)
 
 
-def draw(plt: ModuleType, path: Path, scrapes: list[Row], title: str) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """Draw a scrape's time over the number of batches."""
+    scrapes = found["scrapes"]
     figure, panel = plt.subplots(figsize=(7, 4.5))
     counts = [row["batches"] for row in scrapes]
     panel.plot(counts, [row["p50_us"] for row in scrapes], marker="o", label="a scrape (p50)")
@@ -235,13 +235,14 @@ def draw(plt: ModuleType, path: Path, scrapes: list[Row], title: str) -> None:
     panel.set(xscale="log", yscale="log", xlabel="live batches of the heap", ylabel="us")
     panel.grid(alpha=0.3)
     panel.legend()
-    panel.set_title(title)
+    panel.set_title(f"Metrics, {found['device']}, {found['date'][:10]}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     console = make_console()
     machine = describe_machine(torch.device("cpu"))
     print_machine(console, machine)
@@ -251,11 +252,9 @@ def main() -> None:
     calls = measure_calls(rounds)
     snapshots = measure_snapshots(QUICK_BATCHES if arguments.quick else BATCHES, 5)
     print_tables(console, scrapes, calls, snapshots)
-    title = f"Metrics, {machine['device']}, {machine['date'][:10]}"
-    picture: Any = partial(draw, scrapes=scrapes, title=title)
     configuration = {"quick": arguments.quick, "page_bytes": PAGE, "switch_interval_s": 0.005}
     tables = {"scrapes": scrapes, "calls": calls, "snapshots": snapshots}
-    write_results(console, arguments.out, "metrics", machine, configuration, tables, picture)
+    write_results(console, arguments.out, "metrics", machine, configuration, tables, draw)
 
 
 if __name__ == "__main__":

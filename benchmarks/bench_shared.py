@@ -267,15 +267,16 @@ def print_rows(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
-def draw(plt: ModuleType, path: Path, rows: list[Row], machine: dict[str, Any]) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
     """A panel for each call: us per chunk of each method, over the chunks of a call."""
+    rows = found["calls"]
     figure, panels = plt.subplots(1, 3, figsize=(13, 4))
     for panel, call in zip(panels, ("lookup", "load", "store"), strict=True):
         for name in METHODS:
-            found = [row for row in rows if (row["call"], row["method"]) == (call, name)]
+            line = [row for row in rows if (row["call"], row["method"]) == (call, name)]
             panel.plot(
-                [row["chunks"] for row in found],
-                [row["us_per_chunk"] for row in found],
+                [row["chunks"] for row in line],
+                [row["us_per_chunk"] for row in line],
                 marker="o",
                 label=name,
             )
@@ -286,7 +287,7 @@ def draw(plt: ModuleType, path: Path, rows: list[Row], machine: dict[str, Any]) 
         panel.set_yscale("log")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-    figure.suptitle(f"64 KiB chunks that processes share, {machine['device']}")
+    figure.suptitle(f"64 KiB chunks that processes share, {found['device']}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -297,21 +298,14 @@ def main() -> None:
     if sys.argv[1:2] == ["--own"]:
         own(sys.argv[2])
         return
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     console, machine = make_console(), describe_machine(torch.device("cpu"))
     rounds = 5 if arguments.quick else 40
     rows = measure(rounds)
     print_rows(console, rows)
     configuration = {"chunk_bytes": CHUNK, "places": NUM_PLACES, "rounds": rounds}
-    write_results(
-        console,
-        arguments.out,
-        "shared",
-        machine,
-        configuration,
-        {"calls": rows},
-        lambda plt, path: draw(plt, path, rows, machine),
-    )
+    tables = {"calls": rows}
+    write_results(console, arguments.out, "shared", machine, configuration, tables, draw)
 
 
 if __name__ == "__main__":

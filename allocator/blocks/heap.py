@@ -15,6 +15,7 @@ from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_allocator import BlockAllocator, segment_of
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
+from kvheap.blocks.rows import rows_of
 from kvheap.device.copy_device import CopyDevice
 from kvheap.errors import ForeignObjectError, LifetimeError
 
@@ -22,6 +23,7 @@ __all__ = [
     "BlockObjects",
     "Heap",
     "await_filling",
+    "await_transfers",
     "heap_of",
     "layout_and_addresses",
     "require_writable",
@@ -125,6 +127,19 @@ def await_filling(objs: BlockObjects, device: torch.device) -> None:
     for batch in _batches_of(objs):
         if batch.transfer is not None:
             batch.await_filling(on_host=device.type == "cpu")
+
+
+def await_transfers(objs: BlockObjects) -> None:
+    """Wait on the host for the transfers in flight that use blocks; see ``MemoryBatch``.
+
+    Call this before the host writes to blocks. O(1) for a batch that no transfer uses.
+    """
+    if isinstance(objs, MemoryBatch):
+        objs.await_transfers()
+        return
+    if any(batch.counts.streams is not None for batch in _batches_of(objs)):
+        for part in rows_of(objs):
+            part.batch.await_transfers(part.rows)
 
 
 def require_writable(objs: BlockObjects) -> None:

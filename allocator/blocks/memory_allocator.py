@@ -190,7 +190,8 @@ class MemoryAllocatorInterface(ABC):
             BlockInUseError: a block is pinned or has more than one reference; nothing is freed.
             ForeignObjectError: a block belongs to another allocator; nothing is freed.
             TypeError: an element is not a MemoryObj; nothing is freed.
-            ValueError: ``out`` does not match the blocks; nothing is freed.
+            ValueError: ``out`` does not match the blocks or shares memory with one; nothing is
+                freed.
             ClosedError: the allocator is closed.
         """
 
@@ -220,8 +221,8 @@ class MemoryAllocatorInterface(ABC):
             LifetimeError: a block is freed; nothing is read.
             ForeignObjectError: a block belongs to another allocator; nothing is read.
             TypeError: an element is not a MemoryObj, or ``out`` is not a tensor; nothing is read.
-            ValueError: ``out`` does not match the blocks, the blocks differ in layout, or the list
-                is empty and there is no ``out``; nothing is read.
+            ValueError: ``out`` does not match the blocks or shares memory with one, the blocks
+                differ in layout, or the list is empty and there is no ``out``; nothing is read.
             TransferError: the transfer that was to fill a block has failed; nothing is read.
             ClosedError: the allocator is closed.
         """
@@ -249,8 +250,8 @@ class MemoryAllocatorInterface(ABC):
                 process keeps); nothing is written.
             TypeError: an element is not a MemoryObj, or ``source`` is not a tensor; nothing is
                 written.
-            ValueError: ``source`` does not match the blocks, the blocks differ in layout, or one is
-                named twice; nothing is written.
+            ValueError: ``source`` does not match the blocks or shares memory with one, the blocks
+                differ in layout, or one is named twice; nothing is written.
             TransferError: the transfer that was to fill a block has failed; nothing is written.
             ClosedError: the allocator is closed.
         """

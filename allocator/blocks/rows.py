@@ -27,6 +27,12 @@ class Rows:
         """Number of blocks."""
         return len(self.batch) if self.rows is None else len(self.rows)
 
+    @property
+    def addresses(self) -> Int64Array:
+        """The address of each, int64 ``[R]``."""
+        runs = self.batch.runs
+        return runs.addresses if self.rows is None else runs.addresses_of(self.rows)
+
 
 def listed(objs: Iterable[MemoryObj]) -> Sequence[MemoryObj]:
     """Objects to free as a list; a slice of a batch stays one.

@@ -32,6 +32,7 @@ from kvheap.blocks.heap import (
     BlockObjects,
     Heap,
     await_filling,
+    await_transfers,
     heap_of,
     layout_and_addresses,
     require_writable,
@@ -90,6 +91,7 @@ def store(
     ``batch.record_stream`` with the copy's stream. On another stream, by another path, and between
     a device and pinned host memory, it is a transfer as ``kvheap.transfer.copy`` makes it: the
     bytes of the chunks are not reused before it has ended, and what reads a batch waits for it.
+    Within host memory, it first waits for transfers that still use the chunks.
 
     Args:
         cache: the engine's cache.
@@ -161,6 +163,8 @@ def _store(
     if not isinstance(batch, (MemoryBatch, BatchSlice)):
         require_disjoint("chunks to store to", chunks.addresses, chunks.size_bytes)
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=True)
+    if route.is_host:
+        await_transfers(batch)
     transfer = route.execute(copy, batch)
     record_stored(batch, chunks.layout, copy, cache)
     if is_plain and route.is_host:

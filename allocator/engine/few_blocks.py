@@ -102,6 +102,7 @@ def store_few(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> Transfe
     heap, num_tokens = cast("Heap", batch.allocator), len(ids) * cache.block_size
     segments = heap.segments  # keeps the buffers alive if another thread closes the heap
     addresses = _addresses_of(heap, segments, batch, len(ids), known)
+    batch.await_transfers()
     if not addresses or not _copied(known.rows, addresses, ids, slots, to_heap=True):
         return None
     stored = batch.stored_tokens

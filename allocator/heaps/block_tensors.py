@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
+from kvheap.addresses.extents import Extents, Int64Array, overlap_of
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.rows import Rows
 from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.capture_mode import Relaxed
 
-__all__ = ["new_tensor", "require_gatherable", "require_matching", "require_writable_from"]
+__all__ = [
+    "new_tensor",
+    "require_apart",
+    "require_gatherable",
+    "require_matching",
+    "require_writable_from",
+]
 
 
 def require_matching(
@@ -80,6 +88,42 @@ def require_writable_from(
     if layout is not None:
         total = sum(len(part) for part in parts)
         require_matching("source", source, total, layout, device, cpu_is_fine=True)
+
+
+def require_apart(
+    name: str,
+    tensor: torch.Tensor,
+    parts: Sequence[Rows],
+    starts_of: Callable[[Rows], Int64Array],
+) -> None:
+    """Raise if a tensor that matches blocks shares memory with any of them. O(N log N).
+
+    Args:
+        name: name of the argument, for messages.
+        tensor: a row for each block.
+        parts: the blocks.
+        starts_of: tells the absolute address of each block of a part, int64 ``[R]``.
+
+    Raises:
+        ValueError: names the first such row and its block.
+    """
+    if not len(tensor):
+        return
+    size = parts[0].batch.layout.size_bytes
+    rows = np.arange(len(tensor), dtype=np.int64) * (tensor.stride(0) * tensor.element_size())
+    rows += tensor.data_ptr()
+    for part in parts:
+        starts, firsts = np.unique(starts_of(part), return_index=True)
+        found = overlap_of(
+            Extents(starts, np.full_like(starts, size)), Extents(rows, rows * 0 + size)
+        )
+        if found is not None:
+            at, row = int(firsts[found[0]]), found[1]
+            block = part.batch.describe(at if part.rows is None else int(part.rows[at]))
+            raise ValueError(
+                f"{name} shares memory with {block}, in its row {row}: pass memory apart from the "
+                f"blocks, such as {name}.clone()"
+            )
 
 
 def new_tensor(layout: BlockLayout, num_blocks: int, device: torch.device) -> torch.Tensor:

@@ -24,7 +24,7 @@ from kvheap.blocks.ledger import Ledger
 from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.release import Release
 from kvheap.blocks.sites import Site, site_lines
-from kvheap.errors import ReentrantCallError
+from kvheap.errors import HeapCorruptionError, ReentrantCallError
 from kvheap.guards import is_inside_section, section
 from kvheap.snapshots.heap_map import STATES, Owner
 from kvheap.snapshots.heap_snapshot import HeapSnapshot
@@ -58,6 +58,7 @@ def capture(
 
     Raises:
         ReentrantCallError: the calling thread is inside an operation.
+        HeapCorruptionError: bytes belong to two blocks, or to a block while they are free.
     """
     state = _look(manager, ledger)
     table = _Table(state.now)
@@ -194,6 +195,9 @@ class _Table:
         """Sizes, states and batches of extents that cover the heap, in address order.
 
         Neighbours of one batch and state are joined; free extents stay as they are.
+
+        Raises:
+            HeapCorruptionError: two extents overlap.
         """
         starts, sizes, all_states, all_batches = self._extents(free)
         order = np.argsort(starts, kind="stable")
@@ -201,6 +205,8 @@ class _Table:
         states, batches = all_states[order].astype(np.uint8), all_batches[order].astype(np.int32)
         ends = np.append(0, starts + sizes)
         gaps = np.append(starts, heap_bytes) - ends
+        if (gaps < 0).any():
+            raise _damage(starts, ends, all_states[order], int(np.argmax(gaps < 0)))
         holes = np.flatnonzero(gaps > 0)  # allocated by others
         sizes = np.insert(sizes, holes, gaps[holes])
         states = np.insert(states, holes, OTHER)
@@ -213,6 +219,20 @@ class _Table:
         )
         firsts = np.flatnonzero(is_first)
         return np.add.reduceat(sizes, firsts), states[firsts], batches[firsts]
+
+
+def _damage(
+    starts: Int64Array, ends: Int64Array, states: Int64Array, at: int
+) -> HeapCorruptionError:
+    """The error that extent ``at`` begins before ``ends[at]``, where the one before it ends."""
+    if at == len(starts):
+        return HeapCorruptionError(f"an extent ends at {ends[at]}, behind the end of the heap")
+    one, two = (STATES[int(states[number])] for number in (at - 1, at))
+    end = min(ends[at], ends[at + 1])
+    return HeapCorruptionError(
+        f"the heap's books are damaged: the bytes at [{starts[at]}, {end}) are {one} and also "
+        f"{two}; check() names their block"
+    )
 
 
 def _rows(starts: Int64Array, sizes: int | Int64Array, state: int, batch: int) -> Int64Array:

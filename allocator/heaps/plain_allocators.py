@@ -12,6 +12,7 @@ import torch
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.arguments import require_count, require_flags
+from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.integers import as_integer
 from kvheap.blocks.block_allocator import BlockAllocator
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
@@ -24,6 +25,7 @@ from kvheap.errors import NegativeBatchSizeError
 from kvheap.guards import Guard
 from kvheap.heaps.block_tensors import (
     new_tensor,
+    require_apart,
     require_gatherable,
     require_matching,
     require_writable_from,
@@ -103,6 +105,7 @@ class AdHocMemoryAllocator(BlockAllocator):
     def require_gatherable(self, parts: Sequence[Rows], out: torch.Tensor) -> None:
         """Check that ``out`` of ``batched_free`` matches the blocks."""
         require_gatherable(parts, out, self.device)
+        require_apart("out", out, parts, _starts_of)
 
     def gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
         """Copy the contents of block ``i`` into ``out[i]``."""
@@ -112,6 +115,7 @@ class AdHocMemoryAllocator(BlockAllocator):
     def require_writable_from(self, parts: Sequence[Rows], source: torch.Tensor) -> None:
         """Check that ``source`` of ``batched_write`` matches the blocks."""
         require_writable_from(parts, source, self.device)
+        require_apart("source", source, parts, _starts_of)
 
     def scatter(self, source: torch.Tensor, objs: MemoryBatch | Sequence[MemoryObj]) -> None:
         """Copy ``source[i]`` into block ``i``."""
@@ -140,6 +144,13 @@ class AdHocMemoryAllocator(BlockAllocator):
     def __repr__(self) -> str:
         """The device."""
         return f"{type(self).__name__}({str(self.device)!r})"
+
+
+def _starts_of(part: Rows) -> Int64Array:
+    """The absolute address of each block."""
+    storage = part.batch.storage
+    assert storage is not None
+    return part.addresses + storage.data_ptr()
 
 
 class BufferAllocator(AdHocMemoryAllocator):

@@ -32,7 +32,7 @@ class Segments:
 
     - inspect: ``buffers``, ``starts``, ``device``, ``pairs``, ``end``, ``pinned_bytes``;
     - grow: ``with_buffer``;
-    - where blocks are: ``bytes_at``, ``absolute``, ``pinned_addresses``;
+    - where blocks are: ``bytes_at``, ``absolute``, ``has_memory_of``, ``pinned_addresses``;
     - copy and fill blocks: ``scatter``, ``gather``, ``fill``;
     - checks: ``require_inside``, ``require_readable``.
 
@@ -41,7 +41,7 @@ class Segments:
         starts: heap address of the first byte of each, ascending; the first is 0.
     """
 
-    __slots__ = ("_bases", "_bits", "_memory", "_reached", "buffers", "pairs", "starts")
+    __slots__ = ("_bases", "_bits", "_memory", "_reached", "_spans", "buffers", "pairs", "starts")
 
     def __init__(self, buffers: tuple[torch.Tensor, ...], starts: tuple[int, ...]) -> None:
         self.buffers = buffers
@@ -50,6 +50,9 @@ class Segments:
         """The buffers, each after the heap address of its first byte."""
         self._bases = [buffer.data_ptr() for buffer in buffers]
         self._bits = reduce(or_, (*self._bases, *starts), 0)
+        self._spans = [
+            (base, base + len(each)) for base, each in zip(self._bases, buffers, strict=True)
+        ]
         self._reached: dict[CopyDevice, Int64Array] = {}
         is_on_host = len(buffers) == 1 and buffers[0].is_cpu
         self._memory = memory_of(buffers[0]) if is_on_host else None
@@ -113,6 +116,15 @@ class Segments:
             return addresses + bases[0], alignment
         shifts = np.array(bases, np.int64) - np.array(self.starts, np.int64)
         return addresses + shifts[self._numbers_of(addresses)], alignment
+
+    def has_memory_of(self, tensor: torch.Tensor) -> bool:
+        """Whether a buffer has bytes of a tensor of rows, or bytes between or behind them."""
+        start = tensor.data_ptr()
+        length = tensor.nbytes
+        if not tensor.is_contiguous():
+            length = max(length, len(tensor) * tensor.stride(0) * tensor.element_size())
+        end = start + length
+        return any(start < last and first < end for first, last in self._spans)
 
     def pinned_addresses(self, device: CopyDevice) -> Int64Array:
         """Absolute ranges of the buffers that ``device`` can reach, int64 ``[R, 2]``.

@@ -38,6 +38,7 @@ from kvheap.errors import HeapCorruptionError, ReentrantCallError
 from kvheap.guards import is_inside_section, section
 from kvheap.heaps.block_tensors import (
     new_tensor,
+    require_apart,
     require_gatherable,
     require_matching,
     require_writable_from,
@@ -347,6 +348,7 @@ class TensorMemoryAllocator(Heap):
     def require_gatherable(self, parts: Sequence[Rows], out: torch.Tensor) -> None:
         """Raise if the ``out`` of ``batched_read`` or ``_free`` does not match the blocks."""
         require_gatherable(parts, out, self.device)
+        self._require_apart("out", out, parts)
 
     def gather(self, objs: MemoryBatch | Sequence[MemoryObj], out: torch.Tensor) -> None:
         """Copy the contents of blocks into ``out``, already checked by ``require_gatherable``."""
@@ -360,6 +362,12 @@ class TensorMemoryAllocator(Heap):
     def require_writable_from(self, parts: Sequence[Rows], source: torch.Tensor) -> None:
         """Raise if the ``source`` of ``batched_write`` does not match the blocks."""
         require_writable_from(parts, source, self.device)
+        self._require_apart("source", source, parts)
+
+    def _require_apart(self, name: str, tensor: torch.Tensor, parts: Sequence[Rows]) -> None:
+        segments = self._open_segments()
+        if segments.has_memory_of(tensor):
+            require_apart(name, tensor, parts, lambda part: self.absolute(part.addresses)[0])
 
     def scatter(self, source: torch.Tensor, objs: MemoryBatch | Sequence[MemoryObj]) -> None:
         """Copy ``source`` into blocks, checked, which no transfer uses any more."""
@@ -472,6 +480,7 @@ class TensorMemoryAllocator(Heap):
         Raises:
             ReentrantCallError: the calling thread is inside an operation, as in a finalizer or a
                 signal handler that interrupted one: ask for ``stats()`` there.
+            HeapCorruptionError: bytes belong to two blocks, or to a block while they are free.
             ClosedError: the allocator is closed.
         """
         segments = self._open_segments()

@@ -61,6 +61,9 @@ def copy(
 ) -> Transfer:
     """Execute a plan on a stream; returns at once.
 
+    It is ordered behind the transfers that fill either side, on any stream. Those that still read
+    the target's blocks, on other streams or by other programs, are the caller's to wait for.
+
     Args:
         plan: what to copy; or a pair ``(source, target)`` of batches, objects or tensors, which is
             passed to :meth:`CopyPlan.between`.

@@ -41,7 +41,7 @@ def batch_of(heap: PagedTensorMemoryAllocator, count: int) -> MemoryBatch:
 
 def free_pages(heap: PagedTensorMemoryAllocator) -> set[int]:
     found: set[int] = set()
-    for start, size in heap.snapshot().tolist():
+    for start, size in heap.free_extents().tolist():
         pages = set(range(start // PAGE, (start + size) // PAGE))
         assert not found & pages
         found |= pages

@@ -28,6 +28,7 @@ from small_heaps import PAGE, heap_of, take
 from kvheap import (
     AddressManager,
     ClosedError,
+    HeapCorruptionError,
     HostMemoryAllocator,
     MemoryBatch,
     PagedTensorMemoryAllocator,
@@ -219,6 +220,32 @@ class TestMap:
         heap.free(batch[0])
         expected = ["other", "free", "live", "other", *["free"] * 4]
         assert pages_of(heap.snapshot()) == expected
+
+    @pytest.mark.parametrize(
+        ("address", "match"),
+        [(0, r"\[0, 4096\) are .*free"), (PAGE, r"\[4096, 8192\) are live and also free")],
+    )
+    def test_bytes_that_are_live_and_free(self, address: int, match: str) -> None:
+        heap = heap_of(8)
+        batch = take(heap, 4)
+        heap.address_manager.free(address, PAGE)
+        with pytest.raises(HeapCorruptionError, match=match):
+            heap.snapshot()
+        with pytest.raises(HeapCorruptionError, match="live block"):
+            heap.check()
+        heap.address_manager.reserve([address], PAGE)
+        assert pages_of(heap.snapshot()) == ["live"] * 4 + ["free"] * 4
+        heap.batched_free(batch)
+
+    def test_bytes_of_two_blocks(self) -> None:
+        heap = heap_of(8)
+        batch = take(heap, 4)
+        heap.address_manager.free(2 * PAGE, PAGE)
+        other = take(heap, 1)
+        assert other.addresses.tolist() == [2 * PAGE]
+        with pytest.raises(HeapCorruptionError, match=r"\[8192, 12288\) are live and also live"):
+            heap.snapshot()
+        assert batch.live.all()
 
     def test_dropped_blocks_are_reclaimed_first(self) -> None:
         heap = heap_of(8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +11,18 @@ import torch
 from fake_device import FakeDevice, filled, heap_on
 from transfer_scenes import BLOCK, Gate, drain
 
-from kvheap import MemoryBatch, PagedKVCache, TensorMemoryAllocator, TransferError, load, offload
+from kvheap import (
+    BlockIds,
+    MemoryBatch,
+    PagedKVCache,
+    TensorMemoryAllocator,
+    TransferError,
+    load,
+    offload,
+)
 from kvheap.engine.chunks import store
+from kvheap.files import FileTier
+from kvheap.transfer import copy
 
 COUNT = 4
 
@@ -50,6 +62,8 @@ READS: dict[str, Read] = {
     ),
     "free": by_free,
     "free of objects": by_free_of_objects,
+    "batched_read": lambda heap, batch: heap.batched_read(batch),
+    "batched_read of a slice": lambda heap, batch: heap.batched_read(batch[:]),
     "evict": lambda heap, batch: heap.batched_evict(batch),
     "load": by_load,
 }
@@ -101,3 +115,71 @@ def test_a_store_does_not_overtake_the_transfer(device: FakeDevice) -> None:
     store(PagedKVCache.of("mla", layers), torch.arange(16 * COUNT), chunks_of(far, away))
     drain(device)
     assert all(obj.tensor.eq(7).all() for obj in away)  # type: ignore[union-attr]
+
+
+CHUNK = [1, 1, 16, BLOCK // 16]
+
+
+def by_write(heap: TensorMemoryAllocator, batch: MemoryBatch, cache: PagedKVCache) -> None:
+    heap.batched_write(batch[1:], torch.full((COUNT - 1, *CHUNK), 7, dtype=torch.uint8))
+
+
+def by_copy(heap: TensorMemoryAllocator, batch: MemoryBatch, cache: PagedKVCache) -> None:
+    rows = torch.full((COUNT, *CHUNK), 7, dtype=torch.uint8)
+    other = heap.batched_allocate(CHUNK, torch.uint8, COUNT, source=rows)
+    copy((other, batch)).result()
+
+
+def by_file(heap: TensorMemoryAllocator, batch: MemoryBatch, cache: PagedKVCache) -> None:
+    pytest.importorskip("lmdb")
+    pytest.importorskip("xxhash")
+    rows = torch.full((COUNT, *CHUNK), 7, dtype=torch.uint8)
+    other = heap.batched_allocate(CHUNK, torch.uint8, COUNT, source=rows)
+    assert other is not None
+    keys = [bytes([number]) for number in range(COUNT)]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        FileTier(folder, 1 << 20, batch.layout, namespace="model") as tier,
+    ):
+        tier.store(keys, other).result()
+        tier.load(keys, batch).result()
+
+
+Write = Callable[[TensorMemoryAllocator, MemoryBatch, PagedKVCache], object]
+
+WRITES: dict[str, Write] = {
+    "store": lambda heap, batch, cache: store(cache, torch.arange(16 * COUNT), batch),
+    "store of whole blocks": lambda heap, batch, cache: store(
+        cache, BlockIds(list(range(COUNT))), batch
+    ),
+    "store to a slice": lambda heap, batch, cache: store(cache, BlockIds([0, 1]), batch[2:]),
+    "store to objects": lambda heap, batch, cache: store(
+        cache, torch.arange(32), [batch[3], batch[1]]
+    ),
+    "write": by_write,
+    "copy": by_copy,
+    "load from a file": by_file,
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_a_writer_waits_for_the_transfer_that_reads(by_queue: Gate, write: Write) -> None:
+    near = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8))
+    far = TensorMemoryAllocator(torch.zeros(1 << 16, dtype=torch.uint8))
+    layer = torch.ones(COUNT, 16, BLOCK // 16, dtype=torch.uint8)
+    cache = PagedKVCache.of("mla", [layer])
+    batch = near.batched_allocate(CHUNK, torch.uint8, COUNT)
+    assert batch is not None
+    for _ in range(2):  # the second one knows the layout
+        store(cache, BlockIds(list(range(COUNT))), batch)
+    away = offload(batch, into=far)
+    assert away is not None
+    layer.fill_(7)
+    timer = threading.Timer(0.1, by_queue.open)
+    timer.start()
+    write(near, batch, cache)
+    timer.join()
+    assert away.transfer is not None
+    away.transfer.result()
+    assert far.batched_read(away).eq(1).all()
+    assert near.batched_read(batch)[-1].eq(7).all()
