@@ -280,12 +280,13 @@ class RemoteChannel:
 
     def close(self) -> None:
         """Disconnect, whereupon the owner gives up what is being stored."""
-        self._require_outside()
         self._is_closed = True
         connection = self._connection
         if connection is not None:
             connection.is_open = False
             connection.hang_up()
+        if self._holder == threading.get_ident():
+            return  # in a finalizer inside another call, which disconnects
         with self._lock:  # another thread may be about to use the socket's number
             self._disconnect()
 
@@ -335,6 +336,8 @@ class RemoteChannel:
                     self._disconnect()
                     raise
                 finally:
+                    if self._is_closed:
+                        self._disconnect()
                     self._holder = 0
         finally:
             self._give_up()  # what was given up meanwhile

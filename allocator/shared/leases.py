@@ -237,13 +237,10 @@ class Leases:
             raise ClosedError("this SharedHeap is closed")
 
     def close(self) -> None:
-        """Lock nothing more, and let go of the file once nothing is locked; may be repeated.
-
-        Raises:
-            NestedWaitError: in a finalizer that happens to run inside another call.
-        """
-        self._require_outside()
+        """Lock nothing more, and let go of the file once nothing is locked; may be repeated."""
         self._is_closed = True
+        if self._holder == threading.get_ident():
+            return  # in a finalizer inside another call: the file is closed when this is dropped
         with self._lock:
             self._close_unused()
         self.give_back()

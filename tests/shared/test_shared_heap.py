@@ -25,6 +25,7 @@ from shared_heaps import PLACE, attach, contents, expected, filled, key_of, own,
 from kvheap import BlockLayout, HostMemoryAllocator, MemoryFormat, SharedHeap
 from kvheap.errors import ClosedError, ForeignObjectError, LifetimeError
 from kvheap.files import MissingChunksError
+from kvheap.memory.file_locks import RangeLocks
 from kvheap.shared import LeaseLostError, NoOwnerError
 from kvheap.shared.stats import KeeperStats
 from kvheap.shared.tokens import Token
@@ -599,6 +600,45 @@ class TestClose:
                 heap.close()
         heap.close()
         own(path).close()
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    @pytest.mark.parametrize("is_owner", [True, False])
+    def test_in_a_finalizer_inside_another_call(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, is_owner: bool
+    ) -> None:
+        with own(path, NUM_CHUNKS) as heap:
+            put(heap, KEYS)
+        heap = own(path, NUM_CHUNKS)
+        each = heap if is_owner else attach(path)
+        share = RangeLocks.share
+
+        def close_and_share(self: RangeLocks, start: int, count: int) -> bool:
+            each.close()
+            return share(self, start, count)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RangeLocks, "share", close_and_share)
+            with suppress(ClosedError):
+                each.hold(KEYS).release()
+        if not is_owner:
+            connect = socket.socket.connect
+
+            def close_and_connect(self: socket.socket, name: str) -> None:
+                each.close()
+                connect(self, name)
+
+            each = attach(path)
+            with monkeypatch.context() as patch:
+                patch.setattr(socket.socket, "connect", close_and_connect)
+                assert each.remove(KEYS[:1]) == KEYS[:1]
+            end_s = time.monotonic() + 60
+            while keeper_of(heap).num_writers:
+                assert time.monotonic() < end_s
+                time.sleep(0.001)
+            heap.close()
+        with own(path, NUM_CHUNKS) as heap:
+            heap.check(contents=True)
+            assert put(heap, MANY) == [True] * NUM_CHUNKS
 
     def test_what_is_held_and_filled_is_not_reused(self, path: Path) -> None:
         with own(path, NUM_CHUNKS) as heap, attach(path) as replica:
