@@ -199,7 +199,8 @@ class ChunkFile:
             is_indexed = set(indexed)
             failed = [chunk for chunk in chunks if chunk not in is_indexed]
             with self._lock:
-                self._stale.update(dict.fromkeys(chunk.key for chunk in failed))
+                # The key of one that was removed is stale already, or another chunk's by now.
+                self._stale.update(dict.fromkeys(each.key for each in failed if not each.is_gone))
                 self._books.end_store(indexed, is_stored=True)
                 self._books.end_store(failed, is_stored=False)
                 self._counts.stored_chunks += len(indexed)

@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from errno import ESTALE
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,12 @@ class TierFolder:
         return self.path / "index"
 
     def write_state(self, *, is_closed: bool, is_durable: bool) -> None:
-        """Note whether the tier is open, in one step that also outlives a loss of power."""
+        """Note whether the tier is open, in one step that also outlives a loss of power.
+
+        Raises:
+            OSError: it cannot be written, or the folder is another tier's by now.
+        """
+        self._require_same()
         state = {
             "identity": self._identity,
             "is_closed": is_closed,
@@ -92,6 +98,13 @@ class TierFolder:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def _require_same(self) -> None:
+        """Raise if the folder was removed, and perhaps made anew, since it was locked."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path / "lock"), os.fstat(self._lock.fd)):
+                return
+        raise OSError(ESTALE, "somebody has removed the folder of an open FileTier", str(self.path))
 
     def unlock(self) -> None:
         """Let others have the folder. In a forked child, the parent keeps it."""

@@ -97,11 +97,12 @@ class RangeLocks:
     unlocked by one :meth:`drop`: the caller counts.
 
     Args:
-        fd: of the file, opened for these locks; closed by :meth:`close`.
+        fd: of the file, opened for these locks; closed by :meth:`close`, or once this is dropped.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._close_fd = weakref.finalize(self, os.close, fd)
 
     def share(self, start: int, count: int) -> bool:
         """Lock numbers together with others; False if somebody has one exclusively."""
@@ -124,9 +125,8 @@ class RangeLocks:
 
     def close(self) -> None:
         """Unlock everything; may be repeated. In a forked child the locks stay the parent's."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._fd = -1
+        self._close_fd()
 
     def _set(self, kind: int, start: int, count: int) -> bool:
         try:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from kvheap.device.host_queue import NestedWaitError
+from kvheap.errors import ClosedError
 from kvheap.shared.errors import NoOwnerError
 from kvheap.shared.header import OwnerState
 from kvheap.shared.keeper import Filled, Keeper, Ticket
@@ -32,6 +33,9 @@ Answer = TypeVar("Answer")
 
 TELL_S = 0.01
 """How long to wait for room in a socket for a few bytes."""
+
+RETRY_S = 0.01
+"""Between two tries to connect."""
 
 HERE = "here"
 """Who stores in the owner's process."""
@@ -145,15 +149,30 @@ class _Connection:
         self._unread = 0  # answers that nobody has waited for
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self.socket.settimeout(_left(end_s))
-            self.socket.connect(state.socket_name)
+            self._connect(state.socket_name, end_s)
         except BaseException:
             self.socket.close()
             raise
 
+    def _connect(self, name: str, end_s: float) -> None:
+        while True:
+            self.socket.settimeout(_left(end_s))
+            try:
+                self.socket.connect(name)
+                return
+            except BlockingIOError:  # too many wait for an owner that is stopped or busy
+                if time.monotonic() >= end_s:
+                    raise TimeoutError from None
+            time.sleep(RETRY_S)
+
     def close(self) -> None:
         self.is_open = False  # before the owner can see it
         self.socket.close()
+
+    def hang_up(self) -> None:
+        """Let whoever waits for an answer get none."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def tell(self, message: bytes) -> None:
         """Send a message, and leave its answer for later."""
@@ -203,6 +222,7 @@ class RemoteChannel:
         self._stores: Dropped[tuple[Link, int]] = Dropped()
         self._lock = threading.Lock()
         self._holder = 0
+        self._is_closed = False
 
     def begin(self, token: Token, keys: Sequence[bytes]) -> tuple[Ticket, Link]:
         """See ``Keeper.begin``."""
@@ -227,20 +247,26 @@ class RemoteChannel:
     def abort(self, token: Token) -> None:
         """See ``Keeper.abort``."""
         self._stores.end(token)
-        if self._lock.locked():
-            return  # the next call does it
-        with self._lock:
-            self._holder = threading.get_ident()
-            try:
-                if self._connection is not None:
-                    self._send_aborted(self._connection)
-            except OSError:
-                self._disconnect()
-            except BaseException:  # of a signal handler: nobody knows how much was sent
-                self._disconnect()
-                raise
-            finally:
-                self._holder = 0
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Abort the stores that nobody has any more; never waits for the lock."""
+        # Whoever has the lock looks again afterwards.
+        while self._stores.has_any and not self._lock.locked():
+            with self._lock:
+                self._holder = threading.get_ident()
+                try:
+                    if self._connection is not None:
+                        self._send_aborted(self._connection)
+                    else:
+                        self._stores.take()
+                except OSError:
+                    self._disconnect()
+                except BaseException:  # of a signal handler: nobody knows how much was sent
+                    self._disconnect()
+                    raise
+                finally:
+                    self._holder = 0
 
     def remove(self, keys: Sequence[bytes]) -> list[bytes]:
         """See ``Keeper.remove``."""
@@ -254,7 +280,15 @@ class RemoteChannel:
 
     def close(self) -> None:
         """Disconnect, whereupon the owner gives up what is being stored."""
-        self._disconnect()
+        self._is_closed = True
+        connection = self._connection
+        if connection is not None:
+            connection.is_open = False
+            connection.hang_up()
+        if self._holder == threading.get_ident():
+            return  # in a finalizer inside another call, which disconnects
+        with self._lock:  # another thread may be about to use the socket's number
+            self._disconnect()
 
     def start_over_after_fork(self) -> None:
         """Leave the connection to the parent, in a forked child."""
@@ -283,25 +317,30 @@ class RemoteChannel:
 
         Raises:
             NoOwnerError: there is no owner, or it has gone.
+            ClosedError: another thread closes the heap.
             TimeoutError: the owner does not answer; it may be stopped. What this process was
                 storing through the connection is given up.
             ValueError: the owner has refused it.
         """
-        if self._holder == threading.get_ident():
-            raise NestedWaitError("a finalizer inside a call of a SharedHeap cannot ask its owner")
+        self._require_outside()
         message = framed(kind, body)
         end_s = time.monotonic() + self._timeout_s
-        with self._lock:  # for so long as the calls of other threads may take
-            self._holder = threading.get_ident()
-            try:
-                return self._answered(message, read, link, end_s)
-            except OwnerRefusedError as error:
-                raise ValueError(str(error)) from None
-            except BaseException:  # an answer may be on its way, to nobody
-                self._disconnect()
-                raise
-            finally:
-                self._holder = 0
+        try:
+            with self._lock:  # for so long as the calls of other threads may take
+                self._holder = threading.get_ident()
+                try:
+                    return self._answered(message, read, link, end_s)
+                except OwnerRefusedError as error:
+                    raise ValueError(str(error)) from None
+                except BaseException:  # an answer may be on its way, to nobody
+                    self._disconnect()
+                    raise
+                finally:
+                    if self._is_closed:
+                        self._disconnect()
+                    self._holder = 0
+        finally:
+            self._give_up()  # what was given up meanwhile
 
     def _answered(
         self,
@@ -332,7 +371,13 @@ class RemoteChannel:
             break
         raise self._gone()
 
+    def _require_outside(self) -> None:
+        if self._holder == threading.get_ident():
+            raise NestedWaitError("a finalizer inside a call of a SharedHeap cannot ask its owner")
+
     def _connected(self, end_s: float) -> _Connection:
+        if self._is_closed:
+            raise ClosedError("this SharedHeap is closed")
         if self._connection is None:
             self._connection = _Connection(self._state, end_s)
         return self._connection
@@ -342,7 +387,9 @@ class RemoteChannel:
             if link is connection:
                 connection.tell(framed(Kind.ABORT, encode_filled(number, [])))
 
-    def _gone(self) -> NoOwnerError:
+    def _gone(self) -> NoOwnerError | ClosedError:
+        if self._is_closed:
+            return ClosedError("this SharedHeap is closed")
         return NoOwnerError(
             f"nobody owns {self._path} now, or its owner has just gone: chunks can be read, but "
             f"not be stored or removed; open it by SharedHeap(...) to own it"

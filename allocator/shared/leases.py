@@ -21,6 +21,7 @@ from errno import EAGAIN
 from typing import NamedTuple
 
 from kvheap.device.host_queue import NestedWaitError
+from kvheap.errors import ClosedError
 from kvheap.memory.file_locks import RangeLocks
 from kvheap.shared.tokens import Dropped, Token
 
@@ -70,13 +71,11 @@ class _Lease(NamedTuple):
     """Places that are locked.
 
     Attributes:
-        places: their numbers, sorted.
-        is_filling: for filling.
+        numbers: of their locks, sorted.
         has_ended: whether no copy into them is under way.
     """
 
-    places: list[int]
-    is_filling: bool
+    numbers: list[int]
     has_ended: Callable[[], bool]
 
 
@@ -94,33 +93,32 @@ class Leases:
     def __init__(self, locks: RangeLocks, num_places: int) -> None:
         self._locks = locks
         self._num_places = num_places
-        self._counts: dict[int, int] = {}  # of the tokens by which a place is read
+        self._counts: dict[int, int] = {}  # by lock: of the tokens that stand for it
         self._dropped: Dropped[_Lease] = Dropped()
         self._copied: list[_Lease] = []  # dropped, but a copy fills them still
         self._lock = threading.Lock()
         self._holder = 0
         self._is_unfinished = False
+        self._is_closed = False
 
     def read(self, token: Token, places: Iterable[int]) -> None:
         """Lock places for reading, until the token is ended or gone.
 
         Raises:
             NestedWaitError: in a finalizer that happens to run inside another call.
+            ClosedError: after :meth:`close`.
         """
         self._require_outside()
         wanted = sorted(set(places))
         with self._lock:
             try:
+                self._require_open()
                 self._begin()
-                counts = self._counts
-                for start, count in _runs([place for place in wanted if place not in counts]):
-                    if not self._locks.share(FIRST + start, count):
-                        raise BlockingIOError(
-                            EAGAIN, "another program has locked a part of the segment's file"
-                        )
-                for place in wanted:
-                    counts[place] = counts.get(place, 0) + 1
-                self._dropped.track(token, _Lease(wanted, False, _yes))
+                if not self._lock_all(wanted, self._locks.share):
+                    raise BlockingIOError(
+                        EAGAIN, "another program has locked a part of the segment's file"
+                    )
+                self._dropped.track(token, _Lease(wanted, _yes))
                 self._is_unfinished = False
             finally:
                 self._holder = 0
@@ -134,15 +132,19 @@ class Leases:
 
         Raises:
             NestedWaitError: in a finalizer that happens to run inside another call.
+            ClosedError: after :meth:`close`.
         """
         self._require_outside()
-        wanted = sorted(places)
+        wanted = sorted(self._num_places + place for place in places)
         with self._lock:
             try:
+                self._require_open()
                 self._begin()
-                self._dropped.track(token, _Lease(wanted, True, has_ended))
-                base = FIRST + self._num_places
-                are_locked = all(self._locks.take(base + run[0], run[1]) for run in _runs(wanted))
+                # Not what this process still fills: its open file may lock a number twice.
+                are_locked = self._counts.keys().isdisjoint(wanted)
+                if are_locked:
+                    self._dropped.track(token, _Lease(wanted, has_ended))
+                    are_locked = self._lock_all(wanted, self._locks.take)
                 if not are_locked:
                     self._dropped.forget(token)
                     self._count_anew()
@@ -165,6 +167,7 @@ class Leases:
                 try:
                     self._begin()
                     self._drop_all()
+                    self._close_unused()
                     self._is_unfinished = False
                 finally:
                     self._holder = 0
@@ -189,36 +192,39 @@ class Leases:
             self._drop(lease)
             self._copied.remove(lease)
 
-    def _drop(self, lease: _Lease) -> None:
-        places, base = lease.places, FIRST
-        if lease.is_filling:
-            base += self._num_places
-        else:
-            places = [place for place in places if self._count_down(place)]
-        for start, count in _runs(places):
-            self._locks.drop(base + start, count)
+    def _lock_all(self, numbers: Sequence[int], lock: Callable[[int, int], bool]) -> bool:
+        """Lock what is not locked here yet, and count; False if somebody else has one."""
+        counts = self._counts
+        for start, count in _runs([number for number in numbers if number not in counts]):
+            if not lock(FIRST + start, count):
+                return False
+        for number in numbers:
+            counts[number] = counts.get(number, 0) + 1
+        return True
 
-    def _count_down(self, place: int) -> bool:
-        """Whether nobody here reads a place any more."""
-        left = self._counts.get(place, 0) - 1
+    def _drop(self, lease: _Lease) -> None:
+        for start, count in _runs([each for each in lease.numbers if self._count_down(each)]):
+            self._locks.drop(FIRST + start, count)
+
+    def _count_down(self, number: int) -> bool:
+        """Whether nobody here needs a lock any more."""
+        left = self._counts.get(number, 0) - 1
         if left > 0:
-            self._counts[place] = left
+            self._counts[number] = left
         else:
-            self._counts.pop(place, None)
+            self._counts.pop(number, None)
         return left <= 0
 
     def _count_anew(self) -> None:
         """Count what tokens stand for, and unlock everything else. O(leases)."""
         leases = [*self._dropped.live(), *self._copied]
-        read = Counter(p for lease in leases if not lease.is_filling for p in lease.places)
-        filled = {p for lease in leases if lease.is_filling for p in lease.places}
-        for base, kept in ((FIRST, sorted(read)), (FIRST + self._num_places, sorted(filled))):
-            at = 0
-            for start, count in [*_runs(kept), (self._num_places, 0)]:
-                if start > at:
-                    self._locks.drop(base + at, start - at)
-                at = start + count
-        self._counts = dict(read)
+        counts = Counter(number for lease in leases for number in lease.numbers)
+        at = 0
+        for start, count in [*_runs(sorted(counts)), (2 * self._num_places, 0)]:
+            if start > at:
+                self._locks.drop(FIRST + at, start - at)
+            at = start + count
+        self._counts = dict(counts)
 
     def _require_outside(self) -> None:
         if self._holder == threading.get_ident():
@@ -226,9 +232,22 @@ class Leases:
                 "a finalizer inside a call of a SharedHeap cannot hold its chunks, or store"
             )
 
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError("this SharedHeap is closed")
+
     def close(self) -> None:
-        """Unlock everything."""
-        self._locks.close()
+        """Lock nothing more, and let go of the file once nothing is locked; may be repeated."""
+        self._is_closed = True
+        if self._holder == threading.get_ident():
+            return  # in a finalizer inside another call: the file is closed when this is dropped
+        with self._lock:
+            self._close_unused()
+        self.give_back()
+
+    def _close_unused(self) -> None:
+        if self._is_closed and not self._dropped.live() and not self._copied:
+            self._locks.close()
 
     def start_over_after_fork(self) -> None:
         """Leave the locks to the parent, in a forked child."""
@@ -240,12 +259,12 @@ def _yes() -> bool:
     return True
 
 
-def _runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Start and length of each run of consecutive numbers."""
     at = 0
-    while at < len(places):
+    while at < len(numbers):
         end = at + 1
-        while end < len(places) and places[end] == places[end - 1] + 1:
+        while end < len(numbers) and numbers[end] == numbers[end - 1] + 1:
             end += 1
-        yield places[at], end - at
+        yield numbers[at], end - at
         at = end

@@ -14,6 +14,7 @@ import selectors
 import socket
 import struct
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -48,6 +49,9 @@ READ_BYTES = 1 << 18
 
 LOOK_S = 0.05
 """Seconds between two looks at places that wait for others, while there are any."""
+
+PAUSE_S = 0.1
+"""Seconds without new connections after one could not be accepted."""
 
 ALIVE_S = 1.0
 """Seconds between two looks of a caller at whether the thread still runs."""
@@ -95,6 +99,7 @@ class Service:
         self._is_stopping = False
         self._questions: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._connections: set[_Connection] = set()
+        self._paused_until_s: float | None = None  # None: connections are accepted
         self._has_ended = Latch()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # Not when the thread ends: somebody may be about to write to it.
@@ -177,7 +182,8 @@ class Service:
     def _run(self) -> None:
         try:
             while True:
-                timeout_s = LOOK_S if self._keeper.has_waiting else None
+                is_looking = self._keeper.has_waiting or self._paused_until_s is not None
+                timeout_s = LOOK_S if is_looking else None
                 for key, events in self._selector.select(timeout_s):
                     if key.fileobj is self._listener:
                         self._accept()
@@ -189,6 +195,7 @@ class Service:
                 self._answer_questions()
                 self.on_turn()
                 self._keeper.free_waiting()
+                self._accept_again()
                 if self._is_stopping:
                     break
         except BaseException:
@@ -219,8 +226,16 @@ class Service:
         self._answer_questions()
 
     def _accept(self) -> None:
-        with suppress(BlockingIOError, ConnectionError):
+        try:
             peer, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:  # no descriptor or no memory is left; who is connected goes on
+            LOGGER.warning("a process that stores in a SharedHeap has to wait: %s", error)
+            self._selector.unregister(self._listener)
+            self._paused_until_s = time.monotonic() + PAUSE_S
+            return
+        with suppress(ConnectionError):
             peer.setblocking(False)
             found = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
             uid = CREDENTIALS.unpack(found)[1]
@@ -231,6 +246,11 @@ class Service:
             self._connections.add(connection)
             self._selector.register(peer, selectors.EVENT_READ, connection)
             self._keeper.note_writers(len(self._connections))
+
+    def _accept_again(self) -> None:
+        if self._paused_until_s is not None and time.monotonic() >= self._paused_until_s:
+            self._paused_until_s = None
+            self._selector.register(self._listener, selectors.EVENT_READ)
 
     def _serve(self, connection: _Connection, events: int) -> None:
         try:

@@ -64,7 +64,7 @@ from kvheap.shared.leases import Leases, PlaceLocks
 from kvheap.shared.segment import Segment, as_target
 from kvheap.shared.service import Service
 from kvheap.shared.stats import SharedHeapStats
-from kvheap.shared.stores import SharedStore
+from kvheap.shared.stores import SharedStore, as_tokens
 from kvheap.shared.tokens import Token
 from kvheap.transfer.moves import copy
 from kvheap.transfer.plan import CopyPlan
@@ -591,7 +591,7 @@ class SharedHeap:
         names = _as_keys(keys, is_list=True)
         require_distinct(names)
         self._require_source(source, len(names))
-        tokens = _as_tokens(num_tokens, len(names))
+        tokens = as_tokens(num_tokens, len(names))
         with self.begin(names) as store:
             stored = store.were_ready
             if store.rows:
@@ -624,7 +624,7 @@ class SharedHeap:
         chunk_bytes = self.layout.size_bytes
         given = source.reshape(len(source), -1).view(torch.uint8).reshape(-1, chunk_bytes)
         places = store.places
-        memory = self._heap.host_buffer.tensor[: self._geometry.data_bytes]
+        memory = torch.frombuffer(self._data, dtype=torch.uint8)
         target = memory.view(self._geometry.num_places, -1)[:, :chunk_bytes]
         for begin, end in _runs(rows, places):
             into = target[places[begin] : places[begin] + end - begin]
@@ -662,24 +662,26 @@ class SharedHeap:
 
         Raises:
             TimeoutError: it has not ended in time; a later call can wait for it.
+            OSError: the file's name could not be removed; the heap is closed all the same.
         """
         if self._closed or self._is_foreign:
             return
         service = self._service
-        if service is not None:
-            if not service.stop(timeout_s):
-                raise TimeoutError(f"{self!r} has not ended in {timeout_s:g} s: close it again")
+        if service is not None and not service.stop(timeout_s):
+            raise TimeoutError(f"{self!r} has not ended in {timeout_s:g} s: close it again")
+        try:
             if self._unlink:
                 self._segment.unlink()
-            self._segment.state.end()
-        self._closed = True
-        _owned.pop(id(self), None)
-        self._channel.close()
-        self._leases.close()
-        if service is not None:
-            self._place_locks.close()
-            self._segment.leave()
-        self._heap.close()
+        finally:  # whether or not the name could be removed
+            self._closed = True
+            _owned.pop(id(self), None)
+            self._channel.close()
+            self._leases.close()
+            if service is not None:
+                self._segment.state.end()
+                self._place_locks.close()
+                self._segment.leave()
+            self._heap.close()
 
     # -- the rest ------------------------------------------------------------------------------
 
@@ -754,15 +756,6 @@ def _identity(layout: BlockLayout, namespace: Any) -> dict[str, object]:
 
 def _as_keys(keys: Any, *, is_list: bool = False) -> list[bytes]:
     return as_bytes_keys(keys, MAX_KEY_BYTES, "SharedHeap", is_list=is_list)
-
-
-def _as_tokens(num_tokens: Any, num_keys: int) -> list[int]:
-    if num_tokens is None:
-        return [0] * num_keys
-    found = [require_count("num_tokens", each) for each in num_tokens]
-    if len(found) != num_keys or (found and max(found) >= 1 << 32):
-        raise ValueError(f"num_tokens must be {num_keys} numbers below 2**32, got {num_tokens!r}")
-    return found
 
 
 def _runs(rows: Sequence[int], places: Sequence[int]) -> list[tuple[int, int]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from kvheap.addresses.arguments import require_count
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.errors import LifetimeError
 from kvheap.shared.channels import Channel, Link
@@ -20,7 +21,10 @@ from kvheap.shared.tokens import Token
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["SharedStore"]
+__all__ = ["SharedStore", "as_tokens"]
+
+TOKENS_BITS, DIGEST_BITS = 32, 64
+"""Of the fields of a record."""
 
 
 class SharedStore:
@@ -119,17 +123,22 @@ class SharedStore:
             TransferError: the transfer has failed; nothing is stored.
             NoOwnerError: the owner has gone; nothing is stored.
             TimeoutError: the owner does not answer; nothing is stored, unless it goes on.
+            TypeError, ValueError: an argument is wrong; the message names it, and the store stays
+                open.
         """
         if self.state != "open":
             if self.state == "aborted":
                 raise LifetimeError(f"{self!r} cannot be completed")
             return 0
+        tokens = as_tokens(num_tokens, len(self.keys))
+        if digests is not None:
+            sums = _as_counts("digests", digests, len(self.keys), DIGEST_BITS)
         try:
             transfer = self.batch.transfer
             if transfer is not None:
                 transfer.result()
-            tokens = [0] * len(self.keys) if num_tokens is None else num_tokens
-            sums = self._digests_of(self.keys, self.places) if digests is None else digests
+            if digests is None:
+                sums = self._digests_of(self.keys, self.places)
             filled = [Filled(*each) for each in zip(self.places, sums, tokens, strict=True)]
             num_ready = self._channel.publish(self._token, self._link, self._ticket.number, filled)
         except BaseException:
@@ -171,3 +180,21 @@ class SharedStore:
     def __repr__(self) -> str:
         """How many chunks, and the state."""
         return f"SharedStore({len(self.keys)} chunks, {self.state})"
+
+
+def as_tokens(num_tokens: Any, num_keys: int) -> list[int]:
+    """How many tokens each chunk holds; 0: not known.
+
+    Raises:
+        TypeError, ValueError: they are no such numbers, or not one for each key.
+    """
+    if num_tokens is None:
+        return [0] * num_keys
+    return _as_counts("num_tokens", num_tokens, num_keys, TOKENS_BITS)
+
+
+def _as_counts(name: str, values: Any, num_keys: int, bits: int) -> list[int]:
+    found = [require_count(name, each) for each in values]
+    if len(found) != num_keys or (found and max(found) >= 1 << bits):
+        raise ValueError(f"{name} must be {num_keys} numbers below 2**{bits}, got {values!r}")
+    return found

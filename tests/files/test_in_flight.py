@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from errno import EIO
+from errno import EIO, ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +365,34 @@ class TestChunks:
         loading.result(60)
         assert not wrong_rows(NAMES[2:6], loading.batch)
         tier.check()
+
+    def test_one_that_fails_late_leaves_the_chunk_that_was_stored_anew(
+        self, tmp_path: Path, heap: HostMemoryAllocator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was removed while it was written, and stored again, before its write failed."""
+        reached, goes_on = threading.Event(), threading.Event()
+        pwritev = os.pwritev
+
+        def fail_first(*arguments: Any) -> int:
+            if not reached.is_set():
+                reached.set()
+                assert goes_on.wait(60)
+                raise OSError(ENOSPC, "no such luck")
+            return pwritev(*arguments)
+
+        with open_tier(tmp_path / "tier", threads=2) as tier:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "pwritev", fail_first)
+                late = tier.store(NAMES[:1], fill(heap, NAMES[:1]))
+                assert reached.wait(60)
+                assert tier.remove(NAMES[:1]) == NAMES[:1]
+                assert tier.store(NAMES[:1], fill(heap, NAMES[:1])).succeeded(60).all()
+                goes_on.set()
+                assert late.succeeded(60).all()  # the chunk is there
+            stored(tier, heap, [30])
+            tier.check()
+        with open_tier(tmp_path / "tier") as tier:
+            assert tier.lookup(NAMES[:1]).all()
 
     @pytest.mark.parametrize("kind", ["store", "load"])
     def test_a_chunk_that_is_removed_while_it_moves(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -217,6 +218,19 @@ class TestLock:
         with open_tier(folder):
             assert in_a_child(open_it) == os.getpid()
         assert in_a_child(open_it) == "opened"
+
+    def test_a_late_close_leaves_a_folder_that_was_made_anew(
+        self, folder: Path, heap: HostMemoryAllocator
+    ) -> None:
+        """Else another model's chunks would have the identity of the one that was removed."""
+        late = open_tier(folder)
+        shutil.rmtree(folder)
+        with open_tier(folder, namespace="another model") as other:
+            stored(other, heap, range(3))
+            late.close()
+            state = json.loads((folder / "tier.json").read_text())
+            assert state["identity"]["namespace"] == "another model"
+            assert not state["is_closed"]
 
     def test_a_folder_is_free_after_an_opening_that_failed(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch

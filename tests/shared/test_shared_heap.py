@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from errno import EMFILE
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from shared_heaps import PLACE, attach, contents, expected, filled, key_of, own,
 from kvheap import BlockLayout, HostMemoryAllocator, MemoryFormat, SharedHeap
 from kvheap.errors import ClosedError, ForeignObjectError, LifetimeError
 from kvheap.files import MissingChunksError
+from kvheap.memory.file_locks import RangeLocks
 from kvheap.shared import LeaseLostError, NoOwnerError
 from kvheap.shared.stats import KeeperStats
 from kvheap.shared.tokens import Token
@@ -287,6 +289,48 @@ class TestBegin:
             assert not wrong_rows(KEYS[:1], hold.batch)
         assert settled(heap).free_places == NUM_CHUNKS - 2
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"num_tokens": [1, 1 << 32]},
+            {"num_tokens": [1, -1]},
+            {"num_tokens": [1]},
+            {"num_tokens": [1, "2"]},
+            {"digests": [1, 1 << 64]},
+            {"digests": [1, -1]},
+            {"digests": [1]},
+        ],
+    )
+    def test_a_wrong_number_changes_nothing(
+        self, heap: SharedHeap, replica: SharedHeap, options: Any
+    ) -> None:
+        for each in (heap, replica):
+            with each.begin(KEYS[:2]) as store:
+                with pytest.raises((ValueError, TypeError), match=next(iter(options))):
+                    store.complete(**options)
+                heap.check()
+                assert store.state == "open"
+            heap.check()
+            assert settled(heap).free_places == NUM_CHUNKS
+
+    def test_what_is_given_up_beside_a_call_of_another_thread(
+        self, heap: SharedHeap, replica: SharedHeap
+    ) -> None:
+        store = replica.begin(KEYS)
+        goes_on = threading.Event()
+        heap._service.tell(goes_on.wait)  # type: ignore[union-attr]
+        thread = threading.Thread(target=replica.remove, args=([b"x"],))
+        thread.start()
+        while not replica._channel._lock.locked():  # type: ignore[attr-defined]
+            time.sleep(0.001)
+        store.abort()
+        goes_on.set()
+        thread.join()
+        end_s = time.monotonic() + 60
+        while keeper_of(heap).free_places < NUM_CHUNKS:
+            assert time.monotonic() < end_s, keeper_of(heap)
+            time.sleep(0.001)
+
     def test_without_an_owner(self, path: Path) -> None:
         with own(path, NUM_CHUNKS) as heap:
             put(heap, KEYS)
@@ -529,6 +573,129 @@ class TestClose:
             del heap, replica
             assert here() == before
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_a_heap_that_is_dropped(self, heap: SharedHeap) -> None:
+        gc.collect()
+        num_files = len(os.listdir("/proc/self/fd"))
+        for number in range(4):
+            dropped = attach(heap.path)
+            put(dropped, KEYS[number : number + 1])
+            del dropped
+            gc.collect()
+        end_s = time.monotonic() + 60
+        while len(os.listdir("/proc/self/fd")) > num_files:
+            assert time.monotonic() < end_s
+            time.sleep(0.001)  # the owner notices that it has gone
+
+    def test_a_name_that_cannot_be_removed(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError("no")
+
+        heap = own(path, unlink=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", refuse)
+            with pytest.raises(PermissionError):
+                heap.close()
+        heap.close()
+        own(path).close()
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    @pytest.mark.parametrize("is_owner", [True, False])
+    def test_in_a_finalizer_inside_another_call(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, is_owner: bool
+    ) -> None:
+        with own(path, NUM_CHUNKS) as heap:
+            put(heap, KEYS)
+        heap = own(path, NUM_CHUNKS)
+        each = heap if is_owner else attach(path)
+        share = RangeLocks.share
+
+        def close_and_share(self: RangeLocks, start: int, count: int) -> bool:
+            each.close()
+            return share(self, start, count)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RangeLocks, "share", close_and_share)
+            with suppress(ClosedError):
+                each.hold(KEYS).release()
+        if not is_owner:
+            connect = socket.socket.connect
+
+            def close_and_connect(self: socket.socket, name: str) -> None:
+                each.close()
+                connect(self, name)
+
+            each = attach(path)
+            with monkeypatch.context() as patch:
+                patch.setattr(socket.socket, "connect", close_and_connect)
+                assert each.remove(KEYS[:1]) == KEYS[:1]
+            end_s = time.monotonic() + 60
+            while keeper_of(heap).num_writers:
+                assert time.monotonic() < end_s
+                time.sleep(0.001)
+            heap.close()
+        with own(path, NUM_CHUNKS) as heap:
+            heap.check(contents=True)
+            assert put(heap, MANY) == [True] * NUM_CHUNKS
+
+    def test_what_is_held_and_filled_is_not_reused(self, path: Path) -> None:
+        with own(path, NUM_CHUNKS) as heap, attach(path) as replica:
+            put(heap, KEYS)
+            hold, store = replica.hold(KEYS), replica.begin([b"x"])
+        with own(path, NUM_CHUNKS) as heap:
+            assert put(heap, MANY) == [True] * 3 + [False] * 5
+            assert hold.batch is not None
+            assert keeper_of(heap).waiting_places
+            store.abort()
+            hold.release()
+            end_s = time.monotonic() + 60
+            while put(heap, MANY) != [True] * NUM_CHUNKS:
+                assert time.monotonic() < end_s
+            heap.check(contents=True)
+
+    @pytest.mark.parametrize("is_owner", [True, False])
+    def test_calls_of_other_threads_end(self, path: Path, is_owner: bool) -> None:
+        errors: list[BaseException] = []
+
+        def work(each: SharedHeap, seed: int) -> None:
+            rng = random.Random(seed)
+            host = HostMemoryAllocator(NUM_CHUNKS * PLACE)
+            while True:
+                keys = [key_of(number) for number in rng.sample(range(24), 3)]
+                try:
+                    put(each, keys)
+                    with each.hold(keys, allow_partial=True, verify=False) as hold:
+                        assert not wrong_rows(hold.keys, hold.batch)
+                    if (batch := each.load(hold.keys, host)) is not None:
+                        host.batched_free(batch)
+                    each.remove(keys[:1])
+                except (MissingChunksError, LeaseLostError):
+                    pass
+                except (ClosedError, NoOwnerError):
+                    return
+                except BaseException as error:
+                    errors.append(error)
+                    return
+
+        for seed in range(12):
+            heap = own(path, NUM_CHUNKS)
+            each = heap if is_owner else attach(path)
+            threads = [threading.Thread(target=work, args=(each, 3 * seed + at)) for at in range(3)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.002 * seed)
+            each.close()
+            for thread in threads:
+                thread.join(60)
+                assert not thread.is_alive()
+            heap.close()
+            assert not errors
+            with own(path, NUM_CHUNKS) as heap:
+                heap.check(contents=True)
+                assert not keeper_of(heap).waiting_places
+
     def test_a_program_that_ends_without_it(self, path: Path) -> None:
         def child() -> bool:
             heap = own(path, NUM_CHUNKS)
@@ -537,6 +704,19 @@ class TestClose:
         assert in_a_child(child)
         with own(path, NUM_CHUNKS) as heap:
             assert heap.lookup(KEYS[:1]).all()
+
+
+def test_a_place_that_this_process_fills_is_not_filled_twice(heap: SharedHeap) -> None:
+    """One open file may lock a number twice, and unlocks it at once."""
+    one, other = Token(), Token()
+    with attach(heap.path) as replica:
+        assert replica._leases.fill(one, [3], lambda: True)
+        assert not replica._leases.fill(other, [2, 3], lambda: True)
+        replica._leases.end(other)
+        assert heap._place_locks.is_filled(3)
+        assert not heap._place_locks.is_filled(2)
+        replica._leases.end(one)
+        assert not heap._place_locks.is_filled(3)
 
 
 class TestForeignMessages:
@@ -570,6 +750,44 @@ class TestForeignMessages:
             assert put(heap, MANY[:4]) == [True] * 4
         heap.check(contents=True)
         assert settled(heap).free_places == 0
+
+    def test_without_descriptors_who_is_connected_goes_on(
+        self, heap: SharedHeap, replica: SharedHeap, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        accept = socket.socket.accept
+        fails = iter([True, True])
+        num_failed: list[int] = []
+
+        def accept_some(self: socket.socket) -> Any:
+            if next(fails, False):
+                num_failed.append(1)
+                raise OSError(EMFILE, os.strerror(EMFILE))
+            return accept(self)
+
+        assert put(replica, KEYS[:1]) == [True]
+        monkeypatch.setattr(socket.socket, "accept", accept_some)
+        with attach(heap.path) as other, self.connected(heap):
+            assert put(replica, KEYS[1:2]) == [True]
+            assert put(other, KEYS[2:3]) == [True]
+        assert len(num_failed) == 2
+
+    def test_too_many_wait_for_an_owner_that_is_busy(self, heap: SharedHeap, path: Path) -> None:
+        goes_on = threading.Event()
+        heap._service.tell(goes_on.wait)  # type: ignore[union-attr]
+        peers = []
+        with suppress(BlockingIOError):
+            while True:
+                peers.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                peers[-1].setblocking(False)
+                peers[-1].connect(heap._segment.state.socket_name)
+        with attach(path, timeout_s=0.1) as other:
+            with pytest.raises(TimeoutError, match="it may be stopped, or busy"):
+                put(other, KEYS)
+            goes_on.set()
+        with attach(path) as other:
+            assert put(other, KEYS) == [True] * 4
+        for peer in peers:
+            peer.close()
 
     def test_places_of_another_are_not_published(
         self, heap: SharedHeap, replica: SharedHeap

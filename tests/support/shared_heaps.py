@@ -248,6 +248,7 @@ class Stage:
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
         self._rest = b""
+        self._others: list[bytes] = []
         self.counts: dict[str, int] = {}
 
     def start(
@@ -274,8 +275,10 @@ class Stage:
         end_s = time.monotonic() + 60
         while not pids:
             assert time.monotonic() < end_s, "the stage does not answer"
-            pids = [int.from_bytes(r[1:], "big") for r in self.reports() if r[:1] == b"#"]
             time.sleep(0.001)
+            records = self.reports()  # the worker may have said something already
+            pids = [int.from_bytes(r[1:], "big") for r in records if r[:1] == b"#"]
+            self._others += [record for record in records if record[:1] != b"#"]
         return pids[0]
 
     def reports(self) -> list[bytes]:
@@ -290,7 +293,8 @@ class Stage:
         for record in records:
             kind = chr(record[0])
             self.counts[kind] = self.counts.get(kind, 0) + 1
-        return records
+        others, self._others = self._others, []
+        return others + records
 
     def kill(self, pid: int) -> None:
         """Kill a worker, and wait until it is gone."""
