@@ -32,7 +32,10 @@ def test_what_is_evicted_comes_back_right(tmp_path: Path) -> None:
     ("options", "text"),
     [
         (["--peer", "no"], "--peer must be a positive number of bytes"),
-        (["--peer", "1kB"], "--peer 1kB has no room for a chunk of 4096 bytes"),
+        (
+            ["--geometry", "tiny", "--peer", "1kB"],
+            "--peer 1kB has no room for a chunk of 4096 bytes",
+        ),
     ],
 )
 def test_wrong_sizes(options: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
