@@ -624,7 +624,7 @@ class TestArguments:
         self, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ImportError, match=f"{name}.*pip install lmdb xxhash"):
+        with pytest.raises(ImportError, match=rf"{name}.*pip install lmdb xxhash"):
             open_tier(tmp_path / "tier")
         assert not (tmp_path / "tier").exists()
 
