@@ -274,7 +274,9 @@ def print_rows(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
-def draw(rows: list[Row], plt: ModuleType, path: Path) -> None:
+def draw(plt: ModuleType, path: Path, found: dict[str, Any]) -> None:
+    """The speed of each case beside NIXL alone, over shared memory and over TCP."""
+    rows: list[Row] = found["rows"]
     figure, axes = plt.subplots(figsize=(9, 4))
     names = list(dict.fromkeys(row["case"] for row in rows))
     for offset, transport in enumerate(TRANSPORTS):
@@ -290,6 +292,7 @@ def draw(rows: list[Row], plt: ModuleType, path: Path) -> None:
     axes.set_xlabel("speed as a share of NIXL alone, same descriptors")
     axes.invert_yaxis()
     axes.legend()
+    axes.set_title(f"reads from another process, {found['device']}, {found['date'][:10]}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -299,7 +302,7 @@ def main() -> None:
         serve(Case(*json.loads(sys.argv[2])))
         return
     assert __doc__ is not None
-    arguments = parse_common(__doc__.splitlines()[0])
+    arguments = parse_common(__doc__.splitlines()[0], draw)
     console = make_console()
     rows: list[Row] = []
     for case in cases(arguments.quick):
@@ -318,7 +321,7 @@ def main() -> None:
         machine,
         configuration,
         {"rows": rows},
-        lambda plt, path: draw(rows, plt, path),
+        draw,
     )
 
 
