@@ -736,7 +736,7 @@ def test_what_ends_beside_a_call_that_fails_is_unlocked(
         with monkeypatch.context() as patch:
             patch.setattr(RangeLocks, "share", release_and_fail)
             with pytest.raises(OSError, match="no locks"):
-                replica.hold(KEYS[1:2])
+                replica._leases.read(Token(), [place + 1])
         assert not heap._place_locks.is_read(place)
 
 
