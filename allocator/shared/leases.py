@@ -110,19 +110,21 @@ class Leases:
         """
         self._require_outside()
         wanted = sorted(set(places))
-        with self._lock:
-            try:
-                self._require_open()
-                self._begin()
-                if not self._lock_all(wanted, self._locks.share):
-                    raise BlockingIOError(
-                        EAGAIN, "another program has locked a part of the segment's file"
-                    )
-                self._dropped.track(token, _Lease(wanted, _yes))
-                self._is_unfinished = False
-            finally:
-                self._holder = 0
-        self.give_back()
+        try:
+            with self._lock:
+                try:
+                    self._require_open()
+                    self._begin()
+                    if not self._lock_all(wanted, self._locks.share):
+                        raise BlockingIOError(
+                            EAGAIN, "another program has locked a part of the segment's file"
+                        )
+                    self._dropped.track(token, _Lease(wanted, _yes))
+                    self._is_unfinished = False
+                finally:
+                    self._holder = 0
+        finally:  # what others have ended meanwhile, whatever became of this
+            self.give_back()
 
     def fill(self, token: Token, places: Iterable[int], has_ended: Callable[[], bool]) -> bool:
         """Lock places for filling, until the token is ended or gone, and ``has_ended()``.
@@ -136,22 +138,24 @@ class Leases:
         """
         self._require_outside()
         wanted = sorted(self._num_places + place for place in places)
-        with self._lock:
-            try:
-                self._require_open()
-                self._begin()
-                # Not what this process still fills: its open file may lock a number twice.
-                are_locked = self._counts.keys().isdisjoint(wanted)
-                if are_locked:
-                    self._dropped.track(token, _Lease(wanted, has_ended))
-                    are_locked = self._lock_all(wanted, self._locks.take)
-                if not are_locked:
-                    self._dropped.forget(token)
-                    self._count_anew()
-                self._is_unfinished = False
-            finally:
-                self._holder = 0
-        self.give_back()
+        try:
+            with self._lock:
+                try:
+                    self._require_open()
+                    self._begin()
+                    # Not what this process still fills: its open file may lock a number twice.
+                    are_locked = self._counts.keys().isdisjoint(wanted)
+                    if are_locked:
+                        self._dropped.track(token, _Lease(wanted, has_ended))
+                        are_locked = self._lock_all(wanted, self._locks.take)
+                    if not are_locked:
+                        self._dropped.forget(token)
+                        self._count_anew()
+                    self._is_unfinished = False
+                finally:
+                    self._holder = 0
+        finally:
+            self.give_back()
         return are_locked
 
     def end(self, token: Token) -> None:

@@ -719,6 +719,27 @@ def test_a_place_that_this_process_fills_is_not_filled_twice(heap: SharedHeap) -
         assert not heap._place_locks.is_filled(3)
 
 
+def test_what_ends_beside_a_call_that_fails_is_unlocked(
+    heap: SharedHeap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(heap, KEYS)
+    with attach(heap.path) as replica:
+        hold = replica.hold(KEYS[:1])
+        place = hold.records[0].place
+
+        def release_and_fail(*_: object) -> bool:
+            thread = threading.Thread(target=hold.release)  # which finds the leases locked
+            thread.start()
+            thread.join()
+            raise OSError("no locks")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RangeLocks, "share", release_and_fail)
+            with pytest.raises(OSError, match="no locks"):
+                replica._leases.read(Token(), [place + 1])
+        assert not heap._place_locks.is_read(place)
+
+
 class TestForeignMessages:
     """Whatever else connects to the owner's socket."""
 
