@@ -221,7 +221,7 @@ class TestSlowClients:
                 patch.setattr(owner._server, "_drop_late", lambda: 1 / 0)
                 with suppress(Exception):
                     peer.lookup(keys_of([1]), timeout_s=0.2)
-            assert until(lambda: owner.stats().num_clients == 0)
+                assert until(lambda: owner.stats().num_clients == 0)
             key = channel_key(b"a secret")
             assert not probe(where(owner), key, "client", owner.uuid).is_gone
         assert probe(where(owner), key, "client", owner.uuid).is_gone
