@@ -29,6 +29,9 @@ LOGGER = logging.getLogger("kvheap")
 PATIENCE_S = 5.0
 """Seconds for a handshake, for the rest of a frame that has begun, and to take an answer."""
 
+ACCEPT_PAUSE_S = 0.1
+"""Seconds without new connections after one could not be accepted."""
+
 MAX_STRANGERS = 64
 """Connections without a finished handshake; the oldest makes way."""
 
@@ -80,6 +83,7 @@ class Server:
         self._service = service
         self._name = name
         self._connections: dict[int, _Connection] = {}
+        self._accept_after: Deadline | None = None  # None: connections are accepted
         self._is_stopping = False
         self._has_stopped = Latch()
         self.num_refused = 0
@@ -124,23 +128,36 @@ class Server:
                 for key, mask in self._selector.select(self._pause()):
                     if key.fileobj is self._listener:
                         self._accept()
-                    elif key.fd != self._wake_reading:
-                        self._serve(self._connections[key.fd], mask)
+                    elif (connection := self._connections.get(key.fd)) is not None:
+                        self._serve(connection, mask)  # unless it made way for one just accepted
                 self._drop_late()
+                self._accept_again()
         except BaseException:
             LOGGER.exception("node %r serves no more", self._name)
+            self._close_connections()
+            # The memory is still registered. If nobody listened, readers would take the node for
+            # gone, and use blocks again that NIXL may still fill.
+            while not self._is_stopping:
+                os.read(self._wake_reading, 1)
         finally:
             self._close_all()
             self._has_stopped.open()
 
     def _pause(self) -> float | None:
         ends = [each.deadline.at for each in self._connections.values() if each.deadline]
+        if self._accept_after is not None:
+            ends.append(self._accept_after.at)
         return max(min(ends) - now_s(), 0.0) if ends else None
 
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:  # it has gone already, or there are no descriptors left
+        except (BlockingIOError, ConnectionError):  # it has gone already
+            return
+        except OSError as error:  # no descriptor or no memory is left; who is connected goes on
+            LOGGER.warning("node %r cannot accept connections now: %s", self._name, error)
+            self._selector.unregister(self._listener)
+            self._accept_after = Deadline(ACCEPT_PAUSE_S)
             return
         if len(self._connections) >= MAX_CONNECTIONS:
             self.num_refused += 1
@@ -159,6 +176,11 @@ class Server:
             sock.close()
             return
         self._send(connection)
+
+    def _accept_again(self) -> None:
+        if self._accept_after is not None and self._accept_after.has_passed:
+            self._accept_after = None
+            self._selector.register(self._listener, selectors.EVENT_READ)
 
     def _serve(self, connection: _Connection, mask: int) -> None:
         try:
@@ -246,10 +268,13 @@ class Server:
             self._selector.unregister(connection.sock)
         connection.sock.close()
 
-    def _close_all(self) -> None:
+    def _close_connections(self) -> None:
         for connection in [*self._connections.values()]:
             connection.sock.close()
         self._connections.clear()
+
+    def _close_all(self) -> None:
+        self._close_connections()
         self._listener.close()
         self._selector.close()
         for descriptor in (self._wake_reading, self._wake_writing):

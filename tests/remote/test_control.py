@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EMFILE
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ if WHY_NOT is None:
     from kvheap.remote.deadlines import Deadline
     from kvheap.remote.handshake import call, channel_key
     from kvheap.remote.messages import packed
+    from kvheap.remote.probe import probe
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,68 @@ class TestSlowClients:
         finally:
             for sock in socks:
                 sock.close()
+
+    def test_one_that_makes_way_just_when_it_says_something(self, client: Any) -> None:
+        """The thread learns of the new client and of the old one's byte at the same time."""
+        is_busy, goes_on = threading.Event(), threading.Event()
+
+        def look(keys: list[bytes]) -> list[None]:
+            is_busy.set()
+            assert goes_on.wait(60)
+            return [None] * len(keys)
+
+        with Node("owner", make_heap(), look, secret="a secret") as owner:
+            peer = client.connect(owner.address)
+            strangers = [socket.create_connection(where(owner))]
+            while len(strangers) < server.MAX_STRANGERS:
+                strangers.append(socket.create_connection(where(owner)))
+            for stranger in strangers:
+                assert stranger.recv(1)  # it was accepted
+            asking = threading.Thread(target=peer.lookup, args=(keys_of([1]),))
+            asking.start()
+            assert is_busy.wait(60)
+            strangers.append(socket.create_connection(where(owner)))
+            strangers[0].sendall(b"K")
+            goes_on.set()
+            asking.join(60)
+            assert until(lambda: refused(owner) == 1)
+            assert peer.lookup(keys_of([1])).tolist() == [False]
+            for stranger in strangers:
+                stranger.close()
+
+    def test_without_descriptors_who_is_connected_goes_on(
+        self, owner: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        peer = client.connect(owner.address)
+        accept = socket.socket.accept
+        looks: list[float] = []
+
+        def accept_late(self: socket.socket) -> Any:
+            looks.append(time.monotonic())
+            if looks[-1] < looks[0] + 0.3:
+                raise OSError(EMFILE, os.strerror(EMFILE))
+            return accept(self)
+
+        monkeypatch.setattr(socket.socket, "accept", accept_late)
+        with socket.create_connection(where(owner)) as sock:
+            assert peer.lookup(keys_of([1, 9])).tolist() == [True, False]
+            assert sock.recv(1)  # it was accepted in the end
+        assert len(looks) < 20  # the thread did not spin
+
+    def test_a_thread_that_fails_does_not_look_like_a_node_that_is_gone(
+        self, client: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is registered may still be read, so readers must not use their blocks again."""
+        with Node("owner", make_heap(), secret="a secret") as owner:
+            peer = client.connect(owner.address)
+            with monkeypatch.context() as patch:
+                patch.setattr(owner._server, "_drop_late", lambda: 1 / 0)
+                with suppress(Exception):
+                    peer.lookup(keys_of([1]), timeout_s=0.2)
+                assert until(lambda: owner.stats().num_clients == 0)
+            key = channel_key(b"a secret")
+            assert not probe(where(owner), key, "client", owner.uuid).is_gone
+        assert probe(where(owner), key, "client", owner.uuid).is_gone
 
     def test_an_idle_connection_may_stay(self, owner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(server, "PATIENCE_S", 0.1)
