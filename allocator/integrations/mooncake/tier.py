@@ -26,6 +26,7 @@ from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects, Heap, await_filling, heap_of, layout_and_addresses
 from kvheap.errors import ClosedError, TransferError
+from kvheap.forks import starts_over_after_fork
 from kvheap.integrations.mooncake.codes import Code, MooncakeError, have_settled, meaning
 from kvheap.prefix.keys import require_key_list, require_keys
 from kvheap.transfer.foreign import foreign_transfer
@@ -125,7 +126,12 @@ class MooncakeTier:
         self._registering = RLock()
         # Also what keeps the memory of a tier that is dropped without being closed.
         weakref.finalize(self, _abandon, client, self._registered, self._pid)
+        starts_over_after_fork(self)
         self._register()
+
+    def start_over_after_fork(self) -> None:
+        """A forked child cannot use the client; a lock that another thread held is made anew."""
+        self._registering = RLock()
 
     # -- move ----------------------------------------------------------------------------------
 
