@@ -598,7 +598,10 @@ class AddressManager:
             knows better.
         """
         spares = self._spares
-        return None if spares.done else spares.take(receipt)
+        if spares.done:
+            return None
+        self._last_moved = None  # a move that was undone left its page here
+        return spares.take(receipt)
 
     def give_back_spare(self, blocks: AddressBatch, receipt: Done) -> None:
         """:meth:`give_back_batch`, which keeps a block of one unit for :meth:`take_spare`. O(1).

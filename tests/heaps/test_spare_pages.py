@@ -10,11 +10,13 @@ from foreign_code import Foreign
 from small_heaps import no_debug
 
 from kvheap import (
+    AddressManager,
     DoubleFreeError,
     MemoryBatch,
     MemoryObj,
     PagedTensorMemoryAllocator,
 )
+from kvheap.addresses.spares import Spares
 
 __all__ = ["no_debug"]
 
@@ -193,3 +195,26 @@ def test_whoever_asks_inside_an_operation_sees_the_pages_before_or_after_it(free
         heap.check()
         number += 1
     assert number > 12
+
+
+def test_a_page_whose_move_was_undone_is_not_taken_for_one_that_was_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two exceptions strike: while the stack is moved, and before the same page is freed again."""
+    heap = pages_of(4)
+    one(heap).ref_count_down()
+
+    def strike(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Spares, "move_to", strike)
+        with pytest.raises(KeyboardInterrupt):
+            heap.stats()
+    again = one(heap)  # the page from the stack
+    with monkeypatch.context() as patched:
+        patched.setattr(AddressManager, "give_back_spare", strike)
+        with pytest.raises(KeyboardInterrupt):
+            again.ref_count_down()
+    assert heap.stats().free_bytes == 4 * PAGE
+    assert free_pages(heap) == {0, 1, 2, 3}
