@@ -34,6 +34,11 @@ Answer = TypeVar("Answer")
 TELL_S = 0.01
 """How long to wait for room in a socket for a few bytes."""
 
+SAME_TIMEOUT = 0.9
+"""A time-out that is up to so much shorter than the last one is not set anew."""
+
+READ_BYTES = 1 << 16
+
 RETRY_S = 0.01
 """Between two tries to connect."""
 
@@ -155,6 +160,8 @@ class _Connection:
         self.epoch = state.epoch  # first: an owner that comes later makes this one void
         self.is_open = True
         self._unread = 0  # answers that nobody has waited for
+        self._received = b""
+        self._timeout_s = 0.0
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._connect(state.socket_name, end_s)
@@ -164,7 +171,7 @@ class _Connection:
 
     def _connect(self, name: str, end_s: float) -> None:
         while True:
-            self.socket.settimeout(_left(end_s))
+            self._set_timeout(_left(end_s))
             try:
                 self.socket.connect(name)
                 return
@@ -184,13 +191,13 @@ class _Connection:
 
     def tell(self, message: bytes) -> None:
         """Send a message, and leave its answer for later."""
-        self.socket.settimeout(TELL_S)
+        self._set_timeout(TELL_S)
         self.socket.sendall(message)
         self._unread += 1
 
     def call(self, message: bytes, end_s: float) -> bytes:
         """The answer to a message."""
-        self.socket.settimeout(_left(end_s))
+        self._set_timeout(_left(end_s))
         self.socket.sendall(message)
         while self._unread:
             self._answer(end_s)
@@ -198,19 +205,24 @@ class _Connection:
         return self._answer(end_s)
 
     def _answer(self, end_s: float) -> bytes:
-        (length,) = LENGTH.unpack(self._receive(LENGTH.size, end_s))
-        return self._receive(length, end_s)
-
-    def _receive(self, num_bytes: int, end_s: float) -> bytes:
-        parts = []
-        while num_bytes:
-            self.socket.settimeout(_left(end_s))
-            part = self.socket.recv(num_bytes)
+        received = self._received
+        while True:
+            if len(received) >= LENGTH.size:
+                end = LENGTH.size + LENGTH.unpack_from(received)[0]
+                if len(received) >= end:
+                    self._received = received[end:]
+                    return received[LENGTH.size : end]
+            part = self.socket.recv(READ_BYTES)
             if not part:
                 raise ConnectionResetError("the owner has closed the connection")
-            parts.append(part)
-            num_bytes -= len(part)
-        return b"".join(parts)
+            received += part
+            self._set_timeout(_left(end_s))
+
+    def _set_timeout(self, timeout_s: float) -> None:
+        """How long a call of the socket may take. Roughly: each setting is a call of the system."""
+        if not SAME_TIMEOUT * self._timeout_s < timeout_s <= self._timeout_s:
+            self._timeout_s = timeout_s
+            self.socket.settimeout(timeout_s)
 
 
 class RemoteChannel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -28,19 +28,25 @@ class SharedHold:
 
     Attributes:
         keys: what is held, in the order given.
-        batch: the chunks as blocks for reading, block ``i`` for ``keys[i]``. Do not use it after
-            the release.
         num_tokens: how many tokens each holds, as it was stored; 0: not known.
     """
 
-    def __init__(self, table: ChunkTable, leases: Leases, lease_s: float, asked_s: float) -> None:
+    def __init__(
+        self,
+        table: ChunkTable,
+        leases: Leases,
+        lease_s: float,
+        asked_s: float,
+        batch_of: Callable[[Sequence[int]], MemoryBatch],
+    ) -> None:
         self._table = table
         self._leases = leases
         self._lease_s = lease_s
         self._safe_s = asked_s  # when no chunk had been forgotten yet
         self._records: list[Record] = []
         self._token: Token | None = None  # of the places that are locked
-        self.batch: MemoryBatch
+        self._batch: MemoryBatch | None = None
+        self._batch_of = batch_of
 
     def lock(self, places: Sequence[int]) -> None:
         """Lock places, and unlock those from before, for the heap."""
@@ -49,12 +55,25 @@ class SharedHold:
         if before is not None:
             self._leases.end(before)
 
-    def keep(self, records: Sequence[Record], batch: MemoryBatch, is_all: bool) -> None:
+    def keep(self, records: Sequence[Record], is_all: bool) -> None:
         """Hold what these places have, and nothing else, for the heap."""
         self._records = list(records)
-        self.batch = batch
         if not is_all:
             self.lock([record.place for record in records])
+
+    def make_batch(self) -> None:
+        """Make :attr:`batch`, for the heap: it takes longer than the rest."""
+        assert len(self.batch) == len(self.keys)
+
+    @property
+    def batch(self) -> MemoryBatch:
+        """The chunks as blocks for reading, block ``i`` for ``keys[i]``.
+
+        Do not use it after the release.
+        """
+        if self._batch is None:
+            self._batch = self._batch_of([record.place for record in self._records])
+        return self._batch
 
     @property
     def keys(self) -> list[bytes]:

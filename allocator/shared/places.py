@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
@@ -37,16 +37,17 @@ class Places:
         )
         data = segment.array(0, geometry.data_bytes)
         self._data = memoryview(data)  # type: ignore[arg-type]  # an array is a Buffer
+        self._rows = data.reshape(geometry.num_places, -1)[:, : geometry.chunk_bytes]
 
     def content(self, place: int) -> memoryview:
         """The bytes of a place's chunk."""
         at = place * self._geometry.place_bytes
         return self._data[at : at + self._geometry.chunk_bytes]
 
-    def rows(self) -> torch.Tensor:
+    @property
+    def rows(self) -> npt.NDArray[np.uint8]:
         """The bytes of all places' chunks, uint8 ``[places, chunk_bytes]``."""
-        memory = torch.frombuffer(self._data, dtype=torch.uint8)
-        return memory.view(self._geometry.num_places, -1)[:, : self._geometry.chunk_bytes]
+        return self._rows
 
     def blocks(self, places: Sequence[int], *, writable: bool) -> MemoryBatch:
         """Places as a batch of blocks, block ``i`` for ``places[i]``."""

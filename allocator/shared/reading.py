@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.heap import Heap, heap_of, layout_and_addresses
@@ -55,7 +56,8 @@ class Reading:
             verify: compare the checksums of chunks that this process has not compared before.
         """
         table = self._table
-        hold = SharedHold(table, self._leases, self._lease_s, time.monotonic())
+        blocks_of = partial(self._places.blocks, writable=False)
+        hold = SharedHold(table, self._leases, self._lease_s, time.monotonic(), blocks_of)
         places = []
         for key in names:
             place = table.find(key)
@@ -76,8 +78,7 @@ class Reading:
                         break
                     self._verified[place] = record.generation
                 records.append(record)
-            batch = self._places.blocks([record.place for record in records], writable=False)
-            hold.keep(records, batch, is_all=len(records) == len(places))
+            hold.keep(records, is_all=len(records) == len(places))
         except BaseException:
             hold.release()
             raise

@@ -66,6 +66,7 @@ class _Connection:
         self.socket = peer
         self.received = bytearray()
         self.to_send = b""
+        self.is_late = False  # whether it has to take an answer before it is heard again
 
 
 class Service:
@@ -290,12 +291,13 @@ class Service:
             self._send(connection)
 
     def _send(self, connection: _Connection) -> None:
-        had = bool(connection.to_send)
         with suppress(BlockingIOError):
             sent = connection.socket.send(connection.to_send)
             connection.to_send = connection.to_send[sent:]
-        if had:
-            wanted = selectors.EVENT_WRITE if connection.to_send else selectors.EVENT_READ
+        is_late = bool(connection.to_send)
+        if is_late != connection.is_late:
+            connection.is_late = is_late
+            wanted = selectors.EVENT_WRITE if is_late else selectors.EVENT_READ
             self._selector.modify(connection.socket, wanted, connection)
 
     def _answer(self, connection: _Connection, kind: int, body: bytes) -> bytes:

@@ -364,6 +364,7 @@ class SharedHeap:
         if len(hold) < len(names) and not allow_partial:
             hold.release()
             raise KeyError(names[len(hold)])
+        hold.make_batch()
         return hold
 
     def load(self, keys: Sequence[bytes], into: Heap | MemoryBatch) -> MemoryBatch | None:
@@ -429,7 +430,9 @@ class SharedHeap:
         self._require_open()
         names = _as_keys(keys, is_list=True)
         require_distinct(names)
-        return self._storing.begin(names)
+        store = self._storing.begin(names)
+        store.make_batch()
+        return store
 
     def store(
         self,

@@ -36,7 +36,6 @@ class SharedStore:
     Attributes:
         keys: those to fill: not the ones that are there, are being stored or have no room.
         rows: for each of them, its number among the keys that were asked for.
-        batch: the blocks to fill, block ``i`` for ``keys[i]``, with undefined contents.
         state: ``open``, ``ready`` or ``aborted``.
     """
 
@@ -60,8 +59,20 @@ class SharedStore:
         self.rows = [row for row, place in enumerate(ticket.places) if place >= 0]
         self.keys = [keys[row] for row in self.rows]
         self.state: Literal["open", "ready", "aborted"] = "open"
-        self.batch = batch_of(self.places)
+        self._batch_of = batch_of
+        self._made: list[MemoryBatch] = []  # the batch, once it was asked for
         self._digests_of = digests_of
+
+    def make_batch(self) -> None:
+        """Make :attr:`batch`, for the heap: it takes longer than the rest."""
+        assert len(self.batch) == len(self.keys)
+
+    @property
+    def batch(self) -> MemoryBatch:
+        """The blocks to fill, block ``i`` for ``keys[i]``, with undefined contents."""
+        if not self._made:
+            self._made.append(self._batch_of(self.places))
+        return self._made[0]
 
     @property
     def places(self) -> list[int]:
@@ -89,10 +100,10 @@ class SharedStore:
         Raises:
             NoOwnerError: they may be another owner's by now; the store is aborted.
         """
-        batch = self.batch
+        made = self._made
 
         def has_ended() -> bool:
-            return batch.transfer is None or batch.transfer.done()
+            return not made or made[0].transfer is None or made[0].transfer.done()
 
         self._locked = Token()
         is_locked = self._leases.fill(self._locked, self.places, has_ended)
@@ -134,8 +145,7 @@ class SharedStore:
         if digests is not None:
             sums = _as_counts("digests", digests, len(self.keys), DIGEST_BITS)
         try:
-            transfer = self.batch.transfer
-            if transfer is not None:
+            if self._made and (transfer := self._made[0].transfer) is not None:
                 transfer.result()
             if digests is None:
                 sums = self._digests_of(self.keys, self.places)

@@ -13,6 +13,8 @@ import torch
 
 from kvheap.blocks.heap import BlockObjects, layout_and_addresses
 from kvheap.heaps.block_tensors import require_matching
+from kvheap.kernels.host_copy import copy_on_host
+from kvheap.kernels.pieces import Pieces
 from kvheap.shared.channels import Channel
 from kvheap.shared.chunk_table import ChunkTable
 from kvheap.shared.errors import NoOwnerError, SegmentReplacedError
@@ -28,6 +30,10 @@ __all__ = ["Storing"]
 
 MAX_ATTEMPTS = 16
 """To get places that nobody else has just locked; the owner sets those aside at each."""
+
+
+SHARED_BYTES = 4 << 20
+"""From so many bytes on, several threads share the copy."""
 
 
 class Storing:
@@ -120,16 +126,34 @@ class Storing:
             store.batch.transfer = copy(CopyPlan.between(blocks, store.batch))
             return
         chunk_bytes = self._places.layout.size_bytes
-        given = source.reshape(len(source), -1).view(torch.uint8).reshape(-1, chunk_bytes)
-        places, target = store.places, self._places.rows()
-        for begin, end in _runs(rows, places):
-            into = target[places[begin] : places[begin] + end - begin]
-            into.copy_(given[rows[begin] : rows[begin] + end - begin])
+        given = source.detach().reshape(len(source), -1).view(torch.uint8)
+        given = given.reshape(-1, chunk_bytes)
+        if source.device.type != "cpu":
+            given = given.cpu()
+        self._copy(given.numpy(), rows, store.places)
+
+    def _copy(
+        self, given: npt.NDArray[np.uint8], rows: Sequence[int], places: Sequence[int]
+    ) -> None:
+        """Copy rows to places. Not by torch, whose threads wait for each other."""
+        target = self._places.rows
+        if len(rows) * given.shape[1] < SHARED_BYTES:
+            for begin, end in _runs(rows, places):
+                into = target[places[begin] : places[begin] + end - begin]
+                np.copyto(into, given[rows[begin] : rows[begin] + end - begin])
+            return
+        sources, targets = (
+            array.ctypes.data + np.array(numbers, np.int64) * array.strides[0]
+            for array, numbers in ((given, rows), (target, places))
+        )
+        copy_on_host(Pieces(sources, targets, given.shape[1]))
 
 
 def _runs(rows: Sequence[int], places: Sequence[int]) -> list[tuple[int, int]]:
-    """Begin and end of each stretch in which both go up by one."""
-    ups = np.diff(np.array([rows, places], np.int64), axis=1) != 1
-    cuts = np.flatnonzero(ups.any(axis=0)) + 1
-    bounds = [0, *cuts.tolist(), len(rows)]
-    return list(pairwise(bounds))
+    """Begin and end of each stretch in which both go up by one. O(rows)."""
+    cuts = [
+        at
+        for at in range(1, len(rows))
+        if rows[at] != rows[at - 1] + 1 or places[at] != places[at - 1] + 1
+    ]
+    return list(pairwise([0, *cuts, len(rows)]))
