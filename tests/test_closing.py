@@ -281,6 +281,8 @@ def test_a_program_that_ends_with_everything_open_and_at_work(tmp_path: Path) ->
         threading.Thread(target=call, daemon=True).start()
         replica = it["SharedHeap, attached"]
         replica.store([b"a", b"b"], blocks(kinds["FileTier"].heap))
+        hold = replica.hold([b"a"])
+        begun_store = it["SharedHeap, owner"].begin([b"z"])
         begun.wait()
         print("ending", flush=True)
     """)

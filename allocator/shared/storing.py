@@ -128,25 +128,34 @@ class Storing:
         chunk_bytes = self._places.layout.size_bytes
         given = source.detach().reshape(len(source), -1).view(torch.uint8)
         given = given.reshape(-1, chunk_bytes)
+        places, target = store.places, self._places.rows
         if source.device.type != "cpu":
-            given = given.cpu()
-        self._copy(given.numpy(), rows, store.places)
-
-    def _copy(
-        self, given: npt.NDArray[np.uint8], rows: Sequence[int], places: Sequence[int]
-    ) -> None:
-        """Copy rows to places. Not by torch, whose threads wait for each other."""
-        target = self._places.rows
-        if len(rows) * given.shape[1] < SHARED_BYTES:
             for begin, end in _runs(rows, places):
                 into = target[places[begin] : places[begin] + end - begin]
-                np.copyto(into, given[rows[begin] : rows[begin] + end - begin])
-            return
-        sources, targets = (
-            array.ctypes.data + np.array(numbers, np.int64) * array.strides[0]
-            for array, numbers in ((given, rows), (target, places))
-        )
-        copy_on_host(Pieces(sources, targets, given.shape[1]))
+                torch.from_numpy(into).copy_(given[rows[begin] : rows[begin] + end - begin])
+        elif len(rows) * chunk_bytes < SHARED_BYTES:
+            _copy_alone(given.numpy(), rows, target, places)
+        else:
+            _copy_together(given.numpy(), rows, target, places)
+
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def _copy_alone(given: Bytes, rows: Sequence[int], target: Bytes, places: Sequence[int]) -> None:
+    """Copy rows to places on this thread; torch would let several wait for each other."""
+    for begin, end in _runs(rows, places):
+        into = target[places[begin] : places[begin] + end - begin]
+        np.copyto(into, given[rows[begin] : rows[begin] + end - begin])
+
+
+def _copy_together(given: Bytes, rows: Sequence[int], target: Bytes, places: Sequence[int]) -> None:
+    """Copy rows to places on several threads, none of which waits for another in the middle."""
+    sources, targets = (
+        array.ctypes.data + np.array(numbers, np.int64) * array.strides[0]
+        for array, numbers in ((given, rows), (target, places))
+    )
+    copy_on_host(Pieces(sources, targets, given.shape[1]))
 
 
 def _runs(rows: Sequence[int], places: Sequence[int]) -> list[tuple[int, int]]:

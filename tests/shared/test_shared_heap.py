@@ -117,6 +117,29 @@ class TestStore:
         with heap.hold(KEYS) as hold:
             assert not wrong_rows(KEYS, hold.batch)
 
+    def test_so_many_that_threads_share_them(self, path: Path) -> None:
+        keys = [key_of(number) for number in range(400)]
+        source = contents(keys)
+        with own(path, 400) as heap:
+            heap.store(keys[5:200:7], source[5:200:7])
+            heap.store(keys[300:], source[300:])
+            heap.remove(keys[310:380:2])
+            assert heap.store(keys, source).all()
+            with heap.hold(keys) as hold:
+                assert not wrong_rows(keys, hold.batch)
+            heap.check(contents=True)
+
+    def test_torch_does_not_copy(
+        self, heap: SharedHeap, replica: SharedHeap, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On busy cores its threads wait for each other, for milliseconds."""
+        source = contents(KEYS)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", lambda *_: pytest.fail("torch copies"))
+            assert replica.store(KEYS, source).all()
+        with heap.hold(KEYS) as hold:
+            assert not wrong_rows(KEYS, hold.batch)
+
     def test_numbers_of_tokens(self, heap: SharedHeap, replica: SharedHeap) -> None:
         heap.store(KEYS[:3], contents(KEYS[:3]), num_tokens=[16, 16, 5])
         put(heap, KEYS[3:])
