@@ -44,16 +44,18 @@ class SharedHold:
         self._lease_s = lease_s
         self._safe_s = asked_s  # when no chunk had been forgotten yet
         self._records: list[Record] = []
-        self._token: Token | None = None  # of the places that are locked
+        self._tokens: list[Token] = []  # of the places that are locked
         self._batch: MemoryBatch | None = None
         self._batch_of = batch_of
 
     def lock(self, places: Sequence[int]) -> None:
         """Lock places, and unlock those from before, for the heap."""
-        before, self._token = self._token, Token()
-        self._leases.read(self._token, places)
-        if before is not None:
-            self._leases.end(before)
+        num_before = len(self._tokens)
+        self._tokens.append(Token())
+        try:
+            self._leases.read(self._tokens[-1], places)
+        finally:  # also when the heap is closed meanwhile: nobody would look for them later
+            self._end(num_before)
 
     def keep(self, records: Sequence[Record], is_all: bool) -> None:
         """Hold what these places have, and nothing else, for the heap."""
@@ -120,9 +122,13 @@ class SharedHold:
 
     def release(self) -> None:
         """End the hold; never waits, and may be repeated. Tells nothing: see :meth:`check`."""
-        token, self._token = self._token, None
-        if token is not None:
+        self._end(len(self._tokens))
+
+    def _end(self, count: int) -> None:
+        """Unlock what the first tokens stand for; a token goes last, so that none is lost."""
+        for token in self._tokens[:count]:
             self._leases.end(token)
+        del self._tokens[:count]
 
     def __len__(self) -> int:
         """How many keys are held."""
@@ -138,7 +144,7 @@ class SharedHold:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if kind is None and self._token is not None:
+            if kind is None and self._tokens:
                 self.check()
         finally:
             self.release()

@@ -168,9 +168,13 @@ class SharedStore:
 
     def _end(self, state: Literal["ready", "aborted"]) -> None:
         self.state = state
-        token, self._locked = self._locked, None
-        if token is not None:
-            self._leases.end(token)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        """May be repeated; the token goes last, so that it is not lost."""
+        if self._locked is not None:
+            self._leases.end(self._locked)
+            self._locked = None
 
     def __enter__(self) -> Self:
         return self
@@ -186,6 +190,8 @@ class SharedStore:
     def __del__(self) -> None:
         if getattr(self, "state", "ready") == "open":
             self.abort()
+        elif getattr(self, "_locked", None) is not None:  # a signal handler has raised in its end
+            self._unlock()
 
     def __repr__(self) -> str:
         """How many chunks, and the state."""

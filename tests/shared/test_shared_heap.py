@@ -27,6 +27,8 @@ from kvheap.errors import ClosedError, ForeignObjectError, LifetimeError
 from kvheap.files import MissingChunksError
 from kvheap.memory.file_locks import RangeLocks
 from kvheap.shared import LeaseLostError, NoOwnerError
+from kvheap.shared.chunk_table import ChunkTable
+from kvheap.shared.leases import Leases
 from kvheap.shared.stats import KeeperStats
 from kvheap.shared.tokens import Token
 from kvheap.transfer import CopyPlan, copy
@@ -677,6 +679,38 @@ class TestClose:
             while put(heap, MANY) != [True] * NUM_CHUNKS:
                 assert time.monotonic() < end_s
             heap.check(contents=True)
+
+    @pytest.mark.parametrize("is_owner", [True, False])
+    def test_in_the_middle_of_a_hold_of_which_only_a_part_is_there(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, is_owner: bool
+    ) -> None:
+        """It locks what it has found, and then fewer places: in between, another thread closes."""
+        heap = own(path, NUM_CHUNKS)
+        put(heap, KEYS)
+        each = heap if is_owner else attach(path)
+        find, read = ChunkTable.find, Leases.read
+
+        def find_removed(self: ChunkTable, key: bytes) -> int:
+            place = find(self, key)
+            if key == KEYS[1] and each.lookup(KEYS[2:]).any():
+                heap.remove(KEYS[1:])  # it has found the place already
+            return place
+
+        def close_first(self: Leases, token: Token, places: list[int]) -> None:
+            if len(list(places)) == 1:
+                each.close()
+            read(self, token, places)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ChunkTable, "find", find_removed)
+            patch.setattr(Leases, "read", close_first)
+            with pytest.raises(ClosedError, match="is closed"):
+                each.hold(KEYS[:2], allow_partial=True)
+        heap.close()
+        with own(path, NUM_CHUNKS) as heap:  # while the old one has not been collected
+            assert not keeper_of(heap).waiting_places
+            assert not heap._owner.place_locks.are_any()
+        assert each.closed
 
     @pytest.mark.parametrize("is_owner", [True, False])
     def test_calls_of_other_threads_end(self, path: Path, is_owner: bool) -> None:
