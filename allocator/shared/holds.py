@@ -63,10 +63,6 @@ class SharedHold:
         if not is_all:
             self.lock([record.place for record in records])
 
-    def make_batch(self) -> None:
-        """Make :attr:`batch`, for the heap: it takes longer than the rest."""
-        assert len(self.batch) == len(self.keys)
-
     @property
     def batch(self) -> MemoryBatch:
         """The chunks as blocks for reading, block ``i`` for ``keys[i]``.

@@ -364,7 +364,7 @@ class SharedHeap:
         if len(hold) < len(names) and not allow_partial:
             hold.release()
             raise KeyError(names[len(hold)])
-        hold.make_batch()
+        _ = hold.batch  # made now: afterwards the heap may be closed
         return hold
 
     def load(self, keys: Sequence[bytes], into: Heap | MemoryBatch) -> MemoryBatch | None:
@@ -431,7 +431,7 @@ class SharedHeap:
         names = _as_keys(keys, is_list=True)
         require_distinct(names)
         store = self._storing.begin(names)
-        store.make_batch()
+        _ = store.batch  # as for a hold
         return store
 
     def store(

@@ -63,10 +63,6 @@ class SharedStore:
         self._made: list[MemoryBatch] = []  # the batch, once it was asked for
         self._digests_of = digests_of
 
-    def make_batch(self) -> None:
-        """Make :attr:`batch`, for the heap: it takes longer than the rest."""
-        assert len(self.batch) == len(self.keys)
-
     @property
     def batch(self) -> MemoryBatch:
         """The blocks to fill, block ``i`` for ``keys[i]``, with undefined contents."""
