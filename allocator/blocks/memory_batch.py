@@ -444,14 +444,34 @@ class MemoryBatch(Sequence["MemoryObj"]):
         Code that writes to blocks calls this; the transfer that fills the batch is waited for by
         :meth:`await_filling`.
         """
-        if self.counts.streams is None:
-            return
         filling = self.transfer
-        for stream in self.counts.streams_now(rows).values():
-            if isinstance(stream, Completion) and not (
-                filling is not None and filling.is_of(stream)
-            ):
-                stream.wait()
+        for completion in self.users(rows):
+            if filling is None or not filling.is_of(completion):
+                completion.wait()
+
+    def record_filling(self, completion: Completion, rows: Int64Array | None = None) -> None:
+        """:meth:`record_stream` for a transfer that fills ``rows`` (None: all)."""
+        completion.fill(id(self), rows)  # first: it is found as soon as it is recorded
+        self.record_stream(completion, rows)
+
+    def users(self, rows: Int64Array | None = None) -> Sequence[Completion]:
+        """The transfers that have been queued to read or fill ``rows`` (None: all).
+
+        Those that have ended are left out; those that are quarantined are not. O(1) for blocks that
+        no transfer has used.
+        """
+        counts = self.counts
+        if counts.streams is None:
+            return ()
+        return [
+            stream
+            for stream in counts.streams_now(rows).values()
+            if isinstance(stream, Completion) and stream.is_using
+        ]
+
+    def is_filled_by(self, completion: Completion, rows: Int64Array | None = None) -> bool:
+        """Whether a transfer fills any of ``rows`` (None: all), as recorded."""
+        return completion.fills(id(self), rows)
 
     def claimable(self, rows: Int64Array | None, skip_freed: bool = False) -> Int64Array | None:
         """Check that ``rows`` (None: all) can be freed; changes nothing.

@@ -41,6 +41,7 @@ from kvheap.device.directions import PATHS, Path
 from kvheap.device.transfer import Transfer
 from kvheap.errors import BlockInUseError, DoubleFreeError
 from kvheap.kernels.untraced import untraced
+from kvheap.transfer.order import Earlier, transfers_before
 from kvheap.transfer.plan import CopyPlan
 from kvheap.transfer.runs import DeviceRun, HostRun
 from kvheap.transfer.work import Run, Work
@@ -48,7 +49,7 @@ from kvheap.transfer.work import Run, Work
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["begin", "copy", "offload", "require_options", "restore", "transfers_filling"]
+__all__ = ["begin", "copy", "offload", "require_options", "restore"]
 
 
 @untraced
@@ -203,7 +204,7 @@ def require_movable(
         for part in heap_of(batch).rows_by_batch(batch):
             _require_freeable(part)
     plan = CopyPlan.to_new_blocks(batch, into)
-    _run_of(plan, stream, path, max_sms, transfers_filling(plan), is_new=True)
+    _run_of(plan, stream, path, max_sms, transfers_before(plan), is_new=True)
 
 
 def _require_freeable(blocks: Rows) -> None:
@@ -244,7 +245,7 @@ def _run_of(
     stream: Any,
     path: Path | None,
     max_sms: int | None,
-    before: list[Transfer],
+    before: list[Earlier],
     is_new: bool,
 ) -> HostRun | DeviceRun:
     """What executes a plan; its constructor raises if the copy cannot be done."""
@@ -272,7 +273,7 @@ def _start(
     require_options(path, max_sms)
     for rows in plan.target.blocks:
         rows.batch.require_writable()
-    before = transfers_filling(plan)
+    before = transfers_before(plan)
     run = _run_of(plan, stream, path, max_sms, before, is_new=move is not None)
     for rows in plan.target.blocks:
         rows.batch.stored_tokens.forget(rows.rows)
@@ -373,36 +374,3 @@ def _settle(reference: weakref.ref[Lifetime], has_failed: bool) -> None:
         lifetime.reclaimer.settle(limit=None)
     else:
         lifetime.reclaimer.settle()
-
-
-def _is_awaited_here(transfer: Transfer) -> bool:
-    """Wait for a foreign transfer; False for one of ours.
-
-    No stream can be ordered behind it. The thread that copies within host memory could wait, but if
-    it never ended, neither would any other copy.
-    """
-    if transfer.direction != "foreign":
-        return False
-    transfer.result()
-    return True
-
-
-def transfers_filling(work: Work) -> list[Transfer]:
-    """Transfers in flight that write to either side of a copy; foreign ones are waited for here.
-
-    Raises:
-        TransferError: a transfer that was to fill the source has failed, or one that was to fill
-            the target is quarantined.
-    """
-    found: dict[int, Transfer] = {}
-    for side in (work.source, work.target):
-        for rows in side.blocks:
-            transfer = rows.batch.transfer
-            if transfer is None:
-                continue
-            ended = transfer.done()
-            if side is work.source or transfer.is_quarantined:  # it may still write
-                transfer.require_success()
-            if not ended:
-                found[id(transfer)] = transfer
-    return [each for each in found.values() if not _is_awaited_here(each)]

@@ -38,6 +38,7 @@ from kvheap.transfer.sides import (
     direction_of,
     layer_offsets,
     paired,
+    protect_sides,
     walls_of,
 )
 
@@ -328,11 +329,7 @@ class CopyPlan:
             LifetimeError: a block is freed.
             ClosedError: a heap is closed.
         """
-        for side in (self.source, self.target):
-            if side.heap is not None:
-                side.heap.require_open()
-            for rows in side.blocks:
-                rows.batch.record_stream(completion, rows.rows)
+        protect_sides(self.source, self.target, completion)
 
     @property
     def memory(self) -> tuple[torch.Tensor, ...]:

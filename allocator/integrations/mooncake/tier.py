@@ -24,7 +24,14 @@ import torch
 from kvheap.addresses.arguments import as_seconds, require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
-from kvheap.blocks.heap import BlockObjects, Heap, await_filling, heap_of, layout_and_addresses
+from kvheap.blocks.heap import (
+    BlockObjects,
+    Heap,
+    await_filling,
+    await_transfers,
+    heap_of,
+    layout_and_addresses,
+)
 from kvheap.errors import ClosedError, TransferError
 from kvheap.forks import starts_over_after_fork
 from kvheap.integrations.mooncake.codes import Code, MooncakeError, have_settled, meaning
@@ -295,6 +302,8 @@ class MooncakeTier:
         with self._counted() as ended:
             self._register()
             await_filling(blocks, self.heap.device)
+            if is_get:
+                await_transfers(blocks)
             try:
                 foreign_transfer(
                     lambda: ended,
