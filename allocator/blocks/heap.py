@@ -145,12 +145,12 @@ def await_transfers(objs: BlockObjects) -> None:
 
 
 def users_of(objs: BlockObjects) -> Sequence[Completion]:
-    """The transfers that have been queued to read or fill blocks, as ``MemoryBatch.users``."""
+    """The transfers that have been queued to read or fill blocks, as ``RowCounts.users``."""
     if isinstance(objs, MemoryBatch):
-        return objs.users()
+        return objs.counts.users(None)
     if all(batch.counts.streams is None for batch in _batches_of(objs)):
         return ()
-    return [user for part in rows_of(objs) for user in part.batch.users(part.rows)]
+    return [user for part in rows_of(objs) for user in part.users()]
 
 
 def require_writable(objs: BlockObjects) -> None:

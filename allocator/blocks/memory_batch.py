@@ -34,7 +34,6 @@ from kvheap.blocks.memory_metadata import MemoryBatchMetadata, MemoryObjMetadata
 from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.sites import Site, allocated_at
 from kvheap.blocks.stored_tokens import StoredTokens, require_token_count
-from kvheap.device.completion import Completion
 from kvheap.device.events import Stream
 from kvheap.device.transfer import Transfer
 from kvheap.errors import ForeignObjectError, LifetimeError
@@ -445,33 +444,9 @@ class MemoryBatch(Sequence["MemoryObj"]):
         :meth:`await_filling`.
         """
         filling = self.transfer
-        for completion in self.users(rows):
+        for completion in self.counts.users(rows):
             if filling is None or not filling.is_of(completion):
                 completion.wait()
-
-    def record_filling(self, completion: Completion, rows: Int64Array | None = None) -> None:
-        """:meth:`record_stream` for a transfer that fills ``rows`` (None: all)."""
-        completion.fill(id(self), rows)  # first: it is found as soon as it is recorded
-        self.record_stream(completion, rows)
-
-    def users(self, rows: Int64Array | None = None) -> Sequence[Completion]:
-        """The transfers that have been queued to read or fill ``rows`` (None: all).
-
-        Those that have ended are left out; those that are quarantined are not. O(1) for blocks that
-        no transfer has used.
-        """
-        counts = self.counts
-        if counts.streams is None:
-            return ()
-        return [
-            stream
-            for stream in counts.streams_now(rows).values()
-            if isinstance(stream, Completion) and stream.is_using
-        ]
-
-    def is_filled_by(self, completion: Completion, rows: Int64Array | None = None) -> bool:
-        """Whether a transfer fills any of ``rows`` (None: all), as recorded."""
-        return completion.fills(id(self), rows)
 
     def claimable(self, rows: Int64Array | None, skip_freed: bool = False) -> Int64Array | None:
         """Check that ``rows`` (None: all) can be freed; changes nothing.

@@ -50,7 +50,7 @@ class Completion:
     """The state of a copy. It is also the stream and the event that protect the copy's bytes.
 
     - to protect bytes: ``record_event``, ``query``, ``has_let_go``;
-    - for the code that queues the copy: ``keep``, ``fill``, ``queued``, ``nothing_queued``,
+    - for the code that queues the copy: ``keep``, ``filled``, ``queued``, ``nothing_queued``,
       ``ended``, ``failed``, ``lose``;
     - for the code that queues others behind it: ``is_using``, ``fills``, ``is_on``,
       ``wait_stream``, ``is_foreign``;
@@ -61,15 +61,28 @@ class Completion:
         keep: objects that the copy reads or writes; kept alive until the copy has ended.
     """
 
-    __slots__ = ("__weakref__", "_error", "_event", "_filled", "_keep", "_state", "_stream")
+    __slots__ = (
+        "__weakref__",
+        "_error",
+        "_event",
+        "_keep",
+        "_state",
+        "_stream",
+        "filled",
+        "is_over",
+    )
 
     def __init__(self, keep: Sequence[object] = ()) -> None:
         self._keep: list[object] = list(keep)
         self._event: DeviceEvent | None = None
         self._error: TransferError | None = None
         self._state = "begun"
+        self.is_over = False
+        """Whether somebody has found that it has ended: what is quickest to look at."""
         self._stream: Any = None
-        self._filled: tuple[tuple[int, Int64Array | None], ...] = ()
+        self.filled: tuple[tuple[int, Int64Array | None], ...] = ()
+        """What the copy writes to, set before it is queued: blocks, as a number that tells them
+        from others while they live, such as their ``id``, and rows of them (None: all)."""
 
     # -- to protect bytes ----------------------------------------------------------------------
 
@@ -106,15 +119,6 @@ class Completion:
     def keep(self, *objects: object) -> None:
         """Keep more objects alive until the copy has ended."""
         self._keep += objects
-
-    def fill(self, blocks: int, rows: Int64Array | None) -> None:
-        """Note that the copy writes to ``rows`` (None: all) of blocks. Call it before it is queued.
-
-        Args:
-            blocks: what tells these blocks from others while they live, such as their ``id``.
-            rows: row numbers.
-        """
-        self._filled = (*self._filled, (blocks, rows))
 
     def queued(self, event: DeviceEvent, stream: Any = None) -> None:
         """Note that everything is queued.
@@ -161,6 +165,7 @@ class Completion:
         # In this order: an exception, or foreign code, may come between any two lines.
         self._error = self.error
         self._state = "ended"
+        self.is_over = True
         self._event = self._stream = None
         in_flight.discard(self)
         self._keep = []  # last: the end of what it keeps may run finalizers
@@ -174,12 +179,11 @@ class Completion:
         False while the copy is being queued: no order is promised to calls at the same time, and
         the caller may have interrupted that very call.
         """
-        state = self._state
-        return state != "ended" and state != "begun" and not self.has_let_go
+        return not self.is_over and self._state != "begun" and not self.has_let_go
 
     def fills(self, blocks: int, rows: Int64Array | None) -> bool:
-        """Whether the copy writes to any of ``rows`` (None: all) of blocks; see :meth:`fill`."""
-        for filled, some in self._filled:
+        """Whether the copy writes to any of ``rows`` (None: all) of blocks; see ``filled``."""
+        for filled, some in self.filled:
             if filled == blocks and (
                 rows is None or some is None or bool(np.isin(rows, some).any())
             ):

@@ -182,11 +182,6 @@ class Transfer:
         """Why the transfer failed, as far as is known; None if it has not failed."""
         return self._completion.error
 
-    @property
-    def completion(self) -> Completion:
-        """The state of the transfer, for the code that queues others behind it."""
-        return self._completion
-
     def is_of(self, completion: Completion) -> bool:
         """Whether this is the state of the transfer."""
         return self._completion is completion

@@ -337,12 +337,10 @@ class FileTier:
         before: Sequence[Any],
     ) -> FileTransfer:
         """Protect blocks, and let a thread move them once other transfers have done with them."""
-        users = [(part, user) for part in rows for user in part.batch.users(part.rows)]
         if kind == "load":
-            before = [*before, *[user.wait for _, user in users]]
+            before = [*before, *[user.wait for part in rows for user in part.users()]]
         else:  # others may read them at the same time
-            fills = [user for part, user in users if part.batch.is_filled_by(user, part.rows)]
-            before = [*before, *[user.arrive for user in fills]]
+            before = [*before, *[user.arrive for part in rows for user in part.fillers()]]
         memory, host_blocks = self._host_blocks(blocks, rows)
         completion = Completion(memory)
         work = self._file.store if kind == "store" else self._file.load
@@ -363,9 +361,9 @@ class FileTier:
         try:
             for part in rows:
                 if kind == "load":
-                    part.batch.record_filling(completion, part.rows)
+                    part.record_filling(completion)
                 else:
-                    part.batch.record_stream(completion, part.rows)
+                    part.record_reading(completion)
             in_flight.add(completion)
             completion.queued(job.event)
             if filled is not None:

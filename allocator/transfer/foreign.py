@@ -123,9 +123,9 @@ def foreign_transfer(
     was_called = False
     try:
         for rows in read:
-            rows.batch.record_stream(completion, rows.rows)
+            rows.record_reading(completion)
         for rows in written:
-            rows.batch.record_filling(completion, rows.rows)
+            rows.record_filling(completion)
         _require_idle(read, written)
         for rows in written:
             rows.batch.stored_tokens.forget(rows.rows)
@@ -176,8 +176,8 @@ def _require_idle(read: Sequence[Rows], written: Sequence[Rows]) -> None:
             )
     for parts, is_written in ((read, False), (written, True)):
         for rows in parts:
-            for user in rows.batch.users(rows.rows):
-                does_fill = rows.batch.is_filled_by(user, rows.rows)
+            for user in rows.users():
+                does_fill = rows.are_filled_by(user)
                 if does_fill:
                     user.require_success()
                 if does_fill or (is_written and not user.is_quarantined):

@@ -62,8 +62,14 @@ def copy(
 ) -> Transfer:
     """Execute a plan on a stream; returns at once.
 
-    It is ordered behind the transfers that fill either side, on any stream. Those that still read
-    the target's blocks, on other streams or by other programs, are the caller's to wait for.
+    It comes behind the transfers that fill either side, and behind those that still read the
+    target's blocks, whoever makes them: on another stream, the stream waits; within host memory,
+    the queue's thread. Only a foreign transfer is waited for here, on the caller's thread, until
+    it has ended or failed. What kvheap does not know to use the blocks is the caller's to wait for:
+    kernels and tensors of yours, readers elsewhere that hold a lease, copies of other views of the
+    same bytes and of :meth:`CopyPlan.of_addresses` and ``of_pointers``, calls of other threads at
+    the same time, and replays of a graph. Whoever reads the target by other means than a copy waits
+    for the result of this call: unlike ``offload``, it does not become ``target.transfer``.
 
     Args:
         plan: what to copy; or a pair ``(source, target)`` of batches, objects or tensors, which is
@@ -85,8 +91,11 @@ def copy(
         LifetimeError: a block is freed; nothing is queued.
         ForeignObjectError: the target's blocks are another process's, and a view for reading here;
             nothing is queued.
-        RuntimeError: a graph is being captured, and it cannot include this copy; nothing is queued.
-        TransferError: the source is the target of a transfer that failed; nothing is queued.
+        RuntimeError: a graph is being captured, and it cannot include this copy, or what it would
+            have to wait for; or a future of the event loop that runs this code would have to end
+            first. Nothing is queued.
+        TransferError: the source is the target of a transfer that failed, or a foreign transfer
+            that failed may still write to the target; nothing is queued.
     """
     if not isinstance(plan, CopyPlan):
         if not isinstance(plan, tuple) or len(plan) != 2:

@@ -12,56 +12,101 @@ order, and neither have replays of a graph that has captured a copy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from kvheap.blocks.rows import Rows
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice
+from kvheap.device.transfer import Transfer
 from kvheap.transfer.work import Work
 
 __all__ = ["Earlier", "transfers_before"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Earlier:
-    """A transfer in flight that a copy comes behind.
+class Earlier(Protocol):
+    """A transfer in flight that a copy comes behind."""
 
-    Attributes:
-        completion: its state.
-        must_succeed: whether the copy fails if it fails: it fills the source, or is the
-            ``transfer`` of a batch. Others that use the target's blocks only must have ended.
-        is_of_batch: whether it is the ``transfer`` of a batch.
-    """
+    @property
+    def is_foreign(self) -> bool:
+        """Whether others make it, so that it may never end."""
+        ...
 
-    completion: Completion
-    must_succeed: bool
-    is_of_batch: bool = False
+    def is_on(self, stream: Any) -> bool:
+        """Whether further work on ``stream`` comes behind it without being told to."""
+        ...
 
     def wait(self) -> None:
         """Wait on the host until it has ended.
 
         Raises:
-            TransferError: it must succeed, and has failed.
+            TransferError: it has failed, and the copy must fail too.
         """
-        self.completion.wait()
-        if self.must_succeed:
-            self.completion.require_success()
+        ...
 
     def wait_stream(self, device: CopyDevice, stream: Any) -> None:
         """Make further work on a stream of a device wait for it.
 
         Raises:
-            TransferError: it must succeed, and has failed.
+            TransferError: it has failed, and the copy must fail too.
         """
-        if self.must_succeed:
-            self.completion.require_success()
-        self.completion.wait_stream(device, stream)
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OfBatch:
+    """The ``transfer`` of a batch, which fills it: the copy fails if it fails."""
+
+    transfer: Transfer
+
+    @property
+    def is_foreign(self) -> bool:
+        """See ``Earlier``."""
+        return self.transfer.direction == "foreign"
+
+    def is_on(self, stream: Any) -> bool:
+        """See ``Earlier``: a graph must not be replayed before it has ended, on any stream."""
+        return False
+
+    def wait(self) -> None:
+        """See ``Earlier``."""
+        self.transfer.result()
+
+    def wait_stream(self, device: CopyDevice, stream: Any) -> None:
+        """See ``Earlier``."""
+        self.transfer.wait_stream(stream)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OfBlocks:
+    """Another transfer that uses blocks of the copy.
+
+    Attributes:
+        completion: its state.
+        must_succeed: whether the copy fails if it fails, as it fills the source.
+    """
+
+    completion: Completion
+    must_succeed: bool
+
+    @property
+    def is_foreign(self) -> bool:
+        """See ``Earlier``."""
+        return self.completion.is_foreign
+
+    def is_on(self, stream: Any) -> bool:
+        """See ``Earlier``."""
+        return self.completion.is_on(stream)
+
+    def wait(self) -> None:
+        """See ``Earlier``."""
+        self.completion.wait()
         if self.must_succeed:
             self.completion.require_success()
 
-    def is_on(self, stream: Any) -> bool:
-        """Whether further work on ``stream`` comes behind it without being told to."""
-        return self.completion.is_on(stream)
+    def wait_stream(self, device: CopyDevice, stream: Any) -> None:
+        """See ``Earlier``."""
+        self.completion.wait_stream(device, stream)
+        if self.must_succeed:
+            self.completion.require_success()
 
 
 def transfers_before(work: Work) -> list[Earlier]:
@@ -75,40 +120,43 @@ def transfers_before(work: Work) -> list[Earlier]:
             the target is quarantined.
         RuntimeError: a foreign transfer cannot end while this thread waits for it.
     """
-    found: dict[Completion, Earlier] = {}
+    filling: dict[int, Transfer] = {}
+    using: dict[Completion, bool] = {}
     for rows in work.source.blocks:
-        _add_filling(rows, found, is_target=False)
-        for completion in rows.batch.users(rows.rows):
-            if completion not in found and rows.batch.is_filled_by(completion, rows.rows):
-                completion.require_success()
-                found[completion] = Earlier(completion, must_succeed=True)
+        if rows.batch.transfer is not None:
+            _add_filling(rows.batch.transfer, filling, is_target=False)
+        for completion in rows.fillers():
+            completion.require_success()
+            using[completion] = True
     for rows in work.target.blocks:
-        _add_filling(rows, found, is_target=True)
-        for completion in rows.batch.users(rows.rows):
+        if rows.batch.transfer is not None:
+            _add_filling(rows.batch.transfer, filling, is_target=True)
+        for completion in rows.users():
             if not completion.is_quarantined:
-                found.setdefault(completion, Earlier(completion, must_succeed=False))
-            elif rows.batch.is_filled_by(completion, rows.rows):  # it may still write
+                using.setdefault(completion, False)
+            elif rows.are_filled_by(completion):  # it may still write
                 completion.require_success()
-    if not found:
+    if not filling and not using:
         return []
-    return [each for each in found.values() if not _is_awaited_here(each)]
+    found: list[Earlier] = [OfBatch(transfer) for transfer in filling.values()]
+    for completion, must_succeed in using.items():
+        if not any(transfer.is_of(completion) for transfer in filling.values()):
+            found.append(OfBlocks(completion, must_succeed))
+    return [each for each in found if not _is_awaited_here(each)]
 
 
-def _add_filling(rows: Rows, found: dict[Completion, Earlier], is_target: bool) -> None:
-    """Add the transfer that fills a batch as a whole."""
-    transfer = rows.batch.transfer
-    if transfer is None:
-        return
+def _add_filling(transfer: Transfer, filling: dict[int, Transfer], is_target: bool) -> None:
+    """Add the transfer that fills a batch as a whole, unless it has ended."""
     has_ended = transfer.done()
     if not is_target or transfer.is_quarantined:  # it may still write
         transfer.require_success()
     if not has_ended:
-        found[transfer.completion] = Earlier(transfer.completion, True, is_of_batch=True)
+        filling[id(transfer)] = transfer
 
 
 def _is_awaited_here(earlier: Earlier) -> bool:
     """Wait for a foreign transfer; False for one of ours."""
-    if not earlier.completion.is_foreign:
+    if not earlier.is_foreign:
         return False
     earlier.wait()
     return True

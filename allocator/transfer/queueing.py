@@ -62,16 +62,11 @@ class StreamQueue:
         self.is_captured = device.is_capturing(self.stream)
         # A stream that waited for itself would only take the host's time.
         self._before = [each for each in before if not each.is_on(self.stream)]
-        if self.is_captured:
-            if any(each.is_of_batch for each in before):
-                raise RuntimeError(
-                    "a transfer that fills one of the sides is in flight: wait for it first"
-                )
-            if self._before:
-                raise RuntimeError(
-                    "a transfer on another stream still uses blocks that this copy fills, or fills "
-                    "those that it reads: wait for it before the capture"
-                )
+        if self.is_captured and self._before:
+            raise RuntimeError(
+                "a transfer that fills one of the sides, or reads the target on another stream, is "
+                "in flight: wait for it first, as a capture cannot"
+            )
 
     def start(
         self,

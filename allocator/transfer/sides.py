@@ -259,11 +259,11 @@ def protect_sides(source: Side, target: Side, completion: Completion) -> None:
     if source.heap is not None:
         source.heap.require_open()
     for rows in source.blocks:
-        rows.batch.record_stream(completion, rows.rows)
+        rows.record_reading(completion)
     if target.heap is not None:
         target.heap.require_open()
     for rows in target.blocks:
-        rows.batch.record_filling(completion, rows.rows)
+        rows.record_filling(completion)
 
 
 def _paired_runs(source: Blocks, target: Blocks, size_bytes: int) -> Pieces:

@@ -403,8 +403,7 @@ class Reads:
 
 @pytest.fixture
 def reads(scene_of: Any) -> Reads:
-    found = Reads(scene_of("host"))
-    return found
+    return Reads(scene_of("host"))
 
 
 def test_a_stream_waits_and_the_host_does_not(reads: Reads) -> None:
@@ -575,7 +574,7 @@ class TestCaptures:
         self, reads: Any, graph: FakeStream
     ) -> None:
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="before the capture"):
+            with pytest.raises(RuntimeError, match="as a capture cannot"):
                 copy(reads.plan, graph)
         assert graph.graph == []
         assert not graph.queue
