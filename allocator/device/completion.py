@@ -109,6 +109,8 @@ class Completion:
     @property
     def has_let_go(self) -> bool:
         """Whether the copy is known to have stopped reading and writing."""
+        if self.is_over:
+            return True
         try:
             return self.query()
         except TransferError:

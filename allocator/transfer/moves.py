@@ -279,7 +279,8 @@ def _start(
     move: _Move | None = None,
 ) -> Transfer:
     """Protect both sides, claim the blocks that a move frees, and queue the copy."""
-    require_options(path, max_sms)
+    if path is not None or max_sms is not None:
+        require_options(path, max_sms)
     for rows in plan.target.blocks:
         rows.batch.require_writable()
     before = transfers_before(plan)
