@@ -65,9 +65,7 @@ def even_pieces(
     return pieces.merged() if has_runs else pieces
 
 
-def _are_apart(
-    targets: Int64Array, size_bytes: int, highest: int, scratch: Int64Array
-) -> bool:
+def _are_apart(targets: Int64Array, size_bytes: int, highest: int, scratch: Int64Array) -> bool:
     """Whether no two targets overlap; False also if that is not quick to tell.
 
     Args:

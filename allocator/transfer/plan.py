@@ -222,14 +222,13 @@ class CopyPlan:
             and target.is_contiguous()
         ):
             return None
-        from_side, to_side = Side.of_tensor(source), Side.of_tensor(target)
-        is_one_memory = (from_side.device is None) == (to_side.device is None)
-        if is_one_memory and not are_apart(from_side, to_side):
+        here, there = (source.data_ptr(), source.nbytes), (target.data_ptr(), target.nbytes)
+        if here[0] < sum(there) and there[0] < sum(here):  # a target may be a source
             return None
-        places = (source.data_ptr(), source.nbytes), (target.data_ptr(), target.nbytes)
-        pieces = even_pieces(sources, targets, size_bytes, *places)
+        pieces = even_pieces(sources, targets, size_bytes, here, there)
         if pieces is None:
             return None
+        from_side, to_side = Side.of_tensor(source), Side.of_tensor(target)
         walls = NO_WALLS
         device = from_side.device or to_side.device
         if device is not None:
