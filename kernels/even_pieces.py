@@ -58,7 +58,11 @@ def even_pieces(
         return None
     to_sources = np.empty(count, np.int64)
     steps = np.subtract(sources[1:], sources[:-1], out=to_sources[1:])
-    has_runs = np.logical_or.reduce(steps == size_bytes)
+    follows = steps == size_bytes
+    has_runs = False
+    if np.logical_or.reduce(follows):  # on one side, some of thousands do so by chance
+        at = np.flatnonzero(follows)
+        has_runs = bool((targets[at + 1] - targets[at] == size_bytes).any())
     np.add(sources, source[0], out=to_sources)
     np.add(targets, target[0], out=to_targets)
     pieces = Pieces(to_sources, to_targets, size_bytes)

@@ -165,7 +165,8 @@ class Completion:
 
     def _end(self) -> None:
         # In this order: an exception, or foreign code, may come between any two lines.
-        self._error = self.error
+        if self._error is not None or isinstance(self._event, ReportingEvent):
+            self._error = self.error
         self._state = "ended"
         self.is_over = True
         self._event = self._stream = None

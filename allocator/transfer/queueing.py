@@ -51,8 +51,10 @@ class StreamQueue:
         self._device = device
         self.current = device.current_stream()
         self.stream = self.current if stream is None else device.require_stream(stream)
-        currents = [(each, each.current_stream()) for each in new_on]
-        self._fences = [pair for pair in currents if pair[1] != self.stream]
+        self._fences: list[tuple[CopyDevice, Any]] = []
+        if new_on:
+            currents = [(each, each.current_stream()) for each in new_on]
+            self._fences = [pair for pair in currents if pair[1] != self.stream]
         for other, current in self._fences:
             if other.is_capturing(current):
                 raise RuntimeError(
@@ -61,7 +63,7 @@ class StreamQueue:
                 )
         self.is_captured = device.is_capturing(self.stream)
         # A stream that waited for itself would only take the host's time.
-        self._before = [each for each in before if not each.is_on(self.stream)]
+        self._before = [each for each in before if not each.is_on(self.stream)] if before else ()
         if self.is_captured and self._before:
             raise RuntimeError(
                 "a transfer that fills one of the sides, or reads the target on another stream, is "
