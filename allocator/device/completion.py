@@ -182,7 +182,17 @@ class Completion:
         False while the copy is being queued: no order is promised to calls at the same time, and
         the caller may have interrupted that very call.
         """
-        return not self.is_over and self._state != "begun" and not self.has_let_go
+        if self.is_over or self._state == "begun":
+            return False
+        event = self._event
+        if isinstance(event, HostEvent) and not event.is_submitted:
+            return False  # it might come behind whoever asks
+        return not self.has_let_go
+
+    @property
+    def is_in_host_queue(self) -> bool:
+        """Whether the queue of copies within host memory makes it, or a caller of that queue."""
+        return type(self._event) is HostEvent
 
     def fills(self, blocks: int, rows: Int64Array | None) -> bool:
         """Whether the copy writes to any of ``rows`` (None: all) of blocks; see ``filled``."""

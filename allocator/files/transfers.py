@@ -33,6 +33,7 @@ class FileEvent(HostEvent):
 
     def __init__(self, threads: IOThreads) -> None:
         super().__init__()
+        self.is_submitted = True  # to other threads, whatever the queue of host copies waits for
         self._latch = Latch()
         self._threads = threads
 

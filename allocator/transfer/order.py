@@ -35,7 +35,7 @@ class Earlier(Protocol):
         ...
 
     def wait(self) -> None:
-        """Wait on the host until it has ended.
+        """Wait until it has ended, on the thread that copies within host memory, or for others.
 
         Raises:
             TransferError: it has failed, and the copy must fail too.
@@ -97,8 +97,9 @@ class OfBlocks:
         return self.completion.is_on(stream)
 
     def wait(self) -> None:
-        """See ``Earlier``."""
-        self.completion.wait()
+        """See ``Earlier``. For the queue of host memory, whose jobs come in order by themselves."""
+        if not self.completion.is_in_host_queue:
+            self.completion.wait()
         if self.must_succeed:
             self.completion.require_success()
 

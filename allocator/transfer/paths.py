@@ -182,7 +182,7 @@ class PathChoice:
         """Whether a part has more than ``max_runs`` runs but its stream forbids the batch call."""
         if self._is_captured or not self._device.has_batch:
             return False
-        is_many = any([len(part) > max_runs for part in self._plan.parts])
+        is_many = any(len(part) > max_runs for part in self._plan.parts)
         return is_many and self._device.is_legacy(self._stream)
 
 

@@ -28,7 +28,7 @@ from kvheap import (
     offload,
     store,
 )
-from kvheap.transfer import CopyPlan, Transfer, copy
+from kvheap.transfer import CopyPlan, Transfer, copy, runs
 
 COUNT = 4
 CHUNK = [1, 1, 16, BLOCK // 16]
@@ -648,3 +648,88 @@ def test_freed_blocks_are_not_filled_anew_while_they_are_read(device: FakeDevice
     again = far.batched_allocate(CHUNK, torch.uint8, COUNT)
     assert again is not None
     assert np.array_equal(np.sort(again.addresses), np.sort(addresses))
+
+
+class TestCallsAtTheSameTime:
+    """They have no order; but none of them fails, or waits for ever, because of another."""
+
+    @pytest.mark.parametrize("filling", ["copy h2h", "copy d2h by the kernel", "batched_write"])
+    def test_what_another_thread_copies_itself(
+        self, device: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, filling: str
+    ) -> None:
+        """A small copy runs on its caller's thread; the queue's thread cannot wait for it."""
+        gate, is_inside = Gate(), threading.Event()
+        copy_on_host = runs.copy_on_host
+
+        def held_up(pieces: Any) -> None:
+            if threading.current_thread().name == "reader":
+                is_inside.set()
+                gate.wait()
+            copy_on_host(pieces)
+
+        monkeypatch.setattr(runs, "copy_on_host", held_up)
+        scene = Scene(device, "host", gate, tmp_path)
+        batch, target = scene.blocks("host", OLD), scene.blocks("host", 0)
+        reader = threading.Thread(target=lambda: copy((batch, target)), name="reader")
+        reader.start()
+        assert is_inside.wait(20)
+        opener = threading.Timer(0.05, gate.open)
+        opener.start()
+        filled = FILLS[filling][1](scene, batch, device.stream("filler"))
+        drain(device)
+        if hasattr(filled, "result"):
+            filled.result(20)
+        reader.join()
+        opener.join()
+        assert read(batch).eq(NEW).all()
+
+    @pytest.mark.parametrize("filling", ["copy h2h", "copy d2h by the kernel", "batched_write"])
+    def test_what_this_thread_is_in_the_middle_of(
+        self, device: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, filling: str
+    ) -> None:
+        """A finalizer in a small copy: it is told, instead of waiting for its own thread."""
+        scene = Scene(device, "host", Gate(), tmp_path)
+        batch, target = scene.blocks("host", OLD), scene.blocks("host", 0)
+        copy_on_host, found = runs.copy_on_host, []
+
+        def interrupted(pieces: Any) -> None:
+            monkeypatch.setattr(runs, "copy_on_host", copy_on_host)
+            try:
+                filled = FILLS[filling][1](scene, batch, device.stream("filler"))
+                error = getattr(filled, "error", None)
+            except RuntimeError as raised:
+                error = raised
+            found.append(error)
+            copy_on_host(pieces)
+
+        monkeypatch.setattr(runs, "copy_on_host", interrupted)
+        thread = threading.Thread(target=lambda: copy((batch, target)).result(), daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive()
+        drain(device)
+        assert len(found) == 1
+        assert (found[0] is None) == (filling == "copy h2h"), found
+        if found[0] is not None:
+            assert "cannot wait" in str(found[0])
+
+    def test_what_is_not_in_the_queue_yet_is_not_waited_for(
+        self, by_queue: Gate, device: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Its call would come behind the other in the queue, which would wait for it."""
+        scene = Scene(device, "host", by_queue, tmp_path)
+        by_queue.open()
+        batch, target = scene.blocks("host", OLD), scene.blocks("host", 0)
+        other = scene.blocks("host", NEW)
+        submit, filled = runs.host_queue.submit, []
+
+        def late(job: Any, is_small: bool) -> None:
+            monkeypatch.setattr(runs.host_queue, "submit", submit)
+            filled.append(copy((other, batch)))
+            filled[0].wait(20)
+            submit(job, is_small)
+
+        monkeypatch.setattr(runs.host_queue, "submit", late)
+        copy((batch, target)).result(20)
+        filled[0].result(20)
+        assert read(batch).eq(NEW).all()
