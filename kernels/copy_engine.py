@@ -220,16 +220,17 @@ class Driver:
         targets = np.ascontiguousarray(pieces.targets, np.int64)
         sources = np.ascontiguousarray(pieces.sources, np.int64)
         if isinstance(pieces.sizes, int):
-            sizes = _equal_sizes(pieces.sizes, len(pieces))
+            sizes, sizes_address = _equal_sizes(pieces.sizes, len(pieces))
         else:
             sizes = np.ascontiguousarray(pieces.sizes, np.int64)
+            sizes_address = _address_of(sizes)
         # One set of attributes, with the index of the first piece that it applies to.
         attributes = _OVER_LINK if over_link else _WITHIN_DEVICE
         failed_piece = ctypes.c_size_t(NO_INDEX)
         code = self._batch(
-            targets.ctypes.data,
-            sources.ctypes.data,
-            sizes.ctypes.data,
+            _address_of(targets),
+            _address_of(sources),
+            sizes_address,
             len(pieces),
             ctypes.byref(attributes),
             ctypes.byref(_FIRST_PIECE),
@@ -361,16 +362,27 @@ _FIRST_PIECE = ctypes.c_size_t(0)
 """What a batch call only reads: how its pieces are copied, and from which piece on."""
 
 
-def _equal_sizes(size_bytes: int, count: int) -> Int64Array:
-    """At least ``count`` equal sizes, int64, to be read only."""
+def _equal_sizes(size_bytes: int, count: int) -> tuple[Int64Array, int]:
+    """At least ``count`` equal sizes, int64, to be read only; and their address."""
     if count > MAX_KEPT_SIZES:
-        return np.full(count, size_bytes, np.int64)
+        return _new_sizes(size_bytes, count)
     return _kept_sizes(size_bytes, 1 << (count - 1).bit_length())
 
 
-@functools.lru_cache(maxsize=16)
-def _kept_sizes(size_bytes: int, count: int) -> Int64Array:
-    return np.full(count, size_bytes, np.int64)
+def _new_sizes(size_bytes: int, count: int) -> tuple[Int64Array, int]:
+    sizes = np.full(count, size_bytes, np.int64)
+    return sizes, _address_of(sizes)
+
+
+_kept_sizes = functools.lru_cache(maxsize=16)(_new_sizes)
+
+
+def _address_of(array: Int64Array) -> int:
+    """The address of the first byte; a third of the time of ``array.ctypes.data``."""
+    if array.flags.writeable and len(array):
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
+    address: int = array.ctypes.data
+    return address
 
 
 def _require_same_lengths(pieces: Pieces) -> None:

@@ -22,6 +22,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -166,8 +167,9 @@ def _shares(pieces: Pieces, share_bytes: int) -> Iterator[Pieces]:
 
 def _move_each(pieces: Pieces) -> None:
     """Copy piece after piece, in a loop in C that releases the GIL during each ``memmove``."""
-    targets, sources = pieces.targets.tolist(), pieces.sources.tolist()
-    deque(map(ctypes.memmove, targets, sources, pieces.size_array().tolist()), maxlen=0)
+    targets, sources, sizes = pieces.targets.tolist(), pieces.sources.tolist(), pieces.sizes
+    each_bytes = repeat(sizes) if isinstance(sizes, int) else sizes.tolist()
+    deque(map(ctypes.memmove, targets, sources, each_bytes), maxlen=0)
 
 
 def _copy_rows(pieces: Pieces) -> None:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.recorded_streams import RecordedStreams, Streams
 from kvheap.blocks.row_leases import HeldLease, RowLeases
+from kvheap.device.completion import Completion
 from kvheap.device.events import Stream
 from kvheap.errors import BlockInUseError, DoubleFreeError, LifetimeError
 from kvheap.guards import read_meanwhile
@@ -98,7 +99,7 @@ class RowCounts:
       ``give_up``;
     - free: ``claimable``, ``set_freed``, ``set_live``, ``forgive``, ``was_dropped``;
     - streams: ``record_stream``, ``streams_of``, ``streams_now``, ``forget_streams``,
-      ``require_live``.
+      ``require_live``; of those, transfers: ``users``, ``fillers``.
 
     Attributes:
         num_rows: number of rows N.
@@ -441,6 +442,26 @@ class RowCounts:
             return {} if self.streams is None else self.streams.of(rows)
         except RuntimeError:
             return read_meanwhile(partial(self.streams_of, rows))
+
+    def users(self, rows: Int64Array | None) -> Sequence[Completion]:
+        """The transfers that have been queued to read or fill ``rows`` (None: all).
+
+        Those that have ended are left out; those that are quarantined are not. O(1) if no transfer
+        has used the rows.
+        """
+        if self.streams is None:
+            return ()
+        return [
+            stream
+            for stream in self.streams_now(rows).values()
+            if isinstance(stream, Completion) and not stream.is_over and stream.is_using
+        ]
+
+    def fillers(self, rows: Int64Array | None) -> Sequence[Completion]:
+        """Those of :meth:`users` that fill any of ``rows`` (None: all)."""
+        if self.streams is None or not self.streams.has_fillers:
+            return ()
+        return [each for each in self.users(rows) if each.fills(id(self), rows)]
 
     def require_live(self, rows: Int64Array | None, batch: NamesRows) -> None:
         """Raise if any of ``rows`` (None: all) is freed.

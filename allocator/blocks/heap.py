@@ -16,6 +16,7 @@ from kvheap.blocks.block_allocator import BlockAllocator, segment_of
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.rows import rows_of
+from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice
 from kvheap.errors import ForeignObjectError, LifetimeError
 
@@ -27,6 +28,7 @@ __all__ = [
     "heap_of",
     "layout_and_addresses",
     "require_writable",
+    "users_of",
 ]
 
 BlockObjects: TypeAlias = "MemoryBatch | Sequence[MemoryObj]"
@@ -140,6 +142,15 @@ def await_transfers(objs: BlockObjects) -> None:
     if any(batch.counts.streams is not None for batch in _batches_of(objs)):
         for part in rows_of(objs):
             part.batch.await_transfers(part.rows)
+
+
+def users_of(objs: BlockObjects) -> Sequence[Completion]:
+    """The transfers that have been queued to read or fill blocks, as ``RowCounts.users``."""
+    if isinstance(objs, MemoryBatch):
+        return objs.counts.users(None)
+    if all(batch.counts.streams is None for batch in _batches_of(objs)):
+        return ()
+    return [user for part in rows_of(objs) for user in part.users()]
 
 
 def require_writable(objs: BlockObjects) -> None:

@@ -34,7 +34,6 @@ from kvheap.blocks.memory_metadata import MemoryBatchMetadata, MemoryObjMetadata
 from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.sites import Site, allocated_at
 from kvheap.blocks.stored_tokens import StoredTokens, require_token_count
-from kvheap.device.completion import Completion
 from kvheap.device.events import Stream
 from kvheap.device.transfer import Transfer
 from kvheap.errors import ForeignObjectError, LifetimeError
@@ -444,14 +443,10 @@ class MemoryBatch(Sequence["MemoryObj"]):
         Code that writes to blocks calls this; the transfer that fills the batch is waited for by
         :meth:`await_filling`.
         """
-        if self.counts.streams is None:
-            return
         filling = self.transfer
-        for stream in self.counts.streams_now(rows).values():
-            if isinstance(stream, Completion) and not (
-                filling is not None and filling.is_of(stream)
-            ):
-                stream.wait()
+        for completion in self.counts.users(rows):
+            if filling is None or not filling.is_of(completion):
+                completion.wait()
 
     def claimable(self, rows: Int64Array | None, skip_freed: bool = False) -> Int64Array | None:
         """Check that ``rows`` (None: all) can be freed; changes nothing.

@@ -28,7 +28,7 @@ class RecordedStreams:
     regardless of how many rows have streams. Not thread-safe.
     """
 
-    __slots__ = ("_of_all", "_of_row", "_of_set", "num_unpruned")
+    __slots__ = ("_of_all", "_of_row", "_of_set", "has_fillers", "num_unpruned")
 
     def __init__(self) -> None:
         self._of_all: Streams = {}
@@ -36,6 +36,8 @@ class RecordedStreams:
         self._of_set = NO_SETS
         self.num_unpruned = MIN_PRUNED
         """How many more records there may be before it is time to :meth:`prune`."""
+        self.has_fillers = False
+        """Whether transfers that fill rows were recorded: of most batches that are read, none."""
 
     def add(self, stream: Stream, rows: Int64Array | None) -> None:
         """Record that a stream uses ``rows`` (None: all)."""

@@ -9,6 +9,7 @@ import numpy as np
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
+from kvheap.device.completion import Completion
 
 __all__ = ["Rows", "listed", "require_distinct", "rows_of"]
 
@@ -32,6 +33,33 @@ class Rows:
         """The address of each, int64 ``[R]``."""
         runs = self.batch.runs
         return runs.addresses if self.rows is None else runs.addresses_of(self.rows)
+
+    # -- transfers -----------------------------------------------------------------------------
+
+    def record_reading(self, completion: Completion) -> None:
+        """Record that a transfer reads the blocks; see ``MemoryBatch.record_stream``."""
+        self.batch.record_stream(completion, self.rows)
+
+    def record_filling(self, completion: Completion) -> None:
+        """Record that a transfer fills the blocks; see ``MemoryBatch.record_stream``."""
+        # First what it does: it is found as soon as it is recorded.
+        completion.filled += ((id(self.batch.counts), self.rows),)
+        self.batch.record_stream(completion, self.rows)
+        recorded = self.batch.counts.streams
+        if recorded is not None:
+            recorded.has_fillers = True
+
+    def users(self) -> Sequence[Completion]:
+        """The transfers that have been queued to read or fill the blocks; see ``RowCounts``."""
+        return self.batch.counts.users(self.rows)
+
+    def fillers(self) -> Sequence[Completion]:
+        """The transfers that have been queued to fill any of the blocks; see ``RowCounts``."""
+        return self.batch.counts.fillers(self.rows)
+
+    def are_filled_by(self, completion: Completion) -> bool:
+        """Whether a transfer fills any of the blocks, as recorded."""
+        return completion.fills(id(self.batch.counts), self.rows)
 
 
 def listed(objs: Iterable[MemoryObj]) -> Sequence[MemoryObj]:

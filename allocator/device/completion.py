@@ -22,9 +22,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
+
+from kvheap.addresses.extents import Int64Array
+from kvheap.device.copy_device import CopyDevice
 from kvheap.device.events import POLL_SECONDS, DeviceEvent, ReleaseVoidError, ReportingEvent
+from kvheap.device.foreign import ForeignEvent
 from kvheap.device.host_queue import HostEvent, NestedWaitError
 from kvheap.errors import TransferError
 from kvheap.forks import starts_over_after_fork
@@ -45,8 +50,10 @@ class Completion:
     """The state of a copy. It is also the stream and the event that protect the copy's bytes.
 
     - to protect bytes: ``record_event``, ``query``, ``has_let_go``;
-    - for the code that queues the copy: ``keep``, ``queued``, ``nothing_queued``, ``ended``,
-      ``failed``, ``lose``;
+    - for the code that queues the copy: ``keep``, ``filled``, ``queued``, ``nothing_queued``,
+      ``ended``, ``failed``, ``lose``;
+    - for the code that queues others behind it: ``is_using``, ``fills``, ``is_on``,
+      ``wait_stream``, ``is_foreign``;
     - for the transfer: ``ask``, ``wait``, ``error``, ``require_success``, ``has_ended``,
       ``is_done``, ``is_lost``.
 
@@ -54,13 +61,28 @@ class Completion:
         keep: objects that the copy reads or writes; kept alive until the copy has ended.
     """
 
-    __slots__ = ("__weakref__", "_error", "_event", "_keep", "_state")
+    __slots__ = (
+        "__weakref__",
+        "_error",
+        "_event",
+        "_keep",
+        "_state",
+        "_stream",
+        "filled",
+        "is_over",
+    )
 
     def __init__(self, keep: Sequence[object] = ()) -> None:
         self._keep: list[object] = list(keep)
         self._event: DeviceEvent | None = None
         self._error: TransferError | None = None
         self._state = "begun"
+        self.is_over = False
+        """Whether somebody has found that it has ended: what is quickest to look at."""
+        self._stream: Any = None
+        self.filled: tuple[tuple[int, Int64Array | None], ...] = ()
+        """What the copy writes to, set before it is queued: blocks, as a number that tells them
+        from others while they live, such as their ``id``, and rows of them (None: all)."""
 
     # -- to protect bytes ----------------------------------------------------------------------
 
@@ -87,6 +109,8 @@ class Completion:
     @property
     def has_let_go(self) -> bool:
         """Whether the copy is known to have stopped reading and writing."""
+        if self.is_over:
+            return True
         try:
             return self.query()
         except TransferError:
@@ -98,8 +122,14 @@ class Completion:
         """Keep more objects alive until the copy has ended."""
         self._keep += objects
 
-    def queued(self, event: DeviceEvent) -> None:
-        """Note that everything is queued; ``event`` marks the end of the copy."""
+    def queued(self, event: DeviceEvent, stream: Any = None) -> None:
+        """Note that everything is queued.
+
+        Args:
+            event: the end of the copy.
+            stream: the stream that it is the end of; None: it is of no stream.
+        """
+        self._stream = stream
         # In this order: once the event is set, another thread may move the state to "ended".
         self._state = "queued"
         self._event = event
@@ -135,11 +165,73 @@ class Completion:
 
     def _end(self) -> None:
         # In this order: an exception, or foreign code, may come between any two lines.
-        self._error = self.error
+        if self._error is not None or isinstance(self._event, ReportingEvent):
+            self._error = self.error
         self._state = "ended"
-        self._event = None
+        self.is_over = True
+        self._event = self._stream = None
         in_flight.discard(self)
         self._keep = []  # last: the end of what it keeps may run finalizers
+
+    # -- for the code that queues others behind it ---------------------------------------------
+
+    @property
+    def is_using(self) -> bool:
+        """Whether everything is queued, and not known to have stopped reading and writing.
+
+        False while the copy is being queued: no order is promised to calls at the same time, and
+        the caller may have interrupted that very call.
+        """
+        if self.is_over or self._state == "begun":
+            return False
+        event = self._event
+        if isinstance(event, HostEvent) and not event.is_submitted:
+            return False  # it might come behind whoever asks
+        return not self.has_let_go
+
+    @property
+    def is_in_host_queue(self) -> bool:
+        """Whether the queue of copies within host memory makes it, or a caller of that queue."""
+        return type(self._event) is HostEvent
+
+    def fills(self, blocks: int, rows: Int64Array | None) -> bool:
+        """Whether the copy writes to any of ``rows`` (None: all) of blocks; see ``filled``."""
+        for filled, some in self.filled:
+            if filled == blocks and (
+                rows is None or some is None or bool(np.isin(rows, some).any())
+            ):
+                return True
+        return False
+
+    def is_on(self, stream: Any) -> bool:
+        """Whether further work on ``stream`` comes behind the copy by itself."""
+        own = self._stream
+        return own is not None and bool(own == stream)
+
+    def wait_stream(self, device: CopyDevice, stream: Any) -> None:
+        """Make further work on a stream of a device wait for the end of the copy.
+
+        For work that is no device's, this waits on the host instead.
+        """
+        event = self._event  # once: another thread may find that the copy has ended
+        if isinstance(event, ReportingEvent):
+            self.wait()
+        elif event is not None:
+            device.wait_event(stream, event)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether others make the copy, so that it may never end."""
+        return isinstance(self._event, ForeignEvent)
+
+    def arrive(self) -> None:
+        """Wait on the host until the copy has ended.
+
+        Raises:
+            TransferError: it has failed.
+        """
+        self.wait()
+        self.require_success()
 
     # -- for the transfer ----------------------------------------------------------------------
 

@@ -174,7 +174,7 @@ def module_version(text: str) -> str | None:
 
 def device_of(tensor: torch.Tensor) -> CopyDevice | None:
     """The device that a tensor is on; None for host memory. Raises like ``find_device``."""
-    return find_device(tensor.device)
+    return None if tensor.is_cpu else find_device(tensor.device)
 
 
 def find_device(device: torch.device) -> CopyDevice | None:

@@ -47,13 +47,20 @@ class NestedWaitError(RuntimeError):
 
 
 class HostEvent(ReportingEvent):
-    """The end of a task of a job."""
+    """The end of a task of a job.
 
-    __slots__ = ("_cause", "_ended")
+    Attributes:
+        is_submitted: whether the job is in the queue, or runs: it comes before what is queued now.
+        runner: the thread that runs the job, by its ``threading.get_ident``; 0: none yet.
+    """
+
+    __slots__ = ("_cause", "_ended", "is_submitted", "runner")
 
     def __init__(self) -> None:
         self._ended = Latch()
         self._cause: BaseException | None = None
+        self.is_submitted = False
+        self.runner = 0
 
     def query(self) -> bool:
         """Whether the task has ended."""
@@ -65,7 +72,7 @@ class HostEvent(ReportingEvent):
         Raises:
             NestedWaitError: the task cannot end before this call returns.
         """
-        if not self._ended.is_open and _is_copying.get():
+        if not self._ended.is_open and (_is_copying.get() or self.runner == threading.get_ident()):
             raise NestedWaitError(
                 "the thread that makes a copy cannot wait for it: a finalizer that the garbage "
                 "collector runs there must not wait for transfers"
@@ -136,6 +143,8 @@ class HostJob:
         failure: BaseException | None = None
         try:
             if self._right.take(me):
+                for event in self.events:
+                    event.runner, event.is_submitted = me[0], True
                 for task, event in zip(self._tasks, self.events, strict=True):
                     if failure is None:
                         try:
@@ -222,6 +231,8 @@ class HostQueue:
             job.run()
         elif _is_copying.get() or not _is_ending():
             self._jobs[job] = None
+            for event in job.events:
+                event.is_submitted = True
             self._wake.put(None)
             # Whoever runs jobs, be it a caller of this call, looks at the queue once more at its
             # end.

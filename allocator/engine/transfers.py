@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvheap.blocks.heap import BlockObjects, Heap
+from kvheap.blocks.heap import BlockObjects, Heap, users_of
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.device import cuda
 from kvheap.device.captures import DeferredEvent
@@ -37,12 +37,13 @@ from kvheap.kernels.paged_copy import run_copy
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import Streams
 from kvheap.kernels.token_copy import TokenCopy
-from kvheap.transfer.moves import begin, require_options, transfers_filling
+from kvheap.transfer.moves import begin, require_options
+from kvheap.transfer.order import transfers_before
 from kvheap.transfer.paths import PathChoice, default_sms
 from kvheap.transfer.plan import CopyPlan
 from kvheap.transfer.queueing import StreamQueue, failure_of
 from kvheap.transfer.runs import DeviceRun
-from kvheap.transfer.sides import Side, walls_of
+from kvheap.transfer.sides import Side, protect_sides, walls_of
 
 __all__ = ["Route", "ended_transfer"]
 
@@ -159,6 +160,10 @@ class Route:
         elif self.is_ordered:
             transfer = self._begin(copy, objs, device)
         else:
+            if copy.to_heap:
+                for user in users_of(objs):
+                    if not user.is_on(self._stream):
+                        user.wait_stream(device, self._stream)
             run_copy(copy, self._max_sms)
             event = DeferredEvent(device, self._stream)
             completion = Completion()
@@ -179,7 +184,7 @@ class Route:
         """Protect the chunks, and queue the copy."""
         work = PagedWork(copy, *self._sides(objs))
         path = self._path or self._chosen(work, device)
-        before = transfers_filling(work)
+        before = transfers_before(work)
         if path == "kernel":
             queue = StreamQueue(device, self._stream, before, (device,) if self._is_new else ())
             _require_no_capture(queue.is_captured)
@@ -308,11 +313,7 @@ class PagedWork:
 
     def protect(self, completion: Completion) -> None:
         """Protect the bytes of the chunks from reuse until a copy has ended."""
-        for side in (self.source, self.target):
-            if side.heap is not None:
-                side.heap.require_open()
-            for rows in side.blocks:
-                rows.batch.record_stream(completion, rows.rows)
+        protect_sides(self.source, self.target, completion)
 
 
 class KernelRun:

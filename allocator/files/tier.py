@@ -48,7 +48,7 @@ from kvheap.files.host_blocks import HostBlocks
 from kvheap.files.io_threads import IOThreads, Kind
 from kvheap.files.packages import need_lmdb, need_xxhash
 from kvheap.files.tier_stats import FileTierStats
-from kvheap.files.transfers import FileJob, FileTransfer, Filling
+from kvheap.files.transfers import FileJob, FileTransfer
 from kvheap.forks import starts_over_after_fork
 from kvheap.kernels.chunk_shape import ChunkShape
 from kvheap.prefix.keys import as_bytes_keys, require_distinct
@@ -333,13 +333,12 @@ class FileTier:
         before: Sequence[Any],
     ) -> FileTransfer:
         """Protect blocks, and let a thread move them once other transfers have done with them."""
-        users = _users_of(rows)
         if kind == "load":
-            before = [*before, *[user.wait for user in users]]
+            before = [*before, *[user.wait for part in rows for user in part.users()]]
         else:  # others may read them at the same time
-            before = [*before, *[user.arrive for user in users if isinstance(user, Filling)]]
+            before = [*before, *[user.arrive for part in rows for user in part.fillers()]]
         memory, host_blocks = self._host_blocks(blocks, rows)
-        completion = Filling(memory) if kind == "load" else Completion(memory)
+        completion = Completion(memory)
         work = self._file.store if kind == "store" else self._file.load
         task: partial[Moved] = partial(work, names, host_blocks, self._threads.share)
         job = FileJob(before, task, completion, self._threads)
@@ -357,7 +356,10 @@ class FileTier:
         earlier = None if filled is None else filled.transfer
         try:
             for part in rows:
-                part.batch.record_stream(completion, part.rows)
+                if kind == "load":
+                    part.record_filling(completion)
+                else:
+                    part.record_reading(completion)
             in_flight.add(completion)
             completion.queued(job.event)
             if filled is not None:
@@ -492,18 +494,6 @@ def _filling(rows: list[Rows]) -> list[Transfer]:
     """The transfers that fill batches as a whole."""
     transfers = [part.batch.transfer for part in rows]
     return [transfer for transfer in transfers if transfer is not None]
-
-
-def _users_of(rows: list[Rows]) -> list[Completion]:
-    """The transfers that read or fill any of these blocks now."""
-    users: dict[int, Completion] = {}
-    for part in rows:
-        counts = part.batch.counts
-        if counts.streams is not None:
-            for stream in counts.streams_now(part.rows).values():
-                if isinstance(stream, Completion) and not stream.has_ended:
-                    users[id(stream)] = stream
-    return list(users.values())
 
 
 def _require_host(heap: Heap, name: str) -> None:

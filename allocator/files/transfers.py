@@ -20,7 +20,7 @@ from kvheap.files.errors import MissingChunksError
 from kvheap.files.io_threads import IOThreads
 from kvheap.kernels.latch import Latch
 
-__all__ = ["FileEvent", "FileJob", "FileTransfer", "Filling"]
+__all__ = ["FileEvent", "FileJob", "FileTransfer"]
 
 
 WITHDRAWN = object()
@@ -33,6 +33,7 @@ class FileEvent(HostEvent):
 
     def __init__(self, threads: IOThreads) -> None:
         super().__init__()
+        self.is_submitted = True  # to other threads, whatever the queue of host copies waits for
         self._latch = Latch()
         self._threads = threads
 
@@ -53,21 +54,6 @@ class FileEvent(HostEvent):
                 "garbage collector runs there must not wait for transfers"
             )
         self._latch.wait()
-
-
-class Filling(Completion):
-    """The state of a load, which is told from other uses of its blocks."""
-
-    __slots__ = ()
-
-    def arrive(self) -> None:
-        """Wait until the blocks are filled.
-
-        Raises:
-            TransferError: they were not.
-        """
-        self.wait()
-        self.require_success()
 
 
 class FileJob:

@@ -89,8 +89,8 @@ def foreign_transfer(
         ForeignObjectError: the target is a view for reading; nothing has begun.
         ClosedError: a heap is closed; nothing has begun.
         TransferError: the transfer that was to fill a side has failed; nothing has begun.
-        RuntimeError: a transfer that fills a side is in flight: wait for it first. Nothing has
-            begun; work that had begun before this call stays protected.
+        RuntimeError: a transfer that fills a side, or reads the target, is in flight: wait for it
+            first. Nothing has begun; work that had begun before this call stays protected.
         Exception: what the function raised.
     """
     if not isinstance(name, str):
@@ -106,8 +106,8 @@ def foreign_transfer(
     begin: Callable[[], Any] = (lambda: work) if is_begun else work  # type: ignore[assignment]
     sides = [side for side in (source, target) if side is not None]
     runs = block_runs(sides[-1])
+    read = [] if source is None else _rows_of(source)
     written = [] if target is None else _rows_of(target)
-    used = written if source is None else [*_rows_of(source), *written]
     for rows in written:
         rows.batch.require_writable()
     completion = Completion([buffer for side in sides for buffer in _memory_of(side)])
@@ -122,9 +122,11 @@ def foreign_transfer(
     found: list[Any] = []
     was_called = False
     try:
-        for rows in used:
-            rows.batch.record_stream(completion, rows.rows)
-        _require_idle(used)
+        for rows in read:
+            rows.record_reading(completion)
+        for rows in written:
+            rows.record_filling(completion)
+        _require_idle(read, written)
         for rows in written:
             rows.batch.stored_tokens.forget(rows.rows)
         in_flight.add(completion)
@@ -156,13 +158,13 @@ def _give_up(
         completion.nothing_queued()
 
 
-def _require_idle(used: Sequence[Rows]) -> None:
-    """Raise if a transfer fills one of these blocks, or has failed to.
+def _require_idle(read: Sequence[Rows], written: Sequence[Rows]) -> None:
+    """Raise if a transfer fills one of these blocks, has failed to, or reads one to be written.
 
     Raises:
         TransferError, RuntimeError: as :func:`foreign_transfer`.
     """
-    for rows in used:
+    for rows in (*read, *written):
         before = rows.batch.transfer
         if before is None:
             continue
@@ -172,6 +174,18 @@ def _require_idle(used: Sequence[Rows]) -> None:
             raise RuntimeError(
                 f"{rows.batch!r} is still being filled by {before!r}: wait for it first"
             )
+    for parts, is_written in ((read, False), (written, True)):
+        for rows in parts:
+            for user in rows.users():
+                does_fill = rows.are_filled_by(user)
+                if does_fill:
+                    user.require_success()
+                if does_fill or (is_written and not user.is_quarantined):
+                    does = "filled" if does_fill else "read"
+                    raise RuntimeError(
+                        f"{rows.batch!r} is still being {does} by a transfer in flight: wait for "
+                        f"it first"
+                    )
 
 
 def _rows_of(blocks: BlockObjects | Rows) -> list[Rows]:

@@ -41,6 +41,7 @@ from kvheap.device.directions import PATHS, Path
 from kvheap.device.transfer import Transfer
 from kvheap.errors import BlockInUseError, DoubleFreeError
 from kvheap.kernels.untraced import untraced
+from kvheap.transfer.order import Earlier, transfers_before
 from kvheap.transfer.plan import CopyPlan
 from kvheap.transfer.runs import DeviceRun, HostRun
 from kvheap.transfer.work import Run, Work
@@ -48,7 +49,7 @@ from kvheap.transfer.work import Run, Work
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["begin", "copy", "offload", "require_options", "restore", "transfers_filling"]
+__all__ = ["begin", "copy", "offload", "require_options", "restore"]
 
 
 @untraced
@@ -61,8 +62,14 @@ def copy(
 ) -> Transfer:
     """Execute a plan on a stream; returns at once.
 
-    It is ordered behind the transfers that fill either side, on any stream. Those that still read
-    the target's blocks, on other streams or by other programs, are the caller's to wait for.
+    It comes behind the transfers that fill either side, and behind those that still read the
+    target's blocks, whoever makes them: on another stream, the stream waits; within host memory,
+    the queue's thread. Only a foreign transfer is waited for here, on the caller's thread, until
+    it has ended or failed. What kvheap does not know to use the blocks is the caller's to wait for:
+    kernels and tensors of yours, readers elsewhere that hold a lease, copies of other views of the
+    same bytes and of :meth:`CopyPlan.of_addresses` and ``of_pointers``, calls of other threads at
+    the same time, and replays of a graph. Whoever reads the target by other means than a copy waits
+    for the result of this call: unlike ``offload``, it does not become ``target.transfer``.
 
     Args:
         plan: what to copy; or a pair ``(source, target)`` of batches, objects or tensors, which is
@@ -84,8 +91,11 @@ def copy(
         LifetimeError: a block is freed; nothing is queued.
         ForeignObjectError: the target's blocks are another process's, and a view for reading here;
             nothing is queued.
-        RuntimeError: a graph is being captured, and it cannot include this copy; nothing is queued.
-        TransferError: the source is the target of a transfer that failed; nothing is queued.
+        RuntimeError: a graph is being captured, and it cannot include this copy, or what it would
+            have to wait for; or a future of the event loop that runs this code would have to end
+            first. Nothing is queued.
+        TransferError: the source is the target of a transfer that failed, or a foreign transfer
+            that failed may still write to the target; nothing is queued.
     """
     if not isinstance(plan, CopyPlan):
         if not isinstance(plan, tuple) or len(plan) != 2:
@@ -203,7 +213,7 @@ def require_movable(
         for part in heap_of(batch).rows_by_batch(batch):
             _require_freeable(part)
     plan = CopyPlan.to_new_blocks(batch, into)
-    _run_of(plan, stream, path, max_sms, transfers_filling(plan), is_new=True)
+    _run_of(plan, stream, path, max_sms, transfers_before(plan), is_new=True)
 
 
 def _require_freeable(blocks: Rows) -> None:
@@ -244,7 +254,7 @@ def _run_of(
     stream: Any,
     path: Path | None,
     max_sms: int | None,
-    before: list[Transfer],
+    before: list[Earlier],
     is_new: bool,
 ) -> HostRun | DeviceRun:
     """What executes a plan; its constructor raises if the copy cannot be done."""
@@ -269,10 +279,11 @@ def _start(
     move: _Move | None = None,
 ) -> Transfer:
     """Protect both sides, claim the blocks that a move frees, and queue the copy."""
-    require_options(path, max_sms)
+    if path is not None or max_sms is not None:
+        require_options(path, max_sms)
     for rows in plan.target.blocks:
         rows.batch.require_writable()
-    before = transfers_filling(plan)
+    before = transfers_before(plan)
     run = _run_of(plan, stream, path, max_sms, before, is_new=move is not None)
     for rows in plan.target.blocks:
         rows.batch.stored_tokens.forget(rows.rows)
@@ -373,36 +384,3 @@ def _settle(reference: weakref.ref[Lifetime], has_failed: bool) -> None:
         lifetime.reclaimer.settle(limit=None)
     else:
         lifetime.reclaimer.settle()
-
-
-def _is_awaited_here(transfer: Transfer) -> bool:
-    """Wait for a foreign transfer; False for one of ours.
-
-    No stream can be ordered behind it. The thread that copies within host memory could wait, but if
-    it never ended, neither would any other copy.
-    """
-    if transfer.direction != "foreign":
-        return False
-    transfer.result()
-    return True
-
-
-def transfers_filling(work: Work) -> list[Transfer]:
-    """Transfers in flight that write to either side of a copy; foreign ones are waited for here.
-
-    Raises:
-        TransferError: a transfer that was to fill the source has failed, or one that was to fill
-            the target is quarantined.
-    """
-    found: dict[int, Transfer] = {}
-    for side in (work.source, work.target):
-        for rows in side.blocks:
-            transfer = rows.batch.transfer
-            if transfer is None:
-                continue
-            ended = transfer.done()
-            if side is work.source or transfer.is_quarantined:  # it may still write
-                transfer.require_success()
-            if not ended:
-                found[id(transfer)] = transfer
-    return [each for each in found.values() if not _is_awaited_here(each)]

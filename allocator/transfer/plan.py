@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.arrays import as_array
 from kvheap.kernels.block_addresses import host_addresses
 from kvheap.kernels.capture_mode import Relaxed
+from kvheap.kernels.even_pieces import even_pieces
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.sides import (
     NOWHERE,
@@ -38,10 +39,13 @@ from kvheap.transfer.sides import (
     direction_of,
     layer_offsets,
     paired,
+    protect_sides,
     walls_of,
 )
 
 __all__ = ["CopyPlan", "Side"]
+
+NO_WALLS = (NOWHERE, NOWHERE)
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +74,7 @@ class CopyPlan:
     source: Side
     target: Side
     parts: tuple[Pieces, ...]
-    walls: tuple[Int64Array, Int64Array] = (NOWHERE, NOWHERE)
+    walls: tuple[Int64Array, Int64Array] = NO_WALLS
     direction: Direction = field(init=False)
     num_runs: int = field(init=False)
     num_bytes: int = field(init=False)
@@ -183,6 +187,10 @@ class CopyPlan:
                 differ, or a device cannot reach the host memory; the message names the piece.
             TypeError: an address, size or count is not an integer.
         """
+        if type(sizes) is int and parts is None:
+            plan = cls._of_even(source, target, source_addresses, target_addresses, sizes)
+            if plan is not None:
+                return plan
         size_array = as_array("sizes", sizes)
         places = [
             _places(name, buffer, addresses, size_array)
@@ -198,6 +206,38 @@ class CopyPlan:
             pieces = Pieces(places[0], places[1], int(size_array))
             return cls._checked(from_side, to_side, [pieces])
         return cls._of_arrays(from_side, to_side, places[0], places[1], size_array, parts)
+
+    @classmethod
+    def _of_even(
+        cls, source: Any, target: Any, sources: Any, targets: Any, size_bytes: int
+    ) -> CopyPlan | None:
+        """:meth:`of_addresses` for the usual case; None for any other, also for what is wrong."""
+        if not (
+            _is_int64_row(sources)
+            and _is_int64_row(targets)
+            and size_bytes > 0
+            and isinstance(source, torch.Tensor)
+            and isinstance(target, torch.Tensor)
+            and source.is_contiguous()
+            and target.is_contiguous()
+        ):
+            return None
+        here, there = (source.data_ptr(), source.nbytes), (target.data_ptr(), target.nbytes)
+        if here[0] < sum(there) and there[0] < sum(here):  # a target may be a source
+            return None
+        pieces = even_pieces(sources, targets, size_bytes, here, there)
+        if pieces is None:
+            return None
+        from_side, to_side = Side.of_tensor(source), Side.of_tensor(target)
+        walls = NO_WALLS
+        device = from_side.device or to_side.device
+        if device is not None:
+            walls = (
+                walls_of(from_side, device, pieces.sources, pieces.sizes),
+                walls_of(to_side, device, pieces.targets, pieces.sizes),
+            )
+            pieces = pieces.split(*walls)
+        return cls(from_side, to_side, (pieces,), walls)
 
     @classmethod
     def of_pointers(
@@ -328,11 +368,7 @@ class CopyPlan:
             LifetimeError: a block is freed.
             ClosedError: a heap is closed.
         """
-        for side in (self.source, self.target):
-            if side.heap is not None:
-                side.heap.require_open()
-            for rows in side.blocks:
-                rows.batch.record_stream(completion, rows.rows)
+        protect_sides(self.source, self.target, completion)
 
     @property
     def memory(self) -> tuple[torch.Tensor, ...]:
@@ -345,6 +381,16 @@ class CopyPlan:
         return (
             f"CopyPlan({self.direction}, {self.num_bytes} bytes in {self.num_runs} runs, {parts})"
         )
+
+
+def _is_int64_row(addresses: object) -> TypeGuard[Int64Array]:
+    """Whether addresses are a contiguous array, int64 ``[N]``."""
+    return (
+        type(addresses) is np.ndarray
+        and addresses.dtype == np.int64
+        and addresses.ndim == 1
+        and addresses.flags.c_contiguous
+    )
 
 
 def _places(

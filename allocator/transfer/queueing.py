@@ -12,9 +12,9 @@ from typing import Any
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice
 from kvheap.device.events import DeviceEvent
-from kvheap.device.transfer import Transfer
 from kvheap.errors import TransferError
 from kvheap.interrupts import is_interrupt
+from kvheap.transfer.order import Earlier
 from kvheap.transfer.work import Work
 
 __all__ = ["StreamQueue", "end_or_lose", "failure_of"]
@@ -26,7 +26,7 @@ class StreamQueue:
     Args:
         device: the device that executes the copy.
         stream: a stream of the device; None: the current one.
-        before: transfers that fill one of the sides.
+        before: transfers that the copy comes behind.
         new_on: the devices on which the target was just allocated. A heap allocates bytes for work
             on the current stream, and earlier work there may still use them, so the copy waits for
             it.
@@ -45,15 +45,16 @@ class StreamQueue:
         self,
         device: CopyDevice,
         stream: Any,
-        before: Sequence[Transfer],
+        before: Sequence[Earlier],
         new_on: Sequence[CopyDevice] = (),
     ) -> None:
         self._device = device
-        self._before = before
         self.current = device.current_stream()
         self.stream = self.current if stream is None else device.require_stream(stream)
-        currents = [(each, each.current_stream()) for each in new_on]
-        self._fences = [pair for pair in currents if pair[1] != self.stream]
+        self._fences: list[tuple[CopyDevice, Any]] = []
+        if new_on:
+            currents = [(each, each.current_stream()) for each in new_on]
+            self._fences = [pair for pair in currents if pair[1] != self.stream]
         for other, current in self._fences:
             if other.is_capturing(current):
                 raise RuntimeError(
@@ -61,9 +62,12 @@ class StreamQueue:
                     "the new blocks: move blocks before the capture"
                 )
         self.is_captured = device.is_capturing(self.stream)
-        if self.is_captured and before:
+        # A stream that waited for itself would only take the host's time.
+        self._before = [each for each in before if not each.is_on(self.stream)] if before else ()
+        if self.is_captured and self._before:
             raise RuntimeError(
-                "a transfer that fills one of the sides is in flight: wait for it first"
+                "a transfer that fills one of the sides, or reads the target on another stream, is "
+                "in flight: wait for it first, as a capture cannot"
             )
 
     def start(
@@ -90,14 +94,14 @@ class StreamQueue:
         try:
             for other, current in self._fences:
                 device.wait_event(stream, other.record_event(current))
-            for transfer in self._before:
-                transfer.wait_stream(stream)
+            for earlier in self._before:
+                earlier.wait_stream(device, stream)
             with device.using(stream):
                 for part in parts:
                     part()
                     events.append(device.record_event(stream))
             if events:
-                completion.queued(events[-1])
+                completion.queued(events[-1], stream)
             else:
                 completion.nothing_queued()
         except BaseException as cause:
@@ -112,7 +116,7 @@ class StreamQueue:
         if completion.has_ended:  # staging has already waited for the device, or lost it
             return
         try:
-            completion.queued(self._device.record_event(self.stream))
+            completion.queued(self._device.record_event(self.stream), self.stream)
         except BaseException as cause:
             end_or_lose(self._device, completion)
             if is_interrupt(cause):

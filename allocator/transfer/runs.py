@@ -17,9 +17,9 @@ from kvheap.device.copy_device import CopyDevice
 from kvheap.device.directions import Path
 from kvheap.device.events import DeviceEvent
 from kvheap.device.host_queue import HostJob, host_queue
-from kvheap.device.transfer import Transfer
 from kvheap.kernels.host_copy import copy_on_host
 from kvheap.kernels.pieces import Pieces
+from kvheap.transfer.order import Earlier
 from kvheap.transfer.paths import PathChoice, default_sms
 from kvheap.transfer.plan import CopyPlan
 from kvheap.transfer.queueing import StreamQueue, failure_of
@@ -38,7 +38,7 @@ class HostRun:
         plan: what to copy.
         stream: must be None.
         path: None or ``host``.
-        before: transfers that fill one of the sides.
+        before: transfers that the copy comes behind.
 
     Raises:
         ValueError: a stream or another path is given.
@@ -52,7 +52,7 @@ class HostRun:
         raise RuntimeError("a copy within host memory cannot be captured in a CUDA graph")
 
     def __init__(
-        self, plan: CopyPlan, stream: Any, path: Path | None, before: Sequence[Transfer]
+        self, plan: CopyPlan, stream: Any, path: Path | None, before: Sequence[Earlier]
     ) -> None:
         if stream is not None:
             raise ValueError(f"a copy within host memory runs on no stream, got {stream!r}")
@@ -70,7 +70,7 @@ class HostRun:
         Raises:
             BaseException: what a signal handler raised. Parts that had not begun are not copied.
         """
-        waits = [transfer.result for transfer in self._before]
+        waits = [earlier.wait for earlier in self._before]
         tasks = [partial(copy_on_host, part) for part in self._plan.parts]
         is_small = not waits and self._plan.num_bytes < INLINE_COPY_BYTES
         # The end is known before the job is queued, so that it is known too if a signal handler
@@ -98,7 +98,7 @@ class DeviceRun:
         path: the path to take; None: the planner chooses.
         max_sms: maximum SMs for the kernel; None: as the device's table says over the link, no
             limit within a device.
-        before: transfers that fill one of the sides.
+        before: transfers that the copy comes behind.
         is_new_target: whether the target was just allocated. A heap allocates bytes for work on the
             current stream, and earlier work there may still use them, so the copy waits for it.
 
@@ -114,7 +114,7 @@ class DeviceRun:
         stream: Any,
         path: Path | None,
         max_sms: int | None,
-        before: Sequence[Transfer],
+        before: Sequence[Earlier],
         is_new_target: bool,
     ) -> None:
         self._plan = plan

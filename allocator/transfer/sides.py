@@ -22,11 +22,21 @@ from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.rows import Rows, rows_of
 from kvheap.device import cuda
+from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.device.directions import Direction
 from kvheap.kernels.pieces import Pieces, first_outside
 
-__all__ = ["NOWHERE", "Blocks", "Side", "are_apart", "layer_offsets", "paired", "walls_of"]
+__all__ = [
+    "NOWHERE",
+    "Blocks",
+    "Side",
+    "are_apart",
+    "layer_offsets",
+    "paired",
+    "protect_sides",
+    "walls_of",
+]
 
 MAX_PADDING = 1 / 8
 """Padding up to this share of a block is copied too, so that neighbouring blocks form runs."""
@@ -237,6 +247,23 @@ def are_apart(source: Side, target: Side) -> bool:
     one, other = source.memory[0].untyped_storage(), target.memory[0].untyped_storage()
     first, second = one.data_ptr(), other.data_ptr()
     return first + one.nbytes() <= second or second + other.nbytes() <= first
+
+
+def protect_sides(source: Side, target: Side, completion: Completion) -> None:
+    """Protect the bytes of both sides from reuse until a copy has ended.
+
+    Raises:
+        LifetimeError: a block is freed.
+        ClosedError: a heap is closed.
+    """
+    if source.heap is not None:
+        source.heap.require_open()
+    for rows in source.blocks:
+        rows.record_reading(completion)
+    if target.heap is not None:
+        target.heap.require_open()
+    for rows in target.blocks:
+        rows.record_filling(completion)
 
 
 def _paired_runs(source: Blocks, target: Blocks, size_bytes: int) -> Pieces:

@@ -26,7 +26,14 @@ import torch
 from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
-from kvheap.blocks.heap import BlockObjects, Heap, await_filling, heap_of, layout_and_addresses
+from kvheap.blocks.heap import (
+    BlockObjects,
+    Heap,
+    await_filling,
+    await_transfers,
+    heap_of,
+    layout_and_addresses,
+)
 from kvheap.closing import Closer
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import TransferError
@@ -314,6 +321,8 @@ class MooncakeTier:
         with self._counted() as ended:
             self._register()
             await_filling(blocks, self.heap.device)
+            if is_get:
+                await_transfers(blocks)
             try:
                 foreign_transfer(
                     lambda: ended,
