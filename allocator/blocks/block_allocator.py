@@ -85,7 +85,7 @@ class BlockAllocator(MemoryAllocatorInterface):
         if any(lifetime.reclaimer.waiting_but_for_streams) and not self.is_view_only:
             lifetime.reclaimer.settle()
         if isinstance(objs, MemoryBatch) and objs.allocator is self:
-            if out is None and objs.counts.streams is None and lifetime.free_whole((objs,)):
+            if out is None and objs.counts.streams is None and lifetime.free_only(objs):
                 return
             parts = [Rows(objs, None)]
         else:
@@ -119,7 +119,7 @@ class BlockAllocator(MemoryAllocatorInterface):
         rows = None
         if batch.counts.num_rows != 1:
             rows = np.array([obj.row], np.int64)
-        elif batch.counts.streams is None and lifetime.free_whole((batch,)):
+        elif batch.counts.streams is None and lifetime.free_only(batch):
             return
         lifetime.free((Rows(batch, rows),), self.idempotent_free)
 

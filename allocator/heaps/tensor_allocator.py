@@ -231,8 +231,8 @@ class TensorMemoryAllocator(Heap):
         """Allocate one block; see ``MemoryAllocatorInterface.allocate``."""
         if self.closed:
             self.require_open()
-        batch = self.allocate_blocks(self.layout_of(shape, dtype, fmt), 1)
-        return None if batch is None else self.object_type(batch, 0)
+        batch, make = self.allocate_blocks(self.layout_of(shape, dtype, fmt), 1), self.object_type
+        return None if batch is None else make(batch, 0)
 
     def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:
         """The layout of a block, checked against the page size and the heap's alignment."""
