@@ -84,9 +84,11 @@ class BlockAllocator(MemoryAllocatorInterface):
         lifetime = self.lifetime
         if any(lifetime.reclaimer.waiting_but_for_streams) and not self.is_view_only:
             lifetime.reclaimer.settle()
+        whole: MemoryBatch | None = None
         if isinstance(objs, MemoryBatch) and objs.allocator is self:
             if out is None and objs.counts.streams is None and lifetime.free_only(objs):
                 return
+            whole = objs
             parts = [Rows(objs, None)]
         else:
             objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
@@ -99,8 +101,10 @@ class BlockAllocator(MemoryAllocatorInterface):
             self.require_gatherable(parts, out)
             for part in parts:
                 part.batch.claimable(part.rows)
-            if len(out):
+            if out.shape[0]:
                 self.gather(objs, out)
+            if whole is not None and whole.counts.streams is None and lifetime.free_only(whole):
+                return
         lifetime.free(parts, skip_freed, self.merged_releases)
 
     def free(self, obj: MemoryObj) -> None:

@@ -234,14 +234,16 @@ def test_what_one_undoing_leaves_does_not_mislead_the_next(
         raise KeyboardInterrupt
 
     start, size = {"add": (12, 1), "remove": (4, 2)}[call]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(index.by_start, call, interrupt)
-        getattr(index, call)(start << bits | size, size << bits | start)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(index, call)(start << bits | size, size << bits | start)
     index.restore()
     index.log.clear()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(index.by_size, "replace", damage)
-        index.reshape(8 << bits | 3, 9 << bits | 2, 3 << bits | 8, 2 << bits | 9)
+        with pytest.raises(KeyboardInterrupt):
+            index.reshape(8 << bits | 3, 9 << bits | 2, 3 << bits | 8, 2 << bits | 9)
     index.restore()
     index.log.clear()
     assert list(index) == extents
