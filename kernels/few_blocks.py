@@ -163,7 +163,7 @@ def _is_ordinary(tensor: Any) -> bool:
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
-        and tensor.data_ptr()  # else its storage was taken away
+        and tensor.data_ptr() != 0  # else its storage was taken away
         and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     )
 

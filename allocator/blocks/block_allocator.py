@@ -23,7 +23,7 @@ from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.release import Release
 from kvheap.blocks.report import LiveBlocks
-from kvheap.blocks.rows import Rows, listed, require_distinct, rows_of
+from kvheap.blocks.rows import Rows, listed, require_distinct, rows_of, whole_batches
 from kvheap.errors import ForeignObjectError
 
 __all__ = ["BlockAllocator", "segment_of"]
@@ -91,11 +91,12 @@ class BlockAllocator(MemoryAllocatorInterface):
             whole = objs
             parts = [Rows(objs, None)]
         else:
-            objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
+            if not isinstance(objs, MemoryBatch):
+                objs = listed(objs)
+                batches = whole_batches(objs, self) if out is None else None
+                if batches is not None and lifetime.free_whole(batches):
+                    return
             parts = self.rows_by_batch(objs)
-            are_whole = out is None and all(part.rows is None for part in parts)
-            if are_whole and lifetime.free_whole([part.batch for part in parts]):
-                return
         skip_freed = self.idempotent_free and out is None
         if out is not None:
             self.require_gatherable(parts, out)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, SupportsIndex, overload
+from typing import Any, NoReturn, Protocol, SupportsIndex, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -255,6 +255,15 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a MemoryBatch cannot be pickled: send its metadata")
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "a MemoryBatch cannot be copied, as it owns its blocks: pass it on, or copy their "
+            "bytes by batched_read()"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.__copy__()
 
     # -- which tokens they hold ----------------------------------------------------------------
 
@@ -629,6 +638,15 @@ class MemoryObj(LMCacheNames):
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a MemoryObj cannot be pickled: send its metadata")
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "a MemoryObj cannot be copied: pass it on and add a reference by ref_count_up(), or "
+            "copy its bytes by tensor.clone()"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.__copy__()
 
     # -- its bytes -----------------------------------------------------------------------------
 
