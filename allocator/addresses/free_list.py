@@ -223,7 +223,7 @@ class FreeList:
             extent that overlaps it is returned as ``(start, end)``.
         """
         index = self._index
-        bits, mask = index.bits, index.mask
+        bits, mask, walls = index.bits, index.mask, self.walls
         before, after = index.by_start.around(start << bits)
         end, added = start + size, size
         if before is not None:
@@ -231,22 +231,23 @@ class FreeList:
             before_end = before_start + before_size
             if before_end > start:
                 return before_start, before_end
-            if before_end < start or start in self.walls:
+            if before_end < start or (walls and start in walls):
                 before = None  # it stays apart
         if after is not None:
-            after_start, after_size = after >> bits, after & mask
+            after_start = after >> bits
             if after_start < end:
-                return after_start, after_start + after_size
-            if after_start > end or end in self.walls:
+                return after_start, after_start + (after & mask)
+            if after_start > end or (walls and end in walls):
                 after = None  # it stays apart
         if before is not None:
             if after is not None:
+                after_size = after & mask
                 index.remove(after, after_size << bits | end)
                 added += after_size
             by_size = before_size << bits | before_start
             index.reshape(before, before + added, by_size, by_size + (added << bits))
         elif after is not None:
-            by_size, step = after_size << bits | end, (size << bits) - size
+            by_size, step = (after & mask) << bits | end, (size << bits) - size
             index.reshape(after, after - step, by_size, by_size + step)  # its end stays
         else:
             index.add(start << bits | size, size << bits | start)
