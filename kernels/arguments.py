@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["as_whole", "require_tensor"]
+__all__ = ["as_whole", "require_memory", "require_tensor"]
 
 
 def require_tensor(name: str, value: Any, advice: str = "") -> None:
@@ -18,6 +18,27 @@ def require_tensor(name: str, value: Any, advice: str = "") -> None:
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {value!r}{advice}")
+
+
+def require_memory(name: str, tensor: torch.Tensor) -> None:
+    """Raise if the memory of a tensor was taken away, as FSDP does between uses.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    size_bytes = tensor.nbytes
+    if not size_bytes or tensor.layout is not torch.strided:
+        return
+    if not tensor.is_contiguous():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        size_bytes = (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
+    end = tensor.storage_offset() * tensor.element_size() + size_bytes
+    held = tensor.untyped_storage().nbytes()
+    if end > held:
+        raise ValueError(
+            f"{name} ends at byte {end} of its storage, which was resized to {held} bytes: give "
+            f"it its memory back first"
+        )
 
 
 def as_whole(name: str, value: Any) -> int:

@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from kvheap.kernels.arguments import as_whole, require_tensor
+from kvheap.kernels.arguments import as_whole, require_memory, require_tensor
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.block_addresses import (
     Addresses,
@@ -406,6 +406,7 @@ def _require_blocks(name: str, blocks: torch.Tensor, buffer: torch.Tensor) -> in
         raise ValueError(f"{name} is a lazy conj or neg view: its bytes are not its values")
     if blocks.device != buffer.device:
         raise ValueError(f"{name} is on {blocks.device}, the buffer on {buffer.device}")
+    require_memory(name, blocks)
     if len(blocks) and not blocks[0].is_contiguous():
         raise ValueError(f"each block of {name} must be contiguous, got strides {blocks.stride()}")
     return blocks.shape[1:].numel() * blocks.element_size()

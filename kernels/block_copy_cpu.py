@@ -1,9 +1,10 @@
 """Block copy on a CPU; also the reference for the kernels.
 
-If the blocks form one run on both sides, a single ``copy_`` copies them. Otherwise the buffer is
-viewed as overlapping rows, one for each word that a block can start at, and one indexing call picks
-the rows. A word has 16 bytes, or the largest smaller power of two that divides all addresses,
-strides and the block size.
+If the blocks form one run on both sides, a single ``copy_`` copies them. Blocks of
+:data:`MOVE_BYTES` and more, up to :data:`MAX_MOVED_BYTES` in all, are moved one by one in the
+calling thread. Otherwise the buffer is viewed as overlapping rows, one for each word that a block
+can start at, and one indexing call picks the rows. A word has 16 bytes, or the largest smaller
+power of two that divides all addresses, strides and the block size.
 
 Each byte of the blocks is read and written once, plus 8 bytes for each address. Several runs do not
 get one ``copy_`` each, because every ``copy_`` waits for all of torch's threads; see
@@ -11,6 +12,10 @@ benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
+
+from collections import deque
+from ctypes import memmove
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -21,6 +26,12 @@ from kvheap.kernels.words import CPU_WORDS
 
 __all__ = ["copy_on_cpu", "fill_on_cpu", "repeated_byte"]
 
+MOVE_BYTES = 8 << 10
+"""Blocks of at least so many bytes are moved one by one; see benchmarks/NOTES.md."""
+
+MAX_MOVED_BYTES = 16 << 20
+"""More bytes are copied by torch, with all its threads; see benchmarks/NOTES.md."""
+
 
 def copy_on_cpu(source: Side, target: Side, block_bytes: int) -> None:
     """Copy blocks of ``block_bytes``, at least one, between CPU tensors.
@@ -30,10 +41,16 @@ def copy_on_cpu(source: Side, target: Side, block_bytes: int) -> None:
         target: the side to write; it must be scattered if ``source`` is dense.
         block_bytes: bytes of each block, positive.
     """
-    if _is_one_run(source.starts(), block_bytes) and _is_one_run(target.starts(), block_bytes):
-        num_bytes = len(source.starts()) * block_bytes
-        first, place = int(source.starts()[0]), int(target.starts()[0])
+    sources, targets = source.starts(), target.starts()
+    num_bytes = len(sources) * block_bytes
+    if _is_one_run(sources, block_bytes) and _is_one_run(targets, block_bytes):
+        first, place = int(sources[0]), int(targets[0])
         target.flat()[place : place + num_bytes].copy_(source.flat()[first : first + num_bytes])
+        return
+    if block_bytes >= MOVE_BYTES and num_bytes <= MAX_MOVED_BYTES:
+        sources, targets = sources + source.flat().data_ptr(), targets + target.flat().data_ptr()
+        moves = map(memmove, targets.tolist(), sources.tolist(), repeat(block_bytes))
+        deque(moves, maxlen=0)
         return
     word = _widest_word(block_bytes, source, target)
     blocks = source.rows(block_bytes, word)

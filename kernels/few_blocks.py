@@ -1,14 +1,16 @@
 """Block copy of a few blocks on a CPU, where what the call itself costs decides.
 
 NumPy copies each block by one slice assignment, which takes 0.3 us and no other thread; a ``copy_``
-of torch takes 2.2. Only ordinary calls are made here, for which a few comparisons are check enough.
-Everything else, and everything wrong, is left to :mod:`kvheap.kernels.block_copy`.
+of torch takes 2.2. A run is copied by one ``memmove``, without arrays. Only ordinary calls are made
+here, for which a few comparisons are check enough. Everything else, and everything wrong, is left
+to :mod:`kvheap.kernels.block_copy`.
 """
 
 from __future__ import annotations
 
+from ctypes import memmove
 from operator import sub
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +18,34 @@ import torch
 
 from kvheap.kernels.launch import runs_kernels
 
-__all__ = ["Memory", "copy_few", "copy_run", "memory_of"]
+__all__ = ["HostMemory", "copy_few", "copy_run"]
 
 Memory: TypeAlias = "npt.NDArray[np.uint8]"
 """The bytes of a tensor in host memory, uint8 ``[N]``, without a copy."""
+
+
+class HostMemory(NamedTuple):
+    """A buffer in host memory."""
+
+    buffer: Memory
+    """Its bytes, uint8 ``[N]``."""
+    address: int
+    """Where they begin."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> HostMemory:
+        """The memory of a contiguous tensor on a CPU, of at least one dimension."""
+        return cls(_memory_of(tensor), tensor.data_ptr())
+
 
 MAX_BLOCKS = 64
 """The most blocks that are copied one by one; see benchmarks/NOTES.md."""
 
 MAX_BYTES = 4 << 20
 """The most bytes that are copied so if the blocks form no run; see benchmarks/NOTES.md."""
+
+MAX_MOVES = 4
+"""The most blocks of a run with gaps that are moved one by one; see benchmarks/NOTES.md."""
 
 MAX_RUN_BYTES = 1 << 20
 """A longer run is copied by torch, with all its threads; see benchmarks/NOTES.md."""
@@ -70,11 +90,11 @@ def copy_few(blocks: Any, buffer: Any, addresses: Any, to_buffer: bool) -> bool:
         return False
     first, length = starts[0], (count - 1) * block_bytes
     if starts[-1] - first == length and smallest_gap >= block_bytes and starts == ordered:
-        _assign(memory_of(buffer)[first : first + num_bytes], memory_of(blocks), to_buffer)
+        _assign(_memory_of(buffer)[first : first + num_bytes], _memory_of(blocks), to_buffer)
         return True
     if num_bytes > MAX_BYTES:
         return False
-    memory, rows = memory_of(buffer), memory_of(blocks).reshape(count, block_bytes)
+    memory, rows = _memory_of(buffer), _memory_of(blocks).reshape(count, block_bytes)
     if to_buffer:
         for start, row in zip(starts, rows, strict=True):
             memory[start : start + block_bytes] = row
@@ -84,12 +104,19 @@ def copy_few(blocks: Any, buffer: Any, addresses: Any, to_buffer: bool) -> bool:
     return True
 
 
-def copy_run(blocks: torch.Tensor, run: Memory, block_stride: int, to_run: bool) -> bool:
+def copy_run(
+    blocks: torch.Tensor,
+    memory: HostMemory,
+    run: tuple[int, int],
+    block_stride: int,
+    to_run: bool,
+) -> bool:
     """Copy between ``blocks[i]`` and the block at byte ``i * block_stride`` of a run.
 
     Args:
         blocks: ``[N, ...]``, each block contiguous and of at most ``block_stride`` bytes.
-        run: the run's bytes, uint8 ``[N * block_stride]``.
+        memory: the buffer that the run is in.
+        run: where it begins in the buffer, and its bytes, ``N * block_stride``.
         block_stride: bytes from one block of the run to the next.
         to_run: whether the run is written.
 
@@ -98,11 +125,26 @@ def copy_run(blocks: torch.Tensor, run: Memory, block_stride: int, to_run: bool)
     """
     if not _is_ordinary(blocks) or runs_kernels(blocks.device):
         return False
-    rows, count = memory_of(blocks), len(run) // block_stride
-    if len(rows) < len(run):
+    first, num_bytes = run
+    count, piece_bytes = num_bytes // block_stride, blocks.nbytes
+    if piece_bytes == num_bytes:
+        count = 1  # as they lie, they are one piece
+    elif count > 1:
+        piece_bytes //= count
+    here, there = blocks.data_ptr(), memory.address + first
+    if count <= MAX_MOVES and num_bytes <= MAX_RUN_BYTES:
+        target, source = (there, here) if to_run else (here, there)
+        memmove(target, source, piece_bytes)
+        for _ in range(1, count):
+            target += block_stride if to_run else piece_bytes
+            source += piece_bytes if to_run else block_stride
+            memmove(target, source, piece_bytes)
+        return True
+    part, rows = memory.buffer[first : first + num_bytes], _memory_of(blocks)
+    if len(rows) < num_bytes:
         rows = rows.reshape(count, -1)
-        run = run.reshape(count, block_stride)[:, : rows.shape[1]]
-    _assign(run, rows, to_run)
+        part = part.reshape(count, block_stride)[:, : rows.shape[1]]
+    _assign(part, rows, to_run)
     return True
 
 
@@ -121,11 +163,12 @@ def _is_ordinary(tensor: Any) -> bool:
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
+        and tensor.data_ptr() != 0  # else its storage was taken away
         and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     )
 
 
-def memory_of(tensor: torch.Tensor) -> Memory:
+def _memory_of(tensor: torch.Tensor) -> Memory:
     """The bytes of a contiguous tensor in host memory, of at least one dimension."""
     if tensor.requires_grad:
         tensor = tensor.detach()

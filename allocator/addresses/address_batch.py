@@ -27,8 +27,8 @@ class AddressBatch(Sequence[tuple[int, int]]):
     the order in which they were given. Immutable. Equal to any sequence of the same pairs, and
     ``batch + list`` is a list, so that code written for a list of pairs works with it unchanged.
 
-    The constructor trusts its arguments. :meth:`of_runs` and :meth:`of_addresses` check numbers
-    that come from elsewhere.
+    The constructor trusts its arguments, which for one run may be two numbers. :meth:`of_runs` and
+    :meth:`of_addresses` check numbers that come from elsewhere.
 
     Attributes:
         block_bytes: allocated bytes of each block, a multiple of the alignment.
@@ -46,19 +46,20 @@ class AddressBatch(Sequence[tuple[int, int]]):
     def __init__(
         self,
         block_bytes: int,
-        run_starts: Int64Array | Sequence[int],
-        run_counts: Int64Array | Sequence[int],
+        run_starts: Int64Array | Sequence[int] | int,
+        run_counts: Int64Array | Sequence[int] | int,
     ) -> None:
         self.block_bytes = block_bytes
-        # Lists of a few runs stay lists: freeing the whole batch needs no array.
+        # Numbers, and lists of a few runs, stay so: freeing the whole batch needs no array.
         self._starts = run_starts
         self._counts = run_counts
-        if len(run_counts) == 1:  # most batches
-            self.num_blocks = int(run_counts[0])
-        else:
-            self.num_blocks = int(sum(run_counts) if len(run_counts) < 64 else np.sum(run_counts))
         self._addresses: Int64Array | None = None
         self._ends: list[int] | None = None
+        if type(run_counts) is int:  # most batches
+            self.num_blocks = run_counts
+        else:
+            counts = _listed(run_counts)
+            self.num_blocks = int(sum(counts) if len(counts) < 64 else np.sum(counts))
 
     @classmethod
     def of_addresses(cls, addresses: Int64Array | Sequence[int], block_bytes: int) -> AddressBatch:
@@ -111,28 +112,27 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     def checked(self) -> AddressBatch:
         """The same batch, checked as :meth:`of_runs` does. O(R), or a sort of the runs."""
-        if len(self._starts) == len(self._counts) == 1 and is_run(
-            self._starts[0], self._counts[0], self.block_bytes
-        ):
+        starts, counts = _listed(self._starts), _listed(self._counts)
+        if len(starts) == len(counts) == 1 and is_run(starts[0], counts[0], self.block_bytes):
             return self
-        return AddressBatch.of_runs(self.block_bytes, self._starts, self._counts)
+        return AddressBatch.of_runs(self.block_bytes, starts, counts)
 
     @property
     def run_starts(self) -> Int64Array:
         """Address of each run's first block, int64 ``[R]``, read-only."""
-        self._starts = _read_only(self._starts)
-        return self._starts
+        self._starts = found = _read_only(self._starts)
+        return found
 
     @property
     def run_counts(self) -> Int64Array:
         """Blocks in each run, int64 ``[R]``, all positive, read-only."""
-        self._counts = _read_only(self._counts)
-        return self._counts
+        self._counts = found = _read_only(self._counts)
+        return found
 
     @property
     def num_runs(self) -> int:
         """How many runs the blocks form; the cost of copying the batch grows with it."""
-        return len(self._starts)
+        return len(_listed(self._starts))
 
     @property
     def is_ascending(self) -> bool:
@@ -142,18 +142,22 @@ class AddressBatch(Sequence[tuple[int, int]]):
     def run_pairs(self) -> list[tuple[int, int]]:
         """Address and bytes of each run, as plain ints."""
         size = self.block_bytes
-        return [(int(s), int(c) * size) for s, c in zip(self._starts, self._counts, strict=True)]
+        runs = zip(_listed(self._starts), _listed(self._counts), strict=True)
+        return [(int(start), int(count) * size) for start, count in runs]
 
     def only_run(self) -> tuple[int, int] | None:
         """Address and bytes of the run, as plain ints; None unless there is exactly one."""
-        if len(self._starts) != 1:
-            return None
-        return int(self._starts[0]), int(self._counts[0]) * self.block_bytes
+        starts = self._starts
+        if type(starts) is not int:
+            if len(_listed(starts)) != 1:
+                return None
+            starts = int(_listed(starts)[0])
+        return starts, self.num_blocks * self.block_bytes
 
     def part(self, first: int, count: int) -> AddressBatch:
         """Blocks ``first`` to ``first + count - 1`` of a batch of one run, as a batch."""
-        start = int(self._starts[0]) + first * self.block_bytes
-        return AddressBatch(self.block_bytes, [start], [count])
+        start = self.address(first)
+        return AddressBatch(self.block_bytes, start, count)
 
     @property
     def addresses(self) -> Int64Array:
@@ -164,14 +168,15 @@ class AddressBatch(Sequence[tuple[int, int]]):
         found = self._addresses  # once: another thread may forget them
         if found is None:
             offsets = np.arange(self.num_blocks, dtype=np.int64)
-            if self.num_runs > 1:
+            run = self.only_run()
+            if run is not None:
+                offsets *= self.block_bytes
+                offsets += run[0]
+            elif self.num_blocks:
                 first_index = np.cumsum(self.run_counts) - self.run_counts
                 offsets -= np.repeat(first_index, self.run_counts)
                 offsets *= self.block_bytes
                 offsets += np.repeat(self.run_starts, self.run_counts)
-            elif self.num_runs == 1:
-                offsets *= self.block_bytes
-                offsets += self._starts[0]
             offsets.flags.writeable = False
             self._addresses = found = offsets
         return found
@@ -189,9 +194,10 @@ class AddressBatch(Sequence[tuple[int, int]]):
         known = self._addresses
         if known is not None:
             return known[rows]
-        if self.num_runs == 1:
+        only = self.only_run()
+        if only is not None:
             found: Int64Array = rows * self.block_bytes
-            found += int(self._starts[0])
+            found += only[0]
             return found
         ends = np.cumsum(self.run_counts)
         run = np.searchsorted(ends, rows, side="right")
@@ -202,17 +208,21 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     def address(self, index: int) -> int:
         """The address of block ``index`` (0 <= index < N). O(log R), after O(R) the first time."""
-        if self.num_runs == 1:
-            return int(self._starts[0]) + index * self.block_bytes
+        starts = self._starts
+        if type(starts) is int:
+            return starts + index * self.block_bytes
+        starts = _listed(starts)
+        if len(starts) == 1:
+            return int(starts[0]) + index * self.block_bytes
         known = self._addresses
         if known is not None:
             return int(known[index])
-        ends = self._ends
+        ends, counts = self._ends, _listed(self._counts)
         if ends is None:
-            self._ends = ends = list(accumulate(map(int, self._counts)))
+            self._ends = ends = list(accumulate(map(int, counts)))
         run = bisect_right(ends, index)
-        in_run = index - (ends[run] - int(self._counts[run]))
-        return int(self._starts[run]) + in_run * self.block_bytes
+        in_run = index - (ends[run] - int(counts[run]))
+        return int(starts[run]) + in_run * self.block_bytes
 
     def __len__(self) -> int:
         """The number of blocks."""
@@ -256,12 +266,18 @@ class AddressBatch(Sequence[tuple[int, int]]):
 
     def __repr__(self) -> str:
         """The number of blocks, their size and the first runs."""
-        runs = [f"{c} at {s}" for s, c in zip(self._starts[:8], self._counts[:8], strict=True)]
+        starts, counts = _listed(self._starts)[:8], _listed(self._counts)[:8]
+        runs = [f"{count} at {start}" for start, count in zip(starts, counts, strict=True)]
         more = ", ..." if self.num_runs > 8 else ""
         return f"AddressBatch({len(self)} x {self.block_bytes} bytes: {', '.join(runs)}{more})"
 
 
-def _read_only(values: Int64Array | Sequence[int]) -> Int64Array:
-    array = np.asarray(values, np.int64).view()
+def _listed(values: Int64Array | Sequence[int] | int) -> Int64Array | Sequence[int]:
+    """Numbers of runs, which for one run may be one number."""
+    return (values,) if isinstance(values, int) else values
+
+
+def _read_only(values: Int64Array | Sequence[int] | int) -> Int64Array:
+    array = np.asarray(_listed(values), np.int64).view()
     array.flags.writeable = False
     return array

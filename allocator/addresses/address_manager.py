@@ -326,11 +326,11 @@ class AddressManager:
             size = _positive(size)
         if type(batch_size) is not int:
             batch_size = as_integer("batch_size", batch_size)
-        if batch_size < 0:
-            raise NegativeBatchSizeError(batch_size)
         unit = self._unit
         units = -(-size // unit)
-        if batch_size == 0:
+        if batch_size <= 0:
+            if batch_size:
+                raise NegativeBatchSizeError(batch_size)
             return AddressBatch(units * unit, [], [])
         free_list = self._free_list
         if free_list.pending or self._spares.blocks:
@@ -341,7 +341,7 @@ class AddressManager:
                 receipt.done = True
             start = free_list.take(units * batch_size)
             if start is not None:
-                batch = AddressBatch(units * unit, [start * unit], [batch_size])
+                batch = AddressBatch(units * unit, start * unit, batch_size)
             else:
                 taken = bulk.take_batch(free_list, units, batch_size, unit, allow_partial)
                 if taken is None:
@@ -351,7 +351,7 @@ class AddressManager:
                 batch, self._free_list = taken
             if receipt is not None:
                 receipt.blocks = batch
-            free_list.commit()
+            free_list.pending.clear()  # as ``commit``
         except BaseException:
             self._free_list = free_list
             free_list.rollback()
@@ -580,7 +580,7 @@ class AddressManager:
             overlapping = free_list.insert(start, units)
             if overlapping is not None:
                 free_list.withdraw(receipt)
-            free_list.commit()
+            free_list.pending.clear()  # as ``commit``
         except BaseException:
             free_list.rollback()
             raise

@@ -102,9 +102,7 @@ class ExtentIndex:
             new_by_size: the new extent's key there.
         """
         self.log.append((by_start, new_by_start))
-        self._start_in_change = True
-        self.by_start.shift(by_start, new_by_start)
-        self._start_in_change = False
+        self.by_start.shift(by_start, new_by_start)  # one store: it is intact at every moment
         self.by_size.replace(by_size, new_by_size)
 
     def remove(self, by_start: int, by_size: int) -> None:
@@ -132,6 +130,7 @@ class ExtentIndex:
         keys = self._keys_before_changes()
         self.by_start = ExtentKeys(keys)
         self.by_size = ExtentKeys(self._swapped(keys))
+        self._start_in_change = False
 
     def before_changes(self) -> Extents:
         """The extents as they were at the last commit, in address order. O(F log F)."""

@@ -185,17 +185,17 @@ class FreeList:
         """
         index = self._index
         bits = index.bits
-        key = index.by_size.first_at_least(size << bits)
+        least = size << bits
+        key = index.by_size.first_at_least(least)
         if key is None:
             return None
-        start, extent = key & index.mask, key >> bits
-        if extent == size:
-            index.remove(start << bits | size, key)
+        start = key & index.mask
+        by_start = start << bits | key >> bits
+        if key - start == least:
+            index.remove(by_start, key)
         else:
-            new_start, rest = start + size, extent - size
-            index.reshape(
-                start << bits | extent, new_start << bits | rest, key, rest << bits | new_start
-            )
+            step = least - size  # the start moves up by ``size``, the end stays
+            index.reshape(by_start, by_start + step, key, key - step)
         self.free_units -= size
         return start
 
@@ -223,36 +223,34 @@ class FreeList:
             extent that overlaps it is returned as ``(start, end)``.
         """
         index = self._index
-        bits, mask = index.bits, index.mask
+        bits, mask, walls = index.bits, index.mask, self.walls
         before, after = index.by_start.around(start << bits)
-        end = start + size
-        new_start, new_size = start, size
+        end, added = start + size, size
         if before is not None:
             before_start, before_size = before >> bits, before & mask
             before_end = before_start + before_size
             if before_end > start:
                 return before_start, before_end
-            if before_end < start or start in self.walls:
+            if before_end < start or (walls and start in walls):
                 before = None  # it stays apart
-            else:
-                new_start, new_size = before_start, before_size + size
         if after is not None:
-            after_start, after_size = after >> bits, after & mask
+            after_start = after >> bits
             if after_start < end:
-                return after_start, after_start + after_size
-            if after_start > end or end in self.walls:
+                return after_start, after_start + (after & mask)
+            if after_start > end or (walls and end in walls):
                 after = None  # it stays apart
-            else:
-                new_size += after_size
-        by_start, by_size = new_start << bits | new_size, new_size << bits | new_start
         if before is not None:
             if after is not None:
+                after_size = after & mask
                 index.remove(after, after_size << bits | end)
-            index.reshape(before, by_start, before_size << bits | before_start, by_size)
+                added += after_size
+            by_size = before_size << bits | before_start
+            index.reshape(before, before + added, by_size, by_size + (added << bits))
         elif after is not None:
-            index.reshape(after, by_start, after_size << bits | end, by_size)
+            by_size, step = (after & mask) << bits | end, (size << bits) - size
+            index.reshape(after, after - step, by_size, by_size + step)  # its end stays
         else:
-            index.add(by_start, by_size)
+            index.add(start << bits | size, size << bits | start)
         self.free_units += size
         return None
 

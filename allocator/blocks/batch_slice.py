@@ -8,7 +8,7 @@ alive, as a handle on a block does; dropping it frees nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Generic, Protocol, SupportsIndex, TypeVar, overload
+from typing import Any, Generic, NoReturn, Protocol, SupportsIndex, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -233,6 +233,15 @@ class BatchSlice(Sequence[Obj], Generic[Batch, Obj]):
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a BatchSlice cannot be pickled: send its metadata")
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "a BatchSlice cannot be copied: pass it on, slice it again by [:], or copy the bytes "
+            "of its blocks by batched_read()"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.__copy__()
 
     # -- which tokens they hold ----------------------------------------------------------------
 

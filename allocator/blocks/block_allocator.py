@@ -23,7 +23,7 @@ from kvheap.blocks.memory_allocator import MemoryAllocatorInterface
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.release import Release
 from kvheap.blocks.report import LiveBlocks
-from kvheap.blocks.rows import Rows, listed, require_distinct, rows_of
+from kvheap.blocks.rows import Rows, listed, require_distinct, rows_of, whole_batches
 from kvheap.errors import ForeignObjectError
 
 __all__ = ["BlockAllocator", "segment_of"]
@@ -84,23 +84,28 @@ class BlockAllocator(MemoryAllocatorInterface):
         lifetime = self.lifetime
         if any(lifetime.reclaimer.waiting_but_for_streams) and not self.is_view_only:
             lifetime.reclaimer.settle()
+        whole: MemoryBatch | None = None
         if isinstance(objs, MemoryBatch) and objs.allocator is self:
-            if out is None and objs.counts.streams is None and lifetime.free_whole((objs,)):
+            if out is None and objs.counts.streams is None and lifetime.free_only(objs):
                 return
+            whole = objs
             parts = [Rows(objs, None)]
         else:
-            objs = objs if isinstance(objs, MemoryBatch) else listed(objs)
+            if not isinstance(objs, MemoryBatch):
+                objs = listed(objs)
+                batches = whole_batches(objs, self) if out is None else None
+                if batches is not None and lifetime.free_whole(batches):
+                    return
             parts = self.rows_by_batch(objs)
-            are_whole = out is None and all(part.rows is None for part in parts)
-            if are_whole and lifetime.free_whole([part.batch for part in parts]):
-                return
         skip_freed = self.idempotent_free and out is None
         if out is not None:
             self.require_gatherable(parts, out)
             for part in parts:
                 part.batch.claimable(part.rows)
-            if len(out):
+            if out.shape[0]:
                 self.gather(objs, out)
+            if whole is not None and whole.counts.streams is None and lifetime.free_only(whole):
+                return
         lifetime.free(parts, skip_freed, self.merged_releases)
 
     def free(self, obj: MemoryObj) -> None:
@@ -119,7 +124,7 @@ class BlockAllocator(MemoryAllocatorInterface):
         rows = None
         if batch.counts.num_rows != 1:
             rows = np.array([obj.row], np.int64)
-        elif batch.counts.streams is None and lifetime.free_whole((batch,)):
+        elif batch.counts.streams is None and lifetime.free_only(batch):
             return
         lifetime.free((Rows(batch, rows),), self.idempotent_free)
 

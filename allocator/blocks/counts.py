@@ -396,6 +396,11 @@ class RowCounts:
             if (self.num_rows - self._num_freed) * ROWS_PER_LIVE <= self.num_rows:
                 self._give_up_arrays()
 
+    def set_all_freed(self) -> None:
+        """:meth:`set_freed` for all rows."""
+        self._uniform_references = FREED  # first: readers take no lock
+        self._references = None
+
     def forgive(self, rows: Int64Array | None) -> int:
         """Mark those of ``rows`` (None: all) that were dropped as freed; return how many."""
         dropped = np.flatnonzero(self._reference_array() == DROPPED)

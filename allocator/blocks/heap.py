@@ -126,7 +126,8 @@ def await_filling(objs: BlockObjects, device: torch.device) -> None:
     Raises:
         TransferError: a transfer has failed; the bytes are undefined.
     """
-    for batch in _batches_of(objs):
+    batches = (objs,) if isinstance(objs, MemoryBatch) else _batches_of(objs)
+    for batch in batches:
         if batch.transfer is not None:
             batch.await_filling(on_host=device.type == "cpu")
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Extents, Int64Array, overlap_of
-from kvheap.addresses.free_list import Receipt
+from kvheap.addresses.free_list import Done, Receipt
 from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.recorded_streams import Streams
@@ -49,8 +49,9 @@ class Space(Protocol):
         """Make the bytes of a release free, and set ``release.done`` in the same step."""
         ...
 
-    def give_back_whole(self, record: OwnedBlocks) -> None:
-        """:meth:`give_back` of all bytes of a batch, with its record as the receipt; if plain."""
+    @property
+    def give_back_whole(self) -> Callable[[AddressBatch, Done], None]:
+        """:meth:`give_back` of all blocks of a batch, with a receipt for it; if plain."""
         ...
 
     def was_given_back(self, record: OwnedBlocks) -> bool:
@@ -62,6 +63,13 @@ class Space(Protocol):
         ...
 
 
+class Recorded(Protocol):
+    """A batch, as far as a ledger knows it."""
+
+    record: OwnedBlocks | None
+    """What the ledger knows of it; None once all is freed."""
+
+
 class NoSpace:
     """The space of an allocator whose batches own their memory: nothing is given back."""
 
@@ -71,9 +79,9 @@ class NoSpace:
         """Nothing but the receipt."""
         release.done = True
 
-    def give_back_whole(self, record: OwnedBlocks) -> None:
+    def give_back_whole(self, blocks: AddressBatch, receipt: Done) -> None:
         """Nothing but the receipt."""
-        record.done = True
+        receipt.done = True
 
     def was_given_back(self, record: OwnedBlocks) -> bool:
         """Whether the receipt says so."""
@@ -134,8 +142,38 @@ class Ledger:
             finally:
                 del error  # its traceback would hold this frame, and so the heap
 
+    def free_only(self, record: OwnedBlocks, batch: Recorded) -> bool:
+        """:meth:`free_whole` for one batch; the quickest way.
+
+        Args:
+            record: the record of the batch.
+            batch: the batch.
+
+        Returns:
+            As :meth:`free_whole`.
+
+        Raises:
+            InvalidFreeError: as :meth:`free_whole`.
+        """
+        space, counts = self._space, record.counts
+        if not (space.is_plain and counts.is_unused()):
+            return False
+        give_back = space.give_back_whole
+        self.begun = (record,)  # from here on they are freed, whatever happens
+        counts.set_all_freed()
+        try:
+            give_back(record.addresses, record)
+        except InvalidFreeError:
+            self.forget(record)
+            self.begun = ()
+            raise
+        self.live.pop(id(record), None)  # as ``forget``
+        batch.record = None
+        self.begun = ()
+        return True
+
     def free_whole(self, records: tuple[OwnedBlocks, ...]) -> bool:
-        """Free all blocks of batches, if nothing keeps or delays that; the quickest way.
+        """Free all blocks of batches, if nothing keeps or delays that.
 
         Args:
             records: the records of the batches, each once.
@@ -156,9 +194,9 @@ class Ledger:
         self.begun = records  # from here on they are freed, whatever happens
         error: InvalidFreeError | None = None
         for record in records:
-            record.counts.set_freed(None)
+            record.counts.set_all_freed()
             try:
-                space.give_back_whole(record)
+                space.give_back_whole(record.addresses, record)
             except InvalidFreeError as failure:
                 error = failure
             self.live.pop(id(record), None)  # as ``forget``

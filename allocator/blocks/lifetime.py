@@ -90,8 +90,11 @@ class Lifetime:
             batch.site = callers(self._site_frames)
         ledger = self.ledger
         batch.record = record = OwnedBlocks(batch, ledger.note_dropped)
-        record.addresses, record.counts, record.layout = batch.runs, batch.counts, batch.layout
-        record.site, record.born = batch.site, batch.born
+        record.addresses = batch.runs
+        record.counts = batch.counts
+        record.layout = batch.layout
+        record.site = batch.site
+        record.born = batch.born
         record.done = record.was_reported = False
         ledger.live[id(record)] = record
 
@@ -223,7 +226,7 @@ class Lifetime:
                 return {}
             if counts.num_rows == 1 and references == -1:
                 record = batch.record
-                if record is not None and ledger.free_whole((record,)):
+                if record is not None and ledger.free_only(record, batch):
                     guard.busy = False
                     return {}
             new_references, new_pins = counts.changed(row, references, pins, batch)
@@ -280,6 +283,22 @@ class Lifetime:
     # -- freeing -------------------------------------------------------------------------------
 
     @section
+    def free_only(self, batch: TrackedBatch) -> bool:
+        """:meth:`free_whole` for one batch of this allocator; the quickest way."""
+        guard = self.guard
+        if self._deferred or (guard.busy and is_inside_section()):
+            return False
+        with guard.lock:
+            guard.busy = True
+            ledger = self.ledger
+            if ledger.begun or ledger.allocation.done:
+                ledger.finish()
+            record = batch.record
+            is_freed = record is not None and ledger.free_only(record, batch)
+            guard.busy = False
+        return is_freed
+
+    @section
     def free_whole(self, batches: Sequence[TrackedBatch]) -> bool:
         """Free all blocks of batches, if nothing keeps or delays that; quicker than :meth:`free`.
 
@@ -297,12 +316,8 @@ class Lifetime:
             ledger = self.ledger
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
-            if len(batches) == 1:
-                record = batches[0].record
-                is_freed = record is not None and ledger.free_whole((record,))
-            else:
-                records = tuple([each.record for each in batches if each.record is not None])
-                is_freed = len(records) == len(batches) and ledger.free_whole(records)
+            records = tuple([each.record for each in batches if each.record is not None])
+            is_freed = len(records) == len(batches) and ledger.free_whole(records)
             guard.busy = False
         return is_freed
 

@@ -71,7 +71,7 @@ class MemoryAllocatorInterface(ABC):
     - for subclasses: ``layout_of``, ``allocate_blocks``, ``close_memory``, ``require_open``.
     """
 
-    closed = False
+    closed: bool
     """Whether :meth:`close` was called."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -80,6 +80,7 @@ class MemoryAllocatorInterface(ABC):
         untraced_class(cls)
 
     def __init__(self) -> None:
+        self.closed = False  # here, not in the class, where it is looked up more slowly
         self._is_released = False
         self._close_lock = threading.RLock()
         self._closed_by: int | None = None

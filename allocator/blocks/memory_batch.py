@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, SupportsIndex, overload
+from typing import Any, NoReturn, Protocol, SupportsIndex, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +91,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
     Attributes:
         allocator: the allocator that made it.
         layout: what each block holds.
+        runs: the runs that the blocks form: ``run_starts``, ``run_counts``, ``block_bytes``.
         counts: reference counts, pin counts, leases and streams of the blocks.
         is_owner: whether the batch owns, or owned, its blocks' bytes; a view does not.
         born: when it was made, as a ``time.monotonic`` value in seconds.
@@ -103,7 +104,6 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     __slots__ = (
         "__weakref__",
-        "_address_batch",
         "_length",
         "_seldom",
         "_writable",
@@ -113,6 +113,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         "is_owner",
         "layout",
         "record",
+        "runs",
         "site",
         "storage",
         "transfer",
@@ -135,7 +136,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         self.born = time.monotonic()
         self.site: Site = ()
         self.transfer: Transfer | None = None
-        self._address_batch = address_batch
+        self.runs = address_batch
         self._length = length = address_batch.num_blocks
         self.counts = RowCounts(length)
         # What is made when it is first asked for. Threads may ask at once: single operations on a
@@ -189,22 +190,17 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
         Ascending, unless the batch is a view of blocks in another order.
         """
-        return self._address_batch.addresses
-
-    @property
-    def runs(self) -> AddressBatch:
-        """The runs that the blocks form: ``run_starts``, ``run_counts``, ``block_bytes``."""
-        return self._address_batch
+        return self.runs.addresses
 
     @property
     def num_runs(self) -> int:
         """Number of runs that the blocks form."""
-        return self._address_batch.num_runs
+        return self.runs.num_runs
 
     @property
     def allocated_bytes(self) -> int:
         """Allocated bytes of each block: ``size_bytes`` rounded up to the alignment."""
-        return self._address_batch.block_bytes
+        return self.runs.block_bytes
 
     def extents(self, rows: npt.ArrayLike | None = None, *, padding: bool = True) -> Extents:
         """The bytes of the blocks as absolute extents, for a transfer library or a system call.
@@ -239,7 +235,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
         Raises:
             LifetimeError, TypeError, ValueError, ClosedError: as for :meth:`extents`.
         """
-        blocks, size = self._address_batch, self._address_batch.block_bytes
+        blocks, size = self.runs, self.runs.block_bytes
         chosen = None if rows is None else self.checked_rows(rows)
         self.counts.require_live(chosen, self)
         starts, counts = blocks.run_starts, blocks.run_counts
@@ -254,10 +250,19 @@ class MemoryBatch(Sequence["MemoryObj"]):
         sets = self.stored_tokens.sets(self._length, self.layout)
         count = self.num_tokens if sets is None else None
         form, origins = self.stored_tokens.form, self.stored_tokens.origins(range(self._length))
-        return MemoryBatchMetadata(self._address_batch, self.layout, count, sets, form, origins)
+        return MemoryBatchMetadata(self.runs, self.layout, count, sets, form, origins)
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a MemoryBatch cannot be pickled: send its metadata")
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "a MemoryBatch cannot be copied, as it owns its blocks: pass it on, or copy their "
+            "bytes by batched_read()"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.__copy__()
 
     # -- which tokens they hold ----------------------------------------------------------------
 
@@ -500,7 +505,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     def describe(self, row: int) -> str:
         """Describe a block for an error message."""
-        address = self._address_batch.address(row)
+        address = self.runs.address(row)
         site = allocated_at(self.site)
         return f"block {row} of {self._length} at address {address} ({self.layout}{site})"
 
@@ -516,7 +521,7 @@ class MemoryBatch(Sequence["MemoryObj"]):
 
     def _bytes(self, row: int, size_bytes: int) -> torch.Tensor:
         self.await_filling()
-        return self.allocator.block_bytes(self, self._address_batch.address(row), size_bytes)
+        return self.allocator.block_bytes(self, self.runs.address(row), size_bytes)
 
 
 @untraced_class
@@ -628,6 +633,15 @@ class MemoryObj(LMCacheNames):
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a MemoryObj cannot be pickled: send its metadata")
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "a MemoryObj cannot be copied: pass it on and add a reference by ref_count_up(), or "
+            "copy its bytes by tensor.clone()"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.__copy__()
 
     # -- its bytes -----------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ class OwnedBlocks(Reference):
         if rows is None:
             blocks = addresses
         elif len(rows) == 1:
-            blocks = AddressBatch(addresses.block_bytes, [addresses.address(int(rows[0]))], [1])
+            blocks = AddressBatch(addresses.block_bytes, addresses.address(int(rows[0])), 1)
         elif addresses.num_runs == 1 and _are_consecutive(rows):
             blocks = addresses.part(int(rows[0]), len(rows))
         else:

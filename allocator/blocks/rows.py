@@ -8,10 +8,10 @@ import numpy as np
 
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.batch_slice import BatchSlice
-from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
+from kvheap.blocks.memory_batch import BlockOwner, MemoryBatch, MemoryObj
 from kvheap.device.completion import Completion
 
-__all__ = ["Rows", "listed", "require_distinct", "rows_of"]
+__all__ = ["Rows", "listed", "require_distinct", "rows_of", "whole_batches"]
 
 
 class Rows:
@@ -94,6 +94,32 @@ def require_distinct(part: Rows) -> None:
     if repeated.any():
         row = int(ordered[int(np.argmax(repeated))])
         raise ValueError(f"{part.batch.describe(row)} is named twice: blocks to fill must differ")
+
+
+def whole_batches(objs: Sequence[MemoryObj], owner: BlockOwner) -> list[MemoryBatch] | None:
+    """The batches of which objects are all blocks, if a look shows that; cheaper than ``rows_of``.
+
+    Args:
+        objs: a slice of a batch, or objects that were allocated one by one.
+        owner: their allocator.
+
+    Returns:
+        Each batch once; None if an object is of a larger batch or of another allocator, is none, or
+        is named twice.
+    """
+    if isinstance(objs, BatchSlice):
+        batch = objs.batch
+        is_whole = batch.allocator is owner and objs.row_range == range(len(batch))
+        return [batch] if is_whole else None
+    found: dict[int, MemoryBatch] = {}
+    for obj in objs:
+        if not isinstance(obj, MemoryObj):
+            return None
+        batch = obj.batch
+        if batch.counts.num_rows != 1 or batch.allocator is not owner:
+            return None
+        found[id(batch)] = batch
+    return list(found.values()) if len(found) == len(objs) else None
 
 
 def rows_of(objs: Iterable[MemoryObj]) -> list[Rows]:

@@ -10,7 +10,7 @@ import torch
 from kvheap.addresses.extents import Extents, Int64Array, overlap_of
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.rows import Rows
-from kvheap.kernels.arguments import require_tensor
+from kvheap.kernels.arguments import require_memory, require_tensor
 from kvheap.kernels.capture_mode import Relaxed
 
 __all__ = [
@@ -55,6 +55,7 @@ def require_matching(
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.device != device and not (cpu_is_fine and tensor.device.type == "cpu"):
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    require_memory(name, tensor)
     if num_blocks and not tensor.is_contiguous() and not tensor[0].is_contiguous():
         raise ValueError(f"each block of {name} must be contiguous, got strides {tensor.stride()}")
 
@@ -71,7 +72,8 @@ def require_gatherable(parts: Sequence[Rows], out: torch.Tensor, device: torch.d
         return
     total = len(parts[0]) if len(parts) == 1 else sum(len(part) for part in parts)
     require_matching("out", out, total, layout, device, cpu_is_fine=False)
-    if total > 1 and out.stride(0) * out.element_size() < layout.size_bytes:
+    are_rows_apart = total < 2 or out.is_contiguous()
+    if not are_rows_apart and out.stride(0) * out.element_size() < layout.size_bytes:
         raise ValueError(f"the rows of out overlap: strides {out.stride()}")
 
 

@@ -39,7 +39,11 @@ class FreedBytes:
         has_pages: bool = False,
     ) -> None:
         self._address_manager = address_manager
-        self._has_pages = has_pages
+        self.give_back_whole = (
+            address_manager.give_back_spare if has_pages else address_manager.give_back_batch
+        )
+        """Frees the bytes of a whole batch, in the step that sets its receipt. Call it with the
+        guard of the address manager held, and only if :attr:`is_plain`."""
         self.segments = segments
         """The heap's buffers now; replaced as a whole when the heap grows or closes."""
         self.wiping = wiping
@@ -52,19 +56,6 @@ class FreedBytes:
         """In a forked child: leave the books of shared memory to the parent."""
         self._ownership.start_over_after_fork(self.segments.buffers)
         self.is_plain = self.is_plain and not self._ownership.is_view_only
-
-    def give_back_whole(self, record: OwnedBlocks) -> None:
-        """Free the bytes of a whole batch, in the step that sets ``record.done``.
-
-        Call with the guard of the address manager held, and only if :attr:`is_plain`.
-
-        Raises:
-            InvalidFreeError: somebody else has freed the bytes, by their addresses.
-        """
-        if self._has_pages:
-            self._address_manager.give_back_spare(record.addresses, record)
-        else:
-            self._address_manager.give_back_batch(record.addresses, record)
 
     def give_back(self, release: Release) -> None:
         """Free the bytes of a release, in the step that sets ``release.done``.

@@ -111,6 +111,7 @@ class LazyMemoryAllocator(HostHeap):
         self.host_buffer = HostBuffer(
             final_size, align_bytes=align_bytes, huge_pages=huge_pages, numa_node=numa_node
         )
+        self.closed = False  # ``_commit`` asks
         try:
             self._commit(0, init_size)
             manager.sbrk(init_size)

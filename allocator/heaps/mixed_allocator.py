@@ -20,6 +20,7 @@ from kvheap.blocks.rows import listed
 from kvheap.errors import ForeignObjectError
 from kvheap.heaps.plain_allocators import BufferAllocator
 from kvheap.heaps.tensor_allocator import AllocatorStats, TensorMemoryAllocator
+from kvheap.snapshots.heap_snapshot import HeapSnapshot
 
 __all__ = ["MixedMemoryAllocator"]
 
@@ -149,6 +150,14 @@ class MixedMemoryAllocator(MemoryAllocatorInterface):
         """The statistics of the heap."""
         self.require_open()
         return self.pin_allocator.stats()
+
+    def snapshot(self) -> HeapSnapshot:
+        """The map of the heap; see ``TensorMemoryAllocator.snapshot``.
+
+        Plain bytes are outside it, each block in memory of its own: :meth:`leaks` lists them.
+        """
+        self.require_open()
+        return self.pin_allocator.snapshot()
 
     def leaks(self) -> tuple[LiveBlocks, ...]:
         """All live blocks of both allocators, oldest first."""

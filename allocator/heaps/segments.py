@@ -21,7 +21,7 @@ from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
 from kvheap.kernels.capture_mode import Relaxed
-from kvheap.kernels.few_blocks import copy_run, memory_of
+from kvheap.kernels.few_blocks import HostMemory, copy_run
 from kvheap.kernels.pieces import first_outside
 
 __all__ = ["Segments", "as_buffer"]
@@ -41,7 +41,17 @@ class Segments:
         starts: heap address of the first byte of each, ascending; the first is 0.
     """
 
-    __slots__ = ("_bases", "_bits", "_memory", "_reached", "_spans", "buffers", "pairs", "starts")
+    __slots__ = (
+        "_bases",
+        "_bits",
+        "_memory",
+        "_reached",
+        "_spans",
+        "buffers",
+        "device",
+        "pairs",
+        "starts",
+    )
 
     def __init__(self, buffers: tuple[torch.Tensor, ...], starts: tuple[int, ...]) -> None:
         self.buffers = buffers
@@ -55,16 +65,14 @@ class Segments:
         ]
         self._reached: dict[CopyDevice, Int64Array] = {}
         is_on_host = len(buffers) == 1 and buffers[0].is_cpu
-        self._memory = memory_of(buffers[0]) if is_on_host else None
+        self._memory = HostMemory.of(buffers[0]) if is_on_host else None
+        if buffers:
+            self.device = buffers[0].device
+            """The device that the buffers are on."""
 
     def __len__(self) -> int:
         """Number of segments."""
         return len(self.buffers)
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the buffers are on."""
-        return self.buffers[0].device
 
     def end(self, align_bytes: int) -> int:
         """The address after the last usable byte; only whole units of ``align_bytes`` are."""
@@ -124,6 +132,9 @@ class Segments:
         if not tensor.is_contiguous():
             length = max(length, len(tensor) * tensor.stride(0) * tensor.element_size())
         end = start + length
+        if len(self._spans) == 1:
+            ((first, last),) = self._spans
+            return start < last and first < end
         return any(start < last and first < end for first, last in self._spans)
 
     def pinned_addresses(self, device: CopyDevice) -> Int64Array:
@@ -195,12 +206,11 @@ class Segments:
 
     def _copy_run(self, tensor: torch.Tensor, blocks: AddressBatch, to_heap: bool) -> bool:
         """Copy blocks of host memory that form one run; False if they do not."""
-        run = blocks.only_run() if self._memory is not None else None
-        if run is None or self._memory is None:
+        memory = self._memory
+        run = blocks.only_run() if memory is not None else None
+        if memory is None or run is None:
             return False
-        start, num_bytes = run
-        memory = self._memory[start : start + num_bytes]
-        return copy_run(tensor, memory, blocks.block_bytes, to_heap)
+        return copy_run(tensor, memory, run, blocks.block_bytes, to_heap)
 
     def fill(self, addresses: Int64Array, size_bytes: int, value: int) -> None:
         """Set every byte of blocks of one size to ``value``, by one kernel for each segment."""

@@ -231,7 +231,12 @@ class TensorMemoryAllocator(Heap):
         """Allocate one block; see ``MemoryAllocatorInterface.allocate``."""
         if self.closed:
             self.require_open()
-        batch = self.allocate_blocks(self.layout_of(shape, dtype, fmt), 1)
+        # As ``layout_of`` begins, without the call.
+        known_shape, known_dtype, known_fmt, layout = self._known_layout
+        is_known = known_shape is shape and known_dtype is dtype and known_fmt is fmt
+        if layout is None or not is_known:
+            layout = self.layout_of(shape, dtype, fmt)
+        batch = self.allocate_blocks(layout, 1)
         return None if batch is None else self.object_type(batch, 0)
 
     def layout_of(self, shape: Shapes, dtype: Dtypes, fmt: MemoryFormat | str) -> BlockLayout:

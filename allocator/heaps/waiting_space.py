@@ -85,12 +85,24 @@ class WaitingSpace:
         lifetime = self._lifetime
         if any(lifetime.reclaimer.waiting):
             lifetime.reclaimer.settle()
+        since = lifetime.ledger.num_reclaimed
+        batch = self._try_allocate(owner, layout, batch_size, False)
+        if batch is not None:
+            return batch
+        return self._allocate_later(owner, layout, batch_size, allow_partial, since)
+
+    def _allocate_later(
+        self,
+        owner: ReportingOwner,
+        layout: BlockLayout,
+        batch_size: int,
+        allow_partial: bool,
+        since: int,
+    ) -> MemoryBatch | None:
+        """:meth:`allocate` for a batch that has found no room, when ``num_reclaimed`` was so."""
+        lifetime = self._lifetime
         deadline = None
         while True:
-            since = lifetime.ledger.num_reclaimed
-            batch = self._try_allocate(owner, layout, batch_size, False)
-            if batch is not None:
-                return batch
             if lifetime.guard.busy and is_inside_section():
                 return _empty(owner, layout) if allow_partial else None
             # One deadline for the whole call, however many small releases end meanwhile.
@@ -98,6 +110,10 @@ class WaitingSpace:
             deadline = now + self._stream_wait_s if deadline is None else deadline
             if not lifetime.reclaimer.wait_for_streams(deadline - now, since):
                 break
+            since = lifetime.ledger.num_reclaimed
+            batch = self._try_allocate(owner, layout, batch_size, False)
+            if batch is not None:
+                return batch
         batch = self._try_allocate(owner, layout, batch_size, True) if allow_partial else None
         if batch is None:
             block_bytes = self._manager.compute_aligned_size(layout.size_bytes)

@@ -16,11 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType, FunctionType, ModuleType
 
+import numpy as np
 import pytest
 from sortedcontainers import sortedlist
 
 from kvheap import AddressBatch, AddressManager, OutOfMemoryError, addresses
+from kvheap.addresses.extent_index import ExtentIndex
 from kvheap.addresses.extent_keys import ExtentKeys
+from kvheap.addresses.extents import Extents
 
 PAGE = 4096
 
@@ -212,6 +215,38 @@ def test_an_exception_in_the_rollback_is_made_good_by_the_next_operation(name: s
         assert twice.statements >= second
         heap.check()
         assert state(heap) in possible
+
+
+@pytest.mark.parametrize("call", ["add", "remove"])
+def test_what_one_undoing_leaves_does_not_mislead_the_next(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extents = [(0, 1), (4, 2), (8, 3)]
+    starts, sizes = np.array(extents, np.int64).T
+    index = ExtentIndex(Extents(starts, sizes), end=16)
+    bits = index.bits
+
+    def interrupt(key: int) -> None:
+        raise KeyboardInterrupt
+
+    def damage(old: int, new: int) -> None:
+        index.by_size.clear()  # as between two steps of a list that is split
+        raise KeyboardInterrupt
+
+    start, size = {"add": (12, 1), "remove": (4, 2)}[call]
+    with monkeypatch.context() as patch:
+        patch.setattr(index.by_start, call, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(index, call)(start << bits | size, size << bits | start)
+    index.restore()
+    index.log.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(index.by_size, "replace", damage)
+        with pytest.raises(KeyboardInterrupt):
+            index.reshape(8 << bits | 3, 9 << bits | 2, 3 << bits | 8, 2 << bits | 9)
+    index.restore()
+    index.log.clear()
+    assert list(index) == extents
 
 
 @pytest.mark.skipif(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
 import random
@@ -203,9 +204,12 @@ class TestObjects:
     def test_objects_stay_and_metadata_travels(self) -> None:
         heap = heap_of(2)
         batch = take(heap, 2)
-        for live in (batch, batch[0]):
+        for live in (batch, batch[0], batch[:1]):
             with pytest.raises(TypeError, match="send its metadata"):
                 pickle.dumps(live)
+            for make in (copy.copy, copy.deepcopy):
+                with pytest.raises(TypeError, match=f"{type(live).__name__} cannot be copied"):
+                    make(live)
         metadata = pickle.loads(pickle.dumps(batch[1].metadata))
         assert metadata == batch[1].metadata
         assert type(metadata).from_dict(metadata.to_dict()) == metadata

@@ -571,6 +571,7 @@ class TestBytes:
                 None,
             )
             assert mixed.stats().allocated_bytes == 5 * PAGE
+            assert mixed.snapshot().bytes_by_state()["live"] == 5 * PAGE
             with pytest.raises(ForeignObjectError, match="cannot be freed in the same call"):
                 mixed.batched_free([payload, tensor])  # type: ignore[list-item]
             mixed.free(payload)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_heaps import FakeStream
 
 from kvheap import (
     BlockInUseError,
@@ -21,6 +24,7 @@ from kvheap import (
     NegativeBatchSizeError,
     TensorMemoryAllocator,
 )
+from kvheap.heaps import segments
 
 PAGE = 4096
 SHAPE = (2, 1, 16, 4)  # 512 bytes of float32: an eighth of a page
@@ -220,6 +224,77 @@ class TestContents:
             heap.batched_free(list(batch), out=out)
         assert batch.live.all()
         assert heap.stats().allocated_bytes == 3 * PAGE
+
+    @pytest.mark.parametrize("num_blocks", [1, 3, 300])
+    def test_a_tensor_without_memory_is_refused(self, num_blocks: int) -> None:
+        heap, lost = heap_of(300), random_blocks(num_blocks)
+        batch = heap.batched_allocate(SHAPE, torch.float32, num_blocks)
+        assert batch is not None
+        lost.untyped_storage().resize_(0)  # as FSDP does
+        with pytest.raises(ValueError, match=r"out ends at byte .* resized to 0 bytes"):
+            heap.batched_free(batch, out=lost)
+        with pytest.raises(ValueError, match="out ends at byte"):
+            heap.batched_read(batch, out=lost)
+        with pytest.raises(ValueError, match="source ends at byte"):
+            heap.batched_write(batch, lost)
+        assert batch.live.all()
+        heap.batched_free(batch)
+        with pytest.raises(ValueError, match="source ends at byte"):
+            heap.batched_allocate(SHAPE, torch.float32, num_blocks, source=lost)
+        assert heap.stats().allocated_bytes == 0
+
+    @pytest.mark.parametrize("size_bytes", [24, PAGE - 8, PAGE, 3 * PAGE - 4])
+    @pytest.mark.parametrize("num_blocks", range(1, 8))
+    def test_few_blocks_of_any_size(self, size_bytes: int, num_blocks: int) -> None:
+        heap = heap_of(40)
+        heap.buffer.fill_(0xA5)
+        first = heap.allocate([PAGE], torch.uint8)
+        source = torch.randint(0, 256, (num_blocks, size_bytes), dtype=torch.uint8)
+        batch = heap.batched_allocate([size_bytes], torch.uint8, num_blocks, source=source)
+        assert first is not None
+        assert batch is not None
+        expected = torch.full_like(heap.buffer, 0xA5)
+        step = -(-size_bytes // PAGE) * PAGE
+        for row, block in enumerate(source):
+            expected[PAGE + row * step :][:size_bytes] = block
+        assert torch.equal(heap.buffer, expected)
+        guarded = torch.full((num_blocks + 2, size_bytes), 0x5A, dtype=torch.uint8)
+        heap.batched_free(batch, out=guarded[1:-1])
+        assert torch.equal(guarded[1:-1], source)
+        assert guarded[0].eq(0x5A).all()
+        assert guarded[-1].eq(0x5A).all()
+        assert torch.equal(heap.buffer, expected)
+
+    def test_what_happens_to_the_blocks_during_a_gather_counts(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        heap, out = heap_of(4), torch.empty(3, *SHAPE)
+        copy = segments.copy_run
+        meanwhile: list[Callable[[], object]] = []
+
+        def copy_and_more(*arguments: object) -> bool:
+            meanwhile.pop()()
+            return copy(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(segments, "copy_run", copy_and_more)
+        batch = heap.batched_allocate(SHAPE, torch.float32, 3)
+        assert batch is not None
+        meanwhile.append(batch[1].pin)
+        with pytest.raises(BlockInUseError, match="pin count 1"):
+            heap.batched_free(batch, out=out)
+        assert batch.live.all()
+        batch[1].unpin()
+        meanwhile.append(partial(heap.free, batch[2]))
+        with pytest.raises(DoubleFreeError, match="block 2 of 3"):
+            heap.batched_free(batch, out=out)
+        heap.batched_free(batch[:2])
+        other = heap.batched_allocate(SHAPE, torch.float32, 3)
+        assert other is not None
+        stream = FakeStream()
+        stream.submit()
+        meanwhile.append(partial(other.record_stream, stream))
+        heap.batched_free(other, out=out)
+        assert heap.stats().pending_bytes == 3 * PAGE
 
     def test_a_failed_gather_frees_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*arguments: object) -> None:

@@ -18,6 +18,7 @@ from small_heaps import (
 from kvheap import (
     WriteAfterFreeError,
 )
+from kvheap.kernels.few_blocks import HostMemory
 
 __all__ = ["no_debug"]
 
@@ -94,8 +95,8 @@ class TestScrub:
         assert heap.buffer[6 * PAGE :].eq(9).all()
 
     def test_what_a_failed_scatter_wrote_is_zeroed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def write_and_fail(blocks: object, run: np.ndarray, *rest: object) -> None:
-            run[:PAGE] = 5
+        def write_and_fail(blocks: object, memory: HostMemory, *rest: object) -> None:
+            memory.buffer[:PAGE] = 5
             raise KeyboardInterrupt
 
         monkeypatch.setattr("kvheap.heaps.segments.copy_run", write_and_fail)

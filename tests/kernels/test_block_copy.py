@@ -17,7 +17,7 @@ from kvheap.kernels.block_sides import Dense, Scattered
 
 POISON = 0xA5
 
-ON_ALL_PATHS = pytest.mark.parametrize("path", ["cpu-bulk", *PATHS])
+ON_ALL_PATHS = pytest.mark.parametrize("path", ["cpu-bulk", "cpu-moves", *PATHS])
 
 
 @dataclass

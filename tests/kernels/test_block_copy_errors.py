@@ -21,9 +21,24 @@ def move(sources: object, targets: object) -> Callable[..., None]:
     return lambda buffer: move_blocks(buffer, sources, targets, 8)  # type: ignore[arg-type]
 
 
+def with_storage_of(size_bytes: int, step: int = 1) -> torch.Tensor:
+    """Blocks ``[2, 8]`` of bytes, or every so many of them, whose storage has been resized."""
+    blocks = torch.ones(2, 8, dtype=torch.uint8)[:, ::step]
+    blocks.untyped_storage().resize_(size_bytes)
+    return blocks
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (scatter([0, 8], with_storage_of(0)), ValueError, r"16 of its storage, .* to 0 bytes"),
+        (scatter([8, 0], with_storage_of(0)), ValueError, "blocks ends at byte 16"),
+        (scatter([0] * 2, with_storage_of(9, step=2)), ValueError, r"ends at byte 15 .* 9 bytes"),
+        (
+            lambda buffer: gather_blocks(buffer, [0, 16], with_storage_of(0)),
+            ValueError,
+            "out ends at byte 16",
+        ),
         (scatter([0, 57]), ValueError, r"addresses\[1\] is 57"),
         (scatter([-1, 8]), ValueError, r"addresses\[0\] is -1"),
         (scatter([0]), ValueError, "1 addresses for 2 blocks"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvheap.engine import few_blocks as few_paged_blocks
-from kvheap.kernels import few_blocks, paged_rows_cpu
+from kvheap.kernels import block_copy_cpu, few_blocks, paged_rows_cpu
 from kvheap.kernels.launch import triton
 
 T = TypeVar("T")
@@ -43,10 +43,12 @@ def running(path: str) -> Iterator[torch.device]:
     """The device on which launchers take this path; "interpreter" runs kernels on CPU tensors."""
     kernels = interpreted() if path == "interpreter" else nullcontext()
     with kernels, pytest.MonkeyPatch.context() as patch:
-        if path in ("cpu-bulk", "cpu-direct"):  # as if the blocks were many
+        if path in ("cpu-bulk", "cpu-direct", "cpu-moves"):  # as if the blocks were many
             patch.setattr(few_blocks, "MAX_BLOCKS", 0)
             patch.setattr(few_paged_blocks, "MAX_BLOCKS", 0)
             patch.setattr(paged_rows_cpu, "MAX_BYTES", -1)
+        if path == "cpu-moves":  # and as large as those that are moved one by one
+            patch.setattr(block_copy_cpu, "MOVE_BYTES", 1)
         if path == "cpu-bulk":
             patch.setattr(paged_rows_cpu, "MAX_DIRECT_BYTES", -1)
         elif path == "cpu-direct":  # all that needs no temporary
