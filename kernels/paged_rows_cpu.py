@@ -32,12 +32,17 @@ MAX_BYTES = 512 << 10
 """The most bytes that are copied so; see benchmarks/NOTES.md."""
 
 MAX_DIRECT_BYTES = 1 << 20
-"""The most bytes if they need no temporary; torch copies more with all its threads."""
+"""The most bytes if they need no temporary; torch copies more, which holds no GIL meanwhile."""
 
-MIN_DENSE_BYTES = 128 << 10
-MIN_DENSE_UNITS = 24
-"""From so many bytes or units on, blocks whose chunks are at equal distances in the heap are copied
-by torch; below, its tensors cost more than they save. See benchmarks/NOTES.md."""
+MIN_SHARED_BYTES = 512 << 10
+"""torch shares no fewer bytes among its threads: a call's grain in words of 16 bytes."""
+
+MAX_TEMPORARY_BYTES = 64 << 10
+"""The most bytes of a store of single rows through a temporary; see benchmarks/NOTES.md."""
+
+MAX_EACH = 24
+"""Up to so many blocks are worth an assignment each; larger blocks are worth it if they are more.
+See benchmarks/NOTES.md."""
 
 MIN_ROW_BYTES = 4 << 10
 """Shorter rows of tokens are worth a look at whether they can be merged, if there are more bytes;
@@ -117,6 +122,7 @@ class RowCopy:
         token_bytes: bytes of a token in all entries.
         kinds: the rows, a kind for each length and stride.
         unit_offsets: the first byte of each unit in an entry of a chunk, int64 ``[units]``.
+        unit_step: bytes from one unit of an entry to the next; 0 if they differ.
         block_units: the first slot of each unit of a block, int64 ``[units of a block]``.
         dense: the rows, if those of a chunk, entry after entry, follow each other.
         grid: the rows by place, if those of all entries are at equal distances, as where all layers
@@ -128,6 +134,7 @@ class RowCopy:
     token_bytes: int
     kinds: tuple[_Rows, ...]
     unit_offsets: Int64Array
+    unit_step: int
     block_units: Int64Array
     dense: DenseRows | None
     grid: Grid | None
@@ -155,6 +162,7 @@ class RowCopy:
             sum(len(entries) * runs * key[0] for key, entries in alike.items()),
             kinds,
             unit_offsets,
+            _only(np.diff(unit_offsets)),
             np.arange(0, pairing.cache.block_size, unit_tokens, dtype=np.int64),
             _dense_rows(pairing, kinds, unit_offsets),
             Grid.of(pairing, unit_tokens) if len(kinds) == 1 else None,
@@ -181,76 +189,87 @@ class RowCopy:
         ):
             return False
         addresses = self._addresses_of(chunk_addresses.tolist(), count, grid.chunk_offset)
-        grid.copy(addresses, places.on_host().tolist(), to_heap)
+        grid.copy_each(addresses, places.on_host().tolist(), to_heap)
         return True
 
     def copy_blocks(
-        self,
-        chunk_addresses: Sequence[int],
-        ids: list[int],
-        tensor: torch.Tensor | None,
-        to_heap: bool,
+        self, chunk_addresses: Sequence[int], blocks: list[int] | Int64Array, to_heap: bool
     ) -> bool:
-        """Copy a few whole blocks between a cache and chunks, all on a CPU.
+        """Copy whole blocks between a cache and chunks, all on a CPU.
 
         Args:
             chunk_addresses: absolute address of each chunk; a range, if they are at equal
                 distances.
-            ids: the blocks, all of them real ones of the cache; as many as the chunks have room
-                for, but for the last chunk.
-            tensor: the same as a tensor, int64 ``[N]``, if there is one.
+            blocks: the blocks, all of them real ones of the cache; as many as the chunks have room
+                for, but for the last chunk. An array is int64 ``[N]``.
             to_heap: whether the chunks are written.
 
         Returns:
             Whether they were copied. If not, they are too many, or not contiguous in the chunks.
         """
-        grid, count = self.grid, len(ids)
+        count = len(blocks)
         if len(self.block_units) > 1 or runs_kernels(self.pairing.cache.device):
             return False
-        num_tokens = count * self.unit_tokens
-        num_bytes = num_tokens * self.token_bytes
-        has_grid = grid is not None and grid.are_blocks
-        if count >= MIN_DENSE_UNITS or num_bytes >= (
-            MAX_DIRECT_BYTES if has_grid else MIN_DENSE_BYTES
-        ):
-            if tensor is None:
-                tensor = torch.from_numpy(np.array(ids, np.int64))
-            if self.copy_run(chunk_addresses, tensor, to_heap):
+        num_tokens, per_chunk = count * self.unit_tokens, len(self.unit_offsets)
+        num_bytes, dense = num_tokens * self.token_bytes, self.dense
+        if type(chunk_addresses) is not range or len(chunk_addresses) * per_chunk != count:
+            dense = None
+        is_shared = num_bytes > MIN_SHARED_BYTES and dense is not None and dense.is_shared(count)
+        if num_bytes <= MAX_DIRECT_BYTES and not is_shared:
+            if self._copy_few(chunk_addresses, blocks, to_heap):
                 return True
-        if grid is not None and grid.are_blocks and self._is_few(count):
-            grid.copy(self._addresses_of(chunk_addresses, count, grid.chunk_offset), ids, to_heap)
+        array = np.array(blocks, np.int64) if isinstance(blocks, list) else blocks
+        if dense is not None and dense.copy_places(chunk_addresses, array, per_chunk, to_heap):
             return True
-        places = Places(np.array(ids, np.int64), True, self.unit_tokens, num_tokens, True)
+        places = Places(array, True, self.unit_tokens, num_tokens, True)
         addresses = np.array(chunk_addresses, np.int64)
         if self.is_right_for(num_tokens):
             self.run(addresses, places, 0, to_heap)
             return True
-        if count % len(self.unit_offsets):
+        if count % per_chunk:
             return False
         alignment = alignment_of(combined_bits(addresses))
         return self.copy_dense(addresses, alignment, places, to_heap) > 0
 
-    def copy_run(self, chunk_addresses: Sequence[int], blocks: torch.Tensor, to_heap: bool) -> bool:
-        """Copy whole blocks by one call, if they fill chunks whose rows are at equal distances.
-
-        Args:
-            chunk_addresses: as for :meth:`copy_blocks`.
-            blocks: the blocks, int64 ``[N]``, all of them real ones of the cache.
-            to_heap: whether the chunks are written.
-
-        Returns:
-            Whether they were copied.
-        """
-        dense, per_chunk = self.dense, len(self.unit_offsets)
-        if (
-            dense is None
-            or type(chunk_addresses) is not range
-            or len(self.block_units) > 1
-            or len(chunk_addresses) * per_chunk != blocks.numel()
-            or runs_kernels(self.pairing.cache.device)
-        ):
+    def _copy_few(
+        self, chunk_addresses: Sequence[int], blocks: list[int] | Int64Array, to_heap: bool
+    ) -> bool:
+        """Copy blocks by NumPy, without an index of rows; False if that is not the fastest way."""
+        grid, count = self.grid, len(blocks)
+        if grid is None or not grid.are_blocks:
             return False
-        return dense.copy_places(chunk_addresses, blocks, per_chunk, to_heap)
+        block_bytes = self.unit_tokens * self.token_bytes
+        addresses = self._run_of(chunk_addresses, count, grid.chunk_offset)
+        if addresses is not None and count > 1:
+            if not to_heap:
+                takes_one_call = grid.is_row or count > FEW_UNITS
+            elif grid.is_row:
+                is_short = count * block_bytes <= MAX_TEMPORARY_BYTES
+                takes_one_call = is_short or grid.takes_rows(addresses.step)
+            else:
+                takes_one_call = False
+            if takes_one_call:
+                array = np.array(blocks, np.int64) if isinstance(blocks, list) else blocks
+                grid.copy_run(addresses, array, to_heap)
+                return True
+        if count > MAX_EACH and block_bytes < SMALL_UNIT:
+            return False
+        listed = blocks if isinstance(blocks, list) else blocks.tolist()
+        each = addresses or self._addresses_of(chunk_addresses, count, grid.chunk_offset)
+        grid.copy_each(each, listed, to_heap)
+        return True
+
+    def _run_of(self, chunk_addresses: Sequence[int], count: int, first: int) -> range | None:
+        """As :meth:`_addresses_of`, if the addresses are at equal distances; else None."""
+        if type(chunk_addresses) is not range:
+            return None
+        per_chunk, step = len(self.unit_offsets), chunk_addresses.step
+        if per_chunk > 1:
+            if len(chunk_addresses) > 1 and step != per_chunk * self.unit_step:
+                return None
+            step = self.unit_step
+        start = chunk_addresses.start + first
+        return range(start, start + count * step, step) if step else None
 
     def _is_few(self, count: int) -> bool:
         """Whether so many units are worth an assignment each."""
@@ -389,8 +408,19 @@ def _dense_rows(
     if (np.diff(starts, prepend=-rows.row_bytes) != rows.row_bytes).any():
         return None
     return DenseRows(
-        span_of(pairing), rows.row_bytes, rows.cache_offsets, rows.block_stride, pairing.alignment
+        span_of(pairing),
+        rows.row_bytes,
+        rows.row_bytes // pairing.cache.dtype.itemsize,
+        rows.cache_rows,
+        rows.cache_offsets,
+        rows.block_stride,
+        pairing.alignment,
     )
+
+
+def _only(numbers: Int64Array) -> int:
+    """The number that all of them are; 0 if they differ."""
+    return int(numbers[0]) if len(numbers) and (numbers == numbers[0]).all() else 0
 
 
 def _bounds(units: Int64Array) -> tuple[int, int]:

@@ -20,7 +20,7 @@ LAYERS, TOKENS, BLOCKS = 3, 4, 40
 @pytest.fixture(autouse=True)
 def all_bytes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let every run be copied so, and note which way each copy goes."""
-    monkeypatch.setattr(paged_rows_cpu, "MIN_DENSE_UNITS", 0)
+    monkeypatch.setattr(paged_rows_cpu, "MAX_DIRECT_BYTES", -1)
     ways: list[str] = []
     copy_places = DenseRows.copy_places
 
