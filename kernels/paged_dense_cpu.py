@@ -18,6 +18,7 @@ for the index of each row.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -77,9 +78,7 @@ class DenseRows:
         """Whether torch's threads share a copy of so many units, as they share those of a loop."""
         return starts_threads(num_units, self.row_elements)
 
-    def copy_places(
-        self, chunks: range, places: Int64Array, per_chunk: int, to_heap: bool
-    ) -> bool:
+    def copy_places(self, chunks: range, places: Int64Array, per_chunk: int, to_heap: bool) -> bool:
         """Copy whole units between places of the cache and whole chunks at equal distances.
 
         Args:
@@ -132,39 +131,22 @@ class DenseRows:
     ) -> None:
         """Copy rows by torch, in as many calls as keep its threads out of it."""
         num_rows, most = len(numbers), max(1, GRAIN * words.word.itemsize // self.row_bytes)
-        of_entry = num_rows // self.row_offsets.size
-        copy = partial(self._copy_part, words, address, numbers, step, to_heap)
-        if num_rows <= most or self.is_shared(of_entry):
-            copy(0, num_rows)
-            return
-        parts = [partial(copy, first, first + most) for first in range(0, num_rows, most)]
+        is_one_call = num_rows <= most or self.is_shared(num_rows // self.row_offsets.size)
+        with nullcontext() if is_one_call else torch.inference_mode(False):  # as helpers are
+            rows = torch.from_numpy(numbers)
+            run = words_at(address, num_rows, self.row_bytes, step, words.word)
+            if is_one_call:
+                _copy_rows(words.rows, rows, run, to_heap)
+                return
+            pairs = zip(torch.split(rows, most), torch.split(run, most), strict=True)
+            calls = [partial(_copy_rows, words.rows, *pair, to_heap) for pair in pairs]
         num_bytes = num_rows * self.row_bytes
         threads = min(torch.get_num_threads(), MAX_THREADS, num_bytes // THREAD_BYTES)
         if threads > 1:
-            do_all(parts, threads)
+            do_all(calls, threads)
         else:
-            for part in parts:
-                part()
-
-    def _copy_part(
-        self,
-        words: _Words,
-        address: int,
-        numbers: Int64Array,
-        step: int,
-        to_heap: bool,
-        first: int,
-        end: int,
-    ) -> None:
-        """Copy rows ``first`` to ``end - 1`` by one call."""
-        # Tensors of the thread that copies: inference mode is a thread's own.
-        rows = torch.from_numpy(numbers[first:end])
-        start = address + first * step
-        run = words_at(start, len(rows), self.row_bytes, step, words.word)
-        if to_heap:
-            torch.index_select(words.rows, 0, rows, out=run)
-        else:
-            words.rows.index_copy_(0, rows, run)
+            for call in calls:
+                call()
 
     def _words_of(self, bits: int) -> _Words:
         """The cache in words of as many bytes as the lowest of some bits stands for, 16 at most."""
@@ -173,6 +155,14 @@ class DenseRows:
             word = CPU_WORDS[bits & -bits]
             found = self._words[bits & -bits] = _Words.of(self, word)
         return found
+
+
+def _copy_rows(rows: torch.Tensor, numbers: torch.Tensor, run: torch.Tensor, to_heap: bool) -> None:
+    """Copy the rows of these numbers to or from a run, by one call."""
+    if to_heap:
+        torch.index_select(rows, 0, numbers, out=run)
+    else:
+        rows.index_copy_(0, numbers, run)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

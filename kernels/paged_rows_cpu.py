@@ -16,10 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
-from kvheap.kernels.launch import runs_kernels
+from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.paged_dense_cpu import DenseRows
 from kvheap.kernels.paged_grid_cpu import Grid, span_of
 from kvheap.kernels.paged_plan import Entry, Pairing
@@ -32,17 +30,7 @@ MAX_BYTES = 512 << 10
 """The most bytes that are copied so; see benchmarks/NOTES.md."""
 
 MAX_DIRECT_BYTES = 1 << 20
-"""The most bytes if they need no temporary; torch copies more, which holds no GIL meanwhile."""
-
-MIN_SHARED_BYTES = 512 << 10
-"""torch shares no fewer bytes among its threads: a call's grain in words of 16 bytes."""
-
-MAX_TEMPORARY_BYTES = 64 << 10
-"""The most bytes of a store of single rows through a temporary; see benchmarks/NOTES.md."""
-
-MAX_EACH = 24
-"""Up to so many blocks are worth an assignment each; larger blocks are worth it if they are more.
-See benchmarks/NOTES.md."""
+"""The most bytes if they need no temporary; torch copies more."""
 
 MIN_ROW_BYTES = 4 << 10
 """Shorter rows of tokens are worth a look at whether they can be merged, if there are more bytes;
@@ -188,88 +176,9 @@ class RowCopy:
             or not self._is_few(count)
         ):
             return False
-        addresses = self._addresses_of(chunk_addresses.tolist(), count, grid.chunk_offset)
+        addresses = self.addresses_of(chunk_addresses.tolist(), count, grid.chunk_offset)
         grid.copy_each(addresses, places.on_host().tolist(), to_heap)
         return True
-
-    def copy_blocks(
-        self, chunk_addresses: Sequence[int], blocks: list[int] | Int64Array, to_heap: bool
-    ) -> bool:
-        """Copy whole blocks between a cache and chunks, all on a CPU.
-
-        Args:
-            chunk_addresses: absolute address of each chunk; a range, if they are at equal
-                distances.
-            blocks: the blocks, all of them real ones of the cache; as many as the chunks have room
-                for, but for the last chunk. An array is int64 ``[N]``.
-            to_heap: whether the chunks are written.
-
-        Returns:
-            Whether they were copied. If not, they are too many, or not contiguous in the chunks.
-        """
-        count = len(blocks)
-        if len(self.block_units) > 1 or runs_kernels(self.pairing.cache.device):
-            return False
-        num_tokens, per_chunk = count * self.unit_tokens, len(self.unit_offsets)
-        num_bytes, dense = num_tokens * self.token_bytes, self.dense
-        if type(chunk_addresses) is not range or len(chunk_addresses) * per_chunk != count:
-            dense = None
-        is_shared = num_bytes > MIN_SHARED_BYTES and dense is not None and dense.is_shared(count)
-        if num_bytes <= MAX_DIRECT_BYTES and not is_shared:
-            if self._copy_few(chunk_addresses, blocks, to_heap):
-                return True
-        array = np.array(blocks, np.int64) if isinstance(blocks, list) else blocks
-        if dense is not None and dense.copy_places(chunk_addresses, array, per_chunk, to_heap):
-            return True
-        places = Places(array, True, self.unit_tokens, num_tokens, True)
-        addresses = np.array(chunk_addresses, np.int64)
-        if self.is_right_for(num_tokens):
-            self.run(addresses, places, 0, to_heap)
-            return True
-        if count % per_chunk:
-            return False
-        alignment = alignment_of(combined_bits(addresses))
-        return self.copy_dense(addresses, alignment, places, to_heap) > 0
-
-    def _copy_few(
-        self, chunk_addresses: Sequence[int], blocks: list[int] | Int64Array, to_heap: bool
-    ) -> bool:
-        """Copy blocks by NumPy, without an index of rows; False if that is not the fastest way."""
-        grid, count = self.grid, len(blocks)
-        if grid is None or not grid.are_blocks:
-            return False
-        block_bytes = self.unit_tokens * self.token_bytes
-        addresses = self._run_of(chunk_addresses, count, grid.chunk_offset)
-        if addresses is not None and count > 1:
-            if not to_heap:
-                takes_one_call = grid.is_row or count > FEW_UNITS
-            elif grid.is_row:
-                is_short = count * block_bytes <= MAX_TEMPORARY_BYTES
-                takes_one_call = is_short or grid.takes_rows(addresses.step)
-            else:
-                takes_one_call = False
-            if takes_one_call:
-                array = np.array(blocks, np.int64) if isinstance(blocks, list) else blocks
-                grid.copy_run(addresses, array, to_heap)
-                return True
-        if count > MAX_EACH and block_bytes < SMALL_UNIT:
-            return False
-        listed = blocks if isinstance(blocks, list) else blocks.tolist()
-        each = addresses or self._addresses_of(chunk_addresses, count, grid.chunk_offset)
-        grid.copy_each(each, listed, to_heap)
-        return True
-
-    def _run_of(self, chunk_addresses: Sequence[int], count: int, first: int) -> range | None:
-        """As :meth:`_addresses_of`, if the addresses are at equal distances; else None."""
-        if type(chunk_addresses) is not range:
-            return None
-        per_chunk, step = len(self.unit_offsets), chunk_addresses.step
-        if per_chunk > 1:
-            if len(chunk_addresses) > 1 and step != per_chunk * self.unit_step:
-                return None
-            step = self.unit_step
-        start = chunk_addresses.start + first
-        return range(start, start + count * step, step) if step else None
 
     def _is_few(self, count: int) -> bool:
         """Whether so many units are worth an assignment each."""
@@ -277,7 +186,7 @@ class RowCopy:
         most = MAX_LISTED if unit_bytes >= SMALL_UNIT else FEW_UNITS
         return count <= most and count * unit_bytes <= MAX_DIRECT_BYTES
 
-    def _addresses_of(self, chunk_addresses: Sequence[int], count: int, first: int) -> list[int]:
+    def addresses_of(self, chunk_addresses: Sequence[int], count: int, first: int) -> list[int]:
         """The address of the first row of each of so many units, in an entry at byte ``first``."""
         if len(self.unit_offsets) == 1:
             return [address + first for address in chunk_addresses]

@@ -23,6 +23,7 @@ from kvheap.engine.origins import origin_of
 from kvheap.engine.tokens import form_of
 from kvheap.engine.transfers import ended_transfer
 from kvheap.kernels.arrays import Int64Array
+from kvheap.kernels.paged_blocks_cpu import copy_blocks
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_rows_cpu import RowCopy
 from kvheap.kernels.paged_slots import BlockIds, Slots
@@ -105,7 +106,7 @@ def store_few(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> Transfe
     segments = chunks.allocator.segments  # keeps them alive if another thread closes the heap
     addresses = _addresses_of(segments, chunks, len(ids), known)
     chunks.await_transfers()
-    if not addresses or not known.rows.copy_blocks(addresses, ids, to_heap=True):
+    if not addresses or not copy_blocks(known.rows, addresses, ids, to_heap=True):
         return None
     stored, num_tokens = chunks.stored_tokens, len(ids) * cache.block_size
     stored.set_first(num_tokens)
@@ -130,7 +131,7 @@ def load_few(batch: BlockObjects, cache: PagedKVCache, slots: Slots) -> Transfer
         return None
     segments = chunks.allocator.segments  # as in store_few
     addresses = _addresses_of(segments, chunks, len(ids), known)
-    if not addresses or not known.rows.copy_blocks(addresses, ids, to_heap=False):
+    if not addresses or not copy_blocks(known.rows, addresses, ids, to_heap=False):
         return None
     return known.transfer(len(ids), num_tokens)
 

@@ -11,7 +11,7 @@ import torch
 
 import kvheap
 from kvheap import BlockIds, MemoryFormat, PagedKVCache, TensorMemoryAllocator
-from kvheap.kernels import paged_rows_cpu
+from kvheap.kernels import paged_blocks_cpu
 from kvheap.kernels.paged_dense_cpu import DenseRows
 
 LAYERS, TOKENS, BLOCKS = 3, 4, 40
@@ -20,7 +20,7 @@ LAYERS, TOKENS, BLOCKS = 3, 4, 40
 @pytest.fixture(autouse=True)
 def all_bytes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let every run be copied so, and note which way each copy goes."""
-    monkeypatch.setattr(paged_rows_cpu, "MAX_DIRECT_BYTES", -1)
+    monkeypatch.setattr(paged_blocks_cpu, "MAX_NUMPY_BYTES", -1)
     ways: list[str] = []
     copy_places = DenseRows.copy_places
 
