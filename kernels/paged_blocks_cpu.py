@@ -65,18 +65,18 @@ def copy_blocks(
     count, per_chunk = len(blocks), len(rows.unit_offsets)
     if len(rows.block_units) > 1 or runs_kernels(rows.pairing.cache.device):
         return False
-    num_tokens, dense, run = count * rows.unit_tokens, None, None
+    num_tokens = count * rows.unit_tokens
     num_bytes = num_tokens * rows.token_bytes
-    if type(chunk_addresses) is range and len(chunk_addresses) * per_chunk == count:
-        dense, run = rows.dense, chunk_addresses  # of chunks that are full
+    dense = rows.dense
     is_shared = num_bytes > MIN_SHARED_BYTES and dense is not None and dense.is_shared(count)
-    for_numpy = num_bytes <= MAX_NUMPY_BYTES and not is_shared
-    if for_numpy and _copy_by_grid(rows, chunk_addresses, blocks, to_heap):
+    is_for_numpy = num_bytes <= MAX_NUMPY_BYTES and not (
+        is_shared and _full_run(rows, chunk_addresses, count)
+    )
+    if is_for_numpy and _copy_by_grid(rows, chunk_addresses, blocks, to_heap):
         return True
-    array, is_done = _array_of(blocks), False
+    array, run = _array_of(blocks), _full_run(rows, chunk_addresses, count)
     if dense is not None and run is not None:
-        is_done = dense.copy_places(run, array, per_chunk, to_heap)
-    if is_done:
+        dense.copy_places(run, array, per_chunk, to_heap)
         return True
     places = Places(array, True, rows.unit_tokens, num_tokens, True)
     addresses = np.array(chunk_addresses, np.int64)
@@ -106,11 +106,21 @@ def _copy_by_grid(
         if is_one_call:
             grid.copy_run(run, _array_of(blocks), to_heap)
             return True
-    if count > MAX_EACH and block_bytes < LARGE_BLOCK:
+    is_small = count > MAX_EACH and block_bytes < LARGE_BLOCK
+    if is_small and _full_run(rows, chunk_addresses, count):
         return False
     addresses = run or rows.addresses_of(chunk_addresses, count, grid.chunk_offset)
     grid.copy_each(addresses, blocks if isinstance(blocks, list) else blocks.tolist(), to_heap)
     return True
+
+
+def _full_run(rows: RowCopy, chunk_addresses: Sequence[int], count: int) -> range | None:
+    """The chunks, if so many blocks fill them and their rows are at equal distances."""
+    per_chunk, dense = len(rows.unit_offsets), rows.dense
+    if dense is None or type(chunk_addresses) is not range:
+        return None
+    is_full = len(chunk_addresses) * per_chunk == count
+    return chunk_addresses if is_full and dense.are_rows(chunk_addresses, per_chunk) else None
 
 
 def _run_of(rows: RowCopy, chunk_addresses: Sequence[int], count: int, first: int) -> range | None:

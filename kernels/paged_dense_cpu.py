@@ -42,10 +42,14 @@ MAX_LOAD_BYTES = 128 << 10
 
 
 def starts_threads(num_rows: int, row_elements: int) -> bool:
-    """Whether an ``index_select`` or ``index_copy_`` of so many rows starts torch's threads.
+    """Whether an ``index_select(out=)`` of so many rows starts torch's threads.
 
     Rows of fewer elements than ``GRAIN`` are shared among the threads, and so is each longer one;
-    those of just as many are copied one by one (torch 2.13.0, ``index_select_out_cpu_``).
+    rows of just as many are copied one by one (torch 2.13.0, ``index_select_out_cpu_``; an
+    ``index_copy_`` shares these, too).
+
+    >>> starts_threads(4, 8192), starts_threads(5, 8192), starts_threads(64, 32768)
+    (False, True, False)
     """
     return num_rows * row_elements > GRAIN and row_elements != GRAIN
 
@@ -78,24 +82,28 @@ class DenseRows:
         """Whether torch's threads share a copy of so many units, as they share those of a loop."""
         return starts_threads(num_units, self.row_elements)
 
-    def copy_places(self, chunks: range, places: Int64Array, per_chunk: int, to_heap: bool) -> bool:
-        """Copy whole units between places of the cache and whole chunks at equal distances.
+    def are_rows(self, chunks: range, per_chunk: int) -> bool:
+        """Whether the rows of chunks at equal distances are at equal distances, too.
 
         Args:
             chunks: absolute address of each chunk.
+            per_chunk: units of a chunk.
+        """
+        num_rows = self.row_offsets.size * per_chunk
+        return num_rows == 1 or len(chunks) == 1 or chunks.step == num_rows * self.row_bytes
+
+    def copy_places(self, chunks: range, places: Int64Array, per_chunk: int, to_heap: bool) -> None:
+        """Copy whole units between places of the cache and whole chunks.
+
+        Args:
+            chunks: absolute address of each chunk; :meth:`are_rows`.
             places: the place of each unit, counted in ``place_bytes``, int64 ``[units]``; as many
                 as the chunks have.
             per_chunk: units of a chunk.
             to_heap: whether the chunks are written.
-
-        Returns:
-            Whether they were copied. If not, their rows are not at equal distances.
         """
-        num_rows, step = self.row_offsets.size * per_chunk, self.row_bytes
-        if len(chunks) > 1 and chunks.step != num_rows * step:
-            if num_rows > 1:
-                return False
-            step = chunks.step
+        num_rows = self.row_offsets.size * per_chunk
+        step = chunks.step if num_rows == 1 else self.row_bytes
         heads = (1,) * (self.row_offsets.ndim - 2)
         places = places.reshape(-1, 1, per_chunk, *heads)
         num_bytes = len(chunks) * num_rows * self.row_bytes
@@ -107,11 +115,10 @@ class DenseRows:
                 run[...] = self.cache_rows[numbers]
             else:
                 self.cache_rows[numbers] = run
-            return True
+            return
         words = self._words_of(self.alignment | chunks.start | step)
         numbers = (words.row_numbers + places * words.place_words).reshape(-1)
         self._copy(words, chunks.start, numbers, step, to_heap)
-        return True
 
     def copy_rows(self, address: int, offsets: Int64Array, alignment: int, to_heap: bool) -> None:
         """Copy rows between the cache and a run of memory.
