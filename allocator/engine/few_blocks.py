@@ -43,7 +43,8 @@ MAX_LAYOUTS = 64
 MAX_SET = 64
 """Up to so many ids are compared in a set; more of them in a table of all blocks."""
 
-INTEGERS = (torch.int64, torch.int32, np.dtype(np.int64), np.dtype(np.int32))
+INTEGERS = (torch.int64, torch.int32)
+NUMPY_INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,7 +164,7 @@ def _ids_of(blocks: Any, cache: PagedKVCache) -> Ids | None:
             return None
         count = given.numel()
     elif kind is np.ndarray:
-        if given.dtype not in INTEGERS or given.ndim != 1:
+        if given.dtype not in NUMPY_INTEGERS or given.ndim != 1:
             return None
         count = len(given)
     elif kind is list and set(map(type, given)) == {int}:
