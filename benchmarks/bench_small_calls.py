@@ -8,8 +8,9 @@ table            what runs
 ===============  =================================================================================
 pages            ``kvheap.store`` and ``kvheap.load`` of whole pages, N pages of 1 to 64 KiB in each
                  of 1 or 32 layers, whose tensors are ``apart`` or in one ``shared`` storage, into
-                 chunks of one page; against a loop over the layers of ``index_select(out=)`` or
-                 ``index_copy_``, and one ``index_select(out=)`` over the shared storage
+                 chunks of one page, which follow each other as the rows of the loop's tensor do;
+                 against a loop over the layers of ``index_select(out=)`` or ``index_copy_``, and
+                 one ``index_select(out=)`` over the shared storage
 blocks           ``batched_allocate(source=)`` and ``batched_free(out=)``, less the same calls
                  without them; ``scatter_blocks`` and ``gather_blocks`` at scattered addresses;
                  against a loop of slice and ``copy_`` per block
@@ -139,7 +140,9 @@ def measure_page(layers: int, where: str, page_bytes: int, count: int, rounds: i
     storage = torch.rand(layers, num_pages, PAGE_TOKENS, width).bfloat16()
     tensors = list(storage) if where == "shared" else [layer.clone() for layer in storage]
     cache = PagedKVCache.of("mla", tensors)
-    heap = Heap(torch.ones(count * max(layers * page_bytes, 4096) + 4096, dtype=torch.uint8))
+    chunk_bytes = layers * page_bytes
+    memory = torch.ones(count * max(chunk_bytes, 4096) + 4096, dtype=torch.uint8)
+    heap = Heap(memory, align_bytes=min(chunk_bytes, 4096))
     shape = (1, layers, PAGE_TOKENS, width)
     batch = heap.batched_allocate(shape, torch.bfloat16, count, MemoryFormat.KV_MLA_FMT)
     assert batch is not None

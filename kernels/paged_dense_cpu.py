@@ -1,22 +1,57 @@
-"""Paged copy on a CPU where the rows of a chunk follow each other: one indexing call of torch.
+"""Paged copy on a CPU where the rows of a chunk follow each other: an index picks them by one call.
 
-Chunks in a run are then dense rows, and an index picks the rows of the cache in their order. No
-byte goes through a temporary. The cache's memory is viewed as overlapping rows, one starting at
-each word, so that one call reaches all layers, wherever they are.
+Chunks in a run are then dense rows, and an index picks the rows of the cache in their order. The
+cache's memory is viewed as overlapping rows, so that one call reaches all layers, wherever they
+are. NumPy copies few bytes, whose views cost less. More of them are copied by torch, without a
+temporary, and here its threads decide:
 
-Each byte of the tokens is read and written once, plus 8 bytes for the index of each row.
+- A call of at most ``GRAIN`` elements runs on the calling thread alone. A longer one is shared by
+  torch's threads, and each call waits for all of them: where other work keeps the cores busy, for
+  milliseconds, whatever it copies.
+- So they are started only where the loop that this replaces, an indexing call for each layer,
+  starts them too. Other copies are made of calls of at most ``GRAIN`` words; if they are large,
+  helper threads take some of these calls, and nobody waits for a helper that has taken none.
+
+Each byte of the tokens is read and written once, or twice through NumPy's temporary, plus 8 bytes
+for the index of each row.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvheap.kernels.arrays import Int64Array
-from kvheap.kernels.words import CPU_WORDS, memory_at, overlapping_rows, words_at
+from kvheap.kernels.host_copy import MAX_THREADS, THREAD_BYTES
+from kvheap.kernels.shared_work import do_all
+from kvheap.kernels.words import CPU_WORDS, array_at, memory_at, overlapping_rows, words_at
 
-__all__ = ["DenseRows"]
+__all__ = ["DenseRows", "starts_threads"]
+
+GRAIN = 32768
+"""torch does not share fewer elements among its threads (``at::internal::GRAIN_SIZE``)."""
+
+MAX_STORE_BYTES = 64 << 10
+MAX_LOAD_BYTES = 128 << 10
+"""The most bytes that NumPy copies; see benchmarks/NOTES.md."""
+
+
+def starts_threads(num_rows: int, row_elements: int) -> bool:
+    """Whether an ``index_select(out=)`` of so many rows starts torch's threads.
+
+    Rows of fewer elements than ``GRAIN`` are shared among the threads, and so is each longer one;
+    rows of just as many are copied one by one (torch 2.13.0, ``index_select_out_cpu_``; an
+    ``index_copy_`` shares these, too).
+
+    >>> starts_threads(4, 8192), starts_threads(5, 8192), starts_threads(64, 32768)
+    (False, True, False)
+    """
+    return num_rows * row_elements > GRAIN and row_elements != GRAIN
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,6 +61,8 @@ class DenseRows:
     Attributes:
         span: the addresses of the cache's first byte, a multiple of any word, and behind its last.
         row_bytes: bytes of a row: of one unit of an entry, or of one head of it.
+        row_elements: elements of a row.
+        cache_rows: all rows of the cache's memory, one starting at each byte; they overlap.
         row_offsets: the first byte of each row of a unit at place 0, from the start of the span,
             int64 ``[entries, 1]`` or ``[entries, 1, heads]``.
         place_bytes: bytes from one place to the next.
@@ -34,36 +71,54 @@ class DenseRows:
 
     span: tuple[int, int]
     row_bytes: int
+    row_elements: int
+    cache_rows: npt.NDArray[np.void]
     row_offsets: Int64Array
     place_bytes: int
     alignment: int
     _words: dict[int, _Words] = field(default_factory=dict, init=False)
 
-    def copy_places(
-        self, chunks: range, places: torch.Tensor, per_chunk: int, to_heap: bool
-    ) -> bool:
-        """Copy whole units between places of the cache and whole chunks at equal distances.
+    def is_shared(self, num_units: int) -> bool:
+        """Whether torch's threads share a copy of so many units, as they share those of a loop."""
+        return starts_threads(num_units, self.row_elements)
+
+    def are_rows(self, chunks: range, per_chunk: int) -> bool:
+        """Whether the rows of chunks at equal distances are at equal distances, too.
 
         Args:
             chunks: absolute address of each chunk.
-            places: the place of each unit, counted in ``place_bytes``; integers ``[units]`` on the
-                host, as many as the chunks have.
+            per_chunk: units of a chunk.
+        """
+        num_rows = self.row_offsets.size * per_chunk
+        return num_rows == 1 or len(chunks) == 1 or chunks.step == num_rows * self.row_bytes
+
+    def copy_places(self, chunks: range, places: Int64Array, per_chunk: int, to_heap: bool) -> None:
+        """Copy whole units between places of the cache and whole chunks.
+
+        Args:
+            chunks: absolute address of each chunk; :meth:`are_rows`.
+            places: the place of each unit, counted in ``place_bytes``, int64 ``[units]``; as many
+                as the chunks have.
             per_chunk: units of a chunk.
             to_heap: whether the chunks are written.
-
-        Returns:
-            Whether they were copied. If not, their rows are not at equal distances.
         """
-        num_rows, step = self.row_offsets.size * per_chunk, self.row_bytes
-        if len(chunks) > 1 and chunks.step != num_rows * step:
-            if num_rows > 1:
-                return False
-            step = chunks.step
+        num_rows = self.row_offsets.size * per_chunk
+        step = chunks.step if num_rows == 1 else self.row_bytes
+        heads = (1,) * (self.row_offsets.ndim - 2)
+        places = places.reshape(-1, 1, per_chunk, *heads)
+        num_bytes = len(chunks) * num_rows * self.row_bytes
+        if num_bytes <= (MAX_STORE_BYTES if to_heap else MAX_LOAD_BYTES):
+            numbers = (self.row_offsets + places * self.place_bytes).reshape(-1)
+            shape, dtype = (len(numbers),), self.cache_rows.dtype
+            run: npt.NDArray[np.void] = array_at(chunks.start, shape, dtype, (step,))
+            if to_heap:
+                run[...] = self.cache_rows[numbers]
+            else:
+                self.cache_rows[numbers] = run
+            return
         words = self._words_of(self.alignment | chunks.start | step)
-        places = places.view(-1, 1, per_chunk, *words.heads)
-        rows = torch.add(words.row_numbers, places, alpha=words.place_words).view(-1)
-        self._copy(words, chunks.start, rows, step, to_heap)
-        return True
+        numbers = (words.row_numbers + places * words.place_words).reshape(-1)
+        self._copy(words, chunks.start, numbers, step, to_heap)
 
     def copy_rows(self, address: int, offsets: Int64Array, alignment: int, to_heap: bool) -> None:
         """Copy rows between the cache and a run of memory.
@@ -75,17 +130,30 @@ class DenseRows:
             to_heap: whether the run is written.
         """
         words = self._words_of(self.alignment | alignment)
-        rows = torch.from_numpy(offsets >> (words.word.itemsize.bit_length() - 1))
-        self._copy(words, address, rows, self.row_bytes, to_heap)
+        numbers = offsets >> (words.word.itemsize.bit_length() - 1)
+        self._copy(words, address, numbers, self.row_bytes, to_heap)
 
     def _copy(
-        self, words: _Words, address: int, rows: torch.Tensor, step: int, to_heap: bool
+        self, words: _Words, address: int, numbers: Int64Array, step: int, to_heap: bool
     ) -> None:
-        run = words_at(address, rows.numel(), self.row_bytes, step, words.word)
-        if to_heap:
-            torch.index_select(words.rows, 0, rows, out=run)
+        """Copy rows by torch, in as many calls as keep its threads out of it."""
+        num_rows, most = len(numbers), max(1, GRAIN * words.word.itemsize // self.row_bytes)
+        is_one_call = num_rows <= most or self.is_shared(num_rows // self.row_offsets.size)
+        with nullcontext() if is_one_call else torch.inference_mode(False):  # as helpers are
+            rows = torch.from_numpy(numbers)
+            run = words_at(address, num_rows, self.row_bytes, step, words.word)
+            if is_one_call:
+                _copy_rows(words.rows, rows, run, to_heap)
+                return
+            pairs = zip(torch.split(rows, most), torch.split(run, most), strict=True)
+            calls = [partial(_copy_rows, words.rows, *pair, to_heap) for pair in pairs]
+        num_bytes = num_rows * self.row_bytes
+        threads = min(torch.get_num_threads(), MAX_THREADS, num_bytes // THREAD_BYTES)
+        if threads > 1:
+            do_all(calls, threads)
         else:
-            words.rows.index_copy_(0, rows, run)
+            for call in calls:
+                call()
 
     def _words_of(self, bits: int) -> _Words:
         """The cache in words of as many bytes as the lowest of some bits stands for, 16 at most."""
@@ -94,6 +162,14 @@ class DenseRows:
             word = CPU_WORDS[bits & -bits]
             found = self._words[bits & -bits] = _Words.of(self, word)
         return found
+
+
+def _copy_rows(rows: torch.Tensor, numbers: torch.Tensor, run: torch.Tensor, to_heap: bool) -> None:
+    """Copy the rows of these numbers to or from a run, by one call."""
+    if to_heap:
+        torch.index_select(rows, 0, numbers, out=run)
+    else:
+        rows.index_copy_(0, numbers, run)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,14 +181,12 @@ class _Words:
         rows: all rows of the cache's memory, one starting at each word; they overlap.
         row_numbers: which of them are the rows of a unit at place 0, shaped as ``row_offsets``.
         place_words: words from one place to the next.
-        heads: a one if ``row_offsets`` has heads.
     """
 
     word: torch.dtype
     rows: torch.Tensor
-    row_numbers: torch.Tensor
+    row_numbers: Int64Array
     place_words: int
-    heads: tuple[int, ...]
 
     @classmethod
     def of(cls, dense: DenseRows, word: torch.dtype) -> _Words:
@@ -121,5 +195,4 @@ class _Words:
         with torch.inference_mode(False):  # a copy outside of it may write these
             words = torch.from_numpy(memory_at(start, num_bytes, "u1", 1)).view(word)
             rows = overlapping_rows(words, dense.row_bytes // size)
-            numbers = torch.from_numpy(dense.row_offsets // size)
-        return cls(word, rows, numbers, dense.place_bytes // size, (1,) * (numbers.ndim - 2))
+        return cls(word, rows, dense.row_offsets // size, dense.place_bytes // size)

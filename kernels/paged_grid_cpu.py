@@ -1,11 +1,13 @@
 """Rows of a paged copy on a CPU that are at equal distances, as where layers share one storage.
 
 A unit is then a grid of rows, planes by layers by heads, in the cache and in a chunk. One NumPy
-assignment copies it, without an index and without a temporary.
+assignment copies it, without an index and without a temporary. If the units are at equal distances
+in the chunks, too, all of them take one call where that is faster; see benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy.typing as npt
 
 from kvheap.kernels.arrays import MAX_ACCESS_BYTES, Int64Array
 from kvheap.kernels.paged_plan import Pairing
-from kvheap.kernels.words import memory_at
+from kvheap.kernels.words import array_at
 
 __all__ = ["Grid", "span_of"]
 
@@ -23,19 +25,25 @@ __all__ = ["Grid", "span_of"]
 class Grid:
     """The rows of a unit as a grid ``[planes, layers, heads]`` on both sides.
 
+    Dimensions of one element are left out: a unit that is one row is a grid without dimensions.
+
     Attributes:
-        cache_rows: the rows of each block, or of each slot, ``[places, planes, layers, heads]``.
+        cache_rows: the rows of each block, or of each slot, ``[places, *grid]``.
         are_blocks: whether the places are blocks.
         chunk_offset: bytes to the first row in a chunk.
-        chunk_strides: bytes between rows in a chunk.
-        span: bytes from the first row in a chunk to the end of the last one.
+        unit_shape: ``(1, *grid)``.
+        unit_strides: bytes between rows in a chunk, after those of a row.
+        is_row: whether a unit is one row.
+        are_adjacent: whether the rows of the cache follow each other.
     """
 
     cache_rows: npt.NDArray[np.void]
     are_blocks: bool
     chunk_offset: int
-    chunk_strides: tuple[int, ...]
-    span: int
+    unit_shape: tuple[int, ...]
+    unit_strides: tuple[int, ...]
+    is_row: bool
+    are_adjacent: bool
 
     @classmethod
     def of(cls, pairing: Pairing, unit_tokens: int) -> Grid | None:
@@ -51,24 +59,32 @@ class Grid:
         steps = [_steps(bases), _steps(offsets)]
         if steps[0] is None or steps[1] is None or min(*steps[0], *steps[1]) < 0:
             return None
-        shape = (*bases.shape, heads)
-        row_bytes = first.run_bytes * unit_tokens
-        strides = (*steps[0], first.head_stride)
-        place_stride = first.block_stride if are_blocks else first.slot_stride
-        places = cache.num_blocks if are_blocks else cache.num_slots
-        start, end = span_of(pairing)
-        rows: npt.NDArray[np.void] = np.ndarray(
-            (places, *shape),
-            f"V{row_bytes}",
-            memory_at(start, end - start, "u1", 1),
-            int(bases[0, 0]) - start,
-            (place_stride, *strides),
+        dims = zip(
+            (*bases.shape, heads),
+            (*steps[0], first.head_stride),
+            (*steps[1], pairing.chunk_head_stride),
+            strict=True,
         )
-        chunk_strides = (*steps[1], pairing.chunk_head_stride)
-        span = sum((n - 1) * step for n, step in zip(shape, chunk_strides, strict=True))
-        return cls(rows, are_blocks, int(offsets[0, 0]), chunk_strides, span + row_bytes)
+        kept = [dim for dim in dims if dim[0] > 1]
+        row_bytes = first.run_bytes * unit_tokens
+        place_stride = first.block_stride if are_blocks else first.slot_stride
+        rows = array_at(
+            int(bases[0, 0]),
+            (cache.num_blocks if are_blocks else cache.num_slots, *(dim[0] for dim in kept)),
+            np.dtype(f"V{row_bytes}"),
+            (place_stride, *(dim[1] for dim in kept)),
+        )
+        return cls(
+            rows,
+            are_blocks,
+            int(offsets[0, 0]),
+            (1, *rows.shape[1:]),
+            (row_bytes, *(dim[2] for dim in kept)),
+            not kept,
+            rows.flags.c_contiguous,
+        )
 
-    def copy(self, addresses: list[int], places: list[int], to_heap: bool) -> None:
+    def copy_each(self, addresses: Sequence[int], places: list[int], to_heap: bool) -> None:
         """Copy unit after unit, each by one assignment.
 
         Args:
@@ -76,18 +92,40 @@ class Grid:
             places: the block or slot of each.
             to_heap: whether the chunks are written.
         """
-        rows, strides, span = self.cache_rows, self.chunk_strides, self.span
-        shape, dtype = rows.shape[1:], rows.dtype
-        lowest = min(addresses)
-        memory = memory_at(lowest, max(addresses) - lowest + span, "u1", 1)
+        rows, shape, strides = self.cache_rows, self.unit_shape, self.unit_strides
+        dtype = rows.dtype
         for address, place in zip(addresses, places, strict=True):
-            in_chunk: npt.NDArray[np.void] = np.ndarray(
-                shape, dtype, memory, address - lowest, strides
-            )
+            in_chunk = array_at(address, shape, dtype, strides)
             if to_heap:
-                in_chunk[...] = rows[place]
+                in_chunk[...] = rows[place : place + 1]
             else:
-                rows[place] = in_chunk
+                rows[place : place + 1] = in_chunk
+
+    def copy_run(self, addresses: range, places: Int64Array, to_heap: bool) -> None:
+        """Copy units at equal distances in the chunks by one call.
+
+        If the chunks are written, that takes a temporary of all bytes, unless each unit is a row
+        and the rows follow each other on both sides.
+
+        Args:
+            addresses: absolute address of each unit's first row in a chunk.
+            places: the block or slot of each, int64 ``[units]``.
+            to_heap: whether the chunks are written.
+        """
+        rows, step = self.cache_rows, addresses.step
+        strides = (step, *self.unit_strides[1:])
+        shape = (len(addresses), *self.unit_shape[1:])
+        in_chunks: npt.NDArray[Any] = array_at(addresses.start, shape, rows.dtype, strides)
+        if not to_heap:
+            rows[places] = in_chunks
+        elif self.takes_rows(step):
+            rows.take(places, 0, in_chunks, "clip")  # otherwise it takes a temporary
+        else:
+            in_chunks[...] = rows[places]
+
+    def takes_rows(self, step: int) -> bool:
+        """Whether a store of units at such a distance in the chunks needs no temporary."""
+        return self.is_row and self.are_adjacent and step == self.cache_rows.itemsize
 
 
 def _steps(places: Int64Array) -> tuple[int, int] | None:

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
-from kvheap.kernels.launch import runs_kernels
+from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.paged_dense_cpu import DenseRows
 from kvheap.kernels.paged_grid_cpu import Grid, span_of
 from kvheap.kernels.paged_plan import Entry, Pairing
@@ -32,12 +30,7 @@ MAX_BYTES = 512 << 10
 """The most bytes that are copied so; see benchmarks/NOTES.md."""
 
 MAX_DIRECT_BYTES = 1 << 20
-"""The most bytes if they need no temporary; torch copies more with all its threads."""
-
-MIN_DENSE_BYTES = 128 << 10
-MIN_DENSE_UNITS = 24
-"""From so many bytes or units on, blocks whose chunks are at equal distances in the heap are copied
-by torch; below, its tensors cost more than they save. See benchmarks/NOTES.md."""
+"""The most bytes if they need no temporary; torch copies more."""
 
 MIN_ROW_BYTES = 4 << 10
 """Shorter rows of tokens are worth a look at whether they can be merged, if there are more bytes;
@@ -117,6 +110,7 @@ class RowCopy:
         token_bytes: bytes of a token in all entries.
         kinds: the rows, a kind for each length and stride.
         unit_offsets: the first byte of each unit in an entry of a chunk, int64 ``[units]``.
+        unit_step: bytes from one unit of an entry to the next; 0 if they differ.
         block_units: the first slot of each unit of a block, int64 ``[units of a block]``.
         dense: the rows, if those of a chunk, entry after entry, follow each other.
         grid: the rows by place, if those of all entries are at equal distances, as where all layers
@@ -128,6 +122,7 @@ class RowCopy:
     token_bytes: int
     kinds: tuple[_Rows, ...]
     unit_offsets: Int64Array
+    unit_step: int
     block_units: Int64Array
     dense: DenseRows | None
     grid: Grid | None
@@ -155,6 +150,7 @@ class RowCopy:
             sum(len(entries) * runs * key[0] for key, entries in alike.items()),
             kinds,
             unit_offsets,
+            _only(np.diff(unit_offsets)),
             np.arange(0, pairing.cache.block_size, unit_tokens, dtype=np.int64),
             _dense_rows(pairing, kinds, unit_offsets),
             Grid.of(pairing, unit_tokens) if len(kinds) == 1 else None,
@@ -180,77 +176,9 @@ class RowCopy:
             or not self._is_few(count)
         ):
             return False
-        addresses = self._addresses_of(chunk_addresses.tolist(), count, grid.chunk_offset)
-        grid.copy(addresses, places.on_host().tolist(), to_heap)
+        addresses = self.addresses_of(chunk_addresses.tolist(), count, grid.chunk_offset)
+        grid.copy_each(addresses, places.on_host().tolist(), to_heap)
         return True
-
-    def copy_blocks(
-        self,
-        chunk_addresses: Sequence[int],
-        ids: list[int],
-        tensor: torch.Tensor | None,
-        to_heap: bool,
-    ) -> bool:
-        """Copy a few whole blocks between a cache and chunks, all on a CPU.
-
-        Args:
-            chunk_addresses: absolute address of each chunk; a range, if they are at equal
-                distances.
-            ids: the blocks, all of them real ones of the cache; as many as the chunks have room
-                for, but for the last chunk.
-            tensor: the same as a tensor, int64 ``[N]``, if there is one.
-            to_heap: whether the chunks are written.
-
-        Returns:
-            Whether they were copied. If not, they are too many, or not contiguous in the chunks.
-        """
-        grid, count = self.grid, len(ids)
-        if len(self.block_units) > 1 or runs_kernels(self.pairing.cache.device):
-            return False
-        num_tokens = count * self.unit_tokens
-        num_bytes = num_tokens * self.token_bytes
-        has_grid = grid is not None and grid.are_blocks
-        if count >= MIN_DENSE_UNITS or num_bytes >= (
-            MAX_DIRECT_BYTES if has_grid else MIN_DENSE_BYTES
-        ):
-            if tensor is None:
-                tensor = torch.from_numpy(np.array(ids, np.int64))
-            if self.copy_run(chunk_addresses, tensor, to_heap):
-                return True
-        if grid is not None and grid.are_blocks and self._is_few(count):
-            grid.copy(self._addresses_of(chunk_addresses, count, grid.chunk_offset), ids, to_heap)
-            return True
-        places = Places(np.array(ids, np.int64), True, self.unit_tokens, num_tokens, True)
-        addresses = np.array(chunk_addresses, np.int64)
-        if self.is_right_for(num_tokens):
-            self.run(addresses, places, 0, to_heap)
-            return True
-        if count % len(self.unit_offsets):
-            return False
-        alignment = alignment_of(combined_bits(addresses))
-        return self.copy_dense(addresses, alignment, places, to_heap) > 0
-
-    def copy_run(self, chunk_addresses: Sequence[int], blocks: torch.Tensor, to_heap: bool) -> bool:
-        """Copy whole blocks by one call, if they fill chunks whose rows are at equal distances.
-
-        Args:
-            chunk_addresses: as for :meth:`copy_blocks`.
-            blocks: the blocks, int64 ``[N]``, all of them real ones of the cache.
-            to_heap: whether the chunks are written.
-
-        Returns:
-            Whether they were copied.
-        """
-        dense, per_chunk = self.dense, len(self.unit_offsets)
-        if (
-            dense is None
-            or type(chunk_addresses) is not range
-            or len(self.block_units) > 1
-            or len(chunk_addresses) * per_chunk != blocks.numel()
-            or runs_kernels(self.pairing.cache.device)
-        ):
-            return False
-        return dense.copy_places(chunk_addresses, blocks, per_chunk, to_heap)
 
     def _is_few(self, count: int) -> bool:
         """Whether so many units are worth an assignment each."""
@@ -258,7 +186,7 @@ class RowCopy:
         most = MAX_LISTED if unit_bytes >= SMALL_UNIT else FEW_UNITS
         return count <= most and count * unit_bytes <= MAX_DIRECT_BYTES
 
-    def _addresses_of(self, chunk_addresses: Sequence[int], count: int, first: int) -> list[int]:
+    def addresses_of(self, chunk_addresses: Sequence[int], count: int, first: int) -> list[int]:
         """The address of the first row of each of so many units, in an entry at byte ``first``."""
         if len(self.unit_offsets) == 1:
             return [address + first for address in chunk_addresses]
@@ -389,8 +317,19 @@ def _dense_rows(
     if (np.diff(starts, prepend=-rows.row_bytes) != rows.row_bytes).any():
         return None
     return DenseRows(
-        span_of(pairing), rows.row_bytes, rows.cache_offsets, rows.block_stride, pairing.alignment
+        span_of(pairing),
+        rows.row_bytes,
+        rows.row_bytes // pairing.cache.dtype.itemsize,
+        rows.cache_rows,
+        rows.cache_offsets,
+        rows.block_stride,
+        pairing.alignment,
     )
+
+
+def _only(numbers: Int64Array) -> int:
+    """The number that all of them are; 0 if they differ."""
+    return int(numbers[0]) if len(numbers) and (numbers == numbers[0]).all() else 0
 
 
 def _bounds(units: Int64Array) -> tuple[int, int]:

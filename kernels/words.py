@@ -8,7 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["CPU_WORDS", "memory_at", "overlapping_rows", "view_words", "words_at"]
+__all__ = [
+    "CPU_WORDS",
+    "array_at",
+    "memory_at",
+    "overlapping_rows",
+    "view_words",
+    "words_at",
+]
 
 CPU_WORDS = {
     16: torch.complex128,
@@ -21,10 +28,13 @@ CPU_WORDS = {
 
 
 WORD_TYPES = {
-    word: np.dtype(f"{'c' if size == 16 else 'u' if size == 1 else 'i'}{size}").str
+    word: np.dtype(f"{'c' if size == 16 else 'u' if size == 1 else 'i'}{size}")
     for size, word in CPU_WORDS.items()
 }
-"""NumPy's name of each."""
+"""NumPy's dtype of each."""
+
+FIRST_ADDRESS = 16
+"""NumPy takes an address of 0 for none."""
 
 
 def view_words(
@@ -60,6 +70,22 @@ def memory_at(address: int, length: int, dtype: str, stride: int) -> npt.NDArray
     return np.asarray(_ArrayInterface(address, (length,), f"|{dtype}", (stride,)))
 
 
+def array_at(
+    address: int, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]
+) -> npt.NDArray[Any]:
+    """A view of memory as an array of any shape, which does not keep the memory alive.
+
+    As :func:`memory_at`, in 0.3 us instead of 0.8.
+
+    Args:
+        address: absolute address of the first element, at least ``FIRST_ADDRESS``.
+        shape: of the array.
+        dtype: of an element.
+        strides: bytes from one element to the next, not negative.
+    """
+    return np.ndarray(shape, dtype, _all_memory, address - FIRST_ADDRESS, strides)
+
+
 def words_at(
     address: int, num_rows: int, row_bytes: int, step: int, word: torch.dtype
 ) -> torch.Tensor:
@@ -76,7 +102,7 @@ def words_at(
         ``[num_rows, words of a row]``.
     """
     shape, strides = (num_rows, row_bytes // word.itemsize), (step, word.itemsize)
-    return torch.from_numpy(np.asarray(_ArrayInterface(address, shape, WORD_TYPES[word], strides)))
+    return torch.from_numpy(array_at(address, shape, WORD_TYPES[word], strides))
 
 
 class _ArrayInterface:
@@ -92,3 +118,8 @@ class _ArrayInterface:
             "typestr": typestr,
             "version": 3,
         }
+
+
+_all_memory = memory_at(FIRST_ADDRESS, 1 << 62, "u1", 1)
+"""What arrays at an address are views of, because NumPy makes a view faster than an array. Nobody
+reads it."""

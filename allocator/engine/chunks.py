@@ -443,13 +443,13 @@ def _chunks(
     layout, addresses = layout_and_addresses(objs)
     if convert:
         require_convertible_to(cache, layout.fmt.name)
-    if not route.is_ordered:
+    if not route.is_ordered and not (type(objs) is MemoryBatch and objs.transfer is None):
         await_filling(objs, heap.device)
     absolute, alignment = heap.absolute(addresses)
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset, data_offset = parts(layout, cache.dtype, cache.head_dim)
     buffer, size_bytes = route.segments[0][1], layout.size_bytes
-    is_far = cache.device.type == "cuda" and buffer.device.type == "cpu"
+    is_far = buffer.is_cpu and cache.device.type == "cuda"
     if is_far:
         buffer = reachable_buffer(heap, cache.device, absolute, size_bytes)
     return Chunks(

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from kvheap.blocks.block_layout import BlockLayout
-from kvheap.blocks.heap import BlockObjects, Heap
+from kvheap.blocks.heap import BlockObjects
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.device.transfer import Transfer
 from kvheap.engine.origins import origin_of
 from kvheap.engine.tokens import form_of
 from kvheap.engine.transfers import ended_transfer
 from kvheap.kernels.arrays import Int64Array
+from kvheap.kernels.paged_blocks_cpu import copy_blocks
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_rows_cpu import RowCopy
 from kvheap.kernels.paged_slots import BlockIds, Slots
@@ -30,16 +31,20 @@ from kvheap.kernels.token_copy import TokenCopy
 
 __all__ = ["keep_for_few", "load_few", "store_few"]
 
-MAX_BLOCKS = 64
-"""The most blocks that are looked at one by one."""
+MAX_BLOCKS = 4096
+"""The most blocks that are copied here."""
 
-MAX_ARRAY_BLOCKS = 4096
-"""The most blocks that are copied here: ids in an int64 tensor, chunks that are one run."""
+MAX_LISTED = 8
+"""Up to so many ids are looked at one by one; NumPy takes 0.7 us for any number of them."""
 
 MAX_LAYOUTS = 64
 """Block layouts of which something is kept with a cache; half are dropped beyond that."""
 
-INTEGERS = (torch.int64, torch.int32, np.dtype(np.int64), np.dtype(np.int32))
+MAX_SET = 64
+"""Up to so many ids are compared in a set; more of them in a table of all blocks."""
+
+INTEGERS = (torch.int64, torch.int32)
+NUMPY_INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,17 +100,16 @@ def store_few(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> Transfe
     known = _known(cache, slots, batch)
     if known is None:
         return None
-    batch, slots = cast("MemoryBatch", batch), cast("BlockIds", slots)  # as _known has found
+    chunks: Any = batch  # a MemoryBatch, as _known has found
     ids = _ids_of(slots, cache)
-    if ids is None or not batch.is_writable:
+    if ids is None or not chunks.is_writable:
         return None
-    heap, num_tokens = cast("Heap", batch.allocator), len(ids) * cache.block_size
-    segments = heap.segments  # keeps the buffers alive if another thread closes the heap
-    addresses = _addresses_of(heap, segments, batch, len(ids), known)
-    batch.await_transfers()
-    if not addresses or not _copied(known.rows, addresses, ids, slots, to_heap=True):
+    segments = chunks.allocator.segments  # keeps them alive if another thread closes the heap
+    addresses = _addresses_of(segments, chunks, len(ids), known)
+    chunks.await_transfers()
+    if not addresses or not copy_blocks(known.rows, addresses, ids, to_heap=True):
         return None
-    stored = batch.stored_tokens
+    stored, num_tokens = chunks.stored_tokens, len(ids) * cache.block_size
     stored.set_first(num_tokens)
     stored.form = known.form
     return known.transfer(len(ids), num_tokens)
@@ -116,20 +120,19 @@ def load_few(batch: BlockObjects, cache: PagedKVCache, slots: Slots) -> Transfer
     known = _known(cache, slots, batch)
     if known is None:
         return None
-    batch, slots = cast("MemoryBatch", batch), cast("BlockIds", slots)  # as _known has found
+    chunks: Any = batch
     ids = _ids_of(slots, cache)
     if ids is None or not _are_distinct(ids, cache):
         return None
-    stored, num_tokens = batch.stored_tokens, len(ids) * cache.block_size
+    stored, num_tokens = chunks.stored_tokens, len(ids) * cache.block_size
     first = stored.first
     if stored.form not in (None, known.form) or not (
         stored.is_unknown or (first is not None and num_tokens <= first)
     ):
         return None
-    heap = cast("Heap", batch.allocator)
-    segments = heap.segments  # as in store_few
-    addresses = _addresses_of(heap, segments, batch, len(ids), known)
-    if not addresses or not _copied(known.rows, addresses, ids, slots, to_heap=False):
+    segments = chunks.allocator.segments  # as in store_few
+    addresses = _addresses_of(segments, chunks, len(ids), known)
+    if not addresses or not copy_blocks(known.rows, addresses, ids, to_heap=False):
         return None
     return known.transfer(len(ids), num_tokens)
 
@@ -152,18 +155,16 @@ Ids = list[int] | Int64Array
 """Block ids that were checked: a list of a few, or an array of more."""
 
 
-def _ids_of(blocks: BlockIds, cache: PagedKVCache) -> Ids | None:
+def _ids_of(blocks: Any, cache: PagedKVCache) -> Ids | None:
     """The ids of full blocks of a cache; None if they are not that, or too many."""
-    given: Any = blocks.ids
+    given = blocks.ids
     kind = type(given)
     if kind is torch.Tensor:
-        if not given.is_cpu or given.dtype not in INTEGERS or given.ndim != 1:
+        if given.dtype not in INTEGERS or given.ndim != 1 or not given.is_cpu:
             return None
         count = given.numel()
-        if MAX_BLOCKS < count <= MAX_ARRAY_BLOCKS and given.dtype == torch.int64:
-            return _array_of(blocks, given, cache)
     elif kind is np.ndarray:
-        if given.dtype not in INTEGERS or given.ndim != 1:
+        if given.dtype not in NUMPY_INTEGERS or given.ndim != 1:
             return None
         count = len(given)
     elif kind is list and set(map(type, given)) == {int}:
@@ -172,56 +173,44 @@ def _ids_of(blocks: BlockIds, cache: PagedKVCache) -> Ids | None:
         return None
     if not 0 < count <= MAX_BLOCKS or blocks.num_tokens not in (None, count * cache.block_size):
         return None
-    ids: list[int] = given if kind is list else given.tolist()
-    return ids if min(ids) >= 0 and max(ids) < cache.num_blocks else None
-
-
-def _array_of(blocks: BlockIds, ids: torch.Tensor, cache: PagedKVCache) -> Int64Array | None:
-    """The ids of many full blocks of a cache; None if they are not that."""
-    array: Int64Array = ids.numpy()
-    if blocks.num_tokens not in (None, len(array) * cache.block_size):
-        return None
-    is_inside = int(array.min()) >= 0 and int(array.max()) < cache.num_blocks
-    return array if is_inside else None
+    if count <= MAX_LISTED:
+        ids: list[int] = given if kind is list else given.tolist()
+        return ids if min(ids) >= 0 and max(ids) < cache.num_blocks else None
+    array: Int64Array = given.numpy() if kind is torch.Tensor else given
+    if kind is list:
+        try:
+            array = np.array(given, np.int64)
+        except OverflowError:
+            return None
+    elif array.dtype != np.int64:
+        array = array.astype(np.int64)
+    highest = np.maximum.reduce(array.view(np.uint64))  # a negative one is higher than any
+    return array if highest < cache.num_blocks else None
 
 
 def _are_distinct(ids: Ids, cache: PagedKVCache) -> bool:
     """Whether no block is named twice."""
-    if isinstance(ids, list):
-        return len(set(ids)) == len(ids)
+    if len(ids) <= MAX_SET:
+        return len(set(ids if isinstance(ids, list) else ids.tolist())) == len(ids)
     is_named = np.zeros(cache.num_blocks, np.bool_)
     is_named[ids] = True
     return int(np.count_nonzero(is_named)) == len(ids)
 
 
-def _copied(
-    rows: RowCopy, addresses: Sequence[int], ids: Ids, blocks: BlockIds, to_heap: bool
-) -> bool:
-    """Copy the blocks; False if nothing was copied."""
-    given = blocks.ids
-    tensor = given if type(given) is torch.Tensor and given.dtype == torch.int64 else None
-    if isinstance(ids, list):
-        return rows.copy_blocks(addresses, ids, tensor, to_heap)
-    return tensor is not None and rows.copy_run(addresses, tensor, to_heap)
-
-
 def _addresses_of(
-    heap: Heap,
-    segments: list[tuple[int, torch.Tensor]],
-    batch: MemoryBatch,
-    num_blocks: int,
-    known: _Known,
+    segments: list[tuple[int, torch.Tensor]], batch: MemoryBatch, num_blocks: int, known: _Known
 ) -> Sequence[int]:
     """The absolute address of each chunk; none if they are not as many as the blocks need.
 
     A range, if they are at equal distances.
     """
-    num_chunks = len(batch)
-    if num_chunks != -(-num_blocks // known.blocks_per_chunk) or not segments[0][1].is_cpu:
+    buffer, num_chunks = segments[0][1], len(batch)
+    if num_chunks != -(-num_blocks // known.blocks_per_chunk) or not buffer.is_cpu:
         return []
     run = batch.runs.only_run() if len(segments) == 1 else None
     if run is None:
+        heap: Any = batch.allocator
         addresses: list[int] = heap.absolute(batch.addresses)[0].tolist()
         return addresses
-    start, num_bytes = run[0] + segments[0][1].data_ptr(), run[1]
+    start, num_bytes = run[0] + buffer.data_ptr(), run[1]
     return range(start, start + num_bytes, num_bytes // num_chunks)
