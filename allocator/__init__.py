@@ -42,8 +42,10 @@ if TYPE_CHECKING:
     from kvheap.errors import ForeignObjectError as ForeignObjectError
     from kvheap.errors import ForeignProcessError as ForeignProcessError
     from kvheap.errors import HeapCorruptionError as HeapCorruptionError
+    from kvheap.errors import InUseError as InUseError
     from kvheap.errors import InvalidFreeError as InvalidFreeError
     from kvheap.errors import LifetimeError as LifetimeError
+    from kvheap.errors import MismatchError as MismatchError
     from kvheap.errors import NegativeBatchSizeError as NegativeBatchSizeError
     from kvheap.errors import OutOfMemoryError as OutOfMemoryError
     from kvheap.errors import ReentrantCallError as ReentrantCallError
@@ -107,6 +109,7 @@ _MODULE_OF = {
     "HeapStats": "addresses.heap_stats",
     "HostBuffer": "memory.host_memory",
     "HostMemoryAllocator": "heaps.host_allocators",
+    "InUseError": "errors",
     "InvalidFreeError": "errors",
     "LayoutError": "kernels.paged_layout",
     "LazyMemoryAllocator": "heaps.lazy_allocator",
@@ -120,6 +123,7 @@ _MODULE_OF = {
     "MemoryObj": "blocks.memory_batch",
     "MemoryObjMetadata": "blocks.memory_metadata",
     "MemorySegment": "addresses.block_runs",
+    "MismatchError": "errors",
     "MixedMemoryAllocator": "heaps.mixed_allocator",
     "NegativeBatchSizeError": "errors",
     "OutOfMemoryError": "errors",

@@ -17,6 +17,8 @@ BlockInUseError           a block is freed that is referenced or pinned elsewher
 WriteAfterFreeError       debug mode finds that freed bytes have changed
 ClosedError               a closed allocator is used
 TransferError             a transfer was started but did not complete
+InUseError                somebody else has the file or folder of a heap or tier
+MismatchError             a file or folder has chunks of another model or layout
 HeapCorruptionError       ``check()`` finds a broken invariant: a bug in kvheap
 ========================  ==========================================================
 """
@@ -32,8 +34,10 @@ __all__ = [
     "ForeignObjectError",
     "ForeignProcessError",
     "HeapCorruptionError",
+    "InUseError",
     "InvalidFreeError",
     "LifetimeError",
+    "MismatchError",
     "NegativeBatchSizeError",
     "OutOfMemoryError",
     "ReentrantCallError",
@@ -167,6 +171,68 @@ class TransferError(RuntimeError):
 
     Raised by the transfer's ``result()``, with the cause chained if there is one.
     """
+
+
+class InUseError(RuntimeError):
+    """Somebody else has the file or folder that chunks are kept in; nothing was opened.
+
+    Raised as ``SegmentInUseError`` by a ``SharedHeap``, and as ``TierInUseError`` by a
+    ``FileTier``.
+
+    Attributes:
+        path: the file or folder.
+        owner_pid: the process that has it, which may be this one; None if it is not known.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        owner_pid: int | None,
+        state: str = "in use",
+        advice: str = "close it there first",
+    ) -> None:
+        owner = "another process" if owner_pid is None else f"process {owner_pid}"
+        super().__init__(f"{path} is {state} by {owner}: {advice}")
+        self.path = path
+        self.owner_pid = owner_pid
+
+    def __reduce__(self) -> tuple[type[InUseError], tuple[Any, ...]]:
+        return type(self), (self.path, self.owner_pid)
+
+
+class MismatchError(ValueError):
+    """A file or folder has chunks of another model, layout, size or version; nothing was opened.
+
+    Raised as ``SegmentMismatchError`` by a ``SharedHeap``, and as ``TierMismatchError`` by a
+    ``FileTier``.
+
+    Attributes:
+        path: the file that says so.
+        field: what differs.
+        found: what is there; None if it cannot be read.
+        wanted: what it was opened with.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        field: str,
+        found: object,
+        wanted: object,
+        what: str = "it",
+        advice: str = "use another path",
+    ) -> None:
+        super().__init__(
+            f"{path}: {field} is {found!r}, but {what} was opened with {wanted!r}: its chunks "
+            f"cannot be used; {advice}"
+        )
+        self.path = path
+        self.field = field
+        self.found = found
+        self.wanted = wanted
+
+    def __reduce__(self) -> tuple[type[MismatchError], tuple[Any, ...]]:
+        return type(self), (self.path, self.field, self.found, self.wanted)
 
 
 class HeapCorruptionError(RuntimeError):

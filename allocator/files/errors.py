@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvheap.errors import TransferError
+from kvheap.errors import InUseError, MismatchError, TransferError
+from kvheap.prefix.keys import shown_keys
 
 __all__ = ["MissingChunksError", "TierInUseError", "TierMismatchError"]
 
-NAMED_KEYS = 3
-"""How many keys a message names."""
 
-
-class TierInUseError(RuntimeError):
+class TierInUseError(InUseError):
     """Another ``FileTier``, of this process or another one, has the folder open.
 
     Attributes:
@@ -22,19 +20,13 @@ class TierInUseError(RuntimeError):
     """
 
     def __init__(self, path: str, owner_pid: int | None) -> None:
-        owner = "another process" if owner_pid is None else f"process {owner_pid}"
-        super().__init__(
-            f"{path} is in use by {owner}: a folder has one FileTier at a time; close that one, "
-            f"or give this one another folder"
+        advice = (
+            "a folder has one FileTier at a time; close that one, or give this one another folder"
         )
-        self.path = path
-        self.owner_pid = owner_pid
-
-    def __reduce__(self) -> tuple[type[TierInUseError], tuple[Any, ...]]:
-        return type(self), (self.path, self.owner_pid)
+        super().__init__(path, owner_pid, advice=advice)
 
 
-class TierMismatchError(ValueError):
+class TierMismatchError(MismatchError):
     """The folder holds another tier's chunks: of another model, layout or version of the format.
 
     Attributes:
@@ -45,17 +37,8 @@ class TierMismatchError(ValueError):
     """
 
     def __init__(self, path: str, field: str, found: object, wanted: object) -> None:
-        super().__init__(
-            f"{path}: {field} is {found!r}, but the tier was opened with {wanted!r}: its chunks "
-            f"cannot be used; give the tier another folder, or delete this one"
-        )
-        self.path = path
-        self.field = field
-        self.found = found
-        self.wanted = wanted
-
-    def __reduce__(self) -> tuple[type[TierMismatchError], tuple[Any, ...]]:
-        return type(self), (self.path, self.field, self.found, self.wanted)
+        advice = "give the tier another folder, or delete this one"
+        super().__init__(path, field, found, wanted, "the tier", advice)
 
 
 class MissingChunksError(TransferError):
@@ -71,7 +54,7 @@ class MissingChunksError(TransferError):
         self, missing: Sequence[bytes], damaged: Sequence[bytes], failed: Sequence[bytes]
     ) -> None:
         parts = [
-            f"{what}: {_named(keys)}"
+            f"{what}: {shown_keys(keys)}"
             for what, keys in (
                 ("not in the tier", missing),
                 ("damaged, and removed", damaged),
@@ -86,9 +69,3 @@ class MissingChunksError(TransferError):
 
     def __reduce__(self) -> tuple[type[MissingChunksError], tuple[Any, ...]]:
         return type(self), (self.missing, self.damaged, self.failed)
-
-
-def _named(keys: Sequence[bytes]) -> str:
-    names = ", ".join([repr(key) for key in keys[:NAMED_KEYS]])
-    more = len(keys) - NAMED_KEYS
-    return f"{names} and {more} more" if more > 0 else names

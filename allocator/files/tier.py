@@ -22,27 +22,24 @@
 
 from __future__ import annotations
 
-import atexit
-import logging
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvheap.addresses.arguments import as_seconds, require_count, require_flags
+from kvheap.addresses.arguments import require_count, require_flags
 from kvheap.addresses.integers import round_up
 from kvheap.blocks.block_layout import BlockLayout, as_block_layout
 from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.rows import Rows
+from kvheap.closing import Closer
 from kvheap.device.completion import Completion, in_flight
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.device.transfer import Transfer
-from kvheap.errors import ClosedError
 from kvheap.files.chunk_file import ChunkFile, Moved
 from kvheap.files.chunk_index import MAX_KEY_BYTES
 from kvheap.files.data_file import PLACE_ALIGN_BYTES
@@ -60,14 +57,10 @@ from kvheap.renamed import renamed
 
 __all__ = ["FileTier"]
 
-LOGGER = logging.getLogger("kvheap")
-
 ADDRESS_BITS = 63
 
 EXIT_S = 60.0
 """Seconds that the end of a program waits for the jobs of a tier that was not closed."""
-
-_open_tiers: dict[int, FileTier] = {}
 
 
 class FileTier:
@@ -154,8 +147,6 @@ class FileTier:
         self.layout = layout
         """What a chunk holds."""
         self._place_bytes = place_bytes
-        self._is_closing = self._is_foreign = False
-        self._pid = os.getpid()
         identity = {
             "namespace": namespace,
             "layout": str(layout),
@@ -181,13 +172,18 @@ class FileTier:
         except BaseException:
             self._folder.unlock()
             raise
+        self._closer = Closer(
+            self,
+            exit_s=EXIT_S,
+            in_child="a forked child cannot use it, and may open the folder once that process has "
+            "closed it",
+        )
         starts_over_after_fork(self)
-        _open_tiers[id(self)] = self
 
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
-        return self._is_closing
+        return self._closer.is_closing
 
     # -- look ----------------------------------------------------------------------------------
 
@@ -201,7 +197,7 @@ class FileTier:
             TypeError, ValueError: a key is wrong; the message names it.
             ClosedError: the tier is closed, or another process's.
         """
-        self._require_open()
+        self._closer.require_open()
         found = _as_keys(keys)
         return np.fromiter(map(self._file.is_ready, found), np.bool_, len(found))
 
@@ -211,7 +207,7 @@ class FileTier:
         Raises:
             ClosedError: the tier is closed, or another process's.
         """
-        self._require_open()
+        self._closer.require_open()
         return self._file.ready_keys()
 
     def stats(self) -> FileTierStats:
@@ -251,7 +247,7 @@ class FileTier:
             TransferError: the transfer that was to fill a block has failed; nothing is stored.
             ClosedError: the tier or the heap is closed, or the tier is another process's.
         """
-        self._require_open()
+        self._closer.require_open()
         names = _as_keys(keys, is_list=True)
         require_distinct(names)
         rows = self._rows_of("batch", batch, len(names))
@@ -281,7 +277,7 @@ class FileTier:
                 twice; nothing is loaded.
             ForeignObjectError: the blocks are another process's, and a view for reading here.
         """
-        self._require_open()
+        self._closer.require_open()
         names = _as_keys(keys, is_list=True)
         if not isinstance(into, Heap) and callable(getattr(into, "batched_allocate", None)):
             raise TypeError(f"into must be a heap in host memory or its blocks, got {into!r}")
@@ -367,8 +363,8 @@ class FileTier:
             if filled is not None:
                 filled.transfer = transfer
             self._threads.submit(kind, job.run)
-            if self._is_closing and job.withdraw():
-                raise self._closed()
+            if self._closer.is_closing and job.withdraw():
+                raise self._closer.closed_error()
         except BaseException:
             if job.withdraw() and filled is not None:
                 filled.transfer = earlier
@@ -398,7 +394,7 @@ class FileTier:
             TypeError, ValueError: a key is wrong; the message names it.
             ClosedError: the tier is closed, or another process's.
         """
-        self._require_open()
+        self._closer.require_open()
         self._file.note_use(_as_keys(keys))
         self._threads.submit("short", self._file.count_uses)
 
@@ -435,26 +431,25 @@ class FileTier:
             TimeoutError: not all has ended in time; it goes on, and a later call can wait for it.
             NestedWaitError: in a finalizer on a thread of the tier. A ``RuntimeError``.
         """
-        if timeout_s is not None:
-            timeout_s = as_seconds("timeout_s", timeout_s)
-        if self._is_foreign:
-            return
+        self._closer.close(timeout_s, wait=self._wait_for_end, release=_nothing)
+
+    def _wait_for_end(self, timeout_s: float | None) -> None:
+        """Let the threads end, the last of which closes the files."""
         threads = self._threads
-        self._is_closing = True
-        if not threads.have_ended.is_open:
-            threads.stop(self._end)
-            if threads.is_here():
-                raise NestedWaitError(
-                    "a thread of a FileTier cannot wait for its end: the tier closes without this "
-                    "finalizer"
-                )
-            if not threads.have_ended.wait(timeout_s):
-                stats = self._file.stats
-                raise TimeoutError(
-                    f"{self!r} has not ended in {timeout_s:g} s ({stats.pending_chunks} chunks are "
-                    f"being stored, {stats.loading_chunks} loaded): close it again later"
-                )
-        _open_tiers.pop(id(self), None)
+        if threads.have_ended.is_open:
+            return
+        threads.stop(self._end)
+        if threads.is_here():
+            raise NestedWaitError(
+                "a thread of a FileTier cannot wait for its end: the tier closes without this "
+                "finalizer"
+            )
+        if not threads.have_ended.wait(timeout_s):
+            stats = self._file.stats
+            raise TimeoutError(
+                f"{self!r} has not ended in {timeout_s:g} s ({stats.pending_chunks} chunks are "
+                f"being stored, {stats.loading_chunks} loaded): close it again later"
+            )
 
     def _end(self) -> None:
         """Close the files; on the last of the threads."""
@@ -467,38 +462,21 @@ class FileTier:
 
     def _ask(self, question: Any) -> Any:
         """What a short call on a thread of the tier returns or raises."""
-        self._require_open()
+        self._closer.require_open()
         if self._threads.is_here():
             raise NestedWaitError("a finalizer on a thread of a FileTier cannot wait for that tier")
-        return self._threads.ask(question, self._closed)
-
-    def _require_open(self) -> None:
-        if self._is_closing or self._is_foreign:
-            raise self._closed()
-
-    def _closed(self) -> ClosedError:
-        if self._is_foreign:
-            return ClosedError(
-                f"{self!r} belongs to process {self._pid}: a forked child cannot use it, and may "
-                f"open the folder once that process has closed it"
-            )
-        return ClosedError(f"{self!r} is closed")
+        return self._threads.ask(question, self._closer.closed_error)
 
     def start_over_after_fork(self) -> None:
         """Give the tier up in a forked child: its threads and its index are the parent's."""
-        self._is_foreign = True
         self._file.start_over_after_fork()
         self._folder.unlock()
 
     def __enter__(self) -> FileTier:
+        self._closer.require_open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -536,15 +514,5 @@ def _require_host(heap: Heap, name: str) -> None:
         )
 
 
-@atexit.register
-def _close_all() -> None:
-    """Close what is still open at the end of the program, so that nothing stored is lost."""
-    for tier in list(_open_tiers.values()):
-        _close_at_exit(tier)
-
-
-def _close_at_exit(tier: FileTier) -> None:
-    try:
-        tier.close(EXIT_S)
-    except Exception as error:
-        LOGGER.warning("at the end of the program: %s", error)
+def _nothing() -> None:
+    """The last of the threads has closed everything."""

@@ -58,6 +58,11 @@ class FileLock:
         # At the end of a program the kernel releases it, when no thread can work any more.
         self._finalizer.atexit = False
 
+    @property
+    def is_held(self) -> bool:
+        """Whether :meth:`release` was not called yet."""
+        return self._finalizer.alive
+
     @classmethod
     def reopened(cls, fd: int, patience_s: float = 0.0) -> FileLock:
         """The lock of a file that is open, on an open file of its own; ``fd`` stays the caller's.
@@ -103,6 +108,7 @@ class RangeLocks:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._close_fd = weakref.finalize(self, os.close, fd)
+        self._close_fd.atexit = False  # some call may still need them then
 
     def share(self, start: int, count: int) -> bool:
         """Lock numbers together with others; False if somebody has one exclusively."""

@@ -10,7 +10,7 @@ Needs no torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 __all__ = [
@@ -20,7 +20,11 @@ __all__ = [
     "require_key_list",
     "require_keys",
     "require_list",
+    "shown_keys",
 ]
+
+NAMED_KEYS = 3
+"""How many keys a message names."""
 
 TEXT = (str, bytes, bytearray, memoryview)
 
@@ -119,6 +123,17 @@ def require_distinct(keys: list[bytes]) -> None:
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"keys must not name a chunk twice, got {twice!r} twice")
+
+
+def shown_keys(keys: Sequence[bytes]) -> str:
+    """Keys for a message, the first ones by name.
+
+    >>> shown_keys([b"a", b"b", b"c", b"d", b"e"])
+    "b'a', b'b', b'c' and 2 more"
+    """
+    names = ", ".join([repr(key) for key in keys[:NAMED_KEYS]])
+    more = len(keys) - NAMED_KEYS
+    return f"{names} and {more} more" if more > 0 else names
 
 
 def as_key_error(error: BaseException, keys: Any, name: str = "keys") -> BaseException:

@@ -17,20 +17,16 @@ True
 
 from __future__ import annotations
 
-import atexit
-import logging
-import os
 import socket
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kvheap.addresses.arguments import as_number, as_seconds, require_function
 from kvheap.blocks.heap import BlockObjects, Heap
+from kvheap.closing import Closer
 from kvheap.device.host_queue import NestedWaitError
-from kvheap.errors import ClosedError
 from kvheap.forks import starts_over_after_fork
 from kvheap.prefix.keys import require_key_list, require_keys
 from kvheap.remote.agent import Agent
@@ -56,8 +52,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Node"]
 
-LOGGER = logging.getLogger("kvheap")
-
 MAX_NAME = 200
 BACKLOG = 64
 CLOSE_POLL_S = 2e-3
@@ -65,8 +59,6 @@ OFFER_POLL_S = 0.1
 
 EXIT_S = 1.0
 """Seconds that the end of a program waits for the reads of a node that was not closed."""
-
-_open_nodes: dict[int, Node] = {}
 
 
 class Node:
@@ -138,8 +130,6 @@ class Node:
         """Of this life of the node."""
         self._secret = found_secret
         self._key = channel_key(found_secret)
-        self._pid = os.getpid()
-        self._is_closing = self._is_closed = self._is_foreign = False
         self._peers: dict[str, Peer] = {}
         self._catalogue = Catalogue(heap, lookup)
         self._lent = LentBlocks(heap)
@@ -161,10 +151,22 @@ class Node:
         self._device = segments[0][1].device
         self._reader = Reader(agent, self._key, name)
         self._server = Server(listener, self._key, self._welcome, self._service, name)
+        self._start(agent)
+        self._closer = Closer(self, exit_s=EXIT_S, give_up=self._reader.leak)
         starts_over_after_fork(self)
-        _open_nodes[id(self)] = self
-        self._reader.start()
-        self._server.start()
+
+    def _start(self, agent: Agent) -> None:
+        """Start both threads, or none."""
+        end_server = self._server.abandon
+        try:
+            self._server.start()
+            end_server = self._server.stop
+            self._reader.start()
+        except BaseException:
+            end_server()
+            agent.close()
+            self._reader.abandon()
+            raise
 
     def _welcome(self) -> bytes:
         """What this node says of itself."""
@@ -195,7 +197,7 @@ class Node:
             TypeError, ValueError, LifetimeError: a key or a block is wrong; nothing is published.
             ClosedError: the node is closed, or belongs to another process.
         """
-        self._require_open()
+        self._closer.require_open()
         require_key_list(keys)
         self._catalogue.publish(as_keys(keys), blocks)
 
@@ -206,7 +208,7 @@ class Node:
             TypeError, ValueError: a key is wrong.
             ClosedError: the node is closed, or belongs to another process.
         """
-        self._require_open()
+        self._closer.require_open()
         require_keys(keys)
         self._catalogue.withdraw(as_keys(keys))
 
@@ -222,7 +224,7 @@ class Node:
         Raises:
             ClosedError: the node is closed, also meanwhile, or belongs to another process.
         """
-        self._require_open()
+        self._closer.require_open()
         deadline = None
         if timeout_s is not None:
             deadline = time.monotonic() + as_seconds("timeout_s", timeout_s)
@@ -231,7 +233,7 @@ class Node:
             offer = self._offers.next(min(max(left_s, 0.0), OFFER_POLL_S))
             if offer is not None or (deadline is not None and time.monotonic() >= deadline):
                 return offer
-            self._require_open()
+            self._closer.require_open()
 
     # -- read ----------------------------------------------------------------------------------
 
@@ -253,7 +255,7 @@ class Node:
             PeerError: NIXL refuses it.
             ClosedError: the node is closed, or belongs to another process.
         """
-        self._require_open()
+        self._closer.require_open()
         where = endpoint_of("address", address)
         require_secret("address", where[0], self._secret)
         timeout_s = as_number("timeout_s", timeout_s, positive=True)
@@ -278,10 +280,14 @@ class Node:
             asking.close()
             raise
         ask = AskLine(asking, where, self._key, self.name, welcome.name, welcome.uuid)
+        require_open = self._closer.require_open
         peer = Peer(
-            self.heap, self._reader, link, ask, address, self.address, self.name, self._require_open
+            self.heap, self._reader, link, ask, address, self.address, self.name, require_open
         )
         self._peers[welcome.uuid] = peer
+        if self._closer.is_closing:  # which may not have seen it
+            peer.close()
+            raise self._closer.closed_error()
         return peer
 
     def _call(self, address: str, where: tuple[str, int], timeout_s: float) -> tuple[Line, Welcome]:
@@ -301,6 +307,11 @@ class Node:
             ) from None
 
     # -- watch ---------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closer.is_closing
 
     def stats(self) -> NodeStats:
         """Counters; also of a node that is closed. O(reads in flight + leases)."""
@@ -340,13 +351,12 @@ class Node:
                 close it again later.
             NestedWaitError: in a finalizer on a thread of the node. A ``RuntimeError``.
         """
-        if timeout_s is not None:
-            timeout_s = as_seconds("timeout_s", timeout_s)
-        if self._is_foreign or self._is_closed:
-            return
+        self._closer.close(timeout_s, wait=self._wait_for_end, release=self._release)
+
+    def _wait_for_end(self, timeout_s: float | None) -> None:
+        self._service.is_closing = True
         if self._server.is_here() or self._reader.is_here():
             raise NestedWaitError("a thread of a Node cannot wait for its end: close it elsewhere")
-        self._is_closing = self._service.is_closing = True
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             reads, leases = len(self._reader.reads), self._lent.num_held
@@ -359,61 +369,28 @@ class Node:
                     f"registered: close it again later"
                 )
             time.sleep(CLOSE_POLL_S)
+
+    def _release(self) -> None:
         for peer in [*self._peers.values()]:
             peer.close()
         self._reader.stop()  # deregisters; until then others must find somebody who listens
         self._server.stop()
-        self._is_closed = True
         self._catalogue.clear()
         self._peers.clear()
-        _open_nodes.pop(id(self), None)
-
-    def _require_open(self) -> None:
-        if self._is_foreign:
-            raise ClosedError(
-                f"{self!r} belongs to process {self._pid}: a forked child cannot use it"
-            )
-        if self._is_closing:
-            raise ClosedError(f"{self!r} is closed")
 
     def start_over_after_fork(self) -> None:
         """Give the node up in a forked child: its threads, sockets and memory are the parent's."""
-        self._is_foreign = True
-        self._server.abandon()
-        self._reader.abandon()
-        _open_nodes.pop(id(self), None)
-
-    def leak(self) -> None:
-        """Keep NIXL from ending with the interpreter, since something is in flight."""
-        self._reader.leak()
+        if not self._closer.has_ended:  # their descriptors are others' by then
+            self._server.abandon()
+            self._reader.abandon()
 
     def __enter__(self) -> Self:
-        self._require_open()
+        self._closer.require_open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
         """Name and address."""
         return f"Node({self.name!r} at {self.address})"
-
-
-@atexit.register
-def _close_all() -> None:
-    """Close what is still open at the end of the program."""
-    for node in list(_open_nodes.values()):
-        _close_at_exit(node)
-
-
-def _close_at_exit(node: Node) -> None:
-    try:
-        node.close(EXIT_S)
-    except Exception as error:
-        LOGGER.warning("at the end of the program: %s", error)
-        node.leak()

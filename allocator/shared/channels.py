@@ -75,8 +75,15 @@ class Channel(Protocol):
     def report(self, place: int, generation: int) -> None:
         """See ``Keeper.drop_damaged``."""
 
-    def close(self) -> None:
-        """Give up what is being stored through it; may be repeated."""
+    def stop(self, timeout_s: float | None) -> bool:
+        """Give up what is being stored through it; may be repeated.
+
+        Args:
+            timeout_s: the most seconds to wait for calls that are under way; None: no limit.
+
+        Returns:
+            Whether they have ended.
+        """
 
     def start_over_after_fork(self) -> None:
         """Leave it to the parent, in a forked child."""
@@ -133,8 +140,9 @@ class LocalChannel:
         content = self._content_of(place)
         self._service.ask(partial(self._keeper.drop_damaged, place, generation, content))
 
-    def close(self) -> None:
-        """Nothing: the owner stops the thread."""
+    def stop(self, timeout_s: float | None) -> bool:
+        """End the thread; see ``Service.stop``."""
+        return self._service.stop(timeout_s)
 
     def start_over_after_fork(self) -> None:
         """Nothing: the thread is the parent's."""
@@ -278,17 +286,23 @@ class RemoteChannel:
             message = encode_filled(0, [Filled(place, generation, 0)])
             self._call(Kind.REPORT, message, lambda body, link: None)
 
-    def close(self) -> None:
+    def stop(self, timeout_s: float | None) -> bool:
         """Disconnect, whereupon the owner gives up what is being stored."""
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._is_closed = True
         connection = self._connection
         if connection is not None:
             connection.is_open = False
             connection.hang_up()
         if self._holder == threading.get_ident():
-            return  # in a finalizer inside another call, which disconnects
-        with self._lock:  # another thread may be about to use the socket's number
+            return True  # in a finalizer inside another call, which disconnects
+        while self._lock.locked():  # another thread may be about to use the socket's number
+            if end_s is not None and time.monotonic() >= end_s:
+                return False
+            time.sleep(RETRY_S)
+        with self._lock:
             self._disconnect()
+        return True
 
     def start_over_after_fork(self) -> None:
         """Leave the connection to the parent, in a forked child."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kvheap.errors import InUseError, MismatchError
+from kvheap.prefix.keys import shown_keys
+
 __all__ = [
     "LeaseLostError",
     "NoOwnerError",
@@ -15,7 +18,7 @@ __all__ = [
 ]
 
 
-class SegmentInUseError(RuntimeError):
+class SegmentInUseError(InUseError):
     """Another ``SharedHeap``, of this process or another one, owns the segment.
 
     Attributes:
@@ -24,19 +27,14 @@ class SegmentInUseError(RuntimeError):
     """
 
     def __init__(self, path: str, owner_pid: int | None) -> None:
-        owner = "another process" if owner_pid is None else f"process {owner_pid}"
-        super().__init__(
-            f"{path} is owned by {owner}: a segment has one owner at a time; use "
-            f"SharedHeap.attach to read it and to have chunks stored"
+        advice = (
+            "a segment has one owner at a time; use SharedHeap.attach to read it and to have "
+            "chunks stored"
         )
-        self.path = path
-        self.owner_pid = owner_pid
-
-    def __reduce__(self) -> tuple[type[SegmentInUseError], tuple[Any, ...]]:
-        return type(self), (self.path, self.owner_pid)
+        super().__init__(path, owner_pid, "owned", advice)
 
 
-class SegmentMismatchError(ValueError):
+class SegmentMismatchError(MismatchError):
     """The segment is another model's, layout's, size's or version's.
 
     Attributes:
@@ -47,17 +45,8 @@ class SegmentMismatchError(ValueError):
     """
 
     def __init__(self, path: str, field: str, found: object, wanted: object) -> None:
-        super().__init__(
-            f"{path}: {field} is {found!r}, but the heap was opened with {wanted!r}: its chunks "
-            f"cannot be used; give the heap another path, or delete this file"
-        )
-        self.path = path
-        self.field = field
-        self.found = found
-        self.wanted = wanted
-
-    def __reduce__(self) -> tuple[type[SegmentMismatchError], tuple[Any, ...]]:
-        return type(self), (self.path, self.field, self.found, self.wanted)
+        advice = "give the heap another path, or delete this file"
+        super().__init__(path, field, found, wanted, "the heap", advice)
 
 
 class SegmentDamagedError(ValueError):
@@ -114,11 +103,9 @@ class LeaseLostError(RuntimeError):
     """
 
     def __init__(self, keys: Sequence[bytes]) -> None:
-        shown = ", ".join([repr(key) for key in keys[:3]])
-        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         super().__init__(
             f"this process did not go on for too long, and chunks that it held were reused: "
-            f"{shown}{more}; do not use what was read from them"
+            f"{shown_keys(keys)}; do not use what was read from them"
         )
         self.keys = tuple(keys)
 

@@ -90,6 +90,11 @@ class Segment:
         self.lock: FileLock | None = None
         """The lock of the owner; None if this is not the owner."""
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether this process owns the segment now."""
+        return self.lock is not None and self.lock.is_held
+
     @classmethod
     def own(
         cls,

@@ -104,6 +104,7 @@ class Service:
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # Not when the thread ends: somebody may be about to write to it.
         self._close_wake = weakref.finalize(self, _close, self._wake_read, self._wake_write)
+        self._close_wake.atexit = False  # the thread may go on until then
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             self._listener.bind(socket_name)

@@ -23,14 +23,8 @@ True
 
 from __future__ import annotations
 
-import atexit
-import logging
 import os
-import time
 from collections.abc import Iterable, Sequence
-from functools import partial
-from itertools import pairwise
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,36 +32,30 @@ import numpy.typing as npt
 import torch
 
 from kvheap.addresses.arguments import as_number, require_count, require_flags
-from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.integers import round_up
 from kvheap.blocks.block_layout import BlockLayout, as_block_layout
-from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
+from kvheap.blocks.heap import BlockObjects, Heap
 from kvheap.blocks.memory_batch import MemoryBatch
-from kvheap.errors import ClosedError
+from kvheap.closing import Closer
 from kvheap.files.errors import MissingChunksError
-from kvheap.files.host_blocks import HostBlocks
 from kvheap.forks import starts_over_after_fork
-from kvheap.heaps.block_tensors import require_matching
 from kvheap.heaps.host_allocators import HostMemoryAllocator
 from kvheap.kernels.chunk_shape import ChunkShape
-from kvheap.memory.boots import boot_id
 from kvheap.memory.file_locks import RangeLocks
 from kvheap.prefix.keys import as_bytes_keys, require_distinct
 from kvheap.prefix.orders import ORDERS
-from kvheap.shared.channels import Channel, LocalChannel, RemoteChannel
-from kvheap.shared.chunk_table import MAX_KEY_BYTES, ChunkTable, Record
-from kvheap.shared.errors import NoOwnerError, SegmentReplacedError
+from kvheap.shared.channels import Channel, RemoteChannel
+from kvheap.shared.chunk_table import MAX_KEY_BYTES, ChunkTable
 from kvheap.shared.geometry import PAGE_BYTES
 from kvheap.shared.holds import SharedHold
-from kvheap.shared.keeper import Keeper
-from kvheap.shared.leases import Leases, PlaceLocks
+from kvheap.shared.leases import Leases
+from kvheap.shared.ownership import Ownership
+from kvheap.shared.places import Places
+from kvheap.shared.reading import Reading
 from kvheap.shared.segment import Segment, as_target
-from kvheap.shared.service import Service
 from kvheap.shared.stats import SharedHeapStats
 from kvheap.shared.stores import SharedStore, as_tokens
-from kvheap.shared.tokens import Token
-from kvheap.transfer.moves import copy
-from kvheap.transfer.plan import CopyPlan
+from kvheap.shared.storing import Storing
 
 if TYPE_CHECKING:
     from typing import Self
@@ -78,15 +66,8 @@ MAX_PLACES = (1 << 32) - 2
 
 LEASE_S = 60.0
 
-MAX_ATTEMPTS = 16
-"""To get places that nobody else has just locked; the owner sets those aside at each."""
-
 EXIT_S = 10.0
-"""Seconds that the end of a program waits for the thread of a heap that was not closed."""
-
-LOGGER = logging.getLogger("kvheap")
-
-_owned: dict[int, SharedHeap] = {}
+"""Seconds that the end of a program waits for a heap that was not closed."""
 
 
 class SharedHeap:
@@ -174,29 +155,19 @@ class SharedHeap:
             )
         new_order = ORDERS[policy](num_places * place_bytes)
         segment = Segment.own(target, identity, num_places, layout.size_bytes, place_bytes)
-        self._service: Service | None = None
+        owner = None
         try:
-            self._open(segment, layout)
-            self._unlink = unlink
-            boot, state = boot_id(), segment.state
-            is_trusted = not state.epoch or state.boot == boot != ""
-            state.begin(boot)
-            self._place_locks = PlaceLocks(RangeLocks(segment.open_file()), num_places)
-            self._keeper = Keeper(
-                self._table,
-                self._place_locks,
-                place_bytes,
-                new_order,
-                self.lease_s,
-                is_trusted=is_trusted,
-            )
-            self._service = Service(self._keeper, state.socket_name, self._content_of, state.epoch)
-            self._channel: Channel = LocalChannel(self._keeper, self._service, self._content_of)
+            table, places = ChunkTable(segment), Places(segment, layout)
+            leases = _leases_of(segment)
+            lease_s = float(segment.identity["lease_s"])
+            owner = Ownership(segment, table, places.content, new_order, lease_s)
+            self._open(segment, table, places, leases, owner, owner.channel)
         except BaseException:
+            if owner is not None:
+                owner.channel.stop(0.0)
             segment.leave()
             raise
-        starts_over_after_fork(self)
-        _owned[id(self)] = self
+        self._unlink = unlink
 
     @classmethod
     def attach(
@@ -226,46 +197,60 @@ class SharedHeap:
         timeout_s = as_number("timeout_s", timeout_s, positive=True)
         segment = Segment.attach(target, identity)
         heap = cls.__new__(cls)
-        heap._service = None
-        heap._unlink = False
-        heap._open(segment, layout)
-        heap._channel = RemoteChannel(segment.path, segment.state, timeout_s)
-        starts_over_after_fork(heap)
+        channel = RemoteChannel(segment.path, segment.state, timeout_s)
+        table, places = ChunkTable(segment), Places(segment, layout)
+        heap._open(segment, table, places, _leases_of(segment), None, channel)
         return heap
 
-    def _open(self, segment: Segment, layout: BlockLayout) -> None:
-        self.layout = layout
+    def _open(
+        self,
+        segment: Segment,
+        table: ChunkTable,
+        places: Places,
+        leases: Leases,
+        owner: Ownership | None,
+        channel: Channel,
+    ) -> None:
+        self.layout = places.layout
         """What a chunk holds."""
         self.path = segment.path
         """Of the file."""
         self.lease_s = float(segment.identity["lease_s"])
         """How long the owner waits for who holds a chunk that is to be reused."""
         self._segment = segment
-        geometry = segment.geometry
-        self._geometry = geometry
-        self._table = ChunkTable(segment)
-        self._leases = Leases(RangeLocks(segment.open_file()), geometry.num_places)
-        self._heap = HostMemoryAllocator(
-            geometry.data_bytes, host_buffer=segment.buffer, view_only=True
+        self._table = table
+        self._places = places
+        self._owner = owner
+        self._channel = channel
+        self._unlink = False
+        self._leases = leases
+        self._reading = Reading(table, leases, places, channel, self.lease_s)
+        self._storing = Storing(segment, table, leases, places, channel)
+        self._closer = Closer(
+            self,
+            exit_s=EXIT_S,
+            in_child="a forked child cannot use it, and attaches by SharedHeap.attach instead",
+            is_kept=owner is not None,
         )
-        data = segment.array(0, geometry.data_bytes)
-        self._data = memoryview(data)  # type: ignore[arg-type]  # an array is a Buffer
-        self._verified: dict[int, int] = {}  # by place: the generation whose bytes were right
-        self._closed = self._is_foreign = False
-        self._pid = os.getpid()
+        starts_over_after_fork(self)
 
     # -- look ----------------------------------------------------------------------------------
 
     @property
     def is_owner(self) -> bool:
         """Whether this process owns the heap."""
-        return self._service is not None
+        return self._owner is not None
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closer.is_closing
 
     @property
     def heap(self) -> HostMemoryAllocator:
         """The memory as a view-only heap, whose blocks the batches of holds and stores are."""
         self._require_open()
-        return self._heap
+        return self._places.heap
 
     def lookup(self, keys: Iterable[bytes]) -> npt.NDArray[np.bool_]:
         """Which chunks can be held and loaded now; this is not a use of them. O(N).
@@ -314,8 +299,7 @@ class SharedHeap:
             ClosedError: as for :meth:`lookup`.
         """
         self._require_open()
-        geometry = self._geometry
-        keeper = None if self._service is None else self._service.ask(self._keeper.stats)
+        geometry = self._segment.geometry
         return SharedHeapStats(
             heap_bytes=geometry.data_bytes,
             segment_bytes=geometry.file_bytes,
@@ -324,7 +308,7 @@ class SharedHeap:
             ready_chunks=len(self._table.ready_places()),
             is_owner=self.is_owner,
             owner_pid=self._segment.state.pid,
-            keeper=keeper,
+            keeper=None if self._owner is None else self._owner.stats(),
         )
 
     def check(self, *, contents: bool = False) -> None:
@@ -341,14 +325,14 @@ class SharedHeap:
         """
         self._require_open()
         require_flags(contents=contents)
-        if self._service is None:
+        if self._owner is None:
             raise ValueError(f"only the owner of {self.path} can check it, attached processes not")
-        self._service.ask(self._keeper.check)
+        self._owner.check()
         if contents:
             damaged = []
             for key in self.keys():
-                with self._held([key], verify=False) as hold:
-                    damaged += self._damaged(hold.records)
+                with self._reading.hold([key], verify=False) as hold:
+                    damaged += self._reading.damaged(hold.records)
             if damaged:
                 raise MissingChunksError([], [record.key for record in damaged], [])
 
@@ -376,57 +360,11 @@ class SharedHeap:
         self._require_open()
         require_flags(allow_partial=allow_partial, verify=verify)
         names = list(dict.fromkeys(_as_keys(keys)))
-        hold = self._held(names, verify=verify)
+        hold = self._reading.hold(names, verify=verify)
         if len(hold) < len(names) and not allow_partial:
             hold.release()
             raise KeyError(names[len(hold)])
         return hold
-
-    def _held(self, names: Sequence[bytes], *, verify: bool) -> SharedHold:
-        """Hold the leading keys that have a chunk that is right."""
-        table = self._table
-        hold = SharedHold(table, self._leases, self.lease_s, time.monotonic())
-        places = []
-        for key in names:
-            place = table.find(key)
-            if place < 0:
-                break
-            places.append(place)
-        hold.lock(places)
-        try:
-            records = []
-            for key, place in zip(names, places, strict=False):
-                record = table.read(place)
-                if record is None:
-                    self._report_record(place)
-                if record is None or record.key != key:
-                    break
-                if verify and self._verified.get(place) != record.generation:
-                    if self._damaged([record]):
-                        break
-                    self._verified[place] = record.generation
-                records.append(record)
-            batch = self._view([record.place for record in records], writable=False)
-            hold.keep(records, batch, is_all=len(records) == len(places))
-        except BaseException:
-            hold.release()
-            raise
-        return hold
-
-    def _damaged(self, records: Iterable[Record]) -> list[Record]:
-        """Those whose bytes do not fit their checksum; the owner is told."""
-        damaged = []
-        for record in records:
-            if self._table.digest_of(record.key, self._content_of(record.place)) != record.digest:
-                damaged.append(record)
-                self._channel.report(record.place, record.generation)
-        return damaged
-
-    def _report_record(self, place: int) -> None:
-        """Tell the owner of a record that is damaged."""
-        generation = self._table.generation(place)
-        if generation and not generation & 1 and self._table.read(place) is None:
-            self._channel.report(place, generation)
 
     def load(self, keys: Sequence[bytes], into: Heap | MemoryBatch) -> MemoryBatch | None:
         """Copy chunks to blocks of another heap; returns when they are there. It is a use of them.
@@ -453,63 +391,7 @@ class SharedHeap:
             raise TypeError(f"into must be a heap or a batch of its blocks, got {into!r}")
         if isinstance(into, MemoryBatch) and len(into) != len(names):
             raise ValueError(f"{len(names)} keys need as many blocks, got {len(into)}")
-        with self._held(names, verify=False) as hold:
-            if len(hold) < len(names):
-                missing = [key for key in names if self._table.find(key) < 0]
-                raise MissingChunksError(missing or [names[len(hold)]], [], [])
-            if isinstance(into, MemoryBatch):
-                self._copy(hold, into)
-                batch: MemoryBatch | None = into
-            else:
-                batch = self._loaded(hold, into)
-            self._table.touch([record.place for record in hold.records])
-        return batch
-
-    def _loaded(self, hold: SharedHold, into: Heap) -> MemoryBatch | None:
-        layout = self.layout
-        batch = into.batched_allocate(
-            list(layout.shapes), list(layout.dtypes), len(hold), layout.fmt
-        )
-        if batch is None:
-            return None
-        try:
-            self._copy(hold, batch)
-        except BaseException:
-            into.batched_free(batch)
-            raise
-        return batch
-
-    def _copy(self, hold: SharedHold, into: MemoryBatch) -> None:
-        heap = heap_of(into)
-        layout, addresses = layout_and_addresses(into)
-        if layout != self.layout:
-            raise ValueError(f"the blocks of into must be {self.layout}, got {layout}")
-        into.require_writable()
-        into.stored_tokens.forget(None)
-        is_idle = into.transfer is None and into.counts.streams is None
-        if heap.device.type == "cpu" and is_idle:
-            self._copy_here(hold, heap, addresses)
-            return
-        damaged = self._damaged(hold.records)
-        if damaged:
-            raise MissingChunksError([], [record.key for record in damaged], [])
-        if len(into):
-            copy(CopyPlan.between(hold.batch, into)).result()
-        hold.check()
-
-    def _copy_here(self, hold: SharedHold, heap: Heap, addresses: Int64Array) -> None:
-        """Copy chunks to blocks in host memory that nobody else uses, and check each at once."""
-        size = self.layout.size_bytes
-        blocks = HostBlocks(heap.segments, addresses, size, size, size)
-        damaged = []
-        for row, record in enumerate(hold.records):
-            block = blocks.block(row)
-            block[:] = self._content_of(record.place)
-            if self._table.digest_of(record.key, block) != record.digest:
-                damaged += self._damaged([record]) or [record]
-        hold.check()
-        if damaged:
-            raise MissingChunksError([], [record.key for record in damaged], [])
+        return self._reading.load(names, into)
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Note that one request used chunks, the head of its prefix first. O(N).
@@ -547,19 +429,7 @@ class SharedHeap:
         self._require_open()
         names = _as_keys(keys, is_list=True)
         require_distinct(names)
-        self._require_linked()
-        batch_of = partial(self._view, writable=True)
-        for _ in range(MAX_ATTEMPTS):
-            token = Token()
-            ticket, link = self._channel.begin(token, names)
-            store = SharedStore(
-                self._channel, self._leases, token, names, ticket, link, batch_of, self._digests
-            )
-            if store.lock(lambda: self._segment.state.epoch):
-                return store
-        raise NoOwnerError(
-            f"places of {self.path} are locked by another program, {MAX_ATTEMPTS} times in a row"
-        )
+        return self._storing.begin(names)
 
     def store(
         self,
@@ -590,45 +460,8 @@ class SharedHeap:
         self._require_open()
         names = _as_keys(keys, is_list=True)
         require_distinct(names)
-        self._require_source(source, len(names))
-        tokens = as_tokens(num_tokens, len(names))
-        with self.begin(names) as store:
-            stored = store.were_ready
-            if store.rows:
-                self._fill(store, source)
-                num_ready = store.complete([tokens[row] for row in store.rows])
-                stored[store.rows] = True
-                if num_ready < len(store.rows):
-                    return self.lookup(names)
-        return stored
-
-    def _require_source(self, source: Any, num_keys: int) -> None:
-        layout = self.layout
-        if isinstance(source, torch.Tensor):
-            require_matching("source", source, num_keys, layout, source.device, cpu_is_fine=True)
-            return
-        if not isinstance(source, Sequence):
-            raise TypeError(f"source must be a tensor or blocks of a heap, got {source!r}")
-        if len(source) != num_keys:
-            raise ValueError(f"{num_keys} keys need as many blocks, got {len(source)} in source")
-        if num_keys and (found := layout_and_addresses(source)[0]) != layout:
-            raise ValueError(f"the blocks of source must be {layout}, got {found}")
-
-    def _fill(self, store: SharedStore, source: torch.Tensor | BlockObjects) -> None:
-        rows = store.rows
-        is_whole = len(rows) == len(source)
-        if not isinstance(source, torch.Tensor):
-            blocks = source if is_whole else [source[row] for row in rows]
-            store.batch.transfer = copy(CopyPlan.between(blocks, store.batch))
-            return
-        chunk_bytes = self.layout.size_bytes
-        given = source.reshape(len(source), -1).view(torch.uint8).reshape(-1, chunk_bytes)
-        places = store.places
-        memory = torch.frombuffer(self._data, dtype=torch.uint8)
-        target = memory.view(self._geometry.num_places, -1)[:, :chunk_bytes]
-        for begin, end in _runs(rows, places):
-            into = target[places[begin] : places[begin] + end - begin]
-            into.copy_(given[rows[begin] : rows[begin] + end - begin])
+        self._storing.require_source(source, len(names))
+        return self._storing.store(names, source, as_tokens(num_tokens, len(names)))
 
     # -- drop ----------------------------------------------------------------------------------
 
@@ -658,92 +491,61 @@ class SharedHeap:
         used any more. In a forked child nothing happens.
 
         Args:
-            timeout_s: the most seconds to wait for the owner's thread; None: no limit.
+            timeout_s: the most seconds to wait for the owner's thread, and for calls of other
+                threads that ask another process; None: no limit.
 
         Raises:
-            TimeoutError: it has not ended in time; a later call can wait for it.
+            TimeoutError: not all has ended in time; a later call can wait for it.
+            NestedWaitError: in a finalizer on the owner's thread. A ``RuntimeError``.
             OSError: the file's name could not be removed; the heap is closed all the same.
         """
-        if self._closed or self._is_foreign:
-            return
-        service = self._service
-        if service is not None and not service.stop(timeout_s):
-            raise TimeoutError(f"{self!r} has not ended in {timeout_s:g} s: close it again")
+        self._closer.close(timeout_s, wait=self._wait_for_end, release=self._release)
+
+    def _wait_for_end(self, timeout_s: float | None) -> None:
+        if not self._channel.stop(timeout_s):
+            raise TimeoutError(f"{self!r} has not ended in {timeout_s:g} s: close it again later")
+
+    def _release(self) -> None:
+        unlink, self._unlink = self._unlink, False
         try:
-            if self._unlink:
+            if unlink:
                 self._segment.unlink()
         finally:  # whether or not the name could be removed
-            self._closed = True
-            _owned.pop(id(self), None)
-            self._channel.close()
             self._leases.close()
-            if service is not None:
-                self._segment.state.end()
-                self._place_locks.close()
-                self._segment.leave()
-            self._heap.close()
+            if self._owner is not None:
+                self._owner.leave()
+            self._places.close()
 
     # -- the rest ------------------------------------------------------------------------------
 
     def start_over_after_fork(self) -> None:
         """Give the heap up in a forked child: its locks and its thread are the parent's."""
-        if self._closed:
+        if self._closer.has_ended:
             return
-        self._is_foreign = True
         self._channel.start_over_after_fork()
         self._leases.start_over_after_fork()
-        if self._service is not None:
-            self._service.start_over_after_fork()
-            self._place_locks.close()
-            self._segment.leave()
-
-    def _view(self, places: Sequence[int], *, writable: bool) -> MemoryBatch:
-        layout = self.layout
-        addresses: Int64Array = np.array(places, np.int64) * self._geometry.place_bytes
-        return self._heap.view(
-            addresses, list(layout.shapes), list(layout.dtypes), layout.fmt, writable=writable
-        )
-
-    def _content_of(self, place: int) -> memoryview:
-        at = place * self._geometry.place_bytes
-        return self._data[at : at + self._geometry.chunk_bytes]
-
-    def _digests(self, keys: Sequence[bytes], places: Sequence[int]) -> list[int]:
-        digest_of = self._table.digest_of
-        return [
-            digest_of(key, self._content_of(place)) for key, place in zip(keys, places, strict=True)
-        ]
-
-    def _require_linked(self) -> None:
-        if not self._segment.is_linked:
-            raise SegmentReplacedError(self.path)
+        if self._owner is not None:
+            self._owner.start_over_after_fork()
 
     def _require_open(self) -> None:
-        if self._is_foreign:
-            raise ClosedError(
-                f"{self!r} belongs to process {self._pid}: a forked child cannot use it, and "
-                f"attaches by SharedHeap.attach instead"
-            )
-        if self._closed:
-            raise ClosedError(f"{self!r} is closed")
+        self._closer.require_open()
         self._leases.give_back()
 
     def __enter__(self) -> Self:
         self._require_open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
         """The file."""
-        role = "owner" if self._service is not None else "attached"
+        role = "owner" if self._owner is not None else "attached"
         return f"SharedHeap({self.path!r}, {self.layout}, {role})"
+
+
+def _leases_of(segment: Segment) -> Leases:
+    return Leases(RangeLocks(segment.open_file()), segment.geometry.num_places)
 
 
 def _identity(layout: BlockLayout, namespace: Any) -> dict[str, object]:
@@ -756,25 +558,3 @@ def _identity(layout: BlockLayout, namespace: Any) -> dict[str, object]:
 
 def _as_keys(keys: Any, *, is_list: bool = False) -> list[bytes]:
     return as_bytes_keys(keys, MAX_KEY_BYTES, "SharedHeap", is_list=is_list)
-
-
-def _runs(rows: Sequence[int], places: Sequence[int]) -> list[tuple[int, int]]:
-    """Begin and end of each stretch in which both go up by one."""
-    ups = np.diff(np.array([rows, places], np.int64), axis=1) != 1
-    cuts = np.flatnonzero(ups.any(axis=0)) + 1
-    bounds = [0, *cuts.tolist(), len(rows)]
-    return list(pairwise(bounds))
-
-
-@atexit.register
-def _close_all() -> None:
-    """Close what is still owned at the end of the program."""
-    for heap in list(_owned.values()):
-        _close_at_exit(heap)
-
-
-def _close_at_exit(heap: SharedHeap) -> None:
-    try:
-        heap.close(EXIT_S)
-    except Exception as error:
-        LOGGER.warning("at the end of the program: %s", error)

@@ -441,7 +441,7 @@ class TestDamage:
     ) -> None:
         stored(path)
         with monkeypatch.context() as context:
-            context.setattr("kvheap.shared.shared_heap.boot_id", lambda: "another")
+            context.setattr("kvheap.shared.ownership.boot_id", lambda: "another")
             with own(path, NUM_CHUNKS) as heap:
                 assert not heap.keys()
                 heap.store(KEYS, contents(KEYS))

@@ -318,7 +318,7 @@ class TestBegin:
     ) -> None:
         store = replica.begin(KEYS)
         goes_on = threading.Event()
-        heap._service.tell(goes_on.wait)  # type: ignore[union-attr]
+        heap._owner.service.tell(goes_on.wait)  # type: ignore[union-attr]
         thread = threading.Thread(target=replica.remove, args=([b"x"],))
         thread.start()
         while not replica._channel._lock.locked():  # type: ignore[attr-defined]
@@ -713,10 +713,10 @@ def test_a_place_that_this_process_fills_is_not_filled_twice(heap: SharedHeap) -
         assert replica._leases.fill(one, [3], lambda: True)
         assert not replica._leases.fill(other, [2, 3], lambda: True)
         replica._leases.end(other)
-        assert heap._place_locks.is_filled(3)
-        assert not heap._place_locks.is_filled(2)
+        assert heap._owner.place_locks.is_filled(3)
+        assert not heap._owner.place_locks.is_filled(2)
         replica._leases.end(one)
-        assert not heap._place_locks.is_filled(3)
+        assert not heap._owner.place_locks.is_filled(3)
 
 
 def test_what_ends_beside_a_call_that_fails_is_unlocked(
@@ -737,7 +737,7 @@ def test_what_ends_beside_a_call_that_fails_is_unlocked(
             patch.setattr(RangeLocks, "share", release_and_fail)
             with pytest.raises(OSError, match="no locks"):
                 replica._leases.read(Token(), [place + 1])
-        assert not heap._place_locks.is_read(place)
+        assert not heap._owner.place_locks.is_read(place)
 
 
 class TestForeignMessages:
@@ -794,7 +794,7 @@ class TestForeignMessages:
 
     def test_too_many_wait_for_an_owner_that_is_busy(self, heap: SharedHeap, path: Path) -> None:
         goes_on = threading.Event()
-        heap._service.tell(goes_on.wait)  # type: ignore[union-attr]
+        heap._owner.service.tell(goes_on.wait)  # type: ignore[union-attr]
         peers = []
         with suppress(BlockingIOError):
             while True:

@@ -331,9 +331,9 @@ def wait_until_stopped(pid: int) -> None:
 
 def publish_first() -> None:
     """Spoil the order of a store: others find the chunk before its bytes are there."""
-    from kvheap.shared.shared_heap import SharedHeap as Heap
+    from kvheap.shared.storing import Storing
 
-    fill = Heap._fill
+    fill = Storing._fill
 
     def fill_late(self: Any, store: Any, source: Any) -> None:
         digests = [
@@ -343,7 +343,7 @@ def publish_first() -> None:
         store.complete(digests=digests)
         fill(self, store, source)
 
-    Heap._fill = fill_late  # type: ignore[method-assign]
+    Storing._fill = fill_late  # type: ignore[method-assign]
 
 
 def ignore_locks() -> None:

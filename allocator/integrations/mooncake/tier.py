@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import logging
 import math
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
 from itertools import starmap
 from threading import RLock
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvheap.addresses.arguments import as_seconds, require_flags
+from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects, Heap, await_filling, heap_of, layout_and_addresses
-from kvheap.errors import ClosedError, TransferError
+from kvheap.closing import Closer
+from kvheap.device.host_queue import NestedWaitError
+from kvheap.errors import TransferError
 from kvheap.forks import starts_over_after_fork
 from kvheap.integrations.mooncake.codes import Code, MooncakeError, have_settled, meaning
-from kvheap.prefix.keys import require_key_list, require_keys
+from kvheap.prefix.keys import as_bytes_keys, require_distinct
 from kvheap.transfer.foreign import foreign_transfer
 
 __all__ = ["MAX_KEYS_PER_CALL", "MooncakeTier"]
@@ -50,8 +54,8 @@ NEEDED = (
     "batch_remove",
 )
 
-_kept: list[torch.Tensor] = []
-"""Memory that a client did not let go of; it stays for as long as the process."""
+EXIT_S = 10.0
+"""Seconds that the end of a program waits for the calls of a tier that was not closed."""
 
 
 class MooncakeTier:
@@ -119,15 +123,21 @@ class MooncakeTier:
         self._config = () if config is None else (config,)
         identity = json.dumps(["kvheap 1", namespace, str(layout), layout.size_bytes])
         self._prefix = f"kvheap-{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}-"
-        self._pid = os.getpid()
-        self._is_closed = False
-        self._running: set[Future[None]] = set()
+        self._running: dict[Future[None], int] = {}  # and the thread of each call
         self._registered: dict[int, torch.Tensor] = {}
         self._registering = RLock()
         # Also what keeps the memory of a tier that is dropped without being closed.
-        weakref.finalize(self, _abandon, client, self._registered, self._pid)
-        starts_over_after_fork(self)
+        abandon = weakref.finalize(self, _abandon, client, self._registered, os.getpid())
+        abandon.atexit = False  # the closer waits for calls first
         self._register()
+        self._closer = Closer(
+            self,
+            exit_s=EXIT_S,
+            in_child="a forked child cannot use its client",
+            is_kept=False,
+            give_up=partial(_keep, self._registered),
+        )
+        starts_over_after_fork(self)
 
     def start_over_after_fork(self) -> None:
         """A forked child cannot use the client; a lock that another thread held is made anew."""
@@ -232,19 +242,32 @@ class MooncakeTier:
 
         Raises:
             TimeoutError: a call still runs; the memory stays registered. Close it again later.
+            NestedWaitError: in a finalizer or signal handler inside a call, which would wait for
+                itself. A ``RuntimeError``.
             RuntimeError: the client does not let go of the memory, which stays.
         """
-        if timeout_s is not None:
-            timeout_s = as_seconds("timeout_s", timeout_s)
-        if os.getpid() != self._pid:
-            return
-        self._is_closed = True
-        late = wait(tuple(self._running), timeout_s).not_done
+        self._closer.close(timeout_s, wait=self._wait_for_calls, release=self._release)
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closer.is_closing
+
+    def _wait_for_calls(self, timeout_s: float | None) -> None:
+        running = self._running.copy()
+        if threading.get_ident() in running.values():
+            raise NestedWaitError(
+                "a finalizer or signal handler inside a call of a MooncakeTier cannot wait for "
+                "that call: close the tier again later"
+            )
+        late = wait(running, timeout_s).not_done
         if late:
             raise TimeoutError(
                 f"{len(late)} calls of {self!r} have not ended in {timeout_s:g} s: close it again "
                 f"later"
             )
+
+    def _release(self) -> None:
         with self._registering:
             _unregister(self._client, self._registered)
 
@@ -254,12 +277,8 @@ class MooncakeTier:
         self, keys: Sequence[bytes], blocks: BlockObjects
     ) -> tuple[list[bytes], list[int]]:
         """The keys and the absolute address of each block; raises if they do not fit the tier."""
-        require_key_list(keys)
-        names = _as_keys(keys)
-        if len(set(names)) < len(names):
-            # The client would fill one of two blocks, and answer that it filled both.
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"keys must not name a chunk twice, got {twice!r} twice")
+        names = _as_keys(keys, is_list=True)
+        require_distinct(names)  # of two, the client would fill one, and answer that it filled both
         self._require_open()
         heap = heap_of(blocks)
         if len(blocks) != len(names):
@@ -349,14 +368,14 @@ class MooncakeTier:
     def _counted(self) -> Iterator[Future[None]]:
         """A call that ``close`` waits for; yields what tells that it has ended."""
         ended: Future[None] = Future()
-        self._running.add(ended)
+        self._running[ended] = threading.get_ident()
         try:
             self._require_open()  # a close that came before does not wait for this call
             yield ended
         finally:
             if not ended.done():
                 ended.set_result(None)
-            self._running.discard(ended)
+            self._running.pop(ended, None)
 
     def _register(self) -> None:
         """Register the heap's buffers that the client does not know yet; a heap may get more."""
@@ -377,23 +396,14 @@ class MooncakeTier:
                 self._registered[pointer] = buffer
 
     def _require_open(self) -> None:
-        if os.getpid() != self._pid:
-            raise ClosedError(
-                f"{self!r} belongs to process {self._pid}: a forked child cannot use its client"
-            )
-        if self._is_closed:
-            raise ClosedError(f"{self!r} is closed")
+        self._closer.require_open()
         self.heap.require_open()
 
     def __enter__(self) -> MooncakeTier:
+        self._closer.require_open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -453,25 +463,15 @@ def _abandon(client: Any, registered: dict[int, torch.Tensor], pid: int) -> None
     try:
         _unregister(client, registered)
     except Exception as error:
-        _kept.extend(registered.values())
+        _keep(registered)
         LOGGER.warning("a MooncakeTier was dropped without being closed: %s", str(error))
 
 
-def _as_keys(keys: Any) -> list[bytes]:
-    """Keys as a list.
+def _keep(registered: dict[int, torch.Tensor]) -> None:
+    """Never unmap memory that a client did not let go of."""
+    # A reference that nobody gives back: the interpreter's end clears lists as well.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(list(registered.values())))
 
-    Raises:
-        TypeError: they are no keys; the message names the first that is none.
-        ValueError: a key is empty or too long.
-    """
-    require_keys(keys)
-    found = list(keys)
-    for key in found:
-        if type(key) is not bytes:
-            raise TypeError(f"a key of a MooncakeTier must be bytes, got {key!r}")
-        if not 1 <= len(key) <= MAX_KEY_BYTES:
-            raise ValueError(
-                f"a key must have 1 to {MAX_KEY_BYTES} bytes, got {len(key)} in {key[:40]!r}: hash "
-                f"longer ones"
-            )
-    return found
+
+def _as_keys(keys: Any, *, is_list: bool = False) -> list[bytes]:
+    return as_bytes_keys(keys, MAX_KEY_BYTES, "MooncakeTier", is_list=is_list)
