@@ -95,8 +95,8 @@ class NoOwnerError(RuntimeError):
 class LeaseLostError(RuntimeError):
     """Chunks were reused while this process held them: what was read of them may be wrong.
 
-    It happens to a process that was stopped for longer than the heap's ``lease_s``, while its
-    chunks were evicted or removed.
+    It happens to a process that held chunks, or was stopped, for longer than the heap's
+    ``lease_s``, while they were evicted or removed.
 
     Attributes:
         keys: the keys of the chunks.
@@ -104,8 +104,8 @@ class LeaseLostError(RuntimeError):
 
     def __init__(self, keys: Sequence[bytes]) -> None:
         super().__init__(
-            f"this process did not go on for too long, and chunks that it held were reused: "
-            f"{shown_keys(keys)}; do not use what was read from them"
+            f"this process held chunks for longer than the heap's lease_s, or was stopped for so "
+            f"long, and they were reused: {shown_keys(keys)}; do not use what was read from them"
         )
         self.keys = tuple(keys)
 
