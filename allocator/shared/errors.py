@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +28,10 @@ class SegmentInUseError(InUseError):
     """
 
     def __init__(self, path: str, owner_pid: int | None) -> None:
-        advice = (
-            "a segment has one owner at a time; use SharedHeap.attach to read it and to have "
-            "chunks stored"
+        advice = "a segment has one owner at a time; " + (
+            "close the heap that it has open"
+            if owner_pid == os.getpid()
+            else "use SharedHeap.attach to read it and to have chunks stored"
         )
         super().__init__(path, owner_pid, "owned", advice)
 
