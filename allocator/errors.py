@@ -25,6 +25,7 @@ HeapCorruptionError       ``check()`` finds a broken invariant: a bug in kvheap
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 __all__ = [
@@ -192,6 +193,8 @@ class InUseError(RuntimeError):
         advice: str = "close it there first",
     ) -> None:
         owner = "another process" if owner_pid is None else f"process {owner_pid}"
+        if owner_pid == os.getpid():
+            owner += ", which is this one"
         super().__init__(f"{path} is {state} by {owner}: {advice}")
         self.path = path
         self.owner_pid = owner_pid
@@ -222,10 +225,12 @@ class MismatchError(ValueError):
         what: str = "it",
         advice: str = "use another path",
     ) -> None:
-        super().__init__(
-            f"{path}: {field} is {found!r}, but {what} was opened with {wanted!r}: its chunks "
-            f"cannot be used; {advice}"
+        differs = (
+            f"{field} cannot be read as {wanted}"
+            if found is None
+            else f"{field} is {found!r}, but {what} was opened with {wanted!r}"
         )
+        super().__init__(f"{path}: {differs}: its chunks cannot be used; {advice}")
         self.path = path
         self.field = field
         self.found = found

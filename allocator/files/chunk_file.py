@@ -24,14 +24,16 @@ import numpy.typing as npt
 from kvheap.addresses.extents import Int64Array
 from kvheap.errors import HeapCorruptionError
 from kvheap.files.books import Books, Chunk
-from kvheap.files.chunk_index import ChunkIndex, Entry
+from kvheap.files.chunk_index import Entry
 from kvheap.files.data_file import DataFile
 from kvheap.files.folder import TierFolder
 from kvheap.files.host_blocks import HostBlocks
+from kvheap.files.index_restore import restored_index
 from kvheap.files.packages import need_xxhash
 from kvheap.files.pieces import cut_into_pieces
 from kvheap.files.tier_stats import FileTierStats
 from kvheap.guards import read_meanwhile
+from kvheap.prefix.keys import shown_keys
 from kvheap.prefix.orders import EvictionOrder
 
 __all__ = ["ChunkFile", "Moved", "Share"]
@@ -92,7 +94,7 @@ class ChunkFile:
 
     Raises:
         ImportError: lmdb or xxhash is not installed.
-        OSError, lmdb.Error: the files cannot be opened.
+        OSError: the files cannot be opened.
     """
 
     def __init__(
@@ -121,9 +123,11 @@ class ChunkFile:
         try:
             self._file = DataFile(folder.data_path, num_places * place_bytes, direct)
             self._stages.append(self._file.close)
-            self._index = ChunkIndex(folder.index_path, num_places, is_durable)
+            self._index, entries, num_dropped = restored_index(
+                folder.index_path, num_places, is_durable
+            )
             self._stages.append(self._index.close)
-            self._restore()
+            self._restore(entries, num_dropped)
             if is_durable:  # an earlier owner may not have been
                 self._file.sync()
                 self._index.sync()
@@ -143,19 +147,12 @@ class ChunkFile:
         self._has_settled = threading.Condition(self._lock)
         """Chunks are no longer pending."""
 
-    def _restore(self) -> None:
+    def _restore(self, entries: list[Entry], num_dropped: int) -> None:
         """Take over what an earlier owner has left in the index."""
-        entries: list[Entry] = []
-        wrong: list[bytes] = []
-        for entry in self._index.entries():
-            if isinstance(entry, Entry):
-                entries.append(entry)
-            else:
-                wrong.append(entry)
-        wrong += self._books.restore(entries)
+        wrong = self._books.restore(entries)
         self._index.write(wrong)
         self._counts.restored_chunks = len(self._books)
-        self._counts.dropped_chunks = len(wrong)
+        self._counts.dropped_chunks = num_dropped + len(wrong)
 
     # -- store and load ------------------------------------------------------------------------
 
@@ -288,9 +285,13 @@ class ChunkFile:
                 self._counts.direct_bytes += num_bytes
                 self._publish()
         lost = [chunk.key for chunk in damaged]
-        for key in lost:
-            LOGGER.warning("the chunk of %r in %s is damaged: removed", key, self._folder.path)
         if lost:
+            LOGGER.warning(
+                "%d chunks in %s were damaged, and are removed: %s",
+                len(lost),
+                self._folder.path,
+                shown_keys(lost),
+            )
             self._try_commit()
         return Moved(succeeded, lost, failed, errors[0] if errors else None)
 

@@ -48,12 +48,17 @@ class DataFile:
     """
 
     def __init__(self, path: Path, size: int, direct: bool) -> None:
+        self._path = str(path)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         self._direct_fd = -1
         self.direct_align: int | None = None
         try:
             if os.fstat(self._fd).st_size != size:
-                os.ftruncate(self._fd, size)
+                try:
+                    os.ftruncate(self._fd, size)
+                except OSError as error:
+                    reason = f"{error.strerror}, {size} bytes are needed"
+                    raise OSError(error.errno, reason, str(path)) from None
             if direct and O_DIRECT:
                 self._try_direct(path)
         except BaseException:
@@ -121,13 +126,14 @@ class DataFile:
                 continue
             except OSError as error:
                 if not is_direct or error.errno != EINVAL:
+                    error.filename = self._path
                     raise
                 is_direct = False  # it takes these bytes only through the page cache
                 continue
             if moved <= 0:
                 if call is os.preadv:
-                    raise ShortReadError(EIO, f"the file ends at {address}")
-                raise OSError(EIO, f"no byte could be written at {address}")
+                    raise ShortReadError(EIO, f"the file ends at {address}", self._path)
+                raise OSError(EIO, f"no byte could be written at {address}", self._path)
             went_direct |= is_direct
             address += moved
             left = _after(left, moved)

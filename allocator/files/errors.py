@@ -37,7 +37,7 @@ class TierMismatchError(MismatchError):
     """
 
     def __init__(self, path: str, field: str, found: object, wanted: object) -> None:
-        advice = "give the tier another folder, or delete this one"
+        advice = "give the tier another folder, or delete this one to begin empty"
         super().__init__(path, field, found, wanted, "the tier", advice)
 
 

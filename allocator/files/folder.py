@@ -88,10 +88,14 @@ class TierFolder:
             "boot_id": boot_id(),
         }
         new = self.path / "tier.json.new"
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump(state, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(new)  # as where the file system is full
+            raise
         os.replace(new, self.path / "tier.json")
         folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -134,11 +138,11 @@ class TierFolder:
         """The state that the last owner has left; None if there was none."""
         file = self.path / "tier.json"
         try:
-            text = file.read_text(encoding="utf-8")
+            raw = file.read_bytes()
         except FileNotFoundError:
             return None
         try:
-            state = json.loads(text)
+            state = json.loads(raw)
             found = dict(state["identity"])
             flags = [state["is_closed"], state["is_durable"]]
             is_read = all(isinstance(flag, bool) for flag in flags)
@@ -146,7 +150,7 @@ class TierFolder:
         except (ValueError, KeyError, TypeError):
             is_read = False
         if not is_read:
-            raise TierMismatchError(str(file), "the content", text[:60], "a FileTier's tier.json")
+            raise TierMismatchError(str(file), "the content", None, "a FileTier's tier.json")
         for name, wanted in self._identity.items():
             if found.get(name) != wanted:
                 raise TierMismatchError(str(file), name, found.get(name), wanted)

@@ -59,6 +59,9 @@ __all__ = ["FileTier"]
 
 ADDRESS_BITS = 63
 
+MAX_THREADS = 256
+"""For loads, and as many for stores."""
+
 EXIT_S = 60.0
 """Seconds that the end of a program waits for the jobs of a tier that was not closed."""
 
@@ -96,7 +99,7 @@ class FileTier:
         namespace: whose KV it is: name the model, its weights, and the rank in a group of workers.
             A folder with chunks of another namespace or layout is refused.
         policy: which chunks leave a full tier first: ``lru``, ``arc``, ``s3fifo`` or ``adaptive``.
-        threads: threads for loads, and as many for stores.
+        threads: threads for loads, and as many for stores; at most 256.
         direct: move aligned blocks past the page cache (``O_DIRECT``) if the file system can do
             that; ``stats().is_direct`` tells.
         durable: synchronize bytes and index before a store ends, which takes milliseconds.
@@ -122,13 +125,17 @@ class FileTier:
         direct: bool = True,
         durable: bool = False,
     ) -> None:
-        if not isinstance(path, (str, os.PathLike)):
+        if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
             raise TypeError(f"path must be the path of a folder, got {path!r}")
+        if not os.fspath(path) or "\0" in os.fspath(path):
+            raise ValueError(f"path must be the path of a folder, got {path!r}")
         layout = as_block_layout("layout", layout)
         size = require_count("size", size)
         if size >= 1 << ADDRESS_BITS:
             raise ValueError(f"size must be less than 2**{ADDRESS_BITS}, got {size}")
         threads = require_count("threads", threads, at_least=1)
+        if threads > MAX_THREADS:
+            raise ValueError(f"threads must be at most {MAX_THREADS}, got {threads}")
         require_flags(direct=direct, durable=durable)
         if not isinstance(namespace, str):
             raise TypeError(f"namespace must be a text, got {namespace!r}")

@@ -9,6 +9,9 @@ __all__ = ["Deadline", "now_s"]
 CLOCK_ERROR = 1e-3
 """By this share of a lease, the clocks of two machines may differ in speed; NTP allows 5e-4."""
 
+MAX_S = 7 * 86_400.0
+"""What a longer wait is taken for: ``poll`` and ``select`` count milliseconds in 32 bits."""
+
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
@@ -24,7 +27,7 @@ class Deadline:
     the machine that asked, so that it is over here before it is over there.
 
     Args:
-        seconds: the length.
+        seconds: the length; one of more than a week ends after a week.
         since: the beginning, by :func:`now_s`; None: now.
     """
 
@@ -32,7 +35,8 @@ class Deadline:
 
     def __init__(self, seconds: float, since: float | None = None) -> None:
         self.seconds = seconds
-        self.at = (now_s() if since is None else since) + seconds * (1 - CLOCK_ERROR)
+        since = now_s() if since is None else since
+        self.at = since + min(seconds, MAX_S) * (1 - CLOCK_ERROR)
 
     @property
     def has_passed(self) -> bool:

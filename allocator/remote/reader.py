@@ -153,6 +153,7 @@ class Reader:
 
         Raises:
             PeerError: NIXL refuses the peer's metadata.
+            PeerGoneError: it is known to be gone by now.
         """
         return self.ask(partial(self._add, link))
 
@@ -251,6 +252,8 @@ class Reader:
                 else:
                     link.line.close()
             return known
+        if known is not None and known.reads:  # they are followed by that link
+            raise PeerGoneError(str(known.gone))
         welcome = link.welcome
         try:
             agent = self._agent.add(welcome.metadata)
@@ -289,7 +292,8 @@ class Reader:
         if link.is_known:
             link.is_known = False
             self._agent.remove(link.welcome.agent)
-        self._links.pop(link.welcome.uuid, None)
+        if self._links.get(link.welcome.uuid) is link:  # not another connection to that life
+            del self._links[link.welcome.uuid]
 
     def _disconnect(self, link: Link) -> None:
         line, link.line = link.line, None

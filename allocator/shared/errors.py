@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +28,10 @@ class SegmentInUseError(InUseError):
     """
 
     def __init__(self, path: str, owner_pid: int | None) -> None:
-        advice = (
-            "a segment has one owner at a time; use SharedHeap.attach to read it and to have "
-            "chunks stored"
+        advice = "a segment has one owner at a time; " + (
+            "close the heap that it has open"
+            if owner_pid == os.getpid()
+            else "use SharedHeap.attach to read it and to have chunks stored"
         )
         super().__init__(path, owner_pid, "owned", advice)
 
@@ -95,8 +97,8 @@ class NoOwnerError(RuntimeError):
 class LeaseLostError(RuntimeError):
     """Chunks were reused while this process held them: what was read of them may be wrong.
 
-    It happens to a process that was stopped for longer than the heap's ``lease_s``, while its
-    chunks were evicted or removed.
+    It happens to a process that held chunks, or was stopped, for longer than the heap's
+    ``lease_s``, while they were evicted or removed.
 
     Attributes:
         keys: the keys of the chunks.
@@ -104,8 +106,8 @@ class LeaseLostError(RuntimeError):
 
     def __init__(self, keys: Sequence[bytes]) -> None:
         super().__init__(
-            f"this process did not go on for too long, and chunks that it held were reused: "
-            f"{shown_keys(keys)}; do not use what was read from them"
+            f"this process held chunks for longer than the heap's lease_s, or was stopped for so "
+            f"long, and they were reused: {shown_keys(keys)}; do not use what was read from them"
         )
         self.keys = tuple(keys)
 

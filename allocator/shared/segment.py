@@ -58,7 +58,7 @@ def as_target(file: Any) -> int | str:
     path = os.fspath(file)
     if not isinstance(path, str):
         raise TypeError(f"path must be a path, a name or a file descriptor, got {file!r}")
-    if path in ("", ".", "..") or path.endswith("/"):
+    if path in ("", ".", "..") or path.endswith("/") or "\0" in path:
         raise ValueError(f"path must be the path of a file, got {path!r}")
     if isinstance(file, str) and "/" not in path:
         return f"{SHM_FOLDER}/{path}"
@@ -112,7 +112,15 @@ class Segment:
             SegmentDamagedError: the file is no segment, or not a whole one.
             OSError: it cannot be made or mapped, as where the file system has no room for it.
         """
-        sizes = num_places, chunk_bytes, place_bytes
+        try:
+            return cls._own(target, identity, (num_places, chunk_bytes, place_bytes))
+        except OSError as error:
+            raise _named(error, target) from error.__cause__
+
+    @classmethod
+    def _own(
+        cls, target: int | str, identity: Mapping[str, object], sizes: tuple[int, int, int]
+    ) -> Segment:
         while True:
             fd = _opened(target)
             if fd is None:
@@ -170,6 +178,13 @@ class Segment:
             FileNotFoundError: there is none.
             SegmentMismatchError, SegmentDamagedError, OSError: as for :meth:`own`.
         """
+        try:
+            return cls._attach(target, identity)
+        except OSError as error:
+            raise _named(error, target) from error.__cause__
+
+    @classmethod
+    def _attach(cls, target: int | str, identity: Mapping[str, object]) -> Segment:
         fd = _opened(target)
         path = _shown(target)
         if fd is None:
@@ -214,12 +229,19 @@ class Segment:
         """Remove the name, unless it leads to another file by now."""
         if isinstance(self._target, str) and self.is_linked:
             with suppress(FileNotFoundError):
-                os.unlink(self._target)
+                os.unlink(os.path.realpath(self._target))  # not a link that leads to the file
 
     def leave(self) -> None:
         """Let go of the lock; in a forked child, of this process's part in it."""
         if self.lock is not None:
             self.lock.release()
+
+
+def _named(error: OSError, target: int | str) -> OSError:
+    """The same error, with the segment's path if it names none."""
+    if error.filename is None and error.errno is not None:
+        error.filename = _shown(target)
+    return error
 
 
 def _shown(target: int | str) -> str:
@@ -247,6 +269,7 @@ def _opened(target: int | str) -> int | None:
 
 def _made(path: str, identity: Mapping[str, object], sizes: tuple[int, int, int]) -> int | None:
     """A new file under its name, complete; None: there is one by now."""
+    path = os.path.realpath(path)  # a link may lead to a file that is not there yet
     folder = os.path.dirname(path)
     try:
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -274,7 +297,11 @@ def _fill(fd: int, identity: Mapping[str, object], geometry: Geometry) -> None:
     header = np.frombuffer(encode_header(identity, geometry), np.uint8)
     was_empty = not os.fstat(fd).st_size
     try:
-        os.ftruncate(fd, geometry.file_bytes)
+        try:
+            os.ftruncate(fd, geometry.file_bytes)
+        except OSError as error:
+            reason = f"{error.strerror}, {geometry.file_bytes} bytes are needed"
+            raise OSError(error.errno, reason) from None
         _commit(fd, geometry.file_bytes)
     except BaseException:
         if was_empty:

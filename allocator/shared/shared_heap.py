@@ -481,7 +481,8 @@ class SharedHeap:
             The keys that were there.
 
         Raises:
-            NoOwnerError, TimeoutError: as for :meth:`begin`.
+            NoOwnerError: as for :meth:`begin`.
+            TimeoutError: the owner does not answer; they are removed once it goes on.
             TypeError, ValueError, ClosedError: as for :meth:`lookup`.
         """
         self._require_open()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -447,3 +448,41 @@ class TestDamage:
                 heap.store(KEYS, contents(KEYS))
             with own(path, NUM_CHUNKS) as heap:
                 assert heap.lookup(KEYS).all()
+
+
+class TestPaths:
+    """Links, and systems that run out of something."""
+
+    def test_a_link_to_a_file_that_is_not_there_yet(self, path: Path, tmp_path: Path) -> None:
+        link = tmp_path / "link"
+        link.symlink_to(path)
+
+        def task() -> tuple[bool, bool]:  # it hung
+            torch.set_num_threads(1)  # those of the parent do not exist here
+            with own(link, NUM_CHUNKS) as heap:
+                assert heap.store(KEYS, contents(KEYS)).all()
+            with attach(path) as heap:
+                return heap.lookup(KEYS).all(), path.is_symlink()
+
+        assert in_a_child(task) == (True, False)
+        with own(link, NUM_CHUNKS, unlink=True) as heap:
+            assert sorted(heap.keys()) == KEYS
+        assert link.is_symlink()
+        assert not path.exists()  # the file, whose bytes would stay otherwise
+
+    def test_a_name_with_a_zero_byte(self) -> None:
+        for call in (own, attach):
+            with pytest.raises(ValueError, match=r"path must be the path of a file, got 'a\\x00b'"):
+                call("a\0b")  # type: ignore[operator]
+
+    def test_an_error_of_the_system_names_the_file(self, path: Path) -> None:
+        def task() -> str:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (PLACE, PLACE))
+            with pytest.raises(OSError, match="File too large") as caught:
+                own(path, NUM_CHUNKS)
+            assert not path.exists()
+            return str(caught.value)
+
+        message = in_a_child(task)
+        assert message.endswith(f"{str(path)!r}")
+        assert f"{GEOMETRY.file_bytes} bytes" in message
