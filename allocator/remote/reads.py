@@ -16,7 +16,8 @@ not an end, and neither is a release: NIXL 1.5.1 went on writing after both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Sequence
 
 from kvheap.addresses.block_runs import BlockRuns
 from kvheap.blocks.block_layout import BlockLayout
@@ -25,19 +26,30 @@ from kvheap.errors import TransferError
 from kvheap.kernels.latch import Latch
 from kvheap.kernels.pieces import Pieces
 from kvheap.remote.deadlines import Deadline
+from kvheap.remote.peer_lease import Hold
 
 __all__ = ["Read", "ReadEvent"]
 
+LOGGER = logging.getLogger("kvheap")
+
 WITHDRAWN = object()
+
+WAIT_S = 0.05
+"""Seconds between two looks of whoever waits for a read that nobody looks at."""
 
 
 class ReadEvent:
     """The end of a read, for ``foreign_transfer``. Asked by any thread."""
 
-    __slots__ = ("_over", "cause", "has_ended")
+    logs_failures = True
+    """It says in a line of the log that it has failed; the error itself is the caller's."""
+
+    __slots__ = ("_over", "cause", "has_ended", "look")
 
     def __init__(self) -> None:
         self._over = Latch()
+        self.look: Callable[[], float] | None = None
+        """Does what can be done for the read now, and returns the seconds until the next look."""
         self.cause: BaseException | None = None
         """Why the read failed, once that is known."""
         self.has_ended = False
@@ -50,14 +62,19 @@ class ReadEvent:
 
     def fail(self, cause: BaseException) -> None:
         """Note the first failure; it does not say that nothing arrives any more."""
+        if self._over.is_open:
+            return
         if self.cause is None and not self.has_ended:
             self.cause = cause
+        if self.cause is not None:  # also if an exception struck here the first time
             self._over.open()
+            LOGGER.info("a read failed: %s", self.cause)
 
     def end(self) -> None:
         """Note that nothing can arrive any more."""
         self.has_ended = True
         self._over.open()
+        self.look = None
 
     def query(self) -> bool:
         """Whether the read has ended well.
@@ -74,8 +91,16 @@ class ReadEvent:
         raise cause
 
     def synchronize(self) -> None:
-        """Wait until the outcome is known; raises as :meth:`query`."""
-        self._over.wait()
+        """Wait until the outcome is known, and help to get there; raises as :meth:`query`.
+
+        Raises:
+            NestedWaitError: the read is being looked at by the code that was interrupted here.
+        """
+        while not self._over.is_open:
+            look = self.look
+            pause_s = WAIT_S if look is None else look()
+            if pause_s:
+                self._over.wait(pause_s)
         self.query()
 
 
@@ -87,10 +112,16 @@ class Read:
         target: where their blocks are here.
         layout: what they hold here.
         timeout_s: for all of it.
+        hold: the lease that was taken before; None: the read asks for one.
     """
 
     def __init__(
-        self, keys: list[bytes], target: BlockRuns, layout: BlockLayout, timeout_s: float
+        self,
+        keys: Sequence[bytes],
+        target: BlockRuns,
+        layout: BlockLayout,
+        timeout_s: float,
+        hold: Hold | None = None,
     ) -> None:
         self.keys = keys
         self.target = target
@@ -99,15 +130,20 @@ class Read:
         """Until when whoever waits is told of an outcome."""
         self.event = ReadEvent()
         self.right = Claim()  # never given up
+        self.looker = Claim()
+        """Of whoever looks at it."""
+        self.hold = hold
         self.lease = 0
-        """The number of the peer's lease."""
+        """The number of the peer's lease for this read alone."""
         self.lease_until: Deadline | None = None
         self.asked_at = 0.0
         self.posted_at = 0.0
-        self.groups: Iterator[Pieces] | None = None
-        """What is still to be posted."""
+        self.watched_until = 0.0
+        """Until when whoever waits for it looks at it."""
+        self.parts: list[Pieces] = []
+        """What is still to be posted, the next one last."""
         self.running: list[int] = []
-        """Requests that NIXL works on."""
+        """Requests that NIXL has and may work on."""
         self.broken: list[int] = []
         """Requests that NIXL reports as failed."""
         self.failure: BaseException | None = None
