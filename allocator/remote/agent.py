@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from kvheap.addresses.extents import Int64Array
 from kvheap.interrupts import is_interrupt
 from kvheap.kernels.pieces import Pieces
 from kvheap.remote.errors import PeerError
@@ -123,12 +124,10 @@ class Agent:
             PeerError: NIXL refuses the request: nothing has begun.
         """
         requests = [] if requests is None else requests
-        nixl, sizes = self._nixl, pieces.size_array()
+        nixl, make, kind = self._nixl, self._nixl.nixlXferDList, self._kind_of(device[0])
         try:
-            here = nixl.nixlXferDList(self._kind, _rows(pieces.targets, sizes, self._number))
-            there = nixl.nixlXferDList(
-                self._kind_of(device[0]), _rows(pieces.sources, sizes, device[1])
-            )
+            here = make(self._kind, _rows(pieces.targets, pieces.sizes, self._number))
+            there = make(kind, _rows(pieces.sources, pieces.sizes, device[1]))
             arguments: tuple[Any, ...] = (nixl.NIXL_READ, here, there, name, "", [])
             requests.extend(starmap(self._agent.createXferReq, [arguments]))
         except Exception as error:
@@ -187,7 +186,10 @@ class Agent:
             )
 
 
-def _rows(starts: Any, sizes: Any, device: int) -> Any:
+def _rows(starts: Int64Array, sizes: Int64Array | int, device: int) -> Any:
+    """Descriptors: address, bytes and device of each."""
+    if len(starts) == 1:  # a tenth of the time that the array takes
+        return [(int(starts[0]), sizes if isinstance(sizes, int) else int(sizes[0]), device)]
     table = np.empty((len(starts), 3), np.uint64)
     table[:, 0], table[:, 1], table[:, 2] = starts, sizes, device
     return table

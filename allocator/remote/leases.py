@@ -109,7 +109,11 @@ class LentBlocks:
         self._numbers = itertools.count(1)
 
     def lend(
-        self, places: list[Place], ttl: float, account: Account | None = None
+        self,
+        places: list[Place],
+        ttl: float,
+        account: Account | None = None,
+        batches: set[MemoryBatch] | None = None,
     ) -> tuple[int, BlockRuns] | None:
         """Pin blocks for a reader.
 
@@ -117,6 +121,7 @@ class LentBlocks:
             places: the blocks, at least one, in the order in which they are to be read.
             ttl: seconds.
             account: of the connection; None: one of its own.
+            batches: those of the blocks, if they are known.
 
         Returns:
             The number of the lease, and where the blocks are; None if one was freed just now.
@@ -131,7 +136,7 @@ class LentBlocks:
         account = Account() if account is None else account
         self._require_room(account, len(places))
         try:
-            lease, reading, runs = self._lend(places, ttl)
+            lease, reading, runs = self._lend(places, batches or batches_of(places), ttl)
         except LifetimeError:
             return None
         number = next(self._numbers)
@@ -148,11 +153,13 @@ class LentBlocks:
             self.forget_ended()
             account.require_room(num_blocks)
 
-    def _lend(self, places: list[Place], ttl: float) -> tuple[BatchLease, _Reading, BlockRuns]:
+    def _lend(
+        self, places: list[Place], batches: set[MemoryBatch], ttl: float
+    ) -> tuple[BatchLease, _Reading, BlockRuns]:
         heap, batch = self._heap, places[0][0]
         rows: Int64Array | None = None
         blocks: BlockObjects = batch
-        if len(batches_of(places)) == 1:
+        if len(batches) == 1:
             rows = np.fromiter(map(itemgetter(1), places), np.int64, len(places))
             if len(rows) == len(batch) and rows[0] == 0 and bool((np.diff(rows) == 1).all()):
                 rows = None

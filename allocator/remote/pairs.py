@@ -26,11 +26,10 @@ def parts_of(there: BlockRuns, here: BlockRuns) -> list[Pieces]:
         ValueError: the sides differ in the number or the size of their blocks.
     """
     if there.num_runs == here.num_runs == 1:
-        size = there.size_bytes
-        num_bytes = len(there) * size
+        size, count = there.size_bytes, int(there.counts[0])
         is_dense = size == here.size_bytes == there.block_bytes == here.block_bytes
-        if is_dense and num_bytes == len(here) * size and num_bytes <= POST_BYTES:
-            return [Pieces(there.starts, here.starts, num_bytes)]
+        if is_dense and count == int(here.counts[0]) and count * size <= POST_BYTES:
+            return [Pieces(there.starts, here.starts, count * size)]
     pieces = paired_runs(there, here)
     if pieces.num_bytes <= POST_BYTES:
         return [pieces]

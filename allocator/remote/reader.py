@@ -174,7 +174,7 @@ class Reader:
             return
         line, me = link.line, self._turn.holder()
         try:
-            if line is None or not self._turn.take(me):
+            if line is None or not self._turn.take_soon(me):
                 self.submit(partial(self._begin, link, read))
             else:
                 self._begin(link, read)
@@ -191,7 +191,7 @@ class Reader:
         is_small = read.num_bytes <= SMALL_BYTES and len(read.parts[-1]) <= SMALL_PIECES
         me = self._turn.holder()
         try:
-            if is_small and self._turn.take(me):
+            if is_small and self._turn.take_soon(me):
                 self._move(link, read)
         finally:
             self._turn.give_up(me)

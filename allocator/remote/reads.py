@@ -124,6 +124,7 @@ class Read:
         hold: Hold | None = None,
     ) -> None:
         self.keys = keys
+        self.num_bytes = len(keys) * target.size_bytes
         self.target = target
         self.layout = layout
         self.limit = Deadline(timeout_s)
@@ -149,11 +150,6 @@ class Read:
         self.failure: BaseException | None = None
         """What NIXL has reported, until it is known whether the peer is gone."""
         self.settle_until: Deadline | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the blocks."""
-        return len(self.target) * self.target.size_bytes
 
     def withdraw(self) -> bool:
         """Give the read up unless it has begun; returns whether it never begins."""

@@ -11,7 +11,7 @@ import numpy as np
 from kvheap.addresses.block_runs import BlockRuns
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.errors import ClosedError
-from kvheap.remote.catalogue import Catalogue, Place, batches_of
+from kvheap.remote.catalogue import Catalogue, Place
 from kvheap.remote.errors import ProtocolError
 from kvheap.remote.leases import MAX_LEASE_S, Account, LentBlocks
 from kvheap.remote.messages import Fields, layout_fields, packed
@@ -81,7 +81,7 @@ class Service:
 
     def _look_up(self, request: Fields, account: Account) -> dict[str, Any]:
         self.num_lookups += 1
-        found = self._catalogue.find(request.keys())
+        found, _ = self._catalogue.find(request.keys())
         return {
             "found": _flags_of(found),
             "layout": layout_fields(self._catalogue.layout),
@@ -112,14 +112,14 @@ class Service:
             raise ProtocolError("a lease on no keys")
         places: list[Place | None] = []
         for _ in range(LEND_TRIES):
-            places = self._catalogue.find(keys)
+            places, batches = self._catalogue.find(keys)
             known: list[Place] = [*filter(None, places)]
             if not known or (len(known) < len(keys) and not is_partial):
                 break
-            layouts = {batch.layout for batch in batches_of(known)}
+            layouts = {batch.layout for batch in batches}
             if len(layouts) > 1:
                 raise ValueError(f"the blocks of these keys have several layouts: {layouts}")
-            lent = self._lent.lend(known, ttl, account)
+            lent = self._lent.lend(known, ttl, account, batches)
             if lent is not None:
                 return places, _lease_fields(*lent, ttl, known[0][0].layout)
         return places, None

@@ -20,6 +20,9 @@ __all__ = ["Turn"]
 PAUSE_S = 20e-6
 """Seconds between two attempts of the reader."""
 
+PATIENCE_S = 100e-6
+"""Seconds that a thread waits for the turn, rather than for the reader to do its work."""
+
 
 class Turn:
     """A right that one thread has at a time.
@@ -41,6 +44,17 @@ class Turn:
     def take(self, me: list[int]) -> bool:
         """Take the turn, if it is free and the reader does not wait; whether ``me`` has it."""
         return not self._is_wanted and self._claim.take(me)
+
+    def take_soon(self, me: list[int]) -> bool:
+        """As :meth:`take`, and waits for a moment if the turn is not free."""
+        if self.take(me):
+            return True
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            time.sleep(0)
+            if self.take(me):
+                return True
+        return False
 
     def share(self, me: list[int]) -> bool:
         """As :meth:`take`, or true if the code below on this thread has the turn."""

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from kvheap.blocks.heap import BlockObjects, heap_of
+from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.rows import Rows
 from kvheap.device.completion import Completion, in_flight
 from kvheap.device.events import Event
@@ -105,7 +106,7 @@ def foreign_transfer(
         raise ValueError("a foreign transfer needs blocks: pass its source, its target, or both")
     begin: Callable[[], Any] = (lambda: work) if is_begun else work  # type: ignore[assignment]
     sides = [side for side in (source, target) if side is not None]
-    runs = block_runs(sides[-1])
+    num_bytes, num_runs = _size_of(sides[-1])
     written = [] if target is None else _rows_of(target)
     used = written if source is None else [*_rows_of(source), *written]
     for rows in written:
@@ -115,8 +116,8 @@ def foreign_transfer(
         completion,
         path=name,
         direction="foreign",
-        num_bytes=len(runs) * runs.size_bytes,
-        num_runs=runs.num_runs,
+        num_bytes=num_bytes,
+        num_runs=num_runs,
         device=None,
     )
     found: list[Any] = []
@@ -172,6 +173,15 @@ def _require_idle(used: Sequence[Rows]) -> None:
             raise RuntimeError(
                 f"{rows.batch!r} is still being filled by {before!r}: wait for it first"
             )
+
+
+def _size_of(blocks: BlockObjects | Rows) -> tuple[int, int]:
+    """Bytes and runs of blocks, which must be live."""
+    if isinstance(blocks, MemoryBatch):
+        blocks.counts.require_live(None, blocks)
+        return len(blocks) * blocks.size_bytes, blocks.num_runs
+    runs = block_runs(blocks)
+    return len(runs) * runs.size_bytes, runs.num_runs
 
 
 def _rows_of(blocks: BlockObjects | Rows) -> list[Rows]:
