@@ -138,6 +138,8 @@ class Peer:
         if not names:
             raise ValueError("keys must name at least one chunk, got none")
         ttl_s = as_number("ttl_s", ttl_s, positive=True)
+        self._node_require_open()
+        self._require_not_closed()
         asked_at = now_s()  # the lease is over here before it is over there
         answer = self._answer("lease", timeout_s, keys=names, ttl=float(ttl_s))
         found = np.equal(np.frombuffer(answer.data("found", len(names)), np.uint8), 1)
@@ -145,10 +147,13 @@ class Peer:
         hold = self._hold_of(answer, num_found, asked_at) if num_found else None
         held = names if num_found == len(names) else [names[row] for row in np.flatnonzero(found)]
         lease = PeerLease(found, held, hold)
-        if hold is not None and self._link.is_closed:
-            lease.release()
-            raise ClosedError(f"{self!r} was closed: connect again")
+        if hold is not None:
+            self._require_not_closed()  # else the lease is dropped, and nobody could tell the peer
         return lease
+
+    def _require_not_closed(self) -> None:
+        if self._link.is_closed:
+            raise ClosedError(f"{self!r} was closed: connect again")
 
     def _hold_of(self, answer: Fields, num_found: int, asked_at: float) -> Hold:
         layout, runs = answer.layout(), answer.runs()

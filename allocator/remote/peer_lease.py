@@ -104,7 +104,7 @@ class Hold:
         self._settle()
 
     def _settle(self) -> None:
-        if self.is_released and not self._reads and self._is_back.take(self):
+        if self.is_released and not self._reads and self._is_back.take(object()):
             self._give_back(self)
 
 

@@ -42,7 +42,7 @@ from kvheap.remote.pairs import parts_of
 from kvheap.remote.peer_lease import Hold
 from kvheap.remote.probe import Probed, probe
 from kvheap.remote.reads import WAIT_S, Read
-from kvheap.remote.turn import Turn
+from kvheap.remote.turn import Turn, Visit
 
 __all__ = ["Reader"]
 
@@ -167,34 +167,39 @@ class Reader:
 
     def begin(self, link: Link, read: Read) -> None:
         """Make a read. It asks for a lease, unless it has one."""
+        hold = read.hold
+        if hold is not None:
+            read.lease_until = hold.until
+            read.parts = parts_of(hold.runs, read.target)
         self._open[read] = None
-        read.event.look = partial(self._help, link, read)
-        if read.hold is not None:
-            self._begin_held(link, read, read.hold)
+        read.event.look = partial(self._help, link, read)  # from here on others may begin it
+        if hold is not None:
+            self._begin_held(link, read)
             return
-        line, me = link.line, self._turn.holder()
+        visit = Visit()
         try:
-            if line is None or not self._turn.take_soon(me):
-                self.submit(partial(self._begin, link, read))
-            else:
+            if link.line is not None and self._turn.take_soon(visit):
                 self._begin(link, read)
+            else:
+                self.submit(partial(self._begin, link, read))
         except BaseException as error:
-            self.submit(partial(self._lose, link, line, error))  # half a frame may be sent
+            if visit.has_turn and not read.was_asked:  # half a frame may be sent
+                self.submit(partial(self._lose, link, link.line, error))
             raise
         finally:
-            self._turn.give_up(me)
+            self._turn.free.extend(visit.back)
 
-    def _begin_held(self, link: Link, read: Read, hold: Hold) -> None:
+    def _begin_held(self, link: Link, read: Read) -> None:
         """Make a read whose blocks are leased: at once if it is small."""
-        read.lease_until = hold.until
-        read.parts = parts_of(hold.runs, read.target)
-        is_small = read.num_bytes <= SMALL_BYTES and len(read.parts[-1]) <= SMALL_PIECES
-        me = self._turn.holder()
+        parts = [*read.parts]
+        is_small = read.num_bytes <= SMALL_BYTES and sum(map(len, parts)) <= SMALL_PIECES
+        visit = Visit()
         try:
-            if is_small and self._turn.take_soon(me):
+            if is_small and self._turn.take_soon(visit):
+                self._moves.looking.clear()
                 self._move(link, read)
         finally:
-            self._turn.give_up(me)
+            self._turn.free.extend(visit.back)
             if not read.event.has_ended:
                 self.submit(partial(self._move, link, read))
 
@@ -208,25 +213,35 @@ class Reader:
         """Look at a read for whoever waits for it; returns the seconds until it should again.
 
         Raises:
-            NestedWaitError: the code that was interrupted on this thread looks at it.
+            NestedWaitError: the code that was interrupted on this thread must go on first.
         """
-        me = self._turn.holder()
+        if read.hold is None and read not in link.running:
+            return self._help_asked(read)
+        visit = Visit()
         try:
-            if not self._turn.share(me):
+            if not self._turn.share(visit):
                 return MAX_PAUSE_S
-            if read in link.running:
-                self._moves.look_at(link, read)
-            elif read.limit.has_passed:
-                self._wake()
+            if visit.has_turn:
+                self._moves.looking.clear()
+            self._move(link, read)
         finally:
-            self._turn.give_up(me)
+            self._turn.free.extend(visit.back)
         if read.event.is_over:
             return 0.0
-        if read not in link.running:
-            return min(read.limit.left_s, WAIT_S) or MAX_PAUSE_S
         now = now_s()
         read.watched_until = now + WATCHED_S
         return pause_between_looks(now, read)
+
+    def _help_asked(self, read: Read) -> float:
+        """The same while the peer has not said where the blocks are: the reader listens to it."""
+        if self._turn.is_here:
+            raise NestedWaitError(
+                "a finalizer or signal handler cannot wait for a read by keys in the middle of "
+                "another read: lease the chunks before"
+            )
+        if read.limit.has_passed:
+            self._wake()
+        return min(max(read.limit.left_s, MAX_PAUSE_S), WAIT_S)
 
     def give_back(self, link: Link, hold: Hold) -> None:
         """Tell a peer that a lease is over; may be called anywhere, also in a finalizer."""
@@ -267,16 +282,18 @@ class Reader:
     # -- the thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        me = self._turn.holder()
+        visit = Visit()
         try:
             while not self._is_stopping:
                 ready = self._selector.select(self._pause())
+                visit = Visit()
                 try:
-                    self._turn.wait(me)
+                    self._turn.wait(visit)
                     self._work(ready)
                 finally:
-                    self._turn.give_up(me)
-            self._turn.wait(me)
+                    self._turn.free.extend(visit.back)
+            visit = Visit()
+            self._turn.wait(visit)
             self._work([])  # what was left to be told to others
             for link in [*self._links.values()]:
                 if link.is_known:
@@ -291,9 +308,11 @@ class Reader:
         finally:
             self._close_all()
             self._has_stopped.open()
+            self._turn.free.extend(visit.back)
 
     def _work(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
         """Do everything that can be done now."""
+        self._moves.looking.clear()
         for key, mask in ready:
             if key.fileobj is self._wake_reading:
                 with suppress(OSError):
@@ -423,6 +442,7 @@ class Reader:
             return
         ttl = max(read.limit.at - read.asked_at, 1e-3)
         self._push(link, packed(kind="lock", number=number, keys=read.keys, ttl=ttl))
+        read.was_asked = True
 
     def _push(self, link: Link, payload: bytes = b"") -> None:
         line = link.line

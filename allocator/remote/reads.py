@@ -17,11 +17,13 @@ not an end, and neither is a release: NIXL 1.5.1 went on writing after both.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 
 from kvheap.addresses.block_runs import BlockRuns
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.claims import Claim
+from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import TransferError
 from kvheap.kernels.latch import Latch
 from kvheap.kernels.pieces import Pieces
@@ -44,10 +46,11 @@ class ReadEvent:
     logs_failures = True
     """It says in a line of the log that it has failed; the error itself is the caller's."""
 
-    __slots__ = ("_over", "cause", "has_ended", "look")
+    __slots__ = ("_over", "_thread", "cause", "has_ended", "look")
 
     def __init__(self) -> None:
         self._over = Latch()
+        self._thread = threading.get_ident()
         self.look: Callable[[], float] | None = None
         """Does what can be done for the read now, and returns the seconds until the next look."""
         self.cause: BaseException | None = None
@@ -94,10 +97,14 @@ class ReadEvent:
         """Wait until the outcome is known, and help to get there; raises as :meth:`query`.
 
         Raises:
-            NestedWaitError: the read is being looked at by the code that was interrupted here.
+            NestedWaitError: the code that was interrupted here must go on first.
         """
         while not self._over.is_open:
             look = self.look
+            if look is None and self._thread == threading.get_ident() and not self.is_over:
+                raise NestedWaitError(
+                    "a finalizer or signal handler cannot wait for a read that is about to begin"
+                )
             pause_s = WAIT_S if look is None else look()
             if pause_s:
                 self._over.wait(pause_s)
@@ -131,13 +138,13 @@ class Read:
         """Until when whoever waits is told of an outcome."""
         self.event = ReadEvent()
         self.right = Claim()  # never given up
-        self.looker = Claim()
-        """Of whoever looks at it."""
         self.hold = hold
         self.lease = 0
         """The number of the peer's lease for this read alone."""
         self.lease_until: Deadline | None = None
         self.asked_at = 0.0
+        self.was_asked = False
+        """Whether a question for the blocks has been sent."""
         self.posted_at = 0.0
         self.watched_until = 0.0
         """Until when whoever waits for it looks at it."""
