@@ -133,20 +133,21 @@ def test_a_read_cannot_be_waited_for_in_its_own_middle(pair: Pair) -> None:
     target = fill(pair.here, [0])
     outcomes: set[str] = set()
     number = 0
+
+    def inside() -> None:
+        transfer = target.transfer
+        if transfer is None or transfer is before[-1]:
+            outcomes.add("not begun")
+            return
+        try:
+            transfer.result()
+            outcomes.add("waited")
+        except NestedWaitError:
+            outcomes.add("refused")
+
+    before: list[Any] = []
     while True:
-
-        def inside() -> None:
-            transfer = target.transfer
-            if transfer is None or transfer is before:
-                outcomes.add("not begun")
-                return
-            try:
-                transfer.result()
-                outcomes.add("waited")
-            except NestedWaitError:
-                outcomes.add("refused")
-
-        before = target.transfer
+        before.append(target.transfer)
         with no_deadlock():
             was_struck = Foreign(number, inside, **PLACES).strikes(
                 lambda: pair.peer.read(lease, into=target)
