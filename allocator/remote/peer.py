@@ -19,7 +19,7 @@ from kvheap.remote.ask import AskLine
 from kvheap.remote.deadlines import Deadline, now_s
 from kvheap.remote.errors import PeerError, ProtocolError
 from kvheap.remote.link import Link
-from kvheap.remote.messages import Fields, as_keys
+from kvheap.remote.messages import Fields, as_keys, key_fields
 from kvheap.remote.peer_lease import Hold, PeerLease
 from kvheap.remote.reader import Reader
 from kvheap.remote.reads import Read
@@ -101,7 +101,7 @@ class Peer:
         """
         require_keys(keys)
         found = as_keys(keys)
-        answer = self._answer("lookup", timeout_s, keys=found)
+        answer = self._answer("lookup", timeout_s, **key_fields(found))
         layout = answer.layout()
         if layout is not None:
             self._layout = layout
@@ -141,7 +141,7 @@ class Peer:
         self._node_require_open()
         self._require_not_closed()
         asked_at = now_s()  # the lease is over here before it is over there
-        answer = self._answer("lease", timeout_s, keys=names, ttl=float(ttl_s))
+        answer = self._answer("lease", timeout_s, ttl=float(ttl_s), **key_fields(names))
         found = np.equal(np.frombuffer(answer.data("found", len(names)), np.uint8), 1)
         num_found = int(np.count_nonzero(found))
         hold = self._hold_of(answer, num_found, asked_at) if num_found else None

@@ -36,7 +36,7 @@ from kvheap.remote.errors import (
 )
 from kvheap.remote.line import Line
 from kvheap.remote.link import Link
-from kvheap.remote.messages import Fields, packed, unpacked
+from kvheap.remote.messages import Fields, key_fields, packed, unpacked
 from kvheap.remote.moves import Moves, too_late
 from kvheap.remote.pairs import parts_of
 from kvheap.remote.peer_lease import Hold
@@ -441,7 +441,7 @@ class Reader:
             self._open.pop(read, None)
             return
         ttl = max(read.limit.at - read.asked_at, 1e-3)
-        self._push(link, packed(kind="lock", number=number, keys=read.keys, ttl=ttl))
+        self._push(link, packed(kind="lock", number=number, ttl=ttl, **key_fields(read.keys)))
         read.was_asked = True
 
     def _push(self, link: Link, payload: bytes = b"") -> None:
