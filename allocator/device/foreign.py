@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 from kvheap.device.events import POLL_SECONDS, Event, ReportingEvent
-from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import TransferError
 from kvheap.interrupts import is_interrupt
 from kvheap.kernels.latch import Latch
@@ -67,14 +66,14 @@ class ForeignEvent(ReportingEvent):
     - any other failure: it has failed and is stuck, until ``query`` returns true after all.
 
     Args:
-        work: the event or the future; if its ``logs_failures`` is true, nothing is logged here.
+        work: the event or the future.
         name: who does the work, for messages.
 
     Raises:
         TypeError: ``work`` is neither.
     """
 
-    __slots__ = ("_cause", "_is_quiet", "_name", "_work")
+    __slots__ = ("_cause", "_name", "_work")
 
     def __init__(self, work: Any, name: str) -> None:
         if not is_event(work):
@@ -84,7 +83,6 @@ class ForeignEvent(ReportingEvent):
             )
         self._work: _Work | None = _work_of(work)
         self._name = name
-        self._is_quiet = bool(getattr(work, "logs_failures", False))
         self._cause: BaseException | None = None
 
     def query(self) -> bool:
@@ -132,15 +130,12 @@ class ForeignEvent(ReportingEvent):
     def _note(self, work: _Work, has_ended: bool, cause: BaseException | None) -> None:
         if cause is not None and self._cause is None:
             self._cause = cause
-            if not self._is_quiet:
-                LOGGER.error(
-                    "a transfer by %s failed%s",
-                    self._name,
-                    ""
-                    if has_ended
-                    else ": its blocks stay allocated until it is known to have ended",
-                    exc_info=cause,
-                )
+            LOGGER.error(
+                "a transfer by %s failed%s",
+                self._name,
+                "" if has_ended else ": its blocks stay allocated until it is known to have ended",
+                exc_info=cause,
+            )
         if cause is not None:
             work.forget_frames(cause)  # each time: an event may raise one error again and again
         if has_ended:
@@ -186,7 +181,7 @@ class _EventWork:
         try:
             return bool(question()), None
         except Exception as cause:
-            if isinstance(cause, NestedWaitError) or is_interrupt(cause):
+            if is_interrupt(cause):
                 raise
             return isinstance(cause, TransferError), cause
 

@@ -24,9 +24,9 @@ import torch
 
 from kvheap.addresses.extents import Int64Array
 from kvheap.interrupts import is_interrupt
-from kvheap.kernels.pieces import Pieces
 from kvheap.remote.errors import PeerError
 from kvheap.remote.packages import need_nixl
+from kvheap.remote.pairs import OnePiece, Part
 
 __all__ = ["Agent", "State"]
 
@@ -105,7 +105,7 @@ class Agent:
     def read(
         self,
         name: str,
-        pieces: Pieces,
+        pieces: Part,
         device: tuple[str, int],
         requests: list[int] | None = None,
     ) -> int:
@@ -126,8 +126,13 @@ class Agent:
         requests = [] if requests is None else requests
         nixl, make, kind = self._nixl, self._nixl.nixlXferDList, self._kind_of(device[0])
         try:
-            here = make(self._kind, _rows(pieces.targets, pieces.sizes, self._number))
-            there = make(kind, _rows(pieces.sources, pieces.sizes, device[1]))
+            if isinstance(pieces, OnePiece):
+                source, target, size = pieces
+                here = make(self._kind, [(target, size, self._number)])
+                there = make(kind, [(source, size, device[1])])
+            else:
+                here = make(self._kind, _rows(pieces.targets, pieces.sizes, self._number))
+                there = make(kind, _rows(pieces.sources, pieces.sizes, device[1]))
             arguments: tuple[Any, ...] = (nixl.NIXL_READ, here, there, name, "", [])
             requests.extend(starmap(self._agent.createXferReq, [arguments]))
         except Exception as error:
@@ -187,9 +192,7 @@ class Agent:
 
 
 def _rows(starts: Int64Array, sizes: Int64Array | int, device: int) -> Any:
-    """Descriptors: address, bytes and device of each."""
-    if len(starts) == 1:  # a tenth of the time that the array takes
-        return [(int(starts[0]), sizes if isinstance(sizes, int) else int(sizes[0]), device)]
+    """Address, bytes and device of each, uint64 ``[N, 3]``."""
     table = np.empty((len(starts), 3), np.uint64)
     table[:, 0], table[:, 1], table[:, 2] = starts, sizes, device
     return table

@@ -279,7 +279,15 @@ class Node:
             raise
         ask = AskLine(asking, where, self._key, self.name, welcome.name, welcome.uuid)
         peer = Peer(
-            self.heap, self._reader, link, ask, address, self.address, self.name, self._require_open
+            self.heap,
+            self._reader,
+            link,
+            ask,
+            address,
+            self.address,
+            self.name,
+            self._segments,
+            self._require_open,
         )
         self._peers[welcome.uuid] = peer
         return peer

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvheap.addresses.arguments import as_number
+from kvheap.addresses.block_runs import MemorySegment
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import Heap
 from kvheap.blocks.memory_batch import MemoryBatch
@@ -20,6 +21,7 @@ from kvheap.remote.deadlines import Deadline, now_s
 from kvheap.remote.errors import PeerError, ProtocolError
 from kvheap.remote.link import Link
 from kvheap.remote.messages import Fields, as_keys, key_fields
+from kvheap.remote.pairs import one_piece, parts_of
 from kvheap.remote.peer_lease import Hold, PeerLease
 from kvheap.remote.reader import Reader
 from kvheap.remote.reads import Read
@@ -58,6 +60,7 @@ class Peer:
         address: str,
         own_address: str,
         own_name: str,
+        segments: Sequence[MemorySegment],
         require_open: Callable[[], None],
     ) -> None:
         self.name = link.welcome.name
@@ -69,6 +72,7 @@ class Peer:
         self._ask = ask
         self._own_address = own_address
         self._own_name = own_name
+        self._segments = segments
         self._node_require_open = require_open
         self._layout = link.welcome.layout
 
@@ -263,9 +267,10 @@ class Peer:
             raise ValueError(f"into must be of the node's heap {self._heap!r}, got {batch!r}")
         if len(batch) != num_keys:
             raise ValueError(f"{num_keys} keys need as many blocks, got {len(batch)} in into")
-        if layout is not None and layout != batch.layout:
+        own = batch.layout
+        if layout is not None and layout is not own and layout != own:
             raise ValueError(
-                f"into must have blocks of {layout}, as peer {self.name!r} has, got {batch.layout}"
+                f"into must have blocks of {layout}, as peer {self.name!r} has, got {own}"
             )
 
     def _asked_layout(self, keys: Sequence[bytes]) -> BlockLayout:
@@ -279,7 +284,12 @@ class Peer:
     def _read(
         self, keys: Sequence[bytes], batch: MemoryBatch, timeout_s: float, hold: Hold | None
     ) -> MemoryBatch:
-        read = Read(keys, batch.block_runs(), batch.layout, timeout_s, hold)
+        if hold is None:
+            read = Read(keys, batch.layout, timeout_s, target=batch.block_runs())
+        else:
+            one = one_piece(hold.runs, batch, self._segments)
+            parts = parts_of(hold.runs, batch.block_runs()) if one is None else [one]
+            read = Read(keys, batch.layout, timeout_s, hold=hold, parts=parts)
         before = batch.transfer
         try:
             if hold is not None:

@@ -38,7 +38,7 @@ from kvheap.remote.line import Line
 from kvheap.remote.link import Link
 from kvheap.remote.messages import Fields, key_fields, packed, unpacked
 from kvheap.remote.moves import Moves, too_late
-from kvheap.remote.pairs import parts_of
+from kvheap.remote.pairs import is_small, parts_of
 from kvheap.remote.peer_lease import Hold
 from kvheap.remote.probe import Probed, probe
 from kvheap.remote.reads import WAIT_S, Read
@@ -49,12 +49,6 @@ __all__ = ["Reader"]
 LOGGER = logging.getLogger("kvheap")
 
 T = TypeVar("T")
-
-SMALL_BYTES = 256 << 10
-"""A read of so many bytes, by a lease taken before, is posted by its caller: about 0.1 ms."""
-
-SMALL_PIECES = 64
-"""The same for its descriptors."""
 
 SPIN_S = 300e-6
 """So long after a read was posted, its state is asked without a pause."""
@@ -167,13 +161,9 @@ class Reader:
 
     def begin(self, link: Link, read: Read) -> None:
         """Make a read. It asks for a lease, unless it has one."""
-        hold = read.hold
-        if hold is not None:
-            read.lease_until = hold.until
-            read.parts = parts_of(hold.runs, read.target)
         self._open[read] = None
         read.event.look = partial(self._help, link, read)  # from here on others may begin it
-        if hold is not None:
+        if read.hold is not None:
             self._begin_held(link, read)
             return
         visit = Visit()
@@ -191,11 +181,9 @@ class Reader:
 
     def _begin_held(self, link: Link, read: Read) -> None:
         """Make a read whose blocks are leased: at once if it is small."""
-        parts = [*read.parts]
-        is_small = read.num_bytes <= SMALL_BYTES and sum(map(len, parts)) <= SMALL_PIECES
         visit = Visit()
         try:
-            if is_small and self._turn.take_soon(visit):
+            if is_small(read.parts, read.num_bytes) and self._turn.take_soon(visit):
                 self._moves.looking.clear()
                 self._move(link, read)
         finally:
@@ -541,6 +529,7 @@ class Reader:
             raise ProtocolError(
                 f"peer {link.name!r} has answered {len(read.keys)} keys with {len(runs)} blocks"
             )
+        assert read.target is not None
         read.parts = parts_of(runs, read.target)
         read.lease_until = Deadline(answer.seconds("ttl"), read.asked_at)
         read.lease = answer.integer("lease")

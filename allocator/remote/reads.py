@@ -23,11 +23,12 @@ from collections.abc import Callable, Sequence
 from kvheap.addresses.block_runs import BlockRuns
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.claims import Claim
+from kvheap.device.events import ReportingEvent
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import TransferError
 from kvheap.kernels.latch import Latch
-from kvheap.kernels.pieces import Pieces
 from kvheap.remote.deadlines import Deadline
+from kvheap.remote.pairs import Part
 from kvheap.remote.peer_lease import Hold
 
 __all__ = ["Read", "ReadEvent"]
@@ -40,11 +41,11 @@ WAIT_S = 0.05
 """Seconds between two looks of whoever waits for a read that nobody looks at."""
 
 
-class ReadEvent:
-    """The end of a read, for ``foreign_transfer``. Asked by any thread."""
+class ReadEvent(ReportingEvent):
+    """The end of a read, for ``foreign_transfer``. Asked by any thread.
 
-    logs_failures = True
-    """It says in a line of the log that it has failed; the error itself is the caller's."""
+    A failure is a line of the log; the error itself is the caller's.
+    """
 
     __slots__ = ("_over", "_thread", "cause", "has_ended", "look")
 
@@ -68,6 +69,7 @@ class ReadEvent:
         if self._over.is_open:
             return
         if self.cause is None and not self.has_ended:
+            cause.__traceback__ = cause.__context__ = None  # their frames hold memory
             self.cause = cause
         if self.cause is not None:  # also if an exception struck here the first time
             self._over.open()
@@ -80,21 +82,34 @@ class ReadEvent:
         self.look = None
 
     def query(self) -> bool:
-        """Whether the read has ended well.
+        """Whether nothing can arrive any more."""
+        return self.has_ended
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the read has failed, and bytes may still arrive."""
+        return self.cause is not None and not self.has_ended
+
+    def error(self) -> TransferError | None:
+        """Why the read failed; a new object each time."""
+        cause = self.cause
+        if cause is None:
+            return None
+        error = TransferError(str(cause))
+        error.__cause__ = cause
+        return error
+
+    def require_success(self) -> None:
+        """Raise if the read is known to have failed.
 
         Raises:
-            TransferError: it has failed, and ended.
-            Exception: it has failed; bytes may still arrive.
+            TransferError: it has.
         """
-        has_ended, cause = self.has_ended, self.cause
-        if cause is None:
-            return has_ended
-        if has_ended:
-            raise TransferError(str(cause)) from cause
-        raise cause
+        if self.cause is not None:
+            raise TransferError(str(self.cause)) from self.cause
 
     def synchronize(self) -> None:
-        """Wait until the outcome is known, and help to get there; raises as :meth:`query`.
+        """Wait until the outcome is known, and help to get there.
 
         Raises:
             NestedWaitError: the code that was interrupted here must go on first.
@@ -108,7 +123,6 @@ class ReadEvent:
             pause_s = WAIT_S if look is None else look()
             if pause_s:
                 self._over.wait(pause_s)
-        self.query()
 
 
 class Read:
@@ -116,47 +130,53 @@ class Read:
 
     Args:
         keys: of the chunks.
-        target: where their blocks are here.
-        layout: what they hold here.
+        layout: what their blocks hold here.
         timeout_s: for all of it.
+        target: where the blocks are here; needed without a lease.
         hold: the lease that was taken before; None: the read asks for one.
+        parts: what to read by that lease, the last part first.
     """
+
+    lease = 0
+    """The number of the peer's lease for this read alone."""
+    lease_until: Deadline | None = None
+    asked_at = 0.0
+    was_asked = False
+    """Whether a question for the blocks has been sent."""
+    posted_at = 0.0
+    watched_until = 0.0
+    """Until when whoever waits for it looks at it."""
+    failure: BaseException | None = None
+    """What NIXL has reported, until it is known whether the peer is gone."""
+    settle_until: Deadline | None = None
 
     def __init__(
         self,
         keys: Sequence[bytes],
-        target: BlockRuns,
         layout: BlockLayout,
         timeout_s: float,
+        *,
+        target: BlockRuns | None = None,
         hold: Hold | None = None,
+        parts: Sequence[Part] = (),
     ) -> None:
         self.keys = keys
-        self.num_bytes = len(keys) * target.size_bytes
-        self.target = target
         self.layout = layout
+        self.num_bytes = len(keys) * layout.size_bytes
+        self.target = target
         self.limit = Deadline(timeout_s)
         """Until when whoever waits is told of an outcome."""
         self.event = ReadEvent()
         self.right = Claim()  # never given up
         self.hold = hold
-        self.lease = 0
-        """The number of the peer's lease for this read alone."""
-        self.lease_until: Deadline | None = None
-        self.asked_at = 0.0
-        self.was_asked = False
-        """Whether a question for the blocks has been sent."""
-        self.posted_at = 0.0
-        self.watched_until = 0.0
-        """Until when whoever waits for it looks at it."""
-        self.parts: list[Pieces] = []
+        if hold is not None:
+            self.lease_until = hold.until
+        self.parts = [*parts]
         """What is still to be posted, the next one last."""
         self.running: list[int] = []
         """Requests that NIXL has and may work on."""
         self.broken: list[int] = []
         """Requests that NIXL reports as failed."""
-        self.failure: BaseException | None = None
-        """What NIXL has reported, until it is known whether the peer is gone."""
-        self.settle_until: Deadline | None = None
 
     def withdraw(self) -> bool:
         """Give the read up unless it has begun; returns whether it never begins."""

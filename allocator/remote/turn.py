@@ -28,7 +28,8 @@ from itertools import starmap
 __all__ = ["Turn", "Visit"]
 
 PAUSE_S = 20e-6
-"""Seconds between two attempts of the reader."""
+MAX_PAUSE_S = 500e-6
+"""Least and most seconds between two attempts of the reader."""
 
 PATIENCE_S = 100e-6
 """Seconds that a thread waits for the turn, rather than for the reader to do its work."""
@@ -126,6 +127,8 @@ class Turn:
     def wait(self, visit: Visit) -> None:
         """Take the turn, once whoever has it is done; for the reader's thread."""
         self._is_wanted = True
+        pause_s = PAUSE_S
         while not self._take(visit):
-            time.sleep(PAUSE_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
         self._is_wanted = False
