@@ -14,34 +14,30 @@ from __future__ import annotations
 import itertools
 import logging
 import selectors
-import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import ClosedError
 from kvheap.kernels.latch import Latch
 from kvheap.remote.agent import Agent
+from kvheap.remote.answers import enter_lease
 from kvheap.remote.deadlines import Deadline, now_s
-from kvheap.remote.errors import (
-    MissingKeysError,
-    PeerError,
-    PeerGoneError,
-    ProtocolError,
-)
+from kvheap.remote.errors import PeerError, PeerGoneError, ProtocolError
 from kvheap.remote.line import Line
 from kvheap.remote.link import Link
 from kvheap.remote.messages import Fields, key_fields, packed, unpacked
 from kvheap.remote.moves import Moves, too_late
-from kvheap.remote.pairs import is_small, parts_of
+from kvheap.remote.pairs import is_small
+from kvheap.remote.pauses import MAX_PAUSE_S, WATCHED_S, between_looks_s, next_look_s
 from kvheap.remote.peer_lease import Hold
 from kvheap.remote.probe import Probed, probe
 from kvheap.remote.reads import WAIT_S, Read
+from kvheap.remote.tasks import Tasks
 from kvheap.remote.turn import Turn, Visit
 
 __all__ = ["Reader"]
@@ -49,22 +45,6 @@ __all__ = ["Reader"]
 LOGGER = logging.getLogger("kvheap")
 
 T = TypeVar("T")
-
-SPIN_S = 300e-6
-"""So long after a read was posted, its state is asked without a pause."""
-
-POLLS_PER_DURATION = 16
-MAX_PAUSE_S = 1e-3
-"""Longest pause between two looks at a read."""
-
-WATCHED_S = 2e-3
-"""So long after a thread that waits for a read has looked at it, the reader leaves it to it."""
-
-QUARANTINE_PAUSE_S = 20e-3
-"""The same for reads that nobody waits for any more."""
-
-IDLE_S = 0.1
-"""Longest sleep: a read that its caller has begun tells nobody, but has a time limit."""
 
 PROBE_PAUSE_S = 0.5
 """Seconds between two attempts to find out whether a peer is gone."""
@@ -88,17 +68,12 @@ class Reader:
         self._links: dict[str, Link] = {}
         self._open: dict[Read, None] = {}
         self._numbers = itertools.count(1)
-        self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._tasks = Tasks()
         self._is_stopping = False
         self._has_stopped = Latch()
         self.num_done = self.num_failed = self.bytes_done = 0
         self._selector = selectors.DefaultSelector()
-        # Sockets, not a pipe: a lease may be dropped after they are closed, and must not write to a
-        # descriptor that is somebody else's by then.
-        self._wake_reading, self._wake_writing = socket.socketpair()
-        for each in (self._wake_reading, self._wake_writing):
-            each.setblocking(False)
-        self._selector.register(self._wake_reading, selectors.EVENT_READ)
+        self._selector.register(self._tasks.signal, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name=f"kvheap-read-{name}", daemon=True)
 
     # -- for other threads ---------------------------------------------------------------------
@@ -125,11 +100,6 @@ class Reader:
     def submit(self, task: Callable[[], None]) -> None:
         """Do something on the thread, soon."""
         self._tasks.put(task)
-        self._wake()
-
-    def _wake(self) -> None:
-        with suppress(OSError):  # it is full: it wakes up anyway; or closed
-            self._wake_writing.send(b"!")
 
     def ask(self, question: Callable[[], T]) -> T:
         """What a function returns or raises on the thread.
@@ -218,7 +188,7 @@ class Reader:
             return 0.0
         now = now_s()
         read.watched_until = now + WATCHED_S
-        return pause_between_looks(now, read)
+        return between_looks_s(now, read)
 
     def _help_asked(self, read: Read) -> float:
         """The same while the peer has not said where the blocks are: the reader listens to it."""
@@ -228,7 +198,7 @@ class Reader:
                 "another read: lease the chunks before"
             )
         if read.limit.has_passed:
-            self._wake()
+            self._tasks.wake()
         return min(max(read.limit.left_s, MAX_PAUSE_S), WAIT_S)
 
     def give_back(self, link: Link, hold: Hold) -> None:
@@ -302,45 +272,18 @@ class Reader:
         """Do everything that can be done now."""
         self._moves.looking.clear()
         for key, mask in ready:
-            if key.fileobj is self._wake_reading:
-                with suppress(OSError):
-                    self._wake_reading.recv(4096)
+            if key.fileobj is self._tasks.signal:
+                self._tasks.calm()
             else:
                 self._serve(key.data, mask)
-        self._run_tasks()
+        self._tasks.run()
         self._look_at_all()
-
-    def _run_tasks(self) -> None:
-        while True:
-            try:
-                task = self._tasks.get_nowait()
-            except Empty:
-                return
-            task()
 
     def _pause(self) -> float:
         """Seconds to wait for something."""
-        if not self._tasks.empty():
+        if not self._tasks.is_empty:
             return 0.0
-        now, pause = now_s(), IDLE_S
-        for link in [*self._links.values()]:
-            for read in [*link.running]:
-                if read.event.is_over:
-                    wait = QUARANTINE_PAUSE_S
-                elif read.watched_until > now:
-                    wait = MAX_PAUSE_S
-                elif read.parts and not read.running:
-                    return 0.0  # the next part is to be posted
-                else:
-                    wait = pause_between_looks(now, read)
-                    if not wait:
-                        return 0.0
-                pause = min(pause, wait)
-            ends = [read.limit.at for read in (*link.queued, *[*link.asked.values()])]
-            if link.probe_after is not None and link.reads:
-                ends.append(link.probe_after.at)
-            if ends:
-                pause = min(pause, max(min(ends) - now, 0.0))
+        pause = next_look_s([*self._links.values()])
         if 0.0 < pause < MAX_PAUSE_S:  # the selector rounds up to that
             time.sleep(pause)
             return 0.0
@@ -496,7 +439,7 @@ class Reader:
                 link.unlocks.append(answer.integer("lease"))
             return
         try:
-            self._take_lease(link, read, answer)
+            enter_lease(link.name, read, answer)
         except Exception as error:
             if "lease" in answer:
                 link.unlocks.append(answer.integer("lease"))
@@ -505,34 +448,6 @@ class Reader:
                 raise
         else:
             self._move(link, read)
-
-    def _take_lease(self, link: Link, read: Read, answer: Fields) -> None:
-        """Enter where the blocks are.
-
-        Raises:
-            Exception: that cannot be, or the peer does not have them.
-        """
-        if "error" in answer:
-            kind = PeerGoneError if "gone" in answer else PeerError
-            raise kind(f"peer {link.name!r}: {answer.text('error')}")
-        if "missing" in answer:
-            rows = answer.array("missing").tolist()
-            if not all(0 <= row < len(read.keys) for row in rows):
-                raise ProtocolError(f"peer {link.name!r} misses keys that were not asked for")
-            raise MissingKeysError(link.name, [read.keys[row] for row in rows])
-        layout, runs = answer.layout(), answer.runs()
-        if layout != read.layout:
-            raise PeerError(
-                f"the blocks of peer {link.name!r} are {layout}, those to fill are {read.layout}"
-            )
-        if len(runs) != len(read.keys):
-            raise ProtocolError(
-                f"peer {link.name!r} has answered {len(read.keys)} keys with {len(runs)} blocks"
-            )
-        assert read.target is not None
-        read.parts = parts_of(runs, read.target)
-        read.lease_until = Deadline(answer.seconds("ttl"), read.asked_at)
-        read.lease = answer.integer("lease")
 
     def _give_back(self, link: Link, hold: Hold) -> None:
         link.holds.pop(hold, None)
@@ -590,7 +505,7 @@ class Reader:
         if read.lease:
             link.unlocks.append(read.lease)
             if not self.is_here():
-                self._wake()
+                self._tasks.wake()
 
     def _fail(self, read: Read, error: BaseException) -> None:
         """End a read that NIXL has nothing to do with."""
@@ -658,11 +573,4 @@ class Reader:
             if link.line is not None:
                 link.line.close()
         self._selector.close()
-        self._wake_reading.close()
-        self._wake_writing.close()
-
-
-def pause_between_looks(now: float, read: Read) -> float:
-    """Seconds between two looks at a read that somebody waits for."""
-    elapsed = now - read.posted_at
-    return 0.0 if elapsed < SPIN_S else min(elapsed / POLLS_PER_DURATION, MAX_PAUSE_S)
+        self._tasks.close()
