@@ -79,7 +79,7 @@ class Node:
     purpose        methods
     =============  ==================================================================
     be read        ``publish``, ``withdraw``, or ``lookup``; ``next_offer``
-    read           ``connect``, then the ``Peer``'s ``lookup`` and ``read``
+    read           ``connect``, then the ``Peer``'s ``lookup`` or ``lease``, and ``read``
     watch          ``address``, ``stats``
     end            ``close``
     =============  ==================================================================
