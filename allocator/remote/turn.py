@@ -1,8 +1,9 @@
-"""``Turn``: which thread may change what the reader knows, and call NIXL.
+"""``Turn``: a right that one thread has at a time, and that no interrupt leaves taken.
 
-The reader's thread waits for its turn. Other threads take it only if it is free, for a moment: to
-begin a small read, or to look at one that they wait for. So nobody waits for them but the reader,
-and nobody waits for a large read that NIXL moves in one call.
+Above all: which thread may change what the reader knows, and call NIXL. The reader's thread waits
+for its turn. Other threads take it only if it is free, for a moment: to begin a small read, or to
+look at one that they wait for. So nobody waits for them but the reader, and nobody waits for a
+large read that NIXL moves in one call.
 
 A signal handler or a finalizer may strike while its thread has the turn, and wait for another read:
 it shares the turn then (:meth:`Turn.share`), as the code below it goes on only after it.
@@ -25,11 +26,13 @@ import time
 from collections.abc import Iterator
 from itertools import starmap
 
+from kvheap.remote.deadlines import Deadline
+
 __all__ = ["Turn", "Visit"]
 
 PAUSE_S = 20e-6
 MAX_PAUSE_S = 500e-6
-"""Least and most seconds between two attempts of the reader."""
+"""Least and most seconds between two attempts of whoever waits."""
 
 PATIENCE_S = 100e-6
 """Seconds that a thread waits for the turn, rather than for the reader to do its work."""
@@ -127,8 +130,18 @@ class Turn:
     def wait(self, visit: Visit) -> None:
         """Take the turn, once whoever has it is done; for the reader's thread."""
         self._is_wanted = True
+        self._take_before(visit, None)
+        self._is_wanted = False
+
+    def take_before(self, visit: Visit, deadline: Deadline) -> bool:
+        """Take the turn in time, once whoever has it is done; whether ``visit`` has it."""
+        return self._take_before(visit, deadline)
+
+    def _take_before(self, visit: Visit, deadline: Deadline | None) -> bool:
         pause_s = PAUSE_S
         while not self._take(visit):
+            if deadline is not None and deadline.has_passed:
+                return False
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
-        self._is_wanted = False
+        return True

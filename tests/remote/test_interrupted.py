@@ -160,3 +160,51 @@ def test_a_read_cannot_be_waited_for_in_its_own_middle(pair: Pair) -> None:
     assert outcomes == {"not begun", "waited", "refused"}
     lease.release()
     pair.here.batched_free(target)
+
+
+ASKING = {
+    "modules": ("kvheap.remote.ask", "kvheap.remote.peer", "kvheap.remote.turn")
+    + ("kvheap.remote.line", "kvheap.remote.frames", "kvheap.remote.messages"),
+    "but_not_inside": ("threading",),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finalizer
+@pytest.mark.parametrize("name", ["lookup", "lease"])
+def test_a_question_that_is_interrupted_holds_up_no_other(pair: Pair, name: str) -> None:
+    def ask() -> None:
+        if name == "lookup":
+            pair.peer.lookup(keys_of([1]))
+        else:
+            pair.lease([1], 0.5).release()  # one whose answer is lost ends by itself
+
+    number = 0
+    while True:
+        with no_deadlock():
+            was_struck = interrupts(number, ask, **ASKING)
+            assert pair.peer.lookup(keys_of([1, 999]), 3).tolist() == [True, False]
+        if not was_struck:
+            break
+        number += 1
+    assert number > 20
+
+
+def test_a_question_in_the_middle_of_another_is_refused_or_answered(pair: Pair) -> None:
+    outcomes: set[str] = set()
+
+    def inside() -> None:
+        try:
+            assert pair.peer.lookup(keys_of([1, 999]), 3).tolist() == [True, False]
+            outcomes.add("answered")
+        except NestedWaitError:
+            outcomes.add("refused")
+
+    number = 0
+    while True:
+        with no_deadlock():
+            foreign = Foreign(number, inside, **ASKING)
+            was_struck = foreign.strikes(lambda: pair.peer.lookup(keys_of([2]), 3))
+        if not was_struck:
+            break
+        number += 1
+    assert outcomes == {"answered", "refused"}
