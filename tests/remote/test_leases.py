@@ -156,6 +156,23 @@ class TestReads:
         assert torch.equal(one[0].tensor, kv[3])
 
 
+    @pytest.mark.parametrize("count", [1, 128], ids=["small", "large"])
+    def test_one_that_has_begun_is_not_withdrawn(
+        self, pair: Pair, monkeypatch: pytest.MonkeyPatch, count: int
+    ) -> None:
+        """Its caller, who is interrupted then, must not take its blocks for free."""
+        reads: list[Any] = []
+        begin = pair.reader._reader.begin
+        monkeypatch.setattr(
+            pair.reader._reader, "begin", lambda link, read: (reads.append(read), begin(link, read))
+        )
+        with pair.lease(range(count)) as lease:
+            batch = pair.peer.read(lease, into=pair.here)
+            batch.transfer.result()
+            assert not reads[0].withdraw()
+            pair.here.batched_free(batch)
+
+
 class TestHolding:
     def test_leased_blocks_stay_until_the_release(self, own: Pair) -> None:
         lease = own.lease(range(4))
