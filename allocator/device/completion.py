@@ -29,7 +29,6 @@ import numpy as np
 from kvheap.addresses.extents import Int64Array
 from kvheap.device.copy_device import CopyDevice
 from kvheap.device.events import POLL_SECONDS, DeviceEvent, ReleaseVoidError, ReportingEvent
-from kvheap.device.foreign import ForeignEvent
 from kvheap.device.host_queue import HostEvent, NestedWaitError
 from kvheap.errors import TransferError
 from kvheap.forks import starts_over_after_fork
@@ -222,7 +221,8 @@ class Completion:
     @property
     def is_foreign(self) -> bool:
         """Whether others make the copy, so that it may never end."""
-        return isinstance(self._event, ForeignEvent)
+        event = self._event
+        return isinstance(event, ReportingEvent) and not isinstance(event, HostEvent)
 
     def arrive(self) -> None:
         """Wait on the host until the copy has ended.

@@ -20,6 +20,7 @@ from kvheap.remote.node import Node
 from kvheap.remote.node_stats import NodeStats
 from kvheap.remote.offers import Offer
 from kvheap.remote.peer import Peer
+from kvheap.remote.peer_lease import PeerLease
 
 __all__ = [
     "AuthenticationError",
@@ -30,6 +31,7 @@ __all__ = [
     "Peer",
     "PeerError",
     "PeerGoneError",
+    "PeerLease",
     "PeerTimeoutError",
     "ProtocolError",
     "StaleReadError",

@@ -1,4 +1,4 @@
-"""``Agent``: NIXL, as far as a node needs it. Every method is called on one thread, the reader's.
+"""``Agent``: NIXL, as far as a node needs it. Methods are called by one thread at a time.
 
 What NIXL 1.5.1 does, measured over loopback, and what follows:
 
@@ -16,14 +16,17 @@ import ctypes
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import starmap
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from kvheap.kernels.pieces import Pieces
+from kvheap.addresses.extents import Int64Array
+from kvheap.interrupts import is_interrupt
 from kvheap.remote.errors import PeerError
 from kvheap.remote.packages import need_nixl
+from kvheap.remote.pairs import OnePiece, Part
 
 __all__ = ["Agent", "State"]
 
@@ -33,7 +36,7 @@ PROGRESS_PAUSE_US = 100_000
 """Longest sleep of NIXL's progress thread between events; 0, as in ``nixl_agent``, takes 85 % of a
 core."""
 
-State = Literal["running", "done", "failed"]
+State = Literal["created", "running", "done", "failed"]
 
 
 class Agent:
@@ -64,6 +67,7 @@ class Agent:
             )
         self._agent.createBackend(BACKEND, {})
         self._memory = [buffer for _, buffer in segments]
+        self._number = self.device_of(self._memory[0])
         self._registered: Any = nixl.nixlRegDList(
             self._kind,
             [(each.data_ptr(), each.nbytes, self.device_of(each), "") for each in self._memory],
@@ -98,48 +102,64 @@ class Agent:
         with suppress(self._nixl.nixlNotFoundError, RuntimeError):
             self._agent.invalidateRemoteMD(name)
 
-    def read(self, name: str, pieces: Pieces, device: tuple[str, int]) -> int:
-        """Begin to read pieces of another agent's memory.
+    def read(
+        self,
+        name: str,
+        pieces: Part,
+        device: tuple[str, int],
+        requests: list[int] | None = None,
+    ) -> int:
+        """Prepare to read pieces of another agent's memory.
 
         Args:
             name: the other agent.
             pieces: absolute addresses there (source) and here (target), and bytes.
             device: where the other memory is: ``cpu`` or ``cuda``, and the number of the GPU.
+            requests: gets the request too; no exception of a signal handler strikes in between.
 
         Returns:
-            The request, for :meth:`state` and :meth:`release`.
+            The request, for :meth:`post`, :meth:`state` and :meth:`release`.
 
         Raises:
             PeerError: NIXL refuses the request: nothing has begun.
         """
-        nixl, here = self._nixl, self.device_of(self._memory[0])
+        requests = [] if requests is None else requests
+        nixl, make, kind = self._nixl, self._nixl.nixlXferDList, self._kind_of(device[0])
         try:
-            request: int = self._agent.createXferReq(
-                nixl.NIXL_READ,
-                nixl.nixlXferDList(self._kind, _rows(pieces.targets, pieces.size_array(), here)),
-                nixl.nixlXferDList(
-                    self._kind_of(device[0]), _rows(pieces.sources, pieces.size_array(), device[1])
-                ),
-                name,
-                "",
-                [],
-            )
+            if isinstance(pieces, OnePiece):
+                source, target, size = pieces
+                here = make(self._kind, [(target, size, self._number)])
+                there = make(kind, [(source, size, device[1])])
+            else:
+                here = make(self._kind, _rows(pieces.targets, pieces.sizes, self._number))
+                there = make(kind, _rows(pieces.sources, pieces.sizes, device[1]))
+            arguments: tuple[Any, ...] = (nixl.NIXL_READ, here, there, name, "", [])
+            requests.extend(starmap(self._agent.createXferReq, [arguments]))
         except Exception as error:
+            if is_interrupt(error):
+                raise
             raise PeerError(f"NIXL refuses to read from {name!r}: {error!r}") from error
-        return request
+        return requests[-1]
 
     def post(self, request: int) -> tuple[State, BaseException | None]:
         """Start a request; NIXL may move all bytes in this call."""
         return self._state(self._agent.postXferReq, request, "")
 
     def state(self, request: int) -> tuple[State, BaseException | None]:
-        """The state of a request, and the error if it has one. It also makes progress."""
+        """The state of a request, and the error if it has one. It also makes progress.
+
+        ``created``: it was not posted.
+        """
         return self._state(self._agent.getXferStatus, request)
 
     def _state(self, call: Any, *arguments: Any) -> tuple[State, BaseException | None]:
         try:
             found = call(*arguments)
+        except self._nixl.nixlNotPostedError:
+            return "created", None
         except Exception as error:
+            if is_interrupt(error):
+                raise
             return "failed", error.with_traceback(None)
         if found == self._nixl.NIXL_SUCCESS:
             return "done", None
@@ -171,7 +191,8 @@ class Agent:
             )
 
 
-def _rows(starts: Any, sizes: Any, device: int) -> Any:
+def _rows(starts: Int64Array, sizes: Int64Array | int, device: int) -> Any:
+    """Address, bytes and device of each, uint64 ``[N, 3]``."""
     table = np.empty((len(starts), 3), np.uint64)
     table[:, 0], table[:, 1], table[:, 2] = starts, sizes, device
     return table

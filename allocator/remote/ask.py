@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
+from kvheap.device.host_queue import NestedWaitError
 from kvheap.forks import starts_over_after_fork
 from kvheap.remote.deadlines import Deadline
 from kvheap.remote.errors import PeerError, PeerGoneError, PeerTimeoutError, ProtocolError
 from kvheap.remote.handshake import call
 from kvheap.remote.line import Line
 from kvheap.remote.messages import Fields, packed, unpacked
+from kvheap.remote.turn import Turn, Visit
 
 __all__ = ["AskLine"]
+
+
+class _OthersAskError(Exception):
+    """Others have had the connection for all the time that there was."""
 
 
 class AskLine:
@@ -37,12 +42,12 @@ class AskLine:
         self._peer = peer
         self._uuid = uuid
         self._number = 0
-        self._lock = threading.Lock()
+        self._turn = Turn()
         starts_over_after_fork(self)
 
     def start_over_after_fork(self) -> None:
         """Close this process's copy of the socket, in a forked child."""
-        self._lock = threading.Lock()
+        self._turn = Turn()
         self.close()
 
     def ask(self, kind: str, timeout_s: float, **fields: Any) -> Fields:
@@ -50,16 +55,25 @@ class AskLine:
 
         Raises:
             PeerTimeoutError: it has not come in time.
+            NestedWaitError: the code below, on this thread, waits for an answer.
             PeerGoneError: the peer's process has ended, or its node was closed.
             PeerError: the peer could not answer; the message says why.
             ProtocolError: what came is no answer.
             ConnectionError: the connection broke, and no new one could be made.
         """
         deadline = Deadline(timeout_s)
-        if not self._lock.acquire(timeout=min(max(timeout_s, 0.0), threading.TIMEOUT_MAX)):
-            raise PeerTimeoutError(f"peer {self._peer!r}: others have asked it for {timeout_s:g} s")
+        if self._turn.is_here:
+            raise NestedWaitError(
+                f"a finalizer or signal handler cannot ask peer {self._peer!r} in the middle of "
+                f"another question"
+            )
+        visit = Visit()
         try:
-            answer = self._ask(kind, deadline, fields)
+            answer = self._ask_in_turn(visit, kind, deadline, fields)
+        except _OthersAskError:
+            raise PeerTimeoutError(
+                f"peer {self._peer!r}: others have asked it for {timeout_s:g} s"
+            ) from None
         except (PeerTimeoutError, TimeoutError):
             self.close()
             raise PeerTimeoutError(
@@ -69,14 +83,22 @@ class AskLine:
             self.close()
             raise type(error)(f"peer {self._peer!r}: {error}") from None
         except BaseException:
-            self.close()  # an answer may still be on its way
+            if visit.has_turn:
+                self.close()  # an answer may still be on its way
             raise
         finally:
-            self._lock.release()
+            self._turn.free.extend(visit.back)
         if "error" in answer:
             wrong = PeerGoneError if "gone" in answer else PeerError
             raise wrong(f"peer {self._peer!r}: {answer.text('error')}")
         return answer
+
+    def _ask_in_turn(
+        self, visit: Visit, kind: str, deadline: Deadline, fields: dict[str, Any]
+    ) -> Fields:
+        if not self._turn.take_before(visit, deadline):
+            raise _OthersAskError
+        return self._ask(kind, deadline, fields)
 
     def _ask(self, kind: str, deadline: Deadline, fields: dict[str, Any]) -> Fields:
         self._number += 1

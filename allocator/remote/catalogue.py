@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,22 @@ from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects, Heap, layout_and_addresses
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 
-__all__ = ["Catalogue", "Lookup", "Place", "batches_of"]
+__all__ = ["Catalogue", "Found", "Lookup", "Place", "batches_of"]
 
 Lookup: TypeAlias = "Callable[[list[bytes]], Sequence[MemoryObj | None]]"
 """Finds the block of each key, or None; called on a thread of the node."""
 
 Place: TypeAlias = "tuple[MemoryBatch, int]"
 """A block: its batch, and its row there."""
+
+
+class Found(NamedTuple):
+    """What was found for some keys."""
+
+    places: list[Place | None]
+    """The block of each key; None for those that cannot be read now."""
+    batches: set[MemoryBatch]
+    """The batches of these blocks."""
 
 
 class Catalogue:
@@ -78,8 +87,8 @@ class Catalogue:
         self._published.clear()
         self._lookup = None
 
-    def find(self, keys: list[bytes]) -> list[Place | None]:
-        """The block of each key; None for those that cannot be read now.
+    def find(self, keys: list[bytes]) -> Found:
+        """The block of each key.
 
         Raises:
             Exception: what the user's function raised.
@@ -115,11 +124,11 @@ class Catalogue:
             places.append((block.batch, block.row))
         return places
 
-    def _readable(self, places: list[Place | None]) -> list[Place | None]:
+    def _readable(self, places: list[Place | None]) -> Found:
         """Without blocks that are freed, or that a transfer has not filled."""
         batches = batches_of(filter(None, places))
         if not batches:
-            return places
+            return Found(places, batches)
         self._layout = next(iter(batches)).layout
         live: dict[int, npt.NDArray[np.bool_]] = {}
         for batch in batches:
@@ -128,12 +137,12 @@ class Catalogue:
             elif not batch.counts.all_live():
                 live[id(batch)] = batch.live
         if not live:
-            return places
+            return Found(places, batches)
         found: list[Place | None] = []
         for place in places:
             rows = None if place is None else live.get(id(place[0]))
             found.append(None if rows is not None and not rows[place[1]] else place)  # type: ignore[index]
-        return found
+        return Found(found, batches_of(filter(None, found)))
 
 
 def batches_of(places: Iterable[Place]) -> set[MemoryBatch]:

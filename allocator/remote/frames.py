@@ -18,7 +18,7 @@ from kvheap.remote.errors import AuthenticationError, ProtocolError, VersionMism
 
 __all__ = ["MAX_FRAME_BYTES", "MAX_HELLO_BYTES", "VERSION", "Incoming", "Outgoing", "Side"]
 
-VERSION = 1
+VERSION = 2
 """Of the protocol. The header keeps its form in all versions."""
 
 MAGIC = b"KVHR"

@@ -19,15 +19,26 @@ from kvheap.blocks.heap import BlockObjects, Heap
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.errors import LifetimeError
 from kvheap.remote.catalogue import Place, batches_of
+from kvheap.remote.messages import MAX_KEYS
 from kvheap.transfer.pairing import block_runs
 
-__all__ = ["MAX_LEASE_S", "LentBlocks"]
+__all__ = ["MAX_LEASE_S", "Account", "LentBlocks"]
 
 MAX_LEASE_S = 60.0
 """The longest lease that a node gives: how long a reader that vanished keeps blocks."""
 
 MAX_LEASES = 1 << 14
 """Leases at a time."""
+
+MAX_LEASES_EACH = 1 << 12
+"""The same for one connection."""
+
+MAX_BLOCKS_EACH = 1 << 20
+"""Blocks in the leases of one connection; counted again for each lease."""
+
+
+FEW_LEASES = MAX_BLOCKS_EACH // MAX_KEYS
+"""So few of one connection are never too many."""
 
 
 class _Reading:
@@ -57,6 +68,34 @@ class _Reading:
         return self.query()
 
 
+class Account:
+    """The leases of one connection."""
+
+    __slots__ = ("num_blocks",)
+
+    def __init__(self) -> None:
+        self.num_blocks: dict[int, int] = {}
+        """Of each lease, by its number."""
+
+    def require_room(self, num_blocks: int) -> None:
+        """Raise unless the connection may have another lease. O(leases of the connection).
+
+        Raises:
+            RuntimeError: it has too many, or too many blocks.
+        """
+        held = [*self.num_blocks.values()]
+        if len(held) >= MAX_LEASES_EACH:
+            raise RuntimeError(
+                f"this connection holds {len(held)} leases, at most {MAX_LEASES_EACH}: release "
+                f"some first"
+            )
+        if sum(held) + num_blocks > MAX_BLOCKS_EACH:
+            raise RuntimeError(
+                f"this connection holds leases on {sum(held)} blocks, and asks for {num_blocks}, "
+                f"at most {MAX_BLOCKS_EACH}: release some first"
+            )
+
+
 class LentBlocks:
     """Leases for readers elsewhere. Used by the thread that serves, and asked by any.
 
@@ -66,15 +105,23 @@ class LentBlocks:
 
     def __init__(self, heap: Heap) -> None:
         self._heap = heap
-        self._leases: dict[int, tuple[BatchLease, _Reading]] = {}
+        self._leases: dict[int, tuple[BatchLease, _Reading, Account]] = {}
         self._numbers = itertools.count(1)
 
-    def lend(self, places: list[Place], ttl: float) -> tuple[int, BlockRuns] | None:
+    def lend(
+        self,
+        places: list[Place],
+        ttl: float,
+        account: Account | None = None,
+        batches: set[MemoryBatch] | None = None,
+    ) -> tuple[int, BlockRuns] | None:
         """Pin blocks for a reader.
 
         Args:
             places: the blocks, at least one, in the order in which they are to be read.
             ttl: seconds.
+            account: of the connection; None: one of its own.
+            batches: those of the blocks, if they are known.
 
         Returns:
             The number of the lease, and where the blocks are; None if one was freed just now.
@@ -86,19 +133,33 @@ class LentBlocks:
         """
         if len(self._leases) >= MAX_LEASES and self.num_held >= MAX_LEASES:
             raise RuntimeError(f"{MAX_LEASES} leases are held: the readers must end theirs first")
+        account = Account() if account is None else account
+        self._require_room(account, len(places))
         try:
-            lease, reading, runs = self._lend(places, ttl)
+            lease, reading, runs = self._lend(places, batches or batches_of(places), ttl)
         except LifetimeError:
             return None
         number = next(self._numbers)
-        self._leases[number] = lease, reading
+        account.num_blocks[number] = len(places)  # first: another thread may forget the lease
+        self._leases[number] = lease, reading, account
         return number, runs
 
-    def _lend(self, places: list[Place], ttl: float) -> tuple[BatchLease, _Reading, BlockRuns]:
+    def _require_room(self, account: Account, num_blocks: int) -> None:
+        if len(account.num_blocks) < FEW_LEASES:  # of 65,536 keys at most
+            return
+        try:
+            account.require_room(num_blocks)
+        except RuntimeError:
+            self.forget_ended()
+            account.require_room(num_blocks)
+
+    def _lend(
+        self, places: list[Place], batches: set[MemoryBatch], ttl: float
+    ) -> tuple[BatchLease, _Reading, BlockRuns]:
         heap, batch = self._heap, places[0][0]
         rows: Int64Array | None = None
         blocks: BlockObjects = batch
-        if len(batches_of(places)) == 1:
+        if len(batches) == 1:
             rows = np.fromiter(map(itemgetter(1), places), np.int64, len(places))
             if len(rows) == len(batch) and rows[0] == 0 and bool((np.diff(rows) == 1).all()):
                 rows = None
@@ -123,14 +184,19 @@ class LentBlocks:
         """End a lease; one that has ended changes nothing."""
         held = self._leases.pop(number, None)
         if held is not None:
-            lease, reading = held
+            lease, reading, account = held
+            account.num_blocks.pop(number, None)
             reading.has_ended = True
             lease.release()
 
     @property
     def num_held(self) -> int:
         """How many leases are held; forgets those that have ended. O(leases)."""
-        for number, (lease, reading) in [*self._leases.items()]:
+        self.forget_ended()
+        return len(self._leases)
+
+    def forget_ended(self) -> None:
+        """Forget leases that have ended. O(leases)."""
+        for number, (lease, reading, _) in [*self._leases.items()]:
             if lease.state != "held" or reading.query():
                 self.take_back(number)
-        return len(self._leases)

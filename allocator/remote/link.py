@@ -6,13 +6,14 @@ from kvheap.remote.deadlines import Deadline
 from kvheap.remote.errors import PeerGoneError
 from kvheap.remote.handshake import Welcome
 from kvheap.remote.line import Line
+from kvheap.remote.peer_lease import Hold
 from kvheap.remote.reads import Read
 
 __all__ = ["Link"]
 
 
 class Link:
-    """One life of a peer, as the reader sees it. Changed on the reader's thread only.
+    """One life of a peer, as the reader sees it. Changed by whoever has the reader's turn.
 
     Args:
         welcome: what the peer says of itself.
@@ -25,12 +26,18 @@ class Link:
         self.address = address
         self.line: Line | None = line
         """None while the connection is lost."""
+        self.is_writing = False
+        """Whether the reader waits until the connection takes more."""
         self.queued: list[Read] = []
         """Reads that wait for a connection."""
         self.asked: dict[int, Read] = {}
         """Reads that wait for the answer to a lock, by its number."""
         self.running: dict[Read, None] = {}
-        """Reads that NIXL has to do with, also those in quarantine."""
+        """Reads that NIXL has to do with, or soon will, also those in quarantine."""
+        self.holds: dict[Hold, None] = {}
+        """Leases that were taken before the reads."""
+        self.unlocks: list[int] = []
+        """Leases to give back, by number."""
         self.gone: PeerGoneError | None = None
         """Why the peer is known to be gone."""
         self.is_assumed_gone = False

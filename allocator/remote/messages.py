@@ -10,11 +10,13 @@ welcome    name, uuid, agent, metadata, segments,
 lookup     keys                                    found: a byte for each key; layout
 lock       keys, ttl                               missing; or lease, ttl, layout, and the
                                                    blocks as absolute runs
+lease      keys, ttl                               found; and the same for those
 unlock     lease                                   none
 offer      keys, name, address                     taken
 =========  ======================================  =========================================
 
-Requests have a number, which the answer repeats. An answer may be an error instead.
+Keys are a list; or, if all have one length, joined, with their length as ``key_bytes``. Requests
+have a number, which the answer repeats. An answer may be an error instead.
 """
 
 from __future__ import annotations
@@ -31,7 +33,17 @@ from kvheap.blocks.metadata_reader import Reader
 from kvheap.remote.errors import ProtocolError
 from kvheap.remote.packages import need_msgpack
 
-__all__ = ["MAX_KEYS", "MAX_KEY_BYTES", "Fields", "as_keys", "layout_fields", "packed", "unpacked"]
+__all__ = [
+    "MAX_KEYS",
+    "MAX_KEY_BYTES",
+    "Fields",
+    "KeyList",
+    "as_keys",
+    "key_fields",
+    "layout_fields",
+    "packed",
+    "unpacked",
+]
 
 T = TypeVar("T")
 
@@ -105,13 +117,24 @@ class Fields:
             raise ProtocolError(f"{name} must be a positive number of seconds, got {found}")
         return found
 
-    def keys(self, name: str = "keys") -> list[bytes]:
-        """Keys."""
-        found = self._of(name, list)
-        try:
-            return as_keys(found)
-        except (TypeError, ValueError) as error:
-            raise ProtocolError(str(error)) from None
+    def keys(self) -> list[bytes]:
+        """Keys, as :func:`key_fields` has written them."""
+        if type(self._fields.get("keys")) is not bytes:
+            try:
+                return as_keys(self._of("keys", list))
+            except (TypeError, ValueError) as error:
+                raise ProtocolError(str(error)) from None
+        joined, size = self.data("keys"), self.integer("key_bytes")
+        if not 0 < size <= MAX_KEY_BYTES or len(joined) % size:
+            raise ProtocolError(f"{len(joined)} bytes are no keys of {size} bytes each")
+        if len(joined) > MAX_KEYS * size:
+            raise ProtocolError(
+                f"keys must be at most {MAX_KEYS} a call, got {len(joined) // size}"
+            )
+        if not joined:
+            return []
+        found: list[bytes] = np.frombuffer(joined, f"V{size}").tolist()
+        return found
 
     def array(self, name: str) -> Int64Array:
         """Integers, int64 ``[N]``."""
@@ -174,20 +197,43 @@ def layout_fields(layout: BlockLayout | None) -> dict[str, Any] | None:
     }
 
 
-def as_keys(keys: Iterable[Any] | Sequence[Any]) -> list[bytes]:
+class KeyList(list[bytes]):
+    """Keys that have been checked.
+
+    Attributes:
+        key_bytes: the length of each; None if they differ, or there are none.
+    """
+
+    __slots__ = ("key_bytes",)
+
+    def __init__(self, keys: Iterable[bytes], key_bytes: int | None) -> None:
+        super().__init__(keys)
+        self.key_bytes = key_bytes
+
+
+def key_fields(keys: Sequence[bytes]) -> dict[str, Any]:
+    """Keys as a message has them: joined if they have one length, which both sides do faster."""
+    size = keys.key_bytes if isinstance(keys, KeyList) else None
+    return {"keys": keys} if size is None else {"keys": b"".join(keys), "key_bytes": size}
+
+
+def as_keys(keys: Iterable[Any] | Sequence[Any]) -> KeyList:
     """Keys as a list.
 
     Raises:
         TypeError: one is not bytes.
         ValueError: there are too many, or one is empty or too long.
     """
-    found = list(keys)
+    found = KeyList(keys, None)
     if len(found) > MAX_KEYS:
         raise ValueError(f"keys must be at most {MAX_KEYS} a call, got {len(found)}")
-    if {*map(type, found)} - {bytes}:
+    if [*map(type, found)].count(bytes) < len(found):
         wrong = next(key for key in found if type(key) is not bytes)
         raise TypeError(f"a key must be bytes, got {wrong!r}")
     lengths = [*map(len, found)]
+    if found and lengths.count(lengths[0]) == len(found):
+        found.key_bytes = lengths[0]
+        lengths = lengths[:1]
     if found and (min(lengths) < 1 or max(lengths) > MAX_KEY_BYTES):
         wrong = next(key for key in found if not 1 <= len(key) <= MAX_KEY_BYTES)
         raise ValueError(

@@ -1,14 +1,18 @@
 """``Moves``: how the bytes of reads arrive, and when nothing more can.
 
-Used on the reader's thread only.
+Used by whoever has the reader's turn: its thread, or one that waits for a read. An exception of a
+signal handler may end a look anywhere; the next look goes on from there. So a request is in
+``read.running`` before it is posted and until it is known to be done, and a part is left out of
+``read.parts`` only after that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvheap.device.host_queue import NestedWaitError
 from kvheap.remote.agent import Agent
-from kvheap.remote.deadlines import Deadline
+from kvheap.remote.deadlines import Deadline, now_s
 from kvheap.remote.errors import PeerError, PeerTimeoutError, StaleReadError
 from kvheap.remote.link import Link
 from kvheap.remote.reads import Read
@@ -26,7 +30,7 @@ class Moves:
     Args:
         agent: NIXL.
         look_for: finds out whether a peer is gone.
-        ended: is told of a read of which nothing can arrive any more.
+        ended: is told of a read of which nothing can arrive any more; may be told again.
     """
 
     def __init__(
@@ -38,56 +42,89 @@ class Moves:
         self._agent = agent
         self._look_for = look_for
         self._ended = ended
-
-    def post(self, link: Link, read: Read) -> None:
-        """Post the next part of a read, if there is one."""
-        pieces = next(read.groups, None) if read.groups is not None else None
-        if pieces is None:
-            read.groups = None
-            return
-        try:
-            request = self._agent.read(link.welcome.agent, pieces, link.welcome.device)
-        except PeerError as error:  # nothing was posted
-            read.groups = None
-            read.event.fail(error)
-            return
-        self._note(link, read, request, *self._agent.post(request))
-
-    def _note(
-        self, link: Link, read: Read, request: int, state: str, error: BaseException | None
-    ) -> None:
-        """Enter the state of a request that is in neither list."""
-        if state == "done":
-            self._agent.release(request)
-        elif state == "running":
-            read.running.append(request)
-        else:
-            read.groups = None
-            read.broken.append(request)
-            read.failure = PeerError(f"NIXL could not read from peer {link.name!r}: {error}")
-            read.failure.__cause__ = error
-            if link.gone is not None:
-                read.event.fail(link.gone)
-            else:
-                self._look_for(link)  # within a second it is known to be gone, or not
+        self.looking: list[Read] = []
+        """Reads that this thread looks at; to be emptied by whoever takes the turn anew."""
 
     def look_at(self, link: Link, read: Read) -> None:
-        """Ask NIXL about a read; post more of it, or end it."""
-        if not read.event.is_over and read.limit.has_passed:
-            read.event.fail(too_late(link, read))
-        if read.event.is_over:
-            read.groups = None  # nothing more is posted
-        requests, read.running = read.running, []
-        for request in requests:
+        """Ask NIXL about a read; post more of it, or end it.
+
+        Raises:
+            NestedWaitError: the code that was interrupted on this thread looks at it.
+        """
+        if read in self.looking:
+            raise NestedWaitError(
+                "a finalizer or signal handler cannot wait for the read in whose middle it runs"
+            )
+        self.looking.append(read)
+        try:
+            self._look_at(link, read)
+        finally:
+            self.looking.pop()
+
+    def _look_at(self, link: Link, read: Read) -> None:
+        event = read.event
+        if not event.is_over:
+            if read.limit.has_passed:
+                event.fail(too_late(link, read))
+            elif link.gone is not None:
+                event.fail(link.gone)
+        if event.is_over:
+            read.parts.clear()  # nothing more is posted
+        for request in [*read.running]:
             self._note(link, read, request, *self._agent.state(request))
-        if read.groups is not None and not read.running:
-            self.post(link, read)
-        if read.groups is not None:
+        if read.parts and not read.running:
+            self._post(link, read)
+        if read.parts:
             return
         if not read.running and not read.broken:
             self._finish(link, read)
         elif link.gone is not None and (link.is_assumed_gone or not read.running):
             self._settle(link, read)
+
+    def _post(self, link: Link, read: Read) -> None:
+        """Post the next part of a read, unless it was withdrawn."""
+        if not read.right.take(read):
+            read.parts.clear()
+            return
+        if not read.posted_at:
+            read.posted_at = now_s()
+        welcome = link.welcome
+        try:
+            part, device = read.parts[-1], welcome.device
+            request = self._agent.read(welcome.agent, part, device, read.running)
+        except PeerError as error:  # nothing was posted
+            read.parts.clear()
+            read.event.fail(error)
+            return
+        read.parts.pop()
+        self._note(link, read, request, *self._agent.post(request))
+
+    def _note(
+        self, link: Link, read: Read, request: int, state: str, error: BaseException | None
+    ) -> None:
+        """Enter the state of one of the requests in ``read.running``."""
+        if state == "done":
+            read.running.remove(request)
+            self._agent.release(request)
+        elif state == "created":  # an exception struck before it was posted
+            if read.event.is_over:
+                read.running.remove(request)
+                self._agent.release(request)
+            else:
+                self._note(link, read, request, *self._agent.post(request))
+        elif state == "failed":
+            read.parts.clear()
+            if request not in read.broken:
+                read.broken.append(request)
+            read.running.remove(request)
+            if read.failure is None:
+                failure = PeerError(f"NIXL could not read from peer {link.name!r}: {error}")
+                failure.__cause__ = error
+                read.failure = failure
+            if link.gone is not None:
+                read.event.fail(link.gone)
+            else:
+                self._look_for(link)  # within a second it is known to be gone, or not
 
     def _finish(self, link: Link, read: Read) -> None:
         """NIXL has nothing to do with a read any more."""
@@ -100,26 +137,25 @@ class Moves:
                     f"{lease_until.seconds:g} s: they may be other chunks'"
                 )
             )
-        link.running.pop(read)
         self._ended(link, read)
 
     def _settle(self, link: Link, read: Read) -> None:
         """End a read whose peer is gone, once the network holds nothing of it any more."""
-        for request in (*read.broken, *read.running):
+        requests = {*read.broken, *read.running}
+        for request in requests:
             self._agent.state(request)  # receives what there is
         if read.settle_until is None:
             read.settle_until = Deadline(SETTLE_S)
         elif read.settle_until.has_passed:
-            for request in (*read.broken, *read.running):
-                self._agent.release(request)
             read.broken, read.running = [], []
-            link.running.pop(read)
+            for request in requests:
+                self._agent.release(request)
             self._ended(link, read)
 
 
 def too_late(link: Link, read: Read) -> PeerTimeoutError:
     """The error of a read whose time is over."""
-    if read.lease:
+    if read.lease or read.hold is not None:
         what = "the bytes have not arrived"
     elif link.line is None:
         what = "it cannot be reached"

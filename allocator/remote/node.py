@@ -71,7 +71,7 @@ class Node:
     purpose        methods
     =============  ==================================================================
     be read        ``publish``, ``withdraw``, or ``lookup``; ``next_offer``
-    read           ``connect``, then the ``Peer``'s ``lookup`` and ``read``
+    read           ``connect``, then the ``Peer``'s ``lookup`` or ``lease``, and ``read``
     watch          ``address``, ``stats``
     end            ``close``
     =============  ==================================================================
@@ -282,7 +282,15 @@ class Node:
         ask = AskLine(asking, where, self._key, self.name, welcome.name, welcome.uuid)
         require_open = self._closer.require_open
         peer = Peer(
-            self.heap, self._reader, link, ask, address, self.address, self.name, require_open
+            self.heap,
+            self._reader,
+            link,
+            ask,
+            address,
+            self.address,
+            self.name,
+            self._segments,
+            require_open,
         )
         self._peers[welcome.uuid] = peer
         if self._closer.is_closing:  # which may not have seen it

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvheap.addresses.arguments import as_number
+from kvheap.addresses.block_runs import MemorySegment
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import Heap
 from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.errors import ClosedError
 from kvheap.prefix.keys import require_key_list, require_keys
 from kvheap.remote.ask import AskLine
-from kvheap.remote.errors import PeerError
+from kvheap.remote.deadlines import Deadline, now_s
+from kvheap.remote.errors import PeerError, ProtocolError
 from kvheap.remote.link import Link
-from kvheap.remote.messages import as_keys
+from kvheap.remote.messages import Fields, as_keys, key_fields
+from kvheap.remote.pairs import one_piece, parts_of
+from kvheap.remote.peer_lease import Hold, PeerLease
 from kvheap.remote.reader import Reader
 from kvheap.remote.reads import Read
 from kvheap.transfer.foreign import foreign_transfer
@@ -28,6 +34,9 @@ ANSWER_S = 5.0
 
 READ_S = 30.0
 """Seconds to wait for the bytes of a read."""
+
+LEASE_S = 30.0
+"""Seconds for which chunks are leased."""
 
 
 class Peer:
@@ -51,6 +60,7 @@ class Peer:
         address: str,
         own_address: str,
         own_name: str,
+        segments: Sequence[MemorySegment],
         require_open: Callable[[], None],
     ) -> None:
         self.name = link.welcome.name
@@ -62,6 +72,7 @@ class Peer:
         self._ask = ask
         self._own_address = own_address
         self._own_name = own_name
+        self._segments = segments
         self._node_require_open = require_open
         self._layout = link.welcome.layout
 
@@ -94,27 +105,103 @@ class Peer:
         """
         require_keys(keys)
         found = as_keys(keys)
-        answer = self._answer("lookup", timeout_s, keys=found)
+        answer = self._answer("lookup", timeout_s, **key_fields(found))
         layout = answer.layout()
         if layout is not None:
             self._layout = layout
         flags = np.frombuffer(answer.data("found", len(found)), np.uint8)
         return np.equal(flags, 1)
 
-    def read(
-        self, keys: Sequence[bytes], into: Heap | MemoryBatch, timeout_s: float = READ_S
-    ) -> MemoryBatch | None:
-        """Begin to read chunks into blocks of this node's heap; returns at once.
+    def lease(
+        self, keys: Iterable[bytes], ttl_s: float = LEASE_S, timeout_s: float = ANSWER_S
+    ) -> PeerLease:
+        """Look chunks up, and let the peer keep those that it has: as :meth:`lookup`, for reads.
 
-        All chunks are read, or none. The peer's blocks are leased for ``timeout_s`` (at most 60 s),
-        so that they are not reused meanwhile. The blocks to fill are protected as those of a copy
-        are: they may be freed and dropped at any time. Neither an error nor the end of
-        ``timeout_s`` ends a read that has begun: its blocks stay allocated, as
-        ``stats().pending_bytes`` once they are freed, until NIXL says that it is done, or the peer
-        is known to be gone.
+        :meth:`read` then takes the lease instead of keys, and asks the peer nothing: it costs what
+        NIXL costs. As long as the lease holds, the peer's blocks are neither freed nor evicted, so
+        release it soon.
 
         Args:
             keys: bytes, 1 to 511 each, at least one and at most 65,536. A key may be named twice.
+            ttl_s: seconds for which the lease holds unless it is released; the peer gives 60 s at
+                most.
+            timeout_s: seconds to wait for the answer.
+
+        Returns:
+            The lease: ``found``, bool ``[N]``; ``keys`` of the chunks that are held, ``left_s``,
+            ``state``, ``release()``. It holds nothing if nothing was found.
+
+        Raises:
+            PeerError: the peer could not look up the keys, the chunks have several layouts, or this
+                node holds too many leases there; the message says which.
+            ClosedError: the node or the peer is closed, or belongs to another process.
+            Others as :meth:`lookup`.
+        """
+        require_keys(keys)
+        names = as_keys(keys)
+        if not names:
+            raise ValueError("keys must name at least one chunk, got none")
+        ttl_s = as_number("ttl_s", ttl_s, positive=True)
+        self._node_require_open()
+        self._require_not_closed()
+        asked_at = now_s()  # the lease is over here before it is over there
+        answer = self._answer("lease", timeout_s, ttl=float(ttl_s), **key_fields(names))
+        found = np.equal(np.frombuffer(answer.data("found", len(names)), np.uint8), 1)
+        num_found = int(np.count_nonzero(found))
+        hold = self._hold_of(answer, num_found, asked_at) if num_found else None
+        held = names if num_found == len(names) else [names[row] for row in np.flatnonzero(found)]
+        lease = PeerLease(found, held, hold)
+        if hold is not None:
+            self._require_not_closed()  # else the lease is dropped, and nobody could tell the peer
+        return lease
+
+    def _require_not_closed(self) -> None:
+        if self._link.is_closed:
+            raise ClosedError(f"{self!r} was closed: connect again")
+
+    def _hold_of(self, answer: Fields, num_found: int, asked_at: float) -> Hold:
+        layout, runs = answer.layout(), answer.runs()
+        if layout is None or len(runs) != num_found:
+            raise ProtocolError(
+                f"peer {self.name!r} has found {num_found} chunks, and leased {len(runs)} blocks "
+                f"of {layout}"
+            )
+        if runs.size_bytes != layout.size_bytes:
+            raise ProtocolError(
+                f"peer {self.name!r} has leased blocks of {runs.size_bytes} bytes with {layout}"
+            )
+        self._layout = layout
+        hold = Hold(
+            self._link,
+            self.name,
+            answer.integer("lease"),
+            Deadline(answer.seconds("ttl"), asked_at),
+            runs,
+            layout,
+            partial(self._reader.give_back, self._link),
+        )
+        self._link.holds[hold] = None
+        return hold
+
+    def read(
+        self,
+        keys: Sequence[bytes] | PeerLease,
+        into: Heap | MemoryBatch,
+        timeout_s: float = READ_S,
+    ) -> MemoryBatch | None:
+        """Begin to read chunks into blocks of this node's heap; returns at once.
+
+        All chunks are read, or none. By keys, the peer is asked for a lease of ``timeout_s`` (at
+        most 60 s) on its blocks, so that they are not reused meanwhile; a lease that was taken
+        before saves the question. The blocks to fill are protected as those of a copy are: they may
+        be freed and dropped at any time. Neither an error nor the end of ``timeout_s`` ends a read
+        that has begun: its blocks stay allocated, as ``stats().pending_bytes`` once they are freed,
+        until NIXL says that it is done, or the peer is known to be gone.
+
+        Args:
+            keys: bytes, 1 to 511 each, at least one and at most 65,536. A key may be named twice.
+                Or a lease of this peer: all chunks that it holds are read, in the order of its
+                ``keys``. It may be read several times, and released or dropped meanwhile.
             into: the node's heap, which allocates a batch; or a batch of it, of the peer's layout,
                 with as many blocks as there are keys.
             timeout_s: seconds until ``transfer.result()`` raises at the latest.
@@ -129,49 +216,64 @@ class Peer:
         Raises:
             TypeError, ValueError: an argument is wrong; the message names it. Nothing has begun.
             PeerGoneError: the peer is gone; nothing has begun.
+            StaleReadError: the lease has expired; nothing has begun.
             RuntimeError: a transfer fills the batch; nothing has begun.
-            LifetimeError, ClosedError: a block is freed, or the heap or the node is closed.
+            LifetimeError, ClosedError: the lease was released, a block is freed, or the heap or the
+                node is closed.
             Others as :meth:`lookup`: the peer had to be asked for the layout of its blocks.
         """
         self._node_require_open()
-        require_key_list(keys)
-        names = as_keys(keys)
-        if not names:
-            raise ValueError("keys must name at least one chunk, got none")
         timeout_s = as_number("timeout_s", timeout_s, positive=True)
+        if isinstance(keys, PeerLease):
+            hold: Hold | None = self._own_hold(keys)
+            names: Sequence[bytes] = keys.keys
+        else:
+            require_key_list(keys)
+            names, hold = as_keys(keys), None
+            if not names:
+                raise ValueError("keys must name at least one chunk, got none")
         if self._link.gone is not None:
             raise self._link.gone.with_traceback(None)
+        layout = self._layout if hold is None else hold.layout
         if isinstance(into, MemoryBatch):
-            return self._read(names, self._checked(into, len(names)), timeout_s)
+            self._check(into, len(names), layout)
+            return self._read(names, into, timeout_s, hold)
         if into is not self._heap:
             raise ValueError(
                 f"into must be the node's heap {self._heap!r}, or a batch of it, got {into!r}"
             )
-        layout = self._layout or self._asked_layout(names)
+        layout = layout or self._asked_layout(names)
         batch = into.batched_allocate(
             list(layout.shapes), list(layout.dtypes), len(names), layout.fmt
         )
         if batch is None:
             return None
         try:
-            return self._read(names, batch, timeout_s)
+            return self._read(names, batch, timeout_s, hold)
         except BaseException:
             into.batched_free(batch)
             raise
 
-    def _checked(self, batch: MemoryBatch, num_keys: int) -> MemoryBatch:
+    def _own_hold(self, lease: PeerLease) -> Hold:
+        hold = lease.hold
+        if hold is None:
+            raise ValueError(f"{lease!r} holds no chunks: none of them was found")
+        if hold.link is not self._link:
+            raise ValueError(f"keys must be a lease of {self!r}, got {lease!r}")
+        return hold
+
+    def _check(self, batch: MemoryBatch, num_keys: int, layout: BlockLayout | None) -> None:
         if batch.allocator is not self._heap:
             raise ValueError(f"into must be of the node's heap {self._heap!r}, got {batch!r}")
         if len(batch) != num_keys:
             raise ValueError(f"{num_keys} keys need as many blocks, got {len(batch)} in into")
-        if self._layout is not None and self._layout != batch.layout:
+        own = batch.layout
+        if layout is not None and layout is not own and layout != own:
             raise ValueError(
-                f"into must have blocks of {self._layout}, as peer {self.name!r} has, "
-                f"got {batch.layout}"
+                f"into must have blocks of {layout}, as peer {self.name!r} has, got {own}"
             )
-        return batch
 
-    def _asked_layout(self, keys: list[bytes]) -> BlockLayout:
+    def _asked_layout(self, keys: Sequence[bytes]) -> BlockLayout:
         self.lookup(keys[:1])
         if self._layout is None:
             raise PeerError(
@@ -179,16 +281,26 @@ class Peer:
             )
         return self._layout
 
-    def _read(self, keys: list[bytes], batch: MemoryBatch, timeout_s: float) -> MemoryBatch:
-        read = Read(keys, batch.block_runs(), batch.layout, timeout_s)
+    def _read(
+        self, keys: Sequence[bytes], batch: MemoryBatch, timeout_s: float, hold: Hold | None
+    ) -> MemoryBatch:
+        if hold is None:
+            read = Read(keys, batch.layout, timeout_s, target=batch.block_runs())
+        else:
+            one = one_piece(hold.runs, batch, self._segments)
+            parts = parts_of(hold.runs, batch.block_runs()) if one is None else [one]
+            read = Read(keys, batch.layout, timeout_s, hold=hold, parts=parts)
         before = batch.transfer
         try:
+            if hold is not None:
+                hold.begin(read)
             foreign_transfer(read.event, target=batch, name=f"NIXL from {self.name!r}")
             self._reader.begin(self._link, read)
             self._node_require_open()  # it may have been closed meanwhile
         except BaseException:
             if read.withdraw():
                 batch.transfer = before
+                self._reader.forget(read)
             raise
         return batch
 

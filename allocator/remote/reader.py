@@ -1,60 +1,50 @@
-"""``Reader``: the thread that reads from peers. All of NIXL happens on it.
+"""``Reader``: reads from peers, on a thread of its own, and small ones on their callers'.
 
-``post`` moves hundreds of megabytes in one call where memory is shared, so it is called on no
-thread of the user's; and large reads are posted in parts, between which others have their turn.
+``post`` moves hundreds of megabytes in one call where memory is shared, so a large read is posted
+on the reader's thread, and in parts, between which others have their turn. What asks for little is
+done at once, by whoever has the :class:`~kvheap.remote.turn.Turn`: a thread that begins a small
+read posts it, and one that waits for a read asks NIXL itself. Nobody is woken up for that.
+
+All state below changes under the turn. An exception of a signal handler may end anything that is
+done on other threads than the reader's, between any two steps; the reader goes on from there.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import os
 import selectors
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import ClosedError
 from kvheap.kernels.latch import Latch
 from kvheap.remote.agent import Agent
+from kvheap.remote.answers import enter_lease
 from kvheap.remote.deadlines import Deadline, now_s
-from kvheap.remote.errors import (
-    MissingKeysError,
-    PeerError,
-    PeerGoneError,
-    ProtocolError,
-)
+from kvheap.remote.errors import PeerError, PeerGoneError, ProtocolError
 from kvheap.remote.line import Line
 from kvheap.remote.link import Link
-from kvheap.remote.messages import Fields, packed, unpacked
+from kvheap.remote.messages import Fields, key_fields, packed, unpacked
 from kvheap.remote.moves import Moves, too_late
+from kvheap.remote.pairs import is_small
+from kvheap.remote.pauses import MAX_PAUSE_S, WATCHED_S, between_looks_s, next_look_s
+from kvheap.remote.peer_lease import Hold
 from kvheap.remote.probe import Probed, probe
-from kvheap.remote.reads import Read
-from kvheap.transfer.pairing import paired_runs
+from kvheap.remote.reads import WAIT_S, Read
+from kvheap.remote.tasks import Tasks
+from kvheap.remote.turn import Turn, Visit
 
 __all__ = ["Reader"]
 
 LOGGER = logging.getLogger("kvheap")
 
 T = TypeVar("T")
-
-POST_BYTES = 64 << 20
-"""Bytes of one request to NIXL."""
-
-SPIN_S = 300e-6
-"""So long after a read was posted, its state is asked without a pause."""
-
-POLLS_PER_DURATION = 16
-MAX_PAUSE_S = 1e-3
-"""Longest pause between two looks at a read."""
-
-QUARANTINE_PAUSE_S = 20e-3
-"""The same for reads that nobody waits for any more."""
 
 PROBE_PAUSE_S = 0.5
 """Seconds between two attempts to find out whether a peer is gone."""
@@ -64,28 +54,26 @@ class Reader:
     """Reads from peers, on a thread of its own.
 
     Args:
-        agent: NIXL, for this thread's use.
+        agent: NIXL, for this reader's use.
         key: of the control channel.
         name: of the node.
     """
 
     def __init__(self, agent: Agent, key: bytes, name: str) -> None:
         self._agent = agent
-        self._moves = Moves(agent, self._look_for, self._ended)
+        self._moves = Moves(agent, self._suspect, self._ended)
+        self._turn = Turn()
         self._key = key
         self._name = name
         self._links: dict[str, Link] = {}
         self._open: dict[Read, None] = {}
         self._numbers = itertools.count(1)
-        self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._tasks = Tasks()
         self._is_stopping = False
         self._has_stopped = Latch()
         self.num_done = self.num_failed = self.bytes_done = 0
         self._selector = selectors.DefaultSelector()
-        self._wake_reading, self._wake_writing = os.pipe()
-        for descriptor in (self._wake_reading, self._wake_writing):
-            os.set_blocking(descriptor, False)
-        self._selector.register(self._wake_reading, selectors.EVENT_READ)
+        self._selector.register(self._tasks.signal, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name=f"kvheap-read-{name}", daemon=True)
 
     # -- for other threads ---------------------------------------------------------------------
@@ -112,8 +100,6 @@ class Reader:
     def submit(self, task: Callable[[], None]) -> None:
         """Do something on the thread, soon."""
         self._tasks.put(task)
-        with suppress(OSError):  # the pipe is full: it wakes up anyway
-            os.write(self._wake_writing, b"!")
 
     def ask(self, question: Callable[[], T]) -> T:
         """What a function returns or raises on the thread.
@@ -144,9 +130,80 @@ class Reader:
         return answers[0]
 
     def begin(self, link: Link, read: Read) -> None:
-        """Make a read."""
+        """Make a read. It asks for a lease, unless it has one."""
         self._open[read] = None
-        self.submit(partial(self._begin, link, read))
+        read.event.look = partial(self._help, link, read)  # from here on others may begin it
+        if read.hold is not None:
+            self._begin_held(link, read)
+            return
+        visit = Visit()
+        try:
+            if link.line is not None and self._turn.take_soon(visit):
+                self._begin(link, read)
+            else:
+                self.submit(partial(self._begin, link, read))
+        except BaseException as error:
+            if visit.has_turn and not read.was_asked:  # half a frame may be sent
+                self.submit(partial(self._lose, link, link.line, error))
+            raise
+        finally:
+            self._turn.free.extend(visit.back)
+
+    def _begin_held(self, link: Link, read: Read) -> None:
+        """Make a read whose blocks are leased: at once if it is small."""
+        visit = Visit()
+        try:
+            if is_small(read.parts, read.num_bytes) and self._turn.take_soon(visit):
+                self._moves.looking.clear()
+                self._move(link, read)
+        finally:
+            self._turn.free.extend(visit.back)
+            if not read.event.has_ended:
+                self.submit(partial(self._move, link, read))
+
+    def forget(self, read: Read) -> None:
+        """Forget a read that was withdrawn before it began."""
+        self._open.pop(read, None)
+        if read.hold is not None:
+            read.hold.end(read)
+
+    def _help(self, link: Link, read: Read) -> float:
+        """Look at a read for whoever waits for it; returns the seconds until it should again.
+
+        Raises:
+            NestedWaitError: the code that was interrupted on this thread must go on first.
+        """
+        if read.hold is None and read not in link.running:
+            return self._help_asked(read)
+        visit = Visit()
+        try:
+            if not self._turn.share(visit):
+                return MAX_PAUSE_S
+            if visit.has_turn:
+                self._moves.looking.clear()
+            self._move(link, read)
+        finally:
+            self._turn.free.extend(visit.back)
+        if read.event.is_over:
+            return 0.0
+        now = now_s()
+        read.watched_until = now + WATCHED_S
+        return between_looks_s(now, read)
+
+    def _help_asked(self, read: Read) -> float:
+        """The same while the peer has not said where the blocks are: the reader listens to it."""
+        if self._turn.is_here:
+            raise NestedWaitError(
+                "a finalizer or signal handler cannot wait for a read by keys in the middle of "
+                "another read: lease the chunks before"
+            )
+        if read.limit.has_passed:
+            self._tasks.wake()
+        return min(max(read.limit.left_s, MAX_PAUSE_S), WAIT_S)
+
+    def give_back(self, link: Link, hold: Hold) -> None:
+        """Tell a peer that a lease is over; may be called anywhere, also in a finalizer."""
+        self.submit(partial(self._give_back, link, hold))
 
     def add(self, link: Link) -> Link:
         """Get to know a peer; returns the link that is known for this life of it, if there is one.
@@ -184,17 +241,20 @@ class Reader:
     # -- the thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
+        visit = Visit()
         try:
             while not self._is_stopping:
-                for key, mask in self._selector.select(self._pause()):
-                    if key.fd == self._wake_reading:
-                        with suppress(OSError):
-                            os.read(self._wake_reading, 4096)
-                    else:
-                        self._serve(key.data, mask)
-                self._run_tasks()
-                self._look_at_all()
-            for link in self._links.values():
+                ready = self._selector.select(self._pause())
+                visit = Visit()
+                try:
+                    self._turn.wait(visit)
+                    self._work(ready)
+                finally:
+                    self._turn.free.extend(visit.back)
+            visit = Visit()
+            self._turn.wait(visit)
+            self._work([])  # what was left to be told to others
+            for link in [*self._links.values()]:
                 if link.is_known:
                     self._agent.remove(link.welcome.agent)
             self._agent.close()
@@ -202,42 +262,30 @@ class Reader:
             LOGGER.exception("node %r reads no more", self._name)
             self._agent.leak()
             for read in self.reads:  # what NIXL has to do with stays in quarantine
+                read.event.look = None
                 read.event.fail(RuntimeError(f"the thread that reads has ended: {error!r}"))
         finally:
             self._close_all()
             self._has_stopped.open()
+            self._turn.free.extend(visit.back)
 
-    def _run_tasks(self) -> None:
-        while True:
-            try:
-                task = self._tasks.get_nowait()
-            except Empty:
-                return
-            task()
+    def _work(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
+        """Do everything that can be done now."""
+        self._moves.looking.clear()
+        for key, mask in ready:
+            if key.fileobj is self._tasks.signal:
+                self._tasks.calm()
+            else:
+                self._serve(key.data, mask)
+        self._tasks.run()
+        self._look_at_all()
 
-    def _pause(self) -> float | None:
-        """Seconds to wait for something; None: for ever."""
-        if not self._tasks.empty():
+    def _pause(self) -> float:
+        """Seconds to wait for something."""
+        if not self._tasks.is_empty:
             return 0.0
-        now, pause = now_s(), None
-        for link in self._links.values():
-            for read in link.running:
-                if read.event.is_over:
-                    wait = QUARANTINE_PAUSE_S
-                elif read.groups is not None and not read.running:
-                    return 0.0  # the next part is to be posted
-                elif now - read.posted_at < SPIN_S:
-                    return 0.0
-                else:
-                    wait = min((now - read.posted_at) / POLLS_PER_DURATION, MAX_PAUSE_S)
-                pause = wait if pause is None else min(pause, wait)
-            ends = [read.limit.at for read in (*link.queued, *link.asked.values())]
-            if link.probe_after is not None and link.reads:
-                ends.append(link.probe_after.at)
-            if ends:
-                wait = max(min(ends) - now, 0.0)
-                pause = wait if pause is None else min(pause, wait)
-        if pause is not None and 0.0 < pause < MAX_PAUSE_S:  # the selector rounds up to that
+        pause = next_look_s([*self._links.values()])
+        if 0.0 < pause < MAX_PAUSE_S:  # the selector rounds up to that
             time.sleep(pause)
             return 0.0
         return pause
@@ -274,20 +322,24 @@ class Reader:
 
     def _take(self, link: Link, line: Line) -> None:
         """Use a connection."""
-        link.line, link.probe_after = line, None
+        link.line, link.probe_after, link.is_writing = line, None, False
         self._selector.register(line, selectors.EVENT_READ, link)
+        self._unlock(link)
         queued, link.queued = link.queued, []
         for read in queued:
             self._request(link, read)
 
     def _drop(self, link: Link) -> None:
         link.is_closed = True
+        for hold in [*link.holds]:
+            hold.release()
         self._forget_if_idle(link)
 
     def _forget_if_idle(self, link: Link) -> None:
         """Remove a peer that nobody needs, and with which nothing is in flight."""
-        if not (link.is_closed or link.gone) or link.reads:
+        if not (link.is_closed or link.gone) or link.reads or link.holds:
             return
+        self._unlock(link)
         self._disconnect(link)
         if link.is_known:
             link.is_known = False
@@ -305,11 +357,9 @@ class Reader:
     # -- locks ---------------------------------------------------------------------------------
 
     def _begin(self, link: Link, read: Read) -> None:
-        if not read.right.take(read):  # it was withdrawn
-            self._open.pop(read, None)
-            return
         if link.gone is not None:
-            self._fail(read, link.gone)
+            if read.right.take(read):
+                self._fail(read, link.gone)
         elif link.line is None:
             link.queued.append(read)
             self._look_for(link)
@@ -317,12 +367,17 @@ class Reader:
             self._request(link, read)
 
     def _request(self, link: Link, read: Read) -> None:
-        """Ask for a lock on the blocks."""
+        """Ask for a lock on the blocks, unless the read was withdrawn."""
         number = next(self._numbers)
         read.asked_at = now_s()
         link.asked[number] = read
+        if not read.right.take(read):
+            del link.asked[number]
+            self._open.pop(read, None)
+            return
         ttl = max(read.limit.at - read.asked_at, 1e-3)
-        self._push(link, packed(kind="lock", number=number, keys=read.keys, ttl=ttl))
+        self._push(link, packed(kind="lock", number=number, ttl=ttl, **key_fields(read.keys)))
+        read.was_asked = True
 
     def _push(self, link: Link, payload: bytes = b"") -> None:
         line = link.line
@@ -330,10 +385,25 @@ class Reader:
             return
         try:
             line.push(payload)
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if line.has_unsent else 0)
-            self._selector.modify(line, events, link)
         except OSError as error:
-            self._lose(link, error)
+            self._do_here(partial(self._lose, link, line, error))
+        else:
+            if line.has_unsent != link.is_writing:
+                self._do_here(partial(self._watch, link, line))
+
+    def _watch(self, link: Link, line: Line) -> None:
+        """Wait until the connection takes more, if more is to be sent."""
+        if link.line is line:
+            link.is_writing = line.has_unsent
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.is_writing else 0)
+            self._selector.modify(line, events, link)
+
+    def _do_here(self, task: Callable[[], None]) -> None:
+        """Do something on the reader's thread: now, if it is this one."""
+        if self.is_here():
+            task()
+        else:
+            self.submit(task)
 
     def _serve(self, link: Link, mask: int) -> None:
         line = link.line
@@ -349,12 +419,14 @@ class Reader:
             for read in [*link.asked.values()]:
                 self._fail(read, ProtocolError(f"peer {link.name!r}: {error}"))
             link.asked.clear()
-            self._lose(link, error)
+            self._lose(link, line, error)
         except OSError as error:
-            self._lose(link, error)
+            self._lose(link, line, error)
 
-    def _lose(self, link: Link, error: BaseException) -> None:
+    def _lose(self, link: Link, line: Line | None, error: BaseException) -> None:
         """The control connection is broken: the peer may be gone, or not."""
+        if line is None or link.line is not line:  # there is another one already
+            return
         LOGGER.info("node %r lost its connection to peer %r: %s", self._name, link.name, error)
         self._disconnect(link)
         link.queued += link.asked.values()
@@ -368,51 +440,42 @@ class Reader:
         read = link.asked.pop(answer.integer("number"), None)
         if read is None or read.event.is_over:  # it has waited too long
             if "lease" in answer:
-                self._unlock(link, answer.integer("lease"))
+                link.unlocks.append(answer.integer("lease"))
             return
         try:
-            self._start(link, read, answer)
+            enter_lease(link.name, read, answer)
         except Exception as error:
             if "lease" in answer:
-                self._unlock(link, answer.integer("lease"))
+                link.unlocks.append(answer.integer("lease"))
             self._fail(read, error)
             if isinstance(error, ProtocolError):
                 raise
+        else:
+            self._move(link, read)
 
-    def _start(self, link: Link, read: Read, answer: Fields) -> None:
-        """Begin to move the bytes.
+    def _give_back(self, link: Link, hold: Hold) -> None:
+        link.holds.pop(hold, None)
+        if link.gone is None:
+            link.unlocks.append(hold.number)
+        self._forget_if_idle(link)
 
-        Raises:
-            Exception: that cannot be; nothing has begun.
-        """
-        if "error" in answer:
-            kind = PeerGoneError if "gone" in answer else PeerError
-            raise kind(f"peer {link.name!r}: {answer.text('error')}")
-        if "missing" in answer:
-            rows = answer.array("missing").tolist()
-            if not all(0 <= row < len(read.keys) for row in rows):
-                raise ProtocolError(f"peer {link.name!r} misses keys that were not asked for")
-            raise MissingKeysError(link.name, [read.keys[row] for row in rows])
-        layout, runs = answer.layout(), answer.runs()
-        if layout != read.layout:
-            raise PeerError(
-                f"the blocks of peer {link.name!r} are {layout}, those to fill are {read.layout}"
-            )
-        if len(runs) != len(read.keys):
-            raise ProtocolError(
-                f"peer {link.name!r} has answered {len(read.keys)} keys with {len(runs)} blocks"
-            )
-        read.lease = answer.integer("lease")
-        read.lease_until = Deadline(answer.seconds("ttl"), read.asked_at)
-        read.groups = paired_runs(runs, read.target).by_bytes(POST_BYTES)
-        read.posted_at = now_s()
-        link.running[read] = None
-        self._moves.post(link, read)
-
-    def _unlock(self, link: Link, lease: int) -> None:
-        self._push(link, packed(kind="unlock", lease=lease))
+    def _unlock(self, link: Link) -> None:
+        """Give leases back, now or when there is a connection again."""
+        while link.unlocks and link.line is not None:
+            self._push(link, packed(kind="unlock", lease=link.unlocks.pop()))
 
     # -- bytes ---------------------------------------------------------------------------------
+
+    def _move(self, link: Link, read: Read) -> None:
+        """Begin to move the bytes of a read whose blocks are leased; may be repeated."""
+        if read.event.has_ended:
+            return
+        if self._links.get(link.welcome.uuid) is not link:
+            if read.right.take(read):
+                self._fail(read, link.gone or PeerError(f"peer {link.name!r} was closed"))
+            return
+        link.running[read] = None
+        self._moves.look_at(link, read)
 
     def _look_at_all(self) -> None:
         for link in [*self._links.values()]:
@@ -427,26 +490,39 @@ class Reader:
                 del link.asked[number]
             if link.probe_after is not None and link.probe_after.has_passed and link.reads:
                 self._look_for(link)
+            self._unlock(link)
             self._forget_if_idle(link)
 
     def _ended(self, link: Link, read: Read) -> None:
-        """Nothing of a read can arrive any more."""
+        """Nothing of a read can arrive any more. May be told again, until it is not running."""
+        read.event.end()
+        if read.hold is not None:
+            read.hold.end(read)
+        if link.running.pop(read, self) is self:
+            return
         if read.event.cause is None:
             self.num_done += 1
             self.bytes_done += read.num_bytes
         else:
             self.num_failed += 1
         self._open.pop(read, None)
-        read.event.end()
-        self._unlock(link, read.lease)
+        if read.lease:
+            link.unlocks.append(read.lease)
+            if not self.is_here():
+                self._tasks.wake()
 
     def _fail(self, read: Read, error: BaseException) -> None:
         """End a read that NIXL has nothing to do with."""
         self.num_failed += 1
         self._open.pop(read, None)
         read.fail(error)
+        if read.hold is not None:
+            read.hold.end(read)
 
     # -- is the peer gone? ---------------------------------------------------------------------
+
+    def _suspect(self, link: Link) -> None:
+        self._do_here(partial(self._look_for, link))
 
     def _look_for(self, link: Link) -> None:
         """Find out on another thread whether the peer is gone; connect to it again if not."""
@@ -467,7 +543,7 @@ class Reader:
     def _probed(self, link: Link, found: Probed) -> None:
         link.is_probing = False
         if not found.is_gone:
-            for read in link.running:
+            for read in [*link.running]:
                 if read.failure is not None:
                     read.event.fail(read.failure)
         if found.line is not None:
@@ -487,7 +563,9 @@ class Reader:
         for read in (*link.queued, *link.asked.values()):
             self._fail(read, gone)
         link.queued, link.asked = [], {}
-        for read in link.running:
+        link.holds.clear()
+        link.unlocks.clear()
+        for read in [*link.running]:
             read.event.fail(gone)
 
     def _assume_gone(self, link: Link) -> None:
@@ -495,10 +573,8 @@ class Reader:
         self._is_gone(link, PeerGoneError(f"peer {link.name!r} was declared gone"))
 
     def _close_all(self) -> None:
-        for link in self._links.values():
+        for link in [*self._links.values()]:
             if link.line is not None:
                 link.line.close()
         self._selector.close()
-        for descriptor in (self._wake_reading, self._wake_writing):
-            with suppress(OSError):
-                os.close(descriptor)
+        self._tasks.close()

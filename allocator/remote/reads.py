@@ -16,28 +16,44 @@ not an end, and neither is a release: NIXL 1.5.1 went on writing after both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import threading
+from collections.abc import Callable, Sequence
 
 from kvheap.addresses.block_runs import BlockRuns
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.claims import Claim
+from kvheap.device.events import ReportingEvent
+from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import TransferError
 from kvheap.kernels.latch import Latch
-from kvheap.kernels.pieces import Pieces
 from kvheap.remote.deadlines import Deadline
+from kvheap.remote.pairs import Part
+from kvheap.remote.peer_lease import Hold
 
 __all__ = ["Read", "ReadEvent"]
 
+LOGGER = logging.getLogger("kvheap")
+
 WITHDRAWN = object()
 
+WAIT_S = 0.05
+"""Seconds between two looks of whoever waits for a read that nobody looks at."""
 
-class ReadEvent:
-    """The end of a read, for ``foreign_transfer``. Asked by any thread."""
 
-    __slots__ = ("_over", "cause", "has_ended")
+class ReadEvent(ReportingEvent):
+    """The end of a read, for ``foreign_transfer``. Asked by any thread.
+
+    A failure is a line of the log; the error itself is the caller's.
+    """
+
+    __slots__ = ("_over", "_thread", "cause", "has_ended", "look")
 
     def __init__(self) -> None:
         self._over = Latch()
+        self._thread = threading.get_ident()
+        self.look: Callable[[], float] | None = None
+        """Does what can be done for the read now, and returns the seconds until the next look."""
         self.cause: BaseException | None = None
         """Why the read failed, once that is known."""
         self.has_ended = False
@@ -50,33 +66,63 @@ class ReadEvent:
 
     def fail(self, cause: BaseException) -> None:
         """Note the first failure; it does not say that nothing arrives any more."""
+        if self._over.is_open:
+            return
         if self.cause is None and not self.has_ended:
+            cause.__traceback__ = cause.__context__ = None  # their frames hold memory
             self.cause = cause
+        if self.cause is not None:  # also if an exception struck here the first time
             self._over.open()
+            LOGGER.info("a read failed: %s", self.cause)
 
     def end(self) -> None:
         """Note that nothing can arrive any more."""
         self.has_ended = True
         self._over.open()
+        self.look = None
 
     def query(self) -> bool:
-        """Whether the read has ended well.
+        """Whether nothing can arrive any more."""
+        return self.has_ended
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the read has failed, and bytes may still arrive."""
+        return self.cause is not None and not self.has_ended
+
+    def error(self) -> TransferError | None:
+        """Why the read failed; a new object each time."""
+        cause = self.cause
+        if cause is None:
+            return None
+        error = TransferError(str(cause))
+        error.__cause__ = cause
+        return error
+
+    def require_success(self) -> None:
+        """Raise if the read is known to have failed.
 
         Raises:
-            TransferError: it has failed, and ended.
-            Exception: it has failed; bytes may still arrive.
+            TransferError: it has.
         """
-        has_ended, cause = self.has_ended, self.cause
-        if cause is None:
-            return has_ended
-        if has_ended:
-            raise TransferError(str(cause)) from cause
-        raise cause
+        if self.cause is not None:
+            raise TransferError(str(self.cause)) from self.cause
 
     def synchronize(self) -> None:
-        """Wait until the outcome is known; raises as :meth:`query`."""
-        self._over.wait()
-        self.query()
+        """Wait until the outcome is known, and help to get there.
+
+        Raises:
+            NestedWaitError: the code that was interrupted here must go on first.
+        """
+        while not self._over.is_open:
+            look = self.look
+            if look is None and self._thread == threading.get_ident() and not self.is_over:
+                raise NestedWaitError(
+                    "a finalizer or signal handler cannot wait for a read that is about to begin"
+                )
+            pause_s = WAIT_S if look is None else look()
+            if pause_s:
+                self._over.wait(pause_s)
 
 
 class Read:
@@ -84,40 +130,53 @@ class Read:
 
     Args:
         keys: of the chunks.
-        target: where their blocks are here.
-        layout: what they hold here.
+        layout: what their blocks hold here.
         timeout_s: for all of it.
+        target: where the blocks are here; needed without a lease.
+        hold: the lease that was taken before; None: the read asks for one.
+        parts: what to read by that lease, the last part first.
     """
 
+    lease = 0
+    """The number of the peer's lease for this read alone."""
+    lease_until: Deadline | None = None
+    asked_at = 0.0
+    was_asked = False
+    """Whether a question for the blocks has been sent."""
+    posted_at = 0.0
+    watched_until = 0.0
+    """Until when whoever waits for it looks at it."""
+    failure: BaseException | None = None
+    """What NIXL has reported, until it is known whether the peer is gone."""
+    settle_until: Deadline | None = None
+
     def __init__(
-        self, keys: list[bytes], target: BlockRuns, layout: BlockLayout, timeout_s: float
+        self,
+        keys: Sequence[bytes],
+        layout: BlockLayout,
+        timeout_s: float,
+        *,
+        target: BlockRuns | None = None,
+        hold: Hold | None = None,
+        parts: Sequence[Part] = (),
     ) -> None:
         self.keys = keys
-        self.target = target
         self.layout = layout
+        self.num_bytes = len(keys) * layout.size_bytes
+        self.target = target
         self.limit = Deadline(timeout_s)
         """Until when whoever waits is told of an outcome."""
         self.event = ReadEvent()
         self.right = Claim()  # never given up
-        self.lease = 0
-        """The number of the peer's lease."""
-        self.lease_until: Deadline | None = None
-        self.asked_at = 0.0
-        self.posted_at = 0.0
-        self.groups: Iterator[Pieces] | None = None
-        """What is still to be posted."""
+        self.hold = hold
+        if hold is not None:
+            self.lease_until = hold.until
+        self.parts = [*parts]
+        """What is still to be posted, the next one last."""
         self.running: list[int] = []
-        """Requests that NIXL works on."""
+        """Requests that NIXL has and may work on."""
         self.broken: list[int] = []
         """Requests that NIXL reports as failed."""
-        self.failure: BaseException | None = None
-        """What NIXL has reported, until it is known whether the peer is gone."""
-        self.settle_until: Deadline | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the blocks."""
-        return len(self.target) * self.target.size_bytes
 
     def withdraw(self) -> bool:
         """Give the read up unless it has begun; returns whether it never begins."""

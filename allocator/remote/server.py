@@ -18,6 +18,7 @@ from kvheap.kernels.latch import Latch
 from kvheap.remote.deadlines import Deadline, now_s
 from kvheap.remote.errors import ProtocolError
 from kvheap.remote.handshake import ServerHandshake
+from kvheap.remote.leases import Account
 from kvheap.remote.line import RECEIVE_BYTES, prepare
 from kvheap.remote.messages import unpacked
 from kvheap.remote.service import Service
@@ -45,7 +46,7 @@ MAX_UNSENT_BYTES = 1 << 20
 class _Connection:
     """One client."""
 
-    __slots__ = ("deadline", "handshake", "is_open", "peer", "sock", "unsent")
+    __slots__ = ("account", "deadline", "handshake", "is_open", "peer", "sock", "unsent")
 
     def __init__(self, sock: socket.socket, key: bytes) -> None:
         self.sock = sock
@@ -53,6 +54,7 @@ class _Connection:
         self.is_open = False
         """Whether the handshake is done."""
         self.peer = "a client"
+        self.account = Account()
         self.unsent = bytearray(self.handshake.greeting())
         self.deadline: Deadline | None = Deadline(PATIENCE_S)
         """Until when it must do what it has begun; None: it has begun nothing."""
@@ -239,7 +241,7 @@ class Server:
         if payload is None:
             return False
         if connection.is_open:
-            answer = self._service.answer(unpacked(payload))
+            answer = self._service.answer(unpacked(payload), connection.account)
             if connection.deadline is not None:  # what it had begun is complete
                 connection.deadline = Deadline(PATIENCE_S)
         else:

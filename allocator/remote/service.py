@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from kvheap.addresses.block_runs import BlockRuns
+from kvheap.blocks.block_layout import BlockLayout
 from kvheap.errors import ClosedError
-from kvheap.remote.catalogue import Catalogue, Place, batches_of
+from kvheap.remote.catalogue import Catalogue, Place
 from kvheap.remote.errors import ProtocolError
-from kvheap.remote.leases import MAX_LEASE_S, LentBlocks
+from kvheap.remote.leases import MAX_LEASE_S, Account, LentBlocks
 from kvheap.remote.messages import Fields, layout_fields, packed
 from kvheap.remote.offers import Offer, Offers
 
@@ -38,16 +40,21 @@ class Service:
         self._catalogue = catalogue
         self._lent = lent
         self._offers = offers
-        self._kinds: dict[str, Callable[[Fields], dict[str, Any]]] = {
+        self._kinds: dict[str, Callable[[Fields, Account], dict[str, Any]]] = {
             "lookup": self._look_up,
             "lock": self._lock,
+            "lease": self._lease,
             "offer": self._take_offer,
         }
         self.is_closing = False
         self.num_lookups = self.num_locks = self.num_failures = 0
 
-    def answer(self, request: Fields) -> bytes | None:
+    def answer(self, request: Fields, account: Account) -> bytes | None:
         """The answer to a request; None if it needs none.
+
+        Args:
+            request: what was asked.
+            account: of the connection that asks.
 
         Raises:
             ProtocolError: no node sends such a request.
@@ -62,7 +69,7 @@ class Service:
         if self.is_closing:
             return packed(number=number, error=f"node {self._name!r} is closing", gone=True)
         try:
-            return packed(number=number, **call(request))
+            return packed(number=number, **call(request, account))
         except ProtocolError:
             raise
         except ClosedError as error:
@@ -72,42 +79,69 @@ class Service:
             LOGGER.error("node %r cannot answer a %s", self._name, kind, exc_info=error)
             return packed(number=number, error=f"its {kind} failed: {error!r:.500}")
 
-    def _look_up(self, request: Fields) -> dict[str, Any]:
+    def _look_up(self, request: Fields, account: Account) -> dict[str, Any]:
         self.num_lookups += 1
-        found = self._catalogue.find(request.keys())
+        found, _ = self._catalogue.find(request.keys())
         return {
-            "found": bytes(place is not None for place in found),
+            "found": _flags_of(found),
             "layout": layout_fields(self._catalogue.layout),
         }
 
-    def _lock(self, request: Fields) -> dict[str, Any]:
-        self.num_locks += 1
-        keys, ttl = request.keys(), min(request.seconds("ttl"), MAX_LEASE_S)
-        if not keys:
-            raise ProtocolError("a lock of no keys")
-        for _ in range(LEND_TRIES):
-            places = self._catalogue.find(keys)
-            known: list[Place] = [*filter(None, places)]
-            if len(known) < len(keys):
-                break
-            layouts = {batch.layout for batch in batches_of(known)}
-            if len(layouts) > 1:
-                raise ValueError(f"the blocks of these keys have several layouts: {layouts}")
-            lent = self._lent.lend(known, ttl)
-            if lent is not None:
-                number, runs = lent
-                return {
-                    "lease": number,
-                    "ttl": ttl,
-                    "layout": layout_fields(known[0][0].layout),
-                    "starts": runs.starts.astype("<i8").tobytes(),
-                    "counts": runs.counts.astype("<i8").tobytes(),
-                    "size_bytes": runs.size_bytes,
-                    "block_bytes": runs.block_bytes,
-                }
+    def _lock(self, request: Fields, account: Account) -> dict[str, Any]:
+        """All blocks, or none."""
+        places, lent = self._lent_for(request, account, is_partial=False)
+        if lent is not None:
+            return lent
         missing = [at for at, place in enumerate(places) if place is None]
         return {"missing": np.array(missing, "<i8").tobytes()}
 
-    def _take_offer(self, request: Fields) -> dict[str, Any]:
+    def _lease(self, request: Fields, account: Account) -> dict[str, Any]:
+        """Those blocks that there are."""
+        places, lent = self._lent_for(request, account, is_partial=True)
+        if lent is None:
+            return {"found": bytes(len(places))}
+        return {"found": _flags_of(places), **lent}
+
+    def _lent_for(
+        self, request: Fields, account: Account, *, is_partial: bool
+    ) -> tuple[list[Place | None], dict[str, Any] | None]:
+        """What was found for each key, and the lease on that, if there is one."""
+        self.num_locks += 1
+        keys, ttl = request.keys(), min(request.seconds("ttl"), MAX_LEASE_S)
+        if not keys:
+            raise ProtocolError("a lease on no keys")
+        places: list[Place | None] = []
+        for _ in range(LEND_TRIES):
+            places, batches = self._catalogue.find(keys)
+            known: list[Place] = [*filter(None, places)]
+            if not known or (len(known) < len(keys) and not is_partial):
+                break
+            layouts = {batch.layout for batch in batches}
+            if len(layouts) > 1:
+                raise ValueError(f"the blocks of these keys have several layouts: {layouts}")
+            lent = self._lent.lend(known, ttl, account, batches)
+            if lent is not None:
+                return places, _lease_fields(*lent, ttl, known[0][0].layout)
+        return places, None
+
+    def _take_offer(self, request: Fields, account: Account) -> dict[str, Any]:
         offer = Offer(request.text("name"), request.text("address"), tuple(request.keys()))
         return {"taken": int(self._offers.put(offer))}
+
+
+def _flags_of(places: list[Place | None]) -> bytes:
+    """A byte for each place: whether there is one."""
+    return bytes([place is not None for place in places])
+
+
+def _lease_fields(number: int, runs: BlockRuns, ttl: float, layout: BlockLayout) -> dict[str, Any]:
+    """A lease as a message has it."""
+    return {
+        "lease": number,
+        "ttl": ttl,
+        "layout": layout_fields(layout),
+        "starts": runs.starts.astype("<i8").tobytes(),
+        "counts": runs.counts.astype("<i8").tobytes(),
+        "size_bytes": runs.size_bytes,
+        "block_bytes": runs.block_bytes,
+    }

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 
 from kvheap.blocks.heap import BlockObjects, heap_of
+from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.rows import Rows
 from kvheap.device.completion import Completion, in_flight
-from kvheap.device.events import Event
+from kvheap.device.events import Event, ReportingEvent
 from kvheap.device.foreign import ForeignEvent, FutureLike, is_event
 from kvheap.device.transfer import Transfer
 from kvheap.interrupts import is_interrupt
@@ -105,7 +106,7 @@ def foreign_transfer(
         raise ValueError("a foreign transfer needs blocks: pass its source, its target, or both")
     begin: Callable[[], Any] = (lambda: work) if is_begun else work  # type: ignore[assignment]
     sides = [side for side in (source, target) if side is not None]
-    runs = block_runs(sides[-1])
+    num_bytes, num_runs = _size_of(sides[-1])
     read = [] if source is None else _rows_of(source)
     written = [] if target is None else _rows_of(target)
     for rows in written:
@@ -115,8 +116,8 @@ def foreign_transfer(
         completion,
         path=name,
         direction="foreign",
-        num_bytes=len(runs) * runs.size_bytes,
-        num_runs=runs.num_runs,
+        num_bytes=num_bytes,
+        num_runs=num_runs,
         device=None,
     )
     found: list[Any] = []
@@ -133,7 +134,7 @@ def foreign_transfer(
         call = starmap(begin, [()])
         was_called = True
         found.extend(call)  # in C: the result is in the list before a signal handler can raise
-        event = ForeignEvent(found[0], name)
+        event = _event_of(found[0], name)
         transfer.begun((event,))
         completion.queued(event)
         for rows in written:
@@ -151,11 +152,16 @@ def _give_up(
     """Protect the blocks for as long as the work may use them, or not at all if none has begun."""
     if begun and is_event(begun[0]):
         in_flight.add(completion)
-        completion.queued(ForeignEvent(begun[0], name))
+        completion.queued(_event_of(begun[0], name))
     elif was_called and (begun or is_interrupt(error)):
         completion.lose(RuntimeError(f"it was interrupted, or unclear, how it began: {error!r}"))
     else:
         completion.nothing_queued()
+
+
+def _event_of(work: Any, name: str) -> ReportingEvent:
+    """The end of the work; an event that reports failures is it."""
+    return work if isinstance(work, ReportingEvent) else ForeignEvent(work, name)
 
 
 def _require_idle(read: Sequence[Rows], written: Sequence[Rows]) -> None:
@@ -188,7 +194,18 @@ def _require_idle(read: Sequence[Rows], written: Sequence[Rows]) -> None:
                     )
 
 
+def _size_of(blocks: BlockObjects | Rows) -> tuple[int, int]:
+    """Bytes and runs of blocks, which must be live."""
+    if isinstance(blocks, MemoryBatch):
+        blocks.counts.require_live(None, blocks)
+        return len(blocks) * blocks.size_bytes, blocks.num_runs
+    runs = block_runs(blocks)
+    return len(runs) * runs.size_bytes, runs.num_runs
+
+
 def _rows_of(blocks: BlockObjects | Rows) -> list[Rows]:
+    if isinstance(blocks, MemoryBatch):
+        return [Rows(blocks, None)]
     parts = [blocks] if isinstance(blocks, Rows) else heap_of(blocks).rows_by_batch(blocks)
     return [Rows(each.batch, None) if _has_all(each) else each for each in parts]
 

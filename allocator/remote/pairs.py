@@ -1,0 +1,88 @@
+"""``parts_of``: which bytes of a peer's blocks go where, in parts that one request moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+from kvheap.addresses.block_runs import BlockRuns, MemorySegment
+from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.kernels.pieces import Pieces
+from kvheap.transfer.pairing import paired_runs
+
+__all__ = ["OnePiece", "Part", "is_small", "one_piece", "parts_of"]
+
+POST_BYTES = 64 << 20
+"""Bytes of one request to NIXL: while it is posted, others wait."""
+
+SMALL_BYTES = 256 << 10
+"""A read of so many bytes, by a lease taken before, is posted by its caller: about 0.1 ms."""
+
+SMALL_PIECES = 64
+"""The same for its descriptors."""
+
+
+class OnePiece(NamedTuple):
+    """A single run on both sides, in numbers: arrays would take several times as long."""
+
+    source: int
+    target: int
+    num_bytes: int
+
+
+Part: TypeAlias = "Pieces | OnePiece"
+"""What one request moves: absolute addresses there (source) and here (target), and bytes."""
+
+
+def one_piece(
+    there: BlockRuns, batch: MemoryBatch, segments: Sequence[MemorySegment]
+) -> OnePiece | None:
+    """The bytes of blocks that are one run on both sides, without padding; else None.
+
+    Args:
+        there: blocks of the peer.
+        batch: as many blocks to fill, of the same size.
+        segments: buffers of the batch's heap; None is returned for blocks elsewhere.
+    """
+    run = batch.runs.only_run()
+    if run is None or there.num_runs != 1 or there.block_bytes != there.size_bytes:
+        return None
+    start, num_bytes = run
+    if batch.allocated_bytes != there.size_bytes or num_bytes > POST_BYTES:
+        return None
+    for first, size, base in segments:
+        if first <= start and start + num_bytes <= first + size:
+            return OnePiece(int(there.starts[0]), base + start - first, num_bytes)
+    return None
+
+
+def parts_of(there: BlockRuns, here: BlockRuns) -> list[Part]:
+    """Pairs the blocks of both sides, in the fewest runs.
+
+    Args:
+        there: blocks of the peer.
+        here: as many blocks to fill, of the same size.
+
+    Returns:
+        The parts, the last one first. At least one if there are blocks.
+
+    Raises:
+        ValueError: the sides differ in the number or the size of their blocks.
+    """
+    pieces = paired_runs(there, here)
+    if pieces.num_bytes <= POST_BYTES:
+        return [pieces]
+    parts: list[Part] = [*pieces.by_bytes(POST_BYTES)]
+    return parts[::-1]
+
+
+def is_small(parts: Sequence[Part], num_bytes: int) -> bool:
+    """Whether a read is posted at once by its caller.
+
+    Args:
+        parts: of it.
+        num_bytes: of all parts.
+    """
+    if len(parts) != 1 or num_bytes > SMALL_BYTES:
+        return False
+    return isinstance(parts[0], OnePiece) or len(parts[0]) <= SMALL_PIECES

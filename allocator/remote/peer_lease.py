@@ -1,0 +1,189 @@
+"""``PeerLease``: chunks that a peer keeps for this node, so that reading them asks nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvheap.addresses.block_runs import BlockRuns
+from kvheap.blocks.block_layout import BlockLayout
+from kvheap.claims import Claim
+from kvheap.errors import LifetimeError
+from kvheap.remote.deadlines import Deadline
+from kvheap.remote.errors import StaleReadError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["Hold", "PeerLease"]
+
+State: TypeAlias = Literal["held", "released", "expired"]
+
+
+class Hold:
+    """A lease as the reader knows it: it is given back when nobody reads by it any more.
+
+    No lock is held here: a lease may be dropped in a finalizer, in the middle of any of this.
+
+    Args:
+        link: what the reader knows of the peer; only compared.
+        peer: the peer's name.
+        number: of the lease there.
+        until: when it is over, counted from before it was asked for.
+        runs: where the blocks are there.
+        layout: what they hold.
+        give_back: tells the peer; must return at once, also in a finalizer.
+    """
+
+    __slots__ = (
+        "_give_back",
+        "_is_back",
+        "_reads",
+        "is_released",
+        "layout",
+        "link",
+        "number",
+        "peer",
+        "runs",
+        "until",
+    )
+
+    def __init__(
+        self,
+        link: object,
+        peer: str,
+        number: int,
+        until: Deadline,
+        runs: BlockRuns,
+        layout: BlockLayout,
+        give_back: Callable[[Hold], None],
+    ) -> None:
+        self.link = link
+        self.peer = peer
+        self.number = number
+        self.until = until
+        self.runs = runs
+        self.layout = layout
+        self.is_released = False
+        self._reads: dict[object, None] = {}
+        self._give_back = give_back
+        self._is_back = Claim()  # never given up
+
+    def begin(self, read: object) -> None:
+        """Keep the lease until ``read`` has ended.
+
+        Raises:
+            LifetimeError: it was released.
+            StaleReadError: it has expired.
+        """
+        self._reads[read] = None  # before the look: a release that comes later waits for it
+        if self.is_released:
+            self.end(read)
+            raise LifetimeError(
+                f"the lease on blocks of peer {self.peer!r} was released: lease them again"
+            )
+        if self.until.has_passed:
+            self.end(read)
+            raise StaleReadError(
+                f"the lease of {self.until.seconds:g} s on blocks of peer {self.peer!r} has "
+                f"expired: lease them again"
+            )
+
+    def end(self, read: object) -> None:
+        """Note that a read has ended; may be repeated."""
+        self._reads.pop(read, None)
+        self._settle()
+
+    def release(self) -> None:
+        """Give the lease back, once no read needs it; may be repeated."""
+        self.is_released = True
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.is_released and not self._reads and self._is_back.take(object()):
+            self._give_back(self)
+
+
+class PeerLease:
+    """Chunks that a peer keeps for this node until they are released. Made by ``Peer.lease``.
+
+    The chunks are neither freed nor evicted there, and ``Peer.read(lease, into)`` reads them
+    without asking, any number of times. Usable as a context manager. A lease that is dropped is
+    released. Reads that have begun keep it until they have ended, whatever happens to the lease.
+
+    Attributes:
+        found: which of the chunks that were asked for are held, bool ``[N]``.
+        keys: the keys of those, in the order in which they are read.
+    """
+
+    __slots__ = ("__weakref__", "_hold", "found", "keys")
+
+    def __init__(
+        self, found: npt.NDArray[np.bool_], keys: Sequence[bytes], hold: Hold | None
+    ) -> None:
+        self.found = found
+        self.keys = tuple(keys)
+        self._hold = hold
+
+    @property
+    def hold(self) -> Hold | None:
+        """What the reader knows of it; None if it holds nothing."""
+        return self._hold
+
+    @property
+    def state(self) -> State:
+        """``held``, ``released`` or ``expired``; ``released`` also if nothing was found."""
+        hold = self._hold
+        if hold is None or hold.is_released:
+            return "released"
+        return "expired" if hold.until.has_passed else "held"
+
+    @property
+    def left_s(self) -> float:
+        """Seconds for which it holds; 0 if it does not hold any more.
+
+        On this machine's clock, counted from before the peer was asked: the peer holds the blocks
+        for longer.
+        """
+        hold = self._hold
+        return 0.0 if hold is None or hold.is_released else hold.until.left_s
+
+    def release(self) -> bool:
+        """Let the peer have its blocks back; False if the lease had ended.
+
+        Returns at once, and may be called anywhere, also in a finalizer. Reads that have begun
+        keep the blocks until they have ended.
+        """
+        was_held = self.state == "held"
+        if self._hold is not None:
+            self._hold.release()
+        return was_held
+
+    def __len__(self) -> int:
+        """How many chunks are held, or were."""
+        return len(self.keys)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        hold = getattr(self, "_hold", None)  # the constructor may have been interrupted
+        if hold is not None:
+            hold.release()
+
+    def __repr__(self) -> str:
+        """State, chunks, and who has them."""
+        who = "" if self._hold is None else f" of peer {self._hold.peer!r}"
+        return f"PeerLease({self.state}, {len(self)} of {len(self.found)} chunks{who})"
