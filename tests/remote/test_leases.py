@@ -155,7 +155,6 @@ class TestReads:
         one = own.peer.read(own.lease([503]), into=own.here)
         assert torch.equal(one[0].tensor, kv[3])
 
-
     @pytest.mark.parametrize("count", [1, 128], ids=["small", "large"])
     def test_one_that_has_begun_is_not_withdrawn(
         self, pair: Pair, monkeypatch: pytest.MonkeyPatch, count: int
