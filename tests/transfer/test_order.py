@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from kvheap import (
     offload,
     store,
 )
+from kvheap.device.events import ReportingEvent
 from kvheap.transfer import CopyPlan, Transfer, copy, runs
 
 COUNT = 4
@@ -468,20 +470,35 @@ class Frozen:
     """An event of a library that does not come, or tells that it failed."""
 
     def __init__(self) -> None:
-        self.error: BaseException | None = None
+        self.failure: BaseException | None = None
         self.has_ended = False
         self.was_asked = threading.Event()
 
     def query(self) -> bool:
         self.was_asked.set()
-        if self.error is not None:
-            raise self.error
+        if self.failure is not None:
+            raise self.failure
         return self.has_ended
 
 
+class FrozenReporter(Frozen, ReportingEvent):
+    """The same by an event that needs no translation, such as that of a read from a peer."""
+
+    def synchronize(self) -> None:
+        while not self.query():
+            time.sleep(1e-3)
+
+    def error(self) -> TransferError | None:
+        return None
+
+    def require_success(self) -> None:
+        pass
+
+
 class TestForeignReaders:
-    def test_one_that_never_ends_holds_up_its_caller_only(self, scene_of: Any) -> None:
-        scene, peer = scene_of("host"), Frozen()
+    @pytest.mark.parametrize("kind", [Frozen, FrozenReporter])
+    def test_one_that_never_ends_holds_up_its_caller_only(self, scene_of: Any, kind: Any) -> None:
+        scene, peer = scene_of("host"), kind()
         scene.gate.open()
         batch, other = scene.blocks("host", OLD), scene.blocks("host", NEW)
         foreign_transfer(peer, source=batch)
@@ -503,11 +520,11 @@ class TestForeignReaders:
         scene.gate.open()
         batch = scene.blocks(kind, OLD)
         reading = foreign_transfer(peer, source=batch)
-        peer.error = OSError("the peer does not answer")
+        peer.failure = OSError("the peer does not answer")
         copy((scene.blocks(kind, NEW), batch)).result()
         assert read(batch).eq(NEW).all()
         assert reading.is_quarantined
-        peer.error, peer.has_ended = None, True
+        peer.failure, peer.has_ended = None, True
 
     def test_what_may_still_be_written_is_not_copied_over(self, scene_of: Any) -> None:
         scene, peer = scene_of("host"), Frozen()
@@ -515,7 +532,7 @@ class TestForeignReaders:
         batch = scene.blocks("host", OLD)
         foreign_transfer(peer, target=batch[:2])
         assert batch.transfer is None
-        peer.error = OSError("the peer does not answer")
+        peer.failure = OSError("the peer does not answer")
         other = scene.blocks("host", NEW)
         for target in (batch, batch[1:3]):
             with pytest.raises(TransferError, match="the peer does not answer"):
@@ -524,7 +541,7 @@ class TestForeignReaders:
         with pytest.raises(TransferError, match="the peer does not answer"):
             copy((batch, other))
         assert read(batch[2:]).eq(NEW).all()
-        peer.error, peer.has_ended = None, True
+        peer.failure, peer.has_ended = None, True
 
     def test_a_loop_cannot_wait_for_its_own_future(self, scene_of: Any) -> None:
         import asyncio
