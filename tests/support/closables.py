@@ -129,7 +129,7 @@ class AttachedKind(OwnerKind):
         assert is_locked.wait(60)
 
     def close(self) -> None:
-        if self.owner is not None:
+        if self.owner is not None:  # else the test is skipped
             self.owner.close()
 
 
