@@ -730,23 +730,38 @@ class TestCallsAtTheSameTime:
         if found[0] is not None:
             assert "cannot wait" in str(found[0])
 
+    @pytest.mark.parametrize("filling", ["copy h2h", "copy d2h by the kernel", "batched_write"])
     def test_what_is_not_in_the_queue_yet_is_not_waited_for(
-        self, by_queue: Gate, device: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self, device: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, filling: str
     ) -> None:
-        """Its call would come behind the other in the queue, which would wait for it."""
-        scene = Scene(device, "host", by_queue, tmp_path)
-        by_queue.open()
+        """It may never be, or come behind the other in the queue, which would wait for it."""
+        scene = Scene(device, "host", Gate(), tmp_path)
         batch, target = scene.blocks("host", OLD), scene.blocks("host", 0)
-        other = scene.blocks("host", NEW)
         submit, filled = runs.host_queue.submit, []
 
         def late(job: Any, is_small: bool) -> None:
             monkeypatch.setattr(runs.host_queue, "submit", submit)
-            filled.append(copy((other, batch)))
-            filled[0].wait(20)
+            filled.append(FILLS[filling][1](scene, batch, device.stream("filler")))
             submit(job, is_small)
 
         monkeypatch.setattr(runs.host_queue, "submit", late)
-        copy((batch, target)).result(20)
-        filled[0].result(20)
+        thread = threading.Thread(target=lambda: copy((batch, target)).result(), daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive()
+        drain(device)
+        if hasattr(filled[0], "result"):
+            filled[0].result(20)
         assert read(batch).eq(NEW).all()
+
+
+def test_what_is_only_read_of_a_batch_is_read_by_others_too(scene_of: Any) -> None:
+    """Rows tell: one copy may read some blocks of a batch and fill others."""
+    scene = scene_of("device")
+    batch, target = scene.blocks("device", OLD), scene.blocks("host", 0)
+    copy((batch[:2], batch[2:]), scene.device.stream())
+    scene.device.counts.clear()
+    copy((batch[:2], target[:2]), scene.device.stream())
+    assert scene.device.counts["wait_event"] == 0
+    copy((batch[2:], target[2:]), scene.device.stream())
+    assert scene.device.counts["wait_event"] == 1
