@@ -30,7 +30,7 @@ operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -82,9 +82,9 @@ class AddressManager:
     - the whole state: :meth:`stats`, :meth:`snapshot`;
     - invariants: :meth:`check`, :meth:`check_consistency`;
     - for a heap that holds the guard itself: :attr:`guard`, :meth:`take`, :meth:`give_back`,
-      :meth:`give_back_batch`, :meth:`take_spare`, :meth:`give_back_spare`,
-      :meth:`was_given_back`, :meth:`extend`, :attr:`heap_bytes`, :meth:`free_extents`,
-      :meth:`finish`.
+      :meth:`give_back_batch`, :meth:`give_back_batches`, :meth:`take_spare`,
+      :meth:`give_back_spare`, :meth:`was_given_back`, :meth:`extend`, :attr:`heap_bytes`,
+      :meth:`free_extents`, :meth:`finish`.
 
     Args:
         size: bytes of the address space, rounded down to the alignment; 0 is allowed.
@@ -586,6 +586,45 @@ class AddressManager:
             raise
         if overlapping is not None:
             raise double_free(address, size, overlapping[0] * unit, overlapping[1] * unit)
+
+    def give_back_batches(self, batches: Sequence[AddressBatch], receipts: Sequence[Done]) -> bool:
+        """:meth:`give_back_batch` of several batches of one run each, all or none. O(N log N).
+
+        Neighbours are joined first, so that the free list changes once for each run.
+
+        Args:
+            batches: the blocks.
+            receipts: one for each batch; tells whether its blocks are free.
+
+        Returns:
+            Whether they are free. If not, nothing is changed: a batch has several runs, or somebody
+            else has freed some of them; :meth:`give_back_batch` tells which.
+        """
+        unit, free_list = self._unit, self._settled_free_list()
+        runs: list[list[int]] = []
+        for run in sorted(blocks.only_run() or (-1, 0) for blocks in batches):
+            first, units = run[0] // unit, run[1] // unit
+            if runs and runs[-1][1] == first and first not in free_list.walls:
+                runs[-1][1] += units
+            else:
+                runs.append([first, first + units])
+        if not runs or runs[0][0] < 0 or runs[-1][1] > free_list.end:
+            return False
+        if free_list.walls and any(free_list.has_wall_within(*run) for run in runs):
+            return False
+        try:
+            free_list.pending.extend(receipts)  # as ``write``
+            for receipt in receipts:
+                receipt.done = True
+            for first, end in runs:
+                if free_list.insert(first, end - first) is not None:
+                    free_list.rollback()
+                    return False
+            free_list.commit()
+        except BaseException:
+            free_list.rollback()
+            raise
+        return True
 
     def take_spare(self, receipt: Receipt) -> AddressBatch | None:
         """Take the block of one unit that was freed last, for a caller that holds the guard. O(1).

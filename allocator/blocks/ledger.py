@@ -54,6 +54,10 @@ class Space(Protocol):
         """:meth:`give_back` of all blocks of a batch, with a receipt for it; if plain."""
         ...
 
+    def give_back_together(self, records: Sequence[OwnedBlocks]) -> bool:
+        """:meth:`give_back_whole` of all batches or of none; whether it was of all."""
+        ...
+
     def was_given_back(self, record: OwnedBlocks) -> bool:
         """After :meth:`finish`: whether an interrupted :meth:`give_back_whole` has freed them."""
         ...
@@ -82,6 +86,10 @@ class NoSpace:
     def give_back_whole(self, blocks: AddressBatch, receipt: Done) -> None:
         """Nothing but the receipt."""
         receipt.done = True
+
+    def give_back_together(self, records: Sequence[OwnedBlocks]) -> bool:
+        """None: each by itself."""
+        return False
 
     def was_given_back(self, record: OwnedBlocks) -> bool:
         """Whether the receipt says so."""
@@ -192,13 +200,16 @@ class Ledger:
             if not record.counts.is_unused():
                 return False
         self.begun = records  # from here on they are freed, whatever happens
-        error: InvalidFreeError | None = None
         for record in records:
             record.counts.set_all_freed()
-            try:
-                space.give_back_whole(record.addresses, record)
-            except InvalidFreeError as failure:
-                error = failure
+        error: InvalidFreeError | None = None
+        are_free = space.give_back_together(records)
+        for record in records:
+            if not are_free:
+                try:
+                    space.give_back_whole(record.addresses, record)
+                except InvalidFreeError as failure:
+                    error = failure
             self.live.pop(id(record), None)  # as ``forget``
             batch = record()
             if batch is not None:

@@ -6,6 +6,8 @@ object, and this object knows neither of the two. A dropped heap frees its memor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvheap.addresses.address_manager import AddressManager
 from kvheap.blocks.owned_blocks import OwnedBlocks
 from kvheap.blocks.release import Release, WipedLaterError, WipingError
@@ -44,6 +46,7 @@ class FreedBytes:
         )
         """Frees the bytes of a whole batch, in the step that sets its receipt. Call it with the
         guard of the address manager held, and only if :attr:`is_plain`."""
+        self._has_pages = has_pages
         self.segments = segments
         """The heap's buffers now; replaced as a whole when the heap grows or closes."""
         self.wiping = wiping
@@ -56,6 +59,16 @@ class FreedBytes:
         """In a forked child: leave the books of shared memory to the parent."""
         self._ownership.start_over_after_fork(self.segments.buffers)
         self.is_plain = self.is_plain and not self._ownership.is_view_only
+
+    def give_back_together(self, records: Sequence[OwnedBlocks]) -> bool:
+        """:attr:`give_back_whole` of all batches or of none; whether it was of all.
+
+        Of none if each is cheap by itself, as a page is, or if somebody else has freed one.
+        """
+        if self._has_pages or len(records) < 2:
+            return False
+        manager = self._address_manager
+        return manager.give_back_batches([record.addresses for record in records], records)
 
     def give_back(self, release: Release) -> None:
         """Free the bytes of a release, in the step that sets ``release.done``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ from kvheap import (
     OutOfMemoryError,
 )
 from kvheap.addresses.extents import Extents
-from kvheap.addresses.free_list import FreeList
+from kvheap.addresses.free_list import FreeList, Receipt
 
 PAGE = 4096
 
@@ -660,3 +661,43 @@ class TestAddressesOfSomeBlocks:
         assert [batch.address(int(row)) for row in rows] == [expected[row] for row in rows]
         batch.forget_addresses()
         assert batch.addresses.tolist() == expected
+
+
+class TestGiveBackBatches:
+    def manager(self) -> tuple[AddressManager, list[AddressBatch]]:
+        """Two segments of four pages, all allocated one by one."""
+        manager = AddressManager(4 * PAGE)
+        manager.sbrk(4 * PAGE, new_segment=True)
+        return manager, [manager.batched_allocate(PAGE, 1) for _ in range(8)]
+
+    def test_as_one_by_one(self) -> None:
+        source = random.Random(5)
+        for _ in range(200):
+            together, batches = self.manager()
+            alone, _ = self.manager()
+            chosen = source.sample(batches, source.randint(1, 8))
+            receipts = [Receipt() for _ in chosen]
+            assert together.give_back_batches(chosen, receipts)
+            for blocks in chosen:
+                alone.give_back_batch(blocks, Receipt())
+            assert all(receipt.done for receipt in receipts)
+            together.check()
+            assert together.snapshot().tolist() == alone.snapshot().tolist()
+
+    @pytest.mark.parametrize("wrong", ["free already", "several runs", "outside", "twice"])
+    def test_all_or_none(self, wrong: str) -> None:
+        manager, batches = self.manager()
+        manager.free(6 * PAGE, PAGE)
+        others = {
+            "free already": batches[6],
+            "several runs": AddressBatch(PAGE, [0, 2 * PAGE], [1, 1]),
+            "outside": AddressBatch(PAGE, 8 * PAGE, 1),
+            "twice": batches[1],
+        }
+        before = manager.snapshot().tolist()
+        chosen = [batches[1], batches[3], others[wrong], batches[0]]
+        receipts = [Receipt() for _ in chosen]
+        assert not manager.give_back_batches(chosen, receipts)
+        assert not any(receipt.done for receipt in receipts)
+        manager.check()
+        assert manager.snapshot().tolist() == before

@@ -24,6 +24,7 @@ from kvheap import AddressBatch, AddressManager, OutOfMemoryError, addresses
 from kvheap.addresses.extent_index import ExtentIndex
 from kvheap.addresses.extent_keys import ExtentKeys
 from kvheap.addresses.extents import Extents
+from kvheap.addresses.free_list import Receipt
 
 PAGE = 4096
 
@@ -57,6 +58,10 @@ OPERATIONS: dict[str, Operation] = {
         [(2 * PAGE, PAGE), (5 * PAGE, PAGE), (14 * PAGE, PAGE)]
     ),
     "free a batch": lambda heap: heap.batched_free(AddressBatch(PAGE, [5 * PAGE], [2])),
+    "give back batches": lambda heap: heap.give_back_batches(
+        [AddressBatch(PAGE, page * PAGE, 1) for page in (14, 6, 0, 5)],
+        [Receipt() for _ in range(4)],
+    ),
     "sbrk": lambda heap: heap.sbrk(4 * PAGE),
     "sbrk to wide keys": lambda heap: heap.sbrk(PAGE << 31),
     "trim": lambda heap: heap.trim(),

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -572,3 +573,54 @@ def test_an_allocation_that_cannot_fit_does_not_wait_for_the_frees_of_others(
     monkeypatch.setattr(heap.lifetime.reclaimer, "settle", settle_beside_another_thread)
     assert heap.allocate([5 * 4096], torch.uint8) is None
     assert calls == 1
+
+
+class TestListsOfLoneObjects:
+    def test_any_lists_of_any_neighbours(self) -> None:
+        heap, source = heap_of(24), random.Random(3)
+        heap.add_buffer(torch.zeros(8 * PAGE, dtype=torch.uint8))
+        live: list[MemoryObj] = []
+        for _ in range(300):
+            while len(live) < source.randint(0, 30):
+                obj = heap.allocate([source.choice([100, PAGE, 2 * PAGE])], torch.uint8)
+                if obj is None:
+                    break
+                live.append(obj)
+            source.shuffle(live)
+            freed = live[: source.randint(0, len(live))]
+            heap.batched_free(freed)
+            live = live[len(freed) :]
+            assert not any(obj.is_valid() for obj in freed)
+            assert heap.stats().allocated_bytes == sum(obj.allocated_bytes for obj in live)
+            heap.check()
+
+    def test_one_that_somebody_else_has_freed_keeps_no_other(self) -> None:
+        heap = heap_of(4)
+        objs = [heap.allocate([PAGE], torch.uint8) for _ in range(4)]
+        assert objs[1] is not None
+        heap.address_manager.free(objs[1].address, PAGE)
+        with pytest.raises(DoubleFreeError, match="free already"):
+            heap.batched_free([obj for obj in objs if obj])
+        assert heap.stats().allocated_bytes == 0
+        heap.check()
+
+    @pytest.mark.parametrize("wrong", ["twice", "freed", "pinned", "foreign", "no object"])
+    def test_a_wrong_list_frees_nothing(self, wrong: str) -> None:
+        heap, other = heap_of(4), heap_of(1)
+        objs: list[Any] = [heap.allocate([PAGE], torch.uint8) for _ in range(3)]
+        gone, error = heap.allocate([PAGE], torch.uint8), DoubleFreeError
+        assert gone is not None
+        heap.free(gone)
+        if wrong == "pinned":
+            objs[2].pin()
+        added: dict[str, Any] = {
+            "twice": [objs[1]],
+            "freed": [gone],
+            "foreign": [other.allocate([PAGE], torch.uint8)],
+            "no object": [3],
+        }
+        errors = {"pinned": BlockInUseError, "foreign": ForeignObjectError, "no object": TypeError}
+        with pytest.raises(errors.get(wrong, error)):
+            heap.batched_free([*objs, *added.get(wrong, [])])
+        assert all(obj.is_valid() for obj in objs)
+        assert heap.stats().allocated_bytes == 3 * PAGE
