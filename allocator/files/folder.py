@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from errno import ESTALE
+from errno import EDQUOT, ENOSPC, ESTALE
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from kvheap.memory.file_locks import FileLock
 __all__ = ["FORMAT_VERSION", "TierFolder"]
 
 FORMAT_VERSION = 1
+
+NO_ROOM = (ENOSPC, EDQUOT)
 
 
 class TierFolder:
@@ -77,6 +79,8 @@ class TierFolder:
     def write_state(self, *, is_closed: bool, is_durable: bool) -> None:
         """Note whether the tier is open, in one step that also outlives a loss of power.
 
+        Where the file system is full, the step is one write of less than a sector.
+
         Raises:
             OSError: it cannot be written, or the folder is another tier's by now.
         """
@@ -87,21 +91,47 @@ class TierFolder:
             "is_durable": is_durable,
             "boot_id": boot_id(),
         }
+        text = json.dumps(state, indent=1)
+        try:
+            self._replace_state(text)
+        except OSError as error:
+            if error.errno not in NO_ROOM or not self._overwrite_state(text):
+                raise
+
+    def _replace_state(self, text: str) -> None:
         new = self.path / "tier.json.new"
         try:
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(state, file, indent=1)
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+            os.replace(new, self.path / "tier.json")
         except OSError as error:
             error.filename = str(new)  # as where the file system is full
+            with suppress(OSError):
+                os.unlink(new)
             raise
-        os.replace(new, self.path / "tier.json")
         folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def _overwrite_state(self, text: str) -> bool:
+        """Write the state into its old place, which needs no room; returns whether there is one.
+
+        One write, within one sector: a tier that has filled its file system can be opened again.
+        """
+        try:
+            fd = os.open(self.path / "tier.json", os.O_WRONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            os.pwrite(fd, text.ljust(os.fstat(fd).st_size).encode(), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return True
 
     def _require_same(self) -> None:
         """Raise if the folder was removed, and perhaps made anew, since it was locked."""

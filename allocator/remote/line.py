@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
+from contextlib import suppress
 
 from kvheap.remote.deadlines import Deadline
 from kvheap.remote.errors import PeerTimeoutError
@@ -34,6 +36,7 @@ class Line:
         self._incoming = incoming
         self._outgoing = outgoing
         self._unsent = bytearray()
+        self._pid = os.getpid()
         self.where = where
         prepare(sock)
 
@@ -64,6 +67,8 @@ class Line:
                 sent = self._socket.send(self._unsent)
             except BlockingIOError:
                 return
+            except OSError as error:
+                raise self._as_closed(error) from None
             del self._unsent[:sent]
 
     def pull(self) -> list[bytes]:
@@ -82,6 +87,8 @@ class Line:
             data = self._socket.recv(RECEIVE_BYTES)
         except BlockingIOError:
             return
+        except OSError as error:
+            raise self._as_closed(error) from None
         if not data:
             raise ConnectionResetError(f"{self.where} has closed the connection")
         self._incoming.feed(data)
@@ -114,12 +121,24 @@ class Line:
 
     def _wait(self, event: int, deadline: Deadline) -> None:
         poll = select.poll()
-        poll.register(self._socket, event)
+        try:
+            poll.register(self._socket, event)
+        except ValueError as error:
+            raise self._as_closed(error) from None
         if not poll.poll(max(1, int(deadline.left_s * 1e3))) and deadline.has_passed:
             raise PeerTimeoutError(f"{self.where} has not answered in {deadline.seconds:g} s")
 
+    def _as_closed(self, error: Exception) -> Exception:
+        """What is raised for an error: another one if this end was closed, by another thread."""
+        if self._socket.fileno() >= 0:
+            return error
+        return ConnectionAbortedError(f"the connection to {self.where} was closed")
+
     def close(self) -> None:
-        """Close it; may be repeated."""
+        """Close it, also while another thread waits for it, which goes on; may be repeated."""
+        if os.getpid() == self._pid:  # in a forked child, the parent goes on
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
 

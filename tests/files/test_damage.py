@@ -5,6 +5,8 @@ No byte that is served is wrong, no process dies, and what can be read is kept.
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
 import random
@@ -192,6 +194,11 @@ class TestArguments:
         assert not (tmp_path / "tier").exists()
 
 
+def tier_state(parent: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((parent / "tier" / "tier.json").read_text())
+    return state
+
+
 class TestNoRoom:
     """Errors of the system name the file."""
 
@@ -205,6 +212,27 @@ class TestNoRoom:
         message = in_a_child(task)
         assert f"{16 * PLACE} bytes" in message
         assert message.endswith(f"'{tmp_path / 'tier' / 'chunks'}'")
+
+    def test_a_tier_that_has_filled_its_file_system_is_opened_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        heap, real = make_heap(), os.open
+        with open_tier(tmp_path / "tier") as tier:
+            keys = stored(tier, heap, range(4))
+
+        def without_room(path: Any, flags: int, *mode: int) -> int:
+            if flags & os.O_CREAT and not os.path.exists(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(path, flags, *mode)
+
+        monkeypatch.setattr(os, "open", without_room)
+        for number in range(4, 8):
+            tier = open_tier(tmp_path / "tier")
+            assert sorted(tier.keys()) == keys
+            assert not tier_state(tmp_path)["is_closed"]
+            keys += stored(tier, heap, [number])  # which may have its place
+            tier.close()
+            assert tier_state(tmp_path)["is_closed"]
 
     def test_no_room_for_chunks(self, tmp_path: Path) -> None:
         def task() -> tuple[str, int]:

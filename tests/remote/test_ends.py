@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from forked_child import in_a_child
 from remote_nodes import fill, keys_of, make_heap, need_nixl, until, wrong_rows
+
+from kvheap import ClosedError
+from kvheap.remote.deadlines import Deadline
+from kvheap.remote.frames import Incoming, Outgoing
+from kvheap.remote.line import Line
 
 WHY_NOT = need_nixl()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 if WHY_NOT is None:
-    from kvheap.remote import Node
+    from kvheap.remote import Node, PeerError
 
 HUGE_S = [3e6, 1e10, 1e300, 10**30, sys.float_info.max]
 """Seconds; the first are more milliseconds than 31 bits hold."""
@@ -60,3 +70,59 @@ class TestClosedPeers:
         first.close()
         assert read(reader, second) == 0
         assert reader.stats().num_peers == 1
+
+    def test_closing_a_peer_under_a_question_of_another_thread(self, nodes: Any) -> None:
+        owner, reader = nodes
+        peer = reader.connect(owner.address)
+        errors: list[BaseException] = []
+        has_ended = threading.Event()
+
+        def ask() -> None:
+            try:
+                while not has_ended.is_set():
+                    peer.lookup(keys_of(range(8)), timeout_s=30)
+            except (ConnectionError, PeerError, ClosedError):
+                pass  # it says that the connection was closed
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(300):
+            peer.close()
+            time.sleep(0.001)
+        has_ended.set()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        assert not errors
+
+    def test_closing_a_peer_that_does_not_answer(self, nodes: Any) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            here, there = socket.create_connection(silent.getsockname()), silent.accept()[0]
+            line = Line(here, Incoming(b"", "server"), Outgoing(b"", "client"), "a peer")
+            took: list[float] = []
+
+            def wait() -> None:
+                begin = time.monotonic()
+                with suppress(OSError):
+                    line.receive(Deadline(15.0))
+                took.append(time.monotonic() - begin)
+
+            thread = threading.Thread(target=wait)
+            thread.start()
+            time.sleep(0.2)
+            line.close()
+            thread.join(20)
+            there.close()
+        assert took[0] < 10
+
+    def test_a_forked_child_leaves_the_connections_of_its_parent_alone(self, nodes: Any) -> None:
+        owner, reader = nodes
+        peer = reader.connect(owner.address)
+        assert read(reader, peer) == 0
+        num_clients = owner.stats().num_clients
+        in_a_child(peer.close)
+        time.sleep(0.3)
+        assert owner.stats().num_clients == num_clients
