@@ -10,7 +10,7 @@ from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.pairing import paired_runs
 
-__all__ = ["OnePiece", "Part", "is_small", "one_piece", "parts_of"]
+__all__ = ["OnePiece", "Part", "is_small", "one_piece", "parts_of", "span_of"]
 
 POST_BYTES = 64 << 20
 """Bytes of one request to NIXL: while it is posted, others wait."""
@@ -34,25 +34,32 @@ Part: TypeAlias = "Pieces | OnePiece"
 """What one request moves: absolute addresses there (source) and here (target), and bytes."""
 
 
+def span_of(blocks: BlockRuns) -> tuple[int, int] | None:
+    """Address and bytes of blocks that are one run without padding; else None."""
+    if blocks.num_runs != 1 or blocks.block_bytes != blocks.size_bytes:
+        return None
+    return int(blocks.starts[0]), int(blocks.counts[0]) * blocks.block_bytes
+
+
 def one_piece(
-    there: BlockRuns, batch: MemoryBatch, segments: Sequence[MemorySegment]
+    there: tuple[int, int] | None, batch: MemoryBatch, segments: Sequence[MemorySegment]
 ) -> OnePiece | None:
     """The bytes of blocks that are one run on both sides, without padding; else None.
 
     Args:
-        there: blocks of the peer.
+        there: blocks of the peer, by :func:`span_of`.
         batch: as many blocks to fill, of the same size.
         segments: buffers of the batch's heap; None is returned for blocks elsewhere.
     """
     run = batch.runs.only_run()
-    if run is None or there.num_runs != 1 or there.block_bytes != there.size_bytes:
+    if run is None or there is None or there[1] != run[1] or run[1] > POST_BYTES:
         return None
     start, num_bytes = run
-    if batch.allocated_bytes != there.size_bytes or num_bytes > POST_BYTES:
+    if batch.allocated_bytes != batch.size_bytes:
         return None
     for first, size, base in segments:
         if first <= start and start + num_bytes <= first + size:
-            return OnePiece(int(there.starts[0]), base + start - first, num_bytes)
+            return OnePiece(there[0], base + start - first, num_bytes)
     return None
 
 

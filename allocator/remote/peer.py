@@ -73,6 +73,7 @@ class Peer:
         self._own_address = own_address
         self._own_name = own_name
         self._segments = segments
+        self._path = f"NIXL from {self.name!r}"
         self._node_require_open = require_open
         self._layout = link.welcome.layout
 
@@ -170,6 +171,8 @@ class Peer:
             raise ProtocolError(
                 f"peer {self.name!r} has leased blocks of {runs.size_bytes} bytes with {layout}"
             )
+        if layout == self._layout:
+            layout = self._layout
         self._layout = layout
         hold = Hold(
             self._link,
@@ -237,6 +240,8 @@ class Peer:
         layout = self._layout if hold is None else hold.layout
         if isinstance(into, MemoryBatch):
             self._check(into, len(names), layout)
+            if hold is not None:
+                hold.layout = into.layout  # equal, and the next comparison is one of identities
             return self._read(names, into, timeout_s, hold)
         if into is not self._heap:
             raise ValueError(
@@ -287,14 +292,14 @@ class Peer:
         if hold is None:
             read = Read(keys, batch.layout, timeout_s, target=batch.block_runs())
         else:
-            one = one_piece(hold.runs, batch, self._segments)
+            one = one_piece(hold.span, batch, self._segments)
             parts = parts_of(hold.runs, batch.block_runs()) if one is None else [one]
             read = Read(keys, batch.layout, timeout_s, hold=hold, parts=parts)
         before = batch.transfer
         try:
             if hold is not None:
                 hold.begin(read)
-            foreign_transfer(read.event, target=batch, name=f"NIXL from {self.name!r}")
+            foreign_transfer(read.event, target=batch, name=self._path)
             self._reader.begin(self._link, read)
             self._node_require_open()  # it may have been closed meanwhile
         except BaseException:

@@ -15,6 +15,7 @@ from kvheap.claims import Claim
 from kvheap.errors import LifetimeError
 from kvheap.remote.deadlines import Deadline
 from kvheap.remote.errors import StaleReadError
+from kvheap.remote.pairs import span_of
 
 if TYPE_CHECKING:
     from typing import Self
@@ -49,6 +50,7 @@ class Hold:
         "number",
         "peer",
         "runs",
+        "span",
         "until",
     )
 
@@ -67,6 +69,8 @@ class Hold:
         self.number = number
         self.until = until
         self.runs = runs
+        self.span = span_of(runs)
+        """Address and bytes of the blocks there, if they are one run without padding."""
         self.layout = layout
         self.is_released = False
         self._reads: dict[object, None] = {}

@@ -105,14 +105,15 @@ class Turn:
         return not self._is_wanted and self._take(visit)
 
     def _take(self, visit: Visit) -> bool:
-        if not self.free or self.is_here:
+        if not self.free:
             return False
+        # Who else holds it is on another thread, since it is free, or has just been taken there.
         self._visits[threading.get_ident()] = visit
         return visit.take_from(self.free)
 
     def take_soon(self, visit: Visit) -> bool:
         """As :meth:`take`, and waits for a moment if the turn is not free."""
-        if self.take(visit):
+        if not self._is_wanted and self._take(visit):
             return True
         if self.is_here:
             return False

@@ -96,6 +96,8 @@ def foreign_transfer(
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a text, got {name!r}")
+    if source is None and isinstance(work, ReportingEvent) and isinstance(target, MemoryBatch):
+        return _fill_batch(work, target, name)
     is_begun = is_event(work)
     if not is_begun and not callable(work):
         raise TypeError(
@@ -142,6 +144,37 @@ def foreign_transfer(
                 rows.batch.transfer = transfer
     except BaseException as error:
         _give_up(completion, found or ([work] if is_begun else []), name, was_called, error)
+        raise
+    return transfer
+
+
+def _fill_batch(event: ReportingEvent, batch: MemoryBatch, name: str) -> Transfer:
+    """The same for work that has begun, reports for itself, and fills a whole batch.
+
+    Apart, since a read of a block takes little longer than to say that it is protected.
+    """
+    num_bytes, num_runs = _size_of(batch)
+    batch.require_writable()
+    completion = Completion(_memory_of(batch))
+    transfer = Transfer(
+        completion,
+        path=name,
+        direction="foreign",
+        num_bytes=num_bytes,
+        num_runs=num_runs,
+        device=None,
+    )
+    try:
+        batch.record_stream(completion)
+        if batch.transfer is not None:
+            _require_idle([Rows(batch, None)])
+        batch.stored_tokens.forget(None)
+        in_flight.add(completion)
+        transfer.begun((event,))
+        completion.queued(event)
+        batch.transfer = transfer
+    except BaseException as error:
+        _give_up(completion, [event], name, False, error)
         raise
     return transfer
 

@@ -19,7 +19,7 @@ from forked_child import in_a_child
 from remote_nodes import LAYOUT, fill, key_of, keys_of, make_heap, need_nixl, until, wrong_rows
 from remote_pairs import Pair, failure
 
-from kvheap import BlockInUseError, ClosedError, LifetimeError
+from kvheap import BlockInUseError, BlockLayout, BlockRuns, ClosedError, LifetimeError
 
 WHY_NOT = need_nixl()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -214,7 +214,9 @@ class TestHolding:
 
     def test_it_is_given_back_only_after_its_reads(self) -> None:
         order: list[Any] = []
-        hold = Hold(None, "x", 7, Deadline(20), None, None, order.append)  # type: ignore[arg-type]
+        runs = BlockRuns(np.array([4096]), np.array([1]), 4096, 4096)
+        layout = BlockLayout.of([1024], torch.float32, LAYOUT.fmt)
+        hold = Hold(None, "x", 7, Deadline(20), runs, layout, order.append)
         hold.begin("one")
         hold.begin("two")
         hold.release()
