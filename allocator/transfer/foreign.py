@@ -164,10 +164,10 @@ def _fill_batch(event: ReportingEvent, batch: MemoryBatch, name: str) -> Transfe
         num_runs=num_runs,
         device=None,
     )
+    rows = Rows(batch, None)
     try:
-        batch.record_stream(completion)
-        if batch.transfer is not None:
-            _require_idle([Rows(batch, None)])
+        rows.record_filling(completion)
+        _require_idle((), (rows,))
         batch.stored_tokens.forget(None)
         in_flight.add(completion)
         transfer.begun((event,))
