@@ -34,6 +34,7 @@ from kvheap import (
     MemoryFormat,
     PrefixStore,
     TransferError,
+    foreign_transfer,
 )
 
 WHY_NOT = need_nixl()
@@ -167,6 +168,20 @@ class TestReads:
         except RuntimeError as error:
             assert "still being filled" in str(error)  # noqa: PT017
         batch.transfer.wait()
+        world.here.batched_free(batch)
+
+    def test_blocks_that_somebody_reads_are_not_filled(self, world: World) -> None:
+        batch, reader = world.read(range(4)), threading.Event()
+        batch.transfer.result(20)
+        reader.query = reader.is_set  # type: ignore[attr-defined]
+        sending = foreign_transfer(reader, source=batch[1:3])
+        with pytest.raises(RuntimeError, match="still being read"):
+            world.peer.read(keys_of(range(10, 14)), into=batch)
+        assert wrong_rows(range(4), batch) == 0
+        reader.set()
+        sending.result(20)
+        world.peer.read(keys_of(range(10, 14)), into=batch)
+        assert wrong_rows(range(10, 14), batch) == 0
         world.here.batched_free(batch)
 
     def test_a_full_heap_reads_nothing(self, own: World) -> None:
