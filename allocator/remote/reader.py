@@ -341,6 +341,8 @@ class Reader:
             return
         self._unlock(link)
         self._disconnect(link)
+        if self._links.get(link.welcome.uuid) is not link:  # forgotten; another may be known now
+            return
         if link.is_known:
             link.is_known = False
             self._agent.remove(link.welcome.agent)
