@@ -31,8 +31,8 @@ from kvheap.kernels.paged_slots import Places
 
 __all__ = ["copy_blocks"]
 
-MAX_NUMPY_BYTES = 4 << 20
-"""The most bytes that NumPy copies: half a millisecond, in which no other thread runs Python."""
+MAX_NUMPY_BYTES = 8 << 20
+"""The most bytes that NumPy copies: about a millisecond, in which no other thread runs Python."""
 
 MIN_SHARED_BYTES = 512 << 10
 """torch's threads share no fewer bytes: the grain of a call in words of 16 bytes."""

@@ -40,6 +40,11 @@ MAX_LOAD_BYTES = 128 << 10
 """The most bytes that NumPy copies; see benchmarks/NOTES.md."""
 
 
+LARGE_ROW = 16 << 10
+MAX_LARGE_BYTES = 8 << 20
+"""Rows that are worth an assignment of NumPy each, up to so many bytes; see benchmarks/NOTES.md."""
+
+
 def starts_threads(num_rows: int, row_elements: int) -> bool:
     """Whether an ``index_select(out=)`` of so many rows starts torch's threads.
 
@@ -104,6 +109,10 @@ class DenseRows:
         num_rows = self.row_offsets.size * per_chunk
         step = chunks.step if num_rows == 1 else self.row_bytes
         num_bytes = len(chunks) * num_rows * self.row_bytes
+        is_large = self.row_bytes >= LARGE_ROW and num_bytes <= MAX_LARGE_BYTES
+        if is_large and self.row_offsets.ndim == 2 and not self.is_shared(len(places)):
+            self._copy_each(chunks.start, places.reshape(-1, 1, per_chunk), step, to_heap)
+            return
         words = self._words_of(self.alignment | chunks.start | step)
         if words.units is not None and num_bytes > MAX_LOAD_BYTES:
             self._copy(words, words.units, chunks.start, places, step, to_heap)
@@ -121,6 +130,16 @@ class DenseRows:
             return
         numbers = (words.row_numbers + places * words.place_words).reshape(-1)
         self._copy(words, words.rows, chunks.start, numbers, step, to_heap)
+
+    def _copy_each(self, address: int, places: Int64Array, step: int, to_heap: bool) -> None:
+        """Copy rows one by one, of units that are one row of each entry."""
+        rows, numbers = self.cache_rows, (self.row_offsets + places * self.place_bytes).reshape(-1)
+        run: npt.NDArray[np.void] = array_at(address, numbers.shape, rows.dtype, (step,))
+        for at, number in enumerate(numbers.tolist()):
+            if to_heap:
+                run[at : at + 1] = rows[number : number + 1]
+            else:
+                rows[number : number + 1] = run[at : at + 1]
 
     def copy_rows(self, address: int, offsets: Int64Array, alignment: int, to_heap: bool) -> None:
         """Copy rows between the cache and a run of memory.

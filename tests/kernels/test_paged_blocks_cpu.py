@@ -69,6 +69,7 @@ WAYS: dict[str, dict[tuple[Any, str], int]] = {
     "by torch": {(paged_blocks_cpu, "MAX_NUMPY_BYTES"): -1, (paged_dense_cpu, "MAX_STORE_BYTES"): 0}
     | {(paged_dense_cpu, "MAX_LOAD_BYTES"): 0},
 }
+WAYS["row by row"] = WAYS["by torch"] | {(paged_dense_cpu, "LARGE_ROW"): 0}
 WAYS["in parts"] = WAYS["by torch"] | {(paged_dense_cpu, "GRAIN"): 3 * 64}
 WAYS["with helpers"] = WAYS["in parts"] | {(paged_dense_cpu, "THREAD_BYTES"): 64}
 
