@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
@@ -126,3 +127,15 @@ class TestClosedPeers:
         in_a_child(peer.close)
         time.sleep(0.3)
         assert owner.stats().num_clients == num_clients
+
+    def test_closing_and_connecting_again_keeps_no_descriptors(self, nodes: Any) -> None:
+        owner, reader = nodes
+        counts = []
+        for number in range(12):
+            peer = reader.connect(owner.address)
+            assert read(reader, peer) == 0
+            peer.close()
+            if number in (1, 11):
+                until(lambda: reader.stats().num_peers == owner.stats().num_clients == 0)
+                counts.append(len(os.listdir("/proc/self/fd")))
+        assert counts[1] <= counts[0] + 2  # of both sides; it was 20
