@@ -140,7 +140,10 @@ class Agent:
         except Exception as error:
             if is_interrupt(error):
                 raise
-            raise PeerError(f"NIXL refuses to read from {name!r}: {error!r}") from error
+            raise PeerError(
+                f"NIXL refuses to read from {name!r}: {error!r}; memory that joined a heap after "
+                f"its node was made is not known to it: make the node anew"
+            ) from error
         return requests[-1]
 
     def post(self, request: int) -> tuple[State, BaseException | None]:

@@ -309,7 +309,8 @@ class Reader:
             agent = self._agent.add(welcome.metadata)
         except Exception as error:
             raise PeerError(
-                f"NIXL refuses the metadata of peer {welcome.name!r}: {error!r}"
+                f"NIXL refuses the metadata of peer {welcome.name!r}: {error!r}; if its process "
+                f"ran out of file descriptors, its node must be made anew"
             ) from error
         if agent != welcome.agent:
             raise ProtocolError(
