@@ -21,9 +21,9 @@ nixl, blocks    the same with one descriptor for each block
 
 Cases: *one run*, of neighbours on both sides; *runs of 8*, neighbours in groups of 8 on both sides;
 *lone*, no two are neighbours. Ratios are medians over interleaved rounds, of NIXL's time over
-kvheap's; microseconds are differences of medians. Each call begins after a pause of 2 ms, in which
-other threads end what they do for the one before. Loopback of one machine says nothing about a
-network, and both processes share its cores.
+kvheap's; microseconds are differences of medians. Before each call, its thread does nothing for
+1 ms but let others go first, who end what they do for the call before. Loopback of one machine says
+nothing about a network, and both processes share its cores.
 
 Every row of ``targets`` says what was asked, the worst figure, and whether it was reached, for each
 of the two methods. "Merging" is against *nixl, blocks*; NIXL's own gain with the merged descriptors
@@ -56,8 +56,8 @@ from kvheap.kernels.pieces import Pieces
 from kvheap.remote import Node, Peer
 from kvheap.transfer.pairing import paired_runs
 
-PAUSE_S = 2e-3
-"""Seconds before each call."""
+PAUSE_S = 1e-3
+"""Seconds before each call, awake: to wake up from a sleep takes as long as NIXL does."""
 
 LEASE_S = 60.0
 RENEWED_S = 20.0
@@ -209,6 +209,13 @@ class Raw:
 # -- measure ---------------------------------------------------------------------------------------
 
 
+def let_others_end() -> None:
+    """Pause, awake, so that the threads of the call before are done."""
+    end = time.perf_counter() + PAUSE_S
+    while time.perf_counter() < end:
+        time.sleep(0)
+
+
 def measure(case: Case, transport: str, rounds: int) -> list[Row]:
     heap = case.heap()
     batch, between = case.batch(heap)
@@ -229,7 +236,7 @@ def measure(case: Case, transport: str, rounds: int) -> list[Row]:
         returns: dict[str, list[float]] = {"kvheap": [], "kvheap, leased": []}
 
         def read(method: str, wanted: Any) -> float:
-            time.sleep(PAUSE_S)
+            let_others_end()
             began = time.perf_counter()
             peer.read(wanted, into=batch)
             returns[method].append((time.perf_counter() - began) * 1e6)
@@ -244,7 +251,7 @@ def measure(case: Case, transport: str, rounds: int) -> list[Row]:
             return read("kvheap, leased", leases[-1])
 
         def alone(of: Pieces) -> float:
-            time.sleep(PAUSE_S)
+            let_others_end()
             return raw.read(of.sources, of.targets, of.size_array())
 
         methods: dict[str, Measure] = {

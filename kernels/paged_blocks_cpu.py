@@ -69,12 +69,11 @@ def copy_blocks(
     num_bytes = num_tokens * rows.token_bytes
     dense = rows.dense
     is_shared = num_bytes > MIN_SHARED_BYTES and dense is not None and dense.is_shared(count)
-    is_for_numpy = num_bytes <= MAX_NUMPY_BYTES and not (
-        is_shared and _full_run(rows, chunk_addresses, count)
-    )
+    run = _full_run(rows, chunk_addresses, count) if is_shared else None
+    is_for_numpy = num_bytes <= MAX_NUMPY_BYTES and run is None
     if is_for_numpy and _copy_by_grid(rows, chunk_addresses, blocks, to_heap):
         return True
-    array, run = _array_of(blocks), _full_run(rows, chunk_addresses, count)
+    array, run = _array_of(blocks), run or _full_run(rows, chunk_addresses, count)
     if dense is not None and run is not None:
         dense.copy_places(run, array, per_chunk, to_heap)
         return True

@@ -18,7 +18,6 @@ for the index of each row.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -80,7 +79,7 @@ class DenseRows:
 
     def is_shared(self, num_units: int) -> bool:
         """Whether torch's threads share a copy of so many units, as they share those of a loop."""
-        return starts_threads(num_units, self.row_elements)
+        return starts_threads(num_units, self.row_elements) and torch.get_num_threads() > 1
 
     def are_rows(self, chunks: range, per_chunk: int) -> bool:
         """Whether the rows of chunks at equal distances are at equal distances, too.
@@ -104,9 +103,13 @@ class DenseRows:
         """
         num_rows = self.row_offsets.size * per_chunk
         step = chunks.step if num_rows == 1 else self.row_bytes
+        num_bytes = len(chunks) * num_rows * self.row_bytes
+        words = self._words_of(self.alignment | chunks.start | step)
+        if words.units is not None and num_bytes > MAX_LOAD_BYTES:
+            self._copy(words, words.units, chunks.start, places, step, to_heap)
+            return
         heads = (1,) * (self.row_offsets.ndim - 2)
         places = places.reshape(-1, 1, per_chunk, *heads)
-        num_bytes = len(chunks) * num_rows * self.row_bytes
         if num_bytes <= (MAX_STORE_BYTES if to_heap else MAX_LOAD_BYTES):
             numbers = (self.row_offsets + places * self.place_bytes).reshape(-1)
             shape, dtype = (len(numbers),), self.cache_rows.dtype
@@ -116,9 +119,8 @@ class DenseRows:
             else:
                 self.cache_rows[numbers] = run
             return
-        words = self._words_of(self.alignment | chunks.start | step)
         numbers = (words.row_numbers + places * words.place_words).reshape(-1)
-        self._copy(words, chunks.start, numbers, step, to_heap)
+        self._copy(words, words.rows, chunks.start, numbers, step, to_heap)
 
     def copy_rows(self, address: int, offsets: Int64Array, alignment: int, to_heap: bool) -> None:
         """Copy rows between the cache and a run of memory.
@@ -131,22 +133,28 @@ class DenseRows:
         """
         words = self._words_of(self.alignment | alignment)
         numbers = offsets >> (words.word.itemsize.bit_length() - 1)
-        self._copy(words, address, numbers, self.row_bytes, to_heap)
+        self._copy(words, words.rows, address, numbers, self.row_bytes, to_heap)
 
     def _copy(
-        self, words: _Words, address: int, numbers: Int64Array, step: int, to_heap: bool
+        self,
+        words: _Words,
+        source: torch.Tensor,
+        address: int,
+        numbers: Int64Array,
+        step: int,
+        to_heap: bool,
     ) -> None:
-        """Copy rows by torch, in as many calls as keep its threads out of it."""
+        """Copy rows of ``source`` by torch, in as many calls as keep its threads out of it."""
         num_rows, most = len(numbers), max(1, GRAIN * words.word.itemsize // self.row_bytes)
-        is_one_call = num_rows <= most or self.is_shared(num_rows // self.row_offsets.size)
-        with nullcontext() if is_one_call else torch.inference_mode(False):  # as helpers are
-            rows = torch.from_numpy(numbers)
+        if num_rows <= most or self.is_shared(num_rows // self.row_offsets.size):
             run = words_at(address, num_rows, self.row_bytes, step, words.word)
-            if is_one_call:
-                _copy_rows(words.rows, rows, run, to_heap)
-                return
-            pairs = zip(torch.split(rows, most), torch.split(run, most), strict=True)
-            calls = [partial(_copy_rows, words.rows, *pair, to_heap) for pair in pairs]
+            _copy_rows(source, torch.from_numpy(numbers), run, to_heap)
+            return
+        with torch.inference_mode(False):  # as helper threads are
+            run = words_at(address, num_rows, self.row_bytes, step, words.word)
+            parts = torch.split(torch.from_numpy(numbers), most)
+            pairs = zip(parts, torch.split(run, most), strict=True)
+            calls = [partial(_copy_rows, source, *pair, to_heap) for pair in pairs]
         num_bytes = num_rows * self.row_bytes
         threads = min(torch.get_num_threads(), MAX_THREADS, num_bytes // THREAD_BYTES)
         if threads > 1:
@@ -179,12 +187,14 @@ class _Words:
     Attributes:
         word: the dtype of a word.
         rows: all rows of the cache's memory, one starting at each word; they overlap.
+        units: those of each place, if a unit is one row; else None.
         row_numbers: which of them are the rows of a unit at place 0, shaped as ``row_offsets``.
         place_words: words from one place to the next.
     """
 
     word: torch.dtype
     rows: torch.Tensor
+    units: torch.Tensor | None
     row_numbers: Int64Array
     place_words: int
 
@@ -194,5 +204,8 @@ class _Words:
         num_bytes = (end - start) // size * size
         with torch.inference_mode(False):  # a copy outside of it may write these
             words = torch.from_numpy(memory_at(start, num_bytes, "u1", 1)).view(word)
-            rows = overlapping_rows(words, dense.row_bytes // size)
-        return cls(word, rows, dense.row_offsets // size, dense.place_bytes // size)
+            rows, units = overlapping_rows(words, dense.row_bytes // size), None
+            if dense.row_offsets.size == 1:
+                place_words = max(1, dense.place_bytes // size)
+                units = rows[int(dense.row_offsets.flat[0]) // size :: place_words]
+        return cls(word, rows, units, dense.row_offsets // size, dense.place_bytes // size)

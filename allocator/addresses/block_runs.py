@@ -118,7 +118,7 @@ class BlockRuns:
         _require_room(block_bytes, size_bytes)
         if not len(starts):
             return cls(starts, counts, size_bytes, block_bytes)
-        if len(starts) == 1 and len(segments) == 1:
+        if len(starts) == 1 and isinstance(segments, (list, tuple)) and len(segments) == 1:
             shift = _shift_of(int(starts[0]), int(counts[0]) * block_bytes, segments[0])
             if shift is not None:
                 return cls(starts + shift, counts, size_bytes, block_bytes)

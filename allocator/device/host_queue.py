@@ -144,7 +144,8 @@ class HostJob:
         try:
             if self._right.take(me):
                 for event in self.events:
-                    event.runner, event.is_submitted = me[0], True
+                    event.runner = me[0]
+                    event.is_submitted = True
                 for task, event in zip(self._tasks, self.events, strict=True):
                     if failure is None:
                         try:

@@ -173,8 +173,12 @@ class Transfer:
 
     def begun(self, events: tuple[DeviceEvent, ...]) -> None:
         """Set the event at the end of each part; called by the code that queues the copy."""
+        completion, device = self._completion, self._device
+        if len(events) == 1:  # most: the generator costs as much as the part
+            self.parts = (Part(0, events[0], completion, device),)
+            return
         self.parts = tuple(
-            Part(index, event, self._completion, self._device) for index, event in enumerate(events)
+            Part(index, event, completion, device) for index, event in enumerate(events)
         )
 
     @property

@@ -34,8 +34,9 @@ __all__ = ["keep_for_few", "load_few", "store_few"]
 MAX_BLOCKS = 4096
 """The most blocks that are copied here."""
 
-MAX_LISTED = 8
-"""Up to so many ids are looked at one by one; NumPy takes 0.7 us for any number of them."""
+MAX_LISTED = 24
+"""Up to so many ids are looked at one by one; NumPy's view of a tensor and a look at all take 1.2
+us for any number of them. See benchmarks/NOTES.md."""
 
 MAX_LAYOUTS = 64
 """Block layouts of which something is kept with a cache; half are dropped beyond that."""

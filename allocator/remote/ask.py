@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from kvheap.device.host_queue import NestedWaitError
@@ -14,6 +15,12 @@ from kvheap.remote.messages import Fields, packed, unpacked
 from kvheap.remote.turn import Turn, Visit
 
 __all__ = ["AskLine"]
+
+HANGING_UP_S = 0.7
+"""Seconds for which a peer that hangs up on whoever connects is tried again."""
+
+AGAIN_S = 0.01
+"""Seconds between two attempts."""
 
 
 class _OthersAskError(Exception):
@@ -121,6 +128,19 @@ class AskLine:
         return answer
 
     def _connected(self, deadline: Deadline) -> Line:
+        again_until = Deadline(HANGING_UP_S)
+        while True:
+            try:
+                return self._connected_once(deadline)
+            except (ConnectionResetError, BrokenPipeError, ConnectionAbortedError) as error:
+                if again_until.has_passed or deadline.has_passed:
+                    raise ConnectionError(
+                        f"peer {self._peer!r} cannot be reached: {error}"
+                    ) from error
+            # A process that ends closes its sockets one after another, the listening one last.
+            time.sleep(AGAIN_S)
+
+    def _connected_once(self, deadline: Deadline) -> Line:
         where = f"{self._address[0]}:{self._address[1]}"
         try:
             line, welcome = call(self._address, self._key, self._name, deadline.left_s)
@@ -128,7 +148,7 @@ class AskLine:
             raise PeerGoneError(
                 f"peer {self._peer!r} is gone: nobody listens at {where} any more"
             ) from None
-        except (ProtocolError, TimeoutError):
+        except (ProtocolError, TimeoutError, ConnectionError):
             raise
         except OSError as error:
             raise ConnectionError(f"peer {self._peer!r} cannot be reached: {error}") from error

@@ -345,6 +345,8 @@ class Reader:
             return
         self._unlock(link)
         self._disconnect(link)
+        if self._links.get(link.welcome.uuid) is not link:  # forgotten; another may be known now
+            return
         if link.is_known:
             link.is_known = False
             if link.gone is None:  # NIXL would keep a socket here and there, and make new ones

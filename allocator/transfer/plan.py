@@ -45,8 +45,6 @@ from kvheap.transfer.sides import (
 
 __all__ = ["CopyPlan", "Side"]
 
-NO_WALLS = (NOWHERE, NOWHERE)
-
 
 @dataclass(slots=True, eq=False)
 class CopyPlan:
@@ -74,7 +72,7 @@ class CopyPlan:
     source: Side
     target: Side
     parts: tuple[Pieces, ...]
-    walls: tuple[Int64Array, Int64Array] = NO_WALLS
+    walls: tuple[Int64Array, Int64Array] = (NOWHERE, NOWHERE)
     direction: Direction = field(init=False)
     num_runs: int = field(init=False)
     num_bytes: int = field(init=False)
@@ -229,7 +227,7 @@ class CopyPlan:
         if pieces is None:
             return None
         from_side, to_side = Side.of_tensor(source), Side.of_tensor(target)
-        walls = NO_WALLS
+        walls = NOWHERE, NOWHERE
         device = from_side.device or to_side.device
         if device is not None:
             walls = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ if WHY_NOT is None:
         frames,
         server,
     )
+    from kvheap.remote.ask import AskLine
     from kvheap.remote.deadlines import Deadline
     from kvheap.remote.handshake import call, channel_key
     from kvheap.remote.messages import packed
@@ -357,3 +359,29 @@ def test_nobody_listens(client: Any) -> None:
 def test_a_lookup_of_many_keys(client: Any, owner: Any) -> None:
     found = client.connect(owner.address).lookup([key_of(n) for n in range(65_536)])
     assert found.sum() == 4
+
+
+def test_a_peer_that_hangs_up_while_it_ends_is_gone(client: Any) -> None:
+    """A process that is killed may close the connections that wait before it stops to listen."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    where = "127.0.0.1", listener.getsockname()[1]
+    ask = AskLine(call_of(client), where, channel_key(b"a secret"), "client", "ending", "uuid")
+    ask.close()
+
+    def hang_up() -> None:
+        for _ in range(3):
+            sock, _ = listener.accept()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()  # resets it
+        listener.close()
+
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    with pytest.raises(PeerGoneError, match="'ending' is gone: nobody listens"):
+        ask.ask("lookup", 5.0, keys=[b"a"])
+    thread.join()
+
+
+def call_of(client: Any) -> Any:
+    """A connection that is only to be closed."""
+    return call(where(client), channel_key(b"a secret"), "x", 5)[0]

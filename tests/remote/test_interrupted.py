@@ -18,7 +18,11 @@ from remote_pairs import Pair
 from kvheap.device.host_queue import NestedWaitError
 
 WHY_NOT = need_nixl()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+pytestmark = [
+    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
+    # Some interrupts strike in a finalizer, which can only report them.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 PLACES = {
     "modules": ("kvheap.remote.peer", "kvheap.remote.read", "kvheap.remote.moves")
@@ -169,7 +173,6 @@ ASKING = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finalizer
 @pytest.mark.parametrize("name", ["lookup", "lease"])
 def test_a_question_that_is_interrupted_holds_up_no_other(pair: Pair, name: str) -> None:
     def ask() -> None:

@@ -308,6 +308,17 @@ class TestEnds:
         batch = again.read(again.lease(keys_of(range(4))), into=own.here)
         assert wrong_rows(range(4), batch) == 0
 
+    def test_a_lease_of_a_peer_that_was_declared_gone_harms_no_later_one(self, own: Pair) -> None:
+        lease = own.lease(range(4), 1.0)
+        own.peer.assume_gone()
+        with pytest.raises(PeerGoneError):
+            own.peer.read(lease, into=own.here)
+        again = own.reader.connect(own.owner.address)  # it was wrong: the same life
+        lease.release()
+        own.reader._reader.ask(lambda: None)  # that has been done
+        batch = again.read(again.lease(keys_of(range(4))), into=own.here)
+        assert wrong_rows(range(4), batch) == 0
+
     def test_closing_the_node_gives_its_leases_back(self, own: Pair) -> None:
         lease = own.lease(range(4))
         own.reader.close(10)
