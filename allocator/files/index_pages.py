@@ -111,11 +111,12 @@ class _Pages:
         self._fd = fd
         self._page_bytes = 0
         self._last_page = 0
+        self._damage: str | None = None
         self._seen = {0, 1}
 
     def read(self) -> IndexContents | None:
         entries: list[Entry] = []
-        num_wrong, damage = 0, None
+        num_wrong = 0
         try:
             meta = self._meta()
             if meta is None:
@@ -127,10 +128,14 @@ class _Pages:
                     num_wrong += 1
             self._read_free(meta.free)
         except _DamageError as error:
-            damage = str(error)
-        if num_wrong and damage is None:
-            damage = f"{num_wrong} entries are none"
-        return IndexContents(entries, num_wrong, damage)
+            self._note(error)
+        if num_wrong:
+            self._note(f"{num_wrong} entries are none")
+        return IndexContents(entries, num_wrong, self._damage)
+
+    def _note(self, damage: object) -> None:
+        """Keep the first damage that is found; what else can be read is read."""
+        self._damage = self._damage or str(damage)
 
     def _meta(self) -> _Meta | None:
         """The meta page that counts; None: another format."""
@@ -175,13 +180,17 @@ class _Pages:
         size = num_pages * self._page_bytes
         raw = os.pread(self._fd, size, number * self._page_bytes)
         if len(raw) < size:
-            raise _DamageError(f"it ends before the end of page {number}")
+            self._note(f"it ends before the end of page {number}")
+            raw = raw.ljust(size, b"\0")
         if PAGE.unpack_from(raw)[0] != number:
             raise _DamageError(f"page {number} has another number")
         return raw
 
     def _items(self, tree: _Tree) -> Iterator[tuple[bytes, bytes, bool]]:
-        """The keys of a tree in order, with their values, and whether each is a page's number."""
+        """The keys of a tree in order, with their values, and whether each is a page's number.
+
+        Without those of pages that are damaged.
+        """
         if tree.root == NO_PAGE:
             if tree.num_entries or tree.depth:
                 raise _DamageError("a tree with entries has no root")
@@ -196,7 +205,11 @@ class _Pages:
         while left:
             number, level, least, bound = left.pop()
             is_leaf = level == tree.depth
-            nodes = self._nodes(number, self._page(number), is_leaf)
+            try:
+                nodes = self._nodes(number, self._page(number), is_leaf)
+            except _DamageError as error:
+                self._note(error)
+                continue
             counts[is_leaf] += 1
             if is_leaf:
                 for key, value, is_big in nodes:
@@ -206,7 +219,8 @@ class _Pages:
                         or (least is not None and order < least)
                         or (bound is not None and order >= bound)
                     ):
-                        raise _DamageError(f"the keys of page {number} are not in order")
+                        self._note(f"the keys of page {number} are not in order")
+                        continue
                     before = order
                     counts[2] += 1
                     yield key, value, is_big
@@ -216,7 +230,7 @@ class _Pages:
                 child = int.from_bytes(nodes[at][1], "little")
                 left.append((child, level + 1, keys[at], keys[at + 1]))
         if counts != [tree.num_branches, tree.num_leaves, tree.num_entries]:
-            raise _DamageError("a tree has other numbers of pages or entries than it says")
+            self._note("a tree has other numbers of pages or entries than it says")
 
     def _nodes(self, number: int, page: bytes, is_leaf: bool) -> list[tuple[bytes, bytes, bool]]:
         """The nodes of a page: key, value or page number, and whether the value is elsewhere."""

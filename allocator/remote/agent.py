@@ -7,7 +7,9 @@ What NIXL 1.5.1 does, measured over loopback, and what follows:
 - ``remove_remote_agent`` does not end them either, so no peer is removed before that;
 - reading memory that its owner has unmapped ends the owner's process, over TCP. So an agent keeps
   the buffers that it has registered until they are deregistered;
-- a second agent of the same name is refused. So each has a name of its own.
+- a second agent of the same name is refused. So each has a name of its own;
+- ``invalidate_remote_md`` leaves a socket open on both sides, and loading the metadata again opens
+  another one. So the agents of peers that are alive are kept.
 """
 
 from __future__ import annotations
@@ -138,7 +140,10 @@ class Agent:
         except Exception as error:
             if is_interrupt(error):
                 raise
-            raise PeerError(f"NIXL refuses to read from {name!r}: {error!r}") from error
+            raise PeerError(
+                f"NIXL refuses to read from {name!r}: {error!r}; memory that joined a heap after "
+                f"its node was made is not known to it: make the node anew"
+            ) from error
         return requests[-1]
 
     def post(self, request: int) -> tuple[State, BaseException | None]:

@@ -247,7 +247,7 @@ class Peer:
             raise ValueError(
                 f"into must be the node's heap {self._heap!r}, or a batch of it, got {into!r}"
             )
-        layout = layout or self._asked_layout(names)
+        layout = layout or self._asked_layout(names, timeout_s)
         batch = into.batched_allocate(
             list(layout.shapes), list(layout.dtypes), len(names), layout.fmt
         )
@@ -278,8 +278,8 @@ class Peer:
                 f"into must have blocks of {layout}, as peer {self.name!r} has, got {own}"
             )
 
-    def _asked_layout(self, keys: Sequence[bytes]) -> BlockLayout:
-        self.lookup(keys[:1])
+    def _asked_layout(self, keys: Sequence[bytes], timeout_s: float) -> BlockLayout:
+        self.lookup(keys[:1], min(timeout_s, ANSWER_S))
         if self._layout is None:
             raise PeerError(
                 f"peer {self.name!r} has no chunk yet, so the layout of its blocks is not known"

@@ -66,6 +66,8 @@ class Reader:
         self._key = key
         self._name = name
         self._links: dict[str, Link] = {}
+        self._parted: dict[str, str] = {}
+        """Agents of peers that were closed while they were alive, by the peer's life."""
         self._open: dict[Read, None] = {}
         self._numbers = itertools.count(1)
         self._tasks = Tasks()
@@ -254,9 +256,9 @@ class Reader:
             visit = Visit()
             self._turn.wait(visit)
             self._work([])  # what was left to be told to others
-            for link in [*self._links.values()]:
-                if link.is_known:
-                    self._agent.remove(link.welcome.agent)
+            known = [link.welcome.agent for link in self._links.values() if link.is_known]
+            for agent in (*known, *self._parted.values()):
+                self._agent.remove(agent)
             self._agent.close()
         except BaseException as error:
             LOGGER.exception("node %r reads no more", self._name)
@@ -307,13 +309,15 @@ class Reader:
             agent = self._agent.add(welcome.metadata)
         except Exception as error:
             raise PeerError(
-                f"NIXL refuses the metadata of peer {welcome.name!r}: {error!r}"
+                f"NIXL refuses the metadata of peer {welcome.name!r}: {error!r}; if its process "
+                f"ran out of file descriptors, its node must be made anew"
             ) from error
         if agent != welcome.agent:
             raise ProtocolError(
                 f"peer {welcome.name!r} has sent the metadata of another agent, {agent!r}"
             )
         link.is_known = True
+        self._parted.pop(welcome.uuid, None)
         self._agent.connect(welcome.agent)
         self._links[welcome.uuid] = link
         assert link.line is not None
@@ -345,7 +349,10 @@ class Reader:
             return
         if link.is_known:
             link.is_known = False
-            self._agent.remove(link.welcome.agent)
+            if link.gone is None:  # NIXL would keep a socket here and there, and make new ones
+                self._parted[link.welcome.uuid] = link.welcome.agent
+            else:
+                self._agent.remove(link.welcome.agent)
         if self._links.get(link.welcome.uuid) is link:  # not another connection to that life
             del self._links[link.welcome.uuid]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
@@ -11,10 +12,11 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+import torch
 from forked_child import in_a_child
-from remote_nodes import fill, keys_of, make_heap, need_nixl, until, wrong_rows
+from remote_nodes import LAYOUT, fill, keys_of, make_heap, need_nixl, until, wrong_rows
 
-from kvheap import ClosedError
+from kvheap import ClosedError, TensorMemoryAllocator, TransferError
 from kvheap.remote.deadlines import Deadline
 from kvheap.remote.frames import Incoming, Outgoing
 from kvheap.remote.line import Line
@@ -23,7 +25,7 @@ WHY_NOT = need_nixl()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 if WHY_NOT is None:
-    from kvheap.remote import Node, PeerError
+    from kvheap.remote import Node, PeerError, PeerTimeoutError
 
 HUGE_S = [3e6, 1e10, 1e300, 10**30, sys.float_info.max]
 """Seconds; the first are more milliseconds than 31 bits hold."""
@@ -126,3 +128,40 @@ class TestClosedPeers:
         in_a_child(peer.close)
         time.sleep(0.3)
         assert owner.stats().num_clients == num_clients
+
+    def test_closing_and_connecting_again_keeps_no_descriptors(self, nodes: Any) -> None:
+        owner, reader = nodes
+        counts = []
+        for number in range(12):
+            peer = reader.connect(owner.address)
+            assert read(reader, peer) == 0
+            peer.close()
+            if number in (1, 11):
+                until(lambda: reader.stats().num_peers == owner.stats().num_clients == 0)
+                counts.append(len(os.listdir("/proc/self/fd")))
+        assert counts[1] <= counts[0] + 2  # of both sides; it was 20
+
+
+class TestMessages:
+    def test_a_first_read_waits_no_longer_than_it_was_told(self) -> None:
+        def slow(keys: list[bytes]) -> list[None]:
+            has_ended.wait(20)
+            return [None] * len(keys)
+
+        has_ended = threading.Event()
+        with Node("owner", make_heap(), slow) as owner, Node("reader", make_heap()) as reader:
+            peer = reader.connect(owner.address)
+            with pytest.raises(PeerTimeoutError, match=r"has not answered in 0.2 s"):
+                peer.read(keys_of([1]), into=reader.heap, timeout_s=0.2)
+            has_ended.set()
+
+    def test_blocks_of_memory_that_joined_later(self) -> None:
+        heap = TensorMemoryAllocator(torch.zeros(2 * LAYOUT.size_bytes, dtype=torch.uint8))
+        with Node("owner", heap) as owner, Node("reader", make_heap()) as reader:
+            heap.add_buffer(torch.zeros(1 << 20, dtype=torch.uint8))
+            owner.publish(keys_of(range(8)), fill(heap, range(8)))
+            batch = reader.connect(owner.address).read(keys_of(range(8)), into=reader.heap)
+            assert batch is not None
+            with pytest.raises(TransferError, match="joined a heap after its node was made"):
+                batch.transfer.result(20)
+            assert reader.stats().reads_in_flight == 0
