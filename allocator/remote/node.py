@@ -23,8 +23,10 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kvheap.addresses.arguments import as_number, as_seconds, require_function
-from kvheap.blocks.heap import BlockObjects, Heap
+from kvheap.blocks.heap import BlockObjects, Heap, layout_and_addresses
 from kvheap.closing import Closer
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.forks import starts_over_after_fork
@@ -113,7 +115,9 @@ class Node:
         if not isinstance(name, str):
             raise TypeError(f"name must be a text, got {name!r}")
         if not 0 < len(name) <= MAX_NAME:
-            raise ValueError(f"name must have 1 to {MAX_NAME} characters, got {name!r}")
+            raise ValueError(f"name must have 1 to {MAX_NAME} characters, got {name!r:.250}")
+        if not name.isprintable():
+            raise ValueError(f"name must be printable, got {name!r}")
         if not isinstance(heap, Heap):
             raise TypeError(f"heap must be a heap such as a HostMemoryAllocator, got {heap!r}")
         require_function("lookup", lookup)
@@ -199,7 +203,24 @@ class Node:
         """
         self._closer.require_open()
         require_key_list(keys)
-        self._catalogue.publish(as_keys(keys), blocks)
+        names = as_keys(keys)
+        self._require_registered(blocks)
+        self._catalogue.publish(names, blocks)
+
+    def _require_registered(self, blocks: BlockObjects) -> None:
+        """Raise if a block is in a buffer that joined the heap after the node was made."""
+        if len(self.heap.segments) == len(self._segments) or not len(blocks):
+            return
+        addresses = layout_and_addresses(blocks)[1]
+        is_inside = np.zeros(len(addresses), np.bool_)
+        for start, num_bytes, _ in self._segments:
+            is_inside |= (addresses >= start) & (addresses < start + num_bytes)
+        if not is_inside.all():
+            address = int(addresses[np.argmin(is_inside)])
+            raise ValueError(
+                f"the block at address {address} is in a buffer that has joined the heap after "
+                f"node {self.name!r} was made, and is not registered: make nodes when the heap has grown"
+            )
 
     def withdraw(self, keys: Iterable[bytes]) -> None:
         """Let published keys be found no more; others are skipped. Leases are not ended.

@@ -16,7 +16,7 @@ import torch
 from forked_child import in_a_child
 from remote_nodes import LAYOUT, fill, keys_of, make_heap, need_nixl, until, wrong_rows
 
-from kvheap import ClosedError, TensorMemoryAllocator, TransferError
+from kvheap import ClosedError, MemoryObj, TensorMemoryAllocator, TransferError
 from kvheap.remote.deadlines import Deadline
 from kvheap.remote.frames import Incoming, Outgoing
 from kvheap.remote.line import Line
@@ -143,6 +143,11 @@ class TestClosedPeers:
 
 
 class TestMessages:
+    def test_names_are_printable(self) -> None:
+        for name in ("\n", "a\0b", "\u2028"):
+            with pytest.raises(ValueError, match="name must be printable, got"):
+                Node(name, make_heap())
+
     def test_a_first_read_waits_no_longer_than_it_was_told(self) -> None:
         def slow(keys: list[bytes]) -> list[None]:
             has_ended.wait(20)
@@ -157,10 +162,21 @@ class TestMessages:
 
     def test_blocks_of_memory_that_joined_later(self) -> None:
         heap = TensorMemoryAllocator(torch.zeros(2 * LAYOUT.size_bytes, dtype=torch.uint8))
-        with Node("owner", heap) as owner, Node("reader", make_heap()) as reader:
+        later: dict[bytes, MemoryObj] = {}
+        with (
+            Node("owner", heap, lambda keys: [later.get(key) for key in keys]) as owner,
+            Node("reader", make_heap()) as reader,
+        ):
+            first = fill(heap, range(2))
             heap.add_buffer(torch.zeros(1 << 20, dtype=torch.uint8))
-            owner.publish(keys_of(range(8)), fill(heap, range(8)))
-            batch = reader.connect(owner.address).read(keys_of(range(8)), into=reader.heap)
+            blocks = fill(heap, range(2, 8))
+            with pytest.raises(ValueError, match="has joined the heap after node 'owner' was made"):
+                owner.publish(keys_of(range(2, 8)), blocks)
+            owner.publish(keys_of(range(2)), first)
+            peer = reader.connect(owner.address)
+            assert peer.lookup(keys_of(range(8))).tolist() == [True] * 2 + [False] * 6
+            later.update(zip(keys_of(range(2, 8)), blocks, strict=True))
+            batch = peer.read(keys_of(range(8)), into=reader.heap)
             assert batch is not None
             with pytest.raises(TransferError, match="joined a heap after its node was made"):
                 batch.transfer.result(20)
