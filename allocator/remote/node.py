@@ -219,7 +219,8 @@ class Node:
             address = int(addresses[np.argmin(is_inside)])
             raise ValueError(
                 f"the block at address {address} is in a buffer that has joined the heap after "
-                f"node {self.name!r} was made, and is not registered: make nodes when the heap has grown"
+                f"node {self.name!r} was made, and is not registered: make nodes when the heap has "
+                f"grown"
             )
 
     def withdraw(self, keys: Iterable[bytes]) -> None:
