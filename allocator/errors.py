@@ -137,11 +137,12 @@ class ForeignProcessError(ForeignObjectError):
     """
 
     def __init__(self, action: str, owner_pid: int | None, pid: int) -> None:
-        owner = "another process" if owner_pid is None else f"process {owner_pid}"
+        owner = "another process or heap" if owner_pid is None else f"process {owner_pid}"
         super().__init__(
-            f"process {pid} cannot {action}: {owner} keeps the books of this heap, and this "
-            f"process has only a view of its bytes; leave it to that process, or make a heap with "
-            f"view_only=False if no other process allocates in this memory"
+            f"process {pid} cannot {action}: {owner} keeps the books of this heap, which is only a "
+            f"view of the bytes; leave it to that process, store by SharedHeap.store if the bytes "
+            f"are a SharedHeap's, or make a heap with view_only=False if nobody else allocates in "
+            f"this memory"
         )
         self.action = action
         self.owner_pid = owner_pid
@@ -192,7 +193,7 @@ class InUseError(RuntimeError):
         state: str = "in use",
         advice: str = "close it there first",
     ) -> None:
-        owner = "another process" if owner_pid is None else f"process {owner_pid}"
+        owner = "another process or heap" if owner_pid is None else f"process {owner_pid}"
         if owner_pid == os.getpid():
             owner += ", which is this one"
         super().__init__(f"{path} is {state} by {owner}: {advice}")
