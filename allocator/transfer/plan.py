@@ -199,7 +199,7 @@ class CopyPlan:
                 ("target_addresses", target, target_addresses),
             )
         ]
-        from_side, to_side = Side.of_tensor(source), Side.of_tensor(target)
+        from_side, to_side = Side.of_tensor("source", source), Side.of_tensor("target", target)
         is_one_size = parts is None and size_array.ndim == 0 and size_array.dtype.kind in "iu"
         if is_one_size and int(size_array) > 0 and len(places[0]) == len(places[1]):
             # They are within tensors, so each is a valid address.
@@ -228,7 +228,7 @@ class CopyPlan:
         pieces = even_pieces(sources, targets, size_bytes, here, there)
         if pieces is None:
             return None
-        from_side, to_side = Side.of_tensor(source), Side.of_tensor(target)
+        from_side, to_side = Side.of_tensor("source", source), Side.of_tensor("target", target)
         walls = NO_WALLS
         device = from_side.device or to_side.device
         if device is not None:

@@ -25,6 +25,7 @@ from kvheap.device import cuda
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.device.directions import Direction
+from kvheap.kernels.arguments import require_memory
 from kvheap.kernels.pieces import Pieces, first_outside
 
 __all__ = [
@@ -66,8 +67,13 @@ class Side:
     is_unknown: bool = False
 
     @classmethod
-    def of_tensor(cls, tensor: torch.Tensor) -> Side:
-        """The memory of a tensor."""
+    def of_tensor(cls, name: str, tensor: torch.Tensor) -> Side:
+        """The memory of a tensor.
+
+        Raises:
+            ValueError: it was taken away; the message has the name.
+        """
+        require_memory(name, tensor)
         return cls(cuda.device_of(tensor), memory=(tensor.detach(),))
 
     @property
@@ -161,6 +167,7 @@ class Blocks:
             raise ValueError(f"{name} must be [N, ...], got a scalar")
         if tensor.is_conj() or tensor.is_neg():
             raise ValueError(f"{name} is a lazy conj or neg view: its bytes are not its values")
+        side = Side.of_tensor(name, tensor)
         if len(tensor) and not tensor[0].is_contiguous():
             raise ValueError(
                 f"each row of {name} must be contiguous, got strides {tensor.stride()}"
@@ -169,7 +176,7 @@ class Blocks:
         stride_bytes = tensor.stride(0) * tensor.element_size() if len(tensor) > 1 else size_bytes
         starts = tensor.data_ptr() + np.arange(len(tensor), dtype=np.int64) * stride_bytes
         kind = (tuple(tensor.shape[1:]), tensor.dtype)
-        return cls(Side.of_tensor(tensor), size_bytes, size_bytes, kind, None, None, 0, starts)
+        return cls(side, size_bytes, size_bytes, kind, None, None, 0, starts)
 
     def __len__(self) -> int:
         """Number of blocks."""
