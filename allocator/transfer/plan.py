@@ -25,7 +25,7 @@ from kvheap.device import cuda
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice, PreparedCopy
 from kvheap.device.directions import Direction
-from kvheap.kernels.arguments import require_tensor
+from kvheap.kernels.arguments import require_memory, require_tensor
 from kvheap.kernels.arrays import as_array
 from kvheap.kernels.block_addresses import host_addresses
 from kvheap.kernels.capture_mode import Relaxed
@@ -199,7 +199,7 @@ class CopyPlan:
                 ("target_addresses", target, target_addresses),
             )
         ]
-        from_side, to_side = Side.of_tensor("source", source), Side.of_tensor("target", target)
+        from_side, to_side = Side.of_tensor(source), Side.of_tensor(target)
         is_one_size = parts is None and size_array.ndim == 0 and size_array.dtype.kind in "iu"
         if is_one_size and int(size_array) > 0 and len(places[0]) == len(places[1]):
             # They are within tensors, so each is a valid address.
@@ -222,13 +222,15 @@ class CopyPlan:
             and target.is_contiguous()
         ):
             return None
+        require_memory("source", source)
+        require_memory("target", target)
         here, there = (source.data_ptr(), source.nbytes), (target.data_ptr(), target.nbytes)
         if here[0] < sum(there) and there[0] < sum(here):  # a target may be a source
             return None
         pieces = even_pieces(sources, targets, size_bytes, here, there)
         if pieces is None:
             return None
-        from_side, to_side = Side.of_tensor("source", source), Side.of_tensor("target", target)
+        from_side, to_side = Side.of_tensor(source), Side.of_tensor(target)
         walls = NO_WALLS
         device = from_side.device or to_side.device
         if device is not None:
@@ -398,6 +400,7 @@ def _places(
 ) -> Int64Array:
     """Absolute addresses of pieces of a buffer, int64 ``[N]``."""
     require_tensor(name.removesuffix("_addresses"), buffer)
+    require_memory(name.removesuffix("_addresses"), buffer)
     if not buffer.is_contiguous():
         raise ValueError(f"buffers must be contiguous, got strides {buffer.stride()}")
     num_bytes = buffer.nbytes

@@ -67,13 +67,8 @@ class Side:
     is_unknown: bool = False
 
     @classmethod
-    def of_tensor(cls, name: str, tensor: torch.Tensor) -> Side:
-        """The memory of a tensor.
-
-        Raises:
-            ValueError: it was taken away; the message has the name.
-        """
-        require_memory(name, tensor)
+    def of_tensor(cls, tensor: torch.Tensor) -> Side:
+        """The memory of a tensor."""
         return cls(cuda.device_of(tensor), memory=(tensor.detach(),))
 
     @property
@@ -167,7 +162,7 @@ class Blocks:
             raise ValueError(f"{name} must be [N, ...], got a scalar")
         if tensor.is_conj() or tensor.is_neg():
             raise ValueError(f"{name} is a lazy conj or neg view: its bytes are not its values")
-        side = Side.of_tensor(name, tensor)
+        require_memory(name, tensor)
         if len(tensor) and not tensor[0].is_contiguous():
             raise ValueError(
                 f"each row of {name} must be contiguous, got strides {tensor.stride()}"
@@ -176,7 +171,7 @@ class Blocks:
         stride_bytes = tensor.stride(0) * tensor.element_size() if len(tensor) > 1 else size_bytes
         starts = tensor.data_ptr() + np.arange(len(tensor), dtype=np.int64) * stride_bytes
         kind = (tuple(tensor.shape[1:]), tensor.dtype)
-        return cls(side, size_bytes, size_bytes, kind, None, None, 0, starts)
+        return cls(Side.of_tensor(tensor), size_bytes, size_bytes, kind, None, None, 0, starts)
 
     def __len__(self) -> int:
         """Number of blocks."""
