@@ -21,13 +21,18 @@ def require_tensor(name: str, value: Any, advice: str = "") -> None:
 
 
 def require_memory(name: str, tensor: torch.Tensor) -> None:
-    """Raise if the memory of a tensor was taken away, as FSDP does between uses.
+    """Raise if the memory of a tensor was taken away, all or part of it, as FSDP does between uses.
+
+    Torch does not look at this itself: it would read and write what is no longer the tensor's, or
+    give the storage new memory without a word.
 
     Raises:
         ValueError: names the argument.
     """
+    if tensor.layout is not torch.strided:
+        return
     size_bytes = tensor.nbytes
-    if not size_bytes or tensor.layout is not torch.strided:
+    if not size_bytes:
         return
     if not tensor.is_contiguous():
         steps = zip(tensor.shape, tensor.stride(), strict=True)

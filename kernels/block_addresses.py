@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from kvheap.kernels.arguments import require_memory
 from kvheap.kernels.arrays import INT64_END, Int64Array, int64_array
 
 __all__ = ["Addresses", "host_addresses", "require_apart", "require_disjoint"]
@@ -28,6 +29,7 @@ def host_addresses(
     if isinstance(addresses, torch.Tensor):
         if addresses.device.type != "cpu":
             raise TypeError(f"{name} must be on the host, got a tensor on {addresses.device}")
+        require_memory(name, addresses)
         addresses = addresses.detach().numpy()
     array = int64_array(name, addresses)
     if not len(array):

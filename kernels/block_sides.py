@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from kvheap.kernels.arguments import as_whole, require_tensor
+from kvheap.kernels.arguments import as_whole, require_memory, require_tensor
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
 from kvheap.kernels.block_addresses import Addresses, host_addresses
 from kvheap.kernels.words import view_words
@@ -183,10 +183,12 @@ def require_buffer(buffer: torch.Tensor) -> None:
 
     Raises:
         TypeError: it is not a tensor.
-        ValueError: it is not contiguous, or on neither a CPU nor a CUDA device.
+        ValueError: it is not contiguous, on neither a CPU nor a CUDA device, or its memory was
+            taken away.
     """
     require_tensor("buffer", buffer)
     if not buffer.is_contiguous():
         raise ValueError(f"buffer must be contiguous, got strides {buffer.stride()}")
     if buffer.device.type not in ("cpu", "cuda"):
         raise ValueError(f"buffer must be on a CPU or a CUDA device, got {buffer.device}")
+    require_memory("buffer", buffer)

@@ -13,12 +13,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from kvheap.kernels.arguments import require_memory
 from kvheap.kernels.arrays import INT32_END, Int64Array
 from kvheap.kernels.engine_layouts import KVLayout, LayoutError, OtherTensorsError
 from kvheap.kernels.engine_planes import Blocks, Plane, TensorPlanes, planes_of
 from kvheap.kernels.tensor_dims import TensorDims, kind_of
 from kvheap.kernels.tensor_overlap import Extent, require_disjoint_tensors, steps_of
 from kvheap.kernels.tensor_views import TensorFacts, checked_facts, tensor_view
+from kvheap.kernels.words import as_bytes
 
 __all__ = ["CacheGeometry", "EngineTensors", "read_tensors"]
 
@@ -200,6 +202,7 @@ def _require_tensor(layout: KVLayout, label: str, tensor: Any) -> None:
             f"{label} of {layout.name} is empty: shape {tuple(tensor.shape)}; leave out layers "
             f"that keep nothing"
         )
+    require_memory(f"{label} of {layout.name}", tensor)
     if layout.name == "vllm-cpu" and tensor.device.type != "cpu":
         raise LayoutError(
             f"{label} of vllm-cpu is on {tensor.device}: only vLLM on a CPU keeps K rows then V "
@@ -216,7 +219,7 @@ def _group_blocks(
     """Whole blocks by layer; as parts of a single layer, if the layers' blocks are not alike."""
     dtypes = {view.dtype for parts in views for view in parts}
     if len(dtypes) > 1:
-        views = [[view.view(torch.uint8) for view in parts] for parts in views]
+        views = [[as_bytes(view) for view in parts] for parts in views]
     kinds = {tuple((v.shape[1], v.stride(0), v.dtype) for v in parts) for parts in views}
     if len(kinds) == 1:
         return layers, views

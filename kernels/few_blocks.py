@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kvheap.kernels.launch import runs_kernels
+from kvheap.kernels.words import as_bytes
 
 __all__ = ["HostMemory", "copy_few", "copy_run"]
 
@@ -78,6 +79,8 @@ def copy_few(blocks: Any, buffer: Any, addresses: Any, to_buffer: bool) -> bool:
         return False
     if runs_kernels(buffer.device):
         return False
+    if not (_has_memory(blocks) and _has_memory(buffer)):
+        return False
     num_bytes = blocks.nbytes
     block_bytes = num_bytes // count
     if blocks.shape[0] != count or not num_bytes:
@@ -114,7 +117,8 @@ def copy_run(
     """Copy between ``blocks[i]`` and the block at byte ``i * block_stride`` of a run.
 
     Args:
-        blocks: ``[N, ...]``, each block contiguous and of at most ``block_stride`` bytes.
+        blocks: ``[N, ...]``, each block contiguous and of at most ``block_stride`` bytes; whoever
+            calls has looked whether their memory is there.
         memory: the buffer that the run is in.
         run: where it begins in the buffer, and its bytes, ``N * block_stride``.
         block_stride: bytes from one block of the run to the next.
@@ -163,9 +167,14 @@ def _is_ordinary(tensor: Any) -> bool:
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
-        and tensor.data_ptr() != 0  # else its storage was taken away
         and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     )
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether the memory of a contiguous tensor is there; see ``require_memory``."""
+    first = tensor.storage_offset() * tensor.element_size()
+    return first + tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _memory_of(tensor: torch.Tensor) -> Memory:
@@ -173,6 +182,6 @@ def _memory_of(tensor: torch.Tensor) -> Memory:
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.dtype != torch.uint8:
-        tensor = tensor.view(torch.uint8)
+        tensor = as_bytes(tensor)
     found: Memory = tensor.numpy().reshape(-1)
     return found

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvheap.kernels.arguments import as_whole
+from kvheap.kernels.arguments import as_whole, require_memory
 from kvheap.kernels.arrays import Int64Array, int64_array
 from kvheap.kernels.paged_plan import Pairing
 
@@ -229,7 +229,10 @@ def _integers(name: str, given: SlotMapping, device: torch.device) -> Int64Array
         if given.dim() != 1:
             raise ValueError(f"{name} must be one-dimensional, got shape {tuple(given.shape)}")
         return given.contiguous()
-    return int64_array(name, given.detach().numpy() if isinstance(given, torch.Tensor) else given)
+    if isinstance(given, torch.Tensor):
+        require_memory(name, given)
+        return int64_array(name, given.detach().numpy())
+    return int64_array(name, given)
 
 
 def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> bool:

@@ -11,6 +11,7 @@ import torch
 __all__ = [
     "CPU_WORDS",
     "array_at",
+    "as_bytes",
     "memory_at",
     "overlapping_rows",
     "view_words",
@@ -47,6 +48,20 @@ def view_words(
     """The storage of ``tensor`` as words, from ``offset_bytes`` on; ``stride`` counts words."""
     view = torch.empty(0, dtype=word, device=tensor.device)
     return view.set_(tensor.untyped_storage(), offset_bytes // word.itemsize, size, stride)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor.view(torch.uint8)``, whatever the stride of a last dimension of one element.
+
+    Such a stride is never used, but torch refuses a view of other items unless it is 1.
+
+    >>> scales = torch.zeros(4, 1, 3).transpose(1, 2)
+    >>> scales.is_contiguous(), scales.stride(), as_bytes(scales).shape
+    (True, (3, 1, 3), torch.Size([4, 3, 4]))
+    """
+    if tensor.shape[-1] == 1 and tensor.stride(-1) != 1:
+        tensor = tensor.as_strided(tensor.shape, (*tensor.stride()[:-1], 1))
+    return tensor.view(torch.uint8)
 
 
 def overlapping_rows(words: torch.Tensor, row_words: int) -> torch.Tensor:

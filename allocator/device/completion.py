@@ -134,8 +134,8 @@ class Completion:
         self._event = event
 
     def nothing_queued(self) -> None:
-        """End the copy if none of it was queued."""
-        if self._state == "begun":
+        """End the copy if none of it was queued, be it that :meth:`queued` was interrupted."""
+        if self._state == "begun" or (self._state == "queued" and self._event is None):
             self._end()
 
     def ended(self) -> None:
@@ -181,9 +181,11 @@ class Completion:
         False while the copy is being queued: no order is promised to calls at the same time, and
         the caller may have interrupted that very call.
         """
-        if self.is_over or self._state == "begun":
+        event, state = self._event, self._state
+        if self.is_over or state == "begun":
             return False
-        event = self._event
+        if event is None and state == "queued":
+            return False  # not quite queued, or it has just ended
         if isinstance(event, HostEvent) and not event.is_submitted:
             return False  # it might come behind whoever asks
         return not self.has_let_go

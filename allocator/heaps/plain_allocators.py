@@ -31,6 +31,7 @@ from kvheap.heaps.block_tensors import (
     require_writable_from,
 )
 from kvheap.kernels.capture_mode import Relaxed
+from kvheap.kernels.words import as_bytes
 
 __all__ = ["AdHocMemoryAllocator", "BufferAllocator"]
 
@@ -95,7 +96,7 @@ class AdHocMemoryAllocator(BlockAllocator):
             storage = torch.empty((batch_size, block_bytes), dtype=torch.uint8, device=self.device)
         if source is not None:
             content = source.detach().reshape(batch_size, layout.packed_elements)
-            storage[:, : layout.size_bytes].copy_(content.view(torch.uint8))
+            storage[:, : layout.size_bytes].copy_(as_bytes(content))
         runs = [[0], [batch_size]] if batch_size else [[], []]
         addresses = AddressBatch(block_bytes, *runs)
         batch = MemoryBatch(self, addresses, layout, storage=storage.view(-1))

@@ -17,12 +17,13 @@ from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.device.copy_device import CopyDevice, known_ranges
-from kvheap.kernels.arguments import require_tensor
+from kvheap.kernels.arguments import require_memory, require_tensor
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.few_blocks import HostMemory, copy_run
 from kvheap.kernels.pieces import first_outside
+from kvheap.kernels.words import as_bytes
 
 __all__ = ["Segments", "as_buffer"]
 
@@ -267,7 +268,8 @@ def as_buffer(tensor: torch.Tensor) -> torch.Tensor:
 
     Raises:
         TypeError: it is not a tensor.
-        ValueError: it is not contiguous, or on neither a CPU nor a CUDA device.
+        ValueError: it is not contiguous, on neither a CPU nor a CUDA device, or its memory was
+            taken away.
     """
     advice = ""
     if isinstance(tensor, int):
@@ -283,4 +285,5 @@ def as_buffer(tensor: torch.Tensor) -> torch.Tensor:
             f"the buffer must be contiguous, got shape {tuple(tensor.shape)} with "
             f"strides {tensor.stride()}"
         )
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    require_memory("the buffer", tensor)
+    return as_bytes(tensor.detach().reshape(-1))

@@ -15,6 +15,7 @@ from kvheap.blocks.heap import BlockObjects, layout_and_addresses
 from kvheap.heaps.block_tensors import require_matching
 from kvheap.kernels.host_copy import copy_on_host
 from kvheap.kernels.pieces import Pieces
+from kvheap.kernels.words import as_bytes
 from kvheap.shared.channels import Channel
 from kvheap.shared.chunk_table import ChunkTable
 from kvheap.shared.errors import NoOwnerError, SegmentReplacedError
@@ -126,7 +127,7 @@ class Storing:
             store.batch.transfer = copy(CopyPlan.between(blocks, store.batch))
             return
         chunk_bytes = self._places.layout.size_bytes
-        given = source.detach().reshape(len(source), -1).view(torch.uint8)
+        given = as_bytes(source.detach().reshape(len(source), -1))
         given = given.reshape(-1, chunk_bytes)
         places, target = store.places, self._places.rows
         if source.device.type != "cpu":

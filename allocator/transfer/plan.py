@@ -25,7 +25,7 @@ from kvheap.device import cuda
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice, PreparedCopy
 from kvheap.device.directions import Direction
-from kvheap.kernels.arguments import require_tensor
+from kvheap.kernels.arguments import require_memory, require_tensor
 from kvheap.kernels.arrays import as_array
 from kvheap.kernels.block_addresses import host_addresses
 from kvheap.kernels.capture_mode import Relaxed
@@ -220,6 +220,8 @@ class CopyPlan:
             and target.is_contiguous()
         ):
             return None
+        require_memory("source", source)
+        require_memory("target", target)
         here, there = (source.data_ptr(), source.nbytes), (target.data_ptr(), target.nbytes)
         if here[0] < sum(there) and there[0] < sum(here):  # a target may be a source
             return None
@@ -396,6 +398,7 @@ def _places(
 ) -> Int64Array:
     """Absolute addresses of pieces of a buffer, int64 ``[N]``."""
     require_tensor(name.removesuffix("_addresses"), buffer)
+    require_memory(name.removesuffix("_addresses"), buffer)
     if not buffer.is_contiguous():
         raise ValueError(f"buffers must be contiguous, got strides {buffer.stride()}")
     num_bytes = buffer.nbytes

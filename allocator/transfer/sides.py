@@ -25,6 +25,7 @@ from kvheap.device import cuda
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.device.directions import Direction
+from kvheap.kernels.arguments import require_memory
 from kvheap.kernels.pieces import Pieces, first_outside
 
 __all__ = [
@@ -161,6 +162,7 @@ class Blocks:
             raise ValueError(f"{name} must be [N, ...], got a scalar")
         if tensor.is_conj() or tensor.is_neg():
             raise ValueError(f"{name} is a lazy conj or neg view: its bytes are not its values")
+        require_memory(name, tensor)
         if len(tensor) and not tensor[0].is_contiguous():
             raise ValueError(
                 f"each row of {name} must be contiguous, got strides {tensor.stride()}"

@@ -7,9 +7,11 @@ import logging
 import threading
 import time
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
+from foreign_code import Foreign, interrupts
 
 from kvheap.device.completion import Completion, InFlight, Success
 from kvheap.device.events import ReleaseVoidError
@@ -188,6 +190,37 @@ class TestCompletion:
         assert completion.query()
         assert not completion.is_lost
         assert completion.error is None
+
+    def test_an_exception_while_it_is_queued_leaves_nothing_to_wait_for(self) -> None:
+        number, struck = 0, True
+        while struck:
+            completion, event = Completion(), Event()
+            queue = partial(completion.queued, event)
+            struck = interrupts(number, queue, everywhere=True)
+            assert completion.is_using == (not struck) or completion.is_queued
+            completion.nothing_queued()
+            event.passed = True  # what was queued ends by itself
+            assert completion.query(), f"place {number}"
+            assert completion.wait(0)
+            assert not completion.is_using
+            number += 1
+        assert number > 8
+
+    def test_nobody_waits_for_what_is_not_quite_queued(self) -> None:
+        """Another thread looks, at any place: what it takes for queued has an event."""
+        number, struck, seen = 0, True, set()
+        while struck:
+            completion, event = Completion(), Event()
+
+            def look(completion: Completion = completion, event: Event = event) -> None:
+                seen.add(completion.is_using)
+                assert not completion.is_using or event.asked
+
+            queue = partial(completion.queued, event)
+            struck = Foreign(number, look, everywhere=True).strikes(queue)
+            assert completion.is_using
+            number += 1
+        assert seen == {False, True}
 
     def test_an_interrupt_is_not_an_answer(self) -> None:
         completion = Completion()

@@ -735,3 +735,12 @@ def test_a_dropped_heap_frees_its_memory_at_once(options: dict[str, object], use
         assert its_memory() is None
     finally:
         gc.enable()
+
+
+def test_memory_of_its_own_takes_one_element_of_any_stride() -> None:
+    source = torch.rand(3, 1).half()
+    batch = AdHocMemoryAllocator().batched_allocate(
+        [1], torch.float16, 3, source=source.as_strided((3, 1), (1, 5))
+    )
+    assert batch is not None
+    assert torch.equal(batch.allocator.batched_read(batch), source)

@@ -56,6 +56,18 @@ class TestBuffer:
         assert heap.stats().heap_bytes == total // PAGE * PAGE
         assert heap.buffer.data_ptr() == buffer.data_ptr()
 
+    def test_a_buffer_of_one_element(self) -> None:
+        element = torch.zeros(1, dtype=torch.complex128).as_strided((1, 1), (5, 7))
+        assert TensorMemoryAllocator(element, align_bytes=16).stats().heap_bytes == 16
+
+    @pytest.mark.parametrize("size_bytes", [0, PAGE])
+    def test_a_buffer_without_memory_is_refused(self, size_bytes: int) -> None:
+        lost = torch.zeros(2 * PAGE, dtype=torch.uint8)
+        lost.untyped_storage().resize_(size_bytes)
+        with pytest.raises(ValueError, match=rf"buffer ends at byte 8192 .* to {size_bytes} bytes"):
+            TensorMemoryAllocator(lost)
+        assert lost.untyped_storage().nbytes() == size_bytes
+
     def test_holes_in_the_buffer_are_refused(self) -> None:
         with pytest.raises(ValueError, match="contiguous"):
             TensorMemoryAllocator(torch.zeros(4, 4)[:, ::2])
@@ -243,6 +255,36 @@ class TestContents:
         with pytest.raises(ValueError, match="source ends at byte"):
             heap.batched_allocate(SHAPE, torch.float32, num_blocks, source=lost)
         assert heap.stats().allocated_bytes == 0
+
+    @pytest.mark.parametrize("num_blocks", [1, 3, 8, 70])
+    @pytest.mark.parametrize("shape", [(3, 1), (1,)])
+    def test_the_stride_of_one_element_does_not_matter(
+        self, num_blocks: int, shape: tuple[int, ...]
+    ) -> None:
+        heap, values = heap_of(150), torch.rand(num_blocks, *shape).half()
+        strides = (*values.stride()[:-1], 5)  # as after transpose()
+        source = values.clone().as_strided(values.shape, strides)
+        batch = heap.batched_allocate(shape, torch.float16, num_blocks, source=source)
+        other = heap.batched_allocate(shape, torch.float16, num_blocks)
+        assert batch is not None
+        assert other is not None
+        assert torch.equal(heap.batched_read(batch), values)
+        heap.batched_write(other, source)
+        out = torch.zeros_like(values).as_strided(values.shape, strides)
+        assert torch.equal(heap.batched_read(other, out=out), values)
+        out.zero_()
+        heap.batched_free(batch, out=out)
+        assert torch.equal(out, values)
+
+    def test_sparse_blocks_are_refused(self) -> None:
+        heap, sparse = heap_of(3), random_blocks(3).to_sparse()
+        batch = heap.batched_allocate(SHAPE, torch.float32, 3)
+        assert batch is not None
+        with pytest.raises(ValueError, match="each block of source must be contiguous"):
+            heap.batched_write(batch, sparse)
+        with pytest.raises(ValueError, match="each block of out must be contiguous"):
+            heap.batched_free(batch, out=sparse)
+        assert batch.live.all()
 
     @pytest.mark.parametrize("size_bytes", [24, PAGE - 8, PAGE, 3 * PAGE - 4])
     @pytest.mark.parametrize("num_blocks", range(1, 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,8 @@ def with_storage_of(size_bytes: int, step: int = 1) -> torch.Tensor:
             ValueError,
             "out ends at byte 16",
         ),
+        (scatter([0, 8], with_storage_of(9)), ValueError, r"ends at byte 16 .* 9 bytes"),
+        (scatter([0, 8], torch.zeros(2, 8).to_sparse()), ValueError, "contiguous"),
         (scatter([0, 57]), ValueError, r"addresses\[1\] is 57"),
         (scatter([-1, 8]), ValueError, r"addresses\[0\] is -1"),
         (scatter([0]), ValueError, "1 addresses for 2 blocks"),
@@ -86,3 +89,38 @@ def test_a_wrong_call_says_why_and_writes_nothing(
     with pytest.raises(error, match=message):
         call(buffer)
     assert (buffer == POISON).all()
+
+
+@pytest.mark.parametrize("size_bytes", [0, 9])
+@pytest.mark.parametrize("count", [2, 100])
+def test_a_buffer_or_addresses_without_memory_are_refused(size_bytes: int, count: int) -> None:
+    blocks, addresses = torch.zeros(count, 8, dtype=torch.uint8), torch.arange(count) * 16
+    buffer = torch.zeros(2 * count, 8, dtype=torch.uint8)
+    lost, lost_addresses = buffer.clone(), addresses.clone()
+    for each in (lost, lost_addresses):
+        each.untyped_storage().resize_(size_bytes)
+    places = addresses.tolist()
+    for call in (
+        lambda: scatter_blocks(blocks, lost, places),
+        lambda: gather_blocks(lost, addresses.numpy(), blocks),
+        lambda: fill_blocks(lost, places, 8, 1),
+        lambda: move_blocks(lost, places, addresses + 8, 8),
+    ):
+        with pytest.raises(ValueError, match=rf"buffer ends at byte .* to {size_bytes} bytes"):
+            call()
+        assert lost.untyped_storage().nbytes() == size_bytes
+    with pytest.raises(ValueError, match="addresses ends at byte"):
+        scatter_blocks(blocks, buffer, lost_addresses)
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_stride_of_one_element_does_not_matter(count: int, step: int) -> None:
+    values = torch.rand(count, 3, 1).half()
+    blocks = values.clone().as_strided((count, 3, 1), (3, 1, 5))
+    buffer = torch.zeros(count * step * 3).half()
+    addresses = np.arange(count) * step * 6
+    scatter_blocks(blocks, buffer, addresses)
+    assert torch.equal(buffer.view(count, step, 3)[:, 0], values[..., 0])
+    out = torch.zeros(count, 3).half().as_strided((count, 3, 1), (3, 1, 7))
+    assert torch.equal(gather_blocks(buffer, addresses, out), values)

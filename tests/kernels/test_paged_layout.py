@@ -206,6 +206,13 @@ class TestDetect:
         assert len(str(caught.value)) < 1000  # no tensor is printed
         assert len(str(caught.value).splitlines()) == 3
 
+    @pytest.mark.parametrize("size_bytes", [0, 64])
+    def test_a_layer_without_memory_is_refused(self, size_bytes: int) -> None:
+        layers = [torch.zeros(4, 3, 7) for _ in range(2)]
+        layers[1].untyped_storage().resize_(size_bytes)
+        with pytest.raises(ValueError, match=r"layer 1 of mla ends at byte 336 of its storage"):
+            PagedKVCache.of("mla", layers)
+
     def test_opaque_is_never_guessed(self) -> None:
         with pytest.raises(LayoutError, match="no engine layout fits"):
             PagedKVCache.detect([torch.zeros(4, 3, 7)], num_kv_heads=1, head_dim=21, block_size=1)

@@ -61,6 +61,21 @@ class TestOfAddresses:
         assert plan.device is None
         assert moved(plan)[0] == (source.data_ptr(), target.data_ptr() + 64)
 
+    @pytest.mark.parametrize("is_source", [True, False])
+    @pytest.mark.parametrize("size_bytes", [0, 100])
+    @pytest.mark.parametrize("places", [[0, 64], np.array([0, 64])])
+    def test_memory_that_was_taken_away_is_refused(
+        self, places: Any, size_bytes: int, is_source: bool
+    ) -> None:
+        tensors = [torch.zeros(2, 64, dtype=torch.uint8) for _ in range(2)]
+        name, lost = ("source", 0) if is_source else ("target", 1)
+        tensors[lost].untyped_storage().resize_(size_bytes)  # as FSDP does
+        message = rf"{name} ends at byte 128 of its storage, which was resized to {size_bytes}"
+        with pytest.raises(ValueError, match=message):
+            CopyPlan.of_addresses(*tensors, places, places, 64)
+        with pytest.raises(ValueError, match=message):
+            copy((tensors[0], tensors[1]))
+
     def test_runs_stay_inside_of_parts(self) -> None:
         source, target = two_buffers()
         plan = CopyPlan.of_addresses(
