@@ -454,7 +454,9 @@ def test_whose_a_file_is_must_be_said() -> None:
     try:
         tensor = torch.frombuffer(block.buf, dtype=torch.uint8, count=SIZE)
         heap = TensorMemoryAllocator(tensor, view_only=True)
-        with pytest.raises(kvheap.ForeignProcessError, match="another process or heap keeps the books"):
+        with pytest.raises(
+            kvheap.ForeignProcessError, match="another process or heap keeps the books"
+        ):
             heap.allocate([PAGE], torch.uint8)
         batch = filled(TensorMemoryAllocator(tensor))
         assert values_of(heap.view(batch.metadata)) == list(range(8))
