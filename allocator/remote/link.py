@@ -44,8 +44,10 @@ class Link:
         """Whether it is the user who says so."""
         self.is_known = False
         """Whether NIXL knows the peer's agent."""
+        self.users: dict[object, None] = {}
+        """Each ``Peer`` of it that was not closed."""
         self.is_closed = False
-        """Whether the user is done with the peer."""
+        """Whether all users are done with the peer."""
         self.is_probing = False
         self.probe_after: Deadline | None = None
         """When to look for the peer again."""

@@ -86,6 +86,11 @@ class Reader:
         """Whether the calling thread is the one that reads."""
         return threading.current_thread() is self._thread
 
+    def is_below(self) -> bool:
+        """Whether code of this reader was interrupted on this thread, and must go on first."""
+        me = threading.get_ident()
+        return self._turn.is_here or any(read.caller == me for read in [*self._open])
+
     @property
     def reads(self) -> list[Read]:
         """All reads that have not ended."""
@@ -129,9 +134,12 @@ class Reader:
             raise errors[0]
         return answers[0]
 
-    def begin(self, link: Link, read: Read) -> None:
-        """Make a read. It asks for a lease, unless it has one."""
+    def enter(self, read: Read) -> None:
+        """Announce a read: it counts as one of :attr:`reads` until it is forgotten or has ended."""
         self._open[read] = None
+
+    def begin(self, link: Link, read: Read) -> None:
+        """Make a read that was announced. It asks for a lease, unless it has one."""
         read.event.look = partial(self._help, link, read)  # from here on others may begin it
         if read.hold is not None:
             self._begin_held(link, read)
@@ -205,18 +213,22 @@ class Reader:
         """Tell a peer that a lease is over; may be called anywhere, also in a finalizer."""
         self.submit(partial(self._give_back, link, hold))
 
-    def add(self, link: Link) -> Link:
+    def add(self, link: Link, user: object) -> Link:
         """Get to know a peer; returns the link that is known for this life of it, if there is one.
+
+        Args:
+            link: to be used otherwise.
+            user: who needs it until :meth:`drop`.
 
         Raises:
             PeerError: NIXL refuses the peer's metadata.
             PeerGoneError: it is known to be gone by now.
         """
-        return self.ask(partial(self._add, link))
+        return self.ask(partial(self._add, link, user))
 
-    def drop(self, link: Link) -> None:
-        """Be done with a peer. Its reads go on."""
-        self.submit(partial(self._drop, link))
+    def drop(self, link: Link, user: object) -> None:
+        """Be done with a peer, unless others use it. Reads go on. May be repeated."""
+        self.submit(partial(self._drop, link, user))
 
     def assume_gone(self, link: Link) -> None:
         """End a peer's reads because the user knows that its machine sends nothing any more."""
@@ -253,6 +265,9 @@ class Reader:
                     self._turn.free.extend(visit.back)
             visit = Visit()
             self._turn.wait(visit)
+            for link in [*self._links.values()]:
+                for hold in [*link.holds]:
+                    hold.release()
             self._work([])  # what was left to be told to others
             for link in [*self._links.values()]:
                 if link.is_known:
@@ -262,8 +277,8 @@ class Reader:
             LOGGER.exception("node %r reads no more", self._name)
             self._agent.leak()
             for read in self.reads:  # what NIXL has to do with stays in quarantine
-                read.event.look = None
                 read.event.fail(RuntimeError(f"the thread that reads has ended: {error!r}"))
+                read.event.look = None
         finally:
             self._close_all()
             self._has_stopped.open()
@@ -290,9 +305,10 @@ class Reader:
             return 0.0
         return pause
 
-    def _add(self, link: Link) -> Link:
+    def _add(self, link: Link, user: object) -> Link:
         known = self._links.get(link.welcome.uuid)
         if known is not None and known.gone is None:
+            known.users[user] = None
             known.is_closed = False
             if link.line is not None:
                 if known.line is None:
@@ -314,6 +330,7 @@ class Reader:
                 f"peer {welcome.name!r} has sent the metadata of another agent, {agent!r}"
             )
         link.is_known = True
+        link.users[user] = None
         self._agent.connect(welcome.agent)
         self._links[welcome.uuid] = link
         assert link.line is not None
@@ -329,10 +346,12 @@ class Reader:
         for read in queued:
             self._request(link, read)
 
-    def _drop(self, link: Link) -> None:
-        link.is_closed = True
+    def _drop(self, link: Link, user: object) -> None:
+        link.users.pop(user, None)
+        link.is_closed = not link.users
         for hold in [*link.holds]:
-            hold.release()
+            if hold.user is user:
+                hold.release()
         self._forget_if_idle(link)
 
     def _forget_if_idle(self, link: Link) -> None:
@@ -455,6 +474,9 @@ class Reader:
 
     def _give_back(self, link: Link, hold: Hold) -> None:
         link.holds.pop(hold, None)
+        if hold.is_back:  # an exception of a signal handler made it be told twice
+            return
+        hold.is_back = True
         if link.gone is None:
             link.unlocks.append(hold.number)
         self._forget_if_idle(link)
@@ -498,26 +520,26 @@ class Reader:
         read.event.end()
         if read.hold is not None:
             read.hold.end(read)
-        if link.running.pop(read, self) is self:
+        self._open.pop(read, None)
+        if read.lease:
+            link.unlocks.append(read.lease)
+            if not self.is_here():
+                self._tasks.wake()
+        if link.running.pop(read, self) is self:  # last: until then it is looked at again
             return
         if read.event.cause is None:
             self.num_done += 1
             self.bytes_done += read.num_bytes
         else:
             self.num_failed += 1
-        self._open.pop(read, None)
-        if read.lease:
-            link.unlocks.append(read.lease)
-            if not self.is_here():
-                self._tasks.wake()
 
     def _fail(self, read: Read, error: BaseException) -> None:
         """End a read that NIXL has nothing to do with."""
-        self.num_failed += 1
         self._open.pop(read, None)
-        read.fail(error)
         if read.hold is not None:
             read.hold.end(read)
+        read.fail(error)
+        self.num_failed += 1
 
     # -- is the peer gone? ---------------------------------------------------------------------
 
