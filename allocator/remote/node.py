@@ -28,6 +28,7 @@ from kvheap.blocks.heap import BlockObjects, Heap
 from kvheap.closing import Closer
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.forks import starts_over_after_fork
+from kvheap.interrupts import is_interrupt
 from kvheap.prefix.keys import require_key_list, require_keys
 from kvheap.remote.agent import Agent
 from kvheap.remote.ask import AskLine
@@ -309,9 +310,13 @@ class Node:
             raise PeerGoneError(f"no node listens at {address}: {error}") from None
         except PeerTimeoutError:
             raise
-        except TimeoutError:
+        except TimeoutError as error:
+            if is_interrupt(error):
+                raise
             raise PeerTimeoutError(f"{address} has not answered in {timeout_s:g} s") from None
         except ConnectionError as error:
+            if is_interrupt(error):
+                raise
             if type(error).__module__ == PeerError.__module__:
                 raise type(error)(f"{address}: {error}") from None
             raise PeerGoneError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -157,7 +158,7 @@ class Peer:
         held = names if num_found == len(names) else [names[row] for row in np.flatnonzero(found)]
         lease = PeerLease(found, held, hold)
         if hold is not None:
-            self._link.holds[hold] = None  # after: one that nobody gets is dropped
+            self._link.holds[hold] = weakref.ref(lease)
             self._require_open()  # else it is dropped; whoever closes later releases it
         return lease
 

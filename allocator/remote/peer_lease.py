@@ -193,7 +193,7 @@ class PeerLease:
     def __del__(self) -> None:
         hold = getattr(self, "_hold", None)  # the constructor may have been interrupted
         if hold is not None:
-            hold.release()
+            hold.release()  # if an exception strikes here, the reader does it
 
     def __reduce__(self) -> NoReturn:
         """A copy that is dropped would release the lease of all."""

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import ClosedError
+from kvheap.interrupts import is_interrupt
 from kvheap.kernels.latch import Latch
 from kvheap.remote.agent import Agent
 from kvheap.remote.answers import enter_lease
@@ -46,6 +47,9 @@ LOGGER = logging.getLogger("kvheap")
 
 T = TypeVar("T")
 
+DROPPED_S = 0.5
+"""Seconds between two looks for leases whose release was interrupted."""
+
 PROBE_PAUSE_S = 0.5
 """Seconds between two attempts to find out whether a peer is gone."""
 
@@ -67,6 +71,7 @@ class Reader:
         self._name = name
         self._links: dict[str, Link] = {}
         self._open: dict[Read, None] = {}
+        self._look_for_dropped = Deadline(DROPPED_S)
         self._numbers = itertools.count(1)
         self._tasks = Tasks()
         self._is_stopping = False
@@ -405,6 +410,8 @@ class Reader:
         try:
             line.push(payload)
         except OSError as error:
+            if is_interrupt(error):
+                raise
             self._do_here(partial(self._lose, link, line, error))
         else:
             if line.has_unsent != link.is_writing:
@@ -481,6 +488,19 @@ class Reader:
             link.unlocks.append(hold.number)
         self._forget_if_idle(link)
 
+    def _release_dropped(self) -> None:
+        """Give back leases that nobody has, or that were released, as a finalizer does at once.
+
+        One that is interrupted is not called again.
+        """
+        if not self._look_for_dropped.has_passed:
+            return
+        self._look_for_dropped = Deadline(DROPPED_S)
+        for link in [*self._links.values()]:
+            for hold, lease in [*link.holds.items()]:
+                if hold.is_released or lease() is None:
+                    hold.release()
+
     def _unlock(self, link: Link) -> None:
         """Give leases back, now or when there is a connection again."""
         while link.unlocks and link.line is not None:
@@ -500,6 +520,7 @@ class Reader:
         self._moves.look_at(link, read)
 
     def _look_at_all(self) -> None:
+        self._release_dropped()
         for link in [*self._links.values()]:
             for read in [*link.running]:
                 self._moves.look_at(link, read)

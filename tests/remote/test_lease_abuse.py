@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -67,6 +68,10 @@ class Busy:
         self._go_on.set()
 
 
+def strike() -> None:
+    raise KeyboardInterrupt
+
+
 class TestLiars:
     def test_a_client_cannot_give_back_what_others_have(self, own: Pair) -> None:
         """Else the blocks would be used again while they are read."""
@@ -99,6 +104,22 @@ class TestCopies:
 
 
 class TestInterrupts:
+    def test_a_lease_whose_finalizer_is_interrupted_is_given_back(
+        self, own: Pair, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The interpreter ignores what a finalizer raises, and does not call it again."""
+        monkeypatch.setattr(sys, "unraisablehook", lambda what: None)  # pytest's keeps the lease
+        number = 0
+        while True:
+            leases = [own.lease([1])]
+            foreign = Foreign(number, strike, **PLACES)
+            foreign.strikes(leases.clear)
+            assert has_all_back(own), number
+            if foreign.left >= 0:
+                break
+            number += 1
+        assert number > 5
+
     @pytest.mark.parametrize("again", ["dropped", "released"])
     def test_a_release_that_is_interrupted_can_be_repeated(self, own: Pair, again: str) -> None:
         number = 0
@@ -154,6 +175,68 @@ class TestInterrupts:
         assert number > 20
         lease.release()
         assert until(lambda: not own.peer.link.holds, 2)
+
+
+class LateError(TimeoutError):
+    """The usual time limit: a handler of SIGALRM raises it. An ``OSError``, as of a socket."""
+
+
+class LostError(ConnectionError):
+    """Another ``OSError``."""
+
+
+class OwnError(Exception):
+    """Any other."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # sockets
+@pytest.mark.parametrize("error", [LateError, LostError, OwnError])
+@pytest.mark.parametrize("name", ["read", "read by keys", "lookup", "lease", "release", "connect"])
+def test_what_a_signal_handler_raises_is_told_as_it_is(
+    own: Pair, name: str, error: type[Exception]
+) -> None:
+    """Neither swallowed, nor taken for an error of the network, of the peer, or of the read."""
+    lease = own.lease([5], 50)
+    leases: list[Any] = []
+    batches: list[Any] = []
+
+    def read(wanted: Any) -> None:
+        batches.append(own.peer.read(wanted, into=own.here, timeout_s=1))
+        batches[-1].transfer.result()
+
+    calls = {
+        "read": lambda: read(lease),
+        "read by keys": lambda: read(keys_of([5])),
+        "lookup": lambda: own.peer.lookup(keys_of([5])),
+        "lease": lambda: own.lease([5], 0.05),
+        "release": lambda: leases[-1].release(),
+        "connect": lambda: own.reader.connect(own.owner.address),
+    }
+
+    def strike() -> None:
+        raise error
+
+    number = 0
+    was_struck = True
+    while was_struck:
+        if name == "release":
+            leases.append(own.lease([6], 0.1))
+        foreign = Foreign(number, strike, **PLACES)
+        outcome: Any = None
+        with no_deadlock():
+            try:
+                foreign.strikes(calls[name])
+            except BaseException as raised:
+                outcome = raised
+        was_struck = foreign.left < 0
+        assert (type(outcome) is error) == was_struck, (number, outcome)
+        while batches:
+            batch = batches.pop()
+            assert wrong_rows([5], batch) == 0
+            own.here.batched_free(batch)
+        number += 1
+    assert number > 9
+    lease.release()
 
 
 class TestClosing:
