@@ -265,7 +265,7 @@ class Node:
             if welcome.uuid == self.uuid:
                 raise ValueError(f"address is {address!r}, where this node itself listens")
             known = self._peers.get(welcome.uuid)
-            if known is not None and not known.is_gone and not known.is_closed:
+            if known is not None and not known.is_gone and not known.closed:
                 asking.close()
                 return known
             reading, again = self._call(address, where, timeout_s)
@@ -294,7 +294,7 @@ class Node:
             require_open,
         )
         known = self._peers.setdefault(welcome.uuid, peer)
-        if known is not peer and not known.is_gone and not known.is_closed:
+        if known is not peer and not known.is_gone and not known.closed:
             peer.close()  # another thread was faster
             return known
         self._peers[welcome.uuid] = peer

@@ -90,7 +90,7 @@ class Peer:
         return self._link.gone is not None
 
     @property
-    def is_closed(self) -> bool:
+    def closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._is_closed
 
