@@ -115,11 +115,16 @@ class Reader:
         """What a function returns or raises on the thread.
 
         Raises:
-            NestedWaitError: this is the thread.
+            NestedWaitError: this is the thread, or code that it waits for was interrupted here.
             ClosedError: the thread has ended.
         """
         if self.is_here():
             raise NestedWaitError("a finalizer on a thread of a Node cannot wait for that node")
+        if self._turn.is_here:
+            raise NestedWaitError(
+                "a finalizer or signal handler cannot connect to a peer, nor declare one gone, in "
+                "the middle of a read: the thread that does it waits for that read"
+            )
         answered = Latch()
         answers: list[T] = []
         errors: list[BaseException] = []
@@ -381,9 +386,8 @@ class Reader:
     # -- locks ---------------------------------------------------------------------------------
 
     def _begin(self, link: Link, read: Read) -> None:
-        if link.gone is not None:
-            if read.right.take(read):
-                self._fail(read, link.gone)
+        if link.gone is not None or not self._knows(link):
+            self._refuse(link, read)
         elif link.line is None:
             link.queued.append(read)
             self._look_for(link)
@@ -512,9 +516,8 @@ class Reader:
         """Begin to move the bytes of a read whose blocks are leased; may be repeated."""
         if read.event.has_ended:
             return
-        if self._links.get(link.welcome.uuid) is not link:
-            if read.right.take(read):
-                self._fail(read, link.gone or PeerError(f"peer {link.name!r} was closed"))
+        if not self._knows(link):
+            self._refuse(link, read)
             return
         link.running[read] = None
         self._moves.look_at(link, read)
@@ -562,6 +565,15 @@ class Reader:
         read.fail(error)
         self.num_failed += 1
 
+    def _knows(self, link: Link) -> bool:
+        """Whether it was not forgotten: then nobody looks at it any more."""
+        return self._links.get(link.welcome.uuid) is link
+
+    def _refuse(self, link: Link, read: Read) -> None:
+        """End a read from a peer that is gone, or closed, unless it was withdrawn."""
+        if read.right.take(read):
+            self._fail(read, link.gone or PeerError(f"peer {link.name!r} was closed"))
+
     # -- is the peer gone? ---------------------------------------------------------------------
 
     def _suspect(self, link: Link) -> None:
@@ -590,7 +602,8 @@ class Reader:
                 if read.failure is not None:
                     read.event.fail(read.failure)
         if found.line is not None:
-            if link.line is None and link.gone is None and not self._is_stopping:
+            is_needed = self._knows(link) and link.line is None and link.gone is None
+            if is_needed and not self._is_stopping:
                 self._take(link, found.line)
             else:
                 found.line.close()

@@ -19,7 +19,7 @@ from foreign_code import Foreign, interrupts, no_deadlock
 from remote_nodes import fill, key_of, keys_of, make_heap, need_nixl, until, wrong_rows
 from remote_pairs import Pair
 
-from kvheap import ClosedError
+from kvheap import ClosedError, LifetimeError, TransferError
 
 WHY_NOT = need_nixl()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -258,6 +258,41 @@ class TestClosing:
         assert batch.transfer is None
         assert has_all_back(own)
 
+    @pytest.mark.parametrize("is_leased", [True, False], ids=["by a lease", "by keys"])
+    def test_a_peer_closed_in_the_middle_of_a_read_leaves_no_connection(
+        self, own: Pair, is_leased: bool
+    ) -> None:
+        """At any place: what was begun ends, and the owner has everything back long before ttl."""
+        number = 0
+        was_struck = True
+        while was_struck:
+            peer = own.reader.connect(own.owner.address)
+            lease = peer.lease(keys_of([5]), 20)
+            was_struck = self._is_closed_in(number, peer, lease if is_leased else [key_of(5)], own)
+            peer.close()
+            assert has_all_back(own), number
+            assert until(lambda: own.owner.stats().num_clients == 0, 2), number
+            assert until(lambda: own.here.stats().allocated_bytes == 0, 5), number
+            number += 1
+        assert number > 20
+
+    def _is_closed_in(self, number: int, peer: Any, wanted: Any, own: Pair) -> bool:
+        def close() -> None:
+            peer.close()
+            if not own.reader._reader._turn.is_here:  # which the thread that does it waits for
+                own.reader._reader.ask(lambda: None)
+
+        batches: list[Any] = []
+        foreign = Foreign(number, close, **IN_READS)
+        with no_deadlock(), suppress(ClosedError, LifetimeError):
+            foreign.strikes(lambda: batches.append(peer.read(wanted, own.here, 20)))
+        for batch in batches:
+            with suppress(TransferError):
+                batch.transfer.result()
+                assert wrong_rows([5], batch) == 0
+            own.here.batched_free(batch)
+        return foreign.left < 0
+
     def test_who_connects_after_a_close_gets_a_peer_that_is_open(self, own: Pair) -> None:
         def again() -> None:
             found.append(own.reader.connect(own.owner.address))
@@ -412,6 +447,45 @@ class TestClosing:
         assert has_all_back(own), number
         own.close()
         return foreign.left < 0
+
+
+@pytest.mark.parametrize("is_leased", [True, False], ids=["by a lease", "by keys"])
+@pytest.mark.parametrize("what", ["connect", "assume_gone"])
+def test_foreign_code_that_needs_the_thread_that_reads(
+    own: Pair, what: str, is_leased: bool
+) -> None:
+    """In the middle of a read, which that thread waits for, it is refused; elsewhere it waits."""
+    other = Node("other", make_heap(8))
+    lease = own.lease([5])
+    outcomes: set[str] = set()
+    batches: list[Any] = []
+
+    def inside() -> None:
+        try:
+            if what == "connect":
+                own.reader.connect(other.address).close()
+            else:
+                second.assume_gone()
+            outcomes.add("done")
+        except NestedWaitError:
+            outcomes.add("refused")
+
+    number = 0
+    was_struck = True
+    while was_struck:
+        second: Any = own.reader.connect(other.address) if what == "assume_gone" else None
+        foreign = Foreign(number, inside, **IN_READS)
+        wanted: Any = lease if is_leased else keys_of([5])
+        with no_deadlock(10):
+            foreign.strikes(lambda wanted=wanted: batches.append(own.peer.read(wanted, own.here)))
+            batch = batches.pop()
+            assert wrong_rows([5], batch) == 0
+        own.here.batched_free(batch)
+        was_struck = foreign.left < 0
+        number += 1
+    assert outcomes == {"done", "refused"}
+    lease.release()
+    other.close(10)
 
 
 def test_a_second_node_of_the_process_is_another_reader(own: Pair) -> None:
