@@ -481,6 +481,8 @@ def test_foreign_code_that_needs_the_thread_that_reads(
             batch = batches.pop()
             assert wrong_rows([5], batch) == 0
         own.here.batched_free(batch)
+        if second is not None:
+            second.close()
         was_struck = foreign.left < 0
         number += 1
     assert outcomes == {"done", "refused"}
