@@ -340,9 +340,9 @@ class Reader:
                 f"peer {welcome.name!r} has sent the metadata of another agent, {agent!r}"
             )
         link.is_known = True
-        link.users[user] = None
         self._agent.connect(welcome.agent)
         self._links[welcome.uuid] = link
+        link.users[user] = None
         assert link.line is not None
         self._take(link, link.line)
         return link
