@@ -174,8 +174,11 @@ class Agent:
 
     def release(self, request: int) -> None:
         """Give a request up that has ended."""
-        with suppress(Exception):
+        try:
             self._agent.releaseXferReq(request)
+        except Exception as error:
+            if is_interrupt(error):
+                raise
 
     def close(self) -> None:
         """Deregister the memory, and end the agent; nothing may be in flight."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.forks import starts_over_after_fork
+from kvheap.interrupts import is_interrupt
 from kvheap.remote.deadlines import Deadline
 from kvheap.remote.errors import PeerError, PeerGoneError, PeerTimeoutError, ProtocolError
 from kvheap.remote.handshake import call
@@ -81,8 +82,10 @@ class AskLine:
             raise PeerTimeoutError(
                 f"peer {self._peer!r}: others have asked it for {timeout_s:g} s"
             ) from None
-        except (PeerTimeoutError, TimeoutError):
+        except (PeerTimeoutError, TimeoutError) as error:
             self.close()
+            if is_interrupt(error):
+                raise
             raise PeerTimeoutError(
                 f"peer {self._peer!r} has not answered in {timeout_s:g} s"
             ) from None
@@ -115,7 +118,9 @@ class AskLine:
                 return self._exchange(self._line, payload, deadline)
             except (ProtocolError, TimeoutError):
                 raise
-            except OSError:
+            except OSError as error:
+                if is_interrupt(error):
+                    raise
                 self.close()
         self._line = self._connected(deadline)
         return self._exchange(self._line, payload, deadline)
@@ -151,6 +156,8 @@ class AskLine:
         except (ProtocolError, TimeoutError, ConnectionError):
             raise
         except OSError as error:
+            if is_interrupt(error):
+                raise
             raise ConnectionError(f"peer {self._peer!r} cannot be reached: {error}") from error
         if welcome.uuid != self._uuid:
             line.close()

@@ -6,7 +6,7 @@ connected does not matter: the network may fail while it reads.
 
 from __future__ import annotations
 
-import itertools
+import secrets
 import time
 from operator import itemgetter
 
@@ -39,6 +39,11 @@ MAX_BLOCKS_EACH = 1 << 20
 
 FEW_LEASES = MAX_BLOCKS_EACH // MAX_KEYS
 """So few of one connection are never too many."""
+
+NUMBER_BITS = 63
+"""Of the number of a lease: whoever does not have a lease cannot name it, and so not end it. (It is
+not bound to a connection: one may break, and a reader takes leases on one and gives them back on
+another.)"""
 
 
 class _Reading:
@@ -106,7 +111,6 @@ class LentBlocks:
     def __init__(self, heap: Heap) -> None:
         self._heap = heap
         self._leases: dict[int, tuple[BatchLease, _Reading, Account]] = {}
-        self._numbers = itertools.count(1)
 
     def lend(
         self,
@@ -139,7 +143,7 @@ class LentBlocks:
             lease, reading, runs = self._lend(places, batches or batches_of(places), ttl)
         except LifetimeError:
             return None
-        number = next(self._numbers)
+        number = secrets.randbits(NUMBER_BITS) or 1  # 0 would be none
         account.num_blocks[number] = len(places)  # first: another thread may forget the lease
         self._leases[number] = lease, reading, account
         return number, runs

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import select
 import socket
-from contextlib import suppress
 
+from kvheap.interrupts import is_interrupt
 from kvheap.remote.deadlines import Deadline
 from kvheap.remote.errors import PeerTimeoutError
 from kvheap.remote.frames import Incoming, Outgoing
@@ -137,8 +137,11 @@ class Line:
     def close(self) -> None:
         """Close it, also while another thread waits for it, which goes on; may be repeated."""
         if os.getpid() == self._pid:  # in a forked child, the parent goes on
-            with suppress(OSError):
+            try:
                 self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError as error:
+                if is_interrupt(error):
+                    raise
         self._socket.close()
 
 

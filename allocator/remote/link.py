@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 from kvheap.remote.deadlines import Deadline
 from kvheap.remote.errors import PeerGoneError
 from kvheap.remote.handshake import Welcome
 from kvheap.remote.line import Line
-from kvheap.remote.peer_lease import Hold
+from kvheap.remote.peer_lease import Hold, PeerLease
 from kvheap.remote.reads import Read
 
 __all__ = ["Link"]
@@ -34,8 +36,8 @@ class Link:
         """Reads that wait for the answer to a lock, by its number."""
         self.running: dict[Read, None] = {}
         """Reads that NIXL has to do with, or soon will, also those in quarantine."""
-        self.holds: dict[Hold, None] = {}
-        """Leases that were taken before the reads."""
+        self.holds: dict[Hold, weakref.ref[PeerLease]] = {}
+        """Leases that were taken before the reads, and who has them."""
         self.unlocks: list[int] = []
         """Leases to give back, by number."""
         self.gone: PeerGoneError | None = None
@@ -44,8 +46,10 @@ class Link:
         """Whether it is the user who says so."""
         self.is_known = False
         """Whether NIXL knows the peer's agent."""
+        self.users: dict[object, None] = {}
+        """Each ``Peer`` of it that was not closed."""
         self.is_closed = False
-        """Whether the user is done with the peer."""
+        """Whether all users are done with the peer."""
         self.is_probing = False
         self.probe_after: Deadline | None = None
         """When to look for the peer again."""

@@ -30,6 +30,7 @@ from kvheap.addresses.block_runs import BlockRuns, MemorySegment
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.metadata_reader import Reader
+from kvheap.interrupts import is_interrupt
 from kvheap.remote.errors import ProtocolError
 from kvheap.remote.packages import need_msgpack
 
@@ -71,6 +72,8 @@ def unpacked(payload: bytes) -> Fields:
     try:
         fields = need_msgpack().unpackb(payload, raw=False, strict_map_key=True)
     except Exception as error:
+        if is_interrupt(error):
+            raise
         raise ProtocolError(f"a message cannot be read: {error!r}") from None
     if type(fields) is not dict:
         raise ProtocolError(f"a message must be a map, got a {type(fields).__name__}")

@@ -30,6 +30,7 @@ from kvheap.blocks.heap import BlockObjects, Heap, layout_and_addresses
 from kvheap.closing import Closer
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.forks import starts_over_after_fork
+from kvheap.interrupts import is_interrupt
 from kvheap.prefix.keys import require_key_list, require_keys
 from kvheap.remote.agent import Agent
 from kvheap.remote.ask import AskLine
@@ -286,22 +287,22 @@ class Node:
             if welcome.uuid == self.uuid:
                 raise ValueError(f"address is {address!r}, where this node itself listens")
             known = self._peers.get(welcome.uuid)
-            if known is not None and not known.is_gone and not known.link.is_closed:
+            if known is not None and not known.is_gone and not known.closed:
                 asking.close()
                 return known
             reading, again = self._call(address, where, timeout_s)
             if again.uuid != welcome.uuid:
                 reading.close()
                 raise PeerGoneError(f"the node at {address} was started again meanwhile: try again")
+            ask = AskLine(asking, where, self._key, self.name, welcome.name, welcome.uuid)
             try:
-                link = self._reader.add(Link(again, where, reading))
+                link = self._reader.add(Link(again, where, reading), ask)
             except BaseException:
                 reading.close()
                 raise
         except BaseException:
             asking.close()
             raise
-        ask = AskLine(asking, where, self._key, self.name, welcome.name, welcome.uuid)
         require_open = self._closer.require_open
         peer = Peer(
             self.heap,
@@ -314,6 +315,10 @@ class Node:
             self._segments,
             require_open,
         )
+        known = self._peers.setdefault(welcome.uuid, peer)
+        if known is not peer and not known.is_gone and not known.closed:
+            peer.close()  # another thread was faster
+            return known
         self._peers[welcome.uuid] = peer
         if self._closer.is_closing:  # which may not have seen it
             peer.close()
@@ -327,9 +332,13 @@ class Node:
             raise PeerGoneError(f"no node listens at {address}: {error}") from None
         except PeerTimeoutError:
             raise
-        except TimeoutError:
+        except TimeoutError as error:
+            if is_interrupt(error):
+                raise
             raise PeerTimeoutError(f"{address} has not answered in {timeout_s:g} s") from None
         except ConnectionError as error:
+            if is_interrupt(error):
+                raise
             if type(error).__module__ == PeerError.__module__:
                 raise type(error)(f"{address}: {error}") from None
             raise PeerGoneError(
@@ -379,7 +388,8 @@ class Node:
         Raises:
             TimeoutError: a read has not ended in time. The memory stays registered, and mapped:
                 close it again later.
-            NestedWaitError: in a finalizer on a thread of the node. A ``RuntimeError``.
+            NestedWaitError: in a finalizer on a thread of the node, or in a finalizer or signal
+                handler in the middle of a read. A ``RuntimeError``.
         """
         self._closer.close(timeout_s, wait=self._wait_for_end, release=self._release)
 
@@ -387,6 +397,11 @@ class Node:
         self._service.is_closing = True
         if self._server.is_here() or self._reader.is_here():
             raise NestedWaitError("a thread of a Node cannot wait for its end: close it elsewhere")
+        if self._reader.is_below():
+            raise NestedWaitError(
+                "a finalizer or signal handler cannot wait for the end of a Node in the middle of "
+                "a read from it: close it elsewhere"
+            )
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             reads, leases = len(self._reader.reads), self._lent.num_held

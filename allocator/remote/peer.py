@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -73,6 +74,7 @@ class Peer:
         self._own_address = own_address
         self._own_name = own_name
         self._segments = segments
+        self._is_closed = False
         self._path = f"NIXL from {self.name!r}"
         self._node_require_open = require_open
         self._layout = link.welcome.layout
@@ -86,6 +88,11 @@ class Peer:
     def is_gone(self) -> bool:
         """Whether it is known that the peer's process has ended, or that its node was closed."""
         return self._link.gone is not None
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._is_closed
 
     def lookup(self, keys: Iterable[bytes], timeout_s: float = ANSWER_S) -> npt.NDArray[np.bool_]:
         """Which chunks the peer has; some may be evicted before they are read.
@@ -102,7 +109,7 @@ class Peer:
             PeerTimeoutError: the peer has not answered in time.
             PeerGoneError: it is gone; others as ``ConnectionError``: it cannot be reached.
             PeerError: it could not look up the keys; the message says why.
-            ClosedError: the node is closed, or belongs to another process.
+            ClosedError: the node or the peer is closed, or belongs to another process.
         """
         require_keys(keys)
         found = as_keys(keys)
@@ -143,8 +150,6 @@ class Peer:
         if not names:
             raise ValueError("keys must name at least one chunk, got none")
         ttl_s = as_number("ttl_s", ttl_s, positive=True)
-        self._node_require_open()
-        self._require_not_closed()
         asked_at = now_s()  # the lease is over here before it is over there
         answer = self._answer("lease", timeout_s, ttl=float(ttl_s), **key_fields(names))
         found = np.equal(np.frombuffer(answer.data("found", len(names)), np.uint8), 1)
@@ -153,11 +158,13 @@ class Peer:
         held = names if num_found == len(names) else [names[row] for row in np.flatnonzero(found)]
         lease = PeerLease(found, held, hold)
         if hold is not None:
-            self._require_not_closed()  # else the lease is dropped, and nobody could tell the peer
+            self._link.holds[hold] = weakref.ref(lease)
+            self._require_open()  # else it is dropped; whoever closes later releases it
         return lease
 
-    def _require_not_closed(self) -> None:
-        if self._link.is_closed:
+    def _require_open(self) -> None:
+        self._node_require_open()
+        if self._is_closed:
             raise ClosedError(f"{self!r} was closed: connect again")
 
     def _hold_of(self, answer: Fields, num_found: int, asked_at: float) -> Hold:
@@ -174,8 +181,9 @@ class Peer:
         if layout == self._layout:
             layout = self._layout
         self._layout = layout
-        hold = Hold(
+        return Hold(
             self._link,
+            self._ask,
             self.name,
             answer.integer("lease"),
             Deadline(answer.seconds("ttl"), asked_at),
@@ -183,8 +191,6 @@ class Peer:
             layout,
             partial(self._reader.give_back, self._link),
         )
-        self._link.holds[hold] = None
-        return hold
 
     def read(
         self,
@@ -221,8 +227,8 @@ class Peer:
             PeerGoneError: the peer is gone; nothing has begun.
             StaleReadError: the lease has expired; nothing has begun.
             RuntimeError: a transfer fills the batch; nothing has begun.
-            LifetimeError, ClosedError: the lease was released, a block is freed, or the heap or the
-                node is closed.
+            LifetimeError, ClosedError: the lease was released, a block is freed, or the heap, the
+                node or the peer is closed.
             Others as :meth:`lookup`: the peer had to be asked for the layout of its blocks.
         """
         self._node_require_open()
@@ -235,6 +241,7 @@ class Peer:
             names, hold = as_keys(keys), None
             if not names:
                 raise ValueError("keys must name at least one chunk, got none")
+            self._require_open()
         if self._link.gone is not None:
             raise self._link.gone.with_traceback(None)
         layout = self._layout if hold is None else hold.layout
@@ -297,16 +304,19 @@ class Peer:
             read = Read(keys, batch.layout, timeout_s, hold=hold, parts=parts)
         before = batch.transfer
         try:
+            self._reader.enter(read)
+            self._node_require_open()  # from here on, whoever closes it waits for the read
             if hold is not None:
                 hold.begin(read)
             foreign_transfer(read.event, target=batch, name=self._path)
             self._reader.begin(self._link, read)
-            self._node_require_open()  # it may have been closed meanwhile
         except BaseException:
             if read.withdraw():
                 batch.transfer = before
                 self._reader.forget(read)
             raise
+        finally:
+            read.caller = None
         return batch
 
     def offer(self, keys: Iterable[bytes], timeout_s: float = ANSWER_S) -> bool:
@@ -325,11 +335,15 @@ class Peer:
         return bool(answer.integer("taken"))
 
     def _answer(self, kind: str, timeout_s: float, **fields: Any) -> Any:
-        self._node_require_open()
+        self._require_open()
         timeout_s = as_number("timeout_s", timeout_s, positive=True)
         if self._link.gone is not None:
             raise self._link.gone.with_traceback(None)
-        return self._ask.ask(kind, timeout_s, **fields)
+        try:
+            return self._ask.ask(kind, timeout_s, **fields)
+        finally:
+            if self._is_closed:  # meanwhile: it may have made a new connection
+                self._ask.close()
 
     def assume_gone(self) -> None:
         """Say that the peer's machine is off, or cut off for good: that nothing arrives from it.
@@ -342,9 +356,13 @@ class Peer:
         self._reader.assume_gone(self._link)
 
     def close(self) -> None:
-        """Close the connections. Reads in flight go on. May be repeated."""
+        """Close the connections, and release the leases. Reads in flight go on. May be repeated."""
+        self._is_closed = True
+        for hold in [*self._link.holds]:
+            if hold.user is self._ask:
+                hold.release()
         self._ask.close()
-        self._reader.drop(self._link)
+        self._reader.drop(self._link, self._ask)
 
     def __repr__(self) -> str:
         """Name, address and whether it is gone."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from kvheap.addresses.block_runs import BlockRuns
 from kvheap.blocks.block_layout import BlockLayout
-from kvheap.claims import Claim
 from kvheap.errors import LifetimeError
 from kvheap.remote.deadlines import Deadline
 from kvheap.remote.errors import StaleReadError
@@ -32,18 +31,21 @@ class Hold:
 
     Args:
         link: what the reader knows of the peer; only compared.
+        user: who takes it; only compared.
         peer: the peer's name.
         number: of the lease there.
         until: when it is over, counted from before it was asked for.
         runs: where the blocks are there.
         layout: what they hold.
-        give_back: tells the peer; must return at once, also in a finalizer.
+        give_back: tells the peer; must return at once, also in a finalizer. Called again if it was
+            interrupted.
     """
 
     __slots__ = (
         "_give_back",
-        "_is_back",
+        "_is_told",
         "_reads",
+        "is_back",
         "is_released",
         "layout",
         "link",
@@ -52,11 +54,13 @@ class Hold:
         "runs",
         "span",
         "until",
+        "user",
     )
 
     def __init__(
         self,
         link: object,
+        user: object,
         peer: str,
         number: int,
         until: Deadline,
@@ -65,6 +69,7 @@ class Hold:
         give_back: Callable[[Hold], None],
     ) -> None:
         self.link = link
+        self.user = user
         self.peer = peer
         self.number = number
         self.until = until
@@ -75,7 +80,9 @@ class Hold:
         self.is_released = False
         self._reads: dict[object, None] = {}
         self._give_back = give_back
-        self._is_back = Claim()  # never given up
+        self._is_told = False
+        self.is_back = False
+        """Whether ``give_back`` was carried out; set by whoever does."""
 
     def begin(self, read: object) -> None:
         """Keep the lease until ``read`` has ended.
@@ -108,8 +115,9 @@ class Hold:
         self._settle()
 
     def _settle(self) -> None:
-        if self.is_released and not self._reads and self._is_back.take(object()):
+        if self.is_released and not self._reads and not self._is_told:
             self._give_back(self)
+            self._is_told = True  # last: an exception may strike before, and this is repeated then
 
 
 class PeerLease:
@@ -185,7 +193,13 @@ class PeerLease:
     def __del__(self) -> None:
         hold = getattr(self, "_hold", None)  # the constructor may have been interrupted
         if hold is not None:
-            hold.release()
+            hold.release()  # if an exception strikes here, the reader does it
+
+    def __reduce__(self) -> NoReturn:
+        """A copy that is dropped would release the lease of all."""
+        raise TypeError(
+            f"{self!r} cannot be copied or sent elsewhere: it is one right to read, of this process"
+        )
 
     def __repr__(self) -> str:
         """State, chunks, and who has them."""

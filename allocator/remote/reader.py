@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import ClosedError
+from kvheap.interrupts import is_interrupt
 from kvheap.kernels.latch import Latch
 from kvheap.remote.agent import Agent
 from kvheap.remote.answers import enter_lease
@@ -45,6 +46,9 @@ __all__ = ["Reader"]
 LOGGER = logging.getLogger("kvheap")
 
 T = TypeVar("T")
+
+DROPPED_S = 0.5
+"""Seconds between two looks for leases whose release was interrupted."""
 
 PROBE_PAUSE_S = 0.5
 """Seconds between two attempts to find out whether a peer is gone."""
@@ -69,6 +73,7 @@ class Reader:
         self._parted: dict[str, str] = {}
         """Agents of peers that were closed while they were alive, by the peer's life."""
         self._open: dict[Read, None] = {}
+        self._look_for_dropped = Deadline(DROPPED_S)
         self._numbers = itertools.count(1)
         self._tasks = Tasks()
         self._is_stopping = False
@@ -87,6 +92,11 @@ class Reader:
     def is_here(self) -> bool:
         """Whether the calling thread is the one that reads."""
         return threading.current_thread() is self._thread
+
+    def is_below(self) -> bool:
+        """Whether code of this reader was interrupted on this thread, and must go on first."""
+        me = threading.get_ident()
+        return self._turn.is_here or any(read.caller == me for read in [*self._open])
 
     @property
     def reads(self) -> list[Read]:
@@ -107,11 +117,16 @@ class Reader:
         """What a function returns or raises on the thread.
 
         Raises:
-            NestedWaitError: this is the thread.
+            NestedWaitError: this is the thread, or code that it waits for was interrupted here.
             ClosedError: the thread has ended.
         """
         if self.is_here():
             raise NestedWaitError("a finalizer on a thread of a Node cannot wait for that node")
+        if self._turn.is_here:
+            raise NestedWaitError(
+                "a finalizer or signal handler cannot connect to a peer, nor declare one gone, in "
+                "the middle of a read: the thread that does it waits for that read"
+            )
         answered = Latch()
         answers: list[T] = []
         errors: list[BaseException] = []
@@ -131,9 +146,12 @@ class Reader:
             raise errors[0]
         return answers[0]
 
-    def begin(self, link: Link, read: Read) -> None:
-        """Make a read. It asks for a lease, unless it has one."""
+    def enter(self, read: Read) -> None:
+        """Announce a read: it counts as one of :attr:`reads` until it is forgotten or has ended."""
         self._open[read] = None
+
+    def begin(self, link: Link, read: Read) -> None:
+        """Make a read that was announced. It asks for a lease, unless it has one."""
         read.event.look = partial(self._help, link, read)  # from here on others may begin it
         if read.hold is not None:
             self._begin_held(link, read)
@@ -207,18 +225,22 @@ class Reader:
         """Tell a peer that a lease is over; may be called anywhere, also in a finalizer."""
         self.submit(partial(self._give_back, link, hold))
 
-    def add(self, link: Link) -> Link:
+    def add(self, link: Link, user: object) -> Link:
         """Get to know a peer; returns the link that is known for this life of it, if there is one.
+
+        Args:
+            link: to be used otherwise.
+            user: who needs it until :meth:`drop`.
 
         Raises:
             PeerError: NIXL refuses the peer's metadata.
             PeerGoneError: it is known to be gone by now.
         """
-        return self.ask(partial(self._add, link))
+        return self.ask(partial(self._add, link, user))
 
-    def drop(self, link: Link) -> None:
-        """Be done with a peer. Its reads go on."""
-        self.submit(partial(self._drop, link))
+    def drop(self, link: Link, user: object) -> None:
+        """Be done with a peer, unless others use it. Reads go on. May be repeated."""
+        self.submit(partial(self._drop, link, user))
 
     def assume_gone(self, link: Link) -> None:
         """End a peer's reads because the user knows that its machine sends nothing any more."""
@@ -255,6 +277,9 @@ class Reader:
                     self._turn.free.extend(visit.back)
             visit = Visit()
             self._turn.wait(visit)
+            for link in [*self._links.values()]:
+                for hold in [*link.holds]:
+                    hold.release()
             self._work([])  # what was left to be told to others
             known = [link.welcome.agent for link in self._links.values() if link.is_known]
             for agent in (*known, *self._parted.values()):
@@ -264,8 +289,8 @@ class Reader:
             LOGGER.exception("node %r reads no more", self._name)
             self._agent.leak()
             for read in self.reads:  # what NIXL has to do with stays in quarantine
-                read.event.look = None
                 read.event.fail(RuntimeError(f"the thread that reads has ended: {error!r}"))
+                read.event.look = None
         finally:
             self._close_all()
             self._has_stopped.open()
@@ -292,9 +317,10 @@ class Reader:
             return 0.0
         return pause
 
-    def _add(self, link: Link) -> Link:
+    def _add(self, link: Link, user: object) -> Link:
         known = self._links.get(link.welcome.uuid)
         if known is not None and known.gone is None:
+            known.users[user] = None
             known.is_closed = False
             if link.line is not None:
                 if known.line is None:
@@ -320,6 +346,7 @@ class Reader:
         self._parted.pop(welcome.uuid, None)
         self._agent.connect(welcome.agent)
         self._links[welcome.uuid] = link
+        link.users[user] = None
         assert link.line is not None
         self._take(link, link.line)
         return link
@@ -333,10 +360,12 @@ class Reader:
         for read in queued:
             self._request(link, read)
 
-    def _drop(self, link: Link) -> None:
-        link.is_closed = True
+    def _drop(self, link: Link, user: object) -> None:
+        link.users.pop(user, None)
+        link.is_closed = not link.users
         for hold in [*link.holds]:
-            hold.release()
+            if hold.user is user:
+                hold.release()
         self._forget_if_idle(link)
 
     def _forget_if_idle(self, link: Link) -> None:
@@ -366,9 +395,8 @@ class Reader:
     # -- locks ---------------------------------------------------------------------------------
 
     def _begin(self, link: Link, read: Read) -> None:
-        if link.gone is not None:
-            if read.right.take(read):
-                self._fail(read, link.gone)
+        if link.gone is not None or not self._knows(link):
+            self._refuse(link, read)
         elif link.line is None:
             link.queued.append(read)
             self._look_for(link)
@@ -395,6 +423,8 @@ class Reader:
         try:
             line.push(payload)
         except OSError as error:
+            if is_interrupt(error):
+                raise
             self._do_here(partial(self._lose, link, line, error))
         else:
             if line.has_unsent != link.is_writing:
@@ -464,9 +494,25 @@ class Reader:
 
     def _give_back(self, link: Link, hold: Hold) -> None:
         link.holds.pop(hold, None)
+        if hold.is_back:  # an exception of a signal handler made it be told twice
+            return
+        hold.is_back = True
         if link.gone is None:
             link.unlocks.append(hold.number)
         self._forget_if_idle(link)
+
+    def _release_dropped(self) -> None:
+        """Give back leases that nobody has, or that were released, as a finalizer does at once.
+
+        One that is interrupted is not called again.
+        """
+        if not self._look_for_dropped.has_passed:
+            return
+        self._look_for_dropped = Deadline(DROPPED_S)
+        for link in [*self._links.values()]:
+            for hold, lease in [*link.holds.items()]:
+                if hold.is_released or lease() is None:
+                    hold.release()
 
     def _unlock(self, link: Link) -> None:
         """Give leases back, now or when there is a connection again."""
@@ -479,14 +525,14 @@ class Reader:
         """Begin to move the bytes of a read whose blocks are leased; may be repeated."""
         if read.event.has_ended:
             return
-        if self._links.get(link.welcome.uuid) is not link:
-            if read.right.take(read):
-                self._fail(read, link.gone or PeerError(f"peer {link.name!r} was closed"))
+        if not self._knows(link):
+            self._refuse(link, read)
             return
         link.running[read] = None
         self._moves.look_at(link, read)
 
     def _look_at_all(self) -> None:
+        self._release_dropped()
         for link in [*self._links.values()]:
             for read in [*link.running]:
                 self._moves.look_at(link, read)
@@ -507,26 +553,35 @@ class Reader:
         read.event.end()
         if read.hold is not None:
             read.hold.end(read)
-        if link.running.pop(read, self) is self:
+        self._open.pop(read, None)
+        if read.lease:
+            link.unlocks.append(read.lease)
+            if not self.is_here():
+                self._tasks.wake()
+        if link.running.pop(read, self) is self:  # last: until then it is looked at again
             return
         if read.event.cause is None:
             self.num_done += 1
             self.bytes_done += read.num_bytes
         else:
             self.num_failed += 1
-        self._open.pop(read, None)
-        if read.lease:
-            link.unlocks.append(read.lease)
-            if not self.is_here():
-                self._tasks.wake()
 
     def _fail(self, read: Read, error: BaseException) -> None:
         """End a read that NIXL has nothing to do with."""
-        self.num_failed += 1
         self._open.pop(read, None)
-        read.fail(error)
         if read.hold is not None:
             read.hold.end(read)
+        read.fail(error)
+        self.num_failed += 1
+
+    def _knows(self, link: Link) -> bool:
+        """Whether it was not forgotten: then nobody looks at it any more."""
+        return self._links.get(link.welcome.uuid) is link
+
+    def _refuse(self, link: Link, read: Read) -> None:
+        """End a read from a peer that is gone, or closed, unless it was withdrawn."""
+        if read.right.take(read):
+            self._fail(read, link.gone or PeerError(f"peer {link.name!r} was closed"))
 
     # -- is the peer gone? ---------------------------------------------------------------------
 
@@ -556,7 +611,8 @@ class Reader:
                 if read.failure is not None:
                     read.event.fail(read.failure)
         if found.line is not None:
-            if link.line is None and link.gone is None and not self._is_stopping:
+            is_needed = self._knows(link) and link.line is None and link.gone is None
+            if is_needed and not self._is_stopping:
                 self._take(link, found.line)
             else:
                 found.line.close()

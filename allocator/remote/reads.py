@@ -167,6 +167,8 @@ class Read:
         self.limit = Deadline(timeout_s)
         """Until when whoever waits is told of an outcome."""
         self.event = ReadEvent()
+        self.caller: int | None = threading.get_ident()
+        """The thread that is about to begin it; None once that was done, or given up."""
         self.right = Claim()  # never given up
         self.hold = hold
         if hold is not None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
+from kvheap.interrupts import is_interrupt
+
 __all__ = ["Tasks"]
 
 
@@ -37,8 +39,11 @@ class Tasks:
 
     def wake(self) -> None:
         """Wake the thread up."""
-        with suppress(OSError):  # it is full: the thread wakes up anyway; or closed
+        try:
             self._writing.send(b"!")
+        except OSError as error:  # it is full: the thread wakes up anyway; or closed
+            if is_interrupt(error):
+                raise
 
     def calm(self) -> None:
         """Note that the thread is awake."""

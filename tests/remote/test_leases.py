@@ -216,7 +216,7 @@ class TestHolding:
         order: list[Any] = []
         runs = BlockRuns(np.array([4096]), np.array([1]), 4096, 4096)
         layout = BlockLayout.of([1024], torch.float32, LAYOUT.fmt)
-        hold = Hold(None, "x", 7, Deadline(20), runs, layout, order.append)
+        hold = Hold(None, None, "x", 7, Deadline(20), runs, layout, order.append)
         hold.begin("one")
         hold.begin("two")
         hold.release()
