@@ -10,7 +10,7 @@ from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.pairing import paired_runs
 
-__all__ = ["OnePiece", "Part", "is_small", "one_piece", "parts_of", "span_of"]
+__all__ = ["OnePiece", "Part", "is_small", "parts_of", "parts_of_span", "span_of"]
 
 POST_BYTES = 64 << 20
 """Bytes of one request to NIXL: while it is posted, others wait."""
@@ -41,25 +41,32 @@ def span_of(blocks: BlockRuns) -> tuple[int, int] | None:
     return int(blocks.starts[0]), int(blocks.counts[0]) * blocks.block_bytes
 
 
-def one_piece(
+def parts_of_span(
     there: tuple[int, int] | None, batch: MemoryBatch, segments: Sequence[MemorySegment]
-) -> OnePiece | None:
-    """The bytes of blocks that are one run on both sides, without padding; else None.
+) -> list[Part] | None:
+    """The same as :func:`parts_of` for blocks that are one run on both sides, without padding.
 
     Args:
         there: blocks of the peer, by :func:`span_of`.
         batch: as many blocks to fill, of the same size.
-        segments: buffers of the batch's heap; None is returned for blocks elsewhere.
+        segments: buffers of the batch's heap.
+
+    Returns:
+        The parts, the last one first; None if the blocks are not such a run.
     """
     run = batch.runs.only_run()
-    if run is None or there is None or there[1] != run[1] or run[1] > POST_BYTES:
+    if run is None or there is None or there[1] != run[1]:
         return None
     start, num_bytes = run
     if batch.allocated_bytes != batch.size_bytes:
         return None
     for first, size, base in segments:
         if first <= start and start + num_bytes <= first + size:
-            return OnePiece(there[0], base + start - first, num_bytes)
+            target = base + start - first
+            return [
+                OnePiece(there[0] + at, target + at, min(POST_BYTES, num_bytes - at))
+                for at in reversed(range(0, num_bytes, POST_BYTES))
+            ]
     return None
 
 

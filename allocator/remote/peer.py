@@ -22,7 +22,7 @@ from kvheap.remote.deadlines import Deadline, now_s
 from kvheap.remote.errors import PeerError, ProtocolError
 from kvheap.remote.link import Link
 from kvheap.remote.messages import Fields, as_keys, key_fields
-from kvheap.remote.pairs import one_piece, parts_of
+from kvheap.remote.pairs import parts_of, parts_of_span
 from kvheap.remote.peer_lease import Hold, PeerLease
 from kvheap.remote.reader import Reader
 from kvheap.remote.reads import Read
@@ -299,8 +299,9 @@ class Peer:
         if hold is None:
             read = Read(keys, batch.layout, timeout_s, target=batch.block_runs())
         else:
-            one = one_piece(hold.span, batch, self._segments)
-            parts = parts_of(hold.runs, batch.block_runs()) if one is None else [one]
+            parts = parts_of_span(hold.span, batch, self._segments)
+            if parts is None:
+                parts = parts_of(hold.runs, batch.block_runs())
             read = Read(keys, batch.layout, timeout_s, hold=hold, parts=parts)
         before = batch.transfer
         try:
