@@ -31,6 +31,7 @@ from kvheap.kernels.block_addresses import host_addresses
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.even_pieces import even_pieces
 from kvheap.kernels.pieces import Pieces
+from kvheap.kernels.untraced import untraced_class
 from kvheap.transfer.sides import (
     NOWHERE,
     Blocks,
@@ -46,6 +47,7 @@ from kvheap.transfer.sides import (
 __all__ = ["CopyPlan", "Side"]
 
 
+@untraced_class
 @dataclass(slots=True, eq=False)
 class CopyPlan:
     """Pieces to copy between two sides, in parts that end one after another.

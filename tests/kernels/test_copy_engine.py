@@ -340,11 +340,14 @@ def test_python_makes_as_many_calls_for_few_as_for_many(
         def profile(frame: object, event: str, argument: object) -> None:
             seen.append((event, str(getattr(argument, "__qualname__", ""))))
 
+        gc.collect()
+        gc.disable()  # finalizers of other tests are no calls of the copy
         sys.setprofile(profile)
         try:
             idle_driver.copy_batch(pieces, STREAM, over_link=True)
         finally:
             sys.setprofile(None)
+            gc.enable()
         return seen
 
     calls_for(2)
