@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["as_whole", "require_memory", "require_tensor"]
+__all__ = ["as_whole", "require_memory", "require_tensor", "require_values"]
 
 
 def require_tensor(name: str, value: Any, advice: str = "") -> None:
@@ -18,6 +18,16 @@ def require_tensor(name: str, value: Any, advice: str = "") -> None:
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {value!r}{advice}")
+
+
+def require_values(name: str, tensor: torch.Tensor) -> None:
+    """Raise if the bytes of a tensor are not its values, as those of a lazy conj or neg view.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if tensor.is_conj() or tensor.is_neg():
+        raise ValueError(f"{name} is a lazy conj or neg view: its bytes are not its values")
 
 
 def require_memory(name: str, tensor: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from kvheap.kernels.arguments import as_whole, require_memory, require_tensor
+from kvheap.kernels.arguments import as_whole, require_memory, require_tensor, require_values
 from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.block_addresses import (
     Addresses,
@@ -402,8 +402,7 @@ def _require_blocks(name: str, blocks: torch.Tensor, buffer: torch.Tensor) -> in
     require_tensor("buffer", buffer)
     if blocks.dim() == 0:
         raise ValueError(f"{name} must be [N, ...], got a scalar")
-    if blocks.is_conj() or blocks.is_neg():
-        raise ValueError(f"{name} is a lazy conj or neg view: its bytes are not its values")
+    require_values(name, blocks)
     if blocks.device != buffer.device:
         raise ValueError(f"{name} is on {blocks.device}, the buffer on {buffer.device}")
     require_memory(name, blocks)

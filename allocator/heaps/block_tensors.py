@@ -10,7 +10,7 @@ import torch
 from kvheap.addresses.extents import Extents, Int64Array, overlap_of
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.rows import Rows
-from kvheap.kernels.arguments import require_memory, require_tensor
+from kvheap.kernels.arguments import require_memory, require_tensor, require_values
 from kvheap.kernels.capture_mode import Relaxed
 
 __all__ = [
@@ -42,7 +42,8 @@ def require_matching(
 
     Raises:
         TypeError: it is not a tensor.
-        ValueError: its shape, dtype, device or strides are wrong.
+        ValueError: its shape, dtype, device or strides are wrong, or its bytes are not its values,
+            or not there.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {tensor!r}")
@@ -55,6 +56,7 @@ def require_matching(
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.device != device and not (cpu_is_fine and tensor.device.type == "cpu"):
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    require_values(name, tensor)
     require_memory(name, tensor)
     if num_blocks and not tensor.is_contiguous() and not tensor[0].is_contiguous():
         raise ValueError(f"each block of {name} must be contiguous, got strides {tensor.stride()}")

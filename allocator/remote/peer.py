@@ -226,7 +226,7 @@ class Peer:
             TypeError, ValueError: an argument is wrong; the message names it. Nothing has begun.
             PeerGoneError: the peer is gone; nothing has begun.
             StaleReadError: the lease has expired; nothing has begun.
-            RuntimeError: a transfer fills the batch; nothing has begun.
+            RuntimeError: a transfer fills or reads the batch; nothing has begun.
             LifetimeError, ClosedError: the lease was released, a block is freed, or the heap, the
                 node or the peer is closed.
             Others as :meth:`lookup`: the peer had to be asked for the layout of its blocks.

@@ -25,7 +25,7 @@ from kvheap.device import cuda
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.device.directions import Direction
-from kvheap.kernels.arguments import require_memory
+from kvheap.kernels.arguments import require_memory, require_values
 from kvheap.kernels.pieces import Pieces, first_outside
 
 __all__ = [
@@ -160,8 +160,7 @@ class Blocks:
     def _of_tensor(cls, name: str, tensor: torch.Tensor) -> Blocks:
         if tensor.dim() == 0:
             raise ValueError(f"{name} must be [N, ...], got a scalar")
-        if tensor.is_conj() or tensor.is_neg():
-            raise ValueError(f"{name} is a lazy conj or neg view: its bytes are not its values")
+        require_values(name, tensor)
         require_memory(name, tensor)
         if len(tensor) and not tensor[0].is_contiguous():
             raise ValueError(

@@ -159,6 +159,7 @@ class TestOneContract:
             (torch.zeros(2, 16, dtype=torch.uint8), "source must have shape"),
             (torch.zeros(4, 2).t(), "each block of source must be contiguous"),
             (torch.zeros(2, 4, device="meta"), "source must be on cpu"),
+            (torch._neg_view(torch.zeros(2, 4)), "source is a lazy conj or neg view"),
         ],
     )
     def test_a_source_that_does_not_match(
@@ -177,6 +178,7 @@ class TestOneContract:
             (torch.zeros(1, 4), "out must have shape"),
             (torch.zeros(2, 5), "out must have shape"),
             (torch.zeros(1, 4).expand(2, 4), "the rows of out overlap"),
+            (torch._neg_view(torch.zeros(2, 4)), "out is a lazy conj or neg view"),
         ],
     )
     def test_an_out_that_does_not_match(self, name: str, out: torch.Tensor, message: str) -> None:

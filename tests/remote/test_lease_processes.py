@@ -7,18 +7,19 @@ what arrives after the lease is an error, the owner's memory stays, and a killed
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from remote_nodes import (
     LAYOUT,
+    MANY,
+    NUMBERS,
+    TCP,
     NodeProcess,
     fill,
     key_of,
     keys_of,
-    make_heap,
     need_nixl,
     until,
     wrong_rows,
@@ -30,29 +31,7 @@ WHY_NOT = need_nixl()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 if WHY_NOT is None:
-    from kvheap.remote import Node, PeerGoneError, StaleReadError
-
-MANY = 8192
-"""Chunks that take long enough over TCP to be stopped in between: 128 MiB."""
-
-NUMBERS = range(MANY)
-TCP = "tcp,self"
-
-
-@pytest.fixture(scope="module")
-def reader() -> Iterator[Any]:
-    """A node of this process, over TCP to the others."""
-    heap = make_heap(2 * MANY)
-    with Node("reader", heap) as node:
-        yield node
-    heap.close()
-
-
-@pytest.fixture(scope="module")
-def owner() -> Iterator[NodeProcess]:
-    """A process that outlives the tests."""
-    with NodeProcess("owner", 2 * MANY, NUMBERS, tls=TCP) as process:
-        yield process
+    from kvheap.remote import PeerGoneError, StaleReadError
 
 
 def begun(node: Any, peer: Any, lease: Any, timeout_s: float = 30) -> Any:

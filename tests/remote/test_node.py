@@ -24,6 +24,7 @@ from remote_nodes import (
     until,
     wrong_rows,
 )
+from remote_pairs import failure
 
 from kvheap import (
     BlockInUseError,
@@ -33,7 +34,6 @@ from kvheap import (
     LifetimeError,
     MemoryFormat,
     PrefixStore,
-    TransferError,
     foreign_transfer,
 )
 
@@ -88,14 +88,6 @@ def own() -> Iterator[World]:
     world = World()
     yield world
     world.close()
-
-
-def failure(batch: Any) -> BaseException:
-    with pytest.raises(TransferError) as raised:
-        batch.transfer.result(20)
-    cause = raised.value.__cause__
-    assert cause is not None
-    return cause
 
 
 class TestReads:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,13 @@ import pytest
 import torch
 from remote_nodes import (
     LAYOUT,
+    MANY,
+    NUMBERS,
+    TCP,
     NodeProcess,
     fill,
     key_of,
     keys_of,
-    make_heap,
     need_nixl,
     until,
     wrong_rows,
@@ -36,33 +37,10 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 if WHY_NOT is None:
     from kvheap.remote import (
         MissingKeysError,
-        Node,
         PeerGoneError,
         PeerTimeoutError,
         StaleReadError,
     )
-
-MANY = 8192
-"""Chunks that take long enough over TCP to be stopped in between: 128 MiB."""
-
-NUMBERS = range(MANY)
-TCP = "tcp,self"
-
-
-@pytest.fixture(scope="module")
-def reader() -> Iterator[Any]:
-    """A node of this process, over TCP to the others."""
-    heap = make_heap(2 * MANY)
-    with Node("reader", heap) as node:
-        yield node
-    heap.close()
-
-
-@pytest.fixture(scope="module")
-def owner() -> Iterator[NodeProcess]:
-    """A process that outlives the tests."""
-    with NodeProcess("owner", 2 * MANY, NUMBERS, tls=TCP) as process:
-        yield process
 
 
 def begun(node: Any, peer: Any, keys: list[bytes], timeout_s: float) -> Any:

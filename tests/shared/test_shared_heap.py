@@ -225,6 +225,12 @@ class TestStore:
             ([b"x", b"x"], contents(KEYS[:2]), ValueError, r"b'x' twice"),
             ([b"x"], contents(KEYS[:2]), ValueError, r"must have shape \(1, 2048\)"),
             ([b"x"], contents(KEYS[:1]).float(), ValueError, r"must be torch.int64"),
+            (
+                [b"x"],
+                torch._neg_view(contents(KEYS[:1])),
+                ValueError,
+                r"source is a lazy conj or neg",
+            ),
             ([b"x"], 3, TypeError, r"source must be a tensor or blocks"),
             ([b"x"], [], ValueError, r"1 keys need as many blocks, got 0"),
         ],

@@ -28,6 +28,9 @@ from kvheap import BlockInUseError, BlockLayout, HostMemoryAllocator, MemoryBatc
 
 __all__ = [
     "LAYOUT",
+    "MANY",
+    "NUMBERS",
+    "TCP",
     "NodeProcess",
     "fill",
     "is_freed",
@@ -41,6 +44,14 @@ __all__ = [
 
 LAYOUT = BlockLayout.of([2048], torch.int64, MemoryFormat.UNDEFINED)
 """16 KiB."""
+
+MANY = 8192
+"""Chunks that take long enough over TCP to be stopped in between: 128 MiB."""
+
+NUMBERS = range(MANY)
+
+TCP = "tcp,self"
+"""What UCX may use, for reads that take long."""
 
 
 def need_nixl() -> str | None:
