@@ -127,8 +127,11 @@ def test_an_interrupt_ends_the_benchmark_too(folder: Path) -> None:
     (folder / "bench_transfer.py").write_text(
         f"import pathlib, time\npathlib.Path({str(marker)!r}).touch()\ntime.sleep(1000)"
     )
-    command = [sys.executable, "-m", "kvheap", "bench", "transfer", "--benchmarks", str(folder)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # What runs in a shell's background ignores the signal, and so would its children.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "kvheap", "bench", "transfer"]
+    process = subprocess.Popen(
+        [*command, "--benchmarks", str(folder)], stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
     while not marker.exists():
         assert time.monotonic() < deadline
