@@ -47,16 +47,15 @@ class AddedBuffers:
             ValueError: the heap does not cover its last buffer, or shares memory with this one.
             ReentrantCallError: the calling thread is inside an operation; nothing changes.
         """
-        manager = self._address_manager
-        guard, unit = manager.guard, manager.align_bytes
+        guard, space = self._address_manager.guard, self._address_manager.space
         if guard.busy and is_inside_section():
             raise ReentrantCallError("add_buffer", 0, 0, 0)
         with guard.lock:
             guard.busy = True
-            manager.finish()
+            space.finish()
             self._take_back()
-            before, start = self._freed_bytes.segments, manager.heap_bytes
-            last_end = before.end(unit)
+            before, start = self._freed_bytes.segments, space.heap_bytes
+            last_end = before.end(space.unit_bytes)
             if start < last_end:
                 raise ValueError(
                     f"the heap ends at address {start} and does not cover its last buffer, which "
@@ -67,7 +66,7 @@ class AddedBuffers:
             self._freed_bytes.segments = after
             on_published()
             try:
-                manager.extend(usable_bytes, new_segment=True)
+                space.extend(usable_bytes, new_segment=True)
             except BaseException:
                 self._take_back()
                 raise
@@ -78,9 +77,9 @@ class AddedBuffers:
         """Take back a buffer that an exception kept from joining the address space."""
         if self._begun is None:
             return
-        manager, freed_bytes = self._address_manager, self._freed_bytes
-        manager.finish()
+        space, freed_bytes = self._address_manager.space, self._freed_bytes
+        space.finish()
         before, after = self._begun
-        if freed_bytes.segments is after and manager.heap_bytes == after.starts[-1]:
+        if freed_bytes.segments is after and space.heap_bytes == after.starts[-1]:
             freed_bytes.segments = before
         self._begun = None

@@ -36,7 +36,7 @@ def _extents(manager: AddressManager, ledger: Ledger) -> tuple[Extents, Extents]
         guard.busy = True
         if ledger.begun or ledger.allocation.done:
             ledger.finish()
-        owned, free = ledger.extents(), manager.free_extents()
+        owned, free = ledger.extents(), manager.space.free_extents()
         guard.busy = False
     return owned, free
 
