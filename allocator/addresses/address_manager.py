@@ -321,7 +321,7 @@ class AddressManager:
         """
         if type(address) is not int or type(size) is not int:
             address, size = as_integer("address", address), as_integer("size", size)
-        guard = self.guard
+        guard, space = self.guard, self.space
         if self._deferred:
             self._deferred.run()
         if guard.busy and is_inside_section():
@@ -329,8 +329,8 @@ class AddressManager:
             return
         with guard.lock:
             guard.busy = True
-            self.space.keeps_spares = False
-            self.space.give_back_extent(address, size)
+            space.keeps_spares = False
+            space.give_back_extent(address, size)
             guard.busy = False
 
     @section
@@ -358,23 +358,24 @@ class AddressManager:
         """
         if self._deferred:
             self._deferred.run()
+        space = self.space
         one_run: tuple[int, int] | None = None
         extents: Extents | None = None
         if isinstance(blocks, AddressBatch) and sizes is None:
             one_run = blocks.only_run()
         if one_run is None:
-            extents = self.space.merged(blocks, sizes)
+            extents = space.merged(blocks, sizes)
         guard = self.guard
         if guard.busy and is_inside_section():
             self._put_off(blocks if extents is None else np.stack(extents, axis=1))
             return
         with guard.lock:
             guard.busy = True
-            self.space.keeps_spares = False
+            space.keeps_spares = False
             if one_run is not None:
-                self.space.give_back_extent(*one_run)
+                space.give_back_extent(one_run[0], one_run[1])
             elif extents is not None:
-                self.space.give_back_merged(extents)
+                space.give_back_merged(extents)
             guard.busy = False
 
     def _put_off(self, blocks: AddressBatch | Iterable[tuple[int, int]] | npt.ArrayLike) -> None:

@@ -269,7 +269,7 @@ class FreeSpace:
             overlapping = free_list.insert(start, units)
             if overlapping is not None:
                 free_list.withdraw(receipt)
-            free_list.commit()
+            free_list.pending.clear()  # as ``commit``
         except BaseException:
             free_list.rollback()
             raise
