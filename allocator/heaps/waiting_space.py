@@ -49,6 +49,7 @@ class WaitingSpace:
         has_pages: bool,
     ) -> None:
         self._manager = address_manager
+        self._space = address_manager.space
         self._freed = freed
         self._lifetime = lifetime
         self._reporter = reporter
@@ -133,7 +134,7 @@ class WaitingSpace:
             guard.busy = True
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
-            allocation, space = ledger.allocation, self._manager.space
+            allocation, space = ledger.allocation, self._space
             addresses = None
             if batch_size == 1 and self._has_pages:
                 addresses = space.take_spare(allocation)
