@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from kvheap.errors import ReentrantCallError as ReentrantCallError
     from kvheap.errors import TransferError as TransferError
     from kvheap.errors import WriteAfterFreeError as WriteAfterFreeError
+    from kvheap.heaps.allocator_stats import AllocatorStats as AllocatorStats
     from kvheap.heaps.device_allocators import GPUMemoryAllocator as GPUMemoryAllocator
     from kvheap.heaps.host_allocators import HostMemoryAllocator as HostMemoryAllocator
     from kvheap.heaps.host_allocators import PinMemoryAllocator as PinMemoryAllocator
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
     )
     from kvheap.heaps.plain_allocators import AdHocMemoryAllocator as AdHocMemoryAllocator
     from kvheap.heaps.plain_allocators import BufferAllocator as BufferAllocator
-    from kvheap.heaps.tensor_allocator import AllocatorStats as AllocatorStats
     from kvheap.heaps.tensor_allocator import TensorMemoryAllocator as TensorMemoryAllocator
     from kvheap.kernels.paged_layout import LayoutError as LayoutError
     from kvheap.kernels.paged_layout import PagedKVCache as PagedKVCache
@@ -86,7 +86,7 @@ _MODULE_OF = {
     "AdHocMemoryAllocator": "heaps.plain_allocators",
     "AddressBatch": "addresses.address_batch",
     "AddressManager": "addresses.address_manager",
-    "AllocatorStats": "heaps.tensor_allocator",
+    "AllocatorStats": "heaps.allocator_stats",
     "BatchLease": "blocks.batch_lease",
     "BatchSlice": "blocks.batch_slice",
     "BlockIds": "kernels.paged_slots",

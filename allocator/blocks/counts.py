@@ -6,29 +6,35 @@ still use a block. It has no lock: ``Lifetime`` makes all changes inside its sec
 needs none. Every change is one store, so it is made or not made when an exception strikes.
 
 Most batches are filled, read and freed as a whole, and no count ever changes in between. Counts are
-therefore one number for all rows until one of them changes, and arrays from then on. Once few rows
-are live, they are kept by themselves: one block that outlives a large batch costs no array.
+therefore one number for all rows until one of them changes, and ``ManyCounts`` from then on.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from functools import partial
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from kvheap.addresses.extents import Int64Array
+from kvheap.blocks.many_counts import (
+    MIN_ROWS,
+    FewCounts,
+    ManyCounts,
+    all_alike,
+    are_few,
+    as_array,
+    with_counts,
+)
 from kvheap.blocks.recorded_streams import RecordedStreams, Streams
 from kvheap.blocks.row_leases import HeldLease, RowLeases
 from kvheap.device.completion import Completion
 from kvheap.device.events import Stream
 from kvheap.errors import BlockInUseError, DoubleFreeError, LifetimeError
-from kvheap.guards import read_meanwhile
 
-__all__ = ["DROPPED", "FREED", "CopiedStates", "RowCounts"]
+__all__ = ["DROPPED", "FREED", "CopiedStates", "RowCounts", "first_repeated"]
 
 FREED = -1
 """The reference count of a block that was freed."""
@@ -46,39 +52,12 @@ FEW_ROWS = 16
 """Up to this many rows are looked at one by one."""
 
 
-MANY_ROWS = 256
-"""From this many rows on, an array is given up for a few live rows."""
-
-ROWS_PER_LIVE = 64
-"""An entry of a dict takes the bytes of about 25 counts of an array."""
-
-
 class NamesRows(Protocol):
     """A batch, which error messages ask to describe a row."""
 
     def describe(self, row: int) -> str:
         """Describe a row."""
         ...
-
-
-class FewCounts(dict[int, int]):
-    """The counts of a few rows; all other rows have the count ``rest``."""
-
-    __slots__ = ("rest",)
-
-    def __init__(self, counts: dict[int, int], rest: int) -> None:
-        super().__init__(counts)
-        self.rest = rest
-
-    def __missing__(self, row: int) -> int:
-        return self.rest
-
-    def as_array(self, num_rows: int) -> npt.NDArray[np.int32]:
-        """The counts of all rows, int32 ``[num_rows]``."""
-        found = np.full(num_rows, self.rest, np.int32)
-        for row, count in self.copy().items():
-            found[row] = count
-        return found
 
 
 CopiedStates: TypeAlias = "tuple[bytes, bytes] | int"
@@ -126,8 +105,8 @@ class RowCounts:
         self.has_dropped = False
         self._num_freed = 0  # at most, since the array was last looked at
         self._uniform_references = 1
-        self._references: array[int] | FewCounts | None = None
-        self._pins: array[int] | FewCounts | None = None
+        self._references: ManyCounts | None = None
+        self._pins: ManyCounts | None = None
         self._leases: RowLeases | None = None
         self.streams: RecordedStreams | None = None
 
@@ -265,17 +244,17 @@ class RowCounts:
             )
         return count + references, held + pins
 
-    def references_to_change(self) -> array[int] | FewCounts:
+    def references_to_change(self) -> ManyCounts:
         """The reference counts of all rows, to set those of live rows."""
         if self._references is None:
-            self._references = array("i", (self._uniform_references,)) * self.num_rows
+            self._references = all_alike(self.num_rows, self._uniform_references)
         return self._references
 
-    def pins_to_change(self) -> array[int] | FewCounts:
+    def pins_to_change(self) -> ManyCounts:
         """The pin counts of all rows without leases, to set those of live rows."""
         if self._pins is None:
             is_few = isinstance(self._references, FewCounts)
-            self._pins = FewCounts({}, 0) if is_few else array("i", (0,)) * self.num_rows
+            self._pins = FewCounts({}, 0) if is_few else all_alike(self.num_rows, 0)
         return self._pins
 
     def add_lease(self, row: int, lease: HeldLease) -> None:
@@ -377,7 +356,9 @@ class RowCounts:
         if skip_freed:
             rows = self._live_among(rows)
         elif rows is not None and len(rows) > 1:
-            _require_distinct(rows, batch)
+            repeated = first_repeated(rows)
+            if repeated is not None:
+                raise DoubleFreeError(f"{batch.describe(repeated)} is named twice in one call")
         if not self.is_untouched():
             self._require_sole_owner(rows, batch)
         return rows
@@ -391,9 +372,9 @@ class RowCounts:
             self._references = None
             return
         self._set(rows, count)
-        if self.num_rows >= MANY_ROWS:
+        if self.num_rows >= MIN_ROWS:
             self._num_freed += len(rows)
-            if (self.num_rows - self._num_freed) * ROWS_PER_LIVE <= self.num_rows:
+            if are_few(self.num_rows - self._num_freed, self.num_rows):
                 self._give_up_arrays()
 
     def set_all_freed(self) -> None:
@@ -443,10 +424,7 @@ class RowCounts:
 
     def streams_now(self, rows: Int64Array | None) -> Streams:
         """:meth:`streams_of`, for whoever is not in a section: other threads may record more."""
-        try:
-            return {} if self.streams is None else self.streams.of(rows)
-        except RuntimeError:
-            return read_meanwhile(partial(self.streams_of, rows))
+        return {} if self.streams is None else self.streams.now(rows)
 
     def users(self, rows: Int64Array | None) -> Sequence[Completion]:
         """The transfers that have been queued to read or fill ``rows`` (None: all).
@@ -454,19 +432,13 @@ class RowCounts:
         Those that have ended are left out; those that are quarantined are not. O(1) if no transfer
         has used the rows.
         """
-        if self.streams is None:
-            return ()
-        return [
-            stream
-            for stream in self.streams_now(rows).values()
-            if isinstance(stream, Completion) and not stream.is_over and stream.is_using
-        ]
+        return () if self.streams is None else self.streams.users(rows)
 
     def fillers(self, rows: Int64Array | None) -> Sequence[Completion]:
         """Those of :meth:`users` that fill any of ``rows`` (None: all)."""
         if self.streams is None or not self.streams.has_fillers:
             return ()
-        return [each for each in self.users(rows) if each.fills(id(self), rows)]
+        return [each for each in self.streams.users(rows) if each.fills(id(self), rows)]
 
     def require_live(self, rows: Int64Array | None, batch: NamesRows) -> None:
         """Raise if any of ``rows`` (None: all) is freed.
@@ -500,7 +472,7 @@ class RowCounts:
             return
         rows = np.flatnonzero(np.frombuffer(counts, np.int32) >= 0).tolist()
         self._num_freed = self.num_rows - len(rows)
-        if len(rows) * ROWS_PER_LIVE > self.num_rows:
+        if not are_few(len(rows), self.num_rows):
             return
         pins = self._pins
         self._references = FewCounts({row: counts[row] for row in rows}, FREED)
@@ -510,17 +482,7 @@ class RowCounts:
     def _set(self, rows: Int64Array | None, count: int) -> None:
         if rows is not None and len(rows) < self.num_rows:
             counts = self.references_to_change()
-            if not isinstance(counts, FewCounts):
-                if len(rows) == 1:
-                    counts[int(rows[0])] = count
-                else:
-                    np.frombuffer(counts, np.int32)[rows] = count
-                return
-            few = FewCounts({**counts, **dict.fromkeys(rows.tolist(), count)}, counts.rest)
-            # Unless a large free is undone, they stay few.
-            are_few = len(few) * ROWS_PER_LIVE <= 2 * self.num_rows
-            all_rows = None if are_few else array("i", few.as_array(self.num_rows).tobytes())
-            self._references = few if all_rows is None else all_rows
+            self._references = with_counts(counts, rows, count, self.num_rows)
             return
         self._uniform_references = count  # first: readers take no lock
         self._references = None
@@ -533,18 +495,14 @@ class RowCounts:
         counts = self._references  # once: readers take no lock
         if counts is None:
             return np.full(self.num_rows, self._uniform_references, np.int32)
-        if isinstance(counts, FewCounts):
-            return counts.as_array(self.num_rows)
-        return np.frombuffer(counts, np.int32)
+        return as_array(counts, self.num_rows)
 
     def _pin_array(self, but: HeldLease | None = None) -> npt.NDArray[np.int32]:
         counts = self._pins  # once: readers take no lock
         if counts is None:
             pins = np.zeros(self.num_rows, np.int32)
-        elif isinstance(counts, FewCounts):
-            pins = counts.as_array(self.num_rows)
         else:
-            pins = np.frombuffer(counts, np.int32).copy()
+            pins = as_array(counts, self.num_rows).copy()
         leases = self._leases
         if leases is not None:
             leases.add_to(pins, but)
@@ -585,11 +543,10 @@ class RowCounts:
         )
 
 
-def _require_distinct(rows: Int64Array, batch: NamesRows) -> None:
+def first_repeated(rows: Int64Array) -> int | None:
+    """The smallest row that is named twice; None if there is none."""
     if len(rows) <= FEW_ROWS and len(set(rows.tolist())) == len(rows):
-        return
+        return None
     ordered = np.sort(rows)
     repeated = ordered[1:] == ordered[:-1]
-    if repeated.any():
-        row = int(ordered[int(np.argmax(repeated))])
-        raise DoubleFreeError(f"{batch.describe(row)} is named twice in one call")
+    return int(ordered[int(np.argmax(repeated))]) if repeated.any() else None

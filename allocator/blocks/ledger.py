@@ -25,7 +25,7 @@ from typing import Protocol
 import numpy as np
 
 from kvheap.addresses.address_batch import AddressBatch
-from kvheap.addresses.extents import Extents, Int64Array, overlap_of
+from kvheap.addresses.extents import Extents, Int64Array
 from kvheap.addresses.free_list import Done, Receipt
 from kvheap.blocks.counts import RowCounts
 from kvheap.blocks.owned_blocks import OwnedBlocks
@@ -33,10 +33,10 @@ from kvheap.blocks.recorded_streams import Streams
 from kvheap.blocks.release import Release, WipedLaterError, WipingError
 from kvheap.blocks.stream_events import StreamEvents
 from kvheap.device.events import Event
-from kvheap.errors import HeapCorruptionError, InvalidFreeError
+from kvheap.errors import InvalidFreeError
 from kvheap.guards import read_meanwhile
 
-__all__ = ["Ledger", "NoSpace", "Space", "require_one_owner"]
+__all__ = ["Ledger", "NoSpace", "Space"]
 
 
 class Space(Protocol):
@@ -423,29 +423,3 @@ class Ledger:
 
 def _undo_of(blocks: AddressBatch) -> Release:
     return Release(blocks, blocks.block_bytes, None)
-
-
-def require_one_owner(owned: Extents, free: Extents) -> None:
-    """Raise if bytes are owned twice, or owned and free.
-
-    Args:
-        owned: extents of blocks, in address order.
-        free: the free extents, disjoint and in address order.
-
-    Raises:
-        HeapCorruptionError: names the first such block.
-    """
-    overlaps = np.flatnonzero(owned.ends[:-1] > owned.starts[1:])
-    if len(overlaps):
-        at = int(overlaps[0])
-        raise HeapCorruptionError(
-            f"two live blocks own the same bytes: those at [{owned.starts[at]}, {owned.ends[at]}) "
-            f"and [{owned.starts[at + 1]}, {owned.ends[at + 1]})"
-        )
-    overlap = overlap_of(free, owned) if len(owned.starts) else None
-    if overlap is not None:
-        extent, block = overlap
-        raise HeapCorruptionError(
-            f"the live block at [{owned.starts[block]}, {owned.ends[block]}) is in the free extent "
-            f"[{free.starts[extent]}, {free.ends[extent]})"
-        )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 from kvheap.addresses.extents import Int64Array
+from kvheap.device.completion import Completion
 from kvheap.device.events import Stream
+from kvheap.guards import read_meanwhile
 
 __all__ = ["RecordedStreams", "Streams", "stream_key"]
 
@@ -76,6 +79,21 @@ class RecordedStreams:
             if not used.isdisjoint(wanted):
                 found |= streams
         return found
+
+    def now(self, rows: Int64Array | None) -> Streams:
+        """:meth:`of`, while other threads may record more."""
+        try:
+            return self.of(rows)
+        except RuntimeError:
+            return read_meanwhile(partial(self.of, rows))
+
+    def users(self, rows: Int64Array | None) -> list[Completion]:
+        """Those of them that are transfers; see ``RowCounts.users``."""
+        return [
+            stream
+            for stream in self.now(rows).values()
+            if isinstance(stream, Completion) and not stream.is_over and stream.is_using
+        ]
 
     def prune(self, ended: Sequence[Stream]) -> None:
         """Drop streams that have ended, such as finished transfers."""

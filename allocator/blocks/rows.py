@@ -8,6 +8,7 @@ import numpy as np
 
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.batch_slice import BatchSlice
+from kvheap.blocks.counts import first_repeated
 from kvheap.blocks.memory_batch import BlockOwner, MemoryBatch, MemoryObj
 from kvheap.device.completion import Completion
 
@@ -86,13 +87,8 @@ def require_distinct(part: Rows) -> None:
     Raises:
         ValueError: names it.
     """
-    rows = part.rows
-    if rows is None or len(rows) < 2:
-        return
-    ordered = np.sort(rows)
-    repeated = ordered[1:] == ordered[:-1]
-    if repeated.any():
-        row = int(ordered[int(np.argmax(repeated))])
+    row = None if part.rows is None else first_repeated(part.rows)
+    if row is not None:
         raise ValueError(f"{part.batch.describe(row)} is named twice: blocks to fill must differ")
 
 

@@ -98,8 +98,8 @@ def _look(manager: AddressManager, ledger: Ledger) -> _State:
             ledger.finish()
         records = list(ledger.live.values())
         found = _State(
-            heap_bytes=manager.heap_bytes,
-            free=manager.free_extents(),
+            heap_bytes=manager.space.heap_bytes,
+            free=manager.space.free_extents(),
             records=records,
             states=[record.counts.copy_states() for record in records],
             pending=list(ledger.pending.copy().values()),

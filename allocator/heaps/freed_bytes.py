@@ -40,10 +40,8 @@ class FreedBytes:
         ownership: Ownership,
         has_pages: bool = False,
     ) -> None:
-        self._address_manager = address_manager
-        self.give_back_whole = (
-            address_manager.give_back_spare if has_pages else address_manager.give_back_batch
-        )
+        self._space = space = address_manager.space
+        self.give_back_whole = space.give_back_spare if has_pages else space.give_back_batch
         """Frees the bytes of a whole batch, in the step that sets its receipt. Call it with the
         guard of the address manager held, and only if :attr:`is_plain`."""
         self._has_pages = has_pages
@@ -67,8 +65,8 @@ class FreedBytes:
         """
         if self._has_pages or len(records) < 2:
             return False
-        manager = self._address_manager
-        return manager.give_back_batches([record.addresses for record in records], records)
+        addresses = [record.addresses for record in records]
+        return self._space.give_back_batches(addresses, records)
 
     def give_back(self, release: Release) -> None:
         """Free the bytes of a release, in the step that sets ``release.done``.
@@ -93,12 +91,12 @@ class FreedBytes:
                 if is_interrupt(error):
                     raise
                 raise WipingError from error
-        self._address_manager.give_back(release.freed, release.sizes, release)
+        self._space.give_back(release.freed, release.sizes, release)
 
     def was_given_back(self, record: OwnedBlocks) -> bool:
         """After :meth:`finish`: whether an interrupted :meth:`give_back_whole` has freed them."""
-        return record.done or self._address_manager.was_given_back(record.addresses)
+        return record.done or self._space.was_given_back(record.addresses)
 
     def finish(self) -> None:
         """Undo an allocation that an exception interrupted. Call with the guard held."""
-        self._address_manager.finish()
+        self._space.finish()

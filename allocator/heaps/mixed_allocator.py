@@ -18,8 +18,9 @@ from kvheap.blocks.names import as_format
 from kvheap.blocks.report import LiveBlocks
 from kvheap.blocks.rows import listed
 from kvheap.errors import ForeignObjectError
+from kvheap.heaps.allocator_stats import AllocatorStats
 from kvheap.heaps.plain_allocators import BufferAllocator
-from kvheap.heaps.tensor_allocator import AllocatorStats, TensorMemoryAllocator
+from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 from kvheap.snapshots.heap_snapshot import HeapSnapshot
 
 __all__ = ["MixedMemoryAllocator"]

@@ -12,7 +12,7 @@ again at once, for work on that stream. A block that another stream still uses n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from kvheap.addresses.heap_stats import HeapStats
 from kvheap.blocks.batch_slice import BatchSlice
 from kvheap.blocks.block_layout import BlockLayout, Dtypes, Shapes
 from kvheap.blocks.heap import Heap, await_filling
-from kvheap.blocks.ledger import require_one_owner
 from kvheap.blocks.lifetime import Lifetime
 from kvheap.blocks.memory_allocator import debug_by_environment
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
@@ -34,8 +33,9 @@ from kvheap.blocks.report import FullReport, FullReporter, weakly
 from kvheap.blocks.rows import Rows
 from kvheap.device.copy_device import CopyDevice
 from kvheap.engine import chunks
-from kvheap.errors import HeapCorruptionError, ReentrantCallError
-from kvheap.guards import is_inside_section, section
+from kvheap.errors import HeapCorruptionError
+from kvheap.heaps.added_buffers import AddedBuffers
+from kvheap.heaps.allocator_stats import AllocatorStats
 from kvheap.heaps.block_tensors import (
     new_tensor,
     require_apart,
@@ -45,6 +45,7 @@ from kvheap.heaps.block_tensors import (
 )
 from kvheap.heaps.capture import capture
 from kvheap.heaps.freed_bytes import FreedBytes
+from kvheap.heaps.one_owner import check_one_owner
 from kvheap.heaps.options import require_heap_options, require_units
 from kvheap.heaps.ownership import Ownership
 from kvheap.heaps.segments import Segments, as_buffer
@@ -54,7 +55,7 @@ from kvheap.heaps.wiping import Poison, Scrub
 from kvheap.memory.sharing import is_of_another_process
 from kvheap.snapshots.heap_snapshot import HeapSnapshot
 
-__all__ = ["AllocatorStats", "TensorMemoryAllocator"]
+__all__ = ["TensorMemoryAllocator"]
 
 DEBUG_SITE_FRAMES = 4
 """Number of callers that debug mode records for each allocation."""
@@ -64,29 +65,6 @@ _Known = tuple[object, object, object, BlockLayout | None]
 """The shape, dtype and format that a caller has passed, and the checked layout of such a block."""
 
 _NOTHING_KNOWN: _Known = (None, None, None, None)
-
-
-@dataclass(frozen=True, slots=True)
-class AllocatorStats(HeapStats):
-    """A snapshot of the heap's counters and properties."""
-
-    device: str
-    align_bytes: int
-    segments: int
-    """Number of buffers that make up the heap."""
-    pinned_bytes: int
-    """Bytes of the heap that are page-locked host memory."""
-    pending_bytes: int
-    """Freed bytes that a stream still uses; they count as allocated."""
-    dropped_blocks: int
-    """Blocks that were dropped without being freed and then reclaimed, so far."""
-    expired_leases: int
-    """Leases, of one block or of many, that have expired so far."""
-    failed_allocations: int
-    """Allocations for which the heap had no room, so far."""
-    view_only: bool
-    """Whether another process keeps the books: the numbers are then those at the fork, and those of
-    an empty heap if this one is attached."""
 
 
 class TensorMemoryAllocator(Heap):
@@ -212,7 +190,7 @@ class TensorMemoryAllocator(Heap):
         self.lifetime = Lifetime(address_manager.guard, self._bytes, trace_frames)
         self._checked_layout: BlockLayout | None = None
         self._known_layout: _Known = _NOTHING_KNOWN
-        self._adding: tuple[Segments, Segments] | None = None  # before and after ``add_buffer``
+        self._added_buffers = AddedBuffers(address_manager, self._bytes)
         self._full_reporter = FullReporter(on_full, on_full_interval_s)
         self._space = WaitingSpace(
             address_manager,
@@ -523,21 +501,7 @@ class TensorMemoryAllocator(Heap):
         if self.lifetime.reclaimer.has_work:
             self.lifetime.reclaimer.settle()
         self.address_manager.check()
-        self._check_owners()
-
-    @section
-    def _check_owners(self) -> None:
-        manager, ledger = self.address_manager, self.lifetime.ledger
-        guard = manager.guard
-        if guard.busy and is_inside_section():
-            return
-        with guard.lock:
-            guard.busy = True
-            if ledger.begun or ledger.allocation.done:
-                ledger.finish()
-            owned, free = ledger.extents(), manager.free_extents()
-            guard.busy = False
-        require_one_owner(owned, free)
+        check_one_owner(self.address_manager, self.lifetime.ledger)
 
     def full_report(self, num_blocks: int = 0, requested_bytes: int = 0) -> FullReport:
         """What is free, and which live blocks hold the rest. O(1); its ``live`` is O(batches)."""
@@ -607,48 +571,12 @@ class TensorMemoryAllocator(Heap):
         usable = buffer.numel() // unit * unit
         if not usable:
             raise ValueError(f"the buffer must have at least {unit} bytes, got {buffer.numel()}")
-        self._add_buffer(buffer, usable)
+        self._added_buffers.add(buffer, usable, self._forget_layouts)
 
-    @section
-    def _add_buffer(self, buffer: torch.Tensor, usable: int) -> None:
-        manager = self.address_manager
-        guard, unit = manager.guard, manager.align_bytes
-        if guard.busy and is_inside_section():
-            raise ReentrantCallError("add_buffer", 0, 0, 0)
-        with guard.lock:
-            guard.busy = True
-            manager.finish()
-            self._undo_adding()
-            before, start = self._bytes.segments, manager.heap_bytes
-            last_end = before.end(unit)
-            if start < last_end:
-                raise ValueError(
-                    f"the heap ends at address {start} and does not cover its last buffer, which "
-                    f"ends at {last_end}: grow the heap over it, or cut it, before adding another"
-                )
-            # Publish the buffer before a block in it can be allocated.
-            after = before.with_buffer(buffer, start)
-            self._adding = before, after
-            self._bytes.segments = after
-            self._checked_layout = None
-            self._known_layout = _NOTHING_KNOWN
-            try:
-                manager.extend(usable, new_segment=True)
-            except BaseException:
-                self._undo_adding()
-                raise
-            self._adding = None
-            guard.busy = False
-
-    def _undo_adding(self) -> None:
-        """Take back a buffer that an exception kept from joining the address space."""
-        if self._adding is None:
-            return
-        self.address_manager.finish()
-        before, after = self._adding
-        if self._bytes.segments is after and self.address_manager.heap_bytes == after.starts[-1]:
-            self._bytes.segments = before
-        self._adding = None
+    def _forget_layouts(self) -> None:
+        """Check layouts again: the buffers that blocks may be in have changed."""
+        self._checked_layout = None
+        self._known_layout = _NOTHING_KNOWN
 
     def start_over_after_fork(self) -> None:
         """In a forked child: leave the books of shared memory to the parent."""

@@ -49,6 +49,7 @@ class WaitingSpace:
         has_pages: bool,
     ) -> None:
         self._manager = address_manager
+        self._space = address_manager.space
         self._freed = freed
         self._lifetime = lifetime
         self._reporter = reporter
@@ -133,12 +134,12 @@ class WaitingSpace:
             guard.busy = True
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
-            allocation, manager = ledger.allocation, self._manager
+            allocation, space = ledger.allocation, self._space
             addresses = None
             if batch_size == 1 and self._has_pages:
-                addresses = manager.take_spare(allocation)
+                addresses = space.take_spare(allocation)
             if addresses is None:
-                addresses = manager.take(layout.size_bytes, batch_size, allow_partial, allocation)
+                addresses = space.take(layout.size_bytes, batch_size, allow_partial, allocation)
             if addresses is None:
                 guard.busy = False
                 return None
@@ -146,7 +147,7 @@ class WaitingSpace:
                 try:
                     self._freed.wiping.allocated(addresses, self._freed.segments)
                 except Exception:
-                    manager.give_back(addresses)  # the bytes are still poisoned
+                    space.give_back(addresses)  # the bytes are still poisoned
                     allocation.done = False
                     raise
             batch = MemoryBatch(owner, addresses, layout)

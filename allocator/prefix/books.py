@@ -121,7 +121,7 @@ class Books(Generic[K, V]):
     =================  ======================================================
     purpose            methods
     =================  ======================================================
-    chunks in use      ``hold``, ``release``
+    chunks in use      ``ready_among``, ``touch``, ``hold``, ``release``
     stores             ``begin``, ``complete``, ``abort``
     chunks that end    ``evict``, ``remove``, ``clear``, ``ended_pairs``
     upkeep             ``enter``, ``settle``, ``stats``, ``check``
@@ -154,9 +154,14 @@ class Books(Generic[K, V]):
 
     # -- chunks in use -------------------------------------------------------------------------
 
-    def touch(self, chunks: list[Chunk[K, V]]) -> None:
-        """Tell the policy that one request used ready chunks."""
-        self._make(partial(self._touch, chunks))
+    def ready_among(self, keys: Iterable[K]) -> list[Chunk[K, V]]:
+        """The ready ones of the chunks of ``keys``, each once, in their order."""
+        find = self.ready.get
+        return [chunk for key in dict.fromkeys(keys) if (chunk := find(key)) is not None]
+
+    def touch(self, keys: Iterable[K]) -> None:
+        """Tell the policy that one request used the ready ones of the chunks of ``keys``."""
+        self._make(partial(self._touch, self.ready_among(keys)))
 
     def _touch(self, chunks: list[Chunk[K, V]]) -> None:
         self.policy.touch(chunks)
@@ -319,8 +324,11 @@ class Books(Generic[K, V]):
         self.evictable_bytes -= num_bytes
         self._end(victims)
 
-    def remove(self, ready: list[Chunk[K, V]], pending: list[Chunk[K, V]]) -> None:
-        """End chunks; those that are held or pending are only removed for now."""
+    def remove(self, keys: Iterable[K]) -> None:
+        """End the chunks of ``keys``; those that are held or pending are only removed for now."""
+        wanted, find = dict.fromkeys(keys), self.pending.get
+        ready = self.ready_among(wanted)
+        pending = [chunk for key in wanted if (chunk := find(key)) is not None]
         idle = [chunk for chunk in ready if not chunk.holds]
         held = [chunk for chunk in ready if chunk.holds]
         self._make(partial(self._remove, idle, held, pending))

@@ -22,21 +22,23 @@ asks it what a request finds, protects what is being read, and learns from it wh
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Sequence, Sized
-from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 from kvheap.addresses.arguments import require_count
-from kvheap.errors import LifetimeError
 from kvheap.prefix.books import Books, Chunk, IndexStats, OpenChunks
-from kvheap.prefix.keys import as_key_error, require_key_list, require_keys, require_list
+from kvheap.prefix.index_handles import Hold, PendingStore
+from kvheap.prefix.keys import (
+    as_key_error,
+    require_key_list,
+    require_keys,
+    require_list,
+    require_new,
+    sizes_of,
+)
 from kvheap.prefix.policies import LRU, POLICIES, EvictionPolicy
 
-if TYPE_CHECKING:
-    from typing import Self
-
-__all__ = ["ChunkState", "Hold", "IndexStats", "PendingStore", "PrefixIndex"]
+__all__ = ["ChunkState", "PrefixIndex"]
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -209,8 +211,7 @@ class PrefixIndex(Generic[K, V]):
         require_keys(keys)
         books = self._books
         try:
-            find = books.enter(sys._getframe()).ready.get
-            books.touch([chunk for key in dict.fromkeys(keys) if (chunk := find(key)) is not None])
+            books.enter(sys._getframe()).touch(keys)
             books.turn.state = {}
         except BaseException as error:
             books.turn.give_up(sys._getframe())
@@ -279,7 +280,7 @@ class PrefixIndex(Generic[K, V]):
         require_list("values", values)
         if len(keys) != len(values):
             raise ValueError(f"{len(keys)} keys need as many values, got {len(values)}")
-        sizes = _sizes(keys, size_bytes)
+        sizes = sizes_of(keys, size_bytes)
         books = self._books
         store = PendingStore(books, OpenChunks({}), is_empty=not len(keys))
         try:
@@ -288,7 +289,7 @@ class PrefixIndex(Generic[K, V]):
                 key: Chunk(key, value, size, hash(key))
                 for key, value, size in zip(keys, values, sizes, strict=True)
             }
-            _require_new(books, keys, chunks)
+            require_new(keys, chunks, books.ready, books.pending)
             books.unclaimed = (books.take_back, store.open_chunks)
             books.begin(store.open_chunks, chunks)
             books.unclaimed, books.turn.state = None, {}  # see hold
@@ -323,8 +324,7 @@ class PrefixIndex(Generic[K, V]):
         books = self._books
         ended: list[tuple[K, V]] | None = None
         try:
-            find = books.enter(sys._getframe()).ready.get
-            found = [chunk for key in dict.fromkeys(protected) if (chunk := find(key)) is not None]
+            found = books.enter(sys._getframe()).ready_among(protected)
             kept = [chunk for chunk in found if not chunk.holds]
             free_bytes = books.evictable_bytes - sum([chunk.size_bytes for chunk in kept])
             if num_bytes > free_bytes:
@@ -352,12 +352,7 @@ class PrefixIndex(Generic[K, V]):
         require_keys(keys)
         books = self._books
         try:
-            books.enter(sys._getframe())
-            wanted = dict.fromkeys(keys)
-            find_ready, find_pending = books.ready.get, books.pending.get
-            ready = [chunk for key in wanted if (chunk := find_ready(key)) is not None]
-            pending = [chunk for key in wanted if (chunk := find_pending(key)) is not None]
-            books.remove(ready, pending)
+            books.enter(sys._getframe()).remove(keys)
             ended = books.ended_pairs()
             books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see hold
         except BaseException as error:
@@ -426,218 +421,3 @@ class PrefixIndex(Generic[K, V]):
     def __repr__(self) -> str:
         """The policy and the counts."""
         return f"PrefixIndex({self._books.policy.name}, {self._books.stats()})"
-
-
-class _Handle(Generic[K, V]):
-    """What holds and stores share: the keys that they have not given up."""
-
-    __slots__ = ("_books", "_is_empty", "open_chunks")
-
-    def __init__(
-        self, books: Books[K, V], open_chunks: OpenChunks[K, V], *, is_empty: bool = False
-    ) -> None:
-        self._books = books
-        self._is_empty = is_empty  # from the beginning
-        self.open_chunks = open_chunks
-        """The chunks that have not ended, for the index."""
-
-    @property
-    def keys(self) -> list[K]:
-        """The keys that have not ended, in the order that they were given in."""
-        return list(self.open_chunks.chunks)
-
-    @property
-    def values(self) -> list[V]:
-        """The values of those keys. They are valid even if the chunks were removed meanwhile."""
-        return [chunk.value for chunk in self.open_chunks.chunks.values()]
-
-    def __len__(self) -> int:
-        """How many keys have not ended."""
-        return len(self.open_chunks.chunks)
-
-    def _select(self, keys: Iterable[K] | None) -> dict[K, Chunk[K, V]]:
-        """The chunks of ``keys``; None: of all keys that have not ended."""
-        chunks = self.open_chunks.chunks
-        if keys is None:
-            return chunks
-        require_keys(keys)
-        try:
-            return {key: chunks[key] for key in keys}
-        except TypeError as error:
-            raise as_key_error(error, keys) from None
-
-    def _end(
-        self,
-        change: Callable[[OpenChunks[K, V], dict[K, Chunk[K, V]]], None],
-        keys: Iterable[K] | None,
-    ) -> None:
-        """End some chunks later, in the turn of another call; a second time changes nothing."""
-        chunks = self.open_chunks.chunks
-        wanted = chunks if keys is None else {key: chunks[key] for key in keys if key in chunks}
-        if wanted:
-            change(self.open_chunks, wanted)
-
-    def __repr__(self) -> str:
-        """How many keys have not ended."""
-        return f"{type(self).__name__}({len(self)} chunks)"
-
-
-class Hold(_Handle[K, V]):
-    """Ready chunks that are protected from eviction. Made by :meth:`PrefixIndex.hold`."""
-
-    __slots__ = ()
-
-    def release(self, keys: Iterable[K] | None = None) -> list[tuple[K, V]]:
-        """End the hold. Once it is released, a second call changes nothing. O(N * P).
-
-        In the middle of another call of the index, as in a finalizer, the hold ends with that call,
-        and this returns nothing.
-
-        Args:
-            keys: end it for these only; None: for all that are left.
-
-        Returns:
-            Keys and values of what has ended, for the caller to free: among others the chunks
-            that were removed while they were held.
-
-        Raises:
-            KeyError: a key, which it names, is not held by this hold; nothing is released.
-        """
-        books = self._books
-        ended: list[tuple[K, V]] = []
-        try:
-            if books.try_enter(sys._getframe()):
-                books.release(self.open_chunks, self._select(keys))
-                ended = books.ended_pairs()
-                books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see PrefixIndex.hold
-            else:
-                books.turn.leave(
-                    partial(self._end, books.release, _listed(self._select(keys), keys))
-                )
-        except BaseException:
-            books.turn.give_up(sys._getframe())
-            raise
-        return ended
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        books = self._books
-        try:
-            if books.try_enter(sys._getframe()):
-                books.release(self.open_chunks, self.open_chunks.chunks)
-            else:
-                books.turn.leave(partial(self._end, books.release, None))
-        finally:
-            books.turn.give_up(sys._getframe())
-
-
-class PendingStore(_Handle[K, V]):
-    """Chunks whose bytes are on their way. Made by :meth:`PrefixIndex.begin`."""
-
-    __slots__ = ()
-
-    def complete(self, keys: Iterable[K] | None = None) -> list[tuple[K, V]]:
-        """Make chunks ready, because their bytes have arrived. O(N * P).
-
-        In the middle of another call of the index, as in a finalizer, they become ready with the
-        end of that call, and this returns nothing.
-
-        Args:
-            keys: complete these only; None: all that are left.
-
-        Returns:
-            Keys and values of what has ended, for the caller to free: among others the chunks
-            that were removed while they were pending, which do not become ready.
-
-        Raises:
-            KeyError: a key, which it names, is not pending in this store; nothing is completed.
-            LifetimeError: the whole store is completed or aborted already.
-        """
-        books = self._books
-        ended: list[tuple[K, V]] = []
-        try:
-            is_mine = books.try_enter(sys._getframe())
-            chunks = self._select(keys)
-            if not self.open_chunks.chunks and not self._is_empty:
-                raise LifetimeError("this store is completed or aborted already")
-            if is_mine:
-                books.complete(self.open_chunks, chunks)
-                ended = books.ended_pairs()
-                books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see PrefixIndex.hold
-            else:
-                books.turn.leave(partial(self._end, books.complete, _listed(chunks, keys)))
-        except BaseException:
-            books.turn.give_up(sys._getframe())
-            raise
-        return ended
-
-    def abort(self, keys: Iterable[K] | None = None) -> list[tuple[K, V]]:
-        """End chunks, because their bytes will not arrive. O(N).
-
-        On a store that is completed or aborted as a whole it changes nothing. In the middle of
-        another call of the index, as in a finalizer, they end with that call, and this returns
-        nothing.
-
-        Args:
-            keys: abort these only; None: all that are left.
-
-        Returns:
-            Keys and values of what has ended, for the caller to free.
-
-        Raises:
-            KeyError: a key, which it names, is not pending in this store; nothing is aborted.
-        """
-        books = self._books
-        ended: list[tuple[K, V]] = []
-        try:
-            if books.try_enter(sys._getframe()):
-                books.abort(self.open_chunks, self._select(keys))
-                ended = books.ended_pairs()
-                books.ended, books.ended_bytes, books.turn.state = {}, 0, {}  # see PrefixIndex.hold
-            else:
-                books.turn.leave(partial(self._end, books.abort, _listed(self._select(keys), keys)))
-        except BaseException:
-            books.turn.give_up(sys._getframe())
-            raise
-        return ended
-
-
-def _listed(chunks: dict[K, Chunk[K, V]], keys: Iterable[K] | None) -> list[K] | None:
-    """The keys that a call named, to be ended later; None: all."""
-    return None if keys is None else list(chunks)
-
-
-def _sizes(keys: Sequence[object], size_bytes: int | Sequence[int]) -> list[int]:
-    """The bytes of each key's chunk."""
-    if isinstance(size_bytes, Sized):
-        require_list("size_bytes", size_bytes)
-    else:
-        of_key = f" of {next(iter(keys))!r}" if len(keys) else ""
-        return [require_count(f"size_bytes{of_key}", size_bytes, 1)] * len(keys)
-    if len(size_bytes) != len(keys):
-        raise ValueError(f"{len(keys)} keys need as many sizes, got {len(size_bytes)}")
-    return [
-        size if type(size) is int and size > 0 else require_count(f"size_bytes of {key!r}", size, 1)
-        for key, size in zip(keys, size_bytes, strict=True)
-    ]
-
-
-def _require_new(books: Books[K, V], keys: Sequence[K], chunks: dict[K, Chunk[K, V]]) -> None:
-    """Refuse keys that are in the books, or named twice."""
-    if not books.ready.keys().isdisjoint(chunks):
-        key = next(key for key in chunks if key in books.ready)
-        raise ValueError(f"{key!r} is stored already")
-    if not books.pending.keys().isdisjoint(chunks):
-        key = next(key for key in chunks if key in books.pending)
-        raise ValueError(f"{key!r} is being stored already")
-    if len(chunks) != len(keys):
-        seen: set[K] = set()
-        key = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"{key!r} is named twice")

@@ -10,8 +10,10 @@ Needs no torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence, Sized
+from collections.abc import Collection, Hashable, Mapping, Sequence, Sized
 from typing import Any
+
+from kvheap.addresses.arguments import require_count
 
 __all__ = [
     "as_bytes_keys",
@@ -20,7 +22,9 @@ __all__ = [
     "require_key_list",
     "require_keys",
     "require_list",
+    "require_new",
     "shown_keys",
+    "sizes_of",
 ]
 
 NAMED_KEYS = 3
@@ -123,6 +127,55 @@ def require_distinct(keys: list[bytes]) -> None:
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"keys must not name a chunk twice, got {twice!r} twice")
+
+
+def require_new(
+    keys: Sequence[Hashable],
+    distinct: Collection[Hashable],
+    ready: Mapping[Any, object],
+    pending: Mapping[Any, object],
+) -> None:
+    """Raise if chunks cannot be stored under keys. O(N).
+
+    Args:
+        keys: the keys, as the caller named them.
+        distinct: each of them once.
+        ready: what is stored, by key.
+        pending: what is being stored, by key.
+
+    Raises:
+        ValueError: names a key that is stored or being stored already, or that is named twice.
+    """
+    for known, word in ((ready, "stored"), (pending, "being stored")):
+        if not known.keys().isdisjoint(distinct):
+            key = next(key for key in distinct if key in known)
+            raise ValueError(f"{key!r} is {word} already")
+    if len(distinct) < len(keys):
+        seen: set[Hashable] = set()
+        for key in keys:
+            if key in seen:
+                raise ValueError(f"{key!r} is named twice")
+            seen.add(key)
+
+
+def sizes_of(keys: Sequence[object], size_bytes: int | Sequence[int]) -> list[int]:
+    """The bytes of each key's chunk, positive: a number for each, or one for all. O(N).
+
+    Raises:
+        ValueError: a size is not positive, or there is another number of them.
+        TypeError: a size is not an integer. The key is named.
+    """
+    if isinstance(size_bytes, Sized):
+        require_list("size_bytes", size_bytes)
+    else:
+        of_key = f" of {next(iter(keys))!r}" if len(keys) else ""
+        return [require_count(f"size_bytes{of_key}", size_bytes, 1)] * len(keys)
+    if len(size_bytes) != len(keys):
+        raise ValueError(f"{len(keys)} keys need as many sizes, got {len(size_bytes)}")
+    return [
+        size if type(size) is int and size > 0 else require_count(f"size_bytes of {key!r}", size, 1)
+        for key, size in zip(keys, size_bytes, strict=True)
+    ]
 
 
 def shown_keys(keys: Sequence[bytes]) -> str:

@@ -19,7 +19,7 @@ from kvheap.prefix.index import PrefixIndex
 
 if TYPE_CHECKING:
     from kvheap.addresses.address_manager import AddressManager
-    from kvheap.heaps.tensor_allocator import AllocatorStats
+    from kvheap.heaps.allocator_stats import AllocatorStats
     from kvheap.kernels.chunk_shape import ChunkShape
     from kvheap.kernels.paged_layout import PagedKVCache
     from kvheap.kernels.paged_slots import Slots

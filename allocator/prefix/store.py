@@ -20,9 +20,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -32,18 +31,19 @@ import torch
 
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import BlockObjects
-from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
-from kvheap.errors import ClosedError, TransferError
+from kvheap.blocks.memory_batch import MemoryObj
+from kvheap.errors import ClosedError
 from kvheap.heaps.block_tensors import require_matching
 from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.untraced import untraced_class
-from kvheap.prefix.books import Books, Chunk, IndexStats, OpenChunks
-from kvheap.prefix.handles import ChunkHold, StoreInFlight, StoresInFlight
+from kvheap.prefix.books import Books, IndexStats
 from kvheap.prefix.index import ChunkState, PrefixIndex
 from kvheap.prefix.keys import as_key_error, require_key_list, require_keys
 from kvheap.prefix.policies.base import EvictionPolicy
 from kvheap.prefix.sources import engine_chunk_tokens, require_blocks, require_slots
 from kvheap.prefix.space import ChunkHeap, ChunkSpace
+from kvheap.prefix.store_handles import ChunkHold, StoreInFlight
+from kvheap.prefix.storing import Storing
 from kvheap.renamed import renamed
 from kvheap.transfer.moves import offload, require_movable
 
@@ -132,7 +132,7 @@ class PrefixStore(Generic[K]):
     ) -> None:
         self._index: PrefixIndex[K, MemoryObj] = PrefixIndex(policy, name="PrefixStore")
         self._space = ChunkSpace(heap, layout, self._index)
-        self._in_flight: StoresInFlight[K] = StoresInFlight()
+        self._storing = Storing(self._space)
         self._closed = False
 
     @property
@@ -203,9 +203,7 @@ class PrefixStore(Generic[K]):
         require_keys(keys)
         space = self._space
         try:
-            books = self._enter(sys._getframe())
-            find = books.ready.get
-            books.touch([chunk for key in dict.fromkeys(keys) if (chunk := find(key)) is not None])
+            self._enter(sys._getframe()).touch(keys)
         except TypeError as error:
             raise as_key_error(error, keys)  # noqa: B904
         finally:
@@ -272,7 +270,8 @@ class PrefixStore(Generic[K]):
             device = self.heap.device
             require_matching("source", source, len(keys), layout, device, cpu_is_fine=True)
 
-        self._store(
+        self._require_open()
+        self._storing.store(
             keys,
             lambda: self.heap.batched_allocate(
                 list(layout.shapes), list(layout.dtypes), len(keys), layout.fmt, source=source
@@ -299,7 +298,7 @@ class PrefixStore(Generic[K]):
         layout = self.layout
         self._require_open()
         chunk_tokens = engine_chunk_tokens(layout, len(keys), cache, slots)
-        self._store(
+        self._storing.store(
             keys,
             lambda: self.heap.batched_store(cache, slots, chunk_tokens, layout.fmt),
             lambda: require_slots(layout, cache, slots, eager=getattr(self.heap, "debug", False)),
@@ -324,8 +323,9 @@ class PrefixStore(Generic[K]):
         """
         require_key_list(keys)
         layout = self.layout
+        self._require_open()
         try:
-            flight = self._begin(
+            flight = self._storing.begin(
                 sys._getframe(),
                 keys,
                 lambda moved: self.heap.batched_allocate(
@@ -372,8 +372,9 @@ class PrefixStore(Generic[K]):
         """
         require_key_list(keys)
         into = cast("Heap", self.heap)
+        self._require_open()
         try:
-            flight = self._begin(
+            flight = self._storing.begin(
                 sys._getframe(),
                 keys,
                 lambda moved: offload(
@@ -403,27 +404,10 @@ class PrefixStore(Generic[K]):
         space = self._space
         try:
             self._enter(sys._getframe())
-            ended = self._poll()
+            ended = self._storing.poll()
             space.free_ended()
         finally:
             space.end_turn(sys._getframe())
-        return ended
-
-    def _poll(self) -> list[StoreInFlight[K]]:
-        """:meth:`poll` for a caller who has the turn."""
-        ended = []
-        for store in list(self._in_flight.stores):
-            transfer = store.batch.transfer
-            if transfer is None or not transfer.done():
-                continue
-            try:
-                transfer.result()
-            except TransferError as error:
-                store.error = error
-                store.abort_in_turn()
-            else:
-                store.complete_in_turn()
-            ended.append(store)
         return ended
 
     # -- end -----------------------------------------------------------------------------------
@@ -440,12 +424,7 @@ class PrefixStore(Generic[K]):
         require_keys(keys)
         space = self._space
         try:
-            books = self._enter(sys._getframe())
-            wanted = dict.fromkeys(keys)
-            find_ready, find_pending = books.ready.get, books.pending.get
-            ready = [chunk for key in wanted if (chunk := find_ready(key)) is not None]
-            pending = [chunk for key in wanted if (chunk := find_pending(key)) is not None]
-            books.remove(ready, pending)
+            self._enter(sys._getframe()).remove(keys)
             space.free_ended()
         except TypeError as error:
             raise as_key_error(error, keys)  # noqa: B904
@@ -476,8 +455,7 @@ class PrefixStore(Generic[K]):
         space = self._space
         try:
             books = space.enter(sys._getframe())
-            for store in list(self._in_flight.stores):
-                store.abort_in_turn()
+            self._storing.abort_all()
             books.clear()
             space.free_ended()
             self._closed = True
@@ -504,7 +482,7 @@ class PrefixStore(Generic[K]):
         index, evicted_chunks = self._space.books.stats(), self._space.evicted_chunks
         return StoreStats(
             **{field.name: getattr(index, field.name) for field in fields(IndexStats)},
-            stores_in_flight=len(self._in_flight.stores),
+            stores_in_flight=self._storing.num_in_flight,
             evicted_chunks=evicted_chunks,
             evicted_bytes=evicted_chunks * self._space.chunk_bytes,
         )
@@ -535,101 +513,3 @@ class PrefixStore(Generic[K]):
         """Begin a call that changes something."""
         self._require_open()
         return self._space.enter(frame)
-
-    def _require_new(self, keys: Sequence[K]) -> None:
-        """Refuse keys that are known or named twice, before anything is evicted for them."""
-        if len(self._index.missing(keys)) == len(keys):
-            return
-        seen: set[K] = set()
-        for key in keys:
-            state = self._index.state(key)
-            if state != "absent":
-                word = "stored" if state == "ready" else "being stored"
-                raise ValueError(f"{key!r} is {word} already")
-            if key in seen:
-                raise ValueError(f"{key!r} is named twice")
-            seen.add(key)
-
-    def _store(
-        self,
-        keys: Sequence[K],
-        make_batch: Callable[[], MemoryBatch | None],
-        check: Callable[[], object],
-    ) -> None:
-        space = self._space
-        try:
-            books = self._enter(sys._getframe())
-            self._require_new(keys)
-            batch = space.allocate(len(keys), make_batch, check, self._poll)
-            entered: OpenChunks[K, MemoryObj] = OpenChunks({})
-            books.unclaimed = (books.abort, entered)
-            self._enter_pending(keys, batch, entered)
-            books.complete(entered, entered.chunks)
-            books.unclaimed = None
-            if space.turn.waiting:
-                space.free_ended()
-        finally:
-            space.end_turn(sys._getframe())
-
-    def _begin(
-        self,
-        frame: FrameType,
-        keys: Sequence[K],
-        make_batch: Callable[[list[MemoryBatch]], MemoryBatch | None],
-        check: Callable[[], object] = tuple,
-        check_before_evicting: Callable[[], object] = tuple,
-    ) -> StoreInFlight[K]:
-        """Begin a store in the turn of ``frame``, which then ends the turn."""
-        space = self._space
-        books = self._enter(frame)
-        self._require_new(keys)
-        check()
-        moved: list[MemoryBatch] = []
-        flights: list[StoreInFlight[K]] = []
-        entered: OpenChunks[K, MemoryObj] = OpenChunks({})
-        books.unclaimed = (partial(self._go_on, keys, moved, flights), entered)
-        batch = space.allocate(
-            len(keys), partial(make_batch, moved), check_before_evicting, self._poll
-        )
-        flights.append(StoreInFlight(space, batch, keys, self._in_flight, entered))
-        self._enter_pending(keys, batch, entered)
-        self._in_flight.stores[flights[0]] = None
-        if space.turn.waiting:
-            space.free_ended()
-        return flights[0]
-
-    def _go_on(
-        self,
-        keys: Sequence[K],
-        moved: list[MemoryBatch],
-        flights: list[StoreInFlight[K]],
-        entered: OpenChunks[K, MemoryObj],
-        chunks: object,
-    ) -> None:
-        """Settle a store that an exception has interrupted, in the turn of a later call.
-
-        A transfer that was begun goes on, for :meth:`poll` to complete: it may be about to free the
-        blocks that it copies, and then the chunks are the only copy.
-        """
-        if not flights and moved and moved[-1].transfer is not None:
-            flights.append(StoreInFlight(self._space, moved[-1], keys, self._in_flight, entered))
-        if not flights:
-            return
-        if flights[0].batch.transfer is None:
-            flights[0].abort_in_turn()
-            return
-        if not entered.chunks:
-            self._enter_pending(keys, flights[0].batch, entered)
-        self._in_flight.stores[flights[0]] = None
-
-    def _enter_pending(
-        self, keys: Sequence[K], batch: MemoryBatch, into: OpenChunks[K, MemoryObj]
-    ) -> None:
-        size_bytes = batch.allocated_bytes
-        self._space.books.begin(
-            into,
-            {
-                key: Chunk(key, block, size_bytes, hash(key))
-                for key, block in zip(keys, batch[:], strict=True)
-            },
-        )

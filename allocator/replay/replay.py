@@ -8,7 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from kvheap.heaps.tensor_allocator import AllocatorStats, TensorMemoryAllocator
+from kvheap.heaps.allocator_stats import AllocatorStats
+from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 from kvheap.prefix.policies import EvictionPolicy
 from kvheap.prefix.store import PrefixStore
 from kvheap.replay.copies import Copies, TensorCopies

@@ -13,7 +13,8 @@ from kvheap.addresses.address_manager import AddressManager
 from kvheap.blocks.block_layout import Dtypes, Shapes
 from kvheap.blocks.memory_batch import MemoryBatch, MemoryObj
 from kvheap.blocks.memory_format import MemoryFormat
-from kvheap.heaps.tensor_allocator import AllocatorStats, TensorMemoryAllocator
+from kvheap.heaps.allocator_stats import AllocatorStats
+from kvheap.heaps.tensor_allocator import TensorMemoryAllocator
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_slots import Slots
 

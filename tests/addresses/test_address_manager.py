@@ -611,8 +611,8 @@ class TestCheck:
     )
     def test_a_broken_invariant_is_named(self, break_it: object, message: str) -> None:
         heap = heap_with_holes([1, 2])
-        break_it(heap._free_list)  # type: ignore[operator]
-        heap._free_list.commit()
+        break_it(heap.space._free_list)  # type: ignore[operator]
+        heap.space._free_list.commit()
         with pytest.raises(HeapCorruptionError, match=message):
             heap.check()
         assert not heap.check_consistency()

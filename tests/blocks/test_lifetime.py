@@ -131,7 +131,7 @@ class TestDropped:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         heap = heap_of(8)
-        take_extent = type(heap.address_manager._free_list).take
+        take_extent = type(heap.address_manager.space._free_list).take
 
         def collect_and_take(free_list: object, size: int) -> object:
             gc.collect()

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from kvheap.cli import BENCH_NOTES, bench, main
+from kvheap.cli import bench, main
 from kvheap.cli.bench import BENCHMARKS
 from kvheap.cli.bench_summary import SUMMARIES, lines_of
+from kvheap.cli.texts import BENCH_NOTES
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

@@ -16,7 +16,8 @@ from optional import need_matplotlib
 from kvheap.calibration import cuda_measure
 from kvheap.calibration.calibrate import GRID_COUNTS, GRID_SIZES
 from kvheap.calibration.measure import CalibrationError
-from kvheap.cli import CALIBRATE_HELP, CALIBRATE_NOTES, calibrate, main
+from kvheap.cli import calibrate, main
+from kvheap.cli.texts import CALIBRATE_HELP, CALIBRATE_NOTES
 from kvheap.device import cuda
 from kvheap.planning.copy_table import CopyTable
 from kvheap.planning.path_costs import MEASURED_DIRECTIONS, MEASURED_PATHS

@@ -14,9 +14,10 @@ import torch
 from optional import need_matplotlib
 
 from kvheap import __version__
-from kvheap.cli import REPLAY_NOTES, CommandError, main
+from kvheap.cli import CommandError, main
 from kvheap.cli import replay as replay_command
 from kvheap.cli.replay import parse_bytes
+from kvheap.cli.texts import REPLAY_NOTES
 from kvheap.prefix import POLICIES, PrefixStore
 from kvheap.replay import copies
 from kvheap.replay.engine_cache import ENGINE_LAYOUTS, EngineCache

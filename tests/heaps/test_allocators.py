@@ -10,16 +10,15 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from heap_makers import MIB, makers
 
 from kvheap import (
     AdHocMemoryAllocator,
     BlockLayout,
-    BufferAllocator,
     BytesBufferMemoryObj,
     ClosedError,
     DoubleFreeError,
@@ -42,21 +41,7 @@ from kvheap import (
 )
 
 PAGE = 4096
-MIB = 1 << 20
-
-MAKERS: dict[str, Callable[[], MemoryAllocatorInterface]] = {
-    "tensor": lambda: TensorMemoryAllocator(torch.zeros(MIB, dtype=torch.uint8)),
-    "gpu": lambda: GPUMemoryAllocator(MIB, allow_cpu=True),
-    "host": lambda: HostMemoryAllocator(MIB),
-    "pin": lambda: PinMemoryAllocator(MIB, allow_unpinned=True),
-    "mixed": lambda: MixedMemoryAllocator(HostMemoryAllocator(MIB)),
-    "lazy": lambda: LazyMemoryAllocator(MIB, 2 * MIB, pin="no"),
-    "paged": lambda: PagedTensorMemoryAllocator(
-        torch.zeros(MIB, dtype=torch.uint8), [64, 16], torch.float32
-    ),
-    "ad hoc": AdHocMemoryAllocator,
-    "buffer": BufferAllocator,
-}
+MAKERS = makers([64, 16])
 
 
 class FakeRegistrar:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import torch
+from heap_makers import MIB, makers
 from hypothesis import given
 from hypothesis import strategies as st
 from small_heaps import PAGE, heap_of
@@ -16,42 +17,25 @@ from transfer_fixtures import by_queue as by_queue
 from transfer_scenes import Gate
 
 from kvheap import (
-    AdHocMemoryAllocator,
     BlockLayout,
-    BufferAllocator,
     ClosedError,
     ForeignObjectError,
     ForeignProcessError,
     GPUMemoryAllocator,
     HostMemoryAllocator,
-    LazyMemoryAllocator,
     LifetimeError,
-    MemoryAllocatorInterface,
     MemoryBatch,
     MemoryFormat,
     MixedMemoryAllocator,
     PagedKVCache,
-    PagedTensorMemoryAllocator,
     PinMemoryAllocator,
-    TensorMemoryAllocator,
     TransferError,
     foreign_transfer,
     offload,
 )
 
-MIB = 1 << 20
-MAKERS: dict[str, Callable[[], MemoryAllocatorInterface]] = {
-    "tensor": lambda: TensorMemoryAllocator(torch.zeros(MIB, dtype=torch.uint8)),
-    "gpu": lambda: GPUMemoryAllocator(MIB, allow_cpu=True),
-    "host": lambda: HostMemoryAllocator(MIB),
-    "pin": lambda: PinMemoryAllocator(MIB, allow_unpinned=True),
-    "mixed": lambda: MixedMemoryAllocator(HostMemoryAllocator(MIB)),
-    "lazy": lambda: LazyMemoryAllocator(MIB, 2 * MIB, pin="no"),
-    "paged": lambda: PagedTensorMemoryAllocator(
-        torch.zeros(MIB, dtype=torch.uint8), [60, 4], torch.float32
-    ),
-    "ad hoc": AdHocMemoryAllocator,
-    "buffer": BufferAllocator,
+MAKERS = {
+    **makers([60, 4]),
     "mixed buffer": lambda: MixedMemoryAllocator(HostMemoryAllocator(MIB)),
 }
 ROWS = torch.randint(-1000, 1000, (6, 60, 4)).float()

@@ -37,7 +37,7 @@ from kvheap import (
 )
 from kvheap.errors import ClosedError
 from kvheap.files.tier_stats import FileTierStats
-from kvheap.heaps.tensor_allocator import AllocatorStats
+from kvheap.heaps.allocator_stats import AllocatorStats
 from kvheap.metrics import Kind, Metrics, gauge, watch
 from kvheap.metrics.calls import rest
 from kvheap.metrics.tables import (

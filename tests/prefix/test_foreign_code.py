@@ -22,7 +22,7 @@ from foreign_code import Foreign, interrupts, no_deadlock
 from kvheap import BlockLayout, MemoryFormat, PrefixIndex, PrefixStore, TensorMemoryAllocator
 from kvheap.device.host_queue import host_queue
 from kvheap.prefix import LRU, POLICIES, BusyError, CachedChunk, Hold, PendingStore
-from kvheap.prefix.handles import ChunkHold, StoreInFlight
+from kvheap.prefix.store_handles import ChunkHold, StoreInFlight
 from kvheap.transfer import runs
 
 LAYOUT = BlockLayout.of([2, 1, 512, 2], torch.float16, MemoryFormat.KV_2LTD)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvheap import MemoryFormat
-from kvheap.cli import REPLAY_NOTES
+from kvheap.cli.texts import REPLAY_NOTES
 from kvheap.replay.contents import Contents
 from kvheap.replay.geometry import GEOMETRIES, Geometry
 

@@ -8,7 +8,10 @@ import pytest
 
 pytest.importorskip("xxhash")
 
-from shared_heaps import Stage
+from shared_heaps import Stage, attach, own
+from small_shared_heaps import NUM_CHUNKS
+
+from kvheap import SharedHeap
 
 SHM = Path("/dev/shm")
 
@@ -24,6 +27,19 @@ def path() -> Iterator[Path]:
         file.unlink()
     folder.rmdir()
     assert left <= {"heap", "heap.owner"}
+
+
+@pytest.fixture
+def heap(path: Path) -> Iterator[SharedHeap]:
+    with own(path, NUM_CHUNKS) as heap:
+        yield heap
+        heap.check()
+
+
+@pytest.fixture
+def replica(heap: SharedHeap) -> Iterator[SharedHeap]:
+    with attach(heap.path) as replica:
+        yield replica
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from shared_heaps import (
     Stage,
     attach,
     contents,
+    keeper_of,
     key_of,
     own,
     wait_until_stopped,
@@ -24,7 +25,6 @@ from shared_heaps import (
 )
 
 from kvheap.shared import SegmentInUseError, SharedHeap
-from kvheap.shared.stats import KeeperStats
 
 ROUNDS = 12
 
@@ -35,12 +35,6 @@ MANY_CHUNKS = NUM_KEYS + 2 * BATCH
 
 OFTEN_REMOVED = NUM_KEYS // 2
 """The numbers of keys that workers remove are below."""
-
-
-def keeper_of(heap: SharedHeap) -> KeeperStats:
-    found = heap.stats().keeper
-    assert found is not None
-    return found
 
 
 def look(path: Path, num_chunks: int) -> tuple[list[bytes], list[int]]:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from forked_child import in_a_child
-from shared_heaps import LAYOUT, NAMESPACE, PLACE, attach, contents, key_of, own, wrong_rows
+from shared_heaps import LAYOUT, NAMESPACE, PLACE, attach, contents, own, wrong_rows
+from small_shared_heaps import KEYS, MANY, NUM_CHUNKS
 
 from kvheap import BlockLayout, HostMemoryAllocator, MemoryFormat, SharedHeap
 from kvheap.errors import ClosedError
@@ -26,10 +27,6 @@ from kvheap.shared import (
     SegmentReplacedError,
 )
 from kvheap.shared.geometry import HEADER_BYTES, RECORD_BYTES, Geometry
-
-NUM_CHUNKS = 8
-
-KEYS = [key_of(number) for number in range(4)]
 
 GEOMETRY = Geometry.of(NUM_CHUNKS, LAYOUT.size_bytes, PLACE, 4096)
 
@@ -394,8 +391,7 @@ class TestDamage:
         stored(path)
         with own(path, NUM_CHUNKS) as heap:
             damage(path, GEOMETRY.uses_at, b"\xff" * 8 * NUM_CHUNKS)
-            more = [key_of(number) for number in range(100, 100 + NUM_CHUNKS)]
-            assert heap.store(more, contents(more)).all()
+            assert heap.store(MANY, contents(MANY)).all()
             heap.check(contents=True)
 
     @pytest.mark.parametrize("is_owner", [True, False])

@@ -19,8 +19,9 @@ import torch
 
 from kvheap import BlockLayout, HostMemoryAllocator, MemoryBatch, MemoryFormat, SharedHeap
 from kvheap.shared import LeaseLostError, NoOwnerError, SegmentInUseError
+from kvheap.shared.stats import KeeperStats
 
-__all__ = ["LAYOUT", "PLACE", "attach", "expected", "key_of", "own", "wrong_rows"]
+__all__ = ["LAYOUT", "PLACE", "attach", "expected", "keeper_of", "key_of", "own", "wrong_rows"]
 
 LAYOUT = BlockLayout.of([2048], torch.int64, MemoryFormat.UNDEFINED)
 PLACE = LAYOUT.size_bytes
@@ -68,6 +69,13 @@ def wrong_rows(keys: Sequence[bytes], blocks: Any) -> list[int]:
     return [
         row for row, key in enumerate(keys) if not torch.equal(blocks[row].tensor, expected(key))
     ]
+
+
+def keeper_of(heap: SharedHeap) -> KeeperStats:
+    """What the owner's keeper says; the heap must be the owner's."""
+    found = heap.stats().keeper
+    assert found is not None
+    return found
 
 
 # -- processes that are killed -----------------------------------------------------------------
