@@ -102,7 +102,12 @@ _NOTHING = nullcontext()
 
 
 def send(words: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of words of :func:`staging` on ``device``, made in stream order without waiting."""
+    """A copy of words of :func:`staging` on ``device``, made in stream order without waiting.
+
+    For a CPU, it is the words.
+    """
+    if device.type == "cpu":
+        return words
     with Relaxed():
         return words.to(device, non_blocking=True)
 
@@ -151,11 +156,11 @@ def staging(num_words: int, device: torch.device) -> torch.Tensor:
         RuntimeError: the current stream is being captured. Each replay of the graph would copy
             the words again, from memory that has long been reused.
     """
-    pinned = device.type != "cpu"
-    if pinned:
-        require_no_capture()
+    if device.type == "cpu":
+        return torch.empty(num_words, dtype=torch.int64, device="cpu")
+    require_no_capture()
     with Relaxed():
-        return torch.empty(num_words, dtype=torch.int64, device="cpu", pin_memory=pinned)
+        return torch.empty(num_words, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def require_no_capture() -> None:

@@ -20,7 +20,7 @@ from kvheap.kernels.whole_blocks import blocks_of_cache, ids_of_whole_blocks
 __all__ = ["Chunks", "TokenCopy", "require_convertible"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # as Places
 class Chunks:
     """Equal chunks in memory.
 
@@ -56,7 +56,7 @@ class Chunks:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # as Places
 class TokenCopy:
     """One copy of tokens, checked.
 
@@ -171,7 +171,7 @@ def _exact_layout(cache: PagedKVCache, chunks: Chunks) -> ChunkLayout:
 
 def _require_chunks(pairing: Pairing, num_tokens: int, chunks: Chunks) -> None:
     """Check that there are exactly as many chunks as the tokens need."""
-    needed = chunks.layout.num_chunks(num_tokens, pairing.num_layers)
+    needed = pairing.num_chunks(num_tokens)
     if len(chunks.addresses) != needed:
         raise ValueError(
             f"{num_tokens} tokens of {pairing.num_layers} layers need {needed} chunks of "

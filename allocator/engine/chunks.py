@@ -228,7 +228,8 @@ def load(
     chunks = _chunks(heap, batch, cache, convert, route)
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=False)
     require_stored(batch, chunks.layout, copy, cache)
-    require_flags(clear_rest=clear_rest)
+    if clear_rest is not False:
+        require_flags(clear_rest=clear_rest)
     if clear_rest:
         with route.on_stream():
             # First: its slots may be among those to load.
@@ -439,7 +440,8 @@ def _chunks(
     heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool, route: Route
 ) -> Chunks:
     """Describe the chunks to the kernels."""
-    require_flags(convert=convert)
+    if convert is not False:
+        require_flags(convert=convert)
     layout, addresses = layout_and_addresses(objs)
     if convert:
         require_convertible_to(cache, layout.fmt.name)

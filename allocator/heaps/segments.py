@@ -18,7 +18,7 @@ from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.kernels.arguments import require_memory, require_tensor
-from kvheap.kernels.arrays import alignment_of
+from kvheap.kernels.arrays import MAX_ACCESS_BYTES
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.few_blocks import HostMemory, copy_run
@@ -60,7 +60,7 @@ class Segments:
         self.pairs = list(zip(starts, buffers, strict=True))
         """The buffers, each after the heap address of its first byte."""
         self._bases = [buffer.data_ptr() for buffer in buffers]
-        self._bits = reduce(or_, (*self._bases, *starts), 0)
+        self._bits = reduce(or_, (*self._bases, *starts), MAX_ACCESS_BYTES)
         self._spans = [
             (base, base + len(each)) for base, each in zip(self._bases, buffers, strict=True)
         ]
@@ -120,7 +120,8 @@ class Segments:
             The absolute addresses, int64 ``[N]``, and a power of two up to 16 that divides the
             absolute address of every block of the heap.
         """
-        bases, alignment = self._bases, alignment_of(align_bytes, self._bits)
+        bases, bits = self._bases, align_bytes | self._bits
+        alignment = bits & -bits
         if len(bases) == 1:
             return addresses + bases[0], alignment
         shifts = np.array(bases, np.int64) - np.array(self.starts, np.int64)
