@@ -302,8 +302,8 @@ class Streams:
     @classmethod
     def of(cls, cache: PagedKVCache) -> Streams:
         """Those of a cache, kept with it."""
-        found: Streams = cache.kept.setdefault("streams", cls())
-        return found
+        found: Streams | None = cache.kept.get("streams")
+        return cache.kept.setdefault("streams", cls()) if found is None else found
 
     def note(self, stream: torch.cuda.Stream) -> None:
         """Note a stream on which a copy is launched."""

@@ -79,7 +79,7 @@ class CudaDevice:
 
     def current_stream(self) -> torch.cuda.Stream:
         """See ``CopyDevice.current_stream``."""
-        return torch.cuda.current_stream(self.torch_device)
+        return torch.cuda.current_stream(self.index)  # of a device, torch looks up its number
 
     def require_stream(self, stream: Any) -> torch.cuda.Stream:
         """See ``CopyDevice.require_stream``."""

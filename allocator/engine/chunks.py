@@ -53,6 +53,7 @@ from kvheap.kernels.block_addresses import require_disjoint
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.chunk_layout import ChunkLayout
 from kvheap.kernels.chunk_shape import require_convertible_to
+from kvheap.kernels.launch import is_cuda
 from kvheap.kernels.paged_copy import Chunks
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
@@ -144,10 +145,11 @@ def store(
     heap = heap_of(batch)
     require_cache(cache)
     route = Route(cache, heap, stream, path, max_sms)
-    return _store(route, cache, slots, batch, layers, heads, convert)
+    return _store(heap, route, cache, slots, batch, layers, heads, convert)
 
 
 def _store(
+    heap: Heap,
     route: Route,
     cache: PagedKVCache,
     slots: Slots,
@@ -156,8 +158,6 @@ def _store(
     heads: slice | None,
     convert: bool,
 ) -> Transfer:
-    is_plain = layers is None and heads is None and convert is False
-    heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert, route)
     require_writable(batch)
     if not isinstance(batch, (MemoryBatch, BatchSlice)):
@@ -167,7 +167,7 @@ def _store(
         await_transfers(batch)
     transfer = route.execute(copy, batch)
     record_stored(batch, chunks.layout, copy, cache)
-    if is_plain and route.is_host:
+    if route.is_host and layers is None and heads is None and convert is False:
         keep_for_few(cache, batch, copy)
     return transfer
 
@@ -312,7 +312,7 @@ def batched_store(
         batch.stored_tokens.set_first(0)
         if len(batch) < num_chunks:
             slots = first_tokens(slots, len(batch) * chunk.num_tokens, cache.block_size)
-        _store(route, cache, slots, batch, layers, heads, convert)
+        _store(heap, route, cache, slots, batch, layers, heads, convert)
     except BaseException:
         heap.batched_free(batch)
         raise
@@ -451,7 +451,7 @@ def _chunks(
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset, data_offset = parts(layout, cache.dtype, cache.head_dim)
     buffer, size_bytes = route.segments[0][1], layout.size_bytes
-    is_far = buffer.is_cpu and cache.device.type == "cuda"
+    is_far = buffer.is_cpu and is_cuda(cache.device)
     if is_far:
         buffer = reachable_buffer(heap, cache.device, absolute, size_bytes)
     return Chunks(

@@ -149,10 +149,15 @@ def record_stored(
     those of the tokens that were there), or they were of other layers or heads. Arguments are those
     of :func:`require_stored`.
     """
-    form = _Terms.of(cache, copy.pairing).form
+    form, cells, place_tokens = _Terms.of(cache, copy.pairing)
     if isinstance(objs, MemoryBatch):
-        _record(objs, chunk, copy, cache)
-        objs.stored_tokens.form = form
+        stored, places = objs.stored_tokens, copy.places
+        if cells is None and places.are_all_real:  # most
+            origin = origin_of(copy.pairing, len(objs))
+            stored.set_first(places.num_tokens * place_tokens, origin)
+        else:
+            _record(objs, chunk, copy, cache)
+        stored.form = form
         return
     were = [(stored, stored.form) for stored in _records_of(objs)]
     _record(objs, chunk, copy, cache)
@@ -168,9 +173,6 @@ def _record(objs: BlockObjects, chunk: ChunkLayout, copy: TokenCopy, cache: Page
     keeps_skipped = copy.chunks.scale_offset is None
     if isinstance(objs, MemoryBatch):
         stored = objs.stored_tokens
-        if cells is None and kept is None:  # most
-            stored.set_first(num_tokens, origin)
-            return
         parts = stored.to_store(cells, None)
         if kept is not None and all(part.first == 0 for part in parts):
             kept, num_tokens = _without_padding(kept, num_tokens, chunk.num_tokens)
