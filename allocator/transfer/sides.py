@@ -48,7 +48,7 @@ MAX_RUNS_PER_BLOCK = 1 / 96
 NOWHERE = np.empty(0, np.int64)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # each copy makes two, and frozen ones take four times as long
 class Side:
     """One side of a copy.
 
