@@ -233,7 +233,7 @@ def _integers(name: str, given: SlotMapping, device: torch.device) -> Int64Array
             raise ValueError(f"{name} must be one-dimensional, got shape {tuple(given.shape)}")
         return given.contiguous()
     require_memory(name, given)
-    return int64_array(name, given.detach().numpy())
+    return int64_array(name, (given.detach() if given.requires_grad else given).numpy())
 
 
 def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> bool:
