@@ -18,6 +18,9 @@ from kvheap.kernels.pieces import FIRST_LOOK, MAX_CELLS_PER_PIECE, Pieces
 
 __all__ = ["even_pieces"]
 
+FEW_CELLS_PER_PIECE = 4
+"""A table of so many places for each target takes less time than a look at the highest target."""
+
 
 def even_pieces(
     sources: Int64Array,
@@ -88,10 +91,10 @@ def _are_apart(targets: Int64Array, size_bytes: int, num_bytes: int, scratch: In
     if bits < 0 or bits & (size_bytes - 1):  # one is negative, or no multiple
         return False
     shift = size_bytes.bit_length() - 1
-    num_cells, max_cells = num_bytes >> shift, MAX_CELLS_PER_PIECE * len(targets)
-    if num_cells > max_cells:
+    num_cells = num_bytes >> shift
+    if num_cells > FEW_CELLS_PER_PIECE * len(targets):  # most may be behind the last target
         num_cells = min(num_cells, (_highest(targets) >> shift) + 1)
-        if num_cells > max_cells:
+        if num_cells > MAX_CELLS_PER_PIECE * len(targets):
             return False
     is_taken = np.zeros(num_cells, np.bool_)
     try:

@@ -22,6 +22,7 @@ True
 from __future__ import annotations
 
 from functools import lru_cache
+from types import NoneType
 
 import torch
 
@@ -52,7 +53,7 @@ from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.block_addresses import require_disjoint
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.chunk_layout import ChunkLayout
-from kvheap.kernels.chunk_shape import require_convertible_to
+from kvheap.kernels.chunk_shape import ChunkShape, require_convertible_to
 from kvheap.kernels.launch import is_cuda
 from kvheap.kernels.paged_copy import Chunks
 from kvheap.kernels.paged_layout import PagedKVCache
@@ -69,6 +70,12 @@ __all__ = [
     "require_cache",
     "store",
 ]
+
+FORMATS = (MemoryFormat, str, NoneType)
+"""Of what types a format is, as a caller may give it."""
+
+MAX_KEPT = 64
+"""For how many lengths of a chunk a cache keeps what it is."""
 
 
 @untraced
@@ -296,15 +303,15 @@ def batched_store(
     require_flags(allow_partial=allow_partial, convert=convert)
     heap.require_open()
     route = Route(cache, heap, stream, path, max_sms, is_new=True)
-    chunk = cache.chunk_layout(chunk_tokens, fmt, layers=layers, heads=heads, convert=convert)
+    chunk, layout = _new_chunks(cache, chunk_tokens, fmt, layers, heads, convert)
     num_chunks = chunk.num_chunks(count_tokens(slots, cache.block_size))
     if allow_partial and chunk.layout.is_per_layer:
         raise ValueError(f"{chunk.fmt} has chunks per layer: allow_partial is not supported")
-    is_one = len(chunk.shapes) == 1
-    shapes: Shapes = chunk.shape if is_one else chunk.shapes
-    dtypes: Dtypes = chunk.dtype if is_one else chunk.dtypes
+    is_one = len(layout.shapes) == 1
+    shapes: Shapes = layout.shapes[0] if is_one else list(layout.shapes)
+    dtypes: Dtypes = layout.dtypes[0] if is_one else list(layout.dtypes)
     batch = heap.batched_allocate(
-        shapes, dtypes, num_chunks, chunk.fmt, allow_partial=allow_partial
+        shapes, dtypes, num_chunks, layout.fmt, allow_partial=allow_partial
     )
     if batch is None:
         return None
@@ -312,7 +319,9 @@ def batched_store(
         batch.stored_tokens.set_first(0)
         if len(batch) < num_chunks:
             slots = first_tokens(slots, len(batch) * chunk.num_tokens, cache.block_size)
-        _store(heap, route, cache, slots, batch, layers, heads, convert)
+        is_plain = route.is_host and layers is None and heads is None and convert is False
+        if not is_plain or store_few(cache, slots, batch) is None:
+            _store(heap, route, cache, slots, batch, layers, heads, convert)
     except BaseException:
         heap.batched_free(batch)
         raise
@@ -423,6 +432,35 @@ def require_cache(cache: PagedKVCache) -> None:
             f"cache must be a PagedKVCache, got {type(cache).__name__}: make one of an engine's "
             f"tensors with PagedKVCache.of(layout, tensors)"
         )
+
+
+def _new_chunks(
+    cache: PagedKVCache,
+    chunk_tokens: int,
+    fmt: MemoryFormat | str | None,
+    layers: range | None,
+    heads: slice | None,
+    convert: bool,
+) -> tuple[ChunkShape, BlockLayout]:
+    """What new chunks of a cache are, as it and as a heap says it; of all layers and heads, kept.
+
+    Raises:
+        ValueError, TypeError: as ``PagedKVCache.chunk_layout``.
+    """
+    kept: dict[object, tuple[ChunkShape, BlockLayout]] | None = None
+    is_whole = layers is None and heads is None
+    if is_whole and type(chunk_tokens) is int and type(fmt) in FORMATS and type(convert) is bool:
+        kept = cache.kept.setdefault("new chunks", {})
+        found = kept.get((chunk_tokens, fmt, convert))
+        if found is not None:
+            return found
+    chunk = cache.chunk_layout(chunk_tokens, fmt, layers=layers, heads=heads, convert=convert)
+    found = chunk, BlockLayout.of_chunk(chunk)
+    if kept is not None:
+        if len(kept) >= MAX_KEPT:
+            kept.clear()
+        kept[chunk_tokens, fmt, convert] = found
+    return found
 
 
 def dim_order_of(fmt: MemoryFormat) -> str:
