@@ -92,7 +92,7 @@ class Side:
         return batch.num_runs == len(batch) == num_pieces
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # as Side
 class Blocks:
     """N blocks of equal size on one side, before they are paired with the other side's.
 
@@ -126,16 +126,17 @@ class Blocks:
         """
         if isinstance(blocks, torch.Tensor):
             return cls._of_tensor(name, blocks)
-        if not isinstance(blocks, Sequence | Rows):
+        if not isinstance(blocks, (MemoryBatch, Rows, Sequence)):
             raise TypeError(f"{name} must be a MemoryBatch, objects or a tensor, got {blocks!r}")
         heap = heap_of(blocks.batch if isinstance(blocks, Rows) else blocks)
+        segments = heap.segments
         runs: AddressBatch | None = None
         starts: Int64Array | None = None
         if isinstance(blocks, (MemoryBatch, BatchSlice)):
             rows = rows_of(blocks) if isinstance(blocks, BatchSlice) else [Rows(blocks, None)]
             rows[0].batch.counts.require_live(rows[0].rows, rows[0].batch)
             layout, allocated_bytes = blocks.layout, blocks.allocated_bytes
-            if len(heap.segments) == 1:
+            if len(segments) == 1:
                 runs = blocks.runs
             else:
                 starts = heap.absolute(blocks.addresses)[0]
@@ -150,7 +151,7 @@ class Blocks:
             rows = heap.rows_by_batch(blocks)
             sizes = {part.batch.allocated_bytes for part in rows}
             allocated_bytes = sizes.pop() if len(sizes) == 1 else layout.size_bytes
-        memory = tuple(buffer for _, buffer in heap.segments)
+        memory = tuple([buffer for _, buffer in segments])
         side = Side(cuda.device_of(memory[0]), tuple(rows), memory, heap)
         kind = (tuple(layout.shapes[0]), layout.dtypes[0]) if len(layout.shapes) == 1 else None
         base = memory[0].data_ptr()
