@@ -183,13 +183,16 @@ def find_device(device: torch.device) -> CopyDevice | None:
     Raises:
         ValueError: ``device`` is neither a CPU nor a CUDA device.
     """
+    if device.index is None and launch.is_cuda(device):
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _numbered_device(device)
+
+
+@lru_cache(maxsize=64)
+def _numbered_device(device: torch.device) -> CudaDevice | None:
+    """As :func:`find_device`, for one that does not depend on which one is current."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":
         raise ValueError(f"memory must be on a CPU or a CUDA device, got {device}")
-    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@lru_cache(maxsize=64)
-def _cuda_device(index: int) -> CudaDevice:
-    return CudaDevice(index)
+    return CudaDevice(device.index)

@@ -33,10 +33,12 @@ def reachable_buffer(
     """
     copy_device = cuda.find_device(device)
     assert copy_device is not None
-    ranges = heap.pinned_addresses(copy_device)
-    require_pinned(ranges, addresses, size_bytes, device)
-    first = heap.segments[0][1]
+    ranges, segments = heap.pinned_addresses(copy_device), heap.segments
+    first = segments[0][1]
     start = first.data_ptr()
+    if len(segments) == 1 and _are_all_of(ranges, start, start + len(first)):
+        return first
+    require_pinned(ranges, addresses, size_bytes, device)
     if (
         not len(addresses)
         or first_outside(np.array([start]), np.array([start + 1]), ranges) is None
@@ -44,10 +46,17 @@ def reachable_buffer(
         return first
     # Triton asks CUDA for the pointer that it gets, so begin where the first block does.
     address = int(addresses[0])
-    for _, buffer in heap.segments:
+    for _, buffer in segments:
         if buffer.data_ptr() <= address < buffer.data_ptr() + len(buffer):
             return buffer[address - buffer.data_ptr() :]
     return first
+
+
+def _are_all_of(ranges: Int64Array, start: int, end: int) -> bool:
+    """Whether ranges follow each other without a gap, from ``start`` or before to ``end``."""
+    if not len(ranges) or start < ranges.item(0) or ranges.item(-1) < end:
+        return False
+    return len(ranges) == 1 or bool((ranges[1:, 0] == ranges[:-1, 1]).all())
 
 
 def require_pinned(
