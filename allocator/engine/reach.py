@@ -12,7 +12,7 @@ import torch
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.heap import Heap
 from kvheap.device import cuda
-from kvheap.kernels.pieces import first_outside
+from kvheap.kernels.pieces import first_outside, is_covered
 
 __all__ = ["reachable_buffer", "require_pinned"]
 
@@ -36,7 +36,7 @@ def reachable_buffer(
     ranges, segments = heap.pinned_addresses(copy_device), heap.segments
     first = segments[0][1]
     start = first.data_ptr()
-    if len(segments) == 1 and _are_all_of(ranges, start, start + len(first)):
+    if len(segments) == 1 and is_covered(start, start + len(first), ranges):
         return first
     require_pinned(ranges, addresses, size_bytes, device)
     if (
@@ -50,13 +50,6 @@ def reachable_buffer(
         if buffer.data_ptr() <= address < buffer.data_ptr() + len(buffer):
             return buffer[address - buffer.data_ptr() :]
     return first
-
-
-def _are_all_of(ranges: Int64Array, start: int, end: int) -> bool:
-    """Whether ranges follow each other without a gap, from ``start`` or before to ``end``."""
-    if not len(ranges) or start < ranges.item(0) or ranges.item(-1) < end:
-        return False
-    return len(ranges) == 1 or bool((ranges[1:, 0] == ranges[:-1, 1]).all())
 
 
 def require_pinned(

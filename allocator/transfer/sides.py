@@ -26,7 +26,7 @@ from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.device.directions import Direction
 from kvheap.kernels.arguments import require_memory, require_values
-from kvheap.kernels.pieces import Pieces, first_outside
+from kvheap.kernels.pieces import Pieces, first_outside, is_covered
 
 __all__ = [
     "NOWHERE",
@@ -324,10 +324,12 @@ def walls_of(
         ranges = known_ranges(device, start, end, on_device)
         if first_outside(start, end, ranges) is None:  # the whole tensor is reachable
             return ranges[1:, 0]
-    ends = starts + sizes
     if side.heap is not None:
         ranges = side.heap.pinned_addresses(device)
-    else:
+        if _is_whole(side.memory, ranges):  # so its blocks are, wherever
+            return ranges[1:, 0]
+    ends = starts + sizes
+    if side.heap is None:
         ranges = known_ranges(owner, starts, ends, on_device)
     at = first_outside(starts, ends, ranges)
     if at is not None:
@@ -338,3 +340,11 @@ def walls_of(
             f"{place} is in host memory that is not pinned: {device.name} cannot reach it"
         )
     return ranges[1:, 0] if len(ranges) > 1 else NOWHERE
+
+
+def _is_whole(memory: tuple[torch.Tensor, ...], ranges: Int64Array) -> bool:
+    """Whether ranges hold all of a side's memory, if it is one buffer."""
+    if len(memory) != 1:
+        return False
+    start = memory[0].data_ptr()
+    return is_covered(start, start + memory[0].nbytes, ranges)
