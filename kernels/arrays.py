@@ -24,6 +24,8 @@ __all__ = [
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
+INT64 = np.dtype(np.int64)
+
 INT32_END = 1 << 31
 """Kernels count programs, rows and slots with signed 32-bit integers, which divide faster."""
 
@@ -72,6 +74,8 @@ def int64_array(name: str, values: npt.ArrayLike, *, allow_scalar: bool = False)
     Traceback (most recent call last):
     ValueError: slots must be one-dimensional, got shape (1, 2)
     """
+    if type(values) is np.ndarray and values.dtype is INT64 and values.ndim == 1:
+        return values
     array = as_array(name, values)
     if array.ndim != 1 and not (allow_scalar and array.ndim == 0):
         raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")

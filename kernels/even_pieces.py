@@ -18,6 +18,9 @@ from kvheap.kernels.pieces import FIRST_LOOK, MAX_CELLS_PER_PIECE, Pieces
 
 __all__ = ["even_pieces"]
 
+FEW_CELLS_PER_PIECE = 4
+"""A table of so many places for each target takes less time than a look at the highest target."""
+
 
 def even_pieces(
     sources: Int64Array,
@@ -47,49 +50,55 @@ def even_pieces(
     count = len(sources)
     if count < 2 or count != len(targets):
         return None
-    # As unsigned numbers, negative ones are above all others: one look finds what is outside.
-    highest = int(np.maximum.reduce(targets.view(np.uint64)))
-    if highest + size_bytes > target[1]:
-        return None
-    if int(np.maximum.reduce(sources.view(np.uint64))) + size_bytes > source[1]:
+    if _highest(sources) + size_bytes > source[1]:
         return None
     to_targets = np.empty(count, np.int64)
-    if not _are_apart(targets, size_bytes, highest, to_targets):
+    if not _are_apart(targets, size_bytes, target[1], to_targets):
         return None
     to_sources = np.empty(count, np.int64)
     steps = np.subtract(sources[1:], sources[:-1], out=to_sources[1:])
     follows = steps == size_bytes
-    has_runs = False
-    if np.logical_or.reduce(follows):  # on one side, some of thousands do so by chance
-        at = np.flatnonzero(follows)
-        has_runs = bool((targets[at + 1] - targets[at] == size_bytes).any())
+    at = follows.nonzero()[0]  # on one side, some of thousands do so by chance
+    has_runs = len(at) > 0 and bool((targets[at + 1] - targets[at] == size_bytes).any())
     np.add(sources, source[0], out=to_sources)
     np.add(targets, target[0], out=to_targets)
     pieces = Pieces(to_sources, to_targets, size_bytes)
     return pieces.merged() if has_runs else pieces
 
 
-def _are_apart(targets: Int64Array, size_bytes: int, highest: int, scratch: Int64Array) -> bool:
-    """Whether no two targets overlap; False also if that is not quick to tell.
+def _highest(offsets: Int64Array) -> int:
+    """The highest offset, as an unsigned number: a negative one is above all others."""
+    return int(np.maximum.reduce(offsets.view(np.uint64)))
+
+
+def _are_apart(targets: Int64Array, size_bytes: int, num_bytes: int, scratch: Int64Array) -> bool:
+    """Whether targets are in their buffer and no two overlap; False also if not quick to tell.
 
     Args:
-        targets: offsets, int64 ``[N]``, none negative.
+        targets: offsets, int64 ``[N]``.
         size_bytes: bytes of each.
-        highest: the highest offset.
+        num_bytes: bytes of the buffer.
         scratch: to write to, int64 ``[N]``.
     """
     begins = targets[:FIRST_LOOK].tolist()
     if begins == sorted(begins):
         steps = np.subtract(targets[1:], targets[:-1], out=scratch[1:])
         if int(np.minimum.reduce(steps)) >= size_bytes:
-            return True
-    is_power_of_two = size_bytes & (size_bytes - 1) == 0
-    if not is_power_of_two or int(np.bitwise_or.reduce(targets)) & (size_bytes - 1):
+            return _highest(targets) + size_bytes <= num_bytes  # steps may have wrapped around
+    if size_bytes & (size_bytes - 1):
+        return False
+    bits = int(np.bitwise_or.reduce(targets))
+    if bits < 0 or bits & (size_bytes - 1):  # one is negative, or no multiple
         return False
     shift = size_bytes.bit_length() - 1
-    num_cells = (highest >> shift) + 1
-    if num_cells > MAX_CELLS_PER_PIECE * len(targets):
-        return False
+    num_cells = num_bytes >> shift
+    if num_cells > FEW_CELLS_PER_PIECE * len(targets):  # most may be behind the last target
+        num_cells = min(num_cells, (_highest(targets) >> shift) + 1)
+        if num_cells > MAX_CELLS_PER_PIECE * len(targets):
+            return False
     is_taken = np.zeros(num_cells, np.bool_)
-    is_taken[np.right_shift(targets, shift, out=scratch)] = True
+    try:
+        is_taken[np.right_shift(targets, shift, out=scratch)] = True
+    except IndexError:  # beyond the buffer
+        return False
     return int(np.count_nonzero(is_taken)) == len(targets)

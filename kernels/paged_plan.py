@@ -164,7 +164,7 @@ class Pairing:
             _alignment(cache, chunk, entries, runs_per_token, chunk_head_bytes),
         )
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         """Layers that are copied."""
         return len(self.entries[0])
@@ -174,6 +174,10 @@ class Pairing:
         """Bytes of one token that are copied."""
         of_layer = sum(entries[0].run_bytes for entries in self.entries)
         return of_layer * self.num_layers * self.runs_per_token
+
+    def num_chunks(self, num_tokens: int) -> int:
+        """How many chunks ``num_tokens`` tokens take."""
+        return self.chunk.num_chunks(num_tokens, self.num_layers)
 
     @property
     def max_run_bytes(self) -> int:
@@ -213,7 +217,7 @@ class Pairing:
         ]
         return np.array(rows, np.int64)
 
-    @property
+    @cached_property
     def block_unit(self) -> int:
         """How many tokens of a block are one run on both sides, wherever it begins in a chunk."""
         if not self.tokens_merge:
@@ -298,8 +302,8 @@ class Streams:
     @classmethod
     def of(cls, cache: PagedKVCache) -> Streams:
         """Those of a cache, kept with it."""
-        found: Streams = cache.kept.setdefault("streams", cls())
-        return found
+        found: Streams | None = cache.kept.get("streams")
+        return cache.kept.setdefault("streams", cls()) if found is None else found
 
     def note(self, stream: torch.cuda.Stream) -> None:
         """Note a stream on which a copy is launched."""

@@ -51,7 +51,7 @@ Slots: TypeAlias = "BlockIds | SlotMapping"
 """Where tokens are in a cache: the slot of each, or the blocks that hold them."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # each copy makes one, and a frozen one takes four times as long
 class Places:
     """Where the tokens of one copy are in the cache, in units of tokens in adjacent slots.
 
@@ -87,9 +87,11 @@ class Places:
             TypeError: they are not integers.
         """
         cache = pairing.cache
-        are_blocks = isinstance(slots, BlockIds)
-        name, limit = ("block ids", cache.num_blocks) if are_blocks else ("slots", cache.num_slots)
+        blocks = slots if isinstance(slots, BlockIds) else None
         given = slots.ids if isinstance(slots, BlockIds) else slots
+        name, limit = "slots", cache.num_slots
+        if blocks is not None:
+            name, limit = "block ids", cache.num_blocks
         values = _integers(name, given, cache.device)
         are_all_real = True  # as far as is known of values on a device
         if eager or not isinstance(values, torch.Tensor):
@@ -97,11 +99,10 @@ class Places:
             are_all_real = _require_range(name, seen, limit)
             if distinct:
                 _require_distinct(name, seen, limit, are_all_real)
-        num_tokens = len(values)
-        if isinstance(slots, BlockIds):
-            num_tokens = _tokens_of_blocks(slots, len(values), cache.block_size)
-        unit = pairing.block_unit if are_blocks else 1
-        return cls(values, are_blocks, unit, num_tokens, are_all_real)
+        if blocks is None:
+            return cls(values, False, 1, len(values), are_all_real)
+        num_tokens = _tokens_of_blocks(blocks, len(values), cache.block_size)
+        return cls(values, True, pairing.block_unit, num_tokens, are_all_real)
 
     def on_host(self) -> Int64Array:
         """The values, which must be on the host."""
@@ -221,7 +222,9 @@ def first_tokens(slots: Slots, num_tokens: int, block_size: int) -> Slots:
 
 def _integers(name: str, given: SlotMapping, device: torch.device) -> Int64Array | torch.Tensor:
     """Integers on the host as int64 ``[N]``, or those on ``device`` as they are."""
-    if isinstance(given, torch.Tensor) and given.device.type != "cpu":
+    if not isinstance(given, torch.Tensor):
+        return int64_array(name, given)
+    if not given.is_cpu:
         if given.device != device:
             raise ValueError(f"{name} are on {given.device}, the cache on {device}")
         if given.dtype not in (torch.int32, torch.int64):
@@ -229,10 +232,8 @@ def _integers(name: str, given: SlotMapping, device: torch.device) -> Int64Array
         if given.dim() != 1:
             raise ValueError(f"{name} must be one-dimensional, got shape {tuple(given.shape)}")
         return given.contiguous()
-    if isinstance(given, torch.Tensor):
-        require_memory(name, given)
-        return int64_array(name, given.detach().numpy())
-    return int64_array(name, given)
+    require_memory(name, given)
+    return int64_array(name, (given.detach() if given.requires_grad else given).numpy())
 
 
 def _require_range(name: str, values: npt.NDArray[np.integer], limit: int) -> bool:

@@ -21,7 +21,7 @@ from kvheap.kernels.arrays import (
     require_all,
 )
 
-__all__ = ["Pieces", "first_outside"]
+__all__ = ["Pieces", "first_outside", "is_covered"]
 
 MAX_CELLS_PER_PIECE = 64
 """Targets of one size are checked for overlaps in a table with at most this many one-byte cells for
@@ -338,6 +338,19 @@ class Pieces:
 
     def _size(self, row: int) -> int:
         return self.sizes if isinstance(self.sizes, int) else int(self.sizes[row])
+
+
+def is_covered(start: int, end: int, ranges: Int64Array) -> bool:
+    """Whether ranges follow each other without a gap and hold all of ``[start, end)``.
+
+    Arguments are as for :func:`first_outside`.
+
+    >>> is_covered(8, 24, np.array([[0, 16], [16, 32]])), is_covered(8, 24, np.array([[0, 16]]))
+    (True, False)
+    """
+    if not len(ranges) or start < ranges.item(0) or ranges.item(-1) < end:
+        return False
+    return len(ranges) == 1 or bool((ranges[1:, 0] == ranges[:-1, 1]).all())
 
 
 def first_outside(starts: Int64Array, ends: Int64Array, ranges: Int64Array) -> int | None:

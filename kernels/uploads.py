@@ -20,7 +20,7 @@ from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.copy_engine import driver
 from kvheap.kernels.direct_launch import current_stream
-from kvheap.kernels.launch import require_no_capture, send, staging
+from kvheap.kernels.launch import is_cuda, require_no_capture, send, staging
 
 __all__ = ["WordRing", "Words"]
 
@@ -129,7 +129,7 @@ class Words:
         if not self._num_words:
             self.host = np.empty(0, np.int64)
             return self
-        if self._device.type == "cuda" and self._num_words <= SEGMENT_WORDS:
+        if is_cuda(self._device) and self._num_words <= SEGMENT_WORDS:
             require_no_capture()
             self._free = _FREE.setdefault(current_stream(), [])
             try:

@@ -160,6 +160,9 @@ def require_writable(objs: BlockObjects) -> None:
     Raises:
         ForeignObjectError: as ``MemoryBatch.require_writable``.
     """
+    if isinstance(objs, MemoryBatch):
+        objs.require_writable()
+        return
     for batch in _batches_of(objs):
         batch.require_writable()
 

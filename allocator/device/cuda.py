@@ -79,7 +79,7 @@ class CudaDevice:
 
     def current_stream(self) -> torch.cuda.Stream:
         """See ``CopyDevice.current_stream``."""
-        return torch.cuda.current_stream(self.torch_device)
+        return torch.cuda.current_stream(self.index)  # of a device, torch looks up its number
 
     def require_stream(self, stream: Any) -> torch.cuda.Stream:
         """See ``CopyDevice.require_stream``."""
@@ -183,13 +183,16 @@ def find_device(device: torch.device) -> CopyDevice | None:
     Raises:
         ValueError: ``device`` is neither a CPU nor a CUDA device.
     """
+    if device.index is None and launch.is_cuda(device):
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _numbered_device(device)
+
+
+@lru_cache(maxsize=64)
+def _numbered_device(device: torch.device) -> CudaDevice | None:
+    """As :func:`find_device`, for one that does not depend on which one is current."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":
         raise ValueError(f"memory must be on a CPU or a CUDA device, got {device}")
-    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@lru_cache(maxsize=64)
-def _cuda_device(index: int) -> CudaDevice:
-    return CudaDevice(index)
+    return CudaDevice(device.index)

@@ -22,6 +22,7 @@ True
 from __future__ import annotations
 
 from functools import lru_cache
+from types import NoneType
 
 import torch
 
@@ -52,7 +53,8 @@ from kvheap.kernels.arguments import require_tensor
 from kvheap.kernels.block_addresses import require_disjoint
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.chunk_layout import ChunkLayout
-from kvheap.kernels.chunk_shape import require_convertible_to
+from kvheap.kernels.chunk_shape import ChunkShape, require_convertible_to
+from kvheap.kernels.launch import is_cuda
 from kvheap.kernels.paged_copy import Chunks
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_slots import Slots, count_tokens, first_tokens
@@ -68,6 +70,12 @@ __all__ = [
     "require_cache",
     "store",
 ]
+
+FORMATS = (MemoryFormat, str, NoneType)
+"""Of what types a format is, as a caller may give it."""
+
+MAX_KEPT = 64
+"""For how many lengths of a chunk a cache keeps what it is."""
 
 
 @untraced
@@ -144,10 +152,11 @@ def store(
     heap = heap_of(batch)
     require_cache(cache)
     route = Route(cache, heap, stream, path, max_sms)
-    return _store(route, cache, slots, batch, layers, heads, convert)
+    return _store(heap, route, cache, slots, batch, layers, heads, convert)
 
 
 def _store(
+    heap: Heap,
     route: Route,
     cache: PagedKVCache,
     slots: Slots,
@@ -156,8 +165,6 @@ def _store(
     heads: slice | None,
     convert: bool,
 ) -> Transfer:
-    is_plain = layers is None and heads is None and convert is False
-    heap = heap_of(batch)
     chunks = _chunks(heap, batch, cache, convert, route)
     require_writable(batch)
     if not isinstance(batch, (MemoryBatch, BatchSlice)):
@@ -167,7 +174,7 @@ def _store(
         await_transfers(batch)
     transfer = route.execute(copy, batch)
     record_stored(batch, chunks.layout, copy, cache)
-    if is_plain and route.is_host:
+    if route.is_host and layers is None and heads is None and convert is False:
         keep_for_few(cache, batch, copy)
     return transfer
 
@@ -228,7 +235,8 @@ def load(
     chunks = _chunks(heap, batch, cache, convert, route)
     copy = TokenCopy.of(cache, slots, chunks, layers, heads, heap.debug, to_heap=False)
     require_stored(batch, chunks.layout, copy, cache)
-    require_flags(clear_rest=clear_rest)
+    if clear_rest is not False:
+        require_flags(clear_rest=clear_rest)
     if clear_rest:
         with route.on_stream():
             # First: its slots may be among those to load.
@@ -295,15 +303,15 @@ def batched_store(
     require_flags(allow_partial=allow_partial, convert=convert)
     heap.require_open()
     route = Route(cache, heap, stream, path, max_sms, is_new=True)
-    chunk = cache.chunk_layout(chunk_tokens, fmt, layers=layers, heads=heads, convert=convert)
+    chunk, layout = _new_chunks(cache, chunk_tokens, fmt, layers, heads, convert)
     num_chunks = chunk.num_chunks(count_tokens(slots, cache.block_size))
     if allow_partial and chunk.layout.is_per_layer:
         raise ValueError(f"{chunk.fmt} has chunks per layer: allow_partial is not supported")
-    is_one = len(chunk.shapes) == 1
-    shapes: Shapes = chunk.shape if is_one else chunk.shapes
-    dtypes: Dtypes = chunk.dtype if is_one else chunk.dtypes
+    is_one = len(layout.shapes) == 1
+    shapes: Shapes = layout.shapes[0] if is_one else list(layout.shapes)
+    dtypes: Dtypes = layout.dtypes[0] if is_one else list(layout.dtypes)
     batch = heap.batched_allocate(
-        shapes, dtypes, num_chunks, chunk.fmt, allow_partial=allow_partial
+        shapes, dtypes, num_chunks, layout.fmt, allow_partial=allow_partial
     )
     if batch is None:
         return None
@@ -311,7 +319,9 @@ def batched_store(
         batch.stored_tokens.set_first(0)
         if len(batch) < num_chunks:
             slots = first_tokens(slots, len(batch) * chunk.num_tokens, cache.block_size)
-        _store(route, cache, slots, batch, layers, heads, convert)
+        is_plain = route.is_host and layers is None and heads is None and convert is False
+        if not is_plain or store_few(cache, slots, batch) is None:
+            _store(heap, route, cache, slots, batch, layers, heads, convert)
     except BaseException:
         heap.batched_free(batch)
         raise
@@ -424,6 +434,35 @@ def require_cache(cache: PagedKVCache) -> None:
         )
 
 
+def _new_chunks(
+    cache: PagedKVCache,
+    chunk_tokens: int,
+    fmt: MemoryFormat | str | None,
+    layers: range | None,
+    heads: slice | None,
+    convert: bool,
+) -> tuple[ChunkShape, BlockLayout]:
+    """What new chunks of a cache are, as it and as a heap says it; of all layers and heads, kept.
+
+    Raises:
+        ValueError, TypeError: as ``PagedKVCache.chunk_layout``.
+    """
+    kept: dict[object, tuple[ChunkShape, BlockLayout]] | None = None
+    is_whole = layers is None and heads is None
+    if is_whole and type(chunk_tokens) is int and type(fmt) in FORMATS and type(convert) is bool:
+        kept = cache.kept.setdefault("new chunks", {})
+        found = kept.get((chunk_tokens, fmt, convert))
+        if found is not None:
+            return found
+    chunk = cache.chunk_layout(chunk_tokens, fmt, layers=layers, heads=heads, convert=convert)
+    found = chunk, BlockLayout.of_chunk(chunk)
+    if kept is not None:
+        if len(kept) >= MAX_KEPT:
+            kept.clear()
+        kept[chunk_tokens, fmt, convert] = found
+    return found
+
+
 def dim_order_of(fmt: MemoryFormat) -> str:
     """The order of a chunk's dimensions; see ``MemoryFormat.dim_order``.
 
@@ -439,7 +478,8 @@ def _chunks(
     heap: Heap, objs: BlockObjects, cache: PagedKVCache, convert: bool, route: Route
 ) -> Chunks:
     """Describe the chunks to the kernels."""
-    require_flags(convert=convert)
+    if convert is not False:
+        require_flags(convert=convert)
     layout, addresses = layout_and_addresses(objs)
     if convert:
         require_convertible_to(cache, layout.fmt.name)
@@ -449,7 +489,7 @@ def _chunks(
     parts = _converted_layout if convert else _chunk_layout
     chunk_layout, scale_offset, data_offset = parts(layout, cache.dtype, cache.head_dim)
     buffer, size_bytes = route.segments[0][1], layout.size_bytes
-    is_far = buffer.is_cpu and cache.device.type == "cuda"
+    is_far = buffer.is_cpu and is_cuda(cache.device)
     if is_far:
         buffer = reachable_buffer(heap, cache.device, absolute, size_bytes)
     return Chunks(

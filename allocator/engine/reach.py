@@ -12,7 +12,7 @@ import torch
 from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.heap import Heap
 from kvheap.device import cuda
-from kvheap.kernels.pieces import first_outside
+from kvheap.kernels.pieces import first_outside, is_covered
 
 __all__ = ["reachable_buffer", "require_pinned"]
 
@@ -33,10 +33,12 @@ def reachable_buffer(
     """
     copy_device = cuda.find_device(device)
     assert copy_device is not None
-    ranges = heap.pinned_addresses(copy_device)
-    require_pinned(ranges, addresses, size_bytes, device)
-    first = heap.segments[0][1]
+    ranges, segments = heap.pinned_addresses(copy_device), heap.segments
+    first = segments[0][1]
     start = first.data_ptr()
+    if len(segments) == 1 and is_covered(start, start + len(first), ranges):
+        return first
+    require_pinned(ranges, addresses, size_bytes, device)
     if (
         not len(addresses)
         or first_outside(np.array([start]), np.array([start + 1]), ranges) is None
@@ -44,7 +46,7 @@ def reachable_buffer(
         return first
     # Triton asks CUDA for the pointer that it gets, so begin where the first block does.
     address = int(addresses[0])
-    for _, buffer in heap.segments:
+    for _, buffer in segments:
         if buffer.data_ptr() <= address < buffer.data_ptr() + len(buffer):
             return buffer[address - buffer.data_ptr() :]
     return first

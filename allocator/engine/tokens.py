@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +29,25 @@ from kvheap.kernels.token_copy import TokenCopy
 __all__ = ["form_of", "record_stored", "require_stored"]
 
 
-def _tokens_of(places: Places, cache: PagedKVCache) -> Places:
-    """The places of a copy, with its tokens counted where only whole blocks are copied."""
-    if not cache.layout.whole_blocks:
-        return places
-    return replace(places, num_tokens=places.num_tokens * cache.block_size)
+class _Terms(NamedTuple):
+    """What a pairing means to the records of chunks."""
+
+    form: str
+    """See ``StoredTokens.form``."""
+    cells: Cells | None
+    """Which layers and heads of the chunks are copied; None: all."""
+    place_tokens: int
+    """Tokens of what counts as one for the copy: a block, where only whole ones are copied."""
+
+    @classmethod
+    def of(cls, cache: PagedKVCache, pairing: Pairing) -> _Terms:
+        """Those of a pairing of a cache, kept with it."""
+        found: _Terms | None = pairing.kept.get("terms")
+        if found is None:
+            place_tokens = cache.block_size if cache.layout.whole_blocks else 1
+            found = cls(form_of(cache, pairing), _cells_of(pairing), place_tokens)
+            pairing.kept["terms"] = found
+        return found
 
 
 def form_of(cache: PagedKVCache, pairing: Pairing) -> str:
@@ -44,7 +59,6 @@ def form_of(cache: PagedKVCache, pairing: Pairing) -> str:
 
 
 def _cells_of(pairing: Pairing) -> Cells | None:
-    """Which layers and heads of the chunks are copied; None: all."""
     chunk = pairing.chunk
     num_heads = chunk.row_bytes // pairing.chunk_head_stride
     layers = (0, 1) if chunk.is_per_layer else (pairing.chunk_layers[0], pairing.num_layers)
@@ -55,6 +69,13 @@ def _cells_of(pairing: Pairing) -> Cells | None:
 
 
 Kept = npt.NDArray[np.bool_] | None
+
+
+def _kept(places: Places, num_tokens: int, cache: PagedKVCache) -> Kept:
+    """Which tokens are copied, bool ``[num_tokens]``; None if none is known to be skipped."""
+    if places.are_all_real:
+        return None
+    return replace(places, num_tokens=num_tokens).kept(cache.block_size)
 
 
 def require_stored(
@@ -72,13 +93,15 @@ def require_stored(
         ValueError: names the first such token; or the chunks hold other units than the cache's, or
             other layers or heads than the load names.
     """
-    form = form_of(cache, copy.pairing)
+    form, cells, place_tokens = _Terms.of(cache, copy.pairing)
     for stored in _records_of(objs):
         if stored.form not in (None, form):
             raise ValueError(f"the chunks hold {stored.form}, the cache takes {form}")
-    places, cells = _tokens_of(copy.places, cache), _cells_of(copy.pairing)
-    require_origin(objs, origin_of(copy.pairing, len(objs)), cells)
-    num_tokens = places.num_tokens
+    origin = origin_of(copy.pairing, len(objs))
+    if origin is not None:
+        require_origin(objs, origin, cells)
+    places = copy.places
+    num_tokens = places.num_tokens * place_tokens
     if isinstance(objs, MemoryBatch):
         stored = objs.stored_tokens
         first = stored.first
@@ -86,7 +109,7 @@ def require_stored(
             return
     elif places.are_all_real and _hold_first(_rows_of(objs), chunk, num_tokens):
         return
-    needed = sets_of(num_tokens, places.kept(cache.block_size), chunk.num_tokens)
+    needed = sets_of(num_tokens, _kept(places, num_tokens, cache), chunk.num_tokens)
     for at, (stored, row) in enumerate(_rows_of(objs)):
         wanted = needed[at % len(needed)]
         for part in stored.within(cells):
@@ -126,17 +149,26 @@ def record_stored(
     those of the tokens that were there), or they were of other layers or heads. Arguments are those
     of :func:`require_stored`.
     """
-    form = form_of(cache, copy.pairing)
+    form, cells, place_tokens = _Terms.of(cache, copy.pairing)
+    if isinstance(objs, MemoryBatch):
+        stored, places = objs.stored_tokens, copy.places
+        if cells is None and places.are_all_real:  # most
+            origin = origin_of(copy.pairing, len(objs))
+            stored.set_first(places.num_tokens * place_tokens, origin)
+        else:
+            _record(objs, chunk, copy, cache)
+        stored.form = form
+        return
     were = [(stored, stored.form) for stored in _records_of(objs)]
     _record(objs, chunk, copy, cache)
     for stored, before in were:
-        is_mixed = not isinstance(objs, MemoryBatch) and before not in (None, form)
-        stored.form = None if is_mixed else form
+        stored.form = form if before in (None, form) else None
 
 
 def _record(objs: BlockObjects, chunk: ChunkLayout, copy: TokenCopy, cache: PagedKVCache) -> None:
-    places, cells = _tokens_of(copy.places, cache), _cells_of(copy.pairing)
-    num_tokens, kept = places.num_tokens, places.kept(cache.block_size)
+    _, cells, place_tokens = _Terms.of(cache, copy.pairing)
+    num_tokens = copy.places.num_tokens * place_tokens
+    kept = _kept(copy.places, num_tokens, cache)
     origin = origin_of(copy.pairing, len(objs))
     keeps_skipped = copy.chunks.scale_offset is None
     if isinstance(objs, MemoryBatch):

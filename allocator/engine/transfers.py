@@ -28,7 +28,7 @@ from kvheap.device import cuda
 from kvheap.device.captures import DeferredEvent
 from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice
-from kvheap.device.directions import Direction, Path
+from kvheap.device.directions import Path
 from kvheap.device.events import DeviceEvent
 from kvheap.device.host_queue import HostEvent
 from kvheap.device.transfer import Part, Transfer
@@ -43,7 +43,7 @@ from kvheap.transfer.paths import PathChoice, default_sms
 from kvheap.transfer.plan import CopyPlan
 from kvheap.transfer.queueing import StreamQueue, failure_of
 from kvheap.transfer.runs import DeviceRun
-from kvheap.transfer.sides import Side, protect_sides, walls_of
+from kvheap.transfer.sides import Side, direction_of, protect_sides, walls_of
 
 __all__ = ["Route", "ended_transfer"]
 
@@ -224,7 +224,7 @@ class Route:
         memory = tuple(buffer for _, buffer in self.segments)
         rows = tuple(heap.rows_by_batch(objs))
         return (
-            Side(self._cache_device, memory=tuple(self._cache.tensors)),
+            Side(self._cache_device, memory=self._cache.tensors),
             Side(self._heap_device, rows, memory, heap),
         )
 
@@ -250,6 +250,7 @@ class PagedWork:
     def __init__(self, copy: TokenCopy, cache: Side, chunks: Side) -> None:
         self.copy = copy
         self.source, self.target = (cache, chunks) if copy.to_heap else (chunks, cache)
+        self.direction = direction_of(self.source, self.target)
         self._device = cache.device
         self._plan: CopyPlan | None = None
         # Runs of neighbouring slots are only merged for the paths that take them from the host.
@@ -260,13 +261,6 @@ class PagedWork:
     def parts(self) -> Sequence[range]:
         """One part."""
         return (range(self.num_runs),)
-
-    @property
-    def direction(self) -> Direction:
-        """The direction of the copy."""
-        if self.source.device is None:
-            return "h2d"
-        return "d2h" if self.target.device is None else "d2d"
 
     @property
     def memory(self) -> tuple[torch.Tensor, ...]:

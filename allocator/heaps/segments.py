@@ -18,7 +18,7 @@ from kvheap.addresses.extents import Int64Array
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.kernels.arguments import require_memory, require_tensor
-from kvheap.kernels.arrays import alignment_of
+from kvheap.kernels.arrays import MAX_ACCESS_BYTES
 from kvheap.kernels.block_copy import fill_blocks, gather_blocks, scatter_blocks
 from kvheap.kernels.capture_mode import Relaxed
 from kvheap.kernels.few_blocks import HostMemory, copy_run
@@ -43,10 +43,11 @@ class Segments:
     """
 
     __slots__ = (
-        "_bases",
         "_bits",
         "_memory",
         "_reached",
+        "_shift",
+        "_shifts",
         "_spans",
         "buffers",
         "device",
@@ -59,11 +60,12 @@ class Segments:
         self.starts = starts
         self.pairs = list(zip(starts, buffers, strict=True))
         """The buffers, each after the heap address of its first byte."""
-        self._bases = [buffer.data_ptr() for buffer in buffers]
-        self._bits = reduce(or_, (*self._bases, *starts), 0)
-        self._spans = [
-            (base, base + len(each)) for base, each in zip(self._bases, buffers, strict=True)
-        ]
+        bases = [buffer.data_ptr() for buffer in buffers]
+        self._shifts = np.array(bases, np.int64) - np.array(starts, np.int64)
+        # NumPy adds an array without dimensions in half the time that an ``int`` takes.
+        self._shift = self._shifts.reshape(()) if len(bases) == 1 else None
+        self._bits = reduce(or_, (*bases, *starts), MAX_ACCESS_BYTES)
+        self._spans = [(base, base + len(each)) for base, each in zip(bases, buffers, strict=True)]
         self._reached: dict[CopyDevice, Int64Array] = {}
         is_on_host = len(buffers) == 1 and buffers[0].is_cpu
         self._memory = HostMemory.of(buffers[0]) if is_on_host else None
@@ -120,11 +122,11 @@ class Segments:
             The absolute addresses, int64 ``[N]``, and a power of two up to 16 that divides the
             absolute address of every block of the heap.
         """
-        bases, alignment = self._bases, alignment_of(align_bytes, self._bits)
-        if len(bases) == 1:
-            return addresses + bases[0], alignment
-        shifts = np.array(bases, np.int64) - np.array(self.starts, np.int64)
-        return addresses + shifts[self._numbers_of(addresses)], alignment
+        bits = align_bytes | self._bits
+        alignment = bits & -bits
+        if self._shift is not None:
+            return addresses + self._shift, alignment
+        return addresses + self._shifts[self._numbers_of(addresses)], alignment
 
     def has_memory_of(self, tensor: torch.Tensor) -> bool:
         """Whether a buffer has bytes of a tensor of rows, or bytes between or behind them."""

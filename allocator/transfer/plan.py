@@ -114,7 +114,8 @@ class CopyPlan:
             TypeError: a side is none of these.
             LifetimeError: a block is freed.
         """
-        require_flags(by_layer=by_layer)
+        if by_layer is not False:
+            require_flags(by_layer=by_layer)
         from_blocks, to_blocks = Blocks.of("source", source), Blocks.of("target", target)
         from_blocks.require_same(to_blocks)
         sides = (from_blocks.side, to_blocks.side)
@@ -315,7 +316,7 @@ class CopyPlan:
         )
         if not (source.has_lone_blocks(len(whole)) or target.has_lone_blocks(len(whole))):
             parts = [part.merged() for part in parts]
-        return cls(source, target, tuple(part.split(*walls) for part in parts), walls)
+        return cls(source, target, tuple([part.split(*walls) for part in parts]), walls)
 
     # -- what it is ----------------------------------------------------------------------------
 

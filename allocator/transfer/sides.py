@@ -26,7 +26,7 @@ from kvheap.device.completion import Completion
 from kvheap.device.copy_device import CopyDevice, known_ranges
 from kvheap.device.directions import Direction
 from kvheap.kernels.arguments import require_memory, require_values
-from kvheap.kernels.pieces import Pieces, first_outside
+from kvheap.kernels.pieces import Pieces, first_outside, is_covered
 
 __all__ = [
     "NOWHERE",
@@ -48,7 +48,7 @@ MAX_RUNS_PER_BLOCK = 1 / 96
 NOWHERE = np.empty(0, np.int64)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # each copy makes two, and frozen ones take four times as long
 class Side:
     """One side of a copy.
 
@@ -92,7 +92,7 @@ class Side:
         return batch.num_runs == len(batch) == num_pieces
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # as Side
 class Blocks:
     """N blocks of equal size on one side, before they are paired with the other side's.
 
@@ -126,16 +126,17 @@ class Blocks:
         """
         if isinstance(blocks, torch.Tensor):
             return cls._of_tensor(name, blocks)
-        if not isinstance(blocks, Sequence | Rows):
+        if not isinstance(blocks, (MemoryBatch, Rows, Sequence)):
             raise TypeError(f"{name} must be a MemoryBatch, objects or a tensor, got {blocks!r}")
         heap = heap_of(blocks.batch if isinstance(blocks, Rows) else blocks)
+        segments = heap.segments
         runs: AddressBatch | None = None
         starts: Int64Array | None = None
         if isinstance(blocks, (MemoryBatch, BatchSlice)):
             rows = rows_of(blocks) if isinstance(blocks, BatchSlice) else [Rows(blocks, None)]
             rows[0].batch.counts.require_live(rows[0].rows, rows[0].batch)
             layout, allocated_bytes = blocks.layout, blocks.allocated_bytes
-            if len(heap.segments) == 1:
+            if len(segments) == 1:
                 runs = blocks.runs
             else:
                 starts = heap.absolute(blocks.addresses)[0]
@@ -150,7 +151,7 @@ class Blocks:
             rows = heap.rows_by_batch(blocks)
             sizes = {part.batch.allocated_bytes for part in rows}
             allocated_bytes = sizes.pop() if len(sizes) == 1 else layout.size_bytes
-        memory = tuple(buffer for _, buffer in heap.segments)
+        memory = tuple([buffer for _, buffer in segments])
         side = Side(cuda.device_of(memory[0]), tuple(rows), memory, heap)
         kind = (tuple(layout.shapes[0]), layout.dtypes[0]) if len(layout.shapes) == 1 else None
         base = memory[0].data_ptr()
@@ -323,10 +324,12 @@ def walls_of(
         ranges = known_ranges(device, start, end, on_device)
         if first_outside(start, end, ranges) is None:  # the whole tensor is reachable
             return ranges[1:, 0]
-    ends = starts + sizes
     if side.heap is not None:
         ranges = side.heap.pinned_addresses(device)
-    else:
+        if _is_whole(side.memory, ranges):  # so its blocks are, wherever
+            return ranges[1:, 0]
+    ends = starts + sizes
+    if side.heap is None:
         ranges = known_ranges(owner, starts, ends, on_device)
     at = first_outside(starts, ends, ranges)
     if at is not None:
@@ -337,3 +340,11 @@ def walls_of(
             f"{place} is in host memory that is not pinned: {device.name} cannot reach it"
         )
     return ranges[1:, 0] if len(ranges) > 1 else NOWHERE
+
+
+def _is_whole(memory: tuple[torch.Tensor, ...], ranges: Int64Array) -> bool:
+    """Whether ranges hold all of a side's memory, if it is one buffer."""
+    if len(memory) != 1:
+        return False
+    start = memory[0].data_ptr()
+    return is_covered(start, start + memory[0].nbytes, ranges)

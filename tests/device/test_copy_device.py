@@ -137,3 +137,13 @@ def test_other_devices_are_refused() -> None:
     assert find_device(torch.device("cpu")) is None
     with pytest.raises(ValueError, match="must be on a CPU or a CUDA device, got meta"):
         find_device(torch.device("meta"))
+
+
+def test_a_device_is_one_object_however_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    found = [find_device(torch.device("cuda", index)) for index in (61, 62)]
+    assert found[0] is not found[1]
+    for index, wanted in zip((61, 62, 61), (*found, found[0]), strict=True):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
+        assert find_device(torch.device("cuda")) is wanted
+        assert find_device(torch.device(f"cuda:{index}")) is wanted

@@ -215,6 +215,78 @@ def test_chunks_of_ever_new_lengths_do_not_fill_the_memory(monkeypatch: Any) -> 
     assert sum(isinstance(key, BlockLayout) for key in cache.kept) <= 4
 
 
+class TestNewChunks:
+    """``batched_store``, with what it keeps of chunks."""
+
+    @pytest.mark.parametrize("name", CACHES)
+    def test_are_filled_as_allocated_ones_are(self, name: str, takes_short_way: list[bool]) -> None:
+        cache = CACHES[name]()
+        ids = np.random.default_rng(0).permutation(BLOCKS)[:5]
+        wanted = _contents(_allocated(cache, 5, 2))
+        batch = _allocated(cache, 5, 2)
+        assert takes_short_way[-2:] == [False, name not in TOKEN_BY_TOKEN]
+        assert _equal(_contents(batch), wanted)
+        assert batch.num_tokens == 5 * cache.block_size
+        heap: Any = batch.allocator
+        again = heap.batched_store(cache, BlockIds(ids), 2 * cache.block_size, _format(cache))
+        kvheap.store(cache, BlockIds(ids), batch)
+        assert _equal(_contents(again), _contents(batch))
+
+    def test_in_part(self, takes_short_way: list[bool]) -> None:
+        cache = CACHES["flash, shared"]()
+        heap: Any = _allocated(cache, 4, 1).allocator
+        chunk_elements = [2 * LAYERS * SLOTS * HEADS * DIM]
+        held = []
+        while (room := heap.max_batch(chunk_elements, torch.float16)) > 3:
+            held.append(heap.batched_allocate(chunk_elements, torch.float16, room - 3))
+        assert room == 3
+        slots = BlockIds(np.arange(5)[::-1])
+        batch = heap.batched_store(cache, slots, SLOTS, allow_partial=True)
+        assert takes_short_way[-1]
+        assert (len(batch), batch.num_tokens) == (3, 3 * SLOTS)
+        assert torch.equal(batch[2].tensor[0, 1].view(-1), cache.tensors[1][0, 2].reshape(-1))
+
+    @pytest.mark.parametrize("name", ["out of range", "negative", "floats", "two dimensions"])
+    def test_with_wrong_blocks_are_not_allocated(self, name: str) -> None:
+        cache = CACHES["flash, shared"]()
+        heap: Any = _allocated(cache, 2, 1).allocator
+        before = heap.stats().allocated_bytes
+        with pytest.raises((TypeError, ValueError)):
+            heap.batched_store(cache, BlockIds(WRONG[name]), SLOTS)
+        assert heap.stats().allocated_bytes == before
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"chunk_tokens": True},
+            {"chunk_tokens": 1.0},
+            {"chunk_tokens": torch.tensor(1.0)},
+            {"fmt": 1},
+            {"fmt": ["KV_2LTD"]},
+            {"convert": 0},
+            {"convert": np.False_},
+            {"layers": 0},
+            {"heads": 0},
+        ],
+        ids=repr,
+    )
+    def test_no_wrong_argument_counts_as_an_equal_one(self, wrong: dict[str, Any]) -> None:
+        cache = CACHES["flash, shared"]()
+        heap: Any = _allocated(cache, 2, 1).allocator
+        given = {"chunk_tokens": 1, "fmt": None, "convert": False}
+        batch = heap.batched_store(cache, range(2), **given)
+        assert len(batch) == 2
+        with pytest.raises((TypeError, ValueError)):
+            heap.batched_store(cache, range(2), **given | wrong)
+
+    def test_of_ever_new_lengths_do_not_fill_the_memory(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(kvheap.engine.chunks, "MAX_KEPT", 4)
+        cache = CACHES["flash, shared"]()
+        for per_chunk in range(1, 12):
+            _allocated(cache, 1, per_chunk)
+            assert len(cache.kept["new chunks"]) <= 4
+
+
 class TestLifetimes:
     def test_freed_chunks(self) -> None:
         cache = CACHES["flash, shared"]()

@@ -33,6 +33,8 @@ from kvheap import (
     restore,
     store,
 )
+from kvheap.engine import tokens
+from kvheap.kernels.paged_plan import Pairing
 from kvheap.transfer import copy
 
 F = MemoryFormat
@@ -406,6 +408,27 @@ def test_counts_are_kept_without_work_for_each_chunk(fmt: MemoryFormat) -> None:
     store(cache, range(89), batch)
     assert batch.stored_tokens.first == 89
     assert batch.stored_tokens.num_rows_apart == 0
+
+
+def test_what_a_pairing_means_to_the_records_is_found_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not at each of the thousands of calls that an engine makes in a second."""
+    found: list[str] = []
+
+    def form_of(cache: PagedKVCache, pairing: Pairing) -> str:
+        found.append("rows of tokens")
+        return found[-1]
+
+    monkeypatch.setattr(tokens, "form_of", form_of)
+    heap = soiled()
+    for cache in (engine()[0], engine()[0]):
+        for count in (CHUNK, 2 * CHUNK + 3):
+            batch = stored(heap, cache, range(count))
+            heap.batched_load(batch, cache, range(count))
+            store(cache, range(count), list(batch))
+            heap.batched_free(batch)
+    assert len(found) == 2  # for each cache
 
 
 def test_a_cache_of_whole_blocks_counts_tokens_too() -> None:

@@ -113,3 +113,15 @@ def test_what_is_not_quick_to_tell_is_left_to_others() -> None:
     assert even_pieces(few, few[::-1] + 1, 64, (1 << 20, 6400), (1 << 26, 6400)) is None
     assert even_pieces(few * 3, few[::-1] * 3, 192, (1 << 20, 6400), (1 << 26, 6400)) is None
     assert even_pieces(few, few[:2], 64, (1 << 20, 6400), (1 << 26, 6400)) is None
+
+
+@pytest.mark.parametrize("size", [64, 192])
+def test_targets_whose_steps_wrap_around_are_left_to_others(size: int) -> None:
+    """Each is above the one before, modulo 2**64, and the last one is in the buffer."""
+    sources, targets = np.arange(100) * size, np.arange(100) * size
+    targets[50:53] = [1 << 62, (1 << 63) - 64, -(1 << 62)]
+    with np.errstate(over="ignore"):
+        assert (np.diff(targets) >= size).all()
+    buffers = (1 << 20, 100 * size), (1 << 26, 100 * size)
+    assert even_pieces(sources, targets, size, *buffers) is None
+    assert even_pieces(targets, sources, size, *buffers) is None

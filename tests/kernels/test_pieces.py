@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvheap.kernels.pieces import Pieces, first_outside
+from kvheap.kernels.pieces import Pieces, first_outside, is_covered
 
 BASE = 4096
 
@@ -227,3 +228,16 @@ class TestFirstOutside:
         ends = starts + np.array([size for _, size in places], np.int64)
         found = first_outside(starts, ends, np.array(ranges, np.int64).reshape(-1, 2))
         assert found == (wrong[0] if wrong else None)
+
+    @given(st.lists(st.integers(0, 40), unique=True, max_size=8), st.data())
+    def test_one_stretch_covers(self, bounds: list[int], data: st.DataObject) -> None:
+        bounds.sort()
+        kept = data.draw(st.lists(st.booleans(), min_size=len(bounds), max_size=len(bounds)))
+        between = zip(pairwise(bounds), kept, strict=False)
+        ranges = [stretch for stretch, is_in in between if is_in]
+        inside = {byte for first, last in ranges for byte in range(first, last)}
+        is_one = all(before[1] == after[0] for before, after in pairwise(ranges))
+        start = data.draw(st.integers(0, 40))
+        end = data.draw(st.integers(start + 1, 41))
+        found = is_covered(start, end, np.array(ranges, np.int64).reshape(-1, 2))
+        assert found == (is_one and inside.issuperset(range(start, end)))
