@@ -42,7 +42,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvheap.kernels.arrays import alignment_of
 from kvheap.kernels.direct_launch import launch
 from kvheap.kernels.launch import current, number_jit, runs_kernels, tl
 from kvheap.kernels.paged_convert import launch_conversion
@@ -51,7 +50,7 @@ from kvheap.kernels.paged_copy_cpu import copy_on_cpu
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_places import locate_tokens, report_bad_places
 from kvheap.kernels.paged_slots import BlockIds, Slots
-from kvheap.kernels.paged_tiles import BUDGET_TILE, TILE, TokenLaunches
+from kvheap.kernels.paged_tiles import BUDGET_TILE, TILE, TokenLaunches, width_of_access
 from kvheap.kernels.tiles import Variant, locate_vectors, quotient, variant_of
 from kvheap.kernels.token_copy import Chunks, TokenCopy
 
@@ -253,7 +252,7 @@ def run_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
 
 def _launch_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
     pairing, places = copy.pairing, copy.places
-    access_bytes = alignment_of(pairing.alignment, copy.chunks.alignment)
+    access_bytes = width_of_access(pairing, copy.chunks.alignment)
     launches = TokenLaunches.of(pairing, access_bytes)
     planned = launches.planned(places, is_budgeted=max_sms is not None)
     with copy.words(len(planned.first_words)) as words:
