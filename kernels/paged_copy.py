@@ -42,6 +42,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kvheap.kernels.arguments import require_sms
 from kvheap.kernels.direct_launch import launch
 from kvheap.kernels.launch import current, number_jit, runs_kernels, tl
 from kvheap.kernels.paged_convert import launch_conversion
@@ -236,9 +237,9 @@ def run_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
     Raises:
         ValueError: ``max_sms`` is less than 1, or the copy is too large for one launch; nothing is
             written.
+        TypeError: ``max_sms`` is not an integer; nothing is written.
     """
-    if max_sms is not None and max_sms < 1:
-        raise ValueError(f"max_sms must be at least 1, got {max_sms}")
+    require_sms(max_sms)
     if not copy.places.num_tokens:
         return
     is_exact = copy.chunks.scale_offset is None
