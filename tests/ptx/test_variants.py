@@ -180,6 +180,20 @@ def test_heads_and_layers_that_are_not_equally_aligned_need_no_more(layout: str,
         assert compiled_of(gpu) == before
 
 
+def test_clearing_behind_the_last_token_needs_no_kernel_of_its_own() -> None:
+    """Also if the chunks are less aligned than the zeros."""
+    with running_ptx(90, memory=None, is_new=True) as gpu:
+        cache = cache_of(Engine("vllm-flash-nhd", SIZES[0]))
+        heap = TensorMemoryAllocator(sparse_memory(1 << 28), 4, on_full=None)
+        kvheap.warm_up(cache, align_bytes=4)
+        before = compiled_of(gpu)
+        batch = heap.batched_store(cache, np.arange(5), 16)
+        assert batch is not None
+        kvheap.load(batch, cache, np.arange(5), clear_rest=True)
+        assert len(gpu.launches) == 3
+        assert compiled_of(gpu) == before
+
+
 def convert(cache: PagedKVCache, heap: TensorMemoryAllocator, seed: int) -> None:
     random = np.random.default_rng(seed)
     for number in range(20):
