@@ -307,19 +307,6 @@ class PagedKVCache:
             values += [plane.head_stride] if self.num_heads > 1 else []
         return alignment_of(*values)
 
-    @cached_property
-    def merged_alignment(self) -> int:
-        """The same, if all heads of a token are copied as one run: where that is possible."""
-        is_whole = all(plane.head_stride == plane.row_bytes for plane in self.planes)
-        if self.num_heads == 1 or not is_whole or len(self.planes) != 1 + self.is_key_value:
-            return self.alignment
-        values = [combined_bits(self.base_addresses)]
-        for plane in self.planes:
-            values.append(plane.row_bytes * self.num_heads)
-            values += [plane.block_stride] if self.num_blocks > 1 else []
-            values += [plane.slot_stride] if self.block_size > 1 else []
-        return alignment_of(*values)
-
     @property
     def is_key_value(self) -> bool:
         """Whether the planes are K and V, or the parts of K and then those of V."""
