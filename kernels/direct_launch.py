@@ -110,6 +110,8 @@ def compile_ahead(kernel: Any, variant: Variant) -> _Compiled:
             **variant.constants,
             num_warps=variant.num_warps,
         )
+        if hasattr(compiled, "result"):  # in an ``AsyncCompileMode`` of the caller's
+            compiled = compiled.result()
         run = compiled.run  # loads it
     found = _Compiled(
         run, compiled.function, compiled.packed_metadata, tuple(variant.constants.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -134,6 +135,17 @@ def test_what_was_compiled_ahead_with_an_extra_is_not_launched_without_it(
     assert not is_compiled(KERNEL, variant)
     copy()
     assert gpu.num_compiled()["_copy_blocks_kernel"] == 2
+
+
+def test_a_kernel_that_is_compiled_in_the_background_is_waited_for(
+    world: tuple[Gpu, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    future = triton.runtime._async_compile.FutureKernel
+    monkeypatch.delattr(future, "__getattr__", raising=False)  # as in Triton 3.6
+    gpu, copy = world
+    with ThreadPoolExecutor(1) as executor, triton.AsyncCompileMode(executor):
+        copy()
+    assert len(gpu.launches) == 1
 
 
 def test_both_ways_compile_the_same_variant(world: tuple[Gpu, Callable[[], None]]) -> None:
