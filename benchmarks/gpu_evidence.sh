@@ -110,7 +110,9 @@ if ! wanted tests; then
     say "device  ${gpu:-none}"
 elif [ -n "$gpu" ]; then
     say "device  $gpu"
-    # Most of the time goes into compiling: with pytest-xdist, on as many cores as there are.
+    # Each kernel once, on all cores; else each test process waits for its compiler.
+    step "kernels compiled ahead" 60 "$python" "$repository/tests/support/compile_ahead.py"
+    # With pytest-xdist, on as many cores as there are.
     workers=()
     ! "$python" -c "import xdist" 2>/dev/null ||
         workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist worksteal)
@@ -121,6 +123,9 @@ else
     say "device  none: this is a dry run, and no figure in it is a GPU's"
     step "tests that need no GPU" 180 "$python" -m pytest -c "$repository/pyproject.toml" \
         --rootdir "$repository" -p no:cacheprovider "$repository/tests/kernels"
+    step "tests on the GPU, counted" 90 "$python" -m pytest -c "$repository/pyproject.toml" \
+        --rootdir "$repository" -p no:cacheprovider -m gpu --collect-only -q "$repository/tests"
+    say "        $(tail -n 1 "$work/output"): 240 s are for them"
     skip "tests on the GPU" "no CUDA device"
 fi
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["as_whole", "require_memory", "require_tensor", "require_values"]
+__all__ = ["as_whole", "require_memory", "require_sms", "require_tensor", "require_values"]
 
 
 def require_tensor(name: str, value: Any, advice: str = "") -> None:
@@ -70,3 +70,14 @@ def as_whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def require_sms(max_sms: Any) -> None:
+    """Raise unless this can be a number of multiprocessors, or None.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is less than 1.
+    """
+    if max_sms is not None and as_whole("max_sms", max_sms) < 1:
+        raise ValueError(f"max_sms must be at least 1, got {max_sms}")

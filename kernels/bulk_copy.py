@@ -32,6 +32,7 @@ from functools import lru_cache
 
 import torch
 
+from kvheap.kernels.arguments import require_sms
 from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.bulk_loop import MAX_STAGES, SLOT_HEAD_BYTES, bulk_loop
 from kvheap.kernels.capture_mode import Relaxed
@@ -238,9 +239,9 @@ class BulkCopy:
 
         Raises:
             ValueError: ``max_sms`` is less than 1.
+            TypeError: it is not an integer.
         """
-        if max_sms is not None and max_sms < 1:
-            raise ValueError(f"max_sms must be at least 1, got {max_sms}")
+        require_sms(max_sms)
         if not self.items.num_items:
             return
         programs = PROGRAMS_PER_SM * _num_sms(self.device) if max_sms is None else max_sms

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -40,7 +40,10 @@ class _Compiled:
     constants: tuple[object, ...]
 
 
-_KEPT: dict[tuple[object, Variant, int], _Compiled] = {}
+_Key: TypeAlias = "tuple[object, Variant, int, object]"
+
+_KEPT: dict[_Key, _Compiled] = {}
+"""By kernel, variant, device, and what else Triton compiles for at that moment; None: nothing."""
 
 
 def launch(kernel: Any, variant: Variant, num_programs: int, *arguments: Any) -> None:
@@ -63,7 +66,7 @@ def launch(kernel: Any, variant: Variant, num_programs: int, *arguments: Any) ->
             grid(*arguments, **variant.constants, num_warps=variant.num_warps)
         return
     device, stream = current_stream()
-    found = _KEPT.get((kernel.fn, variant, device)) or compile_ahead(kernel, variant)
+    found = _KEPT.get((kernel.fn, variant, device, None)) or compile_ahead(kernel, variant)
     found.run(
         num_programs,
         1,
@@ -107,11 +110,13 @@ def compile_ahead(kernel: Any, variant: Variant) -> _Compiled:
             **variant.constants,
             num_warps=variant.num_warps,
         )
+        if hasattr(compiled, "result"):  # in an ``AsyncCompileMode`` of the caller's
+            compiled = compiled.result()
         run = compiled.run  # loads it
     found = _Compiled(
         run, compiled.function, compiled.packed_metadata, tuple(variant.constants.values())
     )
-    _KEPT[kernel.fn, variant, driver.active.get_current_device()] = found
+    _KEPT[kernel.fn, variant, driver.active.get_current_device(), _extras()] = found
     return found
 
 
@@ -127,7 +132,7 @@ def is_compiled(kernel: Any, variant: Variant) -> bool:
         return True
     device = driver.active.get_current_device()
     kernel.device_caches[device]
-    return (kernel.fn, variant, device) in _KEPT
+    return (kernel.fn, variant, device, _extras()) in _KEPT
 
 
 def is_known(kernel: Any) -> bool:
@@ -137,7 +142,21 @@ def is_known(kernel: Any) -> bool:
     runtime = knobs.runtime
     if runtime.debug or runtime.add_stages_inspection_hook or runtime.jit_cache_hook:
         return False
+    if knobs.compilation.instrumentation_mode:
+        return False
     return _is_unhooked(runtime.launch_enter_hook) and _is_unhooked(runtime.launch_exit_hook)
+
+
+def _extras() -> object:
+    """What Triton compiles a kernel for besides what it is given: profiling, for example."""
+    if not _KNOWN_TRITON:
+        return None
+    found = (
+        bool(knobs.runtime.debug),
+        knobs.runtime.add_stages_inspection_hook,
+        knobs.compilation.instrumentation_mode,
+    )
+    return found if any(found) else None
 
 
 def _is_unhooked(hook: Any) -> bool:

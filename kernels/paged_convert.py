@@ -51,6 +51,9 @@ from kvheap.kernels.token_copy import Chunks, TokenCopy, require_convertible
 
 __all__ = ["conversion_kernels", "launch_conversion"]
 
+SCALE_BYTES = 4
+"""Bytes of a scale, a float32."""
+
 TILE_ELEMENTS = 4096
 """Elements that a program converts in one step, 8 KiB at 2 bytes each: four 16-byte loads for each
 of 128 threads. Reasoned, not yet measured on a GPU."""
@@ -336,8 +339,12 @@ def conversion_kernels(cache: PagedKVCache, align_bytes: int) -> list[tuple[Any,
         ValueError: the cache cannot be converted.
     """
     require_convertible(cache)
-    alignment = alignment_of(align_bytes, cache.head_dim)
-    variants = [_variant_for(cache, to_heap, alignment) for to_heap in (True, False)]
+    usual = alignment_of(align_bytes, cache.head_dim)
+    variants = [
+        _variant_for(cache, to_heap, alignment)
+        for alignment in {usual, min(usual, SCALE_BYTES)}
+        for to_heap in (True, False)
+    ]
     return [(_convert_tokens_kernel, variant) for variant in variants]
 
 
@@ -383,9 +390,16 @@ def _has_instruction(device: torch.device) -> bool:
 
 
 def _chunk_alignment(chunks: Chunks, head_dim: int) -> int:
+    """What divides the address of each head in the chunks: one of two values for one alignment.
+
+    Scales that come first leave the elements at any multiple of 4 bytes, and each width of access
+    is a kernel to compile.
+    """
     layout = chunks.layout
     strides = (layout.token_stride, layout.layer_stride, layout.plane_stride)
-    return alignment_of(chunks.alignment, head_dim, chunks.data_offset, *strides)
+    possible = alignment_of(chunks.alignment, head_dim, chunks.data_offset, *strides)
+    usual = alignment_of(chunks.alignment, head_dim)
+    return usual if possible >= usual else min(possible, SCALE_BYTES)
 
 
 def _table(copy: TokenCopy) -> torch.Tensor:

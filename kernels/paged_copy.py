@@ -42,6 +42,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kvheap.kernels.arguments import require_sms
 from kvheap.kernels.direct_launch import launch
 from kvheap.kernels.launch import current, number_jit, runs_kernels, tl
 from kvheap.kernels.paged_convert import launch_conversion
@@ -50,7 +51,7 @@ from kvheap.kernels.paged_copy_cpu import copy_on_cpu
 from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_places import locate_tokens, report_bad_places
 from kvheap.kernels.paged_slots import BlockIds, Slots
-from kvheap.kernels.paged_tiles import BUDGET_TILE, TILE, TokenLaunches
+from kvheap.kernels.paged_tiles import BUDGET_TILE, TILE, TokenLaunches, width_of_access
 from kvheap.kernels.tiles import Variant, locate_vectors, quotient, variant_of
 from kvheap.kernels.token_copy import Chunks, TokenCopy
 
@@ -236,9 +237,9 @@ def run_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
     Raises:
         ValueError: ``max_sms`` is less than 1, or the copy is too large for one launch; nothing is
             written.
+        TypeError: ``max_sms`` is not an integer; nothing is written.
     """
-    if max_sms is not None and max_sms < 1:
-        raise ValueError(f"max_sms must be at least 1, got {max_sms}")
+    require_sms(max_sms)
     if not copy.places.num_tokens:
         return
     is_exact = copy.chunks.scale_offset is None
@@ -252,7 +253,7 @@ def run_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
 
 def _launch_copy(copy: TokenCopy, max_sms: int | None = None) -> None:
     pairing, places = copy.pairing, copy.places
-    access_bytes = min(pairing.alignment, copy.chunks.alignment)  # powers of two
+    access_bytes = width_of_access(pairing, copy.chunks.alignment)
     launches = TokenLaunches.of(pairing, access_bytes)
     planned = launches.planned(places, is_budgeted=max_sms is not None)
     with copy.words(len(planned.first_words)) as words:

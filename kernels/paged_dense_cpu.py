@@ -165,7 +165,8 @@ class DenseRows:
     ) -> None:
         """Copy rows of ``source`` by torch, in as many calls as keep its threads out of it."""
         num_rows, most = len(numbers), max(1, GRAIN * words.word.itemsize // self.row_bytes)
-        if num_rows <= most or self.is_shared(num_rows // self.row_offsets.size):
+        is_one = num_rows <= most or torch.get_num_threads() == 1
+        if is_one or self.is_shared(num_rows // self.row_offsets.size):
             run = words_at(address, num_rows, self.row_bytes, step, words.word)
             _copy_rows(source, torch.from_numpy(numbers), run, to_heap)
             return

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvheap.kernels.arrays import INT32_END
+from kvheap.kernels.arrays import INT32_END, alignment_of, combined_bits
 from kvheap.kernels.launch import resident
+from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_plan import Pairing
 from kvheap.kernels.paged_slots import Places
 from kvheap.kernels.tiles import (
@@ -23,7 +24,15 @@ from kvheap.kernels.tiles import (
     variant_of,
 )
 
-__all__ = ["BUDGET_TILE", "TILE", "PlannedLaunch", "TokenLaunches", "place_numbers"]
+__all__ = [
+    "BUDGET_TILE",
+    "TILE",
+    "PlannedLaunch",
+    "TokenLaunches",
+    "access_widths",
+    "place_numbers",
+    "width_of_access",
+]
 
 TILE = TileShape(512, 4)
 """Four accesses for each of 128 threads: 8 KiB, if they have 16 bytes. On an H200, 3,710 GB/s; two
@@ -41,6 +50,39 @@ MAX_ROWS = INT32_END - BUDGET_TILE.vectors
 
 MAX_PLANNED = 1024
 """Numbers of tokens whose launches are kept for a pairing, in about 1 KiB each."""
+
+
+def access_widths(cache: PagedKVCache, chunk_alignment: int) -> tuple[int, int]:
+    """The widths of access of all copies between a cache and chunks: the usual one, and the least.
+
+    A copy of some heads or layers may be less aligned than one of all, or more. Each width is a
+    kernel to compile, so there are two, whatever is copied.
+
+    Args:
+        cache: one side; if only whole blocks of it can be copied, its ``blocks_of_cache``.
+        chunk_alignment: a power of two that divides the addresses of the chunks.
+    """
+    least = alignment_of(cache.alignment, chunk_alignment)
+    heads_merge = all(plane.head_stride == plane.row_bytes for plane in cache.planes)
+    if cache.num_heads == 1 or not heads_merge or len(cache.planes) != 1 + cache.is_key_value:
+        return least, least
+    values = [combined_bits(cache.base_addresses)]
+    for plane in cache.planes:
+        values.append(plane.row_bytes * cache.num_heads)  # all heads of a token are one run
+        values += [plane.block_stride] if cache.num_blocks > 1 else []
+        values += [plane.slot_stride] if cache.block_size > 1 else []
+    return alignment_of(chunk_alignment, *values), least
+
+
+def width_of_access(pairing: Pairing, chunk_alignment: int) -> int:
+    """The width of access of a copy, one of :func:`access_widths`; kept with the pairing."""
+    key = ("width", chunk_alignment)
+    found: int | None = pairing.kept.get(key)
+    if found is None:
+        possible = alignment_of(pairing.alignment, chunk_alignment)
+        usual, least = access_widths(pairing.cache, chunk_alignment)
+        pairing.kept[key] = found = usual if possible >= usual else min(possible, least)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

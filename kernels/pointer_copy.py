@@ -44,6 +44,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvheap.kernels.arguments import require_sms
 from kvheap.kernels.arrays import INT32_END, Int64Array
 from kvheap.kernels.direct_launch import launch
 from kvheap.kernels.launch import current, number_jit, send, staging, tl
@@ -216,9 +217,9 @@ class PointerCopy:
 
         Raises:
             ValueError: ``max_sms`` is less than 1.
+            TypeError: it is not an integer.
         """
-        if max_sms is not None and max_sms < 1:
-            raise ValueError(f"max_sms must be at least 1, got {max_sms}")
+        require_sms(max_sms)
         if not self.launches:
             return
         programs = PROGRAMS_PER_SM * _num_sms(self.device) if max_sms is None else max_sms

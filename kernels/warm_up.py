@@ -15,16 +15,16 @@ import torch
 
 from kvheap.kernels import launch
 from kvheap.kernels.arguments import as_whole
-from kvheap.kernels.arrays import alignment_of, combined_bits
 from kvheap.kernels.block_copy import block_kernels
 from kvheap.kernels.direct_launch import compile_ahead, is_compiled
 from kvheap.kernels.launch import anchor_on, current
 from kvheap.kernels.paged_convert import conversion_kernels
 from kvheap.kernels.paged_copy import token_kernels
 from kvheap.kernels.paged_layout import PagedKVCache
+from kvheap.kernels.paged_tiles import access_widths
 from kvheap.kernels.pointer_copy import piece_kernels
 from kvheap.kernels.shared_work import do_all
-from kvheap.kernels.tiles import ACCESS_BYTES, Variant
+from kvheap.kernels.tiles import Variant
 from kvheap.kernels.whole_blocks import blocks_of_cache
 
 __all__ = ["warm_up"]
@@ -92,19 +92,7 @@ def _compile(device: torch.device, kernel: Any, variant: Variant) -> None:
 
 
 def _widths(cache: PagedKVCache, align_bytes: int) -> Sequence[int]:
-    """The widths of access that copies between a cache and chunks of any format may have.
-
-    Heads that are contiguous on both sides are copied as one run, whose length may be divisible by
-    more than that of a head is. If several planes share a row of a chunk, heads are not contiguous.
-    """
+    """The widths of access that copies between a cache and chunks of any format may have."""
     if cache.layout.whole_blocks:
         cache = blocks_of_cache(cache)
-    heads_merge = len(cache.planes) == (2 if cache.is_key_value else 1)
-    factor = 1 << (cache.num_heads.bit_length() - 1) if heads_merge else 1
-    values = [combined_bits(cache.base_addresses)]
-    for plane in cache.planes:
-        values.append(plane.row_bytes * factor)
-        values += [plane.block_stride] if cache.num_blocks > 1 else []
-        values += [plane.slot_stride] if cache.block_size > 1 else []
-    least, most = alignment_of(align_bytes, cache.alignment), alignment_of(align_bytes, *values)
-    return [width for width in ACCESS_BYTES if least <= width <= most]
+    return sorted(set(access_widths(cache, align_bytes)))

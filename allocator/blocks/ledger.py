@@ -371,8 +371,8 @@ class Ledger:
         """
         error: BaseException | None = None
         for release in releases:
-            if release.is_void and release.batch is not None and release.batch() is None:
-                release.events = ()  # nobody is left to whom the blocks could go back
+            if release.is_void and release.is_orphaned:
+                release.waive_condition()
             elif release.is_void:
                 for counts, rows in release.parts:
                     counts.set_live(rows)

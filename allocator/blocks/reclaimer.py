@@ -213,6 +213,9 @@ class Reclaimer:
         ended: list[Release] = []
         for release in releases:
             state = self._state_of(release)
+            if state == "failed" and release.is_orphaned:
+                release.waive_condition()
+                state = self._state_of(release)
             if state == "pending":
                 continue
             if state == "failed":

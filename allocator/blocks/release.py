@@ -91,6 +91,17 @@ class Release(Receipt):
         self.was_reported = False
 
     @property
+    def is_orphaned(self) -> bool:
+        """Whether its blocks cannot become live again, as their batch is gone."""
+        return self.batch is not None and self.batch() is None
+
+    def waive_condition(self) -> None:
+        """Let the bytes wait for whoever else uses them, and for the condition no more."""
+        condition = self.condition
+        self.events = tuple(event for event in self.events if event is not condition)
+        self.is_void = False
+
+    @property
     def num_bytes(self) -> int:
         """Allocated bytes of all blocks."""
         freed, sizes = self.freed, self.sizes

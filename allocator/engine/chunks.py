@@ -240,7 +240,7 @@ def load(
     if clear_rest:
         with route.on_stream():
             # First: its slots may be among those to load.
-            clear_slots_behind(copy.pairing, copy.places)
+            clear_slots_behind(copy.pairing, copy.places, copy.chunks.alignment)
     transfer = route.execute(copy, batch)
     if is_plain and route.is_host:
         keep_for_few(cache, batch, copy)

@@ -17,7 +17,7 @@ from kvheap.kernels.paged_slots import Places
 __all__ = ["clear_rest"]
 
 
-def clear_rest(pairing: Pairing, places: Places) -> None:
+def clear_rest(pairing: Pairing, places: Places, alignment: int) -> None:
     """Zero the slots behind the last token's in its block, in the layers and heads of a copy.
 
     One launch on the current stream, which does not wait. Tokens that are in these slots too are
@@ -26,6 +26,8 @@ def clear_rest(pairing: Pairing, places: Places) -> None:
     Args:
         pairing: the cache, and the layers and heads to copy.
         places: the tokens of the copy, as slots or block ids.
+        alignment: what divides the addresses of the chunks of the copy, a power of two. With the
+            same one, no other kernel than that of the copy is needed.
     """
     cache = pairing.cache
     if cache.block_size == 1 or not places.num_tokens:
@@ -35,7 +37,7 @@ def clear_rest(pairing: Pairing, places: Places) -> None:
     slots = _slots_behind(places, cache.block_size)
     if not len(slots):
         return
-    zeros = _zero_rows(pairing, len(slots))
+    zeros = _zero_rows(pairing, len(slots), alignment)
     own_heads = pairing.num_heads == cache.num_heads
     load_tokens(
         zeros, cache, slots, layers=pairing.layers, heads=None if own_heads else pairing.heads
@@ -69,7 +71,7 @@ def _slots_behind(
     return np.arange(slot_number + 1, (slot_number // block_size + 1) * block_size)
 
 
-def _zero_rows(pairing: Pairing, num_tokens: int) -> Chunks:
+def _zero_rows(pairing: Pairing, num_tokens: int, alignment: int) -> Chunks:
     """One row of zeros that is every token of every layer of a chunk: all strides are 0."""
     cache = pairing.cache
     row_bytes = sum(plane.row_bytes for plane in cache.planes) * pairing.num_heads
@@ -86,4 +88,4 @@ def _zero_rows(pairing: Pairing, num_tokens: int) -> Chunks:
         layer_stride=0,
     )
     zeros = torch.zeros(-(-row_bytes // 16) * 16, dtype=torch.uint8, device=cache.device)
-    return Chunks(zeros, np.array([zeros.data_ptr()], np.int64), row_bytes, 16, layout)
+    return Chunks(zeros, np.array([zeros.data_ptr()], np.int64), row_bytes, alignment, layout)

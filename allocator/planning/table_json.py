@@ -25,6 +25,9 @@ __all__ = ["FORMAT", "FORMAT_VERSION", "table_from_json", "table_to_json"]
 FORMAT = "kvheap copy table"
 FORMAT_VERSION = 1
 
+MIN_SECONDS, MAX_SECONDS = 1e-9, 1e6
+"""No measured copy took less or more."""
+
 
 def table_to_json(table: CopyTable) -> dict[str, Any]:
     """The table as objects that ``json`` can write; a cell is a list in :class:`Cell`'s order."""
@@ -129,7 +132,7 @@ def _cost_from_json(data: Mapping[str, Any]) -> PathCost | MeasuredCost:
             Cell(
                 _whole(piece_bytes),
                 _whole(num_pieces),
-                _positive(seconds),
+                _seconds(seconds),
                 spread,
                 _whole(num_samples),
             )
@@ -155,6 +158,16 @@ def _positive(number: object) -> float:
     if not (number > 0 and isfinite(number)):
         raise ValueError(f"expected a positive, finite number, got {number!r}")
     return number
+
+
+def _seconds(number: object) -> float:
+    """The time of a copy; others would leave the range of a float where they are extrapolated."""
+    seconds = _positive(number)
+    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
+        raise ValueError(
+            f"expected a time of {MIN_SECONDS:g} to {MAX_SECONDS:g} seconds, got {seconds:g}"
+        )
+    return seconds
 
 
 def _whole(number: object) -> int:

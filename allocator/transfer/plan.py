@@ -215,6 +215,7 @@ class CopyPlan:
         """:meth:`of_addresses` for the usual case; None for any other, also for what is wrong."""
         if not (
             _is_int64_row(sources)
+            and len(sources) > 1  # one is as quick by the other way
             and _is_int64_row(targets)
             and size_bytes > 0
             and isinstance(source, torch.Tensor)

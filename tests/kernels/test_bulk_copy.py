@@ -153,6 +153,13 @@ class TestRun:
             ready.run(budget)
         assert launches.grids == []
 
+    @pytest.mark.parametrize("budget", [1.5, True, "2"])
+    def test_budgets_that_are_no_numbers_are_refused(self, budget: Any, launches: Launches) -> None:
+        ready = BulkCopy.prepare(imagined(4096, 5), CPU)
+        with pytest.raises(TypeError, match="max_sms must be an integer, got "):
+            ready.run(budget)
+        assert launches.grids == []
+
     def test_no_pieces_need_no_launch(self, launches: Launches) -> None:
         ready = BulkCopy.prepare(imagined([]), CPU)
         ready.warm_up()

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_paths import T, interpreted, needs_gpu, needs_triton, on_a_gpu, sample
 
-from kvheap.kernels import pointer_copy
+from kvheap import PagedKVCache
+from kvheap.kernels import Chunks, load_tokens, pointer_copy, store_tokens
 from kvheap.kernels.pieces import Pieces
 from kvheap.kernels.pointer_copy import (
     MIN_TILES_PER_PROGRAM,
@@ -387,6 +388,22 @@ def test_tiles_are_large_where_every_program_gets_some(recorder):
 def test_a_budget_of_no_multiprocessor_is_refused(recorder, pieces, max_sms):
     with pytest.raises(ValueError, match=f"max_sms must be at least 1, got {max_sms}"):
         copy_pieces(pieces, CPU, max_sms)
+    assert recorder.launches == []
+
+
+@pytest.mark.parametrize("max_sms", [1.5, True, "2"])
+def test_a_budget_that_is_no_number_is_refused(recorder, max_sms):
+    cache = PagedKVCache.of("mla", [torch.zeros(2, 4, 8)])
+    chunk = cache.chunk_layout(4).layout
+    target = torch.zeros(128, dtype=torch.uint8)
+    chunks = Chunks(target, np.array([target.data_ptr()]), 128, 16, chunk)
+    for call in (
+        lambda: copy_pieces(imagined(64), CPU, max_sms),
+        lambda: store_tokens(cache, [0, 1, 2, 3], chunks, max_sms=max_sms),
+        lambda: load_tokens(chunks, cache, [0, 1, 2, 3], max_sms=max_sms),
+    ):
+        with pytest.raises(TypeError, match="max_sms must be an integer, got "):
+            call()
     assert recorder.launches == []
 
 

@@ -47,6 +47,8 @@ class TestWrongValues:
                 lambda data, at=at, value=value: data["costs"][0]["cells"][0].__setitem__(at, value)
                 for at, value in [
                     (0, 0),
+                    (2, 1e308),
+                    (2, 5e-324),
                     (0, 1.5),
                     (1, True),
                     (1, 1 << 70),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -82,6 +83,9 @@ OTHERWISE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a function as such a hook": lambda patch: replaced(patch, "launch_enter_hook"),
     "a hook before a kernel": lambda patch: patch.setattr(KERNEL, "pre_run_hooks", [called]),
     "a hook of the compiler": lambda patch: replaced(patch, "jit_cache_hook"),
+    "an instrumented compiler": lambda patch: patch.setattr(
+        triton.knobs.compilation, "instrumentation_mode", "profiled"
+    ),
     "another Triton": lambda patch: patch.setattr(direct_launch, "_KNOWN_TRITON", False),
 }
 
@@ -110,6 +114,38 @@ def test_a_kernel_for_debugging_is_another_one(monkeypatch: pytest.MonkeyPatch) 
     assert direct_launch.is_known(KERNEL)
     monkeypatch.setattr(triton.knobs.runtime, "debug", True)
     assert not direct_launch.is_known(KERNEL)
+
+
+EXTRAS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "instrumentation": OTHERWISE["an instrumented compiler"],
+    "debugging": lambda patch: patch.setattr(triton.knobs.runtime, "debug", True),
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_was_compiled_ahead_with_an_extra_is_not_launched_without_it(
+    world: tuple[Gpu, Callable[[], None]], extra: str
+) -> None:
+    gpu, copy = world
+    variant = variant_of(16, block_copy.TILE)
+    with pytest.MonkeyPatch.context() as patch:
+        EXTRAS[extra](patch)
+        compile_ahead(KERNEL, variant)
+        assert is_compiled(KERNEL, variant)
+    assert not is_compiled(KERNEL, variant)
+    copy()
+    assert gpu.num_compiled()["_copy_blocks_kernel"] == 2
+
+
+def test_a_kernel_that_is_compiled_in_the_background_is_waited_for(
+    world: tuple[Gpu, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    future = triton.runtime._async_compile.FutureKernel
+    monkeypatch.delattr(future, "__getattr__", raising=False)  # as in Triton 3.6
+    gpu, copy = world
+    with ThreadPoolExecutor(1) as executor, triton.AsyncCompileMode(executor):
+        copy()
+    assert len(gpu.launches) == 1
 
 
 def test_both_ways_compile_the_same_variant(world: tuple[Gpu, Callable[[], None]]) -> None:

@@ -17,6 +17,7 @@ from paged_reference import (
     WITHOUT_KEYS,
     Engine,
     Sizes,
+    Strides,
     chunk_shape,
 )
 from paged_worlds import TWO_PLANE_FORMATS, cache_of
@@ -55,8 +56,10 @@ IDS = [f"{layout}-{sizes.head_dim}" for layout, sizes in CASES]
 class Traffic:
     """Copies of any kind between one cache and the chunks of one heap."""
 
-    def __init__(self, layout: str, sizes: Sizes, seed: int) -> None:
-        self.engine = Engine(layout, sizes)
+    def __init__(
+        self, layout: str, sizes: Sizes, seed: int, strides: Strides | None = None
+    ) -> None:
+        self.engine = Engine(layout, sizes, strides or Strides())
         self.cache = cache_of(self.engine)
         self.heap = TensorMemoryAllocator(sparse_memory(1 << 28), 64, on_full=None)
         self.random = np.random.default_rng(seed)
@@ -67,6 +70,13 @@ class Traffic:
 
     def number(self, low: int, high: int) -> int:
         return int(self.random.integers(low, high + 1))
+
+    def some(self, count: int) -> range | None:
+        """Some of so many layers or heads, next to each other, or None."""
+        if not self.number(0, 1):
+            return None
+        first = self.number(0, count - 1)
+        return range(first, self.number(first, count - 1) + 1)
 
     def copy(self) -> None:
         """Store and load some tokens, in a format, of some layers and heads, within a budget."""
@@ -80,8 +90,9 @@ class Traffic:
         ids = self.random.permutation(cache.num_blocks)[: -(-num_tokens // block)]
         if self.number(0, 2) == 0:
             ids = np.arange(len(ids))
-        layers = range(self.number(0, 1), sizes.num_layers) if self.number(0, 1) else None
-        heads = slice(self.number(0, 1), sizes.num_heads) if self.number(0, 1) else None
+        layers = self.some(sizes.num_layers)
+        some = self.some(sizes.num_heads)
+        heads = None if some is None else slice(some.start, some.stop)
         if sizes.num_heads == 1 or cache.layout.whole_blocks or fmt is F.KV_PHL2TD:
             heads = None
         num_layers = sizes.num_layers if layers is None else len(layers)
@@ -147,6 +158,42 @@ def test_a_few_variants_serve_all_traffic_of_a_cache_and_a_warm_up_compiles_them
         assert kvheap.warm_up(traffic.cache, align_bytes=64) == 0
 
 
+UNEVEN = {
+    "heads of 100 bytes": (Sizes(2, 40, 16, 8, 50), Strides()),
+    "heads of 33 bytes": (Sizes(2, 40, 16, 16, 33, torch.uint8), Strides()),
+    "layers 2 bytes further each": (Sizes(6, 40, 16, 4, 64, torch.uint8), Strides(guard_step=2)),
+    "layers at any byte": (Sizes(5, 40, 16, 1, 64, torch.uint8), Strides(guard_step=3)),
+}
+"""Caches whose heads and layers are not equally aligned."""
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+@pytest.mark.parametrize("layout", ["vllm-flash-nhd", "vllm-flash-hnd", "kv-tuples", "sglang-mha"])
+def test_heads_and_layers_that_are_not_equally_aligned_need_no_more(layout: str, kind: str) -> None:
+    sizes, strides = UNEVEN[kind]
+    with running_ptx(90, memory=None, is_new=True) as gpu:
+        traffic = Traffic(layout, sizes, 1, strides)
+        assert 2 <= kvheap.warm_up(traffic.cache, align_bytes=64) - 16 <= MAX_FOR_A_CACHE
+        before = compiled_of(gpu)
+        for _ in range(40):
+            traffic.copy()
+        assert compiled_of(gpu) == before
+
+
+def test_clearing_behind_the_last_token_needs_no_kernel_of_its_own() -> None:
+    """Also if the chunks are less aligned than the zeros."""
+    with running_ptx(90, memory=None, is_new=True) as gpu:
+        cache = cache_of(Engine("vllm-flash-nhd", SIZES[0]))
+        heap = TensorMemoryAllocator(sparse_memory(1 << 28), 4, on_full=None)
+        kvheap.warm_up(cache, align_bytes=4)
+        before = compiled_of(gpu)
+        batch = heap.batched_store(cache, np.arange(5), 16)
+        assert batch is not None
+        kvheap.load(batch, cache, np.arange(5), clear_rest=True)
+        assert len(gpu.launches) == 3
+        assert compiled_of(gpu) == before
+
+
 def convert(cache: PagedKVCache, heap: TensorMemoryAllocator, seed: int) -> None:
     random = np.random.default_rng(seed)
     for number in range(20):
@@ -158,20 +205,27 @@ def convert(cache: PagedKVCache, heap: TensorMemoryAllocator, seed: int) -> None
         batch = heap.batched_store(cache, places, chunk_tokens, convert=True)
         assert batch is not None
         heap.batched_load(batch, cache, places, convert=True)
+        shapes, dtypes, num_chunks = batch.layout.shapes, batch.layout.dtypes, len(batch)
         heap.batched_free(batch)
+        fmt = batch.layout.fmt
+        scales_first = heap.batched_allocate(shapes[::-1], dtypes[::-1], num_chunks, fmt)
+        assert scales_first is not None
+        kvheap.store(cache, places, scales_first, convert=True)
+        kvheap.load(scales_first, cache, places, convert=True)
+        heap.batched_free(scales_first)
 
 
 def test_conversions() -> None:
-    """Two variants of the conversion: one for each way."""
+    """One for each way, and as many where scales come first and leave elements less aligned."""
     with running_ptx(90, memory=None, is_new=True) as gpu:
-        cache = cache_of(Engine("vllm-flash-nhd", SIZES[0]))
+        cache = cache_of(Engine("vllm-flash-nhd", Sizes(1, 40, 16, 1, 128)))
         heap = TensorMemoryAllocator(sparse_memory(1 << 28), 64, on_full=None)
         convert(cache, heap, seed=1)
-        assert compiled_of(gpu) == {"_convert_tokens_kernel": 2}
+        assert compiled_of(gpu) == {"_convert_tokens_kernel": 4}
     with running_ptx(90, memory=None, is_new=True) as gpu:
         kvheap.warm_up(cache, align_bytes=64, convert=True)
         before = compiled_of(gpu)
-        assert before["_convert_tokens_kernel"] == 2
+        assert before["_convert_tokens_kernel"] == 4
         convert(cache, heap, seed=2)
         assert compiled_of(gpu) == before
 

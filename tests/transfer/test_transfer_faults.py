@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
@@ -27,7 +28,7 @@ from fake_device import (
 )
 from transfer_scenes import Gate, allocated, drain
 
-from kvheap import MemoryBatch, MemoryObj, TensorMemoryAllocator
+from kvheap import MemoryBatch, MemoryObj, TensorMemoryAllocator, foreign_transfer
 from kvheap.device.host_queue import HostQueue, host_queue
 from kvheap.errors import TransferError
 from kvheap.transfer import CopyPlan, Transfer, copy, offload, runs, staging
@@ -562,3 +563,63 @@ class TestHost:
         scene = Scene(device, "d2h", "staged", "give up")
         run_with(device, scene)
         assert "no descriptors" in str(scene.error)
+
+
+class TestDroppedSource:
+    """The batch whose blocks a failed move was to free is gone: its bytes have other users."""
+
+    @pytest.mark.parametrize("whose", ["a stream's", "another copy's", "a foreign transfer's"])
+    def test_bytes_are_not_free_before_others_have_let_go(
+        self,
+        device: FakeDevice,
+        by_queue: Gate,
+        whose: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def fail(pieces: object) -> None:
+            by_queue.wait()
+            raise RuntimeError("the memory cannot be read")
+
+        monkeypatch.setattr(runs, "copy_on_host", fail)
+        heap, other = (heap_on(device, "host", COUNT * BLOCK, align_bytes=BLOCK) for _ in "ab")
+        near = heap_on(device, "device", COUNT * BLOCK, align_bytes=BLOCK)
+        batch: MemoryBatch | None = filled(heap, 4, BLOCK)
+        target = filled(near, 4, BLOCK)
+        assert batch is not None
+        stream, foreign = device.stream(), Future[None]()
+        if whose == "a stream's":
+            batch.record_stream(stream)
+            device.enqueue(stream, CopyPlan.between(batch, target).parts[0])
+        elif whose == "another copy's":
+            copy((batch, target), stream)
+        else:
+            foreign_transfer(foreign, source=batch)
+        moved = offload(batch, other, free=True)
+        assert moved is not None
+        assert moved.transfer is not None
+        del batch
+        by_queue.open()
+        with pytest.raises(TransferError):
+            moved.transfer.result()
+        assert heap.stats().pending_bytes == 4 * BLOCK
+        require_sound(device, heap, near)
+        drain(device)
+        foreign.set_result(None)
+        assert heap.stats().allocated_bytes == 0
+
+    def test_bytes_are_never_free_if_the_copy_itself_is_lost(self, device: FakeDevice) -> None:
+        heap = heap_on(device, "device", COUNT * BLOCK, align_bytes=BLOCK)
+        other = heap_on(device, "host", COUNT * BLOCK, align_bytes=BLOCK)
+        batch: MemoryBatch | None = filled(heap, 4, BLOCK)
+        assert batch is not None
+        moved = offload(batch, other, device.stream(), free=True)
+        assert moved is not None
+        assert moved.transfer is not None
+        del batch
+        device.fail("event.query")
+        with pytest.raises(TransferError):
+            moved.transfer.result()
+        for _ in range(2):
+            stats = heap.stats()
+            assert (stats.pending_bytes, stats.free_bytes) == (4 * BLOCK, (COUNT - 4) * BLOCK)
+        require_sound(device, heap)
