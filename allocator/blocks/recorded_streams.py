@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from kvheap.addresses.extents import Int64Array
+from kvheap.device.completion import Completion
 from kvheap.device.events import Stream
 
 __all__ = ["RecordedStreams", "Streams", "stream_key"]
@@ -76,6 +77,15 @@ class RecordedStreams:
             if not used.isdisjoint(wanted):
                 found |= streams
         return found
+
+    def has_others(self, stream: Stream) -> bool:
+        """Whether other streams may use any row: false if all others are copies that have ended."""
+        if self._of_row or self._of_set:
+            return True
+        for each in [*self._of_all.values()]:
+            if each is not stream and not (type(each) is Completion and each.is_over):
+                return True
+        return False
 
     def prune(self, ended: Sequence[Stream]) -> None:
         """Drop streams that have ended, such as finished transfers."""

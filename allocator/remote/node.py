@@ -320,10 +320,18 @@ class Node:
             peer.close()  # another thread was faster
             return known
         self._peers[welcome.uuid] = peer
+        self._forget_gone()
         if self._closer.is_closing:  # which may not have seen it
             peer.close()
             raise self._closer.closed_error()
         return peer
+
+    def _forget_gone(self) -> None:
+        """Peers that are gone never come back; their successors have other numbers."""
+        for life, peer in [*self._peers.items()]:
+            if peer.is_gone:
+                peer.hang_up()
+                self._peers.pop(life, None)
 
     def _call(self, address: str, where: tuple[str, int], timeout_s: float) -> tuple[Line, Welcome]:
         try:

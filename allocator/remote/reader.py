@@ -29,10 +29,11 @@ from kvheap.remote.agent import Agent
 from kvheap.remote.answers import enter_lease
 from kvheap.remote.deadlines import Deadline, now_s
 from kvheap.remote.errors import PeerError, PeerGoneError, ProtocolError
+from kvheap.remote.leases import MAX_LEASE_S
 from kvheap.remote.line import Line
 from kvheap.remote.link import Link
-from kvheap.remote.messages import Fields, key_fields, packed, unpacked
-from kvheap.remote.moves import Moves, too_late
+from kvheap.remote.messages import Fields, key_fields, new_lease_number, packed, unpacked
+from kvheap.remote.moves import SETTLE_S, Moves, too_late
 from kvheap.remote.pairs import is_small
 from kvheap.remote.pauses import MAX_PAUSE_S, WATCHED_S, between_looks_s, next_look_s
 from kvheap.remote.peer_lease import Hold
@@ -72,6 +73,8 @@ class Reader:
         self._links: dict[str, Link] = {}
         self._parted: dict[str, str] = {}
         """Agents of peers that were closed while they were alive, by the peer's life."""
+        self._owed: dict[str, tuple[Deadline, list[int]]] = {}
+        """Leases of peers that were declared gone, to be given back to those that come again."""
         self._open: dict[Read, None] = {}
         self._look_for_dropped = Deadline(DROPPED_S)
         self._numbers = itertools.count(1)
@@ -151,11 +154,8 @@ class Reader:
         self._open[read] = None
 
     def begin(self, link: Link, read: Read) -> None:
-        """Make a read that was announced. It asks for a lease, unless it has one."""
+        """Make a read that was announced, and asks for a lease."""
         read.event.look = partial(self._help, link, read)  # from here on others may begin it
-        if read.hold is not None:
-            self._begin_held(link, read)
-            return
         visit = Visit()
         try:
             if link.line is not None and self._turn.take_soon(visit):
@@ -169,8 +169,13 @@ class Reader:
         finally:
             self._turn.free.extend(visit.back)
 
-    def _begin_held(self, link: Link, read: Read) -> None:
-        """Make a read whose blocks are leased: at once if it is small."""
+    def begin_held(self, link: Link, read: Read) -> None:
+        """Make a read that was announced, and whose blocks are leased: at once if it is small.
+
+        The reader is not woken up for one that is under way: whoever asks for it looks at it, and
+        the reader will, within ``IDLE_S``.
+        """
+        read.event.look = partial(self._help, link, read)
         visit = Visit()
         try:
             if is_small(read.parts, read.num_bytes) and self._turn.take_soon(visit):
@@ -178,7 +183,7 @@ class Reader:
                 self._move(link, read)
         finally:
             self._turn.free.extend(visit.back)
-            if not read.event.has_ended:
+            if not (read.event.has_ended or read.posted_at):
                 self.submit(partial(self._move, link, read))
 
     def forget(self, read: Read) -> None:
@@ -187,28 +192,43 @@ class Reader:
         if read.hold is not None:
             read.hold.end(read)
 
-    def _help(self, link: Link, read: Read) -> float:
+    def _help(self, link: Link, read: Read, is_waiting: bool) -> float:
         """Look at a read for whoever waits for it; returns the seconds until it should again.
 
+        Whoever only asks for its state looks too, if nothing of it is still to be posted.
+
         Raises:
-            NestedWaitError: the code that was interrupted on this thread must go on first.
+            NestedWaitError: the code that was interrupted on this thread must go on first; only if
+                it waits.
         """
+        if not is_waiting:
+            if read.running and not read.parts:
+                self._look(link, read, is_waiting=False)
+            return 0.0
         if read.hold is None and read not in link.running:
             return self._help_asked(read)
-        visit = Visit()
-        try:
-            if not self._turn.share(visit):
-                return MAX_PAUSE_S
-            if visit.has_turn:
-                self._moves.looking.clear()
-            self._move(link, read)
-        finally:
-            self._turn.free.extend(visit.back)
+        if not self._look(link, read, is_waiting=True):
+            return MAX_PAUSE_S
         if read.event.is_over:
             return 0.0
         now = now_s()
         read.watched_until = now + WATCHED_S
         return between_looks_s(now, read)
+
+    def _look(self, link: Link, read: Read, *, is_waiting: bool) -> bool:
+        """Look at a read, if the turn can be had; returns whether it can."""
+        visit = Visit()
+        try:
+            if not (self._turn.share(visit) if is_waiting else self._turn.take(visit)):
+                return False
+            if visit.has_turn:
+                self._moves.looking.clear()
+            self._move(link, read)
+            if is_waiting and read.running and not read.event.is_over:
+                self._moves.follow(link, read)
+        finally:
+            self._turn.free.extend(visit.back)
+        return True
 
     def _help_asked(self, read: Read) -> float:
         """The same while the peer has not said where the blocks are: the reader listens to it."""
@@ -220,6 +240,10 @@ class Reader:
         if read.limit.has_passed:
             self._tasks.wake()
         return min(max(read.limit.left_s, MAX_PAUSE_S), WAIT_S)
+
+    def give_up(self, link: Link, number: int) -> None:
+        """Give back a lease that was asked for, without knowing whether it was given."""
+        self.submit(partial(self._give_up, link, number))
 
     def give_back(self, link: Link, hold: Hold) -> None:
         """Tell a peer that a lease is over; may be called anywhere, also in a finalizer."""
@@ -256,6 +280,8 @@ class Reader:
         """Close this process's copies of the sockets, in a forked child without the thread."""
         self._has_stopped.open()
         self._agent.leak()
+        for read in [*self._open]:
+            read.event.look = None  # NIXL is not to be asked here
         self._close_all()
 
     def leak(self) -> None:
@@ -329,7 +355,9 @@ class Reader:
                     link.line.close()
             return known
         if known is not None and known.reads:  # they are followed by that link
-            raise PeerGoneError(str(known.gone))
+            raise PeerGoneError(
+                f"{known.gone}; reads from it have not ended yet: connect again in {SETTLE_S:g} s"
+            )
         welcome = link.welcome
         try:
             agent = self._agent.add(welcome.metadata)
@@ -348,6 +376,8 @@ class Reader:
         self._links[welcome.uuid] = link
         link.users[user] = None
         assert link.line is not None
+        _, owed = self._owed.pop(welcome.uuid, (None, []))
+        link.unlocks.extend(owed)
         self._take(link, link.line)
         return link
 
@@ -356,6 +386,9 @@ class Reader:
         link.line, link.probe_after, link.is_writing = line, None, False
         self._selector.register(line, selectors.EVENT_READ, link)
         self._unlock(link)
+        self._request_queued(link)
+
+    def _request_queued(self, link: Link) -> None:
         queued, link.queued = link.queued, []
         for read in queued:
             self._request(link, read)
@@ -405,15 +438,19 @@ class Reader:
 
     def _request(self, link: Link, read: Read) -> None:
         """Ask for a lock on the blocks, unless the read was withdrawn."""
+        if link.line is not None and link.line.has_unsent:  # it takes nothing now
+            link.queued.append(read)
+            return
         number = next(self._numbers)
-        read.asked_at = now_s()
+        read.asked_at, read.asked_for = now_s(), new_lease_number()
         link.asked[number] = read
         if not read.right.take(read):
             del link.asked[number]
             self._open.pop(read, None)
             return
         ttl = max(read.limit.at - read.asked_at, 1e-3)
-        self._push(link, packed(kind="lock", number=number, ttl=ttl, **key_fields(read.keys)))
+        fields = dict(number=number, ttl=ttl, lease=read.asked_for, **key_fields(read.keys))
+        self._push(link, packed(kind="lock", **fields))
         read.was_asked = True
 
     def _push(self, link: Link, payload: bytes = b"") -> None:
@@ -456,6 +493,7 @@ class Reader:
                 self._push(link)
         except ProtocolError as error:
             for read in [*link.asked.values()]:
+                self._not_answered(link, read)
                 self._fail(read, ProtocolError(f"peer {link.name!r}: {error}"))
             link.asked.clear()
             self._lose(link, line, error)
@@ -468,24 +506,37 @@ class Reader:
             return
         LOGGER.info("node %r lost its connection to peer %r: %s", self._name, link.name, error)
         self._disconnect(link)
-        link.queued += link.asked.values()
+        for read in link.asked.values():
+            self._not_answered(link, read)
+            link.queued.append(read)
         link.asked.clear()
         if link.is_closed and not link.reads:
             self._forget_if_idle(link)
         else:
             self._look_for(link)
 
+    def _not_answered(self, link: Link, read: Read) -> None:
+        """Give back the lease that a read has asked for: perhaps it was given."""
+        if read.asked_for:
+            link.unlocks.append(read.asked_for)
+            read.asked_for = 0
+
+    def _give_up(self, link: Link, number: int) -> None:
+        if link.gone is None:
+            link.unlocks.append(number)
+            self._unlock(link)
+
     def _answered(self, link: Link, answer: Fields) -> None:
         read = link.asked.pop(answer.integer("number"), None)
-        if read is None or read.event.is_over:  # it has waited too long
-            if "lease" in answer:
-                link.unlocks.append(answer.integer("lease"))
+        if read is None:  # it has waited too long, and given the lease up
+            return
+        if read.event.is_over:
+            self._not_answered(link, read)
             return
         try:
             enter_lease(link.name, read, answer)
         except Exception as error:
-            if "lease" in answer:
-                link.unlocks.append(answer.integer("lease"))
+            self._not_answered(link, read)
             self._fail(read, error)
             if isinstance(error, ProtocolError):
                 raise
@@ -516,8 +567,8 @@ class Reader:
 
     def _unlock(self, link: Link) -> None:
         """Give leases back, now or when there is a connection again."""
-        while link.unlocks and link.line is not None:
-            self._push(link, packed(kind="unlock", lease=link.unlocks.pop()))
+        while link.unlocks and link.line is not None and not link.line.has_unsent:
+            self._push(link, packed(kind="unlock", lease=link.unlocks.popleft()))
 
     # -- bytes ---------------------------------------------------------------------------------
 
@@ -525,7 +576,7 @@ class Reader:
         """Begin to move the bytes of a read whose blocks are leased; may be repeated."""
         if read.event.has_ended:
             return
-        if not self._knows(link):
+        if self._links.get(link.welcome.uuid) is not link:
             self._refuse(link, read)
             return
         link.running[read] = None
@@ -539,13 +590,16 @@ class Reader:
             for reads in (link.queued, link.asked.values()):
                 for read in [*reads]:
                     if read.limit.has_passed:
+                        self._not_answered(link, read)
                         self._fail(read, too_late(link, read))
             link.queued = [read for read in link.queued if not read.event.has_ended]
             for number in [n for n, read in link.asked.items() if read.event.has_ended]:
                 del link.asked[number]
-            if link.probe_after is not None and link.probe_after.has_passed and link.reads:
+            if link.probe_after is not None and link.probe_after.has_passed and link.has_to_tell:
                 self._look_for(link)
             self._unlock(link)
+            if link.queued and link.line is not None and not link.line.has_unsent:
+                self._request_queued(link)
             self._forget_if_idle(link)
 
     def _ended(self, link: Link, read: Read) -> None:
@@ -634,6 +688,12 @@ class Reader:
             read.event.fail(gone)
 
     def _assume_gone(self, link: Link) -> None:
+        if link.gone is None:  # it may live after all, and has our leases
+            reads = (*link.asked.values(), *link.running)
+            numbers = [*link.unlocks, *(hold.number for hold in link.holds)]
+            numbers += [number for read in reads for number in (read.asked_for, read.lease)]
+            self._owed = {of: owed for of, owed in self._owed.items() if not owed[0].has_passed}
+            self._owed[link.welcome.uuid] = Deadline(MAX_LEASE_S), [*filter(None, numbers)]
         link.is_assumed_gone = True
         self._is_gone(link, PeerGoneError(f"peer {link.name!r} was declared gone"))
 

@@ -161,9 +161,11 @@ class TestReads:
     ) -> None:
         """Its caller, who is interrupted then, must not take its blocks for free."""
         reads: list[Any] = []
-        begin = pair.reader._reader.begin
+        begin = pair.reader._reader.begin_held
         monkeypatch.setattr(
-            pair.reader._reader, "begin", lambda link, read: (reads.append(read), begin(link, read))
+            pair.reader._reader,
+            "begin_held",
+            lambda link, read: (reads.append(read), begin(link, read)),
         )
         with pair.lease(range(count)) as lease:
             batch = pair.peer.read(lease, into=pair.here)
@@ -217,13 +219,13 @@ class TestHolding:
         runs = BlockRuns(np.array([4096]), np.array([1]), 4096, 4096)
         layout = BlockLayout.of([1024], torch.float32, LAYOUT.fmt)
         hold = Hold(None, None, "x", 7, Deadline(20), runs, layout, order.append)
-        hold.begin("one")
-        hold.begin("two")
+        hold.begin("one", now_s())
+        hold.begin("two", now_s())
         hold.release()
         hold.end("one")
         assert not order
         with pytest.raises(LifetimeError, match="'x' was released"):
-            hold.begin("three")
+            hold.begin("three", now_s())
         assert not order
         hold.end("two")
         hold.end("two")
@@ -365,7 +367,8 @@ class TestEnds:
                 own.peer.read(lease, into=own.here)
             with pytest.raises(ClosedError, match="belongs to process"):
                 own.lease([1])
-            lease.release()
+            with pytest.raises(ClosedError, match="belongs to process"):
+                lease.release()
             lease.__del__()
             return True
 
