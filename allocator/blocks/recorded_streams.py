@@ -89,6 +89,12 @@ class RecordedStreams:
 
     def prune(self, ended: Sequence[Stream]) -> None:
         """Drop streams that have ended, such as finished transfers."""
+        if not self._of_row and not self._of_set:
+            streams = self._of_all
+            for stream in ended:
+                streams.pop(stream_key(stream), None)
+            self.num_unpruned = max(MIN_PRUNED - len(streams), len(streams))
+            return
         keys = {stream_key(stream) for stream in ended}
         of_row = {row: kept for row, all_ in self._of_row.items() if (kept := _but(all_, keys))}
         of_set = {rows: kept for rows, all_ in self._of_set.items() if (kept := _but(all_, keys))}
