@@ -11,33 +11,28 @@ done on other threads than the reader's, between any two steps; the reader goes 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import selectors
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import ClosedError
-from kvheap.interrupts import is_interrupt
 from kvheap.kernels.latch import Latch
 from kvheap.remote.agent import Agent
-from kvheap.remote.answers import enter_lease
 from kvheap.remote.deadlines import Deadline, now_s
 from kvheap.remote.errors import PeerError, PeerGoneError, ProtocolError
 from kvheap.remote.leases import MAX_LEASE_S
-from kvheap.remote.line import Line
 from kvheap.remote.link import Link
-from kvheap.remote.messages import Fields, key_fields, new_lease_number, packed, unpacked
 from kvheap.remote.moves import SETTLE_S, Moves, too_late
 from kvheap.remote.pairs import is_small
 from kvheap.remote.pauses import MAX_PAUSE_S, WATCHED_S, between_looks_s, next_look_s
 from kvheap.remote.peer_lease import Hold
 from kvheap.remote.probe import Probed, probe
+from kvheap.remote.questions import Questions
 from kvheap.remote.reads import WAIT_S, Read
 from kvheap.remote.tasks import Tasks
 from kvheap.remote.turn import Turn, Visit
@@ -77,13 +72,21 @@ class Reader:
         """Leases of peers that were declared gone, to be given back to those that come again."""
         self._open: dict[Read, None] = {}
         self._look_for_dropped = Deadline(DROPPED_S)
-        self._numbers = itertools.count(1)
         self._tasks = Tasks()
         self._is_stopping = False
         self._has_stopped = Latch()
         self.num_done = self.num_failed = self.bytes_done = 0
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._tasks.signal, selectors.EVENT_READ)
+        self._questions = Questions(
+            name,
+            self._selector,
+            self._do_here,
+            leased=self._move,
+            failed=self._fail,
+            withdrawn=self.forget,
+            lost=self._lost,
+        )
         self._thread = threading.Thread(target=self._run, name=f"kvheap-read-{name}", daemon=True)
 
     # -- for other threads ---------------------------------------------------------------------
@@ -164,7 +167,7 @@ class Reader:
                 self.submit(partial(self._begin, link, read))
         except BaseException as error:
             if visit.has_turn and not read.was_asked:  # half a frame may be sent
-                self.submit(partial(self._lose, link, link.line, error))
+                self.submit(partial(self._questions.lose, link, link.line, error))
             raise
         finally:
             self._turn.free.extend(visit.back)
@@ -329,7 +332,7 @@ class Reader:
             if key.fileobj is self._tasks.signal:
                 self._tasks.calm()
             else:
-                self._serve(key.data, mask)
+                self._questions.serve(key.data, mask)
         self._tasks.run()
         self._look_at_all()
 
@@ -350,7 +353,7 @@ class Reader:
             known.is_closed = False
             if link.line is not None:
                 if known.line is None:
-                    self._take(known, link.line)
+                    self._questions.take(known, link.line)
                 else:
                     link.line.close()
             return known
@@ -378,20 +381,8 @@ class Reader:
         assert link.line is not None
         _, owed = self._owed.pop(welcome.uuid, (None, []))
         link.unlocks.extend(owed)
-        self._take(link, link.line)
+        self._questions.take(link, link.line)
         return link
-
-    def _take(self, link: Link, line: Line) -> None:
-        """Use a connection."""
-        link.line, link.probe_after, link.is_writing = line, None, False
-        self._selector.register(line, selectors.EVENT_READ, link)
-        self._unlock(link)
-        self._request_queued(link)
-
-    def _request_queued(self, link: Link) -> None:
-        queued, link.queued = link.queued, []
-        for read in queued:
-            self._request(link, read)
 
     def _drop(self, link: Link, user: object) -> None:
         link.users.pop(user, None)
@@ -405,8 +396,8 @@ class Reader:
         """Remove a peer that nobody needs, and with which nothing is in flight."""
         if not (link.is_closed or link.gone) or link.reads or link.holds:
             return
-        self._unlock(link)
-        self._disconnect(link)
+        self._questions.unlock(link)
+        self._questions.disconnect(link)
         if self._links.get(link.welcome.uuid) is not link:  # forgotten; another may be known now
             return
         if link.is_known:
@@ -418,13 +409,6 @@ class Reader:
         if self._links.get(link.welcome.uuid) is link:  # not another connection to that life
             del self._links[link.welcome.uuid]
 
-    def _disconnect(self, link: Link) -> None:
-        line, link.line = link.line, None
-        if line is not None:
-            with suppress(KeyError, ValueError, OSError):
-                self._selector.unregister(line)
-            line.close()
-
     # -- locks ---------------------------------------------------------------------------------
 
     def _begin(self, link: Link, read: Read) -> None:
@@ -434,45 +418,7 @@ class Reader:
             link.queued.append(read)
             self._look_for(link)
         else:
-            self._request(link, read)
-
-    def _request(self, link: Link, read: Read) -> None:
-        """Ask for a lock on the blocks, unless the read was withdrawn."""
-        if link.line is not None and link.line.has_unsent:  # it takes nothing now
-            link.queued.append(read)
-            return
-        number = next(self._numbers)
-        read.asked_at, read.asked_for = now_s(), new_lease_number()
-        link.asked[number] = read
-        if not read.right.take(read):
-            del link.asked[number]
-            self._open.pop(read, None)
-            return
-        ttl = max(read.limit.at - read.asked_at, 1e-3)
-        fields = dict(number=number, ttl=ttl, lease=read.asked_for, **key_fields(read.keys))
-        self._push(link, packed(kind="lock", **fields))
-        read.was_asked = True
-
-    def _push(self, link: Link, payload: bytes = b"") -> None:
-        line = link.line
-        if line is None:
-            return
-        try:
-            line.push(payload)
-        except OSError as error:
-            if is_interrupt(error):
-                raise
-            self._do_here(partial(self._lose, link, line, error))
-        else:
-            if line.has_unsent != link.is_writing:
-                self._do_here(partial(self._watch, link, line))
-
-    def _watch(self, link: Link, line: Line) -> None:
-        """Wait until the connection takes more, if more is to be sent."""
-        if link.line is line:
-            link.is_writing = line.has_unsent
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.is_writing else 0)
-            self._selector.modify(line, events, link)
+            self._questions.request(link, read)
 
     def _do_here(self, task: Callable[[], None]) -> None:
         """Do something on the reader's thread: now, if it is this one."""
@@ -481,67 +427,17 @@ class Reader:
         else:
             self.submit(task)
 
-    def _serve(self, link: Link, mask: int) -> None:
-        line = link.line
-        if line is None:
-            return
-        try:
-            if mask & selectors.EVENT_READ:
-                for payload in line.pull():
-                    self._answered(link, unpacked(payload))
-            if mask & selectors.EVENT_WRITE:
-                self._push(link)
-        except ProtocolError as error:
-            for read in [*link.asked.values()]:
-                self._not_answered(link, read)
-                self._fail(read, ProtocolError(f"peer {link.name!r}: {error}"))
-            link.asked.clear()
-            self._lose(link, line, error)
-        except OSError as error:
-            self._lose(link, line, error)
-
-    def _lose(self, link: Link, line: Line | None, error: BaseException) -> None:
+    def _lost(self, link: Link) -> None:
         """The control connection is broken: the peer may be gone, or not."""
-        if line is None or link.line is not line:  # there is another one already
-            return
-        LOGGER.info("node %r lost its connection to peer %r: %s", self._name, link.name, error)
-        self._disconnect(link)
-        for read in link.asked.values():
-            self._not_answered(link, read)
-            link.queued.append(read)
-        link.asked.clear()
         if link.is_closed and not link.reads:
             self._forget_if_idle(link)
         else:
             self._look_for(link)
 
-    def _not_answered(self, link: Link, read: Read) -> None:
-        """Give back the lease that a read has asked for: perhaps it was given."""
-        if read.asked_for:
-            link.unlocks.append(read.asked_for)
-            read.asked_for = 0
-
     def _give_up(self, link: Link, number: int) -> None:
         if link.gone is None:
             link.unlocks.append(number)
-            self._unlock(link)
-
-    def _answered(self, link: Link, answer: Fields) -> None:
-        read = link.asked.pop(answer.integer("number"), None)
-        if read is None:  # it has waited too long, and given the lease up
-            return
-        if read.event.is_over:
-            self._not_answered(link, read)
-            return
-        try:
-            enter_lease(link.name, read, answer)
-        except Exception as error:
-            self._not_answered(link, read)
-            self._fail(read, error)
-            if isinstance(error, ProtocolError):
-                raise
-        else:
-            self._move(link, read)
+            self._questions.unlock(link)
 
     def _give_back(self, link: Link, hold: Hold) -> None:
         link.holds.pop(hold, None)
@@ -565,11 +461,6 @@ class Reader:
                 if hold.is_released or lease() is None:
                     hold.release()
 
-    def _unlock(self, link: Link) -> None:
-        """Give leases back, now or when there is a connection again."""
-        while link.unlocks and link.line is not None and not link.line.has_unsent:
-            self._push(link, packed(kind="unlock", lease=link.unlocks.popleft()))
-
     # -- bytes ---------------------------------------------------------------------------------
 
     def _move(self, link: Link, read: Read) -> None:
@@ -590,16 +481,16 @@ class Reader:
             for reads in (link.queued, link.asked.values()):
                 for read in [*reads]:
                     if read.limit.has_passed:
-                        self._not_answered(link, read)
+                        self._questions.not_answered(link, read)
                         self._fail(read, too_late(link, read))
             link.queued = [read for read in link.queued if not read.event.has_ended]
             for number in [n for n, read in link.asked.items() if read.event.has_ended]:
                 del link.asked[number]
             if link.probe_after is not None and link.probe_after.has_passed and link.has_to_tell:
                 self._look_for(link)
-            self._unlock(link)
+            self._questions.unlock(link)
             if link.queued and link.line is not None and not link.line.has_unsent:
-                self._request_queued(link)
+                self._questions.request_queued(link)
             self._forget_if_idle(link)
 
     def _ended(self, link: Link, read: Read) -> None:
@@ -667,7 +558,7 @@ class Reader:
         if found.line is not None:
             is_needed = self._knows(link) and link.line is None and link.gone is None
             if is_needed and not self._is_stopping:
-                self._take(link, found.line)
+                self._questions.take(link, found.line)
             else:
                 found.line.close()
         elif found.is_gone:
@@ -678,7 +569,7 @@ class Reader:
     def _is_gone(self, link: Link, gone: PeerGoneError) -> None:
         if link.gone is None:
             link.gone = gone
-        self._disconnect(link)
+        self._questions.disconnect(link)
         for read in (*link.queued, *link.asked.values()):
             self._fail(read, gone)
         link.queued, link.asked = [], {}
