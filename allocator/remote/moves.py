@@ -64,6 +64,33 @@ class Moves:
         finally:
             self.looking.pop()
 
+    def begin(self, link: Link, read: Read) -> None:
+        """:meth:`look_at` for a read of one part that has just begun, in the fewest steps.
+
+        The read is in ``link.running``: whatever strikes here, the next look goes on from there.
+        """
+        self.looking.append(read)
+        try:
+            # A signal handler may have waited for it just before, and so posted it.
+            is_new = read.parts and not read.running and link.gone is None
+            if not is_new or not read.right.take(read):
+                self._look_at(link, read)
+                return
+            read.posted_at = read.begun_at
+            request = self._created(link, read)
+            if request is None:
+                self._finish(link, read)
+                return
+            state, why = self._agent.post(request)
+            if state == "done":
+                read.running.clear()
+                self._agent.release(request)
+                self._finish(link, read)
+            elif state != "running":
+                self._note(link, read, request, state, why)
+        finally:
+            self.looking.pop()
+
     def follow(self, link: Link, read: Read) -> None:
         """Ask NIXL without a pause whether it is done with a request; for a moment at most."""
         request, until = read.running[0], now_s() + FOLLOW_S
@@ -107,19 +134,27 @@ class Moves:
             return
         if not read.posted_at:
             read.posted_at = now
-        welcome = link.welcome
-        try:
-            part, device, hold = read.parts[-1], welcome.device, read.hold
-            known = None if hold is None else hold.known
-            request = self._agent.read(welcome.agent, part, device, read.running, known)
-        except PeerError as error:  # nothing was posted
-            read.parts.clear()
-            read.event.fail(error)
+        request = self._created(link, read)
+        if request is None:
             return
-        read.parts.pop()
         state, why = self._agent.post(request)
         if state != "running":
             self._note(link, read, request, state, why)
+
+    def _created(self, link: Link, read: Read) -> int | None:
+        """The request for the next part, in ``read.running``; None if NIXL refuses it."""
+        welcome, hold = link.welcome, read.hold
+        known = None if hold is None else hold.known
+        try:
+            request = self._agent.read(
+                welcome.agent, read.parts[-1], welcome.device, read.running, known
+            )
+        except PeerError as error:  # nothing was posted
+            read.parts.clear()
+            read.event.fail(error)
+            return None
+        read.parts.pop()
+        return request
 
     def _note(
         self, link: Link, read: Read, request: int, state: str, error: BaseException | None

@@ -183,7 +183,11 @@ class Reader:
         try:
             if is_small(read.parts, read.num_bytes) and self._turn.take_soon(visit):
                 self._moves.looking.clear()
-                self._move(link, read)
+                if self._links.get(link.welcome.uuid) is link:
+                    link.running[read] = None
+                    self._moves.begin(link, read)
+                else:
+                    self._refuse(link, read)
         finally:
             self._turn.free.extend(visit.back)
             if not (read.event.has_ended or read.posted_at):
