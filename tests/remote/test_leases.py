@@ -40,6 +40,7 @@ if WHY_NOT is None:
     from kvheap.remote.handshake import call, channel_key
     from kvheap.remote.messages import packed
     from kvheap.remote.peer_lease import Hold
+    from kvheap.remote.reads import ReadEvent
     from kvheap.remote.turn import Turn, Visit
 
 
@@ -172,6 +173,49 @@ class TestReads:
             batch.transfer.result()
             assert not reads[0].withdraw()
             pair.here.batched_free(batch)
+
+
+class TestUnderWay:
+    """A small read that NIXL has not moved when it was posted, as over TCP."""
+
+    @pytest.fixture
+    def read(self, own: Pair, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """Begins one, and the tasks that the reader's thread was woken up for."""
+        agent, reader = own.reader._reader._agent, own.reader._reader
+        post, tasks = agent.post, []
+        submit = reader.submit
+
+        def read() -> tuple[Any, list[Any]]:
+            with own.lease(range(4)) as lease, monkeypatch.context() as patch:
+                patch.setattr(agent, "post", lambda request: (post(request), ("running", None))[1])
+                patch.setattr(reader, "submit", lambda task: (tasks.append(task), submit(task)))
+                batch = own.peer.read(lease, into=own.here)
+                return batch, [*tasks]
+
+        return read
+
+    def test_nobody_is_woken_up_and_whoever_asks_looks(
+        self, own: Pair, monkeypatch: pytest.MonkeyPatch, read: Any
+    ) -> None:
+        ended: list[int] = []
+        end = ReadEvent.end
+        monkeypatch.setattr(
+            ReadEvent, "end", lambda event: (ended.append(threading.get_ident()), end(event))
+        )
+        me, asked = threading.get_ident(), 0
+        for _ in range(20):  # now and then the reader looks by itself
+            batch, tasks = read()
+            assert not tasks
+            assert until(batch.transfer.done, 5)
+            asked += ended[-1] == me
+            assert wrong_rows(range(4), batch) == 0
+            own.here.batched_free(batch)
+        assert asked
+
+    def test_the_reader_finds_one_that_nobody_asks_for(self, own: Pair, read: Any) -> None:
+        read()
+        assert until(own.is_idle, 5)
+        assert not own.here.leaks()
 
 
 class TestHolding:
