@@ -303,7 +303,6 @@ class Node:
         except BaseException:
             asking.close()
             raise
-        require_open = self._closer.require_open
         peer = Peer(
             self.heap,
             self._reader,
@@ -313,7 +312,7 @@ class Node:
             self.address,
             self.name,
             self._segments,
-            require_open,
+            self._closer,
         )
         known = self._peers.setdefault(welcome.uuid, peer)
         if known is not peer and not known.is_gone and not known.closed:

@@ -16,6 +16,7 @@ from kvheap.addresses.block_runs import MemorySegment
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import Heap
 from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.closing import Closer
 from kvheap.errors import ClosedError
 from kvheap.prefix.keys import require_key_list, require_keys
 from kvheap.remote.ask import AskLine
@@ -90,7 +91,7 @@ class Peer:
         own_address: str,
         own_name: str,
         segments: Sequence[MemorySegment],
-        require_open: Callable[[], None],
+        closer: Closer,
     ) -> None:
         self.name = link.welcome.name
         self.address = address
@@ -104,7 +105,7 @@ class Peer:
         self._segments = segments
         self._is_closed = False
         self._path = f"NIXL from {self.name!r}"
-        self._node_require_open = require_open
+        self._closer = closer
         self._layout = link.welcome.layout
 
     @property
@@ -204,7 +205,7 @@ class Peer:
         return lease
 
     def _require_open(self) -> None:
-        self._node_require_open()
+        self._closer.require_open()
         if self._is_closed:
             raise ClosedError(f"{self!r} was closed: connect again")
 
@@ -272,7 +273,9 @@ class Peer:
                 node or the peer is closed.
             Others as :meth:`lookup`: the peer had to be asked for the layout of its blocks.
         """
-        self._node_require_open()
+        closer = self._closer
+        if closer.is_closing or closer.is_foreign:
+            closer.require_open()
         if type(timeout_s) is not float or not 0.0 < timeout_s < math.inf:
             timeout_s = as_number("timeout_s", timeout_s, positive=True)
         if isinstance(keys, PeerLease):
@@ -349,10 +352,11 @@ class Peer:
             if parts is None:
                 parts = parts_of(hold.runs, batch.block_runs())
             read = Read(keys, layout, num_bytes, timeout_s, None, hold, parts)
-        before = batch.transfer
+        before, closer = batch.transfer, self._closer
         try:
             self._reader.enter(read)
-            self._node_require_open()  # from here on, whoever closes it waits for the read
+            if closer.is_closing or closer.is_foreign:  # after that, whoever closes it waits
+                closer.require_open()
             if hold is not None:
                 hold.begin(read, read.begun_at)
             fill_batch(read.event, batch, self._path)  # NIXL has the heap's buffers
@@ -412,7 +416,7 @@ class Peer:
         ``PeerGoneError``. If it turns out to live, connecting to it again gives back the leases
         that this node had there.
         """
-        self._node_require_open()
+        self._closer.require_open()
         self._reader.assume_gone(self._link)
 
     def close(self) -> None:
