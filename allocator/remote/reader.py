@@ -546,6 +546,8 @@ class Reader:
         def look() -> None:
             found = probe(link.address, self._key, self._name, link.welcome.uuid)
             self.submit(partial(self._probed, link, found))
+            if self._has_stopped.is_open and found.line is not None:  # nobody does that any more
+                found.line.close()
 
         thread = threading.Thread(target=look, name=f"kvheap-probe-{link.name}", daemon=True)
         try:

@@ -26,6 +26,7 @@ if WHY_NOT is None:
         PeerTimeoutError,
         leases,
         offers,
+        reader,
     )
 
 SOON_S = 5.0
@@ -307,3 +308,25 @@ def test_a_forked_child_asks_nixl_nothing(own: Pair, monkeypatch: pytest.MonkeyP
 
         assert in_a_child(child)
     assert wrong_rows(range(4), batch) == 0
+
+
+def test_a_connection_that_a_closed_node_has_made_is_closed(
+    own: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look for a peer may take longer than the node lives that wants to know."""
+    is_closed, found = threading.Event(), []
+    look = reader.probe
+
+    def slow(*arguments: Any) -> Any:
+        found.append(look(*arguments))
+        assert is_closed.wait(20)
+        return found[0]
+
+    monkeypatch.setattr(reader, "probe", slow)
+    for connection in [*own.owner._server._connections.values()]:
+        connection.sock.shutdown(2)
+    assert until(lambda: found, SOON_S)
+    assert found[0].line.fileno() >= 0
+    own.reader.close(10)
+    is_closed.set()
+    assert until(lambda: found[0].line.fileno() < 0, SOON_S)
