@@ -132,7 +132,8 @@ class AddressBatch(Sequence[tuple[int, int]]):
     @property
     def num_runs(self) -> int:
         """How many runs the blocks form; the cost of copying the batch grows with it."""
-        return len(_listed(self._starts))
+        starts = self._starts
+        return 1 if type(starts) is int else len(_listed(starts))
 
     @property
     def is_ascending(self) -> bool:
@@ -148,10 +149,11 @@ class AddressBatch(Sequence[tuple[int, int]]):
     def only_run(self) -> tuple[int, int] | None:
         """Address and bytes of the run, as plain ints; None unless there is exactly one."""
         starts = self._starts
-        if type(starts) is not int:
-            if len(_listed(starts)) != 1:
+        if not isinstance(starts, int):
+            if len(starts) != 1:
                 return None
-            starts = int(_listed(starts)[0])
+            first = starts[0]
+            starts = first if isinstance(first, int) else int(first)
         return starts, self.num_blocks * self.block_bytes
 
     def part(self, first: int, count: int) -> AddressBatch:

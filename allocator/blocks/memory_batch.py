@@ -277,6 +277,12 @@ class MemoryBatch(Sequence["MemoryObj"]):
             found = self._seldom.setdefault("tokens", StoredTokens())
         return found
 
+    def forget_tokens(self) -> None:
+        """Note that it is not known any more which tokens the blocks hold: others fill them."""
+        found: StoredTokens | None = self._seldom.get("tokens")
+        if found is not None:
+            found.forget(None)
+
     @property
     def num_tokens(self) -> int | None:
         """How many tokens were stored in the blocks from an engine's cache.
@@ -497,9 +503,10 @@ class MemoryBatch(Sequence["MemoryObj"]):
             ForeignObjectError: they are another process's, which has not given them to this one to
                 fill; ForeignProcessError in a heap whose books another process keeps.
         """
-        if self.is_writable:
+        writable = self._writable
+        if writable or (writable is None and not self.allocator.is_view_only):
             return
-        if self._writable is None:
+        if writable is None:
             self.allocator.require_owner(
                 "fill blocks that it did not get for that by heap.view(metadata, writable=True)"
             )

@@ -95,8 +95,23 @@ class RecordedStreams:
             if isinstance(stream, Completion) and not stream.is_over and stream.is_using
         ]
 
+    def has_others(self, stream: Stream) -> bool:
+        """Whether other streams may use any row: false if all others are copies that have ended."""
+        if self._of_row or self._of_set:
+            return True
+        for each in [*self._of_all.values()]:
+            if each is not stream and not (type(each) is Completion and each.is_over):
+                return True
+        return False
+
     def prune(self, ended: Sequence[Stream]) -> None:
         """Drop streams that have ended, such as finished transfers."""
+        if not self._of_row and not self._of_set:
+            streams = self._of_all
+            for stream in ended:
+                streams.pop(stream_key(stream), None)
+            self.num_unpruned = max(MIN_PRUNED - len(streams), len(streams))
+            return
         keys = {stream_key(stream) for stream in ended}
         of_row = {row: kept for row, all_ in self._of_row.items() if (kept := _but(all_, keys))}
         of_set = {rows: kept for rows, all_ in self._of_set.items() if (kept := _but(all_, keys))}

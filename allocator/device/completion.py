@@ -100,7 +100,12 @@ class Completion:
         event = self._event
         if self._state == "lost":
             raise self._failure()
-        if event is None or not self.ask(event.query):
+        if event is None:
+            return False
+        if isinstance(event, ReportingEvent) and not event.asks_device:
+            if not event.query():
+                return False
+        elif not self.ask(event.query):
             return False
         self._end()
         return True
@@ -164,7 +169,8 @@ class Completion:
 
     def _end(self) -> None:
         # In this order: an exception, or foreign code, may come between any two lines.
-        if self._error is not None or isinstance(self._event, ReportingEvent):
+        event = self._event
+        if self._error is not None or (isinstance(event, ReportingEvent) and event.error()):
             self._error = self.error
         self._state = "ended"
         self.is_over = True
@@ -246,7 +252,8 @@ class Completion:
             BaseException: what a signal handler raised meanwhile; the copy goes on.
         """
         try:
-            if isinstance(self._event, HostEvent):
+            event = self._event
+            if isinstance(event, ReportingEvent) and not event.asks_device:
                 return question()
             with Relaxed():
                 return question()

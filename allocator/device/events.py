@@ -87,6 +87,9 @@ class ReportingEvent:
 
     __slots__ = ()
 
+    asks_device = True
+    """Whether asking may call a device's driver."""
+
     def query(self) -> bool:
         """As ``Event.query``."""
         raise NotImplementedError

@@ -56,6 +56,8 @@ class HostEvent(ReportingEvent):
 
     __slots__ = ("_cause", "_ended", "is_submitted", "runner")
 
+    asks_device = False
+
     def __init__(self) -> None:
         self._ended = Latch()
         self._cause: BaseException | None = None

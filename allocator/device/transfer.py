@@ -186,6 +186,11 @@ class Transfer:
         """Why the transfer failed, as far as is known; None if it has not failed."""
         return self._completion.error
 
+    @property
+    def has_succeeded(self) -> bool:
+        """Whether all bytes are known to have arrived. Asks nobody."""
+        return self._completion.is_done
+
     def is_of(self, completion: Completion) -> bool:
         """Whether this is the state of the transfer."""
         return self._completion is completion
@@ -260,6 +265,8 @@ class Transfer:
             RuntimeError: as for :meth:`done`.
         """
         ended = self.wait(timeout_s)
+        if self._settle is None and self._completion.is_done:
+            return
         has_failed = self._completion.error is not None
         if not ended and not has_failed:
             raise TimeoutError(f"{self!r} has not ended in {timeout_s:g} s")

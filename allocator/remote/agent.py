@@ -28,7 +28,7 @@ from kvheap.addresses.extents import Int64Array
 from kvheap.interrupts import is_interrupt
 from kvheap.remote.errors import PeerError
 from kvheap.remote.packages import need_nixl
-from kvheap.remote.pairs import OnePiece, Part
+from kvheap.remote.pairs import Part
 
 __all__ = ["Agent", "State"]
 
@@ -56,7 +56,9 @@ class Agent:
     def __init__(self, name: str, segments: Sequence[tuple[int, torch.Tensor]]) -> None:
         self._nixl = nixl = need_nixl()
         self.name = f"{name}-{uuid.uuid4().hex}"
-        self._kind = self._kind_of(segments[0][1].device.type)
+        self._kinds = {"cpu": nixl.DRAM_SEG, "cuda": nixl.VRAM_SEG}
+        self._kind = self._kinds[segments[0][1].device.type]
+        self._make_list = nixl.nixlXferDList
         config = nixl.nixlAgentConfig()
         config.useProgThread = True
         config.useListenThread = False
@@ -81,9 +83,6 @@ class Agent:
     def device_of(buffer: torch.Tensor) -> int:
         """The number of a buffer's GPU; 0 for host memory."""
         return buffer.device.index or 0
-
-    def _kind_of(self, kind: str) -> Any:
-        return self._nixl.VRAM_SEG if kind == "cuda" else self._nixl.DRAM_SEG
 
     def add(self, metadata: bytes) -> str:
         """Learn of another agent; returns its name.
@@ -110,6 +109,7 @@ class Agent:
         pieces: Part,
         device: tuple[str, int],
         requests: list[int] | None = None,
+        known: dict[tuple[int, int], Any] | None = None,
     ) -> int:
         """Prepare to read pieces of another agent's memory.
 
@@ -118,6 +118,7 @@ class Agent:
             pieces: absolute addresses there (source) and here (target), and bytes.
             device: where the other memory is: ``cpu`` or ``cuda``, and the number of the GPU.
             requests: gets the request too; no exception of a signal handler strikes in between.
+            known: what NIXL is told of single runs there, by address and bytes, from reads before.
 
         Returns:
             The request, for :meth:`post`, :meth:`state` and :meth:`release`.
@@ -126,15 +127,20 @@ class Agent:
             PeerError: NIXL refuses the request: nothing has begun.
         """
         requests = [] if requests is None else requests
-        nixl, make, kind = self._nixl, self._nixl.nixlXferDList, self._kind_of(device[0])
+        nixl, make = self._nixl, self._make_list
+        kind, number = self._kinds[device[0]], device[1]
         try:
-            if isinstance(pieces, OnePiece):
+            if isinstance(pieces, tuple):
                 source, target, size = pieces
                 here = make(self._kind, [(target, size, self._number)])
-                there = make(kind, [(source, size, device[1])])
+                there = None if known is None else known.get((source, size))
+                if there is None:
+                    there = make(kind, [(source, size, number)])
+                    if known is not None:
+                        known[source, size] = there
             else:
                 here = make(self._kind, _rows(pieces.targets, pieces.sizes, self._number))
-                there = make(kind, _rows(pieces.sources, pieces.sizes, device[1]))
+                there = make(kind, _rows(pieces.sources, pieces.sizes, number))
             arguments: tuple[Any, ...] = (nixl.NIXL_READ, here, there, name, "", [])
             requests.extend(starmap(self._agent.createXferReq, [arguments]))
         except Exception as error:

@@ -44,4 +44,4 @@ def enter_lease(peer: str, read: Read, answer: Fields) -> None:
     assert read.target is not None
     read.parts = parts_of(runs, read.target)
     read.lease_until = Deadline(answer.seconds("ttl"), read.asked_at)
-    read.lease = answer.integer("lease")
+    read.lease, read.asked_for = answer.integer("lease"), 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from kvheap.device.host_queue import NestedWaitError
@@ -58,8 +59,21 @@ class AskLine:
         self._turn = Turn()
         self.close()
 
-    def ask(self, kind: str, timeout_s: float, **fields: Any) -> Fields:
+    def ask(
+        self,
+        kind: str,
+        timeout_s: float,
+        again: Callable[[], dict[str, Any]] = dict,
+        **fields: Any,
+    ) -> Fields:
         """The answer to a request.
+
+        Args:
+            kind: of the request.
+            timeout_s: for everything.
+            again: called if the connection broke, before the request is made anew on another one:
+                it may have been carried out. Returns the fields that change.
+            fields: of the request.
 
         Raises:
             PeerTimeoutError: it has not come in time.
@@ -77,7 +91,7 @@ class AskLine:
             )
         visit = Visit()
         try:
-            answer = self._ask_in_turn(visit, kind, deadline, fields)
+            answer = self._ask_in_turn(visit, deadline, again, dict(kind=kind, **fields))
         except _OthersAskError:
             raise PeerTimeoutError(
                 f"peer {self._peer!r}: others have asked it for {timeout_s:g} s"
@@ -104,26 +118,33 @@ class AskLine:
         return answer
 
     def _ask_in_turn(
-        self, visit: Visit, kind: str, deadline: Deadline, fields: dict[str, Any]
+        self,
+        visit: Visit,
+        deadline: Deadline,
+        again: Callable[[], dict[str, Any]],
+        fields: dict[str, Any],
     ) -> Fields:
         if not self._turn.take_before(visit, deadline):
             raise _OthersAskError
-        return self._ask(kind, deadline, fields)
+        return self._ask(deadline, again, fields)
 
-    def _ask(self, kind: str, deadline: Deadline, fields: dict[str, Any]) -> Fields:
+    def _ask(
+        self, deadline: Deadline, again: Callable[[], dict[str, Any]], fields: dict[str, Any]
+    ) -> Fields:
         self._number += 1
-        payload = packed(kind=kind, number=self._number, **fields)
+        fields["number"] = self._number
         if self._line is not None:
             try:
-                return self._exchange(self._line, payload, deadline)
+                return self._exchange(self._line, packed(**fields), deadline)
             except (ProtocolError, TimeoutError):
                 raise
             except OSError as error:
                 if is_interrupt(error):
                     raise
                 self.close()
+            fields.update(again())
         self._line = self._connected(deadline)
-        return self._exchange(self._line, payload, deadline)
+        return self._exchange(self._line, packed(**fields), deadline)
 
     def _exchange(self, line: Line, payload: bytes, deadline: Deadline) -> Fields:
         line.send(payload, deadline)

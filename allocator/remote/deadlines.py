@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 __all__ = ["Deadline", "now_s"]
 
@@ -15,9 +16,8 @@ MAX_S = 7 * 86_400.0
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
-def now_s() -> float:
-    """Seconds on that clock."""
-    return time.clock_gettime(_CLOCK)
+now_s = partial(time.clock_gettime, _CLOCK)
+"""Seconds on that clock."""
 
 
 class Deadline:
@@ -35,8 +35,9 @@ class Deadline:
 
     def __init__(self, seconds: float, since: float | None = None) -> None:
         self.seconds = seconds
-        since = now_s() if since is None else since
-        self.at = since + min(seconds, MAX_S) * (1 - CLOCK_ERROR)
+        if since is None:
+            since = now_s()
+        self.at = since + (seconds if seconds < MAX_S else MAX_S) * (1 - CLOCK_ERROR)
 
     @property
     def has_passed(self) -> bool:

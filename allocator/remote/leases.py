@@ -6,7 +6,6 @@ connected does not matter: the network may fail while it reads.
 
 from __future__ import annotations
 
-import secrets
 import time
 from operator import itemgetter
 
@@ -19,7 +18,7 @@ from kvheap.blocks.heap import BlockObjects, Heap
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.errors import LifetimeError
 from kvheap.remote.catalogue import Place, batches_of
-from kvheap.remote.messages import MAX_KEYS
+from kvheap.remote.messages import MAX_KEYS, new_lease_number
 from kvheap.transfer.pairing import block_runs
 
 __all__ = ["MAX_LEASE_S", "Account", "LentBlocks"]
@@ -40,10 +39,8 @@ MAX_BLOCKS_EACH = 1 << 20
 FEW_LEASES = MAX_BLOCKS_EACH // MAX_KEYS
 """So few of one connection are never too many."""
 
-NUMBER_BITS = 63
-"""Of the number of a lease: whoever does not have a lease cannot name it, and so not end it. (It is
-not bound to a connection: one may break, and a reader takes leases on one and gives them back on
-another.)"""
+MAX_GIVEN_UP = 1 << 12
+"""Numbers that are remembered because they were given back before they were lent."""
 
 
 class _Reading:
@@ -111,6 +108,7 @@ class LentBlocks:
     def __init__(self, heap: Heap) -> None:
         self._heap = heap
         self._leases: dict[int, tuple[BatchLease, _Reading, Account]] = {}
+        self._given_up: dict[int, None] = {}
 
     def lend(
         self,
@@ -118,6 +116,7 @@ class LentBlocks:
         ttl: float,
         account: Account | None = None,
         batches: set[MemoryBatch] | None = None,
+        number: int | None = None,
     ) -> tuple[int, BlockRuns] | None:
         """Pin blocks for a reader.
 
@@ -126,15 +125,21 @@ class LentBlocks:
             ttl: seconds.
             account: of the connection; None: one of its own.
             batches: those of the blocks, if they are known.
+            number: of the lease, which the reader has chosen; None: one of this node's.
 
         Returns:
             The number of the lease, and where the blocks are; None if one was freed just now.
 
         Raises:
-            RuntimeError: too many leases are held.
+            RuntimeError: too many leases are held, or the number is taken, or was given back: the
+                reader has asked again on another connection, or asks no more.
             ValueError: the blocks have several layouts.
             ClosedError: the heap is closed.
         """
+        if number is None:
+            number = new_lease_number()
+        elif number in self._leases or number in self._given_up:
+            raise RuntimeError("the reader has given this lease up, or asked for it before")
         if len(self._leases) >= MAX_LEASES and self.num_held >= MAX_LEASES:
             raise RuntimeError(f"{MAX_LEASES} leases are held: the readers must end theirs first")
         account = Account() if account is None else account
@@ -143,7 +148,6 @@ class LentBlocks:
             lease, reading, runs = self._lend(places, batches or batches_of(places), ttl)
         except LifetimeError:
             return None
-        number = secrets.randbits(NUMBER_BITS) or 1  # 0 would be none
         account.num_blocks[number] = len(places)  # first: another thread may forget the lease
         self._leases[number] = lease, reading, account
         return number, runs
@@ -192,6 +196,18 @@ class LentBlocks:
             account.num_blocks.pop(number, None)
             reading.has_ended = True
             lease.release()
+
+    def give_up(self, number: int) -> None:
+        """End a lease; one that was not lent will not be: its request may come later than this.
+
+        Requests of one reader come on several connections, which are served in any order.
+        """
+        if number in self._leases:
+            self.take_back(number)
+            return
+        self._given_up[number] = None
+        if len(self._given_up) > MAX_GIVEN_UP:
+            del self._given_up[next(iter(self._given_up))]
 
     @property
     def num_held(self) -> int:

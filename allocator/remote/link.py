@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 
 from kvheap.remote.deadlines import Deadline
 from kvheap.remote.errors import PeerGoneError
@@ -12,6 +13,9 @@ from kvheap.remote.peer_lease import Hold, PeerLease
 from kvheap.remote.reads import Read
 
 __all__ = ["Link"]
+
+MAX_UNLOCKS = 1 << 14
+"""Leases that a peer gives at most at a time, all together."""
 
 
 class Link:
@@ -38,8 +42,8 @@ class Link:
         """Reads that NIXL has to do with, or soon will, also those in quarantine."""
         self.holds: dict[Hold, weakref.ref[PeerLease]] = {}
         """Leases that were taken before the reads, and who has them."""
-        self.unlocks: list[int] = []
-        """Leases to give back, by number."""
+        self.unlocks: deque[int] = deque(maxlen=MAX_UNLOCKS)
+        """Leases to give back, by number; the oldest ones are over before they would be told."""
         self.gone: PeerGoneError | None = None
         """Why the peer is known to be gone."""
         self.is_assumed_gone = False
@@ -58,6 +62,11 @@ class Link:
     def name(self) -> str:
         """The peer's name."""
         return self.welcome.name
+
+    @property
+    def has_to_tell(self) -> bool:
+        """Whether something waits for the peer, or for its answer."""
+        return bool(self.unlocks or self.queued or self.asked or self.running)
 
     @property
     def reads(self) -> list[Read]:

@@ -8,19 +8,21 @@ hello      nonce, echo, name                       welcome
 welcome    name, uuid, agent, metadata, segments,
            device, layout
 lookup     keys                                    found: a byte for each key; layout
-lock       keys, ttl                               missing; or lease, ttl, layout, and the
+lock       keys, ttl, lease                        missing; or lease, ttl, layout, and the
                                                    blocks as absolute runs
-lease      keys, ttl                               found; and the same for those
+lease      keys, ttl, lease                        found; and the same for those
 unlock     lease                                   none
 offer      keys, name, address                     taken
 =========  ======================================  =========================================
 
-Keys are a list; or, if all have one length, joined, with their length as ``key_bytes``. Requests
-have a number, which the answer repeats. An answer may be an error instead.
+The reader chooses the number of a lease: if it does not get the answer, it can give the lease back
+none the less. Keys are a list; or, if all have one length, joined, with their length as
+``key_bytes``. Requests have a number, which the answer repeats. An answer may be an error instead.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -42,6 +44,7 @@ __all__ = [
     "as_keys",
     "key_fields",
     "layout_fields",
+    "new_lease_number",
     "packed",
     "unpacked",
 ]
@@ -55,6 +58,10 @@ MAX_KEY_BYTES = 511
 """Bytes of a key, as in a ``FileTier``."""
 
 MAX_SEGMENTS = 1024
+
+LEASE_NUMBER_BITS = 63
+"""Whoever does not have a lease cannot name it, and so not end it. It is not bound to a connection:
+one may break, and a reader takes leases on one and gives them back on another."""
 
 
 def packed(**fields: Any) -> bytes:
@@ -187,6 +194,11 @@ class Fields:
         if type(found) is not kind:
             raise ProtocolError(f"{name} must be of type {kind.__name__}, got {found!r:.80}")
         return found
+
+
+def new_lease_number() -> int:
+    """The number of a lease that is asked for."""
+    return secrets.randbits(LEASE_NUMBER_BITS) or 1  # 0 would be none
 
 
 def layout_fields(layout: BlockLayout | None) -> dict[str, Any] | None:

@@ -17,7 +17,10 @@ from kvheap.remote.errors import PeerError, PeerTimeoutError, StaleReadError
 from kvheap.remote.link import Link
 from kvheap.remote.reads import Read
 
-__all__ = ["Moves", "too_late"]
+__all__ = ["SETTLE_S", "Moves", "too_late"]
+
+FOLLOW_S = 50e-6
+"""Longest time for which whoever waits for a read asks NIXL without giving the turn to others."""
 
 SETTLE_S = 0.5
 """Seconds after a peer is gone, and NIXL has reported it, in which what the network still holds is
@@ -61,43 +64,97 @@ class Moves:
         finally:
             self.looking.pop()
 
+    def begin(self, link: Link, read: Read) -> None:
+        """:meth:`look_at` for a read of one part that has just begun, in the fewest steps.
+
+        The read is in ``link.running``: whatever strikes here, the next look goes on from there.
+        """
+        self.looking.append(read)
+        try:
+            # A signal handler may have waited for it just before, and so posted it.
+            is_new = read.parts and not read.running and link.gone is None
+            if not is_new or not read.right.take(read):
+                self._look_at(link, read)
+                return
+            read.posted_at = read.begun_at
+            request = self._created(link, read)
+            if request is None:
+                self._finish(link, read)
+                return
+            state, why = self._agent.post(request)
+            if state == "done":
+                read.running.clear()
+                self._agent.release(request)
+                self._finish(link, read)
+            elif state != "running":
+                self._note(link, read, request, state, why)
+        finally:
+            self.looking.pop()
+
+    def follow(self, link: Link, read: Read) -> None:
+        """Ask NIXL without a pause whether it is done with a request; for a moment at most."""
+        request, until = read.running[0], now_s() + FOLLOW_S
+        while True:
+            state, error = self._agent.state(request)
+            if state != "running":
+                break
+            if now_s() >= until:
+                return
+        self._note(link, read, request, state, error)
+        if not (read.parts or read.running or read.broken):
+            self._finish(link, read)
+
     def _look_at(self, link: Link, read: Read) -> None:
-        event = read.event
-        if not event.is_over:
-            if read.limit.has_passed:
+        event, now = read.event, now_s()
+        if event.cause is None:
+            if now >= read.limit.at:
                 event.fail(too_late(link, read))
             elif link.gone is not None:
                 event.fail(link.gone)
-        if event.is_over:
+        if event.cause is not None:
+            event.fail(event.cause)  # again: an exception may have struck in it
             read.parts.clear()  # nothing more is posted
-        for request in [*read.running]:
-            self._note(link, read, request, *self._agent.state(request))
-        if read.parts and not read.running:
-            self._post(link, read)
+        if read.running:
+            for request in [*read.running]:
+                self._note(link, read, request, *self._agent.state(request))
         if read.parts:
-            return
+            if not read.running:
+                self._post(link, read, now)
+            if read.parts:
+                return
         if not read.running and not read.broken:
             self._finish(link, read)
         elif link.gone is not None and (link.is_assumed_gone or not read.running):
             self._settle(link, read)
 
-    def _post(self, link: Link, read: Read) -> None:
+    def _post(self, link: Link, read: Read, now: float) -> None:
         """Post the next part of a read, unless it was withdrawn."""
         if not read.right.take(read):
             read.parts.clear()
             return
         if not read.posted_at:
-            read.posted_at = now_s()
-        welcome = link.welcome
+            read.posted_at = now
+        request = self._created(link, read)
+        if request is None:
+            return
+        state, why = self._agent.post(request)
+        if state != "running":
+            self._note(link, read, request, state, why)
+
+    def _created(self, link: Link, read: Read) -> int | None:
+        """The request for the next part, in ``read.running``; None if NIXL refuses it."""
+        welcome, hold = link.welcome, read.hold
+        known = None if hold is None else hold.known
         try:
-            part, device = read.parts[-1], welcome.device
-            request = self._agent.read(welcome.agent, part, device, read.running)
+            request = self._agent.read(
+                welcome.agent, read.parts[-1], welcome.device, read.running, known
+            )
         except PeerError as error:  # nothing was posted
             read.parts.clear()
             read.event.fail(error)
-            return
+            return None
         read.parts.pop()
-        self._note(link, read, request, *self._agent.post(request))
+        return request
 
     def _note(
         self, link: Link, read: Read, request: int, state: str, error: BaseException | None
@@ -130,7 +187,7 @@ class Moves:
         """NIXL has nothing to do with a read any more."""
         lease_until = read.lease_until
         assert lease_until is not None
-        if lease_until.has_passed:
+        if now_s() >= lease_until.at:
             read.event.fail(
                 StaleReadError(
                     f"the bytes from peer {link.name!r} arrived after its lease of "

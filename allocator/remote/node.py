@@ -303,7 +303,6 @@ class Node:
         except BaseException:
             asking.close()
             raise
-        require_open = self._closer.require_open
         peer = Peer(
             self.heap,
             self._reader,
@@ -313,17 +312,25 @@ class Node:
             self.address,
             self.name,
             self._segments,
-            require_open,
+            self._closer,
         )
         known = self._peers.setdefault(welcome.uuid, peer)
         if known is not peer and not known.is_gone and not known.closed:
             peer.close()  # another thread was faster
             return known
         self._peers[welcome.uuid] = peer
+        self._forget_gone()
         if self._closer.is_closing:  # which may not have seen it
             peer.close()
             raise self._closer.closed_error()
         return peer
+
+    def _forget_gone(self) -> None:
+        """Peers that are gone never come back; their successors have other numbers."""
+        for life, peer in [*self._peers.items()]:
+            if peer.is_gone:
+                peer.hang_up()
+                self._peers.pop(life, None)
 
     def _call(self, address: str, where: tuple[str, int], timeout_s: float) -> tuple[Line, Welcome]:
         try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
+from kvheap.addresses.address_batch import AddressBatch
 from kvheap.addresses.block_runs import BlockRuns, MemorySegment
-from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.kernels.pieces import Pieces
 from kvheap.transfer.pairing import paired_runs
 
@@ -22,13 +22,9 @@ SMALL_PIECES = 64
 """The same for its descriptors."""
 
 
-class OnePiece(NamedTuple):
-    """A single run on both sides, in numbers: arrays would take several times as long."""
-
-    source: int
-    target: int
-    num_bytes: int
-
+OnePiece: TypeAlias = "tuple[int, int, int]"
+"""A single run on both sides, in numbers: address there, address here, bytes. Arrays would take
+several times as long."""
 
 Part: TypeAlias = "Pieces | OnePiece"
 """What one request moves: absolute addresses there (source) and here (target), and bytes."""
@@ -42,29 +38,35 @@ def span_of(blocks: BlockRuns) -> tuple[int, int] | None:
 
 
 def parts_of_span(
-    there: tuple[int, int] | None, batch: MemoryBatch, segments: Sequence[MemorySegment]
+    there: tuple[int, int] | None,
+    blocks: AddressBatch,
+    num_bytes: int,
+    segments: Sequence[MemorySegment],
 ) -> list[Part] | None:
     """The same as :func:`parts_of` for blocks that are one run on both sides, without padding.
 
     Args:
         there: blocks of the peer, by :func:`span_of`.
-        batch: as many blocks to fill, of the same size.
-        segments: buffers of the batch's heap.
+        blocks: as many blocks to fill, of the same size.
+        num_bytes: of all blocks, without padding.
+        segments: buffers of their heap.
 
     Returns:
         The parts, the last one first; None if the blocks are not such a run.
     """
-    run = batch.runs.only_run()
-    if run is None or there is None or there[1] != run[1]:
+    run = blocks.only_run()
+    if run is None or there is None:
         return None
-    start, num_bytes = run
-    if batch.allocated_bytes != batch.size_bytes:
+    (source, there_bytes), (start, here_bytes) = there, run
+    if there_bytes != num_bytes or here_bytes != num_bytes:
         return None
     for first, size, base in segments:
         if first <= start and start + num_bytes <= first + size:
             target = base + start - first
+            if num_bytes <= POST_BYTES:
+                return [(source, target, num_bytes)]
             return [
-                OnePiece(there[0] + at, target + at, min(POST_BYTES, num_bytes - at))
+                (source + at, target + at, min(POST_BYTES, num_bytes - at))
                 for at in reversed(range(0, num_bytes, POST_BYTES))
             ]
     return None
@@ -99,4 +101,4 @@ def is_small(parts: Sequence[Part], num_bytes: int) -> bool:
     """
     if len(parts) != 1 or num_bytes > SMALL_BYTES:
         return False
-    return isinstance(parts[0], OnePiece) or len(parts[0]) <= SMALL_PIECES
+    return isinstance(parts[0], tuple) or len(parts[0]) <= SMALL_PIECES

@@ -48,7 +48,7 @@ def next_look_s(links: Iterable[Link]) -> float:
                 wait = between_looks_s(now, read)
             pause = min(pause, wait)
         ends = [read.limit.at for read in (*link.queued, *link.asked.values())]
-        if link.probe_after is not None and link.reads:
+        if link.probe_after is not None and link.has_to_tell:
             ends.append(link.probe_after.at)
         if ends:
             pause = min(pause, max(min(ends) - now, 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -15,18 +16,19 @@ from kvheap.addresses.block_runs import MemorySegment
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.blocks.heap import Heap
 from kvheap.blocks.memory_batch import MemoryBatch
+from kvheap.closing import Closer
 from kvheap.errors import ClosedError
 from kvheap.prefix.keys import require_key_list, require_keys
 from kvheap.remote.ask import AskLine
 from kvheap.remote.deadlines import Deadline, now_s
 from kvheap.remote.errors import PeerError, ProtocolError
 from kvheap.remote.link import Link
-from kvheap.remote.messages import Fields, as_keys, key_fields
+from kvheap.remote.messages import Fields, KeyList, as_keys, key_fields, new_lease_number
 from kvheap.remote.pairs import parts_of, parts_of_span
 from kvheap.remote.peer_lease import Hold, PeerLease
 from kvheap.remote.reader import Reader
 from kvheap.remote.reads import Read
-from kvheap.transfer.foreign import foreign_transfer
+from kvheap.transfer.foreign import fill_batch
 
 __all__ = ["ANSWER_S", "READ_S", "Peer"]
 
@@ -38,6 +40,33 @@ READ_S = 30.0
 
 LEASE_S = 30.0
 """Seconds for which chunks are leased."""
+
+
+class _Wanted:
+    """A lease that is asked for, by its number.
+
+    If no answer comes, or none that can be read, or a signal handler's exception strikes before it
+    was, the lease is given back: its blocks would stay where they are for its ``ttl_s`` otherwise.
+    """
+
+    def __init__(self, reader: Reader, link: Link) -> None:
+        self._reader = reader
+        self._link = link
+        self._number = new_lease_number()
+
+    def fields(self) -> dict[str, Any]:
+        """What the request says of it."""
+        return {"lease": self._number}
+
+    def again(self) -> dict[str, Any]:
+        """Ask for another one, instead of one that was perhaps given on a broken connection."""
+        self.give_up()
+        self._number = new_lease_number()
+        return self.fields()
+
+    def give_up(self) -> None:
+        """Give it back, should it have been given or still be."""
+        self._reader.give_up(self._link, self._number)
 
 
 class Peer:
@@ -62,7 +91,7 @@ class Peer:
         own_address: str,
         own_name: str,
         segments: Sequence[MemorySegment],
-        require_open: Callable[[], None],
+        closer: Closer,
     ) -> None:
         self.name = link.welcome.name
         self.address = address
@@ -76,7 +105,7 @@ class Peer:
         self._segments = segments
         self._is_closed = False
         self._path = f"NIXL from {self.name!r}"
-        self._node_require_open = require_open
+        self._closer = closer
         self._layout = link.welcome.layout
 
     @property
@@ -150,8 +179,21 @@ class Peer:
         if not names:
             raise ValueError("keys must name at least one chunk, got none")
         ttl_s = as_number("ttl_s", ttl_s, positive=True)
+        self._require_open()
+        wanted = _Wanted(self._reader, self._link)
+        try:
+            return self._lease(names, float(ttl_s), timeout_s, wanted)
+        except PeerError:  # it has answered that it gives none
+            raise
+        except BaseException:  # it may have given one
+            wanted.give_up()
+            raise
+
+    def _lease(self, names: KeyList, ttl_s: float, timeout_s: float, wanted: _Wanted) -> PeerLease:
         asked_at = now_s()  # the lease is over here before it is over there
-        answer = self._answer("lease", timeout_s, ttl=float(ttl_s), **key_fields(names))
+        answer = self._answer(
+            "lease", timeout_s, wanted.again, ttl=ttl_s, **wanted.fields(), **key_fields(names)
+        )
         found = np.equal(np.frombuffer(answer.data("found", len(names)), np.uint8), 1)
         num_found = int(np.count_nonzero(found))
         hold = self._hold_of(answer, num_found, asked_at) if num_found else None
@@ -163,7 +205,7 @@ class Peer:
         return lease
 
     def _require_open(self) -> None:
-        self._node_require_open()
+        self._closer.require_open()
         if self._is_closed:
             raise ClosedError(f"{self!r} was closed: connect again")
 
@@ -231,10 +273,15 @@ class Peer:
                 node or the peer is closed.
             Others as :meth:`lookup`: the peer had to be asked for the layout of its blocks.
         """
-        self._node_require_open()
-        timeout_s = as_number("timeout_s", timeout_s, positive=True)
+        closer = self._closer
+        if closer.is_closing or closer.is_foreign:
+            closer.require_open()
+        if type(timeout_s) is not float or not 0.0 < timeout_s < math.inf:
+            timeout_s = as_number("timeout_s", timeout_s, positive=True)
         if isinstance(keys, PeerLease):
-            hold: Hold | None = self._own_hold(keys)
+            hold = keys.hold
+            if hold is None or hold.link is not self._link:
+                raise self._refused(keys)
             names: Sequence[bytes] = keys.keys
         else:
             require_key_list(keys)
@@ -266,18 +313,18 @@ class Peer:
             into.batched_free(batch)
             raise
 
-    def _own_hold(self, lease: PeerLease) -> Hold:
-        hold = lease.hold
-        if hold is None:
-            raise ValueError(f"{lease!r} holds no chunks: none of them was found")
-        if hold.link is not self._link:
-            raise ValueError(f"keys must be a lease of {self!r}, got {lease!r}")
-        return hold
+    def _refused(self, lease: PeerLease) -> ValueError:
+        """Why a lease cannot be read from this peer."""
+        if lease.hold is None:
+            return ValueError(f"{lease!r} holds no chunks: none of them was found")
+        return ValueError(f"keys must be a lease of {self!r}, got {lease!r}")
 
     def _check(self, batch: MemoryBatch, num_keys: int, layout: BlockLayout | None) -> None:
         if batch.allocator is not self._heap:
             raise ValueError(f"into must be of the node's heap {self._heap!r}, got {batch!r}")
-        if len(batch) != num_keys:
+        if self._heap.closed:
+            self._heap.require_open()
+        if batch.runs.num_blocks != num_keys:
             raise ValueError(f"{num_keys} keys need as many blocks, got {len(batch)} in into")
         own = batch.layout
         if layout is not None and layout is not own and layout != own:
@@ -296,21 +343,27 @@ class Peer:
     def _read(
         self, keys: Sequence[bytes], batch: MemoryBatch, timeout_s: float, hold: Hold | None
     ) -> MemoryBatch:
+        layout, blocks = batch.layout, batch.runs
+        num_bytes = blocks.num_blocks * layout.size_bytes
         if hold is None:
-            read = Read(keys, batch.layout, timeout_s, target=batch.block_runs())
+            read = Read(keys, layout, num_bytes, timeout_s, batch.block_runs())
         else:
-            parts = parts_of_span(hold.span, batch, self._segments)
+            parts = parts_of_span(hold.span, blocks, num_bytes, self._segments)
             if parts is None:
                 parts = parts_of(hold.runs, batch.block_runs())
-            read = Read(keys, batch.layout, timeout_s, hold=hold, parts=parts)
-        before = batch.transfer
+            read = Read(keys, layout, num_bytes, timeout_s, None, hold, parts)
+        before, closer = batch.transfer, self._closer
         try:
             self._reader.enter(read)
-            self._node_require_open()  # from here on, whoever closes it waits for the read
+            if closer.is_closing or closer.is_foreign:  # after that, whoever closes it waits
+                closer.require_open()
             if hold is not None:
-                hold.begin(read)
-            foreign_transfer(read.event, target=batch, name=self._path)
-            self._reader.begin(self._link, read)
+                hold.begin(read, read.begun_at)
+            fill_batch(read.event, batch, self._path)  # NIXL has the heap's buffers
+            if hold is None:
+                self._reader.begin(self._link, read)
+            else:
+                self._reader.begin_held(self._link, read)
         except BaseException:
             if read.withdraw():
                 batch.transfer = before
@@ -335,13 +388,19 @@ class Peer:
         )
         return bool(answer.integer("taken"))
 
-    def _answer(self, kind: str, timeout_s: float, **fields: Any) -> Any:
+    def _answer(
+        self,
+        kind: str,
+        timeout_s: float,
+        again: Callable[[], dict[str, Any]] = dict,
+        **fields: Any,
+    ) -> Fields:
         self._require_open()
         timeout_s = as_number("timeout_s", timeout_s, positive=True)
         if self._link.gone is not None:
             raise self._link.gone.with_traceback(None)
         try:
-            return self._ask.ask(kind, timeout_s, **fields)
+            return self._ask.ask(kind, timeout_s, again, **fields)
         finally:
             if self._is_closed:  # meanwhile: it may have made a new connection
                 self._ask.close()
@@ -352,8 +411,12 @@ class Peer:
         A machine that vanished cannot tell. Until it is known to be gone, the blocks of reads that
         were in flight stay allocated. If you are wrong, those blocks may be overwritten while
         others have them.
+
+        Its reads end within half a second, and until then ``Node.connect`` raises
+        ``PeerGoneError``. If it turns out to live, connecting to it again gives back the leases
+        that this node had there.
         """
-        self._node_require_open()
+        self._closer.require_open()
         self._reader.assume_gone(self._link)
 
     def close(self) -> None:
@@ -364,6 +427,10 @@ class Peer:
                 hold.release()
         self._ask.close()
         self._reader.drop(self._link, self._ask)
+
+    def hang_up(self) -> None:
+        """Close the connection for questions, to a peer that is gone."""
+        self._ask.close()
 
     def __repr__(self) -> str:
         """Name, address and whether it is gone."""

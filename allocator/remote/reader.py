@@ -11,32 +11,28 @@ done on other threads than the reader's, between any two steps; the reader goes 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import selectors
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import ClosedError
-from kvheap.interrupts import is_interrupt
 from kvheap.kernels.latch import Latch
 from kvheap.remote.agent import Agent
-from kvheap.remote.answers import enter_lease
 from kvheap.remote.deadlines import Deadline, now_s
 from kvheap.remote.errors import PeerError, PeerGoneError, ProtocolError
-from kvheap.remote.line import Line
+from kvheap.remote.leases import MAX_LEASE_S
 from kvheap.remote.link import Link
-from kvheap.remote.messages import Fields, key_fields, packed, unpacked
-from kvheap.remote.moves import Moves, too_late
+from kvheap.remote.moves import SETTLE_S, Moves, too_late
 from kvheap.remote.pairs import is_small
 from kvheap.remote.pauses import MAX_PAUSE_S, WATCHED_S, between_looks_s, next_look_s
 from kvheap.remote.peer_lease import Hold
 from kvheap.remote.probe import Probed, probe
+from kvheap.remote.questions import Questions
 from kvheap.remote.reads import WAIT_S, Read
 from kvheap.remote.tasks import Tasks
 from kvheap.remote.turn import Turn, Visit
@@ -72,15 +68,25 @@ class Reader:
         self._links: dict[str, Link] = {}
         self._parted: dict[str, str] = {}
         """Agents of peers that were closed while they were alive, by the peer's life."""
+        self._owed: dict[str, tuple[Deadline, list[int]]] = {}
+        """Leases of peers that were declared gone, to be given back to those that come again."""
         self._open: dict[Read, None] = {}
         self._look_for_dropped = Deadline(DROPPED_S)
-        self._numbers = itertools.count(1)
         self._tasks = Tasks()
         self._is_stopping = False
         self._has_stopped = Latch()
         self.num_done = self.num_failed = self.bytes_done = 0
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._tasks.signal, selectors.EVENT_READ)
+        self._questions = Questions(
+            name,
+            self._selector,
+            self._do_here,
+            leased=self._move,
+            failed=self._fail,
+            withdrawn=self.forget,
+            lost=self._lost,
+        )
         self._thread = threading.Thread(target=self._run, name=f"kvheap-read-{name}", daemon=True)
 
     # -- for other threads ---------------------------------------------------------------------
@@ -151,11 +157,8 @@ class Reader:
         self._open[read] = None
 
     def begin(self, link: Link, read: Read) -> None:
-        """Make a read that was announced. It asks for a lease, unless it has one."""
+        """Make a read that was announced, and asks for a lease."""
         read.event.look = partial(self._help, link, read)  # from here on others may begin it
-        if read.hold is not None:
-            self._begin_held(link, read)
-            return
         visit = Visit()
         try:
             if link.line is not None and self._turn.take_soon(visit):
@@ -164,21 +167,30 @@ class Reader:
                 self.submit(partial(self._begin, link, read))
         except BaseException as error:
             if visit.has_turn and not read.was_asked:  # half a frame may be sent
-                self.submit(partial(self._lose, link, link.line, error))
+                self.submit(partial(self._questions.lose, link, link.line, error))
             raise
         finally:
             self._turn.free.extend(visit.back)
 
-    def _begin_held(self, link: Link, read: Read) -> None:
-        """Make a read whose blocks are leased: at once if it is small."""
+    def begin_held(self, link: Link, read: Read) -> None:
+        """Make a read that was announced, and whose blocks are leased: at once if it is small.
+
+        The reader is not woken up for one that is under way: whoever asks for it looks at it, and
+        the reader will, within ``IDLE_S``.
+        """
+        read.event.look = partial(self._help, link, read)
         visit = Visit()
         try:
             if is_small(read.parts, read.num_bytes) and self._turn.take_soon(visit):
                 self._moves.looking.clear()
-                self._move(link, read)
+                if self._links.get(link.welcome.uuid) is link:
+                    link.running[read] = None
+                    self._moves.begin(link, read)
+                else:
+                    self._refuse(link, read)
         finally:
             self._turn.free.extend(visit.back)
-            if not read.event.has_ended:
+            if not (read.event.has_ended or read.posted_at):
                 self.submit(partial(self._move, link, read))
 
     def forget(self, read: Read) -> None:
@@ -187,28 +199,43 @@ class Reader:
         if read.hold is not None:
             read.hold.end(read)
 
-    def _help(self, link: Link, read: Read) -> float:
+    def _help(self, link: Link, read: Read, is_waiting: bool) -> float:
         """Look at a read for whoever waits for it; returns the seconds until it should again.
 
+        Whoever only asks for its state looks too, if nothing of it is still to be posted.
+
         Raises:
-            NestedWaitError: the code that was interrupted on this thread must go on first.
+            NestedWaitError: the code that was interrupted on this thread must go on first; only if
+                it waits.
         """
+        if not is_waiting:
+            if read.running and not read.parts:
+                self._look(link, read, is_waiting=False)
+            return 0.0
         if read.hold is None and read not in link.running:
             return self._help_asked(read)
-        visit = Visit()
-        try:
-            if not self._turn.share(visit):
-                return MAX_PAUSE_S
-            if visit.has_turn:
-                self._moves.looking.clear()
-            self._move(link, read)
-        finally:
-            self._turn.free.extend(visit.back)
+        if not self._look(link, read, is_waiting=True):
+            return MAX_PAUSE_S
         if read.event.is_over:
             return 0.0
         now = now_s()
         read.watched_until = now + WATCHED_S
         return between_looks_s(now, read)
+
+    def _look(self, link: Link, read: Read, *, is_waiting: bool) -> bool:
+        """Look at a read, if the turn can be had; returns whether it can."""
+        visit = Visit()
+        try:
+            if not (self._turn.share(visit) if is_waiting else self._turn.take(visit)):
+                return False
+            if visit.has_turn:
+                self._moves.looking.clear()
+            self._move(link, read)
+            if is_waiting and read.running and not read.event.is_over:
+                self._moves.follow(link, read)
+        finally:
+            self._turn.free.extend(visit.back)
+        return True
 
     def _help_asked(self, read: Read) -> float:
         """The same while the peer has not said where the blocks are: the reader listens to it."""
@@ -220,6 +247,10 @@ class Reader:
         if read.limit.has_passed:
             self._tasks.wake()
         return min(max(read.limit.left_s, MAX_PAUSE_S), WAIT_S)
+
+    def give_up(self, link: Link, number: int) -> None:
+        """Give back a lease that was asked for, without knowing whether it was given."""
+        self.submit(partial(self._give_up, link, number))
 
     def give_back(self, link: Link, hold: Hold) -> None:
         """Tell a peer that a lease is over; may be called anywhere, also in a finalizer."""
@@ -256,6 +287,8 @@ class Reader:
         """Close this process's copies of the sockets, in a forked child without the thread."""
         self._has_stopped.open()
         self._agent.leak()
+        for read in [*self._open]:
+            read.event.look = None  # NIXL is not to be asked here
         self._close_all()
 
     def leak(self) -> None:
@@ -303,7 +336,7 @@ class Reader:
             if key.fileobj is self._tasks.signal:
                 self._tasks.calm()
             else:
-                self._serve(key.data, mask)
+                self._questions.serve(key.data, mask)
         self._tasks.run()
         self._look_at_all()
 
@@ -324,12 +357,14 @@ class Reader:
             known.is_closed = False
             if link.line is not None:
                 if known.line is None:
-                    self._take(known, link.line)
+                    self._questions.take(known, link.line)
                 else:
                     link.line.close()
             return known
         if known is not None and known.reads:  # they are followed by that link
-            raise PeerGoneError(str(known.gone))
+            raise PeerGoneError(
+                f"{known.gone}; reads from it have not ended yet: connect again in {SETTLE_S:g} s"
+            )
         welcome = link.welcome
         try:
             agent = self._agent.add(welcome.metadata)
@@ -348,17 +383,10 @@ class Reader:
         self._links[welcome.uuid] = link
         link.users[user] = None
         assert link.line is not None
-        self._take(link, link.line)
+        _, owed = self._owed.pop(welcome.uuid, (None, []))
+        link.unlocks.extend(owed)
+        self._questions.take(link, link.line)
         return link
-
-    def _take(self, link: Link, line: Line) -> None:
-        """Use a connection."""
-        link.line, link.probe_after, link.is_writing = line, None, False
-        self._selector.register(line, selectors.EVENT_READ, link)
-        self._unlock(link)
-        queued, link.queued = link.queued, []
-        for read in queued:
-            self._request(link, read)
 
     def _drop(self, link: Link, user: object) -> None:
         link.users.pop(user, None)
@@ -372,8 +400,8 @@ class Reader:
         """Remove a peer that nobody needs, and with which nothing is in flight."""
         if not (link.is_closed or link.gone) or link.reads or link.holds:
             return
-        self._unlock(link)
-        self._disconnect(link)
+        self._questions.unlock(link)
+        self._questions.disconnect(link)
         if self._links.get(link.welcome.uuid) is not link:  # forgotten; another may be known now
             return
         if link.is_known:
@@ -385,13 +413,6 @@ class Reader:
         if self._links.get(link.welcome.uuid) is link:  # not another connection to that life
             del self._links[link.welcome.uuid]
 
-    def _disconnect(self, link: Link) -> None:
-        line, link.line = link.line, None
-        if line is not None:
-            with suppress(KeyError, ValueError, OSError):
-                self._selector.unregister(line)
-            line.close()
-
     # -- locks ---------------------------------------------------------------------------------
 
     def _begin(self, link: Link, read: Read) -> None:
@@ -401,41 +422,7 @@ class Reader:
             link.queued.append(read)
             self._look_for(link)
         else:
-            self._request(link, read)
-
-    def _request(self, link: Link, read: Read) -> None:
-        """Ask for a lock on the blocks, unless the read was withdrawn."""
-        number = next(self._numbers)
-        read.asked_at = now_s()
-        link.asked[number] = read
-        if not read.right.take(read):
-            del link.asked[number]
-            self._open.pop(read, None)
-            return
-        ttl = max(read.limit.at - read.asked_at, 1e-3)
-        self._push(link, packed(kind="lock", number=number, ttl=ttl, **key_fields(read.keys)))
-        read.was_asked = True
-
-    def _push(self, link: Link, payload: bytes = b"") -> None:
-        line = link.line
-        if line is None:
-            return
-        try:
-            line.push(payload)
-        except OSError as error:
-            if is_interrupt(error):
-                raise
-            self._do_here(partial(self._lose, link, line, error))
-        else:
-            if line.has_unsent != link.is_writing:
-                self._do_here(partial(self._watch, link, line))
-
-    def _watch(self, link: Link, line: Line) -> None:
-        """Wait until the connection takes more, if more is to be sent."""
-        if link.line is line:
-            link.is_writing = line.has_unsent
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.is_writing else 0)
-            self._selector.modify(line, events, link)
+            self._questions.request(link, read)
 
     def _do_here(self, task: Callable[[], None]) -> None:
         """Do something on the reader's thread: now, if it is this one."""
@@ -444,53 +431,17 @@ class Reader:
         else:
             self.submit(task)
 
-    def _serve(self, link: Link, mask: int) -> None:
-        line = link.line
-        if line is None:
-            return
-        try:
-            if mask & selectors.EVENT_READ:
-                for payload in line.pull():
-                    self._answered(link, unpacked(payload))
-            if mask & selectors.EVENT_WRITE:
-                self._push(link)
-        except ProtocolError as error:
-            for read in [*link.asked.values()]:
-                self._fail(read, ProtocolError(f"peer {link.name!r}: {error}"))
-            link.asked.clear()
-            self._lose(link, line, error)
-        except OSError as error:
-            self._lose(link, line, error)
-
-    def _lose(self, link: Link, line: Line | None, error: BaseException) -> None:
+    def _lost(self, link: Link) -> None:
         """The control connection is broken: the peer may be gone, or not."""
-        if line is None or link.line is not line:  # there is another one already
-            return
-        LOGGER.info("node %r lost its connection to peer %r: %s", self._name, link.name, error)
-        self._disconnect(link)
-        link.queued += link.asked.values()
-        link.asked.clear()
         if link.is_closed and not link.reads:
             self._forget_if_idle(link)
         else:
             self._look_for(link)
 
-    def _answered(self, link: Link, answer: Fields) -> None:
-        read = link.asked.pop(answer.integer("number"), None)
-        if read is None or read.event.is_over:  # it has waited too long
-            if "lease" in answer:
-                link.unlocks.append(answer.integer("lease"))
-            return
-        try:
-            enter_lease(link.name, read, answer)
-        except Exception as error:
-            if "lease" in answer:
-                link.unlocks.append(answer.integer("lease"))
-            self._fail(read, error)
-            if isinstance(error, ProtocolError):
-                raise
-        else:
-            self._move(link, read)
+    def _give_up(self, link: Link, number: int) -> None:
+        if link.gone is None:
+            link.unlocks.append(number)
+            self._questions.unlock(link)
 
     def _give_back(self, link: Link, hold: Hold) -> None:
         link.holds.pop(hold, None)
@@ -514,18 +465,13 @@ class Reader:
                 if hold.is_released or lease() is None:
                     hold.release()
 
-    def _unlock(self, link: Link) -> None:
-        """Give leases back, now or when there is a connection again."""
-        while link.unlocks and link.line is not None:
-            self._push(link, packed(kind="unlock", lease=link.unlocks.pop()))
-
     # -- bytes ---------------------------------------------------------------------------------
 
     def _move(self, link: Link, read: Read) -> None:
         """Begin to move the bytes of a read whose blocks are leased; may be repeated."""
         if read.event.has_ended:
             return
-        if not self._knows(link):
+        if self._links.get(link.welcome.uuid) is not link:
             self._refuse(link, read)
             return
         link.running[read] = None
@@ -539,13 +485,16 @@ class Reader:
             for reads in (link.queued, link.asked.values()):
                 for read in [*reads]:
                     if read.limit.has_passed:
+                        self._questions.not_answered(link, read)
                         self._fail(read, too_late(link, read))
             link.queued = [read for read in link.queued if not read.event.has_ended]
             for number in [n for n, read in link.asked.items() if read.event.has_ended]:
                 del link.asked[number]
-            if link.probe_after is not None and link.probe_after.has_passed and link.reads:
+            if link.probe_after is not None and link.probe_after.has_passed and link.has_to_tell:
                 self._look_for(link)
-            self._unlock(link)
+            self._questions.unlock(link)
+            if link.queued and link.line is not None and not link.line.has_unsent:
+                self._questions.request_queued(link)
             self._forget_if_idle(link)
 
     def _ended(self, link: Link, read: Read) -> None:
@@ -597,6 +546,8 @@ class Reader:
         def look() -> None:
             found = probe(link.address, self._key, self._name, link.welcome.uuid)
             self.submit(partial(self._probed, link, found))
+            if self._has_stopped.is_open and found.line is not None:  # nobody does that any more
+                found.line.close()
 
         thread = threading.Thread(target=look, name=f"kvheap-probe-{link.name}", daemon=True)
         try:
@@ -613,7 +564,7 @@ class Reader:
         if found.line is not None:
             is_needed = self._knows(link) and link.line is None and link.gone is None
             if is_needed and not self._is_stopping:
-                self._take(link, found.line)
+                self._questions.take(link, found.line)
             else:
                 found.line.close()
         elif found.is_gone:
@@ -624,7 +575,7 @@ class Reader:
     def _is_gone(self, link: Link, gone: PeerGoneError) -> None:
         if link.gone is None:
             link.gone = gone
-        self._disconnect(link)
+        self._questions.disconnect(link)
         for read in (*link.queued, *link.asked.values()):
             self._fail(read, gone)
         link.queued, link.asked = [], {}
@@ -634,6 +585,12 @@ class Reader:
             read.event.fail(gone)
 
     def _assume_gone(self, link: Link) -> None:
+        if link.gone is None:  # it may live after all, and has our leases
+            reads = (*link.asked.values(), *link.running)
+            numbers = [*link.unlocks, *(hold.number for hold in link.holds)]
+            numbers += [number for read in reads for number in (read.asked_for, read.lease)]
+            self._owed = {of: owed for of, owed in self._owed.items() if not owed[0].has_passed}
+            self._owed[link.welcome.uuid] = Deadline(MAX_LEASE_S), [*filter(None, numbers)]
         link.is_assumed_gone = True
         self._is_gone(link, PeerGoneError(f"peer {link.name!r} was declared gone"))
 

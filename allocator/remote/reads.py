@@ -27,7 +27,7 @@ from kvheap.device.events import ReportingEvent
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import TransferError
 from kvheap.kernels.latch import Latch
-from kvheap.remote.deadlines import Deadline
+from kvheap.remote.deadlines import Deadline, now_s
 from kvheap.remote.pairs import Part
 from kvheap.remote.peer_lease import Hold
 
@@ -41,19 +41,28 @@ WAIT_S = 0.05
 """Seconds between two looks of whoever waits for a read that nobody looks at."""
 
 
-class ReadEvent(ReportingEvent):
-    """The end of a read, for ``foreign_transfer``. Asked by any thread.
+class ReadEvent(Latch, ReportingEvent):
+    """The end of a read, for ``foreign_transfer``: open once its outcome is known.
 
+    Asked by any thread. It is its own latch: each further object shows in the time of a small read.
     A failure is a line of the log; the error itself is the caller's.
+
+    Args:
+        thread: the one that is about to begin the read.
     """
 
-    __slots__ = ("_over", "_thread", "cause", "has_ended", "look")
+    __slots__ = ("_thread", "cause", "has_ended", "look")
 
-    def __init__(self) -> None:
-        self._over = Latch()
-        self._thread = threading.get_ident()
-        self.look: Callable[[], float] | None = None
-        """Does what can be done for the read now, and returns the seconds until the next look."""
+    asks_device = False
+
+    def __init__(self, thread: int) -> None:
+        Latch.__init__(self)  # quicker than by super()
+        self._thread = thread
+        self.look: Callable[[bool], float] | None = None
+        """Does what can be done for the read now, and returns the seconds until the next look.
+
+        Given False, it does only what takes a moment.
+        """
         self.cause: BaseException | None = None
         """Why the read failed, once that is known."""
         self.has_ended = False
@@ -62,27 +71,30 @@ class ReadEvent(ReportingEvent):
     @property
     def is_over(self) -> bool:
         """Whether the outcome is known."""
-        return self._over.is_open
+        return self.is_open
 
     def fail(self, cause: BaseException) -> None:
         """Note the first failure; it does not say that nothing arrives any more."""
-        if self._over.is_open:
+        if self.is_open:
             return
         if self.cause is None and not self.has_ended:
             cause.__traceback__ = cause.__context__ = None  # their frames hold memory
             self.cause = cause
         if self.cause is not None:  # also if an exception struck here the first time
-            self._over.open()
+            self.open()
             LOGGER.info("a read failed: %s", self.cause)
 
     def end(self) -> None:
         """Note that nothing can arrive any more."""
         self.has_ended = True
-        self._over.open()
+        self.open()
         self.look = None
 
     def query(self) -> bool:
-        """Whether nothing can arrive any more."""
+        """Whether nothing can arrive any more; looks, if that takes a moment."""
+        look = self.look
+        if look is not None and not self.has_ended:
+            look(False)
         return self.has_ended
 
     @property
@@ -114,15 +126,15 @@ class ReadEvent(ReportingEvent):
         Raises:
             NestedWaitError: the code that was interrupted here must go on first.
         """
-        while not self._over.is_open:
+        while not self.is_open:
             look = self.look
-            if look is None and self._thread == threading.get_ident() and not self.is_over:
+            if look is None and self._thread == threading.get_ident() and not self.is_open:
                 raise NestedWaitError(
                     "a finalizer or signal handler cannot wait for a read that is about to begin"
                 )
-            pause_s = WAIT_S if look is None else look()
+            pause_s = WAIT_S if look is None else look(True)
             if pause_s:
-                self._over.wait(pause_s)
+                self.wait(pause_s)
 
 
 class Read:
@@ -131,15 +143,18 @@ class Read:
     Args:
         keys: of the chunks.
         layout: what their blocks hold here.
+        num_bytes: of all blocks.
         timeout_s: for all of it.
         target: where the blocks are here; needed without a lease.
         hold: the lease that was taken before; None: the read asks for one.
-        parts: what to read by that lease, the last part first.
+        parts: what to read by that lease, the last part first; becomes the read's.
     """
 
     lease = 0
     """The number of the peer's lease for this read alone."""
     lease_until: Deadline | None = None
+    asked_for = 0
+    """The number of the lease that the peer was asked for, until it has answered."""
     asked_at = 0.0
     was_asked = False
     """Whether a question for the blocks has been sent."""
@@ -154,26 +169,27 @@ class Read:
         self,
         keys: Sequence[bytes],
         layout: BlockLayout,
+        num_bytes: int,
         timeout_s: float,
-        *,
         target: BlockRuns | None = None,
         hold: Hold | None = None,
-        parts: Sequence[Part] = (),
+        parts: list[Part] | None = None,
     ) -> None:
         self.keys = keys
         self.layout = layout
-        self.num_bytes = len(keys) * layout.size_bytes
+        self.num_bytes = num_bytes
         self.target = target
-        self.limit = Deadline(timeout_s)
+        self.begun_at = now = now_s()
+        self.limit = Deadline(timeout_s, now)
         """Until when whoever waits is told of an outcome."""
-        self.event = ReadEvent()
-        self.caller: int | None = threading.get_ident()
+        self.caller: int | None = (thread := threading.get_ident())
         """The thread that is about to begin it; None once that was done, or given up."""
+        self.event = ReadEvent(thread)
         self.right = Claim()  # never given up
         self.hold = hold
         if hold is not None:
             self.lease_until = hold.until
-        self.parts = [*parts]
+        self.parts = [] if parts is None else parts
         """What is still to be posted, the next one last."""
         self.running: list[int] = []
         """Requests that NIXL has and may work on."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from kvheap.kernels.latch import Latch
+from kvheap.remote.complaints import Complaints
 from kvheap.remote.deadlines import Deadline, now_s
 from kvheap.remote.errors import ProtocolError
 from kvheap.remote.handshake import ServerHandshake
@@ -90,6 +91,9 @@ class Server:
         self._has_stopped = Latch()
         self.num_refused = 0
         """Connections that were ended because of what they sent, or did not send."""
+        self._refusals = Complaints(name, "has ended %d more connections")
+        self._full = Complaints(name, "could not accept connections %d more times")
+        self._bugs = Complaints(name, "could not serve %d more connections", logging.ERROR)
         listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -134,6 +138,8 @@ class Server:
                         self._serve(connection, mask)  # unless it made way for one just accepted
                 self._drop_late()
                 self._accept_again()
+                for complaints in self._complaints:
+                    complaints.tell()
         except BaseException:
             LOGGER.exception("node %r serves no more", self._name)
             self._close_connections()
@@ -142,14 +148,22 @@ class Server:
             while not self._is_stopping:
                 os.read(self._wake_reading, 1)
         finally:
+            for complaints in self._complaints:
+                complaints.tell(is_last=True)
             self._close_all()
             self._has_stopped.open()
+
+    @property
+    def _complaints(self) -> tuple[Complaints, ...]:
+        return self._refusals, self._full, self._bugs, self._service.complaints
 
     def _pause(self) -> float | None:
         ends = [each.deadline.at for each in self._connections.values() if each.deadline]
         if self._accept_after is not None:
             ends.append(self._accept_after.at)
-        return max(min(ends) - now_s(), 0.0) if ends else None
+        pauses = [max(min(ends) - now_s(), 0.0)] if ends else []
+        pauses += [each.pause_s for each in self._complaints if each.pause_s is not None]
+        return min(pauses, default=None)
 
     def _accept(self) -> None:
         try:
@@ -157,12 +171,15 @@ class Server:
         except (BlockingIOError, ConnectionError):  # it has gone already
             return
         except OSError as error:  # no descriptor or no memory is left; who is connected goes on
-            LOGGER.warning("node %r cannot accept connections now: %s", self._name, error)
+            self._full.add("node %r cannot accept connections now: %s", self._name, error)
             self._selector.unregister(self._listener)
             self._accept_after = Deadline(ACCEPT_PAUSE_S)
             return
         if len(self._connections) >= MAX_CONNECTIONS:
             self.num_refused += 1
+            self._refusals.add(
+                "node %r refuses a connection: it has %d already", self._name, MAX_CONNECTIONS
+            )
             sock.close()
             return
         strangers = [each for each in self._connections.values() if not each.is_open]
@@ -198,7 +215,7 @@ class Server:
         except OSError:
             self._close(connection)
         except Exception as error:  # a bug of ours must not end the thread
-            LOGGER.exception("node %r cannot serve %s", self._name, connection.peer)
+            self._bugs.add("node %r cannot serve %s", self._name, connection.peer, error=error)
             self._refuse(connection, repr(error))
 
     def _send(self, connection: _Connection) -> None:
@@ -260,7 +277,7 @@ class Server:
 
     def _refuse(self, connection: _Connection, why: str) -> None:
         self.num_refused += 1
-        LOGGER.warning("node %r ends a connection of %s: %s", self._name, connection.peer, why)
+        self._refusals.add("node %r ends a connection of %s: %s", self._name, connection.peer, why)
         self._close(connection)
 
     def _close(self, connection: _Connection) -> None:

@@ -12,14 +12,13 @@ from kvheap.addresses.block_runs import BlockRuns
 from kvheap.blocks.block_layout import BlockLayout
 from kvheap.errors import ClosedError
 from kvheap.remote.catalogue import Catalogue, Place
+from kvheap.remote.complaints import Complaints
 from kvheap.remote.errors import ProtocolError
 from kvheap.remote.leases import MAX_LEASE_S, Account, LentBlocks
 from kvheap.remote.messages import Fields, layout_fields, packed
 from kvheap.remote.offers import Offer, Offers
 
 __all__ = ["Service"]
-
-LOGGER = logging.getLogger("kvheap")
 
 LEND_TRIES = 3
 """How often to look again for blocks that were freed while they were found."""
@@ -46,6 +45,7 @@ class Service:
             "lease": self._lease,
             "offer": self._take_offer,
         }
+        self.complaints = Complaints(name, "could not answer %d more requests", logging.ERROR)
         self.is_closing = False
         self.num_lookups = self.num_locks = self.num_failures = 0
 
@@ -61,7 +61,7 @@ class Service:
         """
         kind = request.text("kind")
         if kind == "unlock":
-            self._lent.take_back(request.integer("lease"))
+            self._lent.give_up(request.integer("lease"))
             return None
         number, call = request.integer("number"), self._kinds.get(kind)
         if call is None:
@@ -76,7 +76,7 @@ class Service:
             return packed(number=number, error=f"{error}")
         except BaseException as error:  # the user's function must not end the thread
             self.num_failures += 1
-            LOGGER.error("node %r cannot answer a %s", self._name, kind, exc_info=error)
+            self.complaints.add("node %r cannot answer a %s", self._name, kind, error=error)
             return packed(number=number, error=f"its {kind} failed: {error!r:.500}")
 
     def _look_up(self, request: Fields, account: Account) -> dict[str, Any]:
@@ -108,6 +108,7 @@ class Service:
         """What was found for each key, and the lease on that, if there is one."""
         self.num_locks += 1
         keys, ttl = request.keys(), min(request.seconds("ttl"), MAX_LEASE_S)
+        number = request.integer("lease") if "lease" in request else None
         if not keys:
             raise ProtocolError("a lease on no keys")
         places: list[Place | None] = []
@@ -119,7 +120,7 @@ class Service:
             layouts = {batch.layout for batch in batches}
             if len(layouts) > 1:
                 raise ValueError(f"the blocks of these keys have several layouts: {layouts}")
-            lent = self._lent.lend(known, ttl, account, batches)
+            lent = self._lent.lend(known, ttl, account, batches, number)
             if lent is not None:
                 return places, _lease_fields(*lent, ttl, known[0][0].layout)
         return places, None

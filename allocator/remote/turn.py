@@ -21,10 +21,10 @@ True
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from itertools import starmap
+from threading import get_ident
 
 from kvheap.remote.deadlines import Deadline
 
@@ -97,7 +97,7 @@ class Turn:
     @property
     def is_here(self) -> bool:
         """Whether the code below, on this thread, has it."""
-        below = self._visits.get(threading.get_ident())
+        below = self._visits.get(get_ident())
         return below is not None and below.has_turn
 
     def take(self, visit: Visit) -> bool:
@@ -105,18 +105,23 @@ class Turn:
         return not self._is_wanted and self._take(visit)
 
     def _take(self, visit: Visit) -> bool:
-        if not self.free:
+        free = self.free
+        if not free:
             return False
         # Who else holds it is on another thread, since it is free, or has just been taken there.
-        self._visits[threading.get_ident()] = visit
-        return visit.take_from(self.free)
+        self._visits[get_ident()] = visit
+        return visit.take_from(free)
 
     def take_soon(self, visit: Visit) -> bool:
         """As :meth:`take`, and waits for a moment if the turn is not free."""
-        if not self._is_wanted and self._take(visit):
-            return True
-        if self.is_here:
-            return False
+        free = self.free
+        if free and not self._is_wanted:  # as take(), without its steps: a small read counts them
+            self._visits[get_ident()] = visit
+            if visit.take_from(free):
+                return True
+        return not self.is_here and self._take_in_a_moment(visit)
+
+    def _take_in_a_moment(self, visit: Visit) -> bool:
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
             time.sleep(0)

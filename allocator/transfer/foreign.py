@@ -36,7 +36,7 @@ from kvheap.interrupts import is_interrupt
 from kvheap.kernels.untraced import untraced
 from kvheap.transfer.pairing import block_runs
 
-__all__ = ["ForeignWork", "foreign_transfer"]
+__all__ = ["ForeignWork", "fill_batch", "foreign_transfer"]
 
 ForeignWork: TypeAlias = "Event | FutureLike | Callable[[], Event | FutureLike]"
 """An event or a future of work that has begun; or a function that begins it, and returns one."""
@@ -97,7 +97,7 @@ def foreign_transfer(
     if not isinstance(name, str):
         raise TypeError(f"name must be a text, got {name!r}")
     if source is None and isinstance(work, ReportingEvent) and isinstance(target, MemoryBatch):
-        return _fill_batch(work, target, name)
+        return fill_batch(work, target, name, _memory_of(target))
     is_begun = is_event(work)
     if not is_begun and not callable(work):
         raise TypeError(
@@ -148,27 +148,47 @@ def foreign_transfer(
     return transfer
 
 
-def _fill_batch(event: ReportingEvent, batch: MemoryBatch, name: str) -> Transfer:
-    """The same for work that has begun, reports for itself, and fills a whole batch.
+@untraced
+def fill_batch(
+    event: ReportingEvent, batch: MemoryBatch, name: str, keep: Sequence[object] = ()
+) -> Transfer:
+    """:func:`foreign_transfer` of work that has begun, reports for itself, and fills a whole batch.
 
-    Apart, since a read of a block takes little longer than to say that it is protected.
+    Apart, and in few steps, since a read of a block takes little longer than to say that it is
+    protected.
+
+    Args:
+        event: the end of the work.
+        batch: what it fills; its heap is open.
+        name: who does it.
+        keep: what is kept alive until the end: the heap's buffers, unless the work keeps them.
+
+    Raises:
+        As ``foreign_transfer``.
     """
-    num_bytes, num_runs = _size_of(batch)
+    counts, blocks = batch.counts, batch.runs
+    counts.require_live(None, batch)
     batch.require_writable()
-    completion = Completion(_memory_of(batch))
+    completion = Completion(keep)
+    completion.filled = ((id(counts), None),)  # first: it is found as soon as it is recorded
     transfer = Transfer(
         completion,
         path=name,
         direction="foreign",
-        num_bytes=num_bytes,
-        num_runs=num_runs,
+        num_bytes=blocks.num_blocks * batch.layout.size_bytes,
+        num_runs=blocks.num_runs,
         device=None,
     )
-    rows = Rows(batch, None)
+    before = batch.transfer
     try:
-        rows.record_filling(completion)
-        _require_idle((), (rows,))
-        batch.stored_tokens.forget(None)
+        batch.allocator.lifetime.record_stream(batch, completion)
+        recorded = counts.streams
+        if recorded is not None:
+            recorded.has_fillers = True
+        is_idle = before is None or before.has_succeeded
+        if not is_idle or (recorded is not None and recorded.has_others(completion)):
+            _require_idle((), (Rows(batch, None),))
+        batch.forget_tokens()
         in_flight.add(completion)
         transfer.begun((event,))
         completion.queued(event)

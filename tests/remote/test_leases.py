@@ -40,6 +40,7 @@ if WHY_NOT is None:
     from kvheap.remote.handshake import call, channel_key
     from kvheap.remote.messages import packed
     from kvheap.remote.peer_lease import Hold
+    from kvheap.remote.reads import ReadEvent
     from kvheap.remote.turn import Turn, Visit
 
 
@@ -161,15 +162,60 @@ class TestReads:
     ) -> None:
         """Its caller, who is interrupted then, must not take its blocks for free."""
         reads: list[Any] = []
-        begin = pair.reader._reader.begin
+        begin = pair.reader._reader.begin_held
         monkeypatch.setattr(
-            pair.reader._reader, "begin", lambda link, read: (reads.append(read), begin(link, read))
+            pair.reader._reader,
+            "begin_held",
+            lambda link, read: (reads.append(read), begin(link, read)),
         )
         with pair.lease(range(count)) as lease:
             batch = pair.peer.read(lease, into=pair.here)
             batch.transfer.result()
             assert not reads[0].withdraw()
             pair.here.batched_free(batch)
+
+
+class TestUnderWay:
+    """A small read that NIXL has not moved when it was posted, as over TCP."""
+
+    @pytest.fixture
+    def read(self, own: Pair, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """Begins one, and the tasks that the reader's thread was woken up for."""
+        agent, reader = own.reader._reader._agent, own.reader._reader
+        post, tasks = agent.post, []
+        submit = reader.submit
+
+        def read() -> tuple[Any, list[Any]]:
+            with own.lease(range(4)) as lease, monkeypatch.context() as patch:
+                patch.setattr(agent, "post", lambda request: (post(request), ("running", None))[1])
+                patch.setattr(reader, "submit", lambda task: (tasks.append(task), submit(task)))
+                batch = own.peer.read(lease, into=own.here)
+                return batch, [*tasks]
+
+        return read
+
+    def test_nobody_is_woken_up_and_whoever_asks_looks(
+        self, own: Pair, monkeypatch: pytest.MonkeyPatch, read: Any
+    ) -> None:
+        ended: list[int] = []
+        end = ReadEvent.end
+        monkeypatch.setattr(
+            ReadEvent, "end", lambda event: (ended.append(threading.get_ident()), end(event))
+        )
+        me, asked = threading.get_ident(), 0
+        for _ in range(20):  # now and then the reader looks by itself
+            batch, tasks = read()
+            assert not tasks
+            assert until(batch.transfer.done, 5)
+            asked += ended[-1] == me
+            assert wrong_rows(range(4), batch) == 0
+            own.here.batched_free(batch)
+        assert asked
+
+    def test_the_reader_finds_one_that_nobody_asks_for(self, own: Pair, read: Any) -> None:
+        read()
+        assert until(own.is_idle, 5)
+        assert not own.here.leaks()
 
 
 class TestHolding:
@@ -217,13 +263,13 @@ class TestHolding:
         runs = BlockRuns(np.array([4096]), np.array([1]), 4096, 4096)
         layout = BlockLayout.of([1024], torch.float32, LAYOUT.fmt)
         hold = Hold(None, None, "x", 7, Deadline(20), runs, layout, order.append)
-        hold.begin("one")
-        hold.begin("two")
+        hold.begin("one", now_s())
+        hold.begin("two", now_s())
         hold.release()
         hold.end("one")
         assert not order
         with pytest.raises(LifetimeError, match="'x' was released"):
-            hold.begin("three")
+            hold.begin("three", now_s())
         assert not order
         hold.end("two")
         hold.end("two")
@@ -365,7 +411,8 @@ class TestEnds:
                 own.peer.read(lease, into=own.here)
             with pytest.raises(ClosedError, match="belongs to process"):
                 own.lease([1])
-            lease.release()
+            with pytest.raises(ClosedError, match="belongs to process"):
+                lease.release()
             lease.__del__()
             return True
 

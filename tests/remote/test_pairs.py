@@ -9,7 +9,7 @@ import torch
 
 from kvheap import HostMemoryAllocator
 from kvheap.remote import pairs
-from kvheap.remote.pairs import OnePiece, Part, parts_of, parts_of_span, span_of
+from kvheap.remote.pairs import Part, parts_of, parts_of_span, span_of
 
 BLOCK = 4096
 
@@ -18,7 +18,7 @@ def in_numbers(parts: list[Part] | None) -> list[tuple[int, int, int]]:
     """Source, target and bytes of every run, in the order in which they are posted."""
     found: list[tuple[int, int, int]] = []
     for part in reversed(parts or []):
-        if isinstance(part, OnePiece):
+        if isinstance(part, tuple):
             found.append(tuple(part))
         else:
             columns = (part.sources, part.targets, part.size_array())
@@ -38,7 +38,7 @@ def test_a_run_is_cut_as_pieces_are(count: int, most: int, monkeypatch: pytest.M
     assert source is not None
     assert target is not None
     runs = source.block_runs()
-    parts = parts_of_span(span_of(runs), target, here.memory_segments())
+    parts = parts_of_span(span_of(runs), target.runs, count * BLOCK, here.memory_segments())
     assert in_numbers(parts) == in_numbers(parts_of(runs, target.block_runs()))
     assert len(parts or []) == -(-count * BLOCK // most)
     assert sum(starmap(lambda _, __, size: size, in_numbers(parts))) == count * BLOCK
@@ -53,7 +53,7 @@ def test_what_is_no_run_goes_the_general_way() -> None:
     span, segments = span_of(run.block_runs()), heap.memory_segments()
     assert span is not None
     assert span_of(padded.block_runs()) is None
-    assert parts_of_span(None, run, segments) is None
-    assert parts_of_span(span, padded, segments) is None
-    assert parts_of_span((span[0], span[1] + BLOCK), run, segments) is None
-    assert parts_of_span(span, run, [(0, BLOCK, 1 << 30)]) is None
+    assert parts_of_span(None, run.runs, 4 * BLOCK, segments) is None
+    assert parts_of_span(span, padded.runs, 4 * (BLOCK - 1), segments) is None
+    assert parts_of_span((span[0], span[1] + BLOCK), run.runs, 4 * BLOCK, segments) is None
+    assert parts_of_span(span, run.runs, 4 * BLOCK, [(0, BLOCK, 1 << 30)]) is None

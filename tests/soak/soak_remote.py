@@ -89,7 +89,8 @@ class Soak:
     """Counts what happens, and stops at the first thing that must not."""
 
     def __init__(self, minutes: float, seed: int) -> None:
-        self.end = time.monotonic() + minutes * 60
+        self.seconds = minutes * 60
+        self.end = 0.0
         self.seed = seed
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -190,6 +191,7 @@ class Soak:
 
     def run(self) -> bool:
         """Whether nothing went wrong."""
+        self.end = time.monotonic() + self.seconds  # the owners have started, which takes seconds
         threads = [threading.Thread(target=self.disturb, args=(owner,)) for owner in self.owners]
         threads += [threading.Thread(target=self.read, args=(seed,)) for seed in range(2)]
         for thread in threads:
