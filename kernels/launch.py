@@ -84,7 +84,10 @@ def runs_kernels(device: torch.device) -> bool:
 
     Tests replace this function to run the kernels in the interpreter, on CPU tensors.
     """
-    return device.type != "cpu"
+    return device != _CPU and device.type != "cpu"  # the name of a type takes 0.2 us
+
+
+_CPU = torch.device("cpu")
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
