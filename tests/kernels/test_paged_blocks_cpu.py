@@ -173,6 +173,49 @@ def test_ids_that_no_block_has(count: int, wrong: int) -> None:
     assert torch.equal(blocks_of(cache, torch.arange(90)), before)
 
 
+KINDS: dict[str, Any] = {
+    "reversed": lambda ids: ids.numpy()[::-1].copy()[::-1],
+    "read-only": lambda ids: np.frombuffer(ids.numpy().tobytes(), np.int64),
+    "other bytes": lambda ids: ids.numpy().astype(">i8"),
+    "strided": lambda ids: ids.repeat_interleave(2)[::2],
+    "reversed tensor": lambda ids: ids.flip(0).flip(0),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("num_layers", "width"), [(1, 2048), (2, 64)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_that_torch_does_not_take_as_they_are(kind: str, num_layers: int, width: int) -> None:
+    cache = caches(num_layers, "shared", 90, width)  # of one layer, torch's threads share a copy
+    batch = chunks_for(cache, 64, 1, 64)
+    ids = torch.randperm(90)[:64]
+    kvheap.store(cache, BlockIds(ids), batch)
+    batch.allocator.buffer.fill_(7)
+    kvheap.store(cache, BlockIds(KINDS[kind](ids)), batch)
+    assert torch.equal(stored_in(batch, 64), blocks_of(cache, ids))
+    kvheap.load(batch, cache, BlockIds(KINDS[kind](ids.flip(0))))
+    assert torch.equal(stored_in(batch, 64), blocks_of(cache, ids.flip(0)))
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("count", [5, 70])
+@pytest.mark.parametrize("kept_bytes", [0, 8, 32])
+def test_ids_whose_memory_was_taken_away(num_layers: int, count: int, kept_bytes: int) -> None:
+    cache = caches(num_layers, "shared", 90, 16)
+    batch = chunks_for(cache, count, 1, 64)
+    ids = torch.arange(count)
+    kvheap.store(cache, BlockIds(ids.clone()), batch)
+    held = batch.allocator.buffer.clone()
+    ids.untyped_storage().resize_(kept_bytes)
+    for call in (
+        lambda: kvheap.store(cache, BlockIds(ids), batch),
+        lambda: kvheap.load(batch, cache, BlockIds(ids)),
+    ):
+        with pytest.raises(ValueError, match=f"block ids .* resized to {kept_bytes} bytes"):
+            call()
+    assert torch.equal(batch.allocator.buffer, held)
+
+
 # -- threads ---------------------------------------------------------------------------------------
 
 
