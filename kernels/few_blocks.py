@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kvheap.kernels.launch import runs_kernels
-from kvheap.kernels.words import as_bytes
+from kvheap.kernels.words import GRAIN, as_bytes
 
 __all__ = ["HostMemory", "copy_few", "copy_run"]
 
@@ -52,9 +52,6 @@ MAX_RUN_BYTES = 1 << 20
 MAX_RUN_OF_SMALL = 8 << 20
 """A longer run is copied by torch, with all its threads: the first if a loop over the blocks would
 start them, too, and the second if it would not; see benchmarks/NOTES.md."""
-
-GRAIN = 32768
-"""torch copies so many elements on one thread (``at::internal::GRAIN_SIZE``)."""
 
 
 def copy_few(blocks: Any, buffer: Any, addresses: Any, to_buffer: bool) -> bool:

@@ -28,12 +28,9 @@ import torch
 from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.host_copy import MAX_THREADS, THREAD_BYTES
 from kvheap.kernels.shared_work import do_all
-from kvheap.kernels.words import CPU_WORDS, array_at, memory_at, overlapping_rows, words_at
+from kvheap.kernels.words import CPU_WORDS, GRAIN, array_at, memory_at, overlapping_rows, words_at
 
 __all__ = ["MAX_NUMPY_BYTES", "MIN_SHARED_BYTES", "DenseRows", "copy_in_steps", "starts_threads"]
-
-GRAIN = 32768
-"""torch does not share fewer elements among its threads (``at::internal::GRAIN_SIZE``)."""
 
 MIN_SHARED_BYTES = 512 << 10
 """torch's threads share no fewer bytes: the grain of a call in words of 16 bytes."""

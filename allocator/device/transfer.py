@@ -165,7 +165,7 @@ class Transfer:
         self.direction = direction
         self.num_bytes = num_bytes
         self.num_runs = num_runs
-        self.parts = parts
+        self.parts: tuple[Part, ...] = parts
         self.is_captured = is_captured
         self._completion = completion
         self._device = device

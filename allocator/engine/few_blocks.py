@@ -36,7 +36,7 @@ __all__ = ["keep_for_few", "load_few", "store_few"]
 MAX_BLOCKS = 4096
 """The most blocks that are copied here."""
 
-MAX_LISTED = 16
+MAX_LISTED = 8
 """Up to so many ids are looked at one by one. See benchmarks/NOTES.md."""
 
 MAX_LAYOUTS = 64

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kvheap import TensorMemoryAllocator
-from kvheap.kernels import scatter_blocks
-from kvheap.kernels.few_blocks import GRAIN, MAX_RUN_BYTES, MAX_RUN_OF_SMALL
+from kvheap.kernels import gather_blocks, move_blocks, scatter_blocks
+from kvheap.kernels.few_blocks import MAX_RUN_BYTES, MAX_RUN_OF_SMALL
+from kvheap.kernels.words import GRAIN
 
 
 @pytest.fixture
@@ -66,3 +68,32 @@ def test_a_run_of_addresses_is_shared_where_the_loop_is(
     scatter_blocks(source, buffer, [place * block_bytes for place in range(count)])
     assert torch.equal(buffer[: source.nbytes].view(torch.int16), source.view(-1))
     assert len(shared) == is_shared
+
+
+@pytest.mark.parametrize(("block_bytes", "count"), [(2 << 10, 600), (136, 5000), (4 << 10, 1000)])
+def test_scattered_blocks_start_no_thread(
+    block_bytes: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    select, copy = torch.index_select, torch.Tensor.index_copy_
+
+    def noted_select(rows: torch.Tensor, dim: int, ids: torch.Tensor, **out: Any) -> torch.Tensor:
+        sizes.append(len(ids) * rows.shape[1])
+        return select(rows, dim, ids, **out)
+
+    def noted_copy(rows: torch.Tensor, dim: int, ids: torch.Tensor, run: torch.Tensor) -> Any:
+        sizes.append(run.numel())
+        return copy(rows, dim, ids, run)
+
+    monkeypatch.setattr(torch, "index_select", noted_select)
+    monkeypatch.setattr(torch.Tensor, "index_copy_", noted_copy)
+    places = np.random.default_rng(0).permutation(2 * count) * block_bytes
+    here, there = places[:count], places[count:]
+    source = torch.randint(0, 256, (count, block_bytes), dtype=torch.uint8)
+    buffer, out = torch.zeros(2 * count * block_bytes, dtype=torch.uint8), torch.zeros_like(source)
+    scatter_blocks(source, buffer, here)
+    move_blocks(buffer, here, there, block_bytes)
+    gather_blocks(buffer, there, out)
+    assert torch.equal(out, source)
+    assert sizes
+    assert max(sizes) <= GRAIN
