@@ -3,8 +3,10 @@
 If the blocks form one run on both sides, a single ``copy_`` copies them. Blocks of
 :data:`MOVE_BYTES` and more, up to :data:`MAX_MOVED_BYTES` in all, are moved one by one in the
 calling thread. Otherwise the buffer is viewed as overlapping rows, one for each word that a block
-can start at, and one indexing call picks the rows. A word has 16 bytes, or the largest smaller
-power of two that divides all addresses, strides and the block size.
+can start at, and indexing calls pick the rows: up to :data:`MAX_MOVED_BYTES` so many that none
+starts torch's threads, which it would wait for where cores are busy; beyond, a single one. A word
+has 16 bytes, or the largest smaller power of two that divides all addresses, strides and the block
+size.
 
 Each byte of the blocks is read and written once, plus 8 bytes for each address. Several runs do not
 get one ``copy_`` each, because every ``copy_`` waits for all of torch's threads; see
@@ -22,7 +24,7 @@ import torch
 
 from kvheap.kernels.arrays import Int64Array, alignment_of
 from kvheap.kernels.block_sides import Dense, Scattered, Side
-from kvheap.kernels.words import CPU_WORDS
+from kvheap.kernels.words import CPU_WORDS, GRAIN
 
 __all__ = ["copy_on_cpu", "fill_on_cpu", "repeated_byte"]
 
@@ -31,6 +33,10 @@ MOVE_BYTES = 8 << 10
 
 MAX_MOVED_BYTES = 16 << 20
 """More bytes are copied by torch, with all its threads; see benchmarks/NOTES.md."""
+
+
+MIN_PART_WORD = 8
+"""In words of fewer bytes, calls of so many elements would be too many."""
 
 
 def copy_on_cpu(source: Side, target: Side, block_bytes: int) -> None:
@@ -54,18 +60,25 @@ def copy_on_cpu(source: Side, target: Side, block_bytes: int) -> None:
         return
     word = _widest_word(block_bytes, source, target)
     blocks = source.rows(block_bytes, word)
-    if isinstance(target, Dense):
-        assert isinstance(source, Scattered)
-        out = target.rows(block_bytes, word)
-        torch.index_select(blocks, 0, source.row_numbers(word), out=out)
-        return
+    parts = _parts(len(sources), block_bytes, word)
     if isinstance(source, Scattered):
-        blocks = blocks.index_select(0, source.row_numbers(word))
+        numbers = source.row_numbers(word)
+        if isinstance(target, Dense):
+            out = target.rows(block_bytes, word)
+        else:
+            out = torch.empty((len(numbers), blocks.shape[1]), dtype=word)
+        for part in parts:
+            torch.index_select(blocks, 0, numbers[part], out=out[part])
+        if isinstance(target, Dense):
+            return
+        blocks = out
+    assert isinstance(target, Scattered)
     places, rows = target.row_numbers(word), target.rows(block_bytes, word)
     if word == torch.uint8:  # NumPy indexes single bytes faster
         rows.numpy()[places.numpy()] = blocks.numpy()
-    else:
-        rows.index_copy_(0, places, blocks)
+        return
+    for part in parts:
+        rows.index_copy_(0, places[part], blocks[part])
 
 
 def fill_on_cpu(target: Scattered, block_bytes: int, value: int) -> None:
@@ -92,6 +105,14 @@ def _widest_word(block_bytes: int, *sides: Side) -> torch.dtype:
     """The widest word that divides the block size and every block's address and storage offset."""
     alignments = [alignment_of(side.alignment, side.offset_bytes) for side in sides]
     return CPU_WORDS[alignment_of(block_bytes, *alignments)]
+
+
+def _parts(count: int, block_bytes: int, word: torch.dtype) -> list[slice]:
+    """The blocks of each indexing call: so few that torch starts no thread, if that pays."""
+    if count * block_bytes > MAX_MOVED_BYTES or word.itemsize < MIN_PART_WORD:
+        return [slice(None)]
+    most = max(1, GRAIN * word.itemsize // block_bytes)
+    return [slice(first, first + most) for first in range(0, count, most)]
 
 
 def _is_one_run(starts: Int64Array, block_bytes: int) -> bool:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kvheap.kernels.launch import runs_kernels
-from kvheap.kernels.words import as_bytes
+from kvheap.kernels.words import GRAIN, as_bytes
 
 __all__ = ["HostMemory", "copy_few", "copy_run"]
 
@@ -49,7 +49,9 @@ MAX_MOVES = 4
 """The most blocks of a run with gaps that are moved one by one; see benchmarks/NOTES.md."""
 
 MAX_RUN_BYTES = 1 << 20
-"""A longer run is copied by torch, with all its threads; see benchmarks/NOTES.md."""
+MAX_RUN_OF_SMALL = 8 << 20
+"""A longer run is copied by torch, with all its threads: the first if a loop over the blocks would
+start them, too, and the second if it would not; see benchmarks/NOTES.md."""
 
 
 def copy_few(blocks: Any, buffer: Any, addresses: Any, to_buffer: bool) -> bool:
@@ -93,7 +95,8 @@ def copy_few(blocks: Any, buffer: Any, addresses: Any, to_buffer: bool) -> bool:
         return False
     first, length = starts[0], (count - 1) * block_bytes
     if starts[-1] - first == length and smallest_gap >= block_bytes and starts == ordered:
-        _assign(_memory_of(buffer)[first : first + num_bytes], _memory_of(blocks), to_buffer)
+        part = _memory_of(buffer)[first : first + num_bytes]
+        _assign(part, _memory_of(blocks), to_buffer, _most_bytes(blocks.numel(), count))
         return True
     if num_bytes > MAX_BYTES:
         return False
@@ -131,6 +134,7 @@ def copy_run(
         return False
     first, num_bytes = run
     count, piece_bytes = num_bytes // block_stride, blocks.nbytes
+    most = _most_bytes(blocks.numel(), count) if num_bytes > MAX_RUN_BYTES else MAX_RUN_BYTES
     if piece_bytes == num_bytes:
         count = 1  # as they lie, they are one piece
     elif count > 1:
@@ -148,13 +152,18 @@ def copy_run(
     if len(rows) < num_bytes:
         rows = rows.reshape(count, -1)
         part = part.reshape(count, block_stride)[:, : rows.shape[1]]
-    _assign(part, rows, to_run)
+    _assign(part, rows, to_run, most)
     return True
 
 
-def _assign(part: Memory, blocks: Memory, to_part: bool) -> None:
+def _most_bytes(num_elements: int, num_blocks: int) -> int:
+    """The most bytes of a run that NumPy copies."""
+    return MAX_RUN_BYTES if num_elements > GRAIN * num_blocks else MAX_RUN_OF_SMALL
+
+
+def _assign(part: Memory, blocks: Memory, to_part: bool, most_bytes: int) -> None:
     target, source = (part, blocks) if to_part else (blocks, part)
-    if source.nbytes <= MAX_RUN_BYTES:
+    if source.nbytes <= most_bytes:
         target[:] = source
     else:
         torch.from_numpy(target).copy_(torch.from_numpy(source))

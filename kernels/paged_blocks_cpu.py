@@ -8,10 +8,11 @@ blocks                                       copied by
 ===========================================  =======================================================
 of which a layer is shared by torch's        one indexing call of torch for all layers, which its
 threads                                      threads share
-one row each; a load at equal distances      one NumPy call for all of them: ``take`` if the rows
-                                             follow each other on both sides
-layers at equal distances                    one NumPy assignment for each block
-others, chunks in a run                      indexing calls of torch that its threads do not share
+one row each                                 one NumPy call; :mod:`kvheap.kernels.paged_single_cpu`
+layers at equal distances                    one NumPy assignment for each block; some loads by one
+                                             for all of them
+others, chunks in a run                      NumPy in steps, or indexing calls of torch that its
+                                             threads do not share
 others                                       :mod:`kvheap.kernels.paged_rows_cpu`
 ===========================================  =======================================================
 
@@ -26,19 +27,11 @@ import numpy as np
 
 from kvheap.kernels.arrays import Int64Array, alignment_of, combined_bits
 from kvheap.kernels.launch import runs_kernels
+from kvheap.kernels.paged_dense_cpu import MAX_NUMPY_BYTES, MIN_SHARED_BYTES
 from kvheap.kernels.paged_rows_cpu import RowCopy
 from kvheap.kernels.paged_slots import Places
 
 __all__ = ["copy_blocks"]
-
-MAX_NUMPY_BYTES = 8 << 20
-"""The most bytes that NumPy copies: about a millisecond, in which no other thread runs Python."""
-
-MIN_SHARED_BYTES = 512 << 10
-"""torch's threads share no fewer bytes: the grain of a call in words of 16 bytes."""
-
-MAX_TEMPORARY_BYTES = 64 << 10
-"""The most bytes of a store of single rows through a temporary; see benchmarks/NOTES.md."""
 
 MIN_RUN = 9
 MAX_EACH = 24
@@ -62,8 +55,17 @@ def copy_blocks(
     Returns:
         Whether they were copied. If not, they are too many, or not contiguous in the chunks.
     """
+    if runs_kernels(rows.pairing.cache.device):
+        return False
+    single = rows.single
+    if (
+        single is not None
+        and isinstance(chunk_addresses, range)
+        and single.copy(chunk_addresses, blocks, to_heap)
+    ):
+        return True
     count, per_chunk = len(blocks), len(rows.unit_offsets)
-    if len(rows.block_units) > 1 or runs_kernels(rows.pairing.cache.device):
+    if len(rows.block_units) > 1:
         return False
     num_tokens = count * rows.unit_tokens
     num_bytes = num_tokens * rows.token_bytes
@@ -91,24 +93,20 @@ def copy_blocks(
 def _copy_by_grid(
     rows: RowCopy, chunk_addresses: Sequence[int], blocks: list[int] | Int64Array, to_heap: bool
 ) -> bool:
-    """Copy blocks by NumPy; False if nothing was copied: torch is faster, or there is no grid."""
+    """Copy blocks by NumPy; False if nothing was copied: there is no grid, or it is slower."""
     grid, count, block_bytes = rows.grid, len(blocks), rows.unit_tokens * rows.token_bytes
     if grid is None or not grid.are_blocks:
         return False
-    run = _run_of(rows, chunk_addresses, count, grid.chunk_offset)
-    if run is not None and count > 1:
-        if to_heap:
-            is_short = count * block_bytes <= MAX_TEMPORARY_BYTES
-            is_one_call = grid.is_row and (is_short or grid.takes_rows(run.step))
-        else:
-            is_one_call = grid.is_row or count >= MIN_RUN
-        if is_one_call:
-            grid.copy_run(run, _array_of(blocks), to_heap)
-            return True
+    run = None
+    if count >= MIN_RUN and not to_heap:
+        run = _run_of(rows, chunk_addresses, count, grid.chunk_offset)
+    if run is not None:
+        grid.load_run(run, _array_of(blocks))
+        return True
     is_small = count > MAX_EACH and block_bytes < LARGE_BLOCK
     if is_small and _full_run(rows, chunk_addresses, count):
         return False
-    addresses = run or rows.addresses_of(chunk_addresses, count, grid.chunk_offset)
+    addresses = rows.addresses_of(chunk_addresses, count, grid.chunk_offset)
     grid.copy_each(addresses, blocks if isinstance(blocks, list) else blocks.tolist(), to_heap)
     return True
 

@@ -28,21 +28,18 @@ import torch
 from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.host_copy import MAX_THREADS, THREAD_BYTES
 from kvheap.kernels.shared_work import do_all
-from kvheap.kernels.words import CPU_WORDS, array_at, memory_at, overlapping_rows, words_at
+from kvheap.kernels.words import CPU_WORDS, GRAIN, array_at, memory_at, overlapping_rows, words_at
 
-__all__ = ["DenseRows", "starts_threads"]
+__all__ = ["MAX_NUMPY_BYTES", "MIN_SHARED_BYTES", "DenseRows", "copy_in_steps", "starts_threads"]
 
-GRAIN = 32768
-"""torch does not share fewer elements among its threads (``at::internal::GRAIN_SIZE``)."""
+MIN_SHARED_BYTES = 512 << 10
+"""torch's threads share no fewer bytes: the grain of a call in words of 16 bytes."""
 
-MAX_STORE_BYTES = 64 << 10
-MAX_LOAD_BYTES = 128 << 10
-"""The most bytes that NumPy copies; see benchmarks/NOTES.md."""
+MAX_NUMPY_BYTES = 8 << 20
+"""The most bytes that NumPy copies: about a millisecond, in which no other thread runs Python."""
 
-
-LARGE_ROW = 16 << 10
-MAX_LARGE_BYTES = 8 << 20
-"""Rows that are worth an assignment of NumPy each, up to so many bytes; see benchmarks/NOTES.md."""
+STEP_BYTES = 128 << 10
+"""Bytes of a temporary of NumPy, or a row if that is more; see benchmarks/NOTES.md."""
 
 
 def starts_threads(num_rows: int, row_elements: int) -> bool:
@@ -106,40 +103,38 @@ class DenseRows:
             per_chunk: units of a chunk.
             to_heap: whether the chunks are written.
         """
-        num_rows = self.row_offsets.size * per_chunk
+        num_rows, address = self.row_offsets.size * per_chunk, chunks.start
         step = chunks.step if num_rows == 1 else self.row_bytes
         num_bytes = len(chunks) * num_rows * self.row_bytes
-        is_large = self.row_bytes >= LARGE_ROW and num_bytes <= MAX_LARGE_BYTES
-        if is_large and self.row_offsets.ndim == 2 and not self.is_shared(len(places)):
-            self._copy_each(chunks.start, places.reshape(-1, 1, per_chunk), step, to_heap)
-            return
-        words = self._words_of(self.alignment | chunks.start | step)
-        if words.units is not None and num_bytes > MAX_LOAD_BYTES:
-            self._copy(words, words.units, chunks.start, places, step, to_heap)
-            return
         heads = (1,) * (self.row_offsets.ndim - 2)
-        places = places.reshape(-1, 1, per_chunk, *heads)
-        if num_bytes <= (MAX_STORE_BYTES if to_heap else MAX_LOAD_BYTES):
-            numbers = (self.row_offsets + places * self.place_bytes).reshape(-1)
-            shape, dtype = (len(numbers),), self.cache_rows.dtype
-            run: npt.NDArray[np.void] = array_at(chunks.start, shape, dtype, (step,))
-            if to_heap:
-                run[...] = self.cache_rows[numbers]
-            else:
-                self.cache_rows[numbers] = run
+        by_chunk = places.reshape(-1, 1, per_chunk, *heads)
+        if num_bytes <= MAX_NUMPY_BYTES and not (
+            num_bytes > MIN_SHARED_BYTES and self.is_shared(len(places))
+        ):
+            numbers = (self.row_offsets + by_chunk * self.place_bytes).reshape(-1)
+            run = array_at(address, numbers.shape, self.cache_rows.dtype, (step,))
+            copy_in_steps(self.cache_rows, numbers, run, to_heap)
             return
-        numbers = (words.row_numbers + places * words.place_words).reshape(-1)
-        self._copy(words, words.rows, chunks.start, numbers, step, to_heap)
+        words = self._words_of(self.alignment | address | step)
+        if words.units is not None:
+            self._copy(words, words.units, address, places, step, to_heap)
+            return
+        numbers = (words.row_numbers + by_chunk * words.place_words).reshape(-1)
+        self._copy(words, words.rows, address, numbers, step, to_heap)
 
-    def _copy_each(self, address: int, places: Int64Array, step: int, to_heap: bool) -> None:
-        """Copy rows one by one, of units that are one row of each entry."""
-        rows, numbers = self.cache_rows, (self.row_offsets + places * self.place_bytes).reshape(-1)
-        run: npt.NDArray[np.void] = array_at(address, numbers.shape, rows.dtype, (step,))
-        for at, number in enumerate(numbers.tolist()):
-            if to_heap:
-                run[at : at + 1] = rows[number : number + 1]
-            else:
-                rows[number : number + 1] = run[at : at + 1]
+    def copy_units(self, address: int, step: int, places: Int64Array, to_heap: bool) -> None:
+        """Copy units that are one row each by one call, which torch's threads share.
+
+        Args:
+            address: absolute address of the first one outside of the cache.
+            step: bytes from there to the next.
+            places: the place of each in the cache, int64 ``[units]``.
+            to_heap: whether the cache is read.
+        """
+        words = self._words_of(self.alignment | address | step)
+        assert words.units is not None
+        run = words_at(address, len(places), self.row_bytes, step, words.word)
+        _copy_rows(words.units, torch.from_numpy(places), run, to_heap)
 
     def copy_rows(self, address: int, offsets: Int64Array, alignment: int, to_heap: bool) -> None:
         """Copy rows between the cache and a run of memory.
@@ -190,6 +185,38 @@ class DenseRows:
             word = CPU_WORDS[bits & -bits]
             found = self._words[bits & -bits] = _Words.of(self, word)
         return found
+
+
+def copy_in_steps(
+    rows: npt.NDArray[np.void],
+    numbers: list[int] | Int64Array,
+    run: npt.NDArray[np.void],
+    to_heap: bool,
+) -> None:
+    """Copy the rows of these numbers to or from a run by NumPy, which takes no other thread.
+
+    A temporary, which a store needs and a load may, has ``STEP_BYTES`` and stays in the CPU's
+    cache.
+
+    Args:
+        rows: rows of the cache.
+        numbers: which of them, int64 ``[N]``.
+        run: the rows outside of the cache, ``[N]``.
+        to_heap: whether the run is written.
+    """
+    count, most = len(numbers), max(1, STEP_BYTES // rows.itemsize)
+    if count <= most:
+        if to_heap:
+            run[...] = rows[numbers]
+        else:
+            rows[numbers] = run
+        return
+    for first in range(0, count, most):
+        part = slice(first, first + most)
+        if to_heap:
+            run[part] = rows[numbers[part]]
+        else:
+            rows[numbers[part]] = run[part]
 
 
 def _copy_rows(rows: torch.Tensor, numbers: torch.Tensor, run: torch.Tensor, to_heap: bool) -> None:

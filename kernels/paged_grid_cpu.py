@@ -34,7 +34,6 @@ class Grid:
         unit_shape: ``(1, *grid)``.
         unit_strides: bytes between rows in a chunk, after those of a row.
         is_row: whether a unit is one row.
-        are_adjacent: whether the rows of the cache follow each other.
     """
 
     cache_rows: npt.NDArray[np.void]
@@ -43,7 +42,6 @@ class Grid:
     unit_shape: tuple[int, ...]
     unit_strides: tuple[int, ...]
     is_row: bool
-    are_adjacent: bool
 
     @classmethod
     def of(cls, pairing: Pairing, unit_tokens: int) -> Grid | None:
@@ -81,7 +79,6 @@ class Grid:
             (1, *rows.shape[1:]),
             (row_bytes, *(dim[2] for dim in kept)),
             not kept,
-            rows.flags.c_contiguous,
         )
 
     def copy_each(self, addresses: Sequence[int], places: list[int], to_heap: bool) -> None:
@@ -101,31 +98,20 @@ class Grid:
             else:
                 rows[place : place + 1] = in_chunk
 
-    def copy_run(self, addresses: range, places: Int64Array, to_heap: bool) -> None:
-        """Copy units at equal distances in the chunks by one call.
+    def load_run(self, addresses: range, places: Int64Array) -> None:
+        """Load units at equal distances in the chunks by one call.
 
-        If the chunks are written, that takes a temporary of all bytes, unless each unit is a row
-        and the rows follow each other on both sides.
+        A store by one call would take a temporary of all bytes.
 
         Args:
             addresses: absolute address of each unit's first row in a chunk.
             places: the block or slot of each, int64 ``[units]``.
-            to_heap: whether the chunks are written.
         """
-        rows, step = self.cache_rows, addresses.step
-        strides = (step, *self.unit_strides[1:])
+        rows = self.cache_rows
+        strides = (addresses.step, *self.unit_strides[1:])
         shape = (len(addresses), *self.unit_shape[1:])
         in_chunks: npt.NDArray[Any] = array_at(addresses.start, shape, rows.dtype, strides)
-        if not to_heap:
-            rows[places] = in_chunks
-        elif self.takes_rows(step):
-            rows.take(places, 0, in_chunks, "clip")  # otherwise it takes a temporary
-        else:
-            in_chunks[...] = rows[places]
-
-    def takes_rows(self, step: int) -> bool:
-        """Whether a store of units at such a distance in the chunks needs no temporary."""
-        return self.is_row and self.are_adjacent and step == self.cache_rows.itemsize
+        rows[places] = in_chunks
 
 
 def _steps(places: Int64Array) -> tuple[int, int] | None:

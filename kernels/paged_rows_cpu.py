@@ -21,6 +21,7 @@ from kvheap.kernels.arrays import Int64Array
 from kvheap.kernels.paged_dense_cpu import DenseRows
 from kvheap.kernels.paged_grid_cpu import Grid, span_of
 from kvheap.kernels.paged_plan import Entry, Pairing
+from kvheap.kernels.paged_single_cpu import SingleRows
 from kvheap.kernels.paged_slots import Places
 from kvheap.kernels.words import memory_at
 
@@ -115,6 +116,7 @@ class RowCopy:
         dense: the rows, if those of a chunk, entry after entry, follow each other.
         grid: the rows by place, if those of all entries are at equal distances, as where all layers
             share one storage.
+        single: the rows by block, if each block is one, as in a cache of one layer.
     """
 
     pairing: Pairing
@@ -126,6 +128,7 @@ class RowCopy:
     block_units: Int64Array
     dense: DenseRows | None
     grid: Grid | None
+    single: SingleRows | None
 
     @classmethod
     def of(cls, pairing: Pairing, unit_tokens: int) -> RowCopy:
@@ -144,6 +147,12 @@ class RowCopy:
         runs = pairing.runs_per_token
         kinds = tuple(_Rows.of(pairing, tuple(each), unit_tokens) for each in alike.values())
         unit_offsets = pages * chunk.page_stride + in_page * chunk.token_stride
+        block_units = np.arange(0, pairing.cache.block_size, unit_tokens, dtype=np.int64)
+        dense = _dense_rows(pairing, kinds, unit_offsets)
+        grid = Grid.of(pairing, unit_tokens) if len(kinds) == 1 else None
+        single = None
+        if dense is not None and grid is not None and grid.is_row and len(block_units) == 1:
+            single = SingleRows.of(dense, grid.cache_rows, len(unit_offsets))
         found = cls(
             pairing,
             unit_tokens,
@@ -151,9 +160,10 @@ class RowCopy:
             kinds,
             unit_offsets,
             _only(np.diff(unit_offsets)),
-            np.arange(0, pairing.cache.block_size, unit_tokens, dtype=np.int64),
-            _dense_rows(pairing, kinds, unit_offsets),
-            Grid.of(pairing, unit_tokens) if len(kinds) == 1 else None,
+            block_units,
+            dense,
+            grid,
+            single,
         )
         pairing.kept["rows", unit_tokens] = found
         return found

@@ -10,6 +10,7 @@ import torch
 
 __all__ = [
     "CPU_WORDS",
+    "GRAIN",
     "array_at",
     "as_bytes",
     "memory_at",
@@ -33,6 +34,9 @@ WORD_TYPES = {
     for size, word in CPU_WORDS.items()
 }
 """NumPy's dtype of each."""
+
+GRAIN = 32768
+"""torch does not share fewer elements among its threads (``at::internal::GRAIN_SIZE``)."""
 
 FIRST_ADDRESS = 16
 """NumPy takes an address of 0 for none."""

@@ -114,13 +114,21 @@ class StoredTokens:
         """Number of chunks that have a record of their own."""
         return len(self._of_row)
 
-    def set_first(self, num_tokens: int | None, origin: Origin | None = None) -> None:
-        """The batch holds its first ``num_tokens`` tokens; None: that is not known."""
+    def set_first(
+        self, num_tokens: int | None, origin: Origin | None = None, form: str | None = None
+    ) -> None:
+        """The batch holds its first ``num_tokens`` tokens; None: that is not known.
+
+        Args:
+            num_tokens: so many.
+            origin: of which layers and heads they are.
+            form: see :attr:`form`.
+        """
         self._of_row = {}
         self._first = num_tokens
         self._origin, self._origin_of_row = origin, {}
         self._apart = None
-        self.form = None
+        self.form = form
 
     def within(self, cells: Cells | None) -> Sequence[StoredTokens]:
         """The records of cells (None: of all). Together they say what can be loaded."""

@@ -152,7 +152,6 @@ class Transfer:
     def __init__(
         self,
         completion: Completion,
-        *,
         path: str,
         direction: Direction | Literal["foreign"],
         num_bytes: int,
@@ -160,12 +159,13 @@ class Transfer:
         device: CopyDevice | None,
         is_captured: bool = False,
         settle: Callable[[bool], None] | None = None,
+        parts: tuple[Part, ...] = (),
     ) -> None:
         self.path = path
         self.direction = direction
         self.num_bytes = num_bytes
         self.num_runs = num_runs
-        self.parts: tuple[Part, ...] = ()
+        self.parts: tuple[Part, ...] = parts
         self.is_captured = is_captured
         self._completion = completion
         self._device = device

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvheap.blocks.block_layout import BlockLayout
@@ -28,15 +29,15 @@ from kvheap.kernels.paged_layout import PagedKVCache
 from kvheap.kernels.paged_rows_cpu import RowCopy
 from kvheap.kernels.paged_slots import BlockIds, Slots
 from kvheap.kernels.token_copy import TokenCopy
+from kvheap.kernels.words import array_at
 
 __all__ = ["keep_for_few", "load_few", "store_few"]
 
 MAX_BLOCKS = 4096
 """The most blocks that are copied here."""
 
-MAX_LISTED = 24
-"""Up to so many ids are looked at one by one; NumPy's view of a tensor and a look at all take 1.2
-us for any number of them. See benchmarks/NOTES.md."""
+MAX_LISTED = 8
+"""Up to so many ids are looked at one by one. See benchmarks/NOTES.md."""
 
 MAX_LAYOUTS = 64
 """Block layouts of which something is kept with a cache; half are dropped beyond that."""
@@ -44,8 +45,9 @@ MAX_LAYOUTS = 64
 MAX_SET = 64
 """Up to so many ids are compared in a set; more of them in a table of all blocks."""
 
+INT64, UINT64 = np.dtype(np.int64), np.dtype(np.uint64)
 INTEGERS = (torch.int64, torch.int32)
-NUMPY_INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
+NUMPY_INTEGERS = (INT64, np.dtype(np.int32))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,13 +57,9 @@ class _Known:
     rows: RowCopy
     form: str
     """See ``StoredTokens.form``."""
+    block_bytes: int
     blocks_per_chunk: int
     runs_per_block: int
-
-    def transfer(self, num_blocks: int, num_tokens: int) -> Transfer:
-        """The transfer of a copy that was made."""
-        num_bytes = num_tokens * self.rows.token_bytes
-        return ended_transfer(num_bytes, num_blocks * self.runs_per_block)
 
 
 def keep_for_few(cache: PagedKVCache, batch: BlockObjects, copy: TokenCopy) -> None:
@@ -88,7 +86,8 @@ def keep_for_few(cache: PagedKVCache, batch: BlockObjects, copy: TokenCopy) -> N
         rows = RowCopy.of(pairing, block_size)
         form, per_chunk = form_of(cache, pairing), len(rows.unit_offsets)
         per_block = pairing.runs_per_token * len(pairing.entries) * pairing.num_layers
-        cache.kept[batch.layout] = _Known(rows, form, per_chunk, per_block)
+        block_bytes = block_size * rows.token_bytes
+        cache.kept[batch.layout] = _Known(rows, form, block_bytes, per_chunk, per_block)
 
 
 def store_few(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> Transfer | None:
@@ -98,48 +97,47 @@ def store_few(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> Transfe
         The transfer, which has ended; None if nothing was done: the call is not of this kind, or is
         wrong.
     """
-    known = _known(cache, slots, batch)
-    if known is None:
+    call = _checked(cache, slots, batch)
+    chunks: Any = batch  # a MemoryBatch, as was found
+    if call is None or not chunks.is_writable:
         return None
-    chunks: Any = batch  # a MemoryBatch, as _known has found
-    ids = _ids_of(slots, cache)
-    if ids is None or not chunks.is_writable:
+    known, ids, count, addresses, _ = call
+    if chunks.counts.streams is not None:
+        chunks.await_transfers()
+    if not copy_blocks(known.rows, addresses, ids, True):
         return None
-    segments = chunks.allocator.segments  # keeps them alive if another thread closes the heap
-    addresses = _addresses_of(segments, chunks, len(ids), known)
-    chunks.await_transfers()
-    if not addresses or not copy_blocks(known.rows, addresses, ids, to_heap=True):
-        return None
-    stored, num_tokens = chunks.stored_tokens, len(ids) * cache.block_size
-    stored.set_first(num_tokens)
-    stored.form = known.form
-    return known.transfer(len(ids), num_tokens)
+    chunks.stored_tokens.set_first(count * cache.block_size, None, known.form)
+    return ended_transfer(count * known.block_bytes, count * known.runs_per_block)
 
 
 def load_few(batch: BlockObjects, cache: PagedKVCache, slots: Slots) -> Transfer | None:
     """Load whole blocks from a batch; see :func:`kvheap.load`. Returns as :func:`store_few`."""
-    known = _known(cache, slots, batch)
-    if known is None:
+    call = _checked(cache, slots, batch)
+    if call is None:
+        return None
+    known, ids, count, addresses, _ = call
+    if count > 1 and not _are_distinct(ids, cache):
         return None
     chunks: Any = batch
-    ids = _ids_of(slots, cache)
-    if ids is None or not _are_distinct(ids, cache):
-        return None
-    stored, num_tokens = chunks.stored_tokens, len(ids) * cache.block_size
-    first = stored.first
+    stored = chunks.stored_tokens
+    first, num_tokens = stored.first, count * cache.block_size
     if stored.form not in (None, known.form) or not (
-        stored.is_unknown or (first is not None and num_tokens <= first)
+        stored.is_unknown if first is None else num_tokens <= first
     ):
         return None
-    segments = chunks.allocator.segments  # as in store_few
-    addresses = _addresses_of(segments, chunks, len(ids), known)
-    if not addresses or not copy_blocks(known.rows, addresses, ids, to_heap=False):
+    if not copy_blocks(known.rows, addresses, ids, False):
         return None
-    return known.transfer(len(ids), num_tokens)
+    return ended_transfer(count * known.block_bytes, count * known.runs_per_block)
 
 
-def _known(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> _Known | None:
-    """What is known of such a copy; None if it is not an ordinary one."""
+Call: TypeAlias = "tuple[_Known, Ids, int, Sequence[int], object]"
+"""What is known of a copy; its block ids, and how many; the absolute address of each chunk, a range
+if they are at equal distances; and what keeps the chunks' memory alive if another thread closes the
+heap. A plain tuple, which costs a tenth of a class with names."""
+
+
+def _checked(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> Call | None:
+    """Check a call; None if it is not an ordinary one, or is wrong."""
     if (
         type(cache) is not PagedKVCache
         or type(slots) is not BlockIds
@@ -148,22 +146,41 @@ def _known(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> _Known | N
         or not batch.counts.all_live()
     ):
         return None
-    found: _Known | None = cache.kept.get(batch.layout)
-    return found
+    known: _Known | None = cache.kept.get(batch.layout)
+    if known is None:
+        return None
+    ids = _ids_of(slots, cache)
+    if ids is None:
+        return None
+    heap: Any = batch.allocator
+    count, runs = len(ids), batch.runs
+    segments = heap.segments
+    buffer, per_chunk = segments[0][1], known.blocks_per_chunk
+    num_chunks = count if per_chunk == 1 else -(-count // per_chunk)
+    if runs.num_blocks != num_chunks or not buffer.is_cpu:
+        return None
+    run = runs.only_run() if len(segments) == 1 else None
+    if run is None:
+        addresses: list[int] = heap.absolute(batch.addresses)[0].tolist()
+        return known, ids, count, addresses, segments
+    start = run[0] + buffer.data_ptr()
+    return known, ids, count, range(start, start + run[1], runs.block_bytes), segments
 
 
-Ids = list[int] | Int64Array
+Ids: TypeAlias = "list[int] | Int64Array"
 """Block ids that were checked: a list of a few, or an array of more."""
 
 
-def _ids_of(blocks: Any, cache: PagedKVCache) -> Ids | None:
+def _ids_of(slots: Any, cache: PagedKVCache) -> Ids | None:
     """The ids of full blocks of a cache; None if they are not that, or too many."""
-    given = blocks.ids
+    given = slots.ids
     kind = type(given)
     if kind is torch.Tensor:
         if given.dtype not in INTEGERS or given.ndim != 1 or not given.is_cpu:
             return None
         count = given.numel()
+        if given.untyped_storage().nbytes() < (given.storage_offset() + count) * given.itemsize:
+            return None  # its memory was taken away, all or part of it
     elif kind is np.ndarray:
         if given.dtype not in NUMPY_INTEGERS or given.ndim != 1:
             return None
@@ -172,46 +189,43 @@ def _ids_of(blocks: Any, cache: PagedKVCache) -> Ids | None:
         count = len(given)
     else:
         return None
-    if not 0 < count <= MAX_BLOCKS or blocks.num_tokens not in (None, count * cache.block_size):
+    if not 0 < count <= MAX_BLOCKS or slots.num_tokens not in (None, count * cache.block_size):
         return None
     if count <= MAX_LISTED:
         ids: list[int] = given if kind is list else given.tolist()
         return ids if min(ids) >= 0 and max(ids) < cache.num_blocks else None
-    array: Int64Array = given.numpy() if kind is torch.Tensor else given
-    if kind is list:
+    return _array_of(given, cache.num_blocks)
+
+
+def _array_of(given: Any, num_blocks: int) -> Int64Array | None:
+    """Integers of any kind as an array that torch takes, too; None if one is no block."""
+    array: npt.NDArray[Any]
+    if type(given) is torch.Tensor:
+        if given.is_neg():
+            return None
+        if given.is_contiguous() and given.dtype is torch.int64:
+            array = array_at(given.data_ptr(), (given.numel(),), INT64, (8,))
+        else:
+            array = given.numpy().astype(np.int64)
+    elif type(given) is list:
         try:
             array = np.array(given, np.int64)
         except OverflowError:
             return None
-    elif array.dtype != np.int64:
-        array = array.astype(np.int64)
-    highest = np.maximum.reduce(array.view(np.uint64))  # a negative one is higher than any
-    return array if highest < cache.num_blocks else None
+    elif given.dtype != INT64 or not given.flags.carray:  # torch would not take it
+        array = given.astype(np.int64)
+    else:
+        array = given
+    # NumPy finds the place of the highest in a quarter of the time that the highest takes it.
+    highest = array[array.view(UINT64).argmax()]  # a negative one is higher than any
+    return array if 0 <= highest < num_blocks else None
 
 
 def _are_distinct(ids: Ids, cache: PagedKVCache) -> bool:
     """Whether no block is named twice."""
-    if len(ids) <= MAX_SET:
-        return len(set(ids if isinstance(ids, list) else ids.tolist())) == len(ids)
+    count = len(ids)
+    if count <= MAX_SET:
+        return len(set(ids if isinstance(ids, list) else ids.tolist())) == count
     is_named = np.zeros(cache.num_blocks, np.bool_)
     is_named[ids] = True
-    return int(np.count_nonzero(is_named)) == len(ids)
-
-
-def _addresses_of(
-    segments: list[tuple[int, torch.Tensor]], batch: MemoryBatch, num_blocks: int, known: _Known
-) -> Sequence[int]:
-    """The absolute address of each chunk; none if they are not as many as the blocks need.
-
-    A range, if they are at equal distances.
-    """
-    buffer, num_chunks = segments[0][1], len(batch)
-    if num_chunks != -(-num_blocks // known.blocks_per_chunk) or not buffer.is_cpu:
-        return []
-    run = batch.runs.only_run() if len(segments) == 1 else None
-    if run is None:
-        heap: Any = batch.allocator
-        addresses: list[int] = heap.absolute(batch.addresses)[0].tolist()
-        return addresses
-    start, num_bytes = run[0] + buffer.data_ptr(), run[1]
-    return range(start, start + num_bytes, num_bytes // num_chunks)
+    return int(np.count_nonzero(is_named)) == count

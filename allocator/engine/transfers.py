@@ -341,16 +341,8 @@ class KernelRun:
 
 def ended_transfer(num_bytes: int, num_runs: int) -> Transfer:
     """The transfer of a copy within host memory that was made at once."""
-    transfer = Transfer(
-        _ended,
-        path="host",
-        direction="h2h",
-        num_bytes=num_bytes,
-        num_runs=num_runs,
-        device=None,
-    )
-    transfer.parts = _ended_parts
-    return transfer
+    # By position: names of arguments take 0.2 us.
+    return Transfer(_ended, "host", "h2h", num_bytes, num_runs, None, False, None, _ended_parts)
 
 
 def _require_no_capture(is_captured: bool) -> None:

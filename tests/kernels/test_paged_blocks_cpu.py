@@ -12,9 +12,8 @@ import torch
 
 import kvheap
 from kvheap import BlockIds, MemoryBatch, MemoryFormat, PagedKVCache, TensorMemoryAllocator
-from kvheap.kernels import paged_blocks_cpu, paged_dense_cpu
+from kvheap.kernels import paged_blocks_cpu, paged_dense_cpu, paged_single_cpu
 from kvheap.kernels.paged_dense_cpu import DenseRows, starts_threads
-from kvheap.kernels.paged_grid_cpu import Grid
 
 GRAIN = 32768
 """What torch does not share among its threads, in elements."""
@@ -64,12 +63,14 @@ def stored_in(batch: MemoryBatch, num_blocks: int) -> torch.Tensor:
     return chunks.unflatten(2, (-1, TOKENS)).transpose(1, 2).flatten(0, 1)[:num_blocks]
 
 
+BY_TORCH = {(module, "MAX_NUMPY_BYTES"): -1 for module in (paged_blocks_cpu, paged_dense_cpu)}
+
 WAYS: dict[str, dict[tuple[Any, str], int]] = {
     "as they are": {},
-    "by torch": {(paged_blocks_cpu, "MAX_NUMPY_BYTES"): -1, (paged_dense_cpu, "MAX_STORE_BYTES"): 0}
-    | {(paged_dense_cpu, "MAX_LOAD_BYTES"): 0},
+    "by torch": BY_TORCH
+    | {(paged_single_cpu, name): -1 for name in ("MAX_NUMPY_BYTES", "MIN_SHARED_BYTES")},
+    "row by row": {(paged_blocks_cpu, "MAX_NUMPY_BYTES"): -1, (paged_dense_cpu, "STEP_BYTES"): 0},
 }
-WAYS["row by row"] = WAYS["by torch"] | {(paged_dense_cpu, "LARGE_ROW"): 0}
 WAYS["in parts"] = WAYS["by torch"] | {(paged_dense_cpu, "GRAIN"): 3 * 64}
 WAYS["with helpers"] = WAYS["in parts"] | {(paged_dense_cpu, "THREAD_BYTES"): 64}
 
@@ -170,6 +171,49 @@ def test_ids_that_no_block_has(count: int, wrong: int) -> None:
             call()
     assert torch.equal(batch.allocator.buffer, held)
     assert torch.equal(blocks_of(cache, torch.arange(90)), before)
+
+
+KINDS: dict[str, Any] = {
+    "reversed": lambda ids: ids.numpy()[::-1].copy()[::-1],
+    "read-only": lambda ids: np.frombuffer(ids.numpy().tobytes(), np.int64),
+    "other bytes": lambda ids: ids.numpy().astype(">i8"),
+    "strided": lambda ids: ids.repeat_interleave(2)[::2],
+    "reversed tensor": lambda ids: ids.flip(0).flip(0),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("num_layers", "width"), [(1, 2048), (2, 64)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_that_torch_does_not_take_as_they_are(kind: str, num_layers: int, width: int) -> None:
+    cache = caches(num_layers, "shared", 90, width)  # of one layer, torch's threads share a copy
+    batch = chunks_for(cache, 64, 1, 64)
+    ids = torch.randperm(90)[:64]
+    kvheap.store(cache, BlockIds(ids), batch)
+    batch.allocator.buffer.fill_(7)
+    kvheap.store(cache, BlockIds(KINDS[kind](ids)), batch)
+    assert torch.equal(stored_in(batch, 64), blocks_of(cache, ids))
+    kvheap.load(batch, cache, BlockIds(KINDS[kind](ids.flip(0))))
+    assert torch.equal(stored_in(batch, 64), blocks_of(cache, ids.flip(0)))
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("count", [5, 70])
+@pytest.mark.parametrize("kept_bytes", [0, 8, 32])
+def test_ids_whose_memory_was_taken_away(num_layers: int, count: int, kept_bytes: int) -> None:
+    cache = caches(num_layers, "shared", 90, 16)
+    batch = chunks_for(cache, count, 1, 64)
+    ids = torch.arange(count)
+    kvheap.store(cache, BlockIds(ids.clone()), batch)
+    held = batch.allocator.buffer.clone()
+    ids.untyped_storage().resize_(kept_bytes)
+    for call in (
+        lambda: kvheap.store(cache, BlockIds(ids), batch),
+        lambda: kvheap.load(batch, cache, BlockIds(ids)),
+    ):
+        with pytest.raises(ValueError, match=f"block ids .* resized to {kept_bytes} bytes"):
+            call()
+    assert torch.equal(batch.allocator.buffer, held)
 
 
 # -- threads ---------------------------------------------------------------------------------------
@@ -273,8 +317,22 @@ def test_when_torch_starts_threads() -> None:
     assert started == [starts_threads(*size) for size in sizes] == [False] * 4 + [True]
 
 
-def test_a_grid_without_a_temporary_is_one_of_adjacent_rows() -> None:
-    rows = np.zeros(4, "V16")
-    grid = Grid(rows, True, 0, (1,), (16,), True, True)
-    assert grid.takes_rows(16)
-    assert not grid.takes_rows(32)
+@pytest.mark.parametrize(("align", "needs_steps"), [(256, False), (4096, True)])
+def test_rows_that_are_adjacent_on_both_sides_are_stored_without_a_temporary(
+    align: int, needs_steps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = caches(1, "shared", 90, 32)
+    batch = chunks_for(cache, 30, 1, align)
+    ids = torch.randperm(90)[:30]
+    kvheap.store(cache, BlockIds(ids), batch)
+    steps: list[int] = []
+    copy_in_steps = paged_single_cpu.copy_in_steps
+
+    def noted(rows: Any, numbers: Any, run: Any, to_heap: bool) -> None:
+        steps.append(len(numbers))
+        copy_in_steps(rows, numbers, run, to_heap)
+
+    monkeypatch.setattr(paged_single_cpu, "copy_in_steps", noted)
+    kvheap.store(cache, BlockIds(ids.flip(0)), batch)
+    assert steps == [30] * needs_steps
+    assert torch.equal(stored_in(batch, 30), blocks_of(cache, ids.flip(0)))

@@ -13,6 +13,7 @@ import kvheap
 from kvheap import BlockIds, MemoryFormat, PagedKVCache, TensorMemoryAllocator
 from kvheap.kernels import paged_blocks_cpu
 from kvheap.kernels.paged_dense_cpu import DenseRows
+from kvheap.kernels.paged_single_cpu import SingleRows
 
 LAYERS, TOKENS, BLOCKS = 3, 4, 40
 
@@ -22,13 +23,19 @@ def all_bytes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let every run be copied so, and note which way each copy goes."""
     monkeypatch.setattr(paged_blocks_cpu, "MAX_NUMPY_BYTES", -1)
     ways: list[str] = []
-    copy_places = DenseRows.copy_places
 
-    def noted(self: DenseRows, *arguments: Any) -> None:
-        copy_places(self, *arguments)
-        ways.append("store" if arguments[-1] else "load")
+    def watch(kind: type, name: str) -> None:
+        method = getattr(kind, name)
 
-    monkeypatch.setattr(DenseRows, "copy_places", noted)
+        def noted(self: object, *arguments: Any) -> Any:
+            found = method(self, *arguments)
+            ways.append("store" if arguments[-1] else "load")
+            return found
+
+        monkeypatch.setattr(kind, name, noted)
+
+    watch(DenseRows, "copy_places")
+    watch(SingleRows, "copy")
     return ways
 
 
