@@ -13,6 +13,8 @@ import struct
 import time
 import weakref
 
+from kvheap.interrupts import is_interrupt
+
 __all__ = ["FileLock", "RangeLocks", "reopened"]
 
 RETRY_S = 0.01
@@ -137,6 +139,8 @@ class RangeLocks:
     def _set(self, kind: int, start: int, count: int) -> bool:
         try:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, start, count, 0))
-        except (BlockingIOError, PermissionError):  # EAGAIN, EACCES: somebody has it
+        except (BlockingIOError, PermissionError) as error:  # EAGAIN, EACCES: somebody has it
+            if is_interrupt(error):
+                raise
             return False
         return True

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from kvheap.addresses.integers import as_integer
+from kvheap.interrupts import is_interrupt, suppress_own
 from kvheap.memory.file_locks import FileLock, reopened
 from kvheap.memory.host_memory import HostBuffer
 from kvheap.shared.errors import SegmentDamagedError, SegmentInUseError, SegmentMismatchError
@@ -221,14 +222,16 @@ class Segment:
             return True
         try:
             found = os.stat(self._target)
-        except OSError:
+        except OSError as error:
+            if is_interrupt(error):
+                raise
             return False
         return (found.st_dev, found.st_ino) == self._file
 
     def unlink(self) -> None:
         """Remove the name, unless it leads to another file by now."""
         if isinstance(self._target, str) and self.is_linked:
-            with suppress(FileNotFoundError):
+            with suppress_own(FileNotFoundError):
                 os.unlink(os.path.realpath(self._target))  # not a link that leads to the file
 
     def leave(self) -> None:

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import ClosedError
+from kvheap.interrupts import suppress_own
 from kvheap.kernels.latch import Latch
 from kvheap.shared.keeper import Keeper
 from kvheap.shared.wire import (
@@ -154,7 +155,7 @@ class Service:
         """Let the thread make a call, and do not wait; also for finalizers."""
         self._questions.put(change)
         if not self._has_ended.is_open:
-            with suppress(BlockingIOError, OSError):  # full: it is awake anyway
+            with suppress_own(OSError):  # full: it is awake anyway
                 os.write(self._wake_write, b"\0")
 
     def stop(self, timeout_s: float | None) -> bool:

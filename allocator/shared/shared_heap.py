@@ -534,6 +534,7 @@ class SharedHeap:
     def _require_open(self) -> None:
         self._closer.require_open()
         self._leases.give_back()
+        self._channel.give_back()
 
     def __enter__(self) -> Self:
         self._require_open()

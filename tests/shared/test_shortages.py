@@ -1,0 +1,52 @@
+"""What runs out, and numbers without measure: the message must say what it is."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EMFILE
+from pathlib import Path
+
+import pytest
+from shared_heaps import attach, contents, key_of, own
+
+KEYS = [key_of(1)]
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """Let this process have so few more descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        try:
+            while True:
+                taken.append(os.dup(0))
+        except OSError:
+            for fd in taken[len(taken) - count :]:
+                os.close(fd)
+            del taken[len(taken) - count :]
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
+
+
+def test_without_descriptors_there_is_an_owner_still(path: Path) -> None:
+    with own(path) as heap, attach(path) as other:
+        with descriptors_left(0), pytest.raises(OSError, match="Too many open files") as caught:
+            other.store(KEYS, contents(KEYS))
+        assert (caught.value.errno, caught.value.filename) == (EMFILE, str(path))
+        assert other.store(KEYS, contents(KEYS)).all()
+        heap.check(contents=True)
+
+
+@pytest.mark.parametrize("timeout_s", [1e6, 1e9, 1e10, 1e300, 1 << 64])
+def test_a_long_time_out_is_a_time_out(path: Path, timeout_s: float) -> None:
+    with own(path), attach(path, timeout_s=timeout_s) as other:
+        assert other.store(KEYS, contents(KEYS)).all()
+        assert other.remove(KEYS) == KEYS
