@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -71,7 +72,7 @@ class _Connection:
 
 
 class Service:
-    """The thread of one owner; it runs until :meth:`stop`.
+    """The thread of one owner; it runs from :meth:`start` until :meth:`stop`.
 
     Args:
         keeper: the books.
@@ -103,10 +104,13 @@ class Service:
         self._connections: set[_Connection] = set()
         self._paused_until_s: float | None = None  # None: connections are accepted
         self._has_ended = Latch()
-        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        wake: list[int] = []
         # Not when the thread ends: somebody may be about to write to it.
-        self._close_wake = weakref.finalize(self, _close, self._wake_read, self._wake_write)
+        self._close_wake = weakref.finalize(self, _close, wake)
         self._close_wake.atexit = False  # the thread may go on until then
+        # One call of the interpreter: no exception of a signal handler can lose them.
+        wake.extend(chain.from_iterable(map(os.pipe2, (os.O_CLOEXEC | os.O_NONBLOCK,))))
+        self._wake_read, self._wake_write = wake
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             self._listener.bind(socket_name)
@@ -115,13 +119,20 @@ class Service:
             self._selector.register(self._wake_read, selectors.EVENT_READ)
             self._selector.register(self._listener, selectors.EVENT_READ)
             self._thread = threading.Thread(target=self._run, name="kvheap-shared", daemon=True)
-            self._thread.start()
         except BaseException:
             self._listener.close()
             self._close_wake()
             raise
 
     # -- this process --------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve; once.
+
+        Raises:
+            RuntimeError: the system does not let a thread start.
+        """
+        self._thread.start()
 
     def ask(self, question: Callable[[], Answer]) -> Answer:
         """What a call on the thread returns or raises.
@@ -339,7 +350,7 @@ class Service:
             self._keeper.note_writers(len(self._connections))
 
 
-def _close(*fds: int) -> None:
+def _close(fds: list[int]) -> None:
     for fd in fds:
         os.close(fd)
 

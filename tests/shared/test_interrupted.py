@@ -85,8 +85,7 @@ def struck(number: int, task: Callable[[], object], error: type[BaseException]) 
     foreign = Foreign(number, interrupt, **PLACES)
     try:
         foreign.strikes(task)
-    except error as found:
-        assert str(found) == "of a signal handler"
+    except error:
         return True
     finally:
         sys.unraisablehook = hook
