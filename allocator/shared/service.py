@@ -47,7 +47,7 @@ Answer = TypeVar("Answer")
 MAX_WRITERS = 1024
 """Connections at a time."""
 
-READ_BYTES = 1 << 18
+READ_BYTES, WAKE_BYTES = 1 << 18, 1 << 12
 
 LOOK_S = 0.05
 """Seconds between two looks at places that wait for others, while there are any."""
@@ -205,7 +205,7 @@ class Service:
                         self._serve(key.data, events)
                     else:
                         with suppress(BlockingIOError):
-                            os.read(self._wake_read, READ_BYTES)
+                            os.read(self._wake_read, WAKE_BYTES)
                 self._answer_questions()
                 self.on_turn()
                 self._keeper.free_waiting()
@@ -277,6 +277,9 @@ class Service:
         except (ConnectionError, ValueError) as error:
             if isinstance(error, ValueError):
                 LOGGER.warning("a process that stores in a SharedHeap was refused: %s", error)
+            self._drop(connection)
+        except Exception:  # such as a lack of memory: the others go on
+            LOGGER.exception("a process that stores in a SharedHeap cannot be served")
             self._drop(connection)
 
     def _receive(self, connection: _Connection) -> bool:
