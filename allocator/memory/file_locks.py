@@ -16,21 +16,12 @@ import weakref
 from kvheap.interrupts import is_interrupt
 from kvheap.memory.descriptors import Descriptor
 
-__all__ = ["FileLock", "RangeLocks", "reopened"]
+__all__ = ["FileLock", "RangeLocks"]
 
 RETRY_S = 0.01
 
 FLOCK = struct.Struct("hhqqi4x")
 """``struct flock`` on 64-bit Linux: type, whence, start, length, process; native alignment."""
-
-
-def reopened(fd: int, flags: int = os.O_RDWR) -> int:
-    """A descriptor of the same file with an open file of its own, which has locks of its own.
-
-    Raises:
-        OSError: the file cannot be opened so.
-    """
-    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
 
 
 class FileLock:

@@ -16,7 +16,7 @@ from forked_child import in_a_child
 from kvheap.integrations.vllm.file_locks import LockedFile
 from kvheap.memory.boots import boot_id
 from kvheap.memory.descriptors import Descriptor
-from kvheap.memory.file_locks import FileLock, RangeLocks, reopened
+from kvheap.memory.file_locks import FileLock, RangeLocks
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ class TestRangeLocks:
 
 def test_an_open_file_of_its_own(path: Path) -> None:
     fd = opened(path)
-    own = reopened(fd)
+    own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
     fcntl.flock(fd, fcntl.LOCK_EX)
     with pytest.raises(BlockingIOError):
         fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
