@@ -52,7 +52,7 @@ from kvheap.errors import ClosedError
 from kvheap.forks import starts_over_after_fork
 from kvheap.kernels.latch import Latch
 
-__all__ = ["Closable", "Closer", "NestedWaitError"]
+__all__ = ["Closable", "Closer", "NestedWaitError", "never_opened"]
 
 LOGGER = logging.getLogger("kvheap")
 
@@ -223,9 +223,28 @@ class Closer:
         """Which one of this process it is."""
         return self._number
 
+    def is_of(self, owner: object) -> bool:
+        """Whether it ends this object."""
+        return self._owner() is owner
+
+    def forget(self) -> None:
+        """Take the object for closed: it was never opened."""
+        self.is_closing = True
+        self._end()
+
     def start_over_after_fork(self) -> None:
         """Leave the object to the parent, in a forked child."""
         self.is_foreign = not self.has_ended
+
+
+def never_opened(owner: Closable) -> None:
+    """Forget an object whose constructor was interrupted, and that has given up what it had."""
+    for closer in [*_closers]:
+        if closer.is_of(owner):
+            closer.forget()
+    for number, kept in [*_kept.items()]:  # the closer itself may have been lost
+        if kept is owner:
+            del _kept[number]
 
 
 @atexit.register

@@ -11,9 +11,9 @@ import inspect
 import signal
 import threading
 from functools import partial
-from types import CodeType, FrameType
+from types import CodeType, FrameType, TracebackType
 
-__all__ = ["is_interrupt"]
+__all__ = ["is_interrupt", "suppress_own"]
 
 
 def is_interrupt(error: BaseException) -> bool:
@@ -36,6 +36,30 @@ def is_interrupt(error: BaseException) -> bool:
             return True
         trace = trace.tb_next
     return False
+
+
+class suppress_own:  # noqa: N801 - as contextlib.suppress
+    """``contextlib.suppress`` for errors of the code within, not for those of signal handlers.
+
+    >>> with suppress_own(OSError):
+    ...     open("/no such file")
+    """
+
+    __slots__ = ("_kinds",)
+
+    def __init__(self, *kinds: type[BaseException]) -> None:
+        self._kinds = kinds
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        return error is not None and isinstance(error, self._kinds) and not is_interrupt(error)
 
 
 def _got_the_frame_below(frame: FrameType) -> bool:

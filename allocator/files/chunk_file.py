@@ -119,25 +119,25 @@ class ChunkFile:
         self.start_over_after_fork()
         self._counts = _Counts()
         self._stale: dict[bytes, None] = {}  # keys that the index has or may have, wrongly
-        self._stages: list[Callable[[], object]] = []  # of closing, the last one first
+        # Of closing, the last one first. They do not refer to this object: if it is lost in an
+        # exception of a signal handler, its files are closed before a garbage collection.
+        self._stages: list[Callable[[ChunkFile], object]] = [ChunkFile._close_files]
         try:
             self._file = DataFile(folder.data_path, num_places * place_bytes, direct)
-            self._stages.append(self._file.close)
             self._index, entries, num_dropped = restored_index(
                 folder.index_path, num_places, is_durable
             )
-            self._stages.append(self._index.close)
             self._restore(entries, num_dropped)
             if is_durable:  # an earlier owner may not have been
                 self._file.sync()
                 self._index.sync()
             folder.write_state(is_closed=False, is_durable=is_durable)
-            self._stages += [self._settle, self._index_uses]
+            self.stats = self._stats()
+            """The latest snapshot."""
+            self._stages += [ChunkFile._settle, ChunkFile._index_uses]
         except BaseException:
             self.close()
             raise
-        self.stats = self._stats()
-        """The latest snapshot."""
 
     def start_over_after_fork(self) -> None:
         """Replace the locks in a forked child, which only looks at the last snapshot."""
@@ -448,8 +448,13 @@ class ChunkFile:
     def close(self) -> None:
         """Synchronize and close everything; goes on where an earlier call was interrupted."""
         while self._stages:
-            self._stages[-1]()
+            self._stages[-1](self)
             self._stages.pop()
+
+    def _close_files(self) -> None:
+        for name in ("_index", "_file"):  # the opening may have been interrupted before
+            if (file := getattr(self, name, None)) is not None:
+                file.close()
 
     def _index_uses(self) -> None:
         """Note in the index when chunks were last used, for the next owner's order."""

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from errno import EINVAL, EIO
 from pathlib import Path
 
+from kvheap.memory.descriptors import Descriptor
+
 __all__ = ["MAX_BUFFERS", "PLACE_ALIGN_BYTES", "DataFile", "ShortReadError"]
 
 PLACE_ALIGN_BYTES = 4096
@@ -49,7 +51,9 @@ class DataFile:
 
     def __init__(self, path: Path, size: int, direct: bool) -> None:
         self._path = str(path)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._file = Descriptor(path, os.O_RDWR | os.O_CREAT)
+        self._direct_file: Descriptor | None = None
+        self._fd = self._file.fd
         self._direct_fd = -1
         self.direct_align: int | None = None
         try:
@@ -67,11 +71,12 @@ class DataFile:
 
     def _try_direct(self, path: Path) -> None:
         try:
-            self._direct_fd = os.open(path, os.O_RDWR | O_DIRECT)
+            self._direct_file = Descriptor(path, os.O_RDWR | O_DIRECT)
         except OSError as error:
             if error.errno != EINVAL:
                 raise
             return
+        self._direct_fd = self._direct_file.fd
         with mmap.mmap(-1, 2 * PLACE_ALIGN_BYTES) as memory:
             for align in MEMORY_ALIGNMENTS:
                 with memoryview(memory)[align : align + PLACE_ALIGN_BYTES] as part:
@@ -147,11 +152,10 @@ class DataFile:
 
     def close(self) -> None:
         """Close it; may be repeated."""
-        for name in ("_direct_fd", "_fd"):
-            fd = getattr(self, name)
-            setattr(self, name, -1)
-            if fd >= 0:
-                os.close(fd)
+        self._fd = self._direct_fd = -1
+        self._file.close()
+        if self._direct_file is not None:
+            self._direct_file.close()
 
 
 def _after(buffers: Sequence[memoryview], num_bytes: int) -> Sequence[memoryview]:

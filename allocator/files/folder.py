@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from kvheap.files.errors import TierInUseError, TierMismatchError
+from kvheap.interrupts import is_interrupt
 from kvheap.memory.boots import boot_id
+from kvheap.memory.descriptors import Descriptor
 from kvheap.memory.file_locks import FileLock
 
 __all__ = ["FORMAT_VERSION", "TierFolder"]
@@ -101,21 +103,24 @@ class TierFolder:
     def _replace_state(self, text: str) -> None:
         new = self.path / "tier.json.new"
         try:
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            file = Descriptor(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            try:
+                with open(file.fd, "w", closefd=False) as stream:
+                    stream.write(text)
+                os.fsync(file.fd)
+            finally:
+                file.close()
             os.replace(new, self.path / "tier.json")
         except OSError as error:
             error.filename = str(new)  # as where the file system is full
             with suppress(OSError):
                 os.unlink(new)
             raise
-        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        folder = Descriptor(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(folder)
+            os.fsync(folder.fd)
         finally:
-            os.close(folder)
+            folder.close()
 
     def _overwrite_state(self, text: str) -> bool:
         """Write the state into its old place, which needs no room; returns whether there is one.
@@ -123,14 +128,14 @@ class TierFolder:
         One write, within one sector: a tier that has filled its file system can be opened again.
         """
         try:
-            fd = os.open(self.path / "tier.json", os.O_WRONLY)
+            file = Descriptor(self.path / "tier.json", os.O_WRONLY)
         except FileNotFoundError:
             return False
         try:
-            os.pwrite(fd, text.ljust(os.fstat(fd).st_size).encode(), 0)
-            os.fsync(fd)
+            os.pwrite(file.fd, text.ljust(os.fstat(file.fd).st_size).encode(), 0)
+            os.fsync(file.fd)
         finally:
-            os.close(fd)
+            file.close()
         return True
 
     def _require_same(self) -> None:
@@ -145,20 +150,23 @@ class TierFolder:
         self._lock.release()
 
     def _locked(self) -> FileLock:
-        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        file = Descriptor(self.path / "lock", os.O_RDWR | os.O_CREAT)
         try:
-            try:
-                lock = FileLock(fd)
-            except BlockingIOError:
-                pid = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-                owner = int(pid) if pid.isdigit() else None
-                raise TierInUseError(str(self.path), owner) from None
+            lock = FileLock(file)
+        except BlockingIOError as error:
+            if is_interrupt(error):
+                file.close()
+                raise
+            pid = os.pread(file.fd, 32, 0).decode("ascii", "replace").strip()
+            owner = int(pid) if pid.isdigit() else None
+            file.close()
+            raise TierInUseError(str(self.path), owner) from None
         except BaseException:
-            os.close(fd)
+            file.close()
             raise
         try:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, str(os.getpid()).encode(), 0)
+            os.ftruncate(lock.fd, 0)
+            os.pwrite(lock.fd, str(os.getpid()).encode(), 0)
         except BaseException:
             lock.release()
             raise

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvheap.files.chunk_index import MAX_KEY_BYTES, VALUE, Entry
+from kvheap.memory.descriptors import Descriptor
 
 __all__ = ["IndexContents", "read_index"]
 
@@ -90,7 +91,8 @@ def read_index(path: Path) -> IndexContents | None:
     Raises:
         OSError: the file cannot be read; FileNotFoundError: there is none.
     """
-    fd = os.open(path, os.O_RDONLY)
+    file = Descriptor(path, os.O_RDONLY)
+    fd = file.fd
     try:
         if not os.fstat(fd).st_size:
             return IndexContents([], 0, None)
@@ -101,7 +103,7 @@ def read_index(path: Path) -> IndexContents | None:
         error.filename = str(path)
         raise
     finally:
-        os.close(fd)
+        file.close()
 
 
 class _Pages:

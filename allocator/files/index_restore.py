@@ -71,9 +71,11 @@ def restored_index(path: Path, num_places: int, is_durable: bool) -> RestoredInd
         index.write([key for key in found if not isinstance(key, Entry)])
         return RestoredIndex(index, entries, len(found) - len(entries))
     except lmdb.Error as error:
-        raise OSError(
-            f"the index {path} cannot be used: {error}: delete it to begin empty"
-        ) from error
+        code = getattr(error, "code", 0) or 0
+        if code > 0:  # an error of the system, such as a full disk: the index is not to blame
+            raise OSError(code, os.strerror(code), str(path)) from error
+        advice = "delete it to begin empty" if code else "close what has it open"
+        raise OSError(f"the index {path} cannot be used: {error}: {advice}") from error
 
 
 def _make_anew(path: Path, entries: Sequence[Entry], num_places: int, is_durable: bool) -> None:

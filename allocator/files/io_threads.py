@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import Generic, Literal, TypeVar
@@ -33,13 +34,10 @@ LOOK_S = 1.0
 
 
 class IOThreads:
-    """The threads of one tier; they start at once.
+    """The threads of one tier.
 
     Args:
         num_threads: for loads, and as many for stores.
-
-    Raises:
-        RuntimeError: the system does not let so many threads start; none is left.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -53,20 +51,35 @@ class IOThreads:
         self._threads: list[threading.Thread] = []
         self.have_ended = Latch()
         """Opened once all threads have ended and the last call was made."""
-        try:
-            for kind, queue in self._queues.items():
-                for number in range(1 if kind == "short" else num_threads):
-                    thread = threading.Thread(
-                        target=self._work,
-                        args=(queue,),
-                        name=f"kvheap-{kind}-{number}",
-                        daemon=True,
-                    )
-                    thread.start()
-                    self._threads.append(thread)
-        except BaseException:
-            self.stop(_nothing)
-            raise
+
+    def start(self) -> None:
+        """Start them, once.
+
+        Raises:
+            RuntimeError: the system does not let so many threads start: :meth:`abandon` the others.
+        """
+        for kind, queue in self._queues.items():
+            for number in range(1 if kind == "short" else self._num_threads):
+                thread = threading.Thread(
+                    target=self._work,
+                    args=(queue,),
+                    name=f"kvheap-{kind}-{number}",
+                    daemon=True,
+                )
+                self._threads.append(thread)  # first: the start may be interrupted
+                thread.start()
+
+    def abandon(self) -> None:
+        """End the threads that were started, in the middle of :meth:`start` or after it.
+
+        None has a job. Returns when they have ended, but for one whose start was interrupted.
+        """
+        for queue in self._queues.values():
+            queue.put(None)
+        for thread in self._threads:
+            with suppress(RuntimeError):  # it was not started
+                thread.join()
+        self.have_ended.open()
 
     def _work(self, queue: SimpleQueue[Job | None]) -> None:
         here = self._here
@@ -184,7 +197,3 @@ def _make(job: Job) -> None:
         job()
     except BaseException:
         LOGGER.exception("a job of a FileTier has failed")
-
-
-def _nothing() -> None:
-    pass

@@ -36,7 +36,7 @@ from kvheap.blocks.block_layout import BlockLayout, as_block_layout
 from kvheap.blocks.heap import BlockObjects, Heap, heap_of, layout_and_addresses
 from kvheap.blocks.memory_batch import MemoryBatch
 from kvheap.blocks.rows import Rows
-from kvheap.closing import Closer
+from kvheap.closing import Closer, never_opened
 from kvheap.device.completion import Completion, in_flight
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.device.transfer import Transfer
@@ -160,6 +160,7 @@ class FileTier:
             "chunk_bytes": layout.size_bytes,
             "place_bytes": place_bytes,
         }
+        self._threads = IOThreads(threads)
         self._folder = TierFolder(path, identity)
         try:
             self._file = ChunkFile(
@@ -171,21 +172,19 @@ class FileTier:
                 direct=direct,
                 is_durable=durable,
             )
-            try:
-                self._threads = IOThreads(threads)
-            except BaseException:
-                self._file.close()
-                raise
-        except BaseException:
-            self._folder.unlock()
+            self._threads.start()
+            self._closer = Closer(
+                self,
+                exit_s=EXIT_S,
+                in_child="a forked child cannot use it, and may open the folder once that process "
+                "has closed it",
+            )
+            starts_over_after_fork(self)
+        except BaseException:  # also of a signal handler, at any moment
+            never_opened(self)
+            self._threads.abandon()
+            self._end()
             raise
-        self._closer = Closer(
-            self,
-            exit_s=EXIT_S,
-            in_child="a forked child cannot use it, and may open the folder once that process has "
-            "closed it",
-        )
-        starts_over_after_fork(self)
 
     @property
     def closed(self) -> bool:
@@ -461,9 +460,11 @@ class FileTier:
             )
 
     def _end(self) -> None:
-        """Close the files; on the last of the threads."""
+        """Close the files; on the last of the threads, if they have run."""
+        file = getattr(self, "_file", None)  # there may be none yet
         try:
-            self._file.close()
+            if file is not None:
+                file.close()
         finally:
             self._folder.unlock()
 

@@ -13,7 +13,10 @@ import struct
 import time
 import weakref
 
-__all__ = ["FileLock", "RangeLocks", "reopened"]
+from kvheap.interrupts import is_interrupt
+from kvheap.memory.descriptors import Descriptor
+
+__all__ = ["FileLock", "RangeLocks"]
 
 RETRY_S = 0.01
 
@@ -21,47 +24,42 @@ FLOCK = struct.Struct("hhqqi4x")
 """``struct flock`` on 64-bit Linux: type, whence, start, length, process; native alignment."""
 
 
-def reopened(fd: int, flags: int = os.O_RDWR) -> int:
-    """A descriptor of the same file with an open file of its own, which has locks of its own.
-
-    Raises:
-        OSError: the file cannot be opened so.
-    """
-    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
-
-
 class FileLock:
     """The exclusive ``flock`` of an open file, until :meth:`release` or the end of the process.
 
     Args:
-        fd: of the file, opened for this lock; closed by :meth:`release`. The caller's if this
-            raises.
+        file: opened for this lock; closed by :meth:`release`, or once this is dropped.
         patience_s: how long to try: somebody may have it for a moment only.
 
     Raises:
         BlockingIOError: somebody else has it.
     """
 
-    def __init__(self, fd: int, patience_s: float = 0.0) -> None:
+    def __init__(self, file: Descriptor, patience_s: float = 0.0) -> None:
+        self._file = file
+        self._pid = os.getpid()
+        finalizer = weakref.finalize(self, _release, file, self._pid)
+        # At the end of a program the kernel releases it, when no thread can work any more.
+        finalizer.atexit = False
         end_s = time.monotonic() + patience_s
         while True:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
-                if time.monotonic() >= end_s:
+            except BlockingIOError as error:
+                if time.monotonic() >= end_s or is_interrupt(error):
                     raise
             time.sleep(RETRY_S)
-        self.fd = fd
+
+    @property
+    def fd(self) -> int:
         """Of the file, open until :meth:`release`."""
-        self._finalizer = weakref.finalize(self, _release, fd, os.getpid())
-        # At the end of a program the kernel releases it, when no thread can work any more.
-        self._finalizer.atexit = False
+        return self._file.fd
 
     @property
     def is_held(self) -> bool:
         """Whether :meth:`release` was not called yet."""
-        return self._finalizer.alive
+        return not self._file.closed
 
     @classmethod
     def reopened(cls, fd: int, patience_s: float = 0.0) -> FileLock:
@@ -71,11 +69,11 @@ class FileLock:
             BlockingIOError: somebody else has it.
             OSError: the file cannot be opened again.
         """
-        own = reopened(fd)
+        file = Descriptor(f"/proc/self/fd/{fd}", os.O_RDWR)
         try:
-            return cls(own, patience_s)
+            return cls(file, patience_s)
         except BaseException:
-            os.close(own)
+            file.close()
             raise
 
     def release(self) -> None:
@@ -83,16 +81,16 @@ class FileLock:
 
         In a forked child the lock stays the parent's.
         """
-        self._finalizer()
+        _release(self._file, self._pid)
 
 
-def _release(fd: int, pid: int) -> None:
+def _release(file: Descriptor, pid: int) -> None:
     try:
-        if os.getpid() == pid:
+        if not file.closed and os.getpid() == pid:
             # At once, also for a forked child that has not yet closed what it inherited.
-            fcntl.flock(fd, fcntl.LOCK_UN)
+            fcntl.flock(file.fd, fcntl.LOCK_UN)
     finally:
-        os.close(fd)
+        file.close()
 
 
 class RangeLocks:
@@ -102,13 +100,12 @@ class RangeLocks:
     unlocked by one :meth:`drop`: the caller counts.
 
     Args:
-        fd: of the file, opened for these locks; closed by :meth:`close`, or once this is dropped.
+        file: opened for these locks; closed by :meth:`close`, or once this is dropped.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._close_fd = weakref.finalize(self, os.close, fd)
-        self._close_fd.atexit = False  # some call may still need them then
+    def __init__(self, file: Descriptor) -> None:
+        self._file = file
+        self._fd = file.fd
 
     def share(self, start: int, count: int) -> bool:
         """Lock numbers together with others; False if somebody has one exclusively."""
@@ -132,11 +129,13 @@ class RangeLocks:
     def close(self) -> None:
         """Unlock everything; may be repeated. In a forked child the locks stay the parent's."""
         self._fd = -1
-        self._close_fd()
+        self._file.close()
 
     def _set(self, kind: int, start: int, count: int) -> bool:
         try:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, start, count, 0))
-        except (BlockingIOError, PermissionError):  # EAGAIN, EACCES: somebody has it
+        except (BlockingIOError, PermissionError) as error:  # EAGAIN, EACCES: somebody has it
+            if is_interrupt(error):
+                raise
             return False
         return True

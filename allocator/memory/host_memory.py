@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from types import TracebackType
 
 import torch
@@ -22,6 +21,7 @@ from kvheap.addresses.arguments import require_flags
 from kvheap.addresses.extents import Int64Array
 from kvheap.addresses.integers import as_integer
 from kvheap.memory.available import available_bytes
+from kvheap.memory.descriptors import Descriptor
 from kvheap.memory.host_mapping import HostMapping, reserve
 from kvheap.memory.host_registration import REGISTRATION_BYTES
 from kvheap.memory.numa import MAX_NUMA_NODES
@@ -86,10 +86,8 @@ class HostBuffer:
     ) -> None:
         _require_arguments(size, align_bytes, huge_pages, numa_node, fd)
         self._size_bytes = size
-        self._fd: int | None = None
-        if fd is not None:
-            self._fd = os.dup(fd)
-            self._close_fd = weakref.finalize(self, os.close, self._fd)
+        self._file = None if fd is None else Descriptor.copy_of(fd)
+        self._fd = None if self._file is None else self._file.fd
         mapping = reserve(size, align_bytes, huge_pages, numa_node, self._fd)
         self._data_ptr = mapping.data_ptr
         self._registrations = mapping.registrations
@@ -321,8 +319,8 @@ class HostBuffer:
         mapping, self._mapping = self._mapping, None
         if mapping is None:
             return
-        if self._fd is not None:
-            self._close_fd()
+        if self._file is not None:
+            self._file.close()
         self._registrations.close()
 
     def __enter__(self) -> HostBuffer:

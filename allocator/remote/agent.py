@@ -15,6 +15,7 @@ What NIXL 1.5.1 does, measured over loopback, and what follows:
 from __future__ import annotations
 
 import ctypes
+import os
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ import torch
 
 from kvheap.addresses.extents import Int64Array
 from kvheap.interrupts import is_interrupt
+from kvheap.memory.descriptors import Descriptor
 from kvheap.remote.errors import PeerError
 from kvheap.remote.packages import need_nixl
 from kvheap.remote.pairs import Part
@@ -37,6 +39,10 @@ BACKEND = "UCX"
 PROGRESS_PAUSE_US = 100_000
 """Longest sleep of NIXL's progress thread between events; 0, as in ``nixl_agent``, takes 85 % of a
 core."""
+
+FREE_DESCRIPTORS = 64
+"""UCX opens 27 for an agent over TCP and shared memory, more with RDMA; where it gets 4 or 16, it
+ends the process by an assertion."""
 
 State = Literal["created", "running", "done", "failed"]
 
@@ -50,6 +56,7 @@ class Agent:
 
     Raises:
         ImportError: NIXL is not installed.
+        OSError: this process has too few descriptors left.
         RuntimeError: NIXL has no UCX backend, or refuses the memory.
     """
 
@@ -59,6 +66,7 @@ class Agent:
         self._kinds = {"cpu": nixl.DRAM_SEG, "cuda": nixl.VRAM_SEG}
         self._kind = self._kinds[segments[0][1].device.type]
         self._make_list = nixl.nixlXferDList
+        _require_descriptors()
         config = nixl.nixlAgentConfig()
         config.useProgThread = True
         config.useListenThread = False
@@ -203,6 +211,27 @@ class Agent:
             ctypes.pythonapi.Py_IncRef(
                 ctypes.py_object((self._agent, self._registered, self._memory))
             )
+
+
+def _require_descriptors() -> None:
+    """Raise if UCX may run out of descriptors while it starts: some of its assertions would fail.
+
+    Raises:
+        OSError: this process, or the system, has too few left.
+    """
+    taken: list[Descriptor] = []
+    try:
+        while len(taken) < FREE_DESCRIPTORS:
+            taken.append(Descriptor("/", os.O_RDONLY))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: NIXL needs {FREE_DESCRIPTORS} more, and there are {len(taken)}; "
+            f"raise the limit (ulimit -n)",
+        ) from error
+    finally:
+        for file in taken:
+            file.close()
 
 
 def _rows(starts: Int64Array, sizes: Int64Array | int, device: int) -> Any:

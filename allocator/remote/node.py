@@ -27,7 +27,7 @@ import numpy as np
 
 from kvheap.addresses.arguments import as_number, as_seconds, require_function
 from kvheap.blocks.heap import BlockObjects, Heap, layout_and_addresses
-from kvheap.closing import Closer
+from kvheap.closing import Closer, never_opened
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.forks import starts_over_after_fork
 from kvheap.interrupts import is_interrupt
@@ -101,7 +101,7 @@ class Node:
         TypeError, ValueError: an argument is wrong; the message names it.
         ForeignProcessError: the heap is a view, or another process's.
         ClosedError: the heap is closed.
-        OSError: the address cannot be bound.
+        OSError: the address cannot be bound, or too few file descriptors are left.
         RuntimeError: NIXL cannot be started, or refuses the memory.
     """
 
@@ -157,8 +157,14 @@ class Node:
         self._reader = Reader(agent, self._key, name)
         self._server = Server(listener, self._key, self._welcome, self._service, name)
         self._start(agent)
-        self._closer = Closer(self, exit_s=EXIT_S, give_up=self._reader.leak)
-        starts_over_after_fork(self)
+        try:
+            self._closer = Closer(self, exit_s=EXIT_S, give_up=self._reader.leak)
+            starts_over_after_fork(self)
+        except BaseException:  # of a signal handler
+            never_opened(self)
+            self._reader.stop()
+            self._server.stop()
+            raise
 
     def _start(self, agent: Agent) -> None:
         """Start both threads, or none."""

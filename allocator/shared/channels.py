@@ -6,12 +6,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from errno import EMFILE, ENFILE, ENOBUFS, ENOMEM
 from functools import partial
 from typing import Protocol, TypeVar
 
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import ClosedError
+from kvheap.interrupts import is_interrupt, suppress_own
 from kvheap.shared.errors import NoOwnerError
 from kvheap.shared.header import OwnerState
 from kvheap.shared.keeper import Filled, Keeper, Ticket
@@ -36,6 +37,12 @@ TELL_S = 0.01
 
 SAME_TIMEOUT = 0.9
 """A time-out that is up to so much shorter than the last one is not set anew."""
+
+LONGEST_S = 1e6
+"""Of one wait for a socket: the system counts milliseconds in 31 bits."""
+
+SHORTAGES = frozenset({EMFILE, ENFILE, ENOBUFS, ENOMEM})
+"""Errors of a connection that say that this process or machine has run out of something."""
 
 READ_BYTES = 1 << 16
 
@@ -73,6 +80,9 @@ class Channel(Protocol):
 
     def abort(self, token: Token) -> None:
         """See ``Keeper.abort``; does not wait, also for finalizers."""
+
+    def give_back(self) -> None:
+        """Give up the stores that nobody has any more; does not wait, and costs little."""
 
     def remove(self, keys: Sequence[bytes]) -> list[bytes]:
         """See ``Keeper.remove``."""
@@ -136,6 +146,11 @@ class LocalChannel:
         self._stores.end(token)
         self._service.tell(_nothing)
 
+    def give_back(self) -> None:
+        """Wake the thread if it has stores to give up."""
+        if self._stores.has_any:
+            self._service.tell(_nothing)
+
     def remove(self, keys: Sequence[bytes]) -> list[bytes]:
         """See ``Keeper.remove``."""
         return self._service.ask(partial(self._keeper.remove, keys))
@@ -186,7 +201,7 @@ class _Connection:
 
     def hang_up(self) -> None:
         """Let whoever waits for an answer get none."""
-        with suppress(OSError):
+        with suppress_own(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def tell(self, message: bytes) -> None:
@@ -267,9 +282,9 @@ class RemoteChannel:
     def abort(self, token: Token) -> None:
         """See ``Keeper.abort``."""
         self._stores.end(token)
-        self._give_up()
+        self.give_back()
 
-    def _give_up(self) -> None:
+    def give_back(self) -> None:
         """Abort the stores that nobody has any more; never waits for the lock."""
         # Whoever has the lock looks again afterwards.
         while self._stores.has_any and not self._lock.locked():
@@ -280,11 +295,10 @@ class RemoteChannel:
                         self._send_aborted(self._connection)
                     else:
                         self._stores.take()
-                except OSError:
+                except BaseException as error:  # nobody knows how much was sent
                     self._disconnect()
-                except BaseException:  # of a signal handler: nobody knows how much was sent
-                    self._disconnect()
-                    raise
+                    if not isinstance(error, OSError) or is_interrupt(error):
+                        raise
                 finally:
                     self._holder = 0
 
@@ -294,7 +308,7 @@ class RemoteChannel:
 
     def report(self, place: int, generation: int) -> None:
         """See ``Keeper.drop_damaged``; without an owner, nothing."""
-        with suppress(NoOwnerError, TimeoutError):
+        with suppress_own(NoOwnerError, OSError):
             message = encode_filled(0, [Filled(place, generation, 0)])
             self._call(Kind.REPORT, message, lambda body, link: None)
 
@@ -306,7 +320,7 @@ class RemoteChannel:
         if connection is not None:
             connection.is_open = False
             connection.hang_up()
-        if self._holder == threading.get_ident():
+        if self._is_here:
             return True  # in a finalizer inside another call, which disconnects
         while self._lock.locked():  # another thread may be about to use the socket's number
             if end_s is not None and time.monotonic() >= end_s:
@@ -366,7 +380,7 @@ class RemoteChannel:
                         self._disconnect()
                     self._holder = 0
         finally:
-            self._give_up()  # what was given up meanwhile
+            self.give_back()  # what was given up meanwhile
 
     def _answered(
         self,
@@ -383,9 +397,13 @@ class RemoteChannel:
                     raise self._gone()
                 self._send_aborted(connection)
                 answer = connection.call(message, end_s)
-            except TimeoutError:
-                raise self._timed_out() from None
             except OSError as error:
+                if is_interrupt(error):
+                    raise
+                if isinstance(error, TimeoutError):
+                    raise self._timed_out() from None
+                if error.errno in SHORTAGES:
+                    raise OSError(error.errno, error.strerror, self._path) from None
                 if is_new or attempt == 2 or link is not None:
                     raise self._gone() from error
                 self._disconnect()  # of an earlier owner
@@ -397,8 +415,14 @@ class RemoteChannel:
             break
         raise self._gone()
 
+    @property
+    def _is_here(self) -> bool:
+        """Whether a call was interrupted on this thread, and must go on first."""
+        # What an exception of a signal handler has left there, without the lock, is nobody.
+        return self._holder == threading.get_ident() and self._lock.locked()
+
     def _require_outside(self) -> None:
-        if self._holder == threading.get_ident():
+        if self._is_here:
             raise NestedWaitError("a finalizer inside a call of a SharedHeap cannot ask its owner")
 
     def _connected(self, end_s: float) -> _Connection:
@@ -429,7 +453,7 @@ class RemoteChannel:
 
 
 def _left(end_s: float) -> float:
-    return max(end_s - time.monotonic(), 0.001)
+    return min(max(end_s - time.monotonic(), 0.001), LONGEST_S)
 
 
 def _nothing() -> None:

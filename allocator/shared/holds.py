@@ -146,7 +146,8 @@ class SharedHold:
             self.release()
 
     def __del__(self) -> None:
-        self.release()
+        if getattr(self, "_tokens", None):  # the constructor may have been interrupted
+            self.release()
 
     def __repr__(self) -> str:
         """How many keys are held."""

@@ -164,9 +164,9 @@ class Leases:
         self.give_back()
 
     def give_back(self) -> None:
-        """Unlock what was ended, or whose token is gone."""
+        """Unlock what was ended, or whose token is gone, or what an interrupted call has locked."""
         # Whoever has the lock looks again afterwards, or the next call does.
-        while (self._dropped.has_any or self._copied) and not self._lock.locked():
+        while self._is_anything_left and not self._lock.locked():
             with self._lock:
                 try:
                     self._begin()
@@ -177,6 +177,10 @@ class Leases:
                     self._holder = 0
             if not self._dropped.has_any:
                 break
+
+    @property
+    def _is_anything_left(self) -> bool:
+        return self._is_unfinished or self._dropped.has_any or bool(self._copied)
 
     def _begin(self) -> None:
         self._holder = threading.get_ident()
@@ -230,8 +234,14 @@ class Leases:
             at = start + count
         self._counts = dict(counts)
 
+    @property
+    def _is_here(self) -> bool:
+        """Whether a call was interrupted on this thread, and must go on first."""
+        # What an exception of a signal handler has left there, without the lock, is nobody.
+        return self._holder == threading.get_ident() and self._lock.locked()
+
     def _require_outside(self) -> None:
-        if self._holder == threading.get_ident():
+        if self._is_here:
             raise NestedWaitError(
                 "a finalizer inside a call of a SharedHeap cannot hold its chunks, or store"
             )
@@ -243,7 +253,7 @@ class Leases:
     def close(self) -> None:
         """Lock nothing more, and let go of the file once nothing is locked; may be repeated."""
         self._is_closed = True
-        if self._holder == threading.get_ident():
+        if self._is_here:
             return  # in a finalizer inside another call: the file is closed when this is dropped
         with self._lock:
             self._close_unused()

@@ -17,6 +17,9 @@ from kvheap.shared.stats import KeeperStats
 
 __all__ = ["Ownership"]
 
+ABANDON_S = 1.0
+"""Seconds to wait for a thread that has just been started, if it was."""
+
 
 class Ownership:
     """The owner's side of a segment; it takes over what an earlier owner has left.
@@ -61,6 +64,19 @@ class Ownership:
         )
         self.service = Service(self._keeper, state.socket_name, content_of, state.epoch)
         self.channel = LocalChannel(self._keeper, self.service, content_of)
+
+    def start(self) -> None:
+        """Begin to serve; once.
+
+        Raises:
+            RuntimeError: the system does not let a thread start.
+        """
+        self.service.start()
+
+    def abandon(self) -> None:
+        """Give it up in the middle of an opening: whether the thread runs may not be known."""
+        self.service.stop(ABANDON_S)
+        self.place_locks.close()
 
     def stats(self) -> KeeperStats:
         """Counts of the books."""

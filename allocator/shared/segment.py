@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from kvheap.addresses.integers import as_integer
-from kvheap.memory.file_locks import FileLock, reopened
+from kvheap.interrupts import is_interrupt, suppress_own
+from kvheap.memory.descriptors import Descriptor
+from kvheap.memory.file_locks import FileLock
 from kvheap.memory.host_memory import HostBuffer
 from kvheap.shared.errors import SegmentDamagedError, SegmentInUseError, SegmentMismatchError
 from kvheap.shared.geometry import HEADER_BYTES, PAGE_BYTES, STATE_BYTES, Geometry
@@ -122,11 +124,12 @@ class Segment:
         cls, target: int | str, identity: Mapping[str, object], sizes: tuple[int, int, int]
     ) -> Segment:
         while True:
-            fd = _opened(target)
-            if fd is None:
-                fd = _made(str(target), identity, sizes)
-                if fd is None:
+            file = _opened(target)
+            if file is None:
+                file = _made(str(target), identity, sizes)
+                if file is None:
                     continue  # somebody else was faster
+            fd = file.fd
             try:
                 lock = _locked(target, fd)
                 try:
@@ -140,7 +143,7 @@ class Segment:
                 segment.lock = lock
                 return segment
             finally:
-                os.close(fd)
+                file.close()
 
     @classmethod
     def _owned(
@@ -185,34 +188,35 @@ class Segment:
 
     @classmethod
     def _attach(cls, target: int | str, identity: Mapping[str, object]) -> Segment:
-        fd = _opened(target)
+        file = _opened(target)
         path = _shown(target)
-        if fd is None:
+        if file is None:
             raise FileNotFoundError(
                 errno.ENOENT, "there is no segment, and its owner makes it", path
             )
+        fd = file.fd
         try:
             file_bytes = os.fstat(fd).st_size
             found, geometry = decode_header(path, _header(fd, file_bytes), file_bytes)
             require_identity(path, found, identity)
             return cls(target, fd, found, geometry)
         finally:
-            os.close(fd)
+            file.close()
 
     def array(self, offset: int, num_bytes: int) -> np.typing.NDArray[np.uint8]:
         """A part of the file, mapped: uint8 ``[num_bytes]``."""
         part: np.typing.NDArray[np.uint8] = self.buffer.tensor[offset : offset + num_bytes].numpy()
         return part
 
-    def open_file(self) -> int:
-        """A descriptor of the file with an open file of its own, for locks.
+    def open_file(self) -> Descriptor:
+        """The file with an open file of its own, for locks.
 
         Raises:
             OSError: it cannot be opened.
         """
         fd = self.buffer.fd
         assert fd is not None
-        return reopened(fd)
+        return Descriptor(f"/proc/self/fd/{fd}", os.O_RDWR)
 
     @property
     def is_linked(self) -> bool:
@@ -221,14 +225,16 @@ class Segment:
             return True
         try:
             found = os.stat(self._target)
-        except OSError:
+        except OSError as error:
+            if is_interrupt(error):
+                raise
             return False
         return (found.st_dev, found.st_ino) == self._file
 
     def unlink(self) -> None:
         """Remove the name, unless it leads to another file by now."""
         if isinstance(self._target, str) and self.is_linked:
-            with suppress(FileNotFoundError):
+            with suppress_own(FileNotFoundError):
                 os.unlink(os.path.realpath(self._target))  # not a link that leads to the file
 
     def leave(self) -> None:
@@ -248,48 +254,51 @@ def _shown(target: int | str) -> str:
     return f"/proc/{os.getpid()}/fd/{target}" if isinstance(target, int) else target
 
 
-def _opened(target: int | str) -> int | None:
+def _opened(target: int | str) -> Descriptor | None:
     """A new open file; None: there is none."""
     try:
         if isinstance(target, int):
-            fd = reopened(target)
+            file = Descriptor(f"/proc/self/fd/{target}", os.O_RDWR)
         else:
-            fd = os.open(target, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            file = Descriptor(target, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError:
         if isinstance(target, int):
             raise OSError(
                 errno.EBADF, f"path must be an open file descriptor, got {target}"
             ) from None
         return None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+    if not stat.S_ISREG(os.fstat(file.fd).st_mode):
+        file.close()
         raise SegmentDamagedError(_shown(target), "is not a regular file")
-    return fd
+    return file
 
 
-def _made(path: str, identity: Mapping[str, object], sizes: tuple[int, int, int]) -> int | None:
+def _made(
+    path: str, identity: Mapping[str, object], sizes: tuple[int, int, int]
+) -> Descriptor | None:
     """A new file under its name, complete; None: there is one by now."""
     path = os.path.realpath(path)  # a link may lead to a file that is not there yet
     folder = os.path.dirname(path)
     try:
-        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        file = Descriptor(folder, os.O_TMPFILE | os.O_RDWR)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
         with suppress(FileExistsError):  # filled once it is locked
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            return Descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         return None
+    fd = file.fd
     try:
         _fill(fd, identity, Geometry.of(*sizes, _unit_bytes(fd)))
         # With src_dir_fd, which has no influence, Python calls linkat, which follows the link.
         os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
     except FileExistsError:
-        os.close(fd)
+        file.close()
         return None
     except BaseException:
-        os.close(fd)
+        file.close()
         raise
-    return fd
+    return file
 
 
 def _fill(fd: int, identity: Mapping[str, object], geometry: Geometry) -> None:

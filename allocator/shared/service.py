@@ -18,11 +18,13 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from kvheap.device.host_queue import NestedWaitError
 from kvheap.errors import ClosedError
+from kvheap.interrupts import suppress_own
 from kvheap.kernels.latch import Latch
 from kvheap.shared.keeper import Keeper
 from kvheap.shared.wire import (
@@ -45,7 +47,7 @@ Answer = TypeVar("Answer")
 MAX_WRITERS = 1024
 """Connections at a time."""
 
-READ_BYTES = 1 << 18
+READ_BYTES, WAKE_BYTES = 1 << 18, 1 << 12
 
 LOOK_S = 0.05
 """Seconds between two looks at places that wait for others, while there are any."""
@@ -70,7 +72,7 @@ class _Connection:
 
 
 class Service:
-    """The thread of one owner; it runs until :meth:`stop`.
+    """The thread of one owner; it runs from :meth:`start` until :meth:`stop`.
 
     Args:
         keeper: the books.
@@ -102,10 +104,13 @@ class Service:
         self._connections: set[_Connection] = set()
         self._paused_until_s: float | None = None  # None: connections are accepted
         self._has_ended = Latch()
-        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        wake: list[int] = []
         # Not when the thread ends: somebody may be about to write to it.
-        self._close_wake = weakref.finalize(self, _close, self._wake_read, self._wake_write)
+        self._close_wake = weakref.finalize(self, _close, wake)
         self._close_wake.atexit = False  # the thread may go on until then
+        # One call of the interpreter: no exception of a signal handler can lose them.
+        wake.extend(chain.from_iterable(map(os.pipe2, (os.O_CLOEXEC | os.O_NONBLOCK,))))
+        self._wake_read, self._wake_write = wake
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             self._listener.bind(socket_name)
@@ -114,13 +119,20 @@ class Service:
             self._selector.register(self._wake_read, selectors.EVENT_READ)
             self._selector.register(self._listener, selectors.EVENT_READ)
             self._thread = threading.Thread(target=self._run, name="kvheap-shared", daemon=True)
-            self._thread.start()
         except BaseException:
             self._listener.close()
             self._close_wake()
             raise
 
     # -- this process --------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve; once.
+
+        Raises:
+            RuntimeError: the system does not let a thread start.
+        """
+        self._thread.start()
 
     def ask(self, question: Callable[[], Answer]) -> Answer:
         """What a call on the thread returns or raises.
@@ -154,7 +166,7 @@ class Service:
         """Let the thread make a call, and do not wait; also for finalizers."""
         self._questions.put(change)
         if not self._has_ended.is_open:
-            with suppress(BlockingIOError, OSError):  # full: it is awake anyway
+            with suppress_own(OSError):  # full: it is awake anyway
                 os.write(self._wake_write, b"\0")
 
     def stop(self, timeout_s: float | None) -> bool:
@@ -193,7 +205,7 @@ class Service:
                         self._serve(key.data, events)
                     else:
                         with suppress(BlockingIOError):
-                            os.read(self._wake_read, READ_BYTES)
+                            os.read(self._wake_read, WAKE_BYTES)
                 self._answer_questions()
                 self.on_turn()
                 self._keeper.free_waiting()
@@ -265,6 +277,9 @@ class Service:
         except (ConnectionError, ValueError) as error:
             if isinstance(error, ValueError):
                 LOGGER.warning("a process that stores in a SharedHeap was refused: %s", error)
+            self._drop(connection)
+        except Exception:  # such as a lack of memory: the others go on
+            LOGGER.exception("a process that stores in a SharedHeap cannot be served")
             self._drop(connection)
 
     def _receive(self, connection: _Connection) -> bool:
@@ -338,7 +353,7 @@ class Service:
             self._keeper.note_writers(len(self._connections))
 
 
-def _close(*fds: int) -> None:
+def _close(fds: list[int]) -> None:
     for fd in fds:
         os.close(fd)
 

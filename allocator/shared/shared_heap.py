@@ -36,7 +36,7 @@ from kvheap.addresses.integers import round_up
 from kvheap.blocks.block_layout import BlockLayout, as_block_layout
 from kvheap.blocks.heap import BlockObjects, Heap
 from kvheap.blocks.memory_batch import MemoryBatch
-from kvheap.closing import Closer
+from kvheap.closing import Closer, never_opened
 from kvheap.files.errors import MissingChunksError
 from kvheap.forks import starts_over_after_fork
 from kvheap.heaps.host_allocators import HostMemoryAllocator
@@ -161,13 +161,15 @@ class SharedHeap:
             leases = _leases_of(segment)
             lease_s = float(segment.identity["lease_s"])
             owner = Ownership(segment, table, places.content, new_order, lease_s)
+            owner.start()
             self._open(segment, table, places, leases, owner, owner.channel)
-        except BaseException:
+            self._unlink = unlink
+        except BaseException:  # also of a signal handler, at any moment
+            never_opened(self)
             if owner is not None:
-                owner.channel.stop(0.0)
+                owner.abandon()
             segment.leave()
             raise
-        self._unlink = unlink
 
     @classmethod
     def attach(
@@ -534,6 +536,7 @@ class SharedHeap:
     def _require_open(self) -> None:
         self._closer.require_open()
         self._leases.give_back()
+        self._channel.give_back()
 
     def __enter__(self) -> Self:
         self._require_open()

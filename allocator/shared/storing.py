@@ -69,10 +69,21 @@ class Storing:
         blocks_of = partial(self._places.blocks, writable=True)
         for _ in range(MAX_ATTEMPTS):
             token = Token()
-            ticket, link = self._channel.begin(token, names)
-            store = SharedStore(
-                self._channel, self._leases, token, names, ticket, link, blocks_of, self._digests
-            )
+            try:
+                ticket, link = self._channel.begin(token, names)
+                store = SharedStore(
+                    self._channel,
+                    self._leases,
+                    token,
+                    names,
+                    ticket,
+                    link,
+                    blocks_of,
+                    self._digests,
+                )
+            except BaseException:  # also a signal handler's, when the places were given already
+                self._channel.abort(token)
+                raise
             if store.lock(self._epoch):
                 return store
         raise NoOwnerError(

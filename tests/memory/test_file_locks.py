@@ -15,7 +15,8 @@ from forked_child import in_a_child
 
 from kvheap.integrations.vllm.file_locks import LockedFile
 from kvheap.memory.boots import boot_id
-from kvheap.memory.file_locks import FileLock, RangeLocks, reopened
+from kvheap.memory.descriptors import Descriptor
+from kvheap.memory.file_locks import FileLock, RangeLocks
 
 
 @pytest.fixture
@@ -28,42 +29,47 @@ def opened(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
 
+def file_of(path: Path) -> Descriptor:
+    return Descriptor(path, os.O_RDWR)
+
+
 class TestFileLock:
     def test_one_at_a_time_in_any_process(self, path: Path) -> None:
-        lock = FileLock(opened(path))
+        lock = FileLock(file_of(path))
 
         def other() -> bool:
             with pytest.raises(BlockingIOError):
-                FileLock(opened(path))
+                FileLock(file_of(path))
             return True
 
         assert other()
         assert in_a_child(other)
         lock.release()
         lock.release()
-        FileLock(opened(path)).release()
+        FileLock(file_of(path)).release()
 
     def test_patience(self, path: Path) -> None:
-        lock = FileLock(opened(path))
-        other = opened(path)
+        lock = FileLock(file_of(path))
         with pytest.raises(BlockingIOError):
-            FileLock(other, 0.05)
+            FileLock(file_of(path), 0.05)
         lock.release()
-        FileLock(other, 0.05).release()
+        other = FileLock(file_of(path), 0.05)
+        fd = other.fd
+        other.release()
         with pytest.raises(OSError, match="Bad file"):
-            os.fstat(other)
+            os.fstat(fd)
 
     def test_in_a_forked_child_it_stays_the_parents(self, path: Path) -> None:
-        lock = FileLock(opened(path))
+        lock = FileLock(file_of(path))
         assert in_a_child(lambda: lock.release() is None)
         with pytest.raises(BlockingIOError):
-            FileLock(opened(path))
+            FileLock(file_of(path))
         lock.release()
 
     def test_dropping_it_releases_it(self, path: Path) -> None:
-        lock = FileLock(opened(path))
+        lock = FileLock(file_of(path))
         del lock
-        FileLock(opened(path)).release()
+        FileLock(file_of(path)).release()
 
 
 def own_lock(path: Path) -> object:
@@ -98,7 +104,7 @@ def test_a_mapping_in_a_forked_child_does_not_keep_the_lock(
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     try:
-        FileLock(opened(path), 5.0).release()
+        FileLock(file_of(path), 5.0).release()
     finally:
         os.kill(grandchild, signal.SIGKILL)
         os.close(read_end)
@@ -107,7 +113,7 @@ def test_a_mapping_in_a_forked_child_does_not_keep_the_lock(
 
 class TestRangeLocks:
     def test_shared_and_exclusive(self, path: Path) -> None:
-        one, other, third = (RangeLocks(opened(path)) for _ in range(3))
+        one, other, third = (RangeLocks(file_of(path)) for _ in range(3))
         assert one.share(1 << 41, 10)
         assert other.share(5 + (1 << 41), 10)
         assert not third.take(9 + (1 << 41), 1)
@@ -127,11 +133,11 @@ class TestRangeLocks:
         third.close()
 
     def test_a_process_that_is_killed_has_none(self, path: Path) -> None:
-        mine = RangeLocks(opened(path))
+        mine = RangeLocks(file_of(path))
         read_end, write_end = os.pipe()
         child = os.fork()
         if not child:
-            theirs = RangeLocks(opened(path))
+            theirs = RangeLocks(file_of(path))
             theirs.share(3, 4)
             os.write(write_end, b"x")
             time.sleep(60)
@@ -144,7 +150,7 @@ class TestRangeLocks:
         mine.close()
 
     def test_closing_what_a_child_has_inherited_leaves_the_locks(self, path: Path) -> None:
-        mine, other = RangeLocks(opened(path)), RangeLocks(opened(path))
+        mine, other = RangeLocks(file_of(path)), RangeLocks(file_of(path))
         assert mine.share(3, 4)
         assert in_a_child(lambda: mine.close() is None)
         assert other.has_others(3, 1)
@@ -154,7 +160,7 @@ class TestRangeLocks:
 
 def test_an_open_file_of_its_own(path: Path) -> None:
     fd = opened(path)
-    own = reopened(fd)
+    own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
     fcntl.flock(fd, fcntl.LOCK_EX)
     with pytest.raises(BlockingIOError):
         fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,28 @@
+"""What NIXL needs is looked for before it starts: where it lacks, UCX may end the process."""
+
+from __future__ import annotations
+
+from errno import EMFILE
+
+import pytest
+from few_descriptors import descriptors_left
+from remote_nodes import need_nixl
+
+from kvheap import HostMemoryAllocator
+
+WHY_NOT = need_nixl()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+
+def test_a_node_without_descriptors_is_refused() -> None:
+    from kvheap.remote import Node
+
+    with HostMemoryAllocator(1 << 16) as heap:
+        for count in (2, 10, 13):
+            with (
+                descriptors_left(count),
+                pytest.raises(OSError, match="Too many open files: NIXL needs") as caught,
+            ):
+                Node("late", heap)
+            assert caught.value.errno == EMFILE
+        Node("later", heap).close()

@@ -1,0 +1,99 @@
+"""Openings that a signal handler's exception ends, at any place: nothing stays open.
+
+The next one, in the same process, finds the file or folder free, and no descriptor or thread is
+left. Only where the constructor has returned, there is something to be closed.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import file_tiers
+import pytest
+import shared_heaps
+from foreign_code import Interrupted, interrupts, no_deadlock
+
+from kvheap.files import FileTier
+
+pytest.importorskip("lmdb")
+pytest.importorskip("xxhash")
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+Opening = Callable[[], Any]
+
+STEP = 7
+"""Every seventh place."""
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    path = Path(f"/dev/shm/kvheap-test-{os.getpid()}")
+    yield path
+    path.unlink(missing_ok=True)
+
+
+@pytest.fixture(params=["tier", "owner", "attached"])
+def opening(request: Any, path: Path, tmp_path: Path) -> Iterator[Opening]:
+    if request.param == "tier":
+        yield lambda: opened_tier(tmp_path / "tier")
+    elif request.param == "owner":
+        yield lambda: shared_heaps.own(path, 4)
+    else:
+        with shared_heaps.own(path, 4):
+            yield lambda: shared_heaps.attach(path)
+
+
+def opened_tier(folder: Path) -> FileTier:
+    """Without what renames arguments around the constructor: it is over there."""
+    tier = FileTier.__new__(FileTier)
+    inner = inspect.unwrap(FileTier.__init__)
+    inner(tier, folder, 4 * file_tiers.PLACE, file_tiers.LAYOUT, namespace="a model", threads=2)
+    return tier
+
+
+def in_use() -> tuple[int, int]:
+    """How many descriptors and threads this process has."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def settled(wanted: tuple[int, int]) -> tuple[int, int]:
+    """The same once it is as wanted, or after some seconds."""
+    end_s = time.monotonic() + 10
+    while (found := in_use()) != wanted and time.monotonic() < end_s:
+        time.sleep(0.001)
+    return found
+
+
+def test_nothing_stays_open(opening: Opening) -> None:
+    opening().close()
+    gc.collect()
+    time.sleep(0.2)  # the last thread of a tier ends just after its close
+    before = in_use()
+    made: list[Any] = []
+    number = 0
+    while True:
+        with no_deadlock():
+            was_struck = interrupts(
+                number,
+                lambda: made.extend(map(lambda _: opening(), [0])),  # noqa: C417
+                Interrupted,
+                modules=("kvheap.",),
+                but_not_inside=("kvheap.addresses", "kvheap.planning", "threading", "selectors"),
+            )
+        while made:
+            made.pop().close()
+        if not was_struck:
+            break
+        number += STEP
+        opening().close()
+        if number % 3 == 0:
+            gc.collect()  # a heap that is closed is a part of cycles
+            assert settled(before) == before, number
+    assert number > 100
