@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from kvheap.blocks.counts import DROPPED
 from kvheap.blocks.leases import Leases
@@ -32,6 +33,9 @@ CHECKED_RELEASES = 8
 
 RELEASES_PER_SECTION = 64
 """How many are given back at once; other threads wait as long."""
+
+Found: TypeAlias = "tuple[Release, bool]"
+"""A release that is pending no more; true if its condition has failed, false if all has ended."""
 
 
 class Reclaimer:
@@ -208,9 +212,9 @@ class Reclaimer:
         if ended or last or ledger.begun or ledger.allocation.done:
             self._conclude(ended, last)
 
-    def _ended_of(self, releases: Sequence[Release]) -> list[Release]:
+    def _ended_of(self, releases: Sequence[Release]) -> list[Found]:
         """Those releases that have ended or failed; gives the first of very many back."""
-        ended: list[Release] = []
+        ended: list[Found] = []
         for release in releases:
             state = self._state_of(release)
             if state == "failed" and release.is_orphaned:
@@ -218,9 +222,7 @@ class Reclaimer:
                 state = self._state_of(release)
             if state == "pending":
                 continue
-            if state == "failed":
-                release.is_void = True
-            ended.append(release)
+            ended.append((release, state == "failed"))
             if len(ended) == RELEASES_PER_SECTION:
                 self._conclude(ended, ())
                 ended = []
@@ -263,11 +265,12 @@ class Reclaimer:
             )
 
     @section
-    def _conclude(self, ended: Sequence[Release], last: Sequence[Release]) -> None:
+    def _conclude(self, ended: Sequence[Found], last: Sequence[Release]) -> None:
         """Give the bytes of releases back, or make the blocks of void ones live again.
 
         Args:
-            ended: the releases.
+            ended: the releases. What was found of them is not to be read from them: they may have
+                been looked at again since, by another thread or by the code of an event.
             last: the pending releases that are to be checked again last.
         """
         guard = self._guard
@@ -278,9 +281,11 @@ class Reclaimer:
             ledger = self._ledger
             if ledger.begun or ledger.allocation.done:
                 ledger.finish()
-            for release in ended:
+            for release, is_void in ended:
                 if id(release) in ledger.pending:
-                    if not release.is_void:
+                    if is_void:
+                        release.is_void = True
+                    else:
                         release.events = ()
                     ledger.carry_out_quietly(release)
             if last:

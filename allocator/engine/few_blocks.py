@@ -143,6 +143,7 @@ def _checked(cache: PagedKVCache, slots: Slots, batch: BlockObjects) -> Call | N
         or type(slots) is not BlockIds
         or type(batch) is not MemoryBatch
         or batch.transfer is not None
+        or batch.storage is not None  # it is of no heap
         or not batch.counts.all_live()
     ):
         return None
@@ -178,8 +179,13 @@ def _ids_of(slots: Any, cache: PagedKVCache) -> Ids | None:
     if kind is torch.Tensor:
         if given.dtype not in INTEGERS or given.ndim != 1 or not given.is_cpu:
             return None
-        count = given.numel()
-        if given.untyped_storage().nbytes() < (given.storage_offset() + count) * given.itemsize:
+        count, step = given.numel(), 1
+        if not given.is_contiguous():
+            if given.layout is not torch.strided:
+                return None
+            step = given.stride(0)
+        end = given.storage_offset() + (count - 1) * step + 1
+        if given.untyped_storage().nbytes() < end * given.itemsize:
             return None  # its memory was taken away, all or part of it
     elif kind is np.ndarray:
         if given.dtype not in NUMPY_INTEGERS or given.ndim != 1:

@@ -25,17 +25,20 @@ import pytest
 import torch
 from foreign_code import Foreign, TimeOutError, interrupts
 from heap_scenes import OPERATIONS, PAGES, Scene, require_that_every_byte_is_accounted_for
-from small_heaps import PAGE, FakeStream, heap_of, no_debug
+from small_heaps import PAGE, FakeStream, heap_of, no_debug, take
 
 from kvheap import (
     AddressManager,
     ClosedError,
     FullReport,
+    MemoryBatch,
     MemoryObj,
     ReentrantCallError,
     TensorMemoryAllocator,
 )
 from kvheap.addresses.free_list import FreeList
+from kvheap.blocks.rows import Rows
+from kvheap.device.events import ReleaseVoidError
 
 __all__ = ["no_debug"]
 
@@ -372,6 +375,46 @@ def test_a_stream_that_calls_the_heap_while_it_is_asked() -> None:
         heap.close(1.0)
 
     in_time(work)
+
+
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_a_void_free_is_looked_at_again_while_it_is_looked_at(in_a_thread: bool) -> None:
+    heap, stream = heap_of(8), FakeStream()
+    first: list[MemoryBatch] = [take(heap, 2)]
+    first[0].record_stream(stream)
+    stream.submit()
+
+    class Void:
+        has_come = False
+
+        def query(self) -> bool:
+            if self.has_come:
+                raise ReleaseVoidError("the blocks are live again")
+            return False
+
+    class Curious:
+        def record_event(self) -> Curious:
+            return self
+
+        def query(self) -> bool:
+            if void.has_come and first:  # the first release was found void a moment ago
+                first.clear()
+                if in_a_thread:
+                    in_time(heap.stats)
+                else:
+                    heap.stats()
+            return True
+
+    void = Void()
+    heap.lifetime.free_on([Rows(first[0], None)], void)
+    second = take(heap, 1)
+    second.record_stream(Curious())
+    heap.batched_free(second)
+    void.has_come = True
+    assert (heap.stats().pending_bytes, heap.stats().free_bytes) == (2 * PAGE, 6 * PAGE)
+    assert not first
+    stream.finish()
+    assert (heap.stats().pending_bytes, heap.stats().free_bytes) == (0, 8 * PAGE)
 
 
 def test_close_from_a_finalizer() -> None:

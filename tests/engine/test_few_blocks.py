@@ -11,6 +11,7 @@ import torch
 
 import kvheap
 from kvheap import (
+    AdHocMemoryAllocator,
     BlockIds,
     BlockLayout,
     MemoryBatch,
@@ -155,6 +156,19 @@ def test_takes_ids_of_any_kind(kind: Any, takes_short_way: list[bool]) -> None:
     assert torch.equal(batch[1].tensor[1, 2].view(-1), cache.tensors[2][1, 3].reshape(-1))
 
 
+LONG_STEP = ((1 << 20) + 64) // 8
+"""Ids at such a distance lie in pages of their own, where most of what is behind them is 0."""
+
+
+def _without_memory(num_ids: int, step: int) -> torch.Tensor:
+    """Ids at such a step, the last of which has lost its memory."""
+    every = torch.zeros(num_ids * step, dtype=torch.int64)
+    ids = every[::step]
+    ids.copy_(torch.arange(num_ids, 0, -1))
+    every.untyped_storage().resize_(8 * (num_ids - 1) * step)
+    return ids
+
+
 WRONG: dict[str, Any] = {
     "out of range": [0, BLOCKS],
     "negative": [0, -2],
@@ -163,6 +177,9 @@ WRONG: dict[str, Any] = {
     "too many": [0, 1, 2],
     "two dimensions": np.zeros((2, 1), np.int64),
     "twice": [4, 4],
+    "sparse": torch.tensor([0, 1]).to_sparse(),
+    "without memory": _without_memory(2, 1),
+    "without memory, in steps": _without_memory(2, LONG_STEP),
 }
 
 
@@ -190,6 +207,32 @@ def test_refuses_what_copies_of_many_refuse(name: str) -> None:
         patch.setattr(few_blocks, "MAX_BLOCKS", 0)
         assert few == errors()
     assert few[1]
+
+
+@pytest.mark.parametrize("step", [1, LONG_STEP])
+@pytest.mark.parametrize("num_ids", [2, 12])
+def test_refuses_ids_whose_memory_was_taken_away(num_ids: int, step: int) -> None:
+    cache = CACHES["flash, shared"]()
+    batch = _allocated(cache, num_ids, 1)
+    before = _contents(batch)
+    slots = BlockIds(_without_memory(num_ids, step))
+    for call in (kvheap.store, lambda *_: kvheap.load(batch, cache, slots)):
+        with pytest.raises(ValueError, match=r"block ids ends at byte .* give it its memory back"):
+            call(cache, slots, batch)
+    assert _equal(_contents(batch), before)
+
+
+def test_refuses_blocks_that_are_of_no_heap_also_where_their_layout_is_known() -> None:
+    cache = CACHES["flash, shared"]()
+    layout = _allocated(cache, 2, 1).layout
+    batch = AdHocMemoryAllocator("cpu").batched_allocate(
+        layout.shapes[0], layout.dtypes[0], 2, layout.fmt
+    )
+    assert batch.layout == layout
+    slots = BlockIds([0, 1])
+    for call in (kvheap.store, lambda *_: kvheap.load(batch, cache, slots)):
+        with pytest.raises(TypeError, match="expected blocks of a heap, got blocks of AdHoc"):
+            call(cache, slots, batch)
 
 
 def test_skipped_blocks_are_left_as_they_are() -> None:
