@@ -16,6 +16,7 @@ import selectors
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -282,6 +283,16 @@ class Reader:
         self._is_stopping = True
         self.submit(lambda: None)
         self._has_stopped.wait()
+
+    def call_off(self) -> None:
+        """End it in the middle of an opening: whether the thread runs may not be known."""
+        self._is_stopping = True
+        self.submit(lambda: None)
+        with suppress(RuntimeError):  # it was not started, or begins later, and ends at once
+            self._thread.join()
+        self._agent.close()
+        self._close_all()
+        self._has_stopped.open()
 
     def abandon(self) -> None:
         """Close this process's copies of the sockets, in a forked child without the thread."""
