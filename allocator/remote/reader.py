@@ -598,7 +598,8 @@ class Reader:
     def _assume_gone(self, link: Link) -> None:
         if link.gone is None:  # it may live after all, and has our leases
             reads = (*link.asked.values(), *link.running)
-            numbers = [*link.unlocks, *(hold.number for hold in link.holds)]
+            holds = [*link.holds]  # other threads add theirs
+            numbers = [*link.unlocks, *(hold.number for hold in holds)]
             numbers += [number for read in reads for number in (read.asked_for, read.lease)]
             self._owed = {of: owed for of, owed in self._owed.items() if not owed[0].has_passed}
             self._owed[link.welcome.uuid] = Deadline(MAX_LEASE_S), [*filter(None, numbers)]
