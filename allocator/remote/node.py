@@ -309,9 +309,11 @@ class Node:
             self._closer,
         )
         known = self._peers.setdefault(welcome.uuid, peer)
-        if known is not peer and not known.is_gone and not known.closed:
-            peer.close()  # another thread was faster
-            return known
+        if known is not peer:
+            if not known.is_gone and not known.closed:
+                peer.close()  # another thread was faster
+                return known
+            known.hang_up()
         self._peers[welcome.uuid] = peer
         self._forget_gone()
         if self._closer.is_closing:  # which may not have seen it

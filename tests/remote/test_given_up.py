@@ -153,6 +153,7 @@ def test_a_peer_that_was_declared_gone_and_lives(
     assert own.num_leases == 2
     again = own.reader.connect(own.owner.address)
     assert until(lambda: own.num_leases == 0, SOON_S)
+    assert until(lambda: own.owner.stats().num_clients == 2, SOON_S)  # not those of before
     with again.lease(keys_of(range(4))) as anew:
         kept.release()  # of the other life: it was given back
         assert wrong_rows(range(4), again.read(anew, into=own.here)) == 0
