@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from errno import EINVAL, EIO
 from pathlib import Path
 
+from kvheap.interrupts import is_interrupt
 from kvheap.memory.descriptors import Descriptor
 
 __all__ = ["MAX_BUFFERS", "PLACE_ALIGN_BYTES", "DataFile", "ShortReadError"]
@@ -61,6 +62,8 @@ class DataFile:
                 try:
                     os.ftruncate(self._fd, size)
                 except OSError as error:
+                    if is_interrupt(error):
+                        raise
                     reason = f"{error.strerror}, {size} bytes are needed"
                     raise OSError(error.errno, reason, str(path)) from None
             if direct and O_DIRECT:

@@ -13,9 +13,10 @@ import stat
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 from kvheap.addresses.integers import round_up
+from kvheap.interrupts import is_interrupt, suppress_own
 from kvheap.memory.host_registration import HostRegistrations
 from kvheap.memory.numa import bind_to_node
 from kvheap.memory.pages import (
@@ -112,7 +113,7 @@ def reserve(
             f"{pointer:#x}, and a shared mapping cannot be shifted"
         )
     if huge_pages == "transparent":
-        with suppress(OSError) if is_wish else nullcontext():
+        with suppress_own(OSError) if is_wish else nullcontext():
             madvise(pointer, len(mapping), MADV_HUGEPAGE)
     if numa_node is not None:
         bind_to_node(pointer, len(mapping), numa_node)
@@ -145,6 +146,8 @@ def _map_anonymous(size_bytes: int, align_bytes: int, huge_pages: HugePages) -> 
     try:
         return HostMapping(-1, num_bytes, flags=flags)
     except OSError as error:
+        if is_interrupt(error):
+            raise
         what = "bytes of address space"
         if huge_pages == "explicit":
             what = f"bytes of explicit huge pages (/proc/meminfo: {explicit_huge_page_counts()})"
@@ -162,6 +165,8 @@ def _map_file(size_bytes: int, fd: int) -> HostMapping:
     try:
         return HostMapping(fd, size_bytes, flags=mmap.MAP_SHARED | MAP_NORESERVE)
     except OSError as error:
+        if is_interrupt(error):
+            raise
         raise OSError(
             error.errno, f"cannot map {size_bytes} bytes of the file: {error.strerror}"
         ) from error

@@ -15,6 +15,7 @@ import torch
 
 from kvheap.addresses.arguments import require_count
 from kvheap.addresses.integers import round_up
+from kvheap.interrupts import is_interrupt, suppress_own
 from kvheap.memory.host_mapping import HostMapping
 from kvheap.memory.numa import cpus_nearby
 from kvheap.memory.pages import MADV_POPULATE_WRITE, PAGE_BYTES, madvise
@@ -68,7 +69,7 @@ def touch(mapping: HostMapping, start: int, end: int, is_over: Callable[[], bool
         if not is_over():
             madvise(mapping.data_ptr + piece[0], piece[1] - piece[0], MADV_POPULATE_WRITE)
 
-    with suppress(OSError):
+    with suppress_own(OSError):
         _share_out(mapping, start, end, commit, None)
 
 
@@ -99,6 +100,8 @@ def _populate_slice(mapping: HostMapping, start: int, end: int, fd: int | None) 
     try:
         madvise(mapping.data_ptr + start, end - start, MADV_POPULATE_WRITE)
     except OSError as error:
+        if is_interrupt(error):
+            raise
         if error.errno == errno.ENOMEM:
             raise MemoryError(f"no memory for bytes [{start}, {end}) of the buffer") from error
         if error.errno != errno.EINVAL:

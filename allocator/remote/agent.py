@@ -224,6 +224,8 @@ def _require_descriptors() -> None:
         while len(taken) < FREE_DESCRIPTORS:
             taken.append(Descriptor("/", os.O_RDONLY))
     except OSError as error:
+        if is_interrupt(error):
+            raise
         raise OSError(
             error.errno,
             f"{error.strerror}: NIXL needs {FREE_DESCRIPTORS} more, and there are {len(taken)}; "

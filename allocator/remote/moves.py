@@ -93,7 +93,15 @@ class Moves:
 
     def follow(self, link: Link, read: Read) -> None:
         """Ask NIXL without a pause whether it is done with a request; for a moment at most."""
-        request, until = read.running[0], now_s() + FOLLOW_S
+        self.looking.append(read)  # else a signal handler could end it, and give the request up
+        try:
+            if read.running:
+                self._follow(link, read, read.running[0])
+        finally:
+            self.looking.pop()
+
+    def _follow(self, link: Link, read: Read, request: int) -> None:
+        until = now_s() + FOLLOW_S
         while True:
             state, error = self._agent.state(request)
             if state != "running":

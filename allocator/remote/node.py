@@ -149,34 +149,22 @@ class Node:
             segments = heap.segments
             self._segments = heap.memory_segments()
             agent = Agent(name, segments)
+            self._agent_name, self._metadata = agent.name, agent.metadata
+            self._device = segments[0][1].device
+            self._reader = Reader(agent, self._key, name)
+            self._server = Server(listener, self._key, self._welcome, self._service, name)
         except BaseException:
             listener.close()
             raise
-        self._agent_name, self._metadata = agent.name, agent.metadata
-        self._device = segments[0][1].device
-        self._reader = Reader(agent, self._key, name)
-        self._server = Server(listener, self._key, self._welcome, self._service, name)
-        self._start(agent)
-        try:
-            self._closer = Closer(self, exit_s=EXIT_S, give_up=self._reader.leak)
-            starts_over_after_fork(self)
-        except BaseException:  # of a signal handler
-            never_opened(self)
-            self._reader.stop()
-            self._server.stop()
-            raise
-
-    def _start(self, agent: Agent) -> None:
-        """Start both threads, or none."""
-        end_server = self._server.abandon
         try:
             self._server.start()
-            end_server = self._server.stop
             self._reader.start()
-        except BaseException:
-            end_server()
-            agent.close()
-            self._reader.abandon()
+            self._closer = Closer(self, exit_s=EXIT_S, give_up=self._reader.leak)
+            starts_over_after_fork(self)
+        except BaseException:  # also of a signal handler, at any moment
+            never_opened(self)
+            self._reader.call_off()
+            self._server.call_off()
             raise
 
     def _welcome(self) -> bytes:
@@ -321,9 +309,11 @@ class Node:
             self._closer,
         )
         known = self._peers.setdefault(welcome.uuid, peer)
-        if known is not peer and not known.is_gone and not known.closed:
-            peer.close()  # another thread was faster
-            return known
+        if known is not peer:
+            if not known.is_gone and not known.closed:
+                peer.close()  # another thread was faster
+                return known
+            known.hang_up()
         self._peers[welcome.uuid] = peer
         self._forget_gone()
         if self._closer.is_closing:  # which may not have seen it

@@ -77,7 +77,8 @@ class Questions:
 
     def request(self, link: Link, read: Read) -> None:
         """Ask for a lock on the blocks, unless the read was withdrawn."""
-        if link.line is not None and link.line.has_unsent:  # it takes nothing now
+        line = link.line
+        if line is None or line.has_unsent:  # it takes nothing now, or has broken just before
             link.queued.append(read)
             return
         number = next(self._numbers)

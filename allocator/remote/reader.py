@@ -16,6 +16,7 @@ import selectors
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -282,6 +283,16 @@ class Reader:
         self._is_stopping = True
         self.submit(lambda: None)
         self._has_stopped.wait()
+
+    def call_off(self) -> None:
+        """End it in the middle of an opening: whether the thread runs may not be known."""
+        self._is_stopping = True
+        self.submit(lambda: None)
+        with suppress(RuntimeError):  # it was not started, or begins later, and ends at once
+            self._thread.join()
+        self._agent.close()
+        self._close_all()
+        self._has_stopped.open()
 
     def abandon(self) -> None:
         """Close this process's copies of the sockets, in a forked child without the thread."""
@@ -587,7 +598,8 @@ class Reader:
     def _assume_gone(self, link: Link) -> None:
         if link.gone is None:  # it may live after all, and has our leases
             reads = (*link.asked.values(), *link.running)
-            numbers = [*link.unlocks, *(hold.number for hold in link.holds)]
+            holds = [*link.holds]  # other threads add theirs
+            numbers = [*link.unlocks, *(hold.number for hold in holds)]
             numbers += [number for read in reads for number in (read.asked_for, read.lease)]
             self._owed = {of: owed for of, owed in self._owed.items() if not owed[0].has_passed}
             self._owed[link.welcome.uuid] = Deadline(MAX_LEASE_S), [*filter(None, numbers)]

@@ -7,13 +7,13 @@ a few seconds, and never a thread.
 from __future__ import annotations
 
 import logging
-import os
 import selectors
 import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from kvheap.interrupts import suppress_own
 from kvheap.kernels.latch import Latch
 from kvheap.remote.complaints import Complaints
 from kvheap.remote.deadlines import Deadline, now_s
@@ -97,8 +97,10 @@ class Server:
         listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
-        self._wake_reading, self._wake_writing = os.pipe()
-        os.set_blocking(self._wake_writing, False)
+        # Sockets, not a pipe: whatever an interrupted opening leaves closes itself, and a thread
+        # that is late does not read from a descriptor that is somebody else's by then.
+        self._wake_reading, self._wake_writing = socket.socketpair()
+        self._wake_writing.setblocking(False)
         self._selector.register(self._wake_reading, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name=f"kvheap-serve-{name}", daemon=True)
 
@@ -117,10 +119,20 @@ class Server:
 
     def stop(self) -> None:
         """End the thread, and close all connections."""
-        self._is_stopping = True
-        with suppress(OSError):
-            os.write(self._wake_writing, b"!")
+        self._ask_to_stop()
         self._has_stopped.wait()
+
+    def call_off(self) -> None:
+        """End it in the middle of an opening: whether the thread runs may not be known."""
+        self._ask_to_stop()
+        with suppress(RuntimeError):  # it was not started, or begins later, and ends at once
+            self._thread.join()
+        self._close_all()
+
+    def _ask_to_stop(self) -> None:
+        self._is_stopping = True
+        with suppress_own(OSError):
+            self._wake_writing.send(b"!")
 
     def abandon(self) -> None:
         """Close this process's copies of the sockets, in a forked child without the thread."""
@@ -146,7 +158,7 @@ class Server:
             # The memory is still registered. If nobody listened, readers would take the node for
             # gone, and use blocks again that NIXL may still fill.
             while not self._is_stopping:
-                os.read(self._wake_reading, 1)
+                self._wake_reading.recv(1)
         finally:
             for complaints in self._complaints:
                 complaints.tell(is_last=True)
@@ -296,6 +308,5 @@ class Server:
         self._close_connections()
         self._listener.close()
         self._selector.close()
-        for descriptor in (self._wake_reading, self._wake_writing):
-            with suppress(OSError):
-                os.close(descriptor)
+        self._wake_reading.close()
+        self._wake_writing.close()

@@ -309,12 +309,14 @@ def _fill(fd: int, identity: Mapping[str, object], geometry: Geometry) -> None:
         try:
             os.ftruncate(fd, geometry.file_bytes)
         except OSError as error:
+            if is_interrupt(error):
+                raise
             reason = f"{error.strerror}, {geometry.file_bytes} bytes are needed"
             raise OSError(error.errno, reason) from None
         _commit(fd, geometry.file_bytes)
     except BaseException:
         if was_empty:
-            with suppress(OSError):
+            with suppress_own(OSError):
                 os.ftruncate(fd, 0)
         raise
     with HostBuffer(geometry.file_bytes, fd=fd) as buffer:  # hugetlbfs knows no write
@@ -332,6 +334,8 @@ def _commit(fd: int, file_bytes: int) -> None:
     try:
         os.posix_fallocate(fd, 0, file_bytes)
     except OSError as error:
+        if is_interrupt(error):
+            raise
         if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):
             return
         raise OSError(

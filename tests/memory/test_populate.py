@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from foreign_code import interrupts, no_deadlock
 from host_memory_probes import PAGE, FakeRegistrar, anonymous_bytes, resident_pages
 
 from kvheap.memory import pages, populate
@@ -241,3 +242,27 @@ class TestBeforePinning:
         kept.clear()
         HostBuffer(8 * PAGE).populate(0, 8 * PAGE, threads=3)
         assert kept == [("kvheap-populate", {0, 1})] * 2
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_who_makes_and_populates_one_gets_a_handlers_exception(is_file: bool) -> None:
+    """A time-out is an ``OSError``: not one that says that memory cannot be committed."""
+    fd = os.memfd_create("a file") if is_file else None
+    if fd is not None:
+        os.ftruncate(fd, 8 * PAGE)
+
+    def make() -> None:
+        with HostBuffer(8 * PAGE, fd=fd) as buffer:
+            buffer.populate(0, 8 * PAGE, threads=1)
+
+    places = tuple(f"kvheap.memory.{name}" for name in ("host_mapping", "populate", "pages"))
+    number = 0
+    while True:
+        with no_deadlock():  # any other error fails
+            if not interrupts(number, make, TimeoutError, modules=places):
+                break
+        number += 1
+    assert number > 5
+    if fd is not None:
+        os.close(fd)

@@ -28,6 +28,7 @@ if WHY_NOT is None:
         offers,
         reader,
     )
+    from kvheap.remote.line import Line
 
 SOON_S = 5.0
 """Leases are of 20 seconds and more here."""
@@ -152,6 +153,7 @@ def test_a_peer_that_was_declared_gone_and_lives(
     assert own.num_leases == 2
     again = own.reader.connect(own.owner.address)
     assert until(lambda: own.num_leases == 0, SOON_S)
+    assert until(lambda: own.owner.stats().num_clients == 2, SOON_S)  # not those of before
     with again.lease(keys_of(range(4))) as anew:
         kept.release()  # of the other life: it was given back
         assert wrong_rows(range(4), again.read(anew, into=own.here)) == 0
@@ -199,6 +201,33 @@ class TestNumbers:
         assert len(lent.books._given_up) == 3
         with pytest.raises(RuntimeError, match="given this lease up"):
             lent(5)
+
+
+def test_a_connection_that_breaks_while_reads_are_asked_for_loses_none(
+    own: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several wait for a connection, and the new one breaks at the first of them."""
+    link, reader = own.peer.link, own.reader._reader
+    push, breaks = Line.push, threading.Event()
+
+    def pushed(line: Line, payload: bytes = b"") -> None:
+        if payload and line is link.line and breaks.is_set():
+            breaks.clear()
+            raise BrokenPipeError("it breaks")
+        push(line, payload)
+
+    monkeypatch.setattr(Line, "push", pushed)
+    with monkeypatch.context() as nobody_looks:
+        nobody_looks.setattr(reader, "_look_for", lambda link: None)
+        reader.ask(lambda: reader._questions.disconnect(link))
+        batches = [own.peer.read(keys_of([number]), into=own.here) for number in range(4)]
+        assert until(lambda: len(link.queued) == 4, SOON_S)
+        breaks.set()
+    reader.ask(lambda: reader._look_for(link))
+    assert until(lambda: all(batch.transfer.done() for batch in batches), SOON_S)
+    for number, batch in enumerate(batches):
+        assert wrong_rows([number], batch) == 0
+        own.here.batched_free(batch)
 
 
 def test_what_a_peer_does_not_take_is_not_piled_up() -> None:

@@ -166,6 +166,61 @@ def test_a_read_cannot_be_waited_for_in_its_own_middle(pair: Pair) -> None:
     pair.here.batched_free(target)
 
 
+def test_a_handler_may_wait_for_the_read_that_is_waited_for(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes first ends it, and the other does not ask NIXL for a request that is gone."""
+    agent = pair.reader._reader._agent
+    state, post, release = agent.state, agent.post, agent.release
+    looks: Counter[int] = Counter()
+    gone: set[int] = set()
+    wrong: list[int] = []
+
+    def posted(request: int) -> Any:
+        gone.discard(request)
+        looks[request] = 0
+        post(request)
+        return "running", None
+
+    def asked(request: int) -> Any:
+        if request in gone:  # NIXL would read memory that it has freed
+            wrong.append(number)
+            return "done", None
+        looks[request] += 1
+        return ("running", None) if looks[request] < 4 else state(request)
+
+    def released(request: int) -> None:
+        gone.add(request)
+        release(request)
+
+    for name, function in (("post", posted), ("state", asked), ("release", released)):
+        monkeypatch.setattr(agent, name, function)
+    monkeypatch.setattr("kvheap.remote.moves.FOLLOW_S", 0.0)  # fewer turns of the loop
+    lease, target = pair.lease([5]), fill(pair.here, [0])
+    outcomes: set[str] = set()
+    number = 0
+
+    def inside() -> None:
+        try:
+            target.transfer.result()
+            outcomes.add("waited")
+        except NestedWaitError:
+            outcomes.add("refused")
+
+    while True:
+        pair.peer.read(lease, into=target)
+        with no_deadlock():
+            was_struck = Foreign(number, inside, **PLACES).strikes(target.transfer.result)
+        assert wrong_rows([5], target) == 0
+        if not was_struck:
+            break
+        number += 1
+    assert not wrong
+    assert outcomes == {"waited", "refused"}
+    lease.release()
+    pair.here.batched_free(target)
+
+
 ASKING = {
     "modules": ("kvheap.remote.ask", "kvheap.remote.peer", "kvheap.remote.turn")
     + ("kvheap.remote.line", "kvheap.remote.frames", "kvheap.remote.messages"),

@@ -6,6 +6,7 @@ from errno import EMFILE
 
 import pytest
 from few_descriptors import descriptors_left
+from foreign_code import interrupts
 from remote_nodes import need_nixl
 
 from kvheap import HostMemoryAllocator
@@ -26,3 +27,19 @@ def test_a_node_without_descriptors_is_refused() -> None:
                 Node("late", heap)
             assert caught.value.errno == EMFILE
         Node("later", heap).close()
+
+
+def test_a_handlers_exception_is_not_taken_for_want_of_descriptors() -> None:
+    from kvheap.remote.agent import Agent
+
+    class HandlerError(TimeoutError):
+        """Also an ``OSError``, as those of time-outs are."""
+
+    with HostMemoryAllocator(1 << 16) as heap:
+        for number in range(0, 60, 7):
+            assert interrupts(
+                number,
+                lambda: Agent("late", heap.segments),
+                HandlerError,
+                modules=("kvheap.remote.agent", "kvheap.memory.descriptors"),
+            )

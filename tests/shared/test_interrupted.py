@@ -74,7 +74,12 @@ def heaps(request: Any, path: Path) -> Iterator[tuple[SharedHeap, SharedHeap]]:
     owner.close()
 
 
-def struck(number: int, task: Callable[[], object], error: type[BaseException]) -> bool:
+def struck(
+    number: int,
+    task: Callable[[], object],
+    error: type[BaseException],
+    places: dict[str, Any] = PLACES,
+) -> bool:
     """Whether a task was interrupted at the N-th place; its caller must have got the exception."""
 
     def interrupt() -> None:
@@ -82,7 +87,7 @@ def struck(number: int, task: Callable[[], object], error: type[BaseException]) 
 
     reported: list[BaseException | None] = []
     hook, sys.unraisablehook = sys.unraisablehook, lambda each: reported.append(each.exc_value)
-    foreign = Foreign(number, interrupt, **PLACES)
+    foreign = Foreign(number, interrupt, **places)
     try:
         foreign.strikes(task)
     except error:
@@ -133,3 +138,24 @@ def test_nothing_is_left_behind(
         assert wrong_rows(KEYS, held.batch) == []
     gc.collect()
     here.check()
+
+
+OPENING: dict[str, Any] = {"modules": ("kvheap.shared.segment", "kvheap.memory.boots")}
+
+
+def test_who_opens_one_gets_the_handlers_exception(path: Path) -> None:
+    """Not one that says that the file system has no room."""
+    number = 0
+    opened: list[SharedHeap] = []
+    while True:
+        with no_deadlock():
+            was_struck = struck(
+                number, lambda: opened.append(own(path, NUM_CHUNKS)), TimeoutError, OPENING
+            )
+        while opened:
+            opened.pop().close()
+        path.unlink(missing_ok=True)  # the next one is made anew
+        if not was_struck:
+            break
+        number += 1
+    assert number > 50
