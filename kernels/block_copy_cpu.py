@@ -66,7 +66,7 @@ def copy_on_cpu(source: Side, target: Side, block_bytes: int) -> None:
         if isinstance(target, Dense):
             out = target.rows(block_bytes, word)
         else:
-            out = torch.empty((len(numbers), blocks.shape[1]), dtype=word)
+            out = torch.empty((len(numbers), blocks.shape[1]), dtype=word, device="cpu")
         for part in parts:
             torch.index_select(blocks, 0, numbers[part], out=out[part])
         if isinstance(target, Dense):

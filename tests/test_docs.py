@@ -56,6 +56,7 @@ INSIDE = {
         "count",
         "counts",
         "describe",
+        "forget_tokens",
         "index",
         "is_owner",
         "objects",
