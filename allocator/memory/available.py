@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
+
+from kvheap.interrupts import suppress_own
 
 __all__ = ["available_bytes"]
 
@@ -21,12 +22,12 @@ def available_bytes(root: Path = Path("/")) -> int:
         root: where ``/proc`` and ``/sys`` are.
     """
     found = 0
-    with suppress(OSError):
+    with suppress_own(OSError):
         for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 found = int(line.split()[1]) << 10
     groups = {""}
-    with suppress(OSError):
+    with suppress_own(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers in ("", "memory"):
@@ -35,7 +36,7 @@ def available_bytes(root: Path = Path("/")) -> int:
     for mount, limit_file, use_file in LIMITS:
         for group in groups:
             folder = root / "sys/fs/cgroup" / mount / group
-            with suppress(OSError, ValueError):  # no such group, or the limit is "max"
+            with suppress_own(OSError, ValueError):  # no such group, or the limit is "max"
                 limit = int((folder / limit_file).read_text())
                 found = min(found, max(limit - int((folder / use_file).read_text()), 0))
     return found

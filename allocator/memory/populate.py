@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 
@@ -92,7 +91,7 @@ def _share_out(
 
 
 def _stay_on(cpus: set[int]) -> None:
-    with suppress(OSError):  # some have gone offline
+    with suppress_own(OSError):  # some have gone offline
         os.sched_setaffinity(0, cpus)
 
 

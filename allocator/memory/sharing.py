@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from kvheap.interrupts import suppress_own
 from kvheap.memory.host_mapping import attached_mappings
 
 __all__ = ["is_of_another_process", "is_shared"]
@@ -54,11 +55,9 @@ def _mappings_of(buffer: torch.Tensor) -> Iterator[tuple[str, str]]:
     """Flags, such as ``rw-s``, and file of each mapping that holds bytes of a CPU buffer."""
     first = buffer.data_ptr()
     end = first + buffer.numel() * buffer.itemsize
-    try:
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
-            lines = file.readlines()
-    except OSError:
-        return
+    lines: list[str] = []
+    with suppress_own(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+        lines = file.readlines()
     for line in lines:
         bounds, flags, *rest = line.split(maxsplit=5)
         low, high = (int(bound, 16) for bound in bounds.split("-"))

@@ -21,7 +21,7 @@ from kvheap.remote.catalogue import Place, batches_of
 from kvheap.remote.messages import MAX_KEYS, new_lease_number
 from kvheap.transfer.pairing import block_runs
 
-__all__ = ["MAX_LEASE_S", "Account", "LentBlocks"]
+__all__ = ["MAX_LEASE_S", "Account", "GivenUpError", "LentBlocks"]
 
 MAX_LEASE_S = 60.0
 """The longest lease that a node gives: how long a reader that vanished keeps blocks."""
@@ -41,6 +41,10 @@ FEW_LEASES = MAX_BLOCKS_EACH // MAX_KEYS
 
 MAX_GIVEN_UP = 1 << 12
 """Numbers that are remembered because they were given back before they were lent."""
+
+
+class GivenUpError(RuntimeError):
+    """The reader has given a lease up before it was lent, or has asked for it before."""
 
 
 class _Reading:
@@ -131,15 +135,16 @@ class LentBlocks:
             The number of the lease, and where the blocks are; None if one was freed just now.
 
         Raises:
-            RuntimeError: too many leases are held, or the number is taken, or was given back: the
-                reader has asked again on another connection, or asks no more.
+            GivenUpError: the number is taken, or was given back: the reader has asked again on
+                another connection, or asks no more.
+            RuntimeError: too many leases are held.
             ValueError: the blocks have several layouts.
             ClosedError: the heap is closed.
         """
         if number is None:
             number = new_lease_number()
         elif number in self._leases or number in self._given_up:
-            raise RuntimeError("the reader has given this lease up, or asked for it before")
+            raise GivenUpError("the reader has given this lease up, or asked for it before")
         if len(self._leases) >= MAX_LEASES and self.num_held >= MAX_LEASES:
             raise RuntimeError(f"{MAX_LEASES} leases are held: the readers must end theirs first")
         account = Account() if account is None else account

@@ -291,13 +291,17 @@ class Node:
             ask = AskLine(asking, where, self._key, self.name, welcome.name, welcome.uuid)
             try:
                 link = self._reader.add(Link(again, where, reading), ask)
+                return self._known(self._peer(link, ask, address))
             except BaseException:
+                self._reader.leave(ask)  # also where the reader has yet to add it
                 reading.close()
                 raise
         except BaseException:
             asking.close()
             raise
-        peer = Peer(
+
+    def _peer(self, link: Link, ask: AskLine, address: str) -> Peer:
+        return Peer(
             self.heap,
             self._reader,
             link,
@@ -308,17 +312,27 @@ class Node:
             self._segments,
             self._closer,
         )
-        known = self._peers.setdefault(welcome.uuid, peer)
-        if known is not peer:
-            if not known.is_gone and not known.closed:
-                peer.close()  # another thread was faster
-                return known
-            known.hang_up()
-        self._peers[welcome.uuid] = peer
-        self._forget_gone()
-        if self._closer.is_closing:  # which may not have seen it
+
+    def _known(self, peer: Peer) -> Peer:
+        """The peer that is known for this life of it; closes this one if that is another.
+
+        Raises:
+            ClosedError: the node was closed meanwhile.
+        """
+        try:
+            known = self._peers.setdefault(peer.uuid, peer)
+            if known is not peer:
+                if not known.is_gone and not known.closed:
+                    peer.close()  # another thread was faster
+                    return known
+                known.hang_up()
+            self._peers[peer.uuid] = peer
+            self._forget_gone()
+            if self._closer.is_closing:  # which may not have seen it
+                raise self._closer.closed_error()
+        except BaseException:
             peer.close()
-            raise self._closer.closed_error()
+            raise
         return peer
 
     def _forget_gone(self) -> None:

@@ -274,6 +274,10 @@ class Reader:
         """Be done with a peer, unless others use it. Reads go on. May be repeated."""
         self.submit(partial(self._drop, link, user))
 
+    def leave(self, user: object) -> None:
+        """:meth:`drop` whatever peer somebody uses: an :meth:`add` was interrupted."""
+        self.submit(partial(self._leave, user))
+
     def assume_gone(self, link: Link) -> None:
         """End a peer's reads because the user knows that its machine sends nothing any more."""
         self.ask(partial(self._assume_gone, link))
@@ -406,6 +410,11 @@ class Reader:
             if hold.user is user:
                 hold.release()
         self._forget_if_idle(link)
+
+    def _leave(self, user: object) -> None:
+        for link in [*self._links.values()]:
+            if user in link.users:
+                self._drop(link, user)
 
     def _forget_if_idle(self, link: Link) -> None:
         """Remove a peer that nobody needs, and with which nothing is in flight."""

@@ -14,7 +14,7 @@ from kvheap.errors import ClosedError
 from kvheap.remote.catalogue import Catalogue, Place
 from kvheap.remote.complaints import Complaints
 from kvheap.remote.errors import ProtocolError
-from kvheap.remote.leases import MAX_LEASE_S, Account, LentBlocks
+from kvheap.remote.leases import MAX_LEASE_S, Account, GivenUpError, LentBlocks
 from kvheap.remote.messages import Fields, layout_fields, packed
 from kvheap.remote.offers import Offer, Offers
 
@@ -72,7 +72,7 @@ class Service:
             return packed(number=number, **call(request, account))
         except ProtocolError:
             raise
-        except ClosedError as error:
+        except (ClosedError, GivenUpError) as error:  # nothing is wrong here
             return packed(number=number, error=f"{error}")
         except BaseException as error:  # the user's function must not end the thread
             self.num_failures += 1

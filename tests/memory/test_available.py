@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from foreign_code import interrupts
 from host_memory_probes import PAGE, FakeRegistrar, resident_pages
 
 from kvheap.memory import host_memory
 from kvheap.memory.available import available_bytes
+from kvheap.memory.boots import boot_id
 from kvheap.memory.host_memory import HostBuffer
+from kvheap.memory.sharing import is_shared
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -71,3 +76,26 @@ def test_more_than_there_is_is_not_committed(monkeypatch: pytest.MonkeyPatch) ->
     assert resident_pages(buffer)[:8] == [False] * 8
     buffer.pin(8 * PAGE, 15 * PAGE, registrar=FakeRegistrar())
     assert resident_pages(buffer)[8:15] == [True] * 7
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize("name", ["available", "sharing", "boots"])
+def test_who_asks_gets_a_handlers_exception(name: str) -> None:
+    """A time-out is an ``OSError``, as a file that is not there."""
+    buffer = torch.zeros(8)
+    ask: dict[str, Callable[[], object]] = {
+        "available": available_bytes,
+        "sharing": lambda: is_shared(buffer),
+        "boots": boot_id,
+    }
+    number = 0
+    told: list[object] = []
+    while interrupts(
+        number,
+        lambda: told.append(ask[name]()),
+        TimeoutError,
+        modules=(f"kvheap.memory.{name}",),
+    ):
+        assert not told, f"nobody was told at place {number}"
+        number += 1
+    assert number > 1

@@ -22,6 +22,7 @@ if WHY_NOT is None:
     from kvheap.remote import (
         MissingKeysError,
         Node,
+        PeerError,
         PeerGoneError,
         PeerTimeoutError,
         leases,
@@ -29,6 +30,7 @@ if WHY_NOT is None:
         reader,
     )
     from kvheap.remote.line import Line
+    from kvheap.remote.messages import key_fields
 
 SOON_S = 5.0
 """Leases are of 20 seconds and more here."""
@@ -193,6 +195,12 @@ class TestNumbers:
         assert lent.books.num_held == 1
         lent.books.give_up(7)
         assert lent.books.num_held == 0
+
+    def test_one_that_was_given_up_is_no_failure_of_its_owner(self, own: Pair) -> None:
+        own.owner._lent.give_up(7)
+        with pytest.raises(PeerError, match="has given this lease up"):
+            own.peer._answer("lease", 5.0, ttl=1.0, lease=7, **key_fields(keys_of([1])))
+        assert own.num_leases == own.owner.stats().failed_requests == 0
 
     def test_few_are_remembered(self, lent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(leases, "MAX_GIVEN_UP", 3)

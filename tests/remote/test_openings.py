@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from foreign_code import Interrupted, interrupts, no_deadlock
 from remote_nodes import need_nixl, until
+from remote_pairs import Pair
 
 from kvheap import HostMemoryAllocator
 
@@ -103,3 +104,30 @@ def test_a_thread_whose_start_was_interrupted_ends(
     assert until(lambda: num_threads() == before, 5)
     assert not errors
     require_free(port)
+
+
+def test_an_interrupted_connect_leaves_no_connection() -> None:
+    pair = Pair(256)
+    made: list[Any] = []
+    number = 0
+    pair.peer.close()
+    while True:
+        with no_deadlock():
+            was_struck = interrupts(
+                number,
+                lambda: made.append(pair.reader.connect(pair.owner.address)),
+                Interrupted,
+                modules=("kvheap.remote.node", "kvheap.remote.reader"),
+                but_not_inside=("threading",),
+            )
+            made.append(pair.reader.connect(pair.owner.address))
+            assert made[-1].lookup([b"x"]).tolist() == [False]
+        while made:
+            made.pop().close()
+        assert until(lambda: not pair.reader.stats().num_peers, 5), number
+        assert until(lambda: not pair.owner.stats().num_clients, 5), number
+        if not was_struck:
+            break
+        number += 1
+    assert number > 15
+    pair.close()
