@@ -34,6 +34,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 LEFT_OUT = {
     "CommandError": "printed by the command as one line",
+    "GivenUpError": "inside a node, which lends nothing to a reader that asks no more",
     "IndexRefusedError": "logged by the vLLM tier, which then begins empty",
     "MachineError": "printed by the command as one line",
     "OwnerRefusedError": "inside a SharedHeap, between a process and the owner",
