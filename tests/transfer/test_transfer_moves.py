@@ -316,7 +316,7 @@ def test_a_partial_move_does_no_python_work_for_a_block(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = []
-    for num_blocks in (512, 512, 4096):  # the first also fills caches
+    for num_blocks in (512, 512, 1024):  # the first also fills caches
         near = heap_on(device, "device", num_blocks * BLOCK)
         far = heap_on(device, "host", num_blocks // 2 * BLOCK)
         batch = filled(near, num_blocks)
