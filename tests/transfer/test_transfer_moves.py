@@ -315,8 +315,8 @@ class TestOffload:
 def test_a_partial_move_does_no_python_work_for_a_block(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = []
-    for num_blocks in (512, 512, 1024):  # the first also fills caches
+    counts: dict[int, list[int]] = {512: [], 1024: []}
+    for num_blocks in (512, 1024) * 3:  # the first also fills caches
         near = heap_on(device, "device", num_blocks * BLOCK)
         far = heap_on(device, "host", num_blocks // 2 * BLOCK)
         batch = filled(near, num_blocks)
@@ -338,14 +338,15 @@ def test_a_partial_move_does_no_python_work_for_a_block(
         finally:
             sys.setprofile(None)
             gc.enable()
-        counts.append(calls)
+        counts[num_blocks].append(calls)
         assert away is not None
         away.transfer.result()
         half = num_blocks // 2
         assert batch.live.tolist() == [False] * half + [True] * half
         assert torch.equal(read(away), random_bytes(num_blocks * BLOCK, 0).view(-1, BLOCK)[:half])
         assert allocated(near) == [half * BLOCK]
-    assert counts[1] == counts[2]
+    # The least: transfers that other tests have left in flight are looked at now and then.
+    assert min(counts[512]) == min(counts[1024])
 
 
 class TestHeapsThatWatch:
